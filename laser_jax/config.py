@@ -1,0 +1,535 @@
+"""Every setting of laser_jax, as frozen dataclasses. No jax in here.
+
+The YAML files under `configs/` and the dotted flags of `python -m laser_jax.train` fill `Config`;
+unknown keys and wrong types are refused by jsonargparse, impossible values by `__post_init__` below.
+`RetrieverConfig` is the part that travels with a trained model, as `laser_config.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import jsonargparse
+
+RETRIEVER_CONFIG_FILE = "laser_config.json"
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+KeyframeRule = Literal["official", "paper"]
+Pooling = Literal["prompt_and_thoughts", "thoughts"]
+
+
+C = TypeVar("C")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work. The message names the key, the value and the way out."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+# --- the backbone ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's frequency scaling: long wavelengths are divided by `factor`, short ones kept."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """One decoder that is Qwen3 or Llama 3.x. Sizes as in a Hugging Face `config.json`."""
+
+    family: Literal["qwen3", "llama"]
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads"):
+            _require(getattr(self, name) >= 1, f"backbone.{name} must be at least 1")
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"backbone.num_heads {self.num_heads} must be a multiple of num_kv_heads "
+            f"{self.num_kv_heads}",
+        )
+        _require(self.head_dim % 2 == 0, f"backbone.head_dim {self.head_dim} must be even (RoPE)")
+
+    @property
+    def qk_norm(self) -> bool:
+        """Qwen3 normalises every query and key head before RoPE; Llama does not."""
+        return self.family == "qwen3"
+
+
+def _qwen3(hidden: int, layers: int, heads: int, ffn: int, tied: bool) -> BackboneConfig:
+    return BackboneConfig(
+        family="qwen3",
+        vocab_size=151_936,
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=8,
+        head_dim=128,
+        intermediate_size=ffn,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        rope_scaling=None,
+        tie_word_embeddings=tied,
+        max_position_embeddings=40_960,
+    )
+
+
+def _llama3(
+    hidden: int, layers: int, heads: int, head_dim: int, ffn: int, tied: bool, factor: float
+) -> BackboneConfig:
+    return BackboneConfig(
+        family="llama",
+        vocab_size=128_256,
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=8,
+        head_dim=head_dim,
+        intermediate_size=ffn,
+        rms_norm_eps=1e-5,
+        rope_theta=5e5,
+        rope_scaling=RopeScaling(factor, 1.0, 4.0, 8192),
+        tie_word_embeddings=tied,
+        max_position_embeddings=131_072,
+    )
+
+
+BACKBONES: dict[str, BackboneConfig] = {
+    "qwen3-0.6b": _qwen3(1024, 28, 16, 3072, tied=True),
+    "qwen3-4b": _qwen3(2560, 36, 32, 9728, tied=True),
+    "qwen3-8b": _qwen3(4096, 36, 32, 12_288, tied=False),
+    "llama-3.2-1b": _llama3(2048, 16, 32, 64, 8192, tied=True, factor=32.0),
+    "llama-3.2-3b": _llama3(3072, 28, 24, 128, 8192, tied=True, factor=32.0),
+    "llama-3.1-8b": _llama3(4096, 32, 32, 128, 14_336, tied=False, factor=8.0),
+}
+
+
+@dataclass(frozen=True)
+class ScratchConfig:
+    """A small backbone with random weights and a BPE tokenizer trained on the training texts."""
+
+    family: Literal["qwen3", "llama"] = "qwen3"
+    vocab_size: int = 8192
+    hidden_size: int = 256
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    intermediate_size: int = 768
+    rope_theta: float = 1e4
+    tie_word_embeddings: bool = True
+    max_position_embeddings: int = 4096
+
+    def backbone(self, vocab_size: int) -> BackboneConfig:
+        """The backbone over a tokenizer of `vocab_size` tokens."""
+        return BackboneConfig(
+            family=self.family,
+            vocab_size=vocab_size,
+            hidden_size=self.hidden_size,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            intermediate_size=self.intermediate_size,
+            rms_norm_eps=1e-6,
+            rope_theta=self.rope_theta,
+            rope_scaling=None,
+            tie_word_embeddings=self.tie_word_embeddings,
+            max_position_embeddings=self.max_position_embeddings,
+        )
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on the named projections; y = x W + scale (x A) B."""
+
+    rank: int = 64
+    alpha: float = 32.0
+    targets: tuple[str, ...] = PROJECTIONS
+    rank_stabilised: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, f"lora.rank must be at least 1, got {self.rank}")
+        unknown = sorted(set(self.targets) - set(PROJECTIONS))
+        _require(
+            not unknown, f"lora.targets holds {unknown}; a subset of {list(PROJECTIONS)} is wanted"
+        )
+        _require(bool(self.targets), "lora.targets is empty; leave lora out for full fine-tuning")
+
+    @property
+    def scale(self) -> float:
+        """alpha / r, or alpha / sqrt(r) for the rank-stabilised variant."""
+        return self.alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)
+
+
+# --- text to tokens --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """How texts become prompts and prompts become tokens (LaSER section 4.1; design section 1)."""
+
+    query_template: str = "Instruct: {instruction}\nQuery: {query}"
+    document_template: str = "{document}"
+    chat_template: bool = True
+    """Wrap the content as a user turn of the tokenizer's chat template, with generation prompt."""
+    thinking_suffix: str = "<think>\n\n</think>\n\n"
+    """Appended after the generation prompt (only with `chat_template`)."""
+    append_eos: bool = False
+    """End queries and documents with EOS."""
+    append_eos_to_reasoning: bool = True
+    """End the explicit view's input with EOS."""
+    separator: str = "\n\n"
+    """Ends a segment of the chain of thought."""
+    segmentation: Literal["text", "token"] = "text"
+    """`text` cuts the chain of thought at every separator before tokenising; `token` (official)
+    finds the separator's own token afterwards and misses merged ones."""
+    truncation: Literal["content", "sequence"] = "content"
+    """`content` shortens the text inside the template; `sequence` (official) cuts the finished
+    token sequence, closing suffix included."""
+    min_reasoning_characters: int = 5
+    """A shorter chain of thought is replaced by the query text."""
+    query_max_length: int = 512
+    document_max_length: int = 512
+    explicit_max_length: int = 1024
+
+    def __post_init__(self) -> None:
+        _require(
+            "{query}" in self.query_template,
+            f"prompt.query_template {self.query_template!r} has no {{query}} placeholder",
+        )
+        _require(
+            "{document}" in self.document_template,
+            f"prompt.document_template {self.document_template!r} has no {{document}} placeholder",
+        )
+        _require(self.separator != "", "prompt.separator is empty; the default is two newlines")
+        for name in ("query_max_length", "document_max_length", "explicit_max_length"):
+            _require(getattr(self, name) >= 1, f"prompt.{name} must be at least 1")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The training rows and what is drawn from them."""
+
+    train: str = ""
+    """A JSONL file (plain or .gz) or Parquet file of LaSER rows."""
+    eval: str | None = None
+    """A BEIR directory: corpus.jsonl, queries.jsonl, qrels/<eval_split>.tsv."""
+    eval_split: str = "test"
+    group_size: int = 2
+    """Documents per query: one positive and group_size - 1 hard negatives."""
+    selection: Literal["official", "random"] = "official"
+    """Which positive and negatives an epoch uses: `official` takes positive `epoch mod n` and the
+    first negatives; `random` draws both by (seed, epoch, row)."""
+    mask_false_negatives: bool = True
+    """Never contrast a query with a passage of the batch that is one of its own positives."""
+    length_multiple: int = 32
+    """Batches are padded to a multiple of this, which bounds the number of compiled shapes."""
+
+    def __post_init__(self) -> None:
+        _require(self.group_size >= 1, f"data.group_size must be at least 1, got {self.group_size}")
+        _require(self.length_multiple >= 1, "data.length_multiple must be at least 1")
+
+
+# --- the objective ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """L = latent L_latent + explicit L_explicit + output L_output + trajectory L_trajectory
+    (LaSER equation 14; the lambdas are 1, 10 and 0.1)."""
+
+    latent: float = 1.0
+    explicit: float = 1.0
+    output: float = 10.0
+    trajectory: float = 0.1
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            _require(value >= 0, f"objective.weights.{f.name} must not be negative, got {value}")
+
+    @property
+    def need_explicit_view(self) -> bool:
+        return bool(self.explicit or self.output or self.trajectory)
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is trained. The defaults are the paper's; `configs/official.yaml` holds the code's."""
+
+    method: Literal["laser", "gircse"] = "laser"
+    num_thinking_steps: int = 3
+    """K, the number of hidden states that are pooled. 1 is a last-token retriever."""
+    weights: LossWeights = field(default_factory=LossWeights)
+    temperature: float = 0.02
+    output_temperature: float = 0.02
+    trajectory_temperature: float = 0.02
+    """The paper states 0.02, the released code uses 0.05."""
+    keyframes: KeyframeRule = "paper"
+    distillation_warmup_steps: int = 0
+    """The output and trajectory weights grow linearly from 0 over this many steps."""
+    views: Literal["fast", "parity"] = "fast"
+    """`fast` reads query and chain of thought in one pass; `parity` makes a pass for each view."""
+    teacher: str | None = None
+    """A directory of a trained model that stays frozen and replaces the shared teacher (the
+    ablation without co-learning). None: the same weights teach and learn."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.num_thinking_steps >= 1,
+            f"objective.num_thinking_steps must be at least 1, got {self.num_thinking_steps}",
+        )
+        for name in ("temperature", "output_temperature", "trajectory_temperature"):
+            _require(getattr(self, name) > 0, f"objective.{name} must be positive")
+
+    @property
+    def pooling(self) -> Pooling:
+        return "thoughts" if self.method == "gircse" else "prompt_and_thoughts"
+
+    @property
+    def need_explicit_view(self) -> bool:
+        return self.method == "laser" and self.weights.need_explicit_view
+
+
+# --- the run ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Where the backbone comes from: `path` (a Hugging Face directory) or `scratch`."""
+
+    path: str | None = None
+    scratch: ScratchConfig | None = None
+    dtype: Dtype = "float32"
+    """Compute dtype. float32 on CPU; bfloat16 on GPU and TPU."""
+    param_dtype: Dtype = "float32"
+    """Storage dtype of the backbone. Trained parameters are always float32."""
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.path is None) != (self.scratch is None),
+            "exactly one of model.path (a Hugging Face directory) and model.scratch is wanted",
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and linear decay to zero."""
+
+    learning_rate: float = 1e-4
+    warmup_ratio: float = 0.1
+    schedule: Literal["linear", "constant"] = "linear"
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate >= 0, "optimizer.learning_rate must not be negative")
+        _require(0 <= self.warmup_ratio <= 1, "optimizer.warmup_ratio must lie in [0, 1]")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, batch and bookkeeping of a run."""
+
+    batch_size: int = 32
+    """Queries in an optimizer step, over all devices."""
+    epochs: float = 1.0
+    steps: int | None = None
+    """Overrides `epochs`."""
+    seed: int = 0
+    log_every: int = 10
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+    eval_batch_size: int = 64
+    eval_thinking_steps: tuple[int, ...] = (1, 2, 3, 4)
+    """The K for which the table at the end is printed."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, f"train.{name} must be at least 1")
+        _require(self.steps is None or self.steps >= 0, "train.steps must not be negative")
+        _require(self.epochs >= 0, "train.epochs must not be negative")
+        _require(
+            all(k >= 1 for k in self.eval_thinking_steps),
+            f"train.eval_thinking_steps holds a K below 1: {list(self.eval_thinking_steps)}",
+        )
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 takes what the other axes leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = (self.data, self.fsdp, self.tensor)
+        _require(
+            all(s == -1 or s >= 1 for s in sizes) and sizes.count(-1) <= 1,
+            f"mesh axes must be positive, at most one of them -1; got (data, fsdp, tensor) {sizes}",
+        )
+
+
+@dataclass(frozen=True)
+class Config:
+    """A retrieval training run."""
+
+    model: ModelConfig
+    data: DataConfig
+    output: str = "runs/laser"
+    lora: LoraConfig | None = None
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        fast = self.objective.views == "fast" and self.objective.need_explicit_view
+        shared = self.prompt.truncation == "content" and not self.prompt.append_eos
+        _require(
+            shared or not fast,
+            "objective.views: fast wants the query's tokens to be a prefix of the explicit input's,"
+            " which prompt.truncation: sequence and prompt.append_eos: true break; set "
+            "objective.views: parity",
+        )
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A causal-LM run that teaches a small backbone to reason in words before it retrieves."""
+
+    model: ModelConfig
+    texts: str
+    """JSONL lines {"text"} or {"prompt", "query", "reasoning"}; LaSER training rows work too."""
+    output: str
+    eval: str | None = None
+    """A BEIR directory whose queries carry a reasoning: the share written right is reported."""
+    eval_split: str = "dev"
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-3))
+    steps: int = 1000
+    batch_size: int = 64
+    row_length: int = 128
+    """Tokens in a row: plain texts are packed into it, longer reasonings are cut."""
+    seed: int = 0
+    log_every: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1")
+        _require(self.row_length >= 2, "row_length must be at least 2")
+
+
+# --- what travels with a model ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RetrieverConfig:
+    """Everything `encode` needs beside the weights; saved as `laser_config.json`."""
+
+    backbone: BackboneConfig
+    num_thinking_steps: int = 3
+    pooling: Pooling = "prompt_and_thoughts"
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    dtype: Dtype = "float32"
+    lora: LoraConfig | None = None
+    """Set while adapters are kept apart from the base weights; None once merged."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.num_thinking_steps >= 1,
+            f"num_thinking_steps must be at least 1, got {self.num_thinking_steps}",
+        )
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A config dataclass as plain JSON types."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type[C], values: dict[str, Any], *, source: str) -> C:
+    """Builds the config dataclass `cls` from plain types, strictly.
+
+    Raises:
+        ConfigError: on an unknown key, a missing key or a wrong type; names `source`.
+    """
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, "value")
+    try:
+        return parser.instantiate_classes(parser.parse_object({"value": values})).value
+    except (jsonargparse.ArgumentError, ConfigError) as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def parse_command_line(cls: type[C], program: str, arguments: Sequence[str] | None) -> C:
+    """The config dataclass `cls` from `--config file.yaml` and dotted flags, later ones winning.
+
+    Exits with status 2 and a message on unknown keys, missing keys and wrong types.
+
+    Raises:
+        ConfigError: on an impossible value.
+    """
+    parser = jsonargparse.ArgumentParser(prog=program, description=cls.__doc__)
+    parser.add_argument("--config", action="config", help="a YAML file of the keys below")
+    parser.add_class_arguments(cls)
+    values = vars(parser.instantiate(parser.parse_args(arguments)))
+    return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)})  # type: ignore
+
+
+def load_retriever_config(directory: str | Path) -> RetrieverConfig:
+    """Reads `laser_config.json` of an exported model.
+
+    Raises:
+        FileNotFoundError: when the directory holds none.
+        ConfigError: when it is not valid.
+    """
+    path = Path(directory) / RETRIEVER_CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: {directory} is not a model exported by laser_jax.train. For a "
+            "plain Hugging Face directory pass a RetrieverConfig of your own"
+        )
+    try:
+        values = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from error
+    return from_dict(RetrieverConfig, values, source=str(path))
+
+
+def save_retriever_config(config: RetrieverConfig, directory: str | Path) -> None:
+    """Writes `laser_config.json` into an existing directory."""
+    path = Path(directory) / RETRIEVER_CONFIG_FILE
+    path.write_text(json.dumps(as_dict(config), indent=2) + "\n")

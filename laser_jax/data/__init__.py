@@ -1,0 +1,1 @@
+"""From files of training rows to batches of tokens."""

@@ -1,0 +1,408 @@
+"""Text to tokens: tokenizers, prompts and the input of the explicit view (design section 1).
+
+The only file that imports `transformers`. A prompt is the filled template, wrapped as a user turn
+of the tokenizer's chat template and followed by the thinking suffix. The explicit input is
+`[query prompt ; chain of thought ; EOS]`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import tokenizers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from laser_jax.alignment import token_segment_ends
+from laser_jax.config import PromptConfig
+
+_PAD, _TURN_START, _TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+_THINK = ("<think>", "</think>")
+# Contractions, words with at most one leading sign, single digits, signs with their line ends
+# (so ".\n\n" may become one token), line ends, other blanks.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+Tokenizer = PreTrainedTokenizerBase
+
+
+class TokenizationError(ValueError):
+    """A tokenizer that cannot serve, or a text that cannot become a prompt."""
+
+
+# --- tokenizers ------------------------------------------------------------------------------
+
+
+def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face directory. A missing pad token is replaced by EOS.
+
+    Raises:
+        FileNotFoundError: no such directory, or no tokenizer file in it.
+        TokenizationError: the files do not make a tokenizer, or it has neither pad nor EOS.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory}: no such directory; a tokenizer's is wanted")
+    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+        raise FileNotFoundError(
+            f"{directory} holds no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there. "
+            "Copy the tokenizer files of the base model into it"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise TokenizationError(f"{directory}: the tokenizer does not load: {error}") from error
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise TokenizationError(
+                f"{directory}: the tokenizer has neither a pad token nor an EOS token; set one in "
+                "tokenizer_config.json"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on `texts`, in the manner of Qwen3.
+
+    Its tokens include <|endoftext|> (pad), <|im_start|>, <|im_end|> (EOS), <think> and </think>;
+    it has a ChatML chat template. The same texts give the same tokenizer.
+
+    Args:
+        texts: what to train on, in any number; few texts give fewer tokens than asked for.
+        vocab_size: the most tokens it may have, all included.
+
+    Raises:
+        TokenizationError: when `vocab_size` cannot hold the 256 bytes and the special tokens.
+    """
+    special = [_PAD, _TURN_START, _TURN_END]
+    smallest = 256 + len(special) + len(_THINK)
+    if vocab_size < smallest:
+        raise TokenizationError(
+            f"a vocabulary of {vocab_size} tokens is too small: the bytes and the special tokens "
+            f"take {smallest}"
+        )
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size - len(_THINK),
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    # As in Qwen3: one token each, yet not special, so that decoding shows them.
+    tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in _THINK])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=_PAD,
+        eos_token=_TURN_END,
+        additional_special_tokens=[_TURN_START],
+        chat_template=_CHATML,
+        padding_side="left",
+    )
+
+
+# --- prompts ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """The tokens of a query or document prompt."""
+
+    ids: list[int]
+    truncated: bool
+    """The text did not fit and was shortened."""
+
+
+@dataclass(frozen=True)
+class ExplicitTokens:
+    """The tokens of an explicit input: query prompt, chain of thought, perhaps EOS."""
+
+    ids: list[int]
+    segment_ends: list[int]
+    """Positions in `ids` of the last token of every segment; empty for an empty CoT."""
+    query_length: int
+    """Tokens of the query prompt, which is where the chain of thought starts. In the official mode
+    it may lie beyond the end of `ids`."""
+    truncated: bool
+    """The chain of thought did not fit and was cut."""
+
+
+class PromptTokenizer:
+    """Turns queries, documents and chains of thought into tokens, as `PromptConfig` says.
+
+    BOS is added where the tokenizer adds it, and not again when the chat template renders it.
+
+    Attributes:
+        tokenizer, config: as given.
+        pad_id, eos_id: the tokenizer's; EOS pads when there is no pad token.
+        separator_id: the one token of `config.separator`; None when it takes several.
+        explicit_continues_query: whether the query's tokens are always an exact prefix of the
+            explicit input's, which the shared-prefix dual view (`views: fast`) needs.
+
+    Raises:
+        TokenizationError: when the tokenizer lacks what the config asks of it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> None:
+        if config.chat_template and not tokenizer.chat_template:
+            raise TokenizationError(
+                "the tokenizer has no chat template, and base checkpoints often have none: set "
+                "prompt.chat_template: false, or give the tokenizer a template"
+            )
+        if tokenizer.eos_token_id is None:
+            raise TokenizationError("the tokenizer has no EOS token; set its eos_token")
+        if not tokenizer.is_fast:
+            raise TokenizationError(
+                f"{type(tokenizer).__name__} is not a fast tokenizer, and the character positions "
+                "of tokens are needed; save it with a tokenizer.json"
+            )
+        self.tokenizer = tokenizer
+        self.config = config
+        self.eos_id = cast(int, tokenizer.eos_token_id)
+        pad_id = cast("int | None", tokenizer.pad_token_id)
+        self.pad_id = self.eos_id if pad_id is None else pad_id
+        separator_ids = self._part(config.separator)
+        self.separator_id = separator_ids[0] if len(separator_ids) == 1 else None
+        self._one_string = config.truncation == "sequence" and config.segmentation == "token"
+        self.explicit_continues_query = not self._one_string
+
+    def query_prompt_text(self, text: str, instruction: str) -> str:
+        """The whole query prompt as a string, before any truncation."""
+        return self._wrap(
+            _fill(self.config.query_template, {"instruction": instruction, "query": text})
+        )
+
+    def document_prompt_text(self, text: str) -> str:
+        """The whole document prompt as a string, before any truncation."""
+        return self._wrap(_fill(self.config.document_template, {"document": text}))
+
+    def query_prompt(self, text: str, instruction: str) -> PromptTokens:
+        """The query prompt, at most `query_max_length` tokens.
+
+        Raises:
+            TokenizationError: when the templates and the instruction leave no room for the text.
+        """
+        return self._prompt(
+            lambda shorter: self.query_prompt_text(shorter, instruction), text, "query_max_length"
+        )
+
+    def document_prompt(self, text: str) -> PromptTokens:
+        """The document prompt, at most `document_max_length` tokens. Raises as `query_prompt`."""
+        return self._prompt(self.document_prompt_text, text, "document_max_length")
+
+    def query(self, text: str, instruction: str) -> list[int]:
+        """The token ids of `query_prompt`."""
+        return self.query_prompt(text, instruction).ids
+
+    def document(self, text: str) -> list[int]:
+        """The token ids of `document_prompt`."""
+        return self.document_prompt(text).ids
+
+    def explicit(self, text: str, instruction: str, reasoning: str) -> ExplicitTokens:
+        """The explicit view's input, at most `explicit_max_length` tokens.
+
+        The query prompt's tokens come first, unchanged; the segments of `reasoning`, cut at the
+        separators and each tokenised on its own, follow; EOS (no part of a segment) ends it. With
+        `segmentation: token` the reasoning is tokenised whole and cut at separator tokens.
+
+        With `truncation: sequence` as well it is the released code instead: untruncated prompt
+        and reasoning are tokenised as one string and cut, the chain of thought is taken to start at
+        the *truncated* query's length, so a long query's tail counts as reasoning, and
+        `append_eos` ends the cut sequence as it does for queries. The EOS of
+        `append_eos_to_reasoning` comes on top, since there the model appends it.
+
+        Raises:
+            TokenizationError: when the query prompt and EOS alone exceed `explicit_max_length`.
+        """
+        limit, eos = self.config.explicit_max_length, self.config.append_eos_to_reasoning
+        query_ids = self.query(text, instruction)
+        start = len(query_ids)
+        if self._one_string:
+            whole = self._cut_sequence(
+                self.query_prompt_text(text, instruction) + reasoning, limit, self.config.append_eos
+            )
+            ends = token_segment_ends(whole.ids, start, self.separator_id)
+            ids = whole.ids + [self.eos_id] * eos
+            return ExplicitTokens(ids, ends, start, whole.truncated)
+
+        room = limit - start - eos
+        if room < 0:
+            raise TokenizationError(
+                f"prompt.explicit_max_length {limit} cannot hold a query of {start} tokens"
+                f"{' and EOS' if eos else ''}; raise it, or lower prompt.query_max_length"
+            )
+        by_text = self.config.segmentation == "text"
+        ids, ends, truncated = list(query_ids), [], False
+        for segment in _segments(reasoning, self.config.separator) if by_text else [reasoning]:
+            segment_ids = self._part(segment)
+            kept = segment_ids[: room - (len(ids) - start)]
+            truncated |= len(kept) < len(segment_ids)
+            ids += kept
+            if kept:
+                ends.append(len(ids) - 1)
+        if not by_text:
+            ends = token_segment_ends(ids, start, self.separator_id)
+        return ExplicitTokens(ids + [self.eos_id] * eos, ends, start, truncated)
+
+    def _wrap(self, content: str) -> str:
+        if not self.config.chat_template:
+            return content
+        turn = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        return f"{turn}{self.config.thinking_suffix}"
+
+    def _prompt(self, render: Callable[[str], str], text: str, limit_key: str) -> PromptTokens:
+        max_length: int = getattr(self.config, limit_key)
+        if self.config.truncation == "sequence":
+            return self._cut_sequence(render(text), max_length, self.config.append_eos)
+        limit = max_length - self.config.append_eos
+        ids, _ = self._whole(render(text))
+        truncated = len(ids) > limit
+        if truncated:
+            ids = self._shorten(render, text, limit, limit_key)
+        return PromptTokens(self._end(ids, self.config.append_eos), truncated)
+
+    def _shorten(
+        self, render: Callable[[str], str], text: str, limit: int, limit_key: str
+    ) -> list[int]:
+        """The prompt of the longest start of `text`, cut between tokens, within `limit` tokens."""
+        offsets = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )["offset_mapping"]
+        template_length = len(self._whole(render(""))[0])
+        keep = min(limit - template_length, len(offsets))
+        while (end := _character_end(offsets, keep)) > 0:
+            ids, _ = self._whole(render(text[:end]))
+            if len(ids) <= limit:
+                return ids
+            # Tokens merge differently beside the template; what is over comes off the text.
+            keep -= len(ids) - limit
+        raise TokenizationError(
+            f"prompt.{limit_key} leaves {limit} tokens, and the template (with the instruction) "
+            f"alone takes {template_length}: no room for the text {text[:40]!r}"
+        )
+
+    def _cut_sequence(self, text: str, max_length: int, eos: bool) -> PromptTokens:
+        """Tokenises a finished prompt and cuts its right end off; tokens that the tokenizer itself
+        puts at the end stay, as in its own truncation."""
+        ids, closing = self._whole(text)
+        limit = max_length - eos
+        truncated = len(ids) > limit
+        if truncated:
+            closing = min(closing, limit)
+            ids = ids[: limit - closing] + ids[len(ids) - closing :]
+        return PromptTokens(self._end(ids, eos), truncated)
+
+    def _end(self, ids: list[int], eos: bool) -> list[int]:
+        # An empty text without template and BOS has no token whose state could be read: EOS is.
+        return [*ids, self.eos_id] if eos or not ids else ids
+
+    def _whole(self, text: str) -> tuple[list[int], int]:
+        """The ids of a finished prompt and how many the tokenizer itself put at the end."""
+        bos = cast("str | None", self.tokenizer.bos_token)
+        encoding = self.tokenizer(
+            text,
+            add_special_tokens=not (bos and text.startswith(bos)),
+            return_special_tokens_mask=True,
+            verbose=False,
+        )
+        content = np.flatnonzero(np.equal(encoding["special_tokens_mask"], 0))
+        ids: list[int] = encoding["input_ids"]
+        return ids, len(ids) - 1 - int(content[-1]) if len(content) else 0
+
+    def _part(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _fill(template: str, values: dict[str, str]) -> str:
+    """Fills the known placeholders in one pass: braces elsewhere, texts' own included, stay."""
+    return re.sub(
+        "|".join(re.escape(f"{{{name}}}") for name in values),
+        lambda match: values[match[0][1:-1]],
+        template,
+    )
+
+
+def _segments(reasoning: str, separator: str) -> list[str]:
+    """Cuts after every separator; the parts join to `reasoning` again."""
+    *closed, tail = reasoning.split(separator)
+    return [part + separator for part in closed] + ([tail] if tail else [])
+
+
+def _character_end(offsets: Sequence[tuple[int, int]], keep: int) -> int:
+    """Where the first `keep` tokens end in the text; a character of several tokens is not split."""
+    while 0 < keep < len(offsets) and offsets[keep][0] < offsets[keep - 1][1]:
+        keep -= 1
+    return offsets[keep - 1][1] if keep > 0 else 0
+
+
+def right_pad(
+    rows: Sequence[Sequence[int] | np.ndarray],
+    pad_id: int,
+    multiple: int,
+    max_length: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of tokens as one right-padded array.
+
+    Args:
+        rows: B rows of token ids, none empty.
+        pad_id: fills the rest of a row.
+        multiple: T is the longest row's length rounded up to a multiple of this.
+        max_length: T is not rounded up beyond this; no row may be longer.
+
+    Returns:
+        ids_BT int32 and lengths_B int32.
+
+    Raises:
+        ValueError: no rows, an empty row, or one longer than `max_length`.
+    """
+    lengths_B = np.array([len(row) for row in rows], np.int32)
+    if not rows or lengths_B.min() == 0:
+        raise ValueError("at least one row is wanted, and at least one token in each")
+    longest = int(lengths_B.max())
+    width = -(-longest // multiple) * multiple
+    if max_length is not None:
+        if longest > max_length:
+            raise ValueError(f"a row has {longest} tokens, more than the limit {max_length}")
+        width = min(width, max_length)
+    ids_BT = np.full((len(rows), width), pad_id, np.int32)
+    for row, ids in enumerate(rows):
+        ids_BT[row, : len(ids)] = ids
+    return ids_BT, lengths_B

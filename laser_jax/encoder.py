@@ -1,0 +1,174 @@
+"""From tokens to vectors: the pure `encode`, and `LatentEncoder`, which runs it over many rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from laser_jax.config import RetrieverConfig, load_retriever_config
+from laser_jax.data.tokenization import right_pad
+from laser_jax.hf import load_adapter, load_params, merge_lora, read_backbone_config
+from laser_jax.losses import pool
+from laser_jax.modeling.backbone import Backbone, Variables, is_stacked, unstack_layers
+from laser_jax.sharding import batch_sharding
+from laser_jax.views import latent_view
+
+
+def load_pretrained(
+    directory: str | Path,
+    *,
+    config: RetrieverConfig | None = None,
+    adapter: str | Path | None = None,
+) -> tuple[Variables, RetrieverConfig]:
+    """Loads an exported model, or any Hugging Face directory of the two families.
+
+    Args:
+        directory: holds config.json, safetensors and, when laser_jax exported it,
+            laser_config.json.
+        config: how to think and to prompt; wanted for a directory without laser_config.json. Its
+            backbone must be the directory's.
+        adapter: a directory with a PEFT LoRA adapter, merged into the weights.
+
+    Returns:
+        The variables {"params": ...} as host arrays in the config's dtype, and the config that
+        `encode` wants.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a config, tensor or adapter is not what it should be; names it.
+    """
+    if config is None:
+        config = load_retriever_config(directory)
+    backbone = read_backbone_config(directory)
+    if backbone != config.backbone:
+        raise ValueError(
+            f"{directory}: the backbone of the retriever config differs from config.json; expected "
+            f"{backbone}, got {config.backbone}"
+        )
+    params = load_params(directory, backbone, dtype=jnp.dtype(config.dtype))
+    if adapter is not None:
+        lora, lora_config = load_adapter(adapter, backbone)
+        params = merge_lora(params, lora, lora_config.scale)
+    return {"params": params}, config
+
+
+def backbone_for(config: RetrieverConfig, variables: Variables) -> Backbone:
+    """The Linen module that reads `variables` (scanned or unstacked layers, adapters or none)."""
+    return Backbone(
+        config.backbone,
+        lora=config.lora,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.dtype),
+        scan_layers=is_stacked(variables),
+    )
+
+
+def right_padded(ids_BT: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Moves the real tokens of each row to its front.
+
+    Returns:
+        The ids [B, T] and the number of real tokens [B]; a row without any counts as one token.
+    """
+    T = ids_BT.shape[1]
+    real_BT = mask_BT.astype(jnp.bool_)
+    start_B = jnp.argmax(real_BT, axis=1)
+    index_BT = (jnp.arange(T)[None, :] + start_B[:, None]) % T
+    lengths_B = jnp.maximum(real_BT.sum(axis=1), 1).astype(jnp.int32)
+    return jnp.take_along_axis(ids_BT, index_BT, axis=1), lengths_B
+
+
+def encode(
+    params: Variables,
+    input_ids: jax.Array,
+    attention_mask: jax.Array,
+    *,
+    config: RetrieverConfig,
+    num_thinking_steps: int | None = None,
+) -> jax.Array:
+    """Embeds tokenised prompts. Pure: jittable, differentiable, without hidden state.
+
+    Args:
+        params: variables as `load_pretrained` returns them, scanned or unstacked.
+        input_ids: [B, T] int.
+        attention_mask: [B, T], 1 or True on one contiguous run of real tokens; padding may stand
+            on either side and gives the same vectors.
+        config: static (hashable), as `load_pretrained` returns it.
+        num_thinking_steps: K >= 1, whatever K was trained; None takes the config's.
+
+    Returns:
+        [B, D] float32 unit rows (LaSER equation 6).
+    """
+    steps = config.num_thinking_steps if num_thinking_steps is None else num_thinking_steps
+    ids_BT, lengths_B = right_padded(input_ids, attention_mask)
+    hidden_BKD = latent_view(
+        backbone_for(config, params), params, ids_BT, lengths_B, steps, config.pooling
+    )
+    return pool(hidden_BKD)
+
+
+class LatentEncoder:
+    """Embeds many token rows: sorted by length, in batches of few shapes, each compiled once."""
+
+    def __init__(
+        self,
+        variables: Variables,
+        config: RetrieverConfig,
+        *,
+        batch_size: int = 64,
+        length_multiple: int = 32,
+        mesh: Mesh | None = None,
+    ):
+        self.config = config
+        self.batch_size = batch_size
+        self.length_multiple = length_multiple
+        self._mesh = mesh
+        self._variables = jax.device_put(
+            unstack_layers(variables) if is_stacked(variables) else variables
+        )
+        self._backbone = backbone_for(config, self._variables)
+        self._run = jax.jit(self._embed, static_argnums=3)
+
+    def _embed(
+        self, variables: Variables, ids_BT: jax.Array, lengths_B: jax.Array, steps: tuple[int, ...]
+    ) -> jax.Array:
+        hidden_BKD = latent_view(
+            self._backbone, variables, ids_BT, lengths_B, max(steps), self.config.pooling
+        )
+        return jnp.stack([pool(hidden_BKD[:, :k]) for k in steps])
+
+    def encode_tokens(
+        self, rows: Sequence[Sequence[int]], steps: Sequence[int], *, progress: str | None = None
+    ) -> np.ndarray:
+        """The embeddings of `rows` at every K of `steps`, from one pass with the largest K.
+
+        Args:
+            rows: token ids, unpadded.
+            steps: values of K, each at least 1.
+            progress: label of a progress bar; None for silence.
+
+        Returns:
+            [len(steps), len(rows), D] float32, in the order given.
+        """
+        steps = tuple(steps)
+        if not steps or min(steps) < 1:
+            raise ValueError(f"every number of thinking steps must be at least 1, got {steps}")
+        out = np.empty((len(steps), len(rows), self.config.backbone.hidden_size), np.float32)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        starts = range(0, len(order), self.batch_size)
+        for start in tqdm(starts, desc=progress, disable=None if progress else True, leave=False):
+            chosen = order[start : start + self.batch_size]
+            batch = [rows[i] for i in chosen]
+            # a last, short batch keeps the shape of the others: its spare rows are dropped below
+            batch += [batch[0]] * (self.batch_size - len(batch))
+            ids_BT, lengths_B = right_pad(batch, 0, self.length_multiple)
+            if self._mesh is not None:
+                ids_BT, lengths_B = jax.device_put((ids_BT, lengths_B), batch_sharding(self._mesh))
+            embeddings = self._run(self._variables, ids_BT, lengths_B, steps)
+            out[:, chosen] = np.asarray(embeddings)[:, : len(chosen)]
+        return out

@@ -1,0 +1,1 @@
+"""Retrieval metrics and the BEIR and TREC files they read."""

@@ -1,0 +1,674 @@
+"""Hugging Face directories in, parameter trees out, and back; numpy on the host.
+
+This is the one place where a safetensors file becomes a parameter. `_param_slots` and `_lora_slots`
+say which tensor is which leaf; reading, writing and every check follow from those two tables.
+Hugging Face keeps a linear layer as `[out, in]`, the tree as `[in, out]`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes  # noqa: F401  (registers bfloat16, without which safetensors cannot read it)
+import numpy as np
+from numpy.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from laser_jax.config import PROJECTIONS, BackboneConfig, ConfigError, LoraConfig, RopeScaling
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+
+Array = Any  # numpy or jax
+Tree = dict[str, Any]
+TreePath = tuple[str, ...]
+
+
+class HFError(ValueError):
+    """A checkpoint, config or adapter that cannot be used. Names the file and the tensor or key."""
+
+
+# --- config.json -----------------------------------------------------------------------------
+
+_HF_KEYS = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+}
+_SUPPORTED = {
+    "model_type": ("llama", "qwen3"),
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "is_causal": (True,),
+    "use_sliding_window": (False,),
+    "quantization_config": (None,),
+    "partial_rotary_factor": (1.0,),
+    "rope_type": ("default", "llama3"),
+}
+
+
+def read_backbone_config(path: str | Path) -> BackboneConfig:
+    """Reads the `config.json` (in the directory `path`, or `path` itself) of a Qwen3 or Llama.
+
+    Takes the names of transformers 4.x (`rope_theta`, `rope_scaling`) and 5.x (`rope_parameters`).
+    Absent keys have transformers' defaults; an absent `num_key_value_heads` means one a query head.
+
+    Raises:
+        FileNotFoundError: no such file.
+        HFError: not JSON, a missing or ill-typed key, or a setting that would change the numbers
+            and is not implemented; names the file, the key and the value.
+    """
+    file = Path(path) / CONFIG_FILE if Path(path).is_dir() else Path(path)
+    values = _read_json(file)
+    family = _value(values, "model_type", "str", file)
+    _check_supported(values, _SUPPORTED, file)
+    for layer_type in values.get("layer_types", []):
+        _check_supported({"layer_types": layer_type}, {"layer_types": ("full_attention",)}, file)
+    width, heads = (
+        _value(values, key, "int", file) for key in ("hidden_size", _HF_KEYS["num_heads"])
+    )
+    defaults = {
+        "num_key_value_heads": heads,
+        "head_dim": 128 if family == "qwen3" else width // max(1, heads),
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 32_768 if family == "qwen3" else 2048,
+    }
+    theta, scaling = _read_rope(values, file)
+    rest = {"family": family, "rope_theta": theta, "rope_scaling": scaling}
+    try:
+        return BackboneConfig(**rest, **_fields(BackboneConfig, defaults | values, file, set(rest)))
+    except ConfigError as error:
+        raise HFError(f"{file}: {error}") from error
+
+
+def hf_config_dict(
+    backbone: BackboneConfig,
+    *,
+    dtype: str,
+    eos_token_id: int | list[int] | None,
+    bos_token_id: int | None,
+    pad_token_id: int | None,
+) -> dict[str, Any]:
+    """A `config.json` that transformers 4.5x and 5.x read as the same model.
+
+    RoPE and dtype (of the stored weights, by name) are written twice, under the names of either.
+    """
+    values = dataclasses.asdict(backbone)
+    family, theta, scaling = (values.pop(key) for key in ("family", "rope_theta", "rope_scaling"))
+    scaling = scaling and {"rope_type": "llama3", **scaling}
+    return {_HF_KEYS.get(key, key): value for key, value in values.items()} | {
+        "architectures": [{"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[family]],
+        "model_type": family,
+        "hidden_act": "silu",
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "rope_parameters": (scaling or {"rope_type": "default"}) | {"rope_theta": theta},
+        "attention_bias": False,
+        ("use_sliding_window" if family == "qwen3" else "mlp_bias"): False,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "eos_token_id": eos_token_id,
+        "bos_token_id": bos_token_id,
+        "pad_token_id": pad_token_id,
+    }
+
+
+def _read_rope(values: dict[str, Any], file: Path) -> tuple[float, RopeScaling | None]:
+    """(rope_theta, scaling) in whichever notation; where there are several they must agree."""
+    keys = [key for key in ("rope_theta", "rope_scaling", "rope_parameters") if values.get(key)]
+    given = {key: values[key] for key in keys}
+    theta = given.pop("rope_theta", 1e4)
+    blocks = [{"rope_theta": theta} | block for block in given.values()]
+    found = {_read_rope_block(block, file) for block in blocks or [{"rope_theta": theta}]}
+    rope_theta, scaling = next(iter(found))
+    if len(found) > 1 or ("rope_theta" in keys and rope_theta != theta):
+        raise HFError(f"{file}: {' and '.join(keys)} disagree: {[values[key] for key in keys]}")
+    return rope_theta, scaling
+
+
+def _read_rope_block(block: dict[str, Any], file: Path) -> tuple[float, RopeScaling | None]:
+    block = {"rope_type": block.get("type", "default"), **block}
+    _check_supported(block, _SUPPORTED, file)
+    known = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
+    if unknown := block.keys() - known - {field.name for field in dataclasses.fields(RopeScaling)}:
+        raise HFError(f"{file}: {sorted(unknown)} among the RoPE settings {block} is unknown")
+    theta = _value(block, "rope_theta", "float", file)
+    if block["rope_type"] == "default":
+        return theta, None
+    return theta, RopeScaling(**_fields(RopeScaling, block, file))
+
+
+def _fields(
+    cls: type, values: dict[str, Any], file: Path, skip: Iterable[str] = ()
+) -> dict[str, Any]:
+    """The fields of a config dataclass out of `values`, which has Hugging Face's keys."""
+    return {
+        field.name: _value(values, _HF_KEYS.get(field.name, field.name), str(field.type), file)
+        for field in dataclasses.fields(cls)
+        if field.name not in skip
+    }
+
+
+def _check_supported(
+    values: dict[str, Any], supported: dict[str, tuple[Any, ...]], file: Path
+) -> None:
+    for key, choices in supported.items():
+        if key in values and values[key] not in choices:
+            allowed = " or ".join(map(repr, choices))
+            raise HFError(f"{file}: {key} = {values[key]!r} is not supported, only {allowed}")
+
+
+def _value(values: dict[str, Any], key: str, kind: str, file: Path) -> Any:
+    value = values.get(key)
+    if kind == "float" and type(value) is int:
+        value = float(value)
+    if type(value).__name__ != kind:
+        found = "is missing" if value is None else f"= {value!r} has the wrong type"
+        raise HFError(f"{file}: {key} {found}; {kind} wanted")
+    return value
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The keys that are not null."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing")
+    try:
+        items = json.loads(file.read_bytes()).items()
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise HFError(f"{file}: not a JSON object: {error}") from error
+    return {key: value for key, value in items if value is not None}
+
+
+# --- the layout: which tensor is which leaf ----------------------------------------------------
+
+
+class _Slot(NamedTuple):
+    """One tensor of a checkpoint and its place in the tree."""
+
+    name: str
+    path: TreePath
+    row: int | None  # on the stacked leading axis; None where the leaf is this tensor alone
+    shape: tuple[int, ...]  # in the tree, without the leading axis
+
+    def of(self, leaf: np.ndarray) -> np.ndarray:
+        """This tensor's part of its leaf as Hugging Face has it, a view."""
+        part = leaf if self.row is None else leaf[self.row]
+        return part.T if self.is_transposed else part
+
+    @property
+    def is_transposed(self) -> bool:
+        return self.path[-1] in ("kernel", "lora_a", "lora_b")
+
+    @property
+    def hf_shape(self) -> list[int]:
+        return list(self.shape[::-1] if self.is_transposed else self.shape)
+
+
+def _kernel_shapes(backbone: BackboneConfig) -> dict[str, tuple[int, int]]:
+    """[in, out] of the seven projections of a layer."""
+    d, f = backbone.hidden_size, backbone.intermediate_size
+    q = backbone.num_heads * backbone.head_dim
+    kv = backbone.num_kv_heads * backbone.head_dim
+    return {
+        "self_attn.q_proj": (d, q),
+        "self_attn.k_proj": (d, kv),
+        "self_attn.v_proj": (d, kv),
+        "self_attn.o_proj": (q, d),
+        "mlp.gate_proj": (d, f),
+        "mlp.up_proj": (d, f),
+        "mlp.down_proj": (f, d),
+    }
+
+
+def _layer_slots(
+    backbone: BackboneConfig, tensors: list[tuple[str, str, str, tuple[int, ...]]]
+) -> list[_Slot]:
+    """The same `(module, tensor name, leaf name, shape)` in every layer."""
+    slots = []
+    for layer in range(backbone.num_layers):
+        is_last = layer == backbone.num_layers - 1
+        group, row = ("last_layer", None) if is_last else ("layers", layer)
+        for module, tensor, leaf, shape in tensors:
+            path = (group, *module.split("."), leaf)
+            slots.append(_Slot(f"model.layers.{layer}.{module}.{tensor}", path, row, shape))
+    return slots
+
+
+def _param_slots(backbone: BackboneConfig) -> list[_Slot]:
+    """Every tensor of a checkpoint, the LM head last unless it is tied."""
+    d, h, v = backbone.hidden_size, backbone.head_dim, backbone.vocab_size
+    norms = {"input_layernorm": d, "post_attention_layernorm": d}
+    if backbone.qk_norm:
+        norms |= {"self_attn.q_norm": h, "self_attn.k_norm": h}
+    kernels = _kernel_shapes(backbone).items()
+    layer = [(module, "weight", "kernel", shape) for module, shape in kernels]
+    layer += [(module, "weight", "scale", (size,)) for module, size in norms.items()]
+    embedding = _Slot("model.embed_tokens.weight", ("embed_tokens", "embedding"), None, (v, d))
+    norm = _Slot("model.norm.weight", ("norm", "scale"), None, (d,))
+    head = _Slot("lm_head.weight", ("lm_head", "embedding"), None, (v, d))
+    slots = [embedding, *_layer_slots(backbone, layer), norm]
+    return slots if backbone.tie_word_embeddings else [*slots, head]
+
+
+def _lora_slots(backbone: BackboneConfig, lora: LoraConfig) -> list[_Slot]:
+    """Every tensor of an adapter."""
+    layer = []
+    for module, (fan_in, fan_out) in _kernel_shapes(backbone).items():
+        if module.rpartition(".")[2] in lora.targets:
+            layer.append((module, "lora_A.weight", "lora_a", (fan_in, lora.rank)))
+            layer.append((module, "lora_B.weight", "lora_b", (lora.rank, fan_out)))
+    return _layer_slots(backbone, layer)
+
+
+def _leaf_shapes(slots: list[_Slot]) -> dict[TreePath, tuple[int, ...]]:
+    # Rows come in order, so the last slot of a leaf tells the length of its stack.
+    return {s.path: s.shape if s.row is None else (s.row + 1, *s.shape) for s in slots}
+
+
+def _flatten(tree: Tree, prefix: TreePath = ()) -> dict[TreePath, Array]:
+    leaves: dict[TreePath, Array] = {}
+    for key, value in tree.items():
+        path = (*prefix, key)
+        leaves |= _flatten(value, path) if isinstance(value, dict) else {path: value}
+    return leaves
+
+
+def _nest(leaves: dict[TreePath, Array]) -> Tree:
+    tree: Tree = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+class _Stored(NamedTuple):
+    """A tensor as the header of a safetensors file describes it."""
+
+    key: str
+    file: Path
+    shape: list[int]
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.key} in {self.file.name}"
+
+    def read(self) -> np.ndarray:
+        with _open(self.file) as opened:
+            return opened.get_tensor(self.key)
+
+
+def load_params(directory: str | Path, backbone: BackboneConfig, *, dtype: DTypeLike) -> Tree:
+    """Reads `model.safetensors`, or the shards of `model.safetensors.index.json`.
+
+    The import is total: every tensor has its place and every place its tensor. Keys may carry the
+    leading `model.` or not; `rotary_emb.inv_freq` buffers are skipped; an `lm_head.weight` beside
+    tied embeddings must equal them. Sources are float32, float16 or bfloat16. Tensors are read one
+    at a time into preallocated arrays, so the peak is the model and one tensor.
+
+    Returns:
+        The tree under `params`, numpy arrays of `dtype`.
+
+    Raises:
+        FileNotFoundError: no weights, or a shard of the index is missing.
+        HFError: a broken file, or missing, unknown, duplicate, mis-shaped or ill-typed tensors;
+            lists all of them with their files.
+    """
+    directory = Path(directory)
+    single, index = directory / WEIGHTS_FILE, directory / INDEX_FILE
+    if single.is_file() and index.is_file():
+        raise HFError(f"{directory} holds both {single.name} and {index.name}; remove a stale one")
+    if not single.is_file() and not index.is_file():
+        raise FileNotFoundError(f"{directory} holds neither {single.name} nor {index.name}")
+    stored, problems = (_headers([single]), []) if single.is_file() else _shard_headers(index)
+    by_name: dict[str, list[_Stored]] = {}
+    for tensor in stored:
+        if not tensor.key.endswith("rotary_emb.inv_freq"):
+            has_prefix = tensor.key.startswith(("model.", "lm_head."))
+            name = tensor.key if has_prefix else f"model.{tensor.key}"
+            by_name.setdefault(name, []).append(tensor)
+    slots = _param_slots(backbone)
+    head = _param_slots(dataclasses.replace(backbone, tie_word_embeddings=False))[-1]
+    has_spare_head = backbone.tie_word_embeddings and head.name in by_name
+    problems += _tensor_problems([*slots, head] if has_spare_head else slots, by_name)
+    _refuse(str(directory), problems)
+    if has_spare_head:
+        spare, embedding = by_name[head.name][0], by_name[slots[0].name][0]
+        if not np.array_equal(spare.read(), embedding.read()):
+            raise HFError(
+                f"{directory}: {spare} differs from {embedding}, although {CONFIG_FILE} ties them. "
+                "Set tie_word_embeddings to false there, or remove the tensor"
+            )
+    return _read(slots, by_name, dtype)
+
+
+def _open(file: Path) -> safe_open:
+    try:
+        return safe_open(file, framework="numpy")
+    except SafetensorError as error:
+        size = file.stat().st_size
+        raise HFError(
+            f"{file}: not a whole safetensors file, {size} bytes ({error}). Copy or download it "
+            "again; a file of about 130 bytes is a Git LFS pointer"
+        ) from error
+
+
+def _headers(files: list[Path]) -> list[_Stored]:
+    stored = []
+    for file in files:
+        with _open(file) as opened:
+            for key in opened.keys():  # noqa: SIM118  (safe_open is no mapping)
+                view = opened.get_slice(key)
+                stored.append(_Stored(key, file, list(view.get_shape()), view.get_dtype()))
+    return stored
+
+
+def _shard_headers(index: Path) -> tuple[list[_Stored], list[str]]:
+    """The tensors of every shard, and where the index is wrong about them."""
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise HFError(f"{index}: weight_map, tensor -> file, is missing or empty")
+    files = [index.with_name(name) for name in sorted(set(weight_map.values()))]
+    if absent := [file.name for file in files if not file.is_file()]:
+        raise FileNotFoundError(f"{index} names shards that are missing: {absent}")
+    stored = _headers(files)
+    listed, held = set(weight_map.items()), {(tensor.key, tensor.file.name) for tensor in stored}
+    wrong = [f"index: {key} is not in {file}" for key, file in sorted(listed - held)]
+    return stored, wrong + [f"index: {k} in {f} is not listed" for k, f in sorted(held - listed)]
+
+
+def _tensor_problems(slots: list[_Slot], by_name: dict[str, list[_Stored]]) -> list[str]:
+    shapes = {slot.name: slot.hf_shape for slot in slots}
+    problems = [f"missing: {name}" for name in shapes if name not in by_name]
+    for name, tensors in by_name.items():
+        if len(tensors) > 1:
+            problems.append(f"duplicate: {', '.join(map(str, tensors))}")
+        for tensor in tensors:
+            if name not in shapes:
+                problems.append(f"unknown: {tensor}")
+            elif tensor.shape != shapes[name]:
+                problems.append(f"mis-shaped: {tensor} is {tensor.shape}, not {shapes[name]}")
+            elif tensor.dtype not in ("F32", "F16", "BF16"):
+                problems.append(f"dtype: {tensor} is {tensor.dtype}, not F32, F16 or BF16")
+    return problems
+
+
+def _refuse(where: str, problems: list[str]) -> None:
+    """Raises an error that lists the problems, if there are any."""
+    if problems:
+        more = ["..."] if len(problems) > 50 else []
+        lines = "\n  ".join([*problems[:50], *more])
+        raise HFError(f"{where} does not fit its config, {len(problems)} problem(s):\n  {lines}")
+
+
+def _read(slots: list[_Slot], by_name: dict[str, list[_Stored]], dtype: DTypeLike) -> Tree:
+    leaves = {path: np.empty(shape, dtype) for path, shape in _leaf_shapes(slots).items()}
+    for slot in slots:
+        slot.of(leaves[slot.path])[...] = by_name[slot.name][0].read()
+    return _nest(leaves)
+
+
+# --- writing -----------------------------------------------------------------------------------
+
+
+def save_params(
+    directory: str | Path,
+    variables: Tree,
+    backbone: BackboneConfig,
+    *,
+    dtype: DTypeLike,
+    lora: LoraConfig | None,
+    eos_token_id: int | list[int] | None = None,
+    bos_token_id: int | None = None,
+    pad_token_id: int | None = None,
+    max_shard_bytes: float = 5e9,
+) -> None:
+    """Writes `config.json` and the weights, in `dtype`, as transformers loads them.
+
+    Adapters are merged in float32 before the cast. Files appear under their names only once all
+    of them are written; weights of an earlier export in the directory are removed.
+
+    Args:
+        variables: `{"params": tree}`, or `{"params": tree, "lora": tree}`; numpy or jax arrays.
+        lora: the adapters' settings, exactly when `variables` holds "lora".
+        max_shard_bytes: above this the weights are split, with `model.safetensors.index.json`.
+
+    Raises:
+        HFError: the tree does not fit `backbone`; lists its leaves.
+    """
+    if ("lora" in variables) != (lora is not None):
+        raise HFError(f"adapters need their LoraConfig: got {sorted(variables)} and lora = {lora}")
+    dtype = np.dtype(dtype)
+    slots = _param_slots(backbone)
+    params = _host_leaves(variables["params"], slots, "params")
+    adapters: dict[TreePath, np.ndarray] = {}
+    if lora is not None:
+        adapters = _host_leaves(variables["lora"], _lora_slots(backbone, lora), "lora")
+
+    def tensor(slot: _Slot) -> np.ndarray:
+        value, module = slot.of(params[slot.path]), slot.path[:-1]
+        if lora is not None and (*module, "lora_a") in adapters:
+            a, b = (slot.of(adapters[*module, leaf]) for leaf in ("lora_a", "lora_b"))
+            value = _merged(value, b, a, lora.scale)  # transposed: (A B)^T = B^T A^T
+        return value
+
+    def size_of(slot: _Slot) -> int:
+        return math.prod(slot.shape) * dtype.itemsize
+
+    shards: list[list[_Slot]] = [[]]
+    for slot in slots:
+        if shards[-1] and sum(map(size_of, [*shards[-1], slot])) > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(slot)
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = names if len(shards) > 1 else [WEIGHTS_FILE]
+    directory = Path(directory)
+    with _staged(directory) as stage:
+        tokens = {"eos_token_id": eos_token_id, "bos_token_id": bos_token_id}
+        config = hf_config_dict(backbone, dtype=dtype.name, **tokens, pad_token_id=pad_token_id)
+        _write_json(stage / CONFIG_FILE, config)
+        weight_map = {}
+        for name, shard in zip(names, shards, strict=True):
+            weight_map |= {slot.name: name for slot in shard}
+            _write_tensors(stage / name, {slot.name: tensor(slot) for slot in shard}, dtype)
+        if len(shards) > 1:
+            size = sum(map(size_of, slots))
+            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+            _write_json(stage / INDEX_FILE, index)
+        # Without its entry file an older export is no checkpoint, so an interruption from here on
+        # leaves a directory that fails to load rather than a mixture of two models.
+        for entry in {WEIGHTS_FILE, INDEX_FILE} - {names[0]}:
+            (directory / entry).unlink(missing_ok=True)
+    for older in directory.glob("model-*-of-*.safetensors"):
+        if older.name not in names:
+            older.unlink()
+
+
+@contextlib.contextmanager
+def _staged(directory: Path) -> Iterator[Path]:
+    """A folder whose files move into `directory` when the block ends, and vanish if it fails."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".partial-") as stage:
+        yield Path(stage)
+        for file in sorted(Path(stage).iterdir()):  # an index sorts behind its shards
+            os.replace(file, directory / file.name)
+
+
+def _host_leaves(tree: Tree, slots: list[_Slot], root: str) -> dict[TreePath, np.ndarray]:
+    """The leaves as numpy arrays, once they are known to be exactly those that `slots` name."""
+    leaves = {path: np.asarray(leaf) for path, leaf in _flatten(tree).items()}
+    wanted, got = _leaf_shapes(slots), {path: leaf.shape for path, leaf in leaves.items()}
+    paths = [path for path in wanted | got if wanted.get(path) != got.get(path)]
+    states = [f"{'/'.join(path)} is {got.get(path)}, not {wanted.get(path)}" for path in paths]
+    _refuse(f"the {root} tree (None: no such leaf)", states)
+    return leaves
+
+
+def _write_tensors(file: Path, tensors: dict[str, np.ndarray], dtype: np.dtype) -> None:
+    # safetensors writes the buffer as it lies in memory: a transposed view would be scrambled.
+    tensors = {name: np.ascontiguousarray(value, dtype) for name, value in tensors.items()}
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(tensors, file, {"format": "pt"})  # transformers wants this metadata
+    file.chmod(mode)  # save_file leaves a file that only its owner reads
+
+
+def _write_json(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n")
+
+
+# --- adapters ----------------------------------------------------------------------------------
+
+_SUPPORTED_IN_ADAPTER = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    # The other initialisations, such as PiSSA and OLoRA, also change the base weights.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+}
+_ADAPTER_KEYS_READ = {"r", "lora_alpha", "target_modules", "use_rslora"}
+_ADAPTER_KEYS_WITHOUT_EFFECT = {
+    *("auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "lora_dropout"),
+    *("megatron_core", "peft_version", "qalora_group_size", "revision", "task_type"),
+}
+_ADAPTER_PREFIX = re.compile(r"^(encoder\.)?base_model\.model\.(model\.)?")
+_ADAPTER_INFIX = re.compile(r"\.(lora_[AB])\.default\.weight$")
+
+
+def merge_lora(params: Tree, lora: Tree, scale: float) -> Tree:
+    """Adds the adapters to the weights: W + scale A B (Hu et al. 2021, equation 3).
+
+    Args:
+        params: the tree under `params`; kernels [in, out] or stacked [L-1, in, out].
+        lora: the tree under `lora`; lora_a [..., in, r] and lora_b [..., r, out].
+        scale: `LoraConfig.scale`.
+
+    Returns:
+        A tree like `params`, numpy or jax as `params` is. Merged kernels are computed in float32
+        and have the dtype they had; all other leaves are the same objects.
+
+    Raises:
+        HFError: an adapter stands where `params` has no kernel.
+    """
+    adapters, leaves = _flatten(lora), _flatten(params)
+    for *module, leaf in adapters:
+        path = (*module, "kernel")
+        if path not in leaves:
+            raise HFError(f"lora holds {'/'.join(module)}, but params hold no {'/'.join(path)}")
+        if leaf == "lora_a":
+            kernel, a, b = leaves[path], adapters[*module, "lora_a"], adapters[*module, "lora_b"]
+            leaves[path] = _merged(kernel, a, b, scale).astype(kernel.dtype)
+    return _nest(leaves)
+
+
+def _merged(kernel: Array, a: Array, b: Array, scale: float) -> Array:
+    """W + scale A B in float32, over any leading axes."""
+    a, b = a.astype(np.float32), b.astype(np.float32)
+    if isinstance(kernel, np.ndarray):
+        update = np.asarray(a) @ np.asarray(b)
+    else:  # jax multiplies float32 at lower precision on GPU and TPU unless told otherwise
+        update = kernel.__array_namespace__().matmul(a, b, precision="highest")
+    return kernel.astype(np.float32) + scale * update
+
+
+def load_adapter(directory: str | Path, backbone: BackboneConfig) -> tuple[Tree, LoraConfig]:
+    """Reads a PEFT LoRA adapter: `adapter_config.json` and `adapter_model.safetensors`.
+
+    Keys may begin with `base_model.model.model.` or `base_model.model.` (an adapter of a bare
+    AutoModel), with `encoder.` before either (as the published LaSER trainer saves), and may carry
+    the adapter name `default`.
+
+    Returns:
+        The tree under `lora`, float32 numpy arrays, and the adapter's settings.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        HFError: a setting that is not implemented (names key and value), or missing, unknown,
+            duplicate, mis-shaped or ill-typed tensors (lists all of them).
+    """
+    directory = Path(directory)
+    lora = _read_lora_config(directory / ADAPTER_CONFIG_FILE)
+    if not (directory / ADAPTER_FILE).is_file():
+        raise FileNotFoundError(f"{directory / ADAPTER_FILE} is missing")
+    by_name: dict[str, list[_Stored]] = {}
+    for tensor in _headers([directory / ADAPTER_FILE]):
+        name = _ADAPTER_INFIX.sub(r".\1.weight", _ADAPTER_PREFIX.sub("model.", tensor.key))
+        by_name.setdefault(name, []).append(tensor)
+    slots = _lora_slots(backbone, lora)
+    _refuse(str(directory), _tensor_problems(slots, by_name))
+    return _read(slots, by_name, np.float32), lora
+
+
+def _read_lora_config(file: Path) -> LoraConfig:
+    values = {"use_rslora": False} | _read_json(file)
+    _check_supported(values, _SUPPORTED_IN_ADAPTER, file)
+    # Whatever PEFT has beyond plain LoRA is switched on by a value that is not empty.
+    known = {*_SUPPORTED_IN_ADAPTER, *_ADAPTER_KEYS_READ, *_ADAPTER_KEYS_WITHOUT_EFFECT}
+    for key in values.keys() - known:
+        _check_supported({key: values[key] or None}, {key: (None,)}, file)
+    targets = values.get("target_modules")
+    targets = list(PROJECTIONS) if targets == "all-linear" else targets
+    if not isinstance(targets, list) or not set(targets) <= set(PROJECTIONS):
+        allowed = f"'all-linear' or a list out of {PROJECTIONS}"
+        raise HFError(f"{file}: target_modules = {targets!r} is not supported, only {allowed}")
+    try:
+        return LoraConfig(
+            rank=_value(values, "r", "int", file),
+            alpha=_value(values, "lora_alpha", "float", file),
+            targets=tuple(name for name in PROJECTIONS if name in targets),
+            rank_stabilised=_value(values, "use_rslora", "bool", file),
+        )
+    except ConfigError as error:
+        raise HFError(f"{file}: {error}") from error
+
+
+def save_adapter(
+    directory: str | Path,
+    lora_tree: Tree,
+    lora: LoraConfig,
+    backbone: BackboneConfig,
+    *,
+    base_model: str,
+) -> None:
+    """Writes the tree under `lora` as `peft.PeftModel.from_pretrained` loads it, in float32.
+
+    `base_model` is the path or hub name of the model that the adapter belongs to.
+
+    Raises:
+        HFError: the tree does not fit `backbone` and `lora`; lists its leaves.
+    """
+    slots = _lora_slots(backbone, lora)
+    leaves = _host_leaves(lora_tree, slots, "lora")
+    tensors = {f"base_model.model.{slot.name}": slot.of(leaves[slot.path]) for slot in slots}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": lora.rank,
+        # PEFT declares an integer, which 32.0 is not.
+        "lora_alpha": int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
+        "target_modules": list(lora.targets),
+        "use_rslora": lora.rank_stabilised,
+        "bias": "none",
+    }
+    with _staged(Path(directory)) as stage:
+        _write_json(stage / ADAPTER_CONFIG_FILE, config)
+        _write_tensors(stage / ADAPTER_FILE, tensors, np.dtype(np.float32))

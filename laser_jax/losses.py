@@ -1,0 +1,125 @@
+"""Contrastive and distillation losses. Arrays in, named scalars out; everything float32.
+
+B queries, K thinking steps, D model, C documents of the whole global pool. `contrast_BC` says which
+documents count for which query: False takes a false negative out of every softmax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from laser_jax.config import ObjectiveConfig
+
+Terms = dict[str, jax.Array]
+
+
+def normalize(x: jax.Array) -> jax.Array:
+    """x / ||x|| over the last axis; a zero vector stays zero, also in the gradient."""
+    return x * jax.lax.rsqrt(jnp.maximum((x * x).sum(axis=-1, keepdims=True), 1e-24))
+
+
+def pool(hidden_BKD: jax.Array) -> jax.Array:
+    """normalize(mean over the steps), [B, D] unit rows (LaSER equation 6)."""
+    return normalize(hidden_BKD.mean(axis=1))
+
+
+def _log_softmax(scores: jax.Array, contrast: jax.Array, temperature: float) -> jax.Array:
+    return jax.nn.log_softmax(jnp.where(contrast, scores / temperature, -jnp.inf), axis=-1)
+
+
+def info_nce(
+    scores_BC: jax.Array, positives_B: jax.Array, contrast_BC: jax.Array, temperature: float
+) -> jax.Array:
+    """-log softmax(scores / temperature) at each query's positive, mean over queries
+    (LaSER equation 7). Masked documents are left out of the softmax."""
+    log_p_BC = _log_softmax(scores_BC, contrast_BC, temperature)
+    return -jnp.take_along_axis(log_p_BC, positives_B[:, None], axis=1).mean()
+
+
+def score_kl(
+    teacher: jax.Array, student: jax.Array, contrast: jax.Array, temperature: float
+) -> jax.Array:
+    """KL(softmax(teacher / t) || softmax(student / t)) over the last axis, mean over the others
+    (LaSER equations 9 and 12). No gradient flows into the teacher's scores."""
+    log_p = _log_softmax(jax.lax.stop_gradient(teacher), contrast, temperature)
+    log_q = _log_softmax(student, contrast, temperature)
+    # masked documents have p = 0 and log p = log q = -inf: keep the difference out of the sum
+    difference = jnp.where(contrast, log_p, 0.0) - jnp.where(contrast, log_q, 0.0)
+    return (jnp.exp(log_p) * difference).sum(axis=-1).mean()
+
+
+def laser_loss(
+    hidden_BKD: jax.Array,
+    final_BD: jax.Array | None,
+    keyframes_BKD: jax.Array | None,
+    documents_CD: jax.Array,
+    teacher_documents_CD: jax.Array,
+    positives_B: jax.Array,
+    contrast_BC: jax.Array,
+    objective: ObjectiveConfig,
+    distillation_scale: jax.Array,
+) -> Terms:
+    """The four-term loss of LaSER (equation 14).
+
+    Args:
+        hidden_BKD: un-normalised states of the student.
+        final_BD: the teacher's state at EOS; None without an explicit view.
+        keyframes_BKD: the teacher's state at the segment chosen for each step.
+        documents_CD: unit embeddings of the pool.
+        teacher_documents_CD: the same array where one model teaches and learns; a frozen
+            teacher's own embeddings otherwise.
+        positives_B: each query's column in the pool.
+        contrast_BC: False where a document must not count for a query.
+        objective: temperatures and weights.
+        distillation_scale: scalar that multiplies the output and trajectory weights (warm-up).
+
+    Returns:
+        "loss" and the unweighted terms "latent", "explicit", "output" and "trajectory"; those of
+        the explicit view are absent without one.
+    """
+    scores_BC = pool(hidden_BKD) @ documents_CD.T
+    terms = {"latent": info_nce(scores_BC, positives_B, contrast_BC, objective.temperature)}
+    if final_BD is not None and keyframes_BKD is not None:
+        teacher_BC = normalize(final_BD) @ teacher_documents_CD.T
+        terms["explicit"] = info_nce(teacher_BC, positives_B, contrast_BC, objective.temperature)
+        terms["output"] = score_kl(teacher_BC, scores_BC, contrast_BC, objective.output_temperature)
+        terms["trajectory"] = score_kl(
+            jnp.einsum("bkd,cd->bkc", normalize(keyframes_BKD), teacher_documents_CD),
+            jnp.einsum("bkd,cd->bkc", normalize(hidden_BKD), documents_CD),
+            contrast_BC[:, None, :],
+            objective.trajectory_temperature,
+        )
+    weights = dataclasses.asdict(objective.weights)
+    for name in ("output", "trajectory"):
+        weights[name] *= distillation_scale
+    loss = sum(weights[name] * term for name, term in terms.items())
+    return {"loss": jnp.asarray(loss)} | terms
+
+
+def gircse_loss(
+    query_hidden_BKD: jax.Array,
+    document_hidden_CKD: jax.Array,
+    positives_B: jax.Array,
+    contrast_BC: jax.Array,
+    temperature: float,
+) -> Terms:
+    """GIRCSE's stepwise loss: InfoNCE of the mean of the first k thoughts, averaged over k, plus
+    `mean(relu(log l_{k+1} - log l_k))` so that a further thought never hurts.
+
+    Returns:
+        "loss", "contrastive" (the average), "penalty" and "step_1" ... "step_K".
+    """
+    K = query_hidden_BKD.shape[1]
+    steps = []
+    for k in range(1, K + 1):
+        scores_BC = pool(query_hidden_BKD[:, :k]) @ pool(document_hidden_CKD[:, :k]).T
+        steps.append(info_nce(scores_BC, positives_B, contrast_BC, temperature))
+    losses_K = jnp.stack(steps)
+    growth = jnp.diff(jnp.log(losses_K + 1e-8))
+    penalty = jax.nn.relu(growth).mean() if K > 1 else jnp.zeros(())
+    terms = {f"step_{k}": loss for k, loss in enumerate(steps, start=1)}
+    contrastive = losses_K.mean()
+    return {"loss": contrastive + penalty, "contrastive": contrastive, "penalty": penalty} | terms

@@ -1,0 +1,1 @@
+"""The backbone: one Flax Linen decoder for Qwen3 and Llama 3.x."""

@@ -1,0 +1,348 @@
+"""One decoder that is Qwen3 or Llama 3.x, by configuration.
+
+Rows are right-padded and positions count from 0, so no mask tensor exists (see `attention`).
+The last layer is a module of its own: its queries, output projection and MLP run only at the
+positions whose state is used. The layers before it are scanned over stacked parameters, or, after
+`unstack_layers`, run one by one from separate leaves; both read the same weights.
+
+Dimension letters: B batch, T tokens, P selected positions, S thinking slots, D model, N heads,
+G key-value heads, H head dim, F feed-forward, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from laser_jax.config import BackboneConfig, LoraConfig
+from laser_jax.modeling.attention import KeyValues, Past, causal_attention, counted_attention
+from laser_jax.modeling.lora import Projection
+from laser_jax.modeling.rope import Rope, apply_rope, rope_at
+
+Variables = Any
+"""{"params": ...} and, with adapters, "lora": nested dicts of arrays."""
+
+Cache = tuple[Any, KeyValues]
+"""Keys and values of (all layers but the last, the last layer). The first part is stacked
+[L-1, B, T, G, H] for scanned layers and a tuple of [B, T, G, H] for unstacked ones."""
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale; the mean of squares is float32, for bf16 loses it."""
+
+    eps: float
+    axis: str
+    param_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param(
+            "scale",
+            nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)),
+            (x.shape[-1],),
+            self.param_dtype,
+        )
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        shape = (1,) * (x.ndim - 1) + (-1,)
+        return normed.astype(x.dtype) * scale.astype(x.dtype).reshape(shape)
+
+
+class Embedding(nn.Module):
+    """A [V, D] table: the input embedding, or the LM head of an untied checkpoint."""
+
+    vocab_size: int
+    hidden_size: int
+    param_dtype: DTypeLike
+
+    def setup(self) -> None:
+        self.embedding = self.param(
+            "embedding",
+            nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed")),
+            (self.vocab_size, self.hidden_size),
+            self.param_dtype,
+        )
+
+    def __call__(self) -> jax.Array:
+        return self.embedding
+
+
+class Attention(nn.Module):
+    config: BackboneConfig
+    lora: LoraConfig | None
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+
+    def setup(self) -> None:
+        c = self.config
+        kwargs = {"lora": self.lora, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.q_proj = Projection(c.num_heads * c.head_dim, ("embed", "heads"), **kwargs)
+        self.k_proj = Projection(c.num_kv_heads * c.head_dim, ("embed", "kv_heads"), **kwargs)
+        self.v_proj = Projection(c.num_kv_heads * c.head_dim, ("embed", "kv_heads"), **kwargs)
+        self.o_proj = Projection(c.hidden_size, ("heads", "embed"), **kwargs)
+        if c.qk_norm:
+            self.q_norm = RMSNorm(c.rms_norm_eps, "head_dim", self.param_dtype)
+            self.k_norm = RMSNorm(c.rms_norm_eps, "head_dim", self.param_dtype)
+
+    def _heads(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:2], -1, self.config.head_dim)
+
+    def _queries(self, x: jax.Array, rope: Rope) -> jax.Array:
+        q = self._heads(self.q_proj(x))
+        return apply_rope(self.q_norm(q) if self.config.qk_norm else q, rope)
+
+    def _keys_values(self, x: jax.Array, rope: Rope) -> KeyValues:
+        k = self._heads(self.k_proj(x))
+        k = apply_rope(self.k_norm(k) if self.config.qk_norm else k, rope)
+        return KeyValues(k, self._heads(self.v_proj(x)))
+
+    def _output(self, out_BTNH: jax.Array) -> jax.Array:
+        return self.o_proj(out_BTNH.reshape(*out_BTNH.shape[:2], -1))
+
+    def read(self, x_BTD: jax.Array, rope: Rope) -> tuple[jax.Array, KeyValues]:
+        kv = self._keys_values(x_BTD, rope)
+        return self._output(causal_attention(self._queries(x_BTD, rope), kv)), kv
+
+    def read_at(
+        self, x_BTD: jax.Array, rope: Rope, select_BP: jax.Array
+    ) -> tuple[jax.Array, KeyValues]:
+        kv = self._keys_values(x_BTD, rope)
+        q_BPNH = self._queries(take_positions(x_BTD, select_BP), rope.at(select_BP))
+        return self._output(counted_attention(q_BPNH, kv, select_BP + 1)), kv
+
+    def think(
+        self, x_B1D: jax.Array, rope: Rope, past: Past, lengths_B: jax.Array, slot: jax.Array
+    ) -> tuple[jax.Array, KeyValues]:
+        suffix = past.suffix.write(self._keys_values(x_B1D, rope), slot)
+        out = counted_attention(
+            self._queries(x_B1D, rope), past.prefix, lengths_B[:, None], suffix, slot + 1
+        )
+        return self._output(out), suffix
+
+
+class MLP(nn.Module):
+    config: BackboneConfig
+    lora: LoraConfig | None
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+
+    def setup(self) -> None:
+        c = self.config
+        kwargs = {"lora": self.lora, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.gate_proj = Projection(c.intermediate_size, ("embed", "ffn"), **kwargs)
+        self.up_proj = Projection(c.intermediate_size, ("embed", "ffn"), **kwargs)
+        self.down_proj = Projection(c.hidden_size, ("ffn", "embed"), **kwargs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """A pre-norm decoder layer. Returns its output and the keys and values it leaves behind."""
+
+    config: BackboneConfig
+    lora: LoraConfig | None
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+
+    def setup(self) -> None:
+        args = (self.config, self.lora, self.dtype, self.param_dtype)
+        self.input_layernorm = RMSNorm(self.config.rms_norm_eps, "embed", self.param_dtype)
+        self.self_attn = Attention(*args)
+        self.post_attention_layernorm = RMSNorm(self.config.rms_norm_eps, "embed", self.param_dtype)
+        self.mlp = MLP(*args)
+
+    def _feed_forward(self, x: jax.Array) -> jax.Array:
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def read(self, x_BTD: jax.Array, rope: Rope) -> tuple[jax.Array, KeyValues]:
+        """A whole sequence, causally."""
+        out, kv = self.self_attn.read(self.input_layernorm(x_BTD), rope)
+        return self._feed_forward(x_BTD + out), kv
+
+    def read_at(
+        self, x_BTD: jax.Array, rope: Rope, select_BP: jax.Array
+    ) -> tuple[jax.Array, KeyValues]:
+        """A whole sequence, but output [B, P, D] only at the selected positions."""
+        out, kv = self.self_attn.read_at(self.input_layernorm(x_BTD), rope, select_BP)
+        return self._feed_forward(take_positions(x_BTD, select_BP) + out), kv
+
+    def think(
+        self, x_B1D: jax.Array, past: Past, rope: Rope, lengths_B: jax.Array, slot: jax.Array
+    ) -> tuple[jax.Array, KeyValues]:
+        """One more position behind the prompt and the earlier thoughts; returns the suffix."""
+        out, suffix = self.self_attn.think(self.input_layernorm(x_B1D), rope, past, lengths_B, slot)
+        return self._feed_forward(x_B1D + out), suffix
+
+
+class Backbone(nn.Module):
+    """The decoder. `scan_layers` says which parameter layout it reads (see `unstack_layers`)."""
+
+    config: BackboneConfig
+    lora: LoraConfig | None = None
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+    scan_layers: bool = True
+
+    def setup(self) -> None:
+        c = self.config
+        args = (c, self.lora, self.dtype, self.param_dtype)
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, self.param_dtype)
+        if not c.tie_word_embeddings:
+            self.lm_head = Embedding(c.vocab_size, c.hidden_size, self.param_dtype)
+        if self.scan_layers and c.num_layers > 1:
+            self.layers = Layer(*args)  # one module whose variables are stacked, see _scan
+        else:
+            self.layers = [Layer(*args) for _ in range(c.num_layers - 1)]
+        self.last_layer = Layer(*args)
+        self.norm = RMSNorm(c.rms_norm_eps, "embed", self.param_dtype)
+
+    def embed(self, ids_BT: jax.Array) -> jax.Array:
+        """Input embeddings [B, T, D] in the compute dtype."""
+        return jnp.take(self.embed_tokens(), ids_BT, axis=0).astype(self.dtype)
+
+    def read(self, ids_BT: jax.Array, select_BP: jax.Array | None) -> tuple[jax.Array, Cache]:
+        """Reads right-padded prompts.
+
+        Args:
+            ids_BT: int token ids; padding behind each row may hold any valid id.
+            select_BP: int positions whose states are wanted; None for all of them.
+
+        Returns:
+            States after the final norm, [B, P, D] (or [B, T, D]) in the compute dtype, and the
+            cache of keys and values over all T positions.
+        """
+        x = self.embed(ids_BT)
+        rope = rope_at(jnp.arange(ids_BT.shape[1])[None, :], self.config)
+        x, earlier = self._read_layers(x, rope)
+        if select_BP is None:
+            x, last = self.last_layer.read(x, rope)
+        else:
+            x, last = self.last_layer.read_at(x, rope, select_BP)
+        return self.norm(x), (earlier, last)
+
+    def _read_layers(self, x: jax.Array, rope: Rope) -> tuple[jax.Array, Any]:
+        if isinstance(self.layers, Layer):
+            return self._scan(lambda layer, x, _: layer.read(x, rope), x, None)
+        caches = []
+        for layer in self.layers:
+            x, kv = layer.read(x, rope)
+            caches.append(kv)
+        return x, tuple(caches)
+
+    def _scan(
+        self, body: Callable[..., Any], x: jax.Array, per_layer: Any
+    ) -> tuple[jax.Array, Any]:
+        """Runs `body(layer, x, per_layer[i])` through the stacked layers."""
+        return nn.scan(
+            body,
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True},
+            length=self.config.num_layers - 1,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(self.layers, x, per_layer)
+
+    def think(
+        self, x_BD: jax.Array, prefix: Cache, suffix: Cache, lengths_B: jax.Array, slot: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """One thinking step: reads the input embedding `x` at position lengths + slot.
+
+        Args:
+            x_BD: the soft token, compute dtype.
+            prefix: cache of the prompt, read only.
+            suffix: cache of S thinking slots, of which the first `slot` are written.
+            lengths_B: how many positions of the prefix are real.
+
+        Returns:
+            The state after the final norm [B, D] and the suffix with slot `slot` written.
+        """
+        x = x_BD[:, None, :]
+        rope = rope_at((lengths_B + slot)[:, None], self.config)
+        if isinstance(self.layers, Layer):
+            x, earlier = self._scan(
+                lambda layer, x, past: layer.think(x, past, rope, lengths_B, slot),
+                x,
+                Past(prefix[0], suffix[0]),
+            )
+        else:
+            written = []
+            for layer, old, new in zip(self.layers, prefix[0], suffix[0], strict=True):
+                x, kv = layer.think(x, Past(old, new), rope, lengths_B, slot)
+                written.append(kv)
+            earlier = tuple(written)
+        x, last = self.last_layer.think(x, Past(prefix[1], suffix[1]), rope, lengths_B, slot)
+        return self.norm(x)[:, 0], (earlier, last)
+
+    def logits(self, h: jax.Array) -> jax.Array:
+        """Next-token logits [..., V] in float32 for states [..., D]."""
+        head = self.embed_tokens() if self.config.tie_word_embeddings else self.lm_head()
+        return jnp.einsum(
+            "...d,vd->...v", h, head.astype(self.dtype), preferred_element_type=jnp.float32
+        )
+
+    def soft_token(self, h_BD: jax.Array) -> jax.Array:
+        """The expected embedding of the next token, softmax(W h) E (LaSER equation 4).
+
+        Logits and softmax are float32: bf16 logits move the soft token by several per cent.
+        """
+        p_BV = jax.nn.softmax(self.logits(h_BD), axis=-1).astype(self.dtype)
+        table = self.embed_tokens().astype(self.dtype)
+        t_BD = jnp.einsum("bv,vd->bd", p_BV, table, preferred_element_type=jnp.float32)
+        return t_BD.astype(self.dtype)
+
+    def layer_states(self, ids_BT: jax.Array) -> jax.Array:
+        """[L + 1, B, T, D]: embeddings, after each layer; the last entry after the final norm."""
+        if isinstance(self.layers, Layer):
+            raise ValueError("layer_states wants unstacked layers; see unstack_layers")
+        x = self.embed(ids_BT)
+        rope = rope_at(jnp.arange(ids_BT.shape[1])[None, :], self.config)
+        states = [x]
+        for layer in [*self.layers, self.last_layer]:
+            x, _ = layer.read(x, rope)
+            states.append(x)
+        return jnp.stack([*states[:-1], self.norm(states[-1])])
+
+    def __call__(self, ids_BT: jax.Array) -> jax.Array:
+        """Logits at every position, [B, T, V] float32: for causal-LM training and for init."""
+        h_BTD, _ = self.read(ids_BT, None)
+        return self.logits(h_BTD)
+
+
+def take_positions(x_BTD: jax.Array, select_BP: jax.Array) -> jax.Array:
+    """The rows of x at the selected positions, [B, P, D]."""
+    return jnp.take_along_axis(x_BTD, select_BP[:, :, None], axis=1)
+
+
+def empty_suffix(prefix: Cache, slots: int) -> Cache:
+    """A zeroed cache for `slots` thinking steps, shaped after the prompt's."""
+
+    def zeros(a: jax.Array) -> jax.Array:
+        return jnp.zeros((*a.shape[:-3], slots, *a.shape[-2:]), a.dtype)
+
+    return jax.tree.map(zeros, prefix)
+
+
+def unstack_layers(variables: Variables) -> Variables:
+    """The scanned layout with `layers` split into `layers_0`, `layers_1`, ...: faster on CPU and
+    GPU inference. Checkpoints and Hugging Face files only know the scanned layout."""
+
+    def split(tree: Any) -> Any:
+        stacked = tree.get("layers")
+        if stacked is None:
+            return tree
+        rest = {name: value for name, value in tree.items() if name != "layers"}
+        count = jax.tree.leaves(stacked)[0].shape[0]
+        layers = {f"layers_{i}": jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(count)}
+        return rest | layers
+
+    return {name: split(tree) for name, tree in variables.items()}
+
+
+def is_stacked(variables: Variables) -> bool:
+    """Whether `variables` are in the scanned layout."""
+    return "layers_0" not in variables["params"]

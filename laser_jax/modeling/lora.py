@@ -1,0 +1,53 @@
+"""A linear projection that may carry a low-rank adapter in the collection `lora`."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from laser_jax.config import LoraConfig
+
+
+class Projection(nn.Module):
+    """y = x W + scale (x A) B, without bias. W is `[in, out]`; A and B are kept in float32.
+
+    A starts uniform in ±1/sqrt(in) as in PEFT, B at zero: a fresh adapter changes nothing.
+    """
+
+    features: int
+    axes: tuple[str, str]
+    lora: LoraConfig | None
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        in_features = x.shape[-1]
+        kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes),
+            (in_features, self.features),
+            self.param_dtype,
+        )
+        y = x @ kernel.astype(self.dtype)
+        if self.lora is None or self.name not in self.lora.targets:
+            return y
+
+        def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+            bound = in_features**-0.5
+            return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+        def zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+            return jnp.zeros(shape, jnp.float32)
+
+        def adapter(name: str, init, shape: tuple[int, int], axes: tuple[str, str]) -> jax.Array:
+            boxed = nn.with_logical_partitioning(init, axes)
+            value = self.variable("lora", name, lambda: boxed(self.make_rng("params"), shape)).value
+            return value.astype(self.dtype)
+
+        rank = self.lora.rank
+        a = adapter("lora_a", uniform, (in_features, rank), (self.axes[0], "lora_rank"))
+        b = adapter("lora_b", zeros, (rank, self.features), ("lora_rank", self.axes[1]))
+        return y + (x @ a) @ b * jnp.asarray(self.lora.scale, self.dtype)

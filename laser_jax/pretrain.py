@@ -1,0 +1,202 @@
+"""Teaches a small backbone to write reasonings: `python -m laser_jax.pretrain --config C`.
+
+LaSER starts from a backbone that can already reason in words. The result is a Hugging Face directory
+with tokenizer, which `laser_jax.train` takes as `model.path`. A finished run is recognised by its
+config and not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from tqdm import tqdm
+
+from laser_jax.config import ConfigError, PretrainConfig, as_dict, parse_command_line
+from laser_jax.data.language_modeling import (
+    LanguageRows,
+    WrittenReasoning,
+    pack_texts,
+    read_language_rows,
+    reasoning_rows,
+)
+from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, train_tokenizer
+from laser_jax.evaluation.beir import read_beir
+from laser_jax.hf import load_params, read_backbone_config, save_params
+from laser_jax.modeling.backbone import Backbone, Variables
+from laser_jax.step import learning_rate_schedule, make_optimizer
+
+REPORT = "pretrain.json"
+
+
+def _predictions(
+    backbone: Backbone, params: Any, rows: LanguageRows
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Logits [B, T-1, V], targets [B, T-1] and which targets count."""
+    logits_BTV = backbone.apply({"params": params}, rows.ids_BT)[:, :-1]
+    return logits_BTV, rows.ids_BT[:, 1:], rows.predict_BT[:, 1:]
+
+
+def _loss(backbone: Backbone, params: Any, rows: LanguageRows) -> jax.Array:
+    logits, targets, counted = _predictions(backbone, params, rows)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return jnp.where(counted, losses, 0.0).sum() / counted.sum()
+
+
+def _batches(rows: LanguageRows, batch_size: int, seed: int) -> Iterator[LanguageRows]:
+    """Endless; every epoch in an order of its own, the tail of one joined to the next."""
+    rng, order = np.random.default_rng(seed), np.empty(0, np.int64)
+    while True:
+        while len(order) < batch_size:
+            order = np.concatenate([order, rng.permutation(len(rows.ids_BT))])
+        chosen, order = order[:batch_size], order[batch_size:]
+        yield jax.tree.map(lambda a, chosen=chosen: a[chosen], rows)
+
+
+def written_right(
+    backbone: Backbone, variables: Variables, rows: LanguageRows, batch_size: int
+) -> float:
+    """The share of rows whose every predicted token is the likeliest one, given those before it:
+    exactly the reasonings that greedy decoding would write without a mistake."""
+
+    @jax.jit
+    def right(variables: Variables, rows: LanguageRows) -> jax.Array:
+        logits, targets, counted = _predictions(backbone, variables["params"], rows)
+        return ((logits.argmax(-1) == targets) | ~counted).all(axis=1)
+
+    total = len(rows.ids_BT)
+    pad = -total % batch_size
+    padded = jax.tree.map(lambda a: np.concatenate([a, np.repeat(a[:1], pad, axis=0)]), rows)
+    parts = [
+        np.asarray(right(variables, jax.tree.map(lambda a, i=i: a[i : i + batch_size], padded)))
+        for i in range(0, total + pad, batch_size)
+    ]
+    return float(np.concatenate(parts)[:total].mean())
+
+
+def _finished(config: PretrainConfig) -> bool:
+    """Whether the output directory already holds the result of this very config."""
+    report = Path(config.output) / REPORT
+    if not report.is_file():
+        return False
+    if json.loads(report.read_text())["config"] != as_dict(config):
+        raise ConfigError(
+            f"{config.output} holds a backbone of another config (see {report}); choose another "
+            "output, or delete that directory"
+        )
+    return True
+
+
+def pretrain(config: PretrainConfig) -> dict[str, Any]:
+    """Runs the causal-LM stage. Returns what `pretrain.json` holds.
+
+    Raises:
+        ConfigError, DataError, DatasetError, HFError, TokenizationError, FileNotFoundError: bad
+            input; the message names it.
+    """
+    output = Path(config.output)
+    if _finished(config):
+        print(f"{output}: already trained with this config")
+        return json.loads((output / REPORT).read_text())
+    texts, reasonings = read_language_rows(config.texts)
+    if config.model.path is not None:
+        tokenizer = load_tokenizer(config.model.path)
+        backbone_config = read_backbone_config(config.model.path)
+        params = load_params(config.model.path, backbone_config, dtype=np.dtype(np.float32))
+    else:
+        assert config.model.scratch is not None
+        written = [t for r in reasonings for t in (r.instruction, r.query, r.reasoning)]
+        tokenizer = train_tokenizer([*texts, *written], config.model.scratch.vocab_size)
+        backbone_config = config.model.scratch.backbone(len(tokenizer))
+        params = None
+    prompts = PromptTokenizer(tokenizer, config.prompt)
+    parts = []
+    if texts:
+        parts.append(pack_texts(texts, prompts, config.row_length))
+    if reasonings:
+        parts.append(reasoning_rows(reasonings, prompts, config.row_length))
+    rows = jax.tree.map(lambda *a: np.concatenate(a), *parts)
+
+    backbone = Backbone(backbone_config, dtype=jnp.dtype(config.model.dtype))
+    if params is None:
+        ids = jnp.zeros((1, 8), jnp.int32)
+        params = jax.jit(lambda key: nn.meta.unbox(backbone.init(key, ids))["params"])(
+            jax.random.key(config.seed)
+        )
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    schedule = learning_rate_schedule(config.optimizer, config.steps)
+
+    @jax.jit
+    def step_fn(params: Any, opt_state: Any, rows: LanguageRows) -> tuple[Any, Any, jax.Array]:
+        loss, grads = jax.value_and_grad(lambda p: _loss(backbone, p, rows))(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    count = sum(a.size for a in jax.tree.leaves(params))
+    print(
+        f"{len(texts)} texts and {len(reasonings)} reasonings in {len(rows.ids_BT)} rows of "
+        f"{config.row_length} tokens; vocabulary {len(tokenizer)}; {count:,} parameters"
+    )
+    opt_state, loss = optimizer.init(params), jnp.zeros(())
+    batches = _batches(rows, config.batch_size, config.seed)
+    began = time.monotonic()
+    progress = tqdm(range(1, config.steps + 1), desc="pretrain", unit="step", mininterval=1.0)
+    for step in progress:
+        params, opt_state, loss = step_fn(params, opt_state, next(batches))
+        if step % config.log_every == 0:
+            progress.set_postfix(loss=f"{float(loss):.3f}", lr=f"{float(schedule(step)):.1e}")
+    report: dict[str, Any] = {
+        "config": as_dict(config),
+        "loss": float(loss),
+        "parameters": count,
+        "train_seconds": round(time.monotonic() - began, 1),
+    }
+    if config.eval is not None:
+        queries = read_beir(config.eval, config.eval_split).queries.values()
+        unseen = [
+            WrittenReasoning(q.instruction or "", q.text, q.reasoning)
+            for q in queries
+            if q.reasoning
+        ]
+        held_out = reasoning_rows(unseen, prompts, config.row_length)
+        report["written_right"] = written_right(
+            backbone, {"params": params}, held_out, config.batch_size
+        )
+        print(
+            f"greedy decoding writes {report['written_right']:.1%} of the {len(unseen)} "
+            f"{config.eval_split} reasonings without a mistake"
+        )
+    save_params(
+        output,
+        jax.device_get({"params": params}),
+        backbone_config,
+        dtype=np.dtype(np.float32),
+        lora=None,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    tokenizer.save_pretrained(output)
+    (output / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    try:
+        pretrain(parse_command_line(PretrainConfig, "python -m laser_jax.pretrain", arguments))
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

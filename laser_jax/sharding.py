@@ -1,0 +1,112 @@
+"""The device mesh and the one table that maps logical axes to it.
+
+Mesh axes: `data` splits the batch, `fsdp` splits the batch and the parameters, `tensor` splits heads,
+feed-forward and vocabulary. Axis types are Auto: XLA propagates shardings, `constrain` pins the few
+that matter. Without a mesh `constrain` does nothing, so `encode` works in anyone's pipeline.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from laser_jax.config import ConfigError, MeshConfig
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> mesh axes. "layers" is the stacking axis; "embed" is the model dimension D.
+AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "layers": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "ffn": "tensor",
+    "vocab": "tensor",
+    "head_dim": None,
+    "lora_rank": None,
+}
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """A mesh over all devices of all processes.
+
+    Raises:
+        ConfigError: when the axes do not multiply to the number of devices.
+    """
+    devices = jax.device_count()
+    sizes = [config.data, config.fsdp, config.tensor]
+    if -1 in sizes:
+        known = -1 * sizes[0] * sizes[1] * sizes[2]
+        sizes[sizes.index(-1)] = devices // known
+    if sizes[0] * sizes[1] * sizes[2] != devices:
+        raise ConfigError(
+            f"mesh (data, fsdp, tensor) = {tuple(sizes)} does not multiply to the {devices} "
+            "devices; set one axis to -1 to let it take what is left"
+        )
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def partition_spec(axes: tuple[str | None, ...], mesh_axes: tuple[str, ...]) -> PartitionSpec:
+    """The logical `axes` of an array as a PartitionSpec over those of `mesh_axes` that exist."""
+
+    def resolve(axis: str | None) -> str | tuple[str, ...] | None:
+        target = None if axis is None else AXIS_RULES[axis]
+        wanted = (target,) if isinstance(target, str) else target or ()
+        present = tuple(a for a in wanted if a in mesh_axes)
+        return present[0] if len(present) == 1 else present or None
+
+    return PartitionSpec(*map(resolve, axes))
+
+
+def _fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Replicates the dimensions that the mesh axes do not divide (a 1-row batch, an odd vocabulary)."""
+
+    def divides(size: int, axes: str | tuple[str, ...] | None) -> bool:
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        parts = 1
+        for name in names:
+            parts *= mesh.shape[name]
+        return size % parts == 0
+
+    return PartitionSpec(
+        *(axes if divides(size, axes) else None for size, axes in zip(shape, spec, strict=True))
+    )
+
+
+def shardings(boxed: Any, mesh: Mesh) -> Any:
+    """NamedShardings for a tree of abstract values whose parameters carry logical axes.
+
+    Args:
+        boxed: `jax.eval_shape` of an init: leaves are `nn.LogicallyPartitioned` or plain
+            (replicated) arrays.
+    """
+
+    def leaf(value: Any) -> NamedSharding:
+        if isinstance(value, nn.LogicallyPartitioned):
+            spec = partition_spec(value.names, mesh.axis_names)
+            return NamedSharding(mesh, _fit(spec, value.value.shape, mesh))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree.map(leaf, boxed, is_leaf=lambda v: isinstance(v, nn.LogicallyPartitioned))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows split over the data axes, everything else whole."""
+    return NamedSharding(mesh, partition_spec(("batch",), mesh.axis_names))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins the sharding of `x` to its logical `axes`; the identity without our mesh.
+
+    Inside another program's mesh (explicit or manual axes, or other names) it also does nothing.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
+        return x
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, mesh.axis_names))

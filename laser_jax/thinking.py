@@ -1,0 +1,91 @@
+"""The latent loop: K hidden states, each but the first fed by the expected next embedding.
+
+LaSER section 3.1; GIRCSE pools the generated states alone. The prompt's keys and values are read
+only; each step writes one slot of a K-sized suffix cache, inside one `lax.scan`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from laser_jax.config import Pooling
+from laser_jax.modeling.backbone import Backbone, Cache, Variables, empty_suffix
+
+
+@struct.dataclass
+class Prefix:
+    """A prompt that has been read: the state of its last token and its keys and values."""
+
+    h_BD: jax.Array
+    cache: Cache
+    lengths_B: jax.Array
+
+
+@struct.dataclass
+class TopTokens:
+    """The next-token distribution at each thinking step, for looking inside."""
+
+    ids_BKn: jax.Array
+    probabilities_BKn: jax.Array
+    entropy_BK: jax.Array
+    """In nats."""
+
+
+def think(
+    backbone: Backbone,
+    variables: Variables,
+    prefix: Prefix,
+    num_thinking_steps: int,
+    pooling: Pooling,
+    *,
+    unroll: int = 1,
+) -> jax.Array:
+    """The K states that are pooled, [B, K, D] float32, un-normalised.
+
+    With pooling `prompt_and_thoughts` (LaSER as released) the first is the prompt's own state and
+    K - 1 soft tokens are generated; with `thoughts` (GIRCSE) K are generated and the prompt's state
+    is left out.
+
+    Raises:
+        ValueError: when `num_thinking_steps` is below 1.
+    """
+    if num_thinking_steps < 1:
+        raise ValueError(f"num_thinking_steps must be at least 1, got {num_thinking_steps}")
+    generated = num_thinking_steps - (pooling == "prompt_and_thoughts")
+    first = prefix.h_BD[:, None].astype(jnp.float32)
+    if generated == 0:
+        return first
+
+    def step(carry: tuple[jax.Array, Cache], slot: jax.Array) -> tuple[Any, jax.Array]:
+        h_BD, suffix = carry
+        token_BD = backbone.apply(variables, h_BD, method="soft_token")
+        h_BD, suffix = backbone.apply(
+            variables, token_BD, prefix.cache, suffix, prefix.lengths_B, slot, method="think"
+        )
+        return (h_BD, suffix), h_BD
+
+    carry = (prefix.h_BD, empty_suffix(prefix.cache, generated))
+    _, h_KBD = jax.lax.scan(step, carry, jnp.arange(generated), unroll=unroll)
+    thoughts = jnp.swapaxes(h_KBD, 0, 1).astype(jnp.float32)
+    if pooling == "thoughts":
+        return thoughts
+    return jnp.concatenate([first, thoughts], axis=1)
+
+
+def top_tokens(
+    backbone: Backbone, variables: Variables, hidden_BKD: jax.Array, n: int
+) -> TopTokens:
+    """What each state would say next: its n likeliest tokens and the entropy of all of them."""
+
+    def one_step(h_BD: jax.Array) -> TopTokens:
+        logits_BV = backbone.apply(variables, h_BD.astype(backbone.dtype), method="logits")
+        log_p_BV = jax.nn.log_softmax(logits_BV, axis=-1)
+        top, ids = jax.lax.top_k(log_p_BV, n)
+        return TopTokens(ids, jnp.exp(top), -(jnp.exp(log_p_BV) * log_p_BV).sum(axis=-1))
+
+    by_step = jax.lax.map(one_step, jnp.swapaxes(hidden_BKD, 0, 1))
+    return jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), by_step)

@@ -1,0 +1,349 @@
+"""Trains a retriever: `python -m laser_jax.train --config configs/local.yaml [--dotted.key value]`.
+
+The output directory holds `config.json`, `metrics.jsonl`, `checkpoints/`, and at the end
+`model/` (Hugging Face layout with everything needed to use it), `adapter/` (PEFT, with LoRA) and
+`results.json`. The same command again resumes where a stopped run was saved.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from laser_jax.checkpoint import Checkpoints
+from laser_jax.config import (
+    BackboneConfig,
+    Config,
+    ConfigError,
+    RetrieverConfig,
+    as_dict,
+    parse_command_line,
+    save_retriever_config,
+)
+from laser_jax.data.pipeline import training_batches
+from laser_jax.data.schema import TrainingRow, read_training_rows
+from laser_jax.data.tokenization import (
+    PromptTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
+from laser_jax.encoder import LatentEncoder, backbone_for, load_pretrained
+from laser_jax.evaluation.beir import read_beir
+from laser_jax.evaluation.retrieval import format_table, retrieval_runs, score_runs
+from laser_jax.hf import load_params, read_backbone_config, save_adapter, save_params
+from laser_jax.modeling.backbone import Backbone, Variables
+from laser_jax.sharding import make_mesh
+from laser_jax.step import (
+    FrozenTeacher,
+    compile_train_step,
+    init_state,
+    learning_rate_schedule,
+    make_optimizer,
+    make_train_step,
+)
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on."""
+
+
+class StopSignal:
+    """Remembers SIGTERM and SIGINT, so that the loop can save and leave between two steps."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+
+
+class MetricsLog:
+    """`metrics.jsonl`: a line per logged step. A resumed run drops the lines after its start."""
+
+    def __init__(self, path: Path, start: int):
+        kept = []
+        if path.is_file():
+            lines = path.read_text().splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= start]
+        path.write_text("".join(f"{line}\n" for line in kept))
+        self._file = path.open("a")
+
+    def write(self, metrics: dict[str, float]) -> None:
+        self._file.write(json.dumps(metrics) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _tokenizer_and_backbone(
+    config: Config, rows: Sequence[TrainingRow]
+) -> tuple[Tokenizer, BackboneConfig]:
+    model = config.model
+    if model.path is not None:
+        return load_tokenizer(model.path), read_backbone_config(model.path)
+    assert model.scratch is not None
+    texts = {
+        text
+        for row in rows
+        for text in (
+            row.query,
+            row.reasoning_query,
+            row.prompt,
+            *row.positive_passages,
+            *row.negative_passages,
+        )
+    }
+    tokenizer = train_tokenizer(sorted(texts), model.scratch.vocab_size)
+    return tokenizer, model.scratch.backbone(len(tokenizer))
+
+
+def _load_teacher(config: Config) -> tuple[FrozenTeacher | None, Variables | None]:
+    directory = config.objective.teacher
+    if directory is None:
+        return None, None
+    variables, retriever = load_pretrained(directory)
+    variables = jax.device_put(variables)
+    teacher = FrozenTeacher(backbone_for(retriever, variables), retriever.num_thinking_steps)
+    return teacher, variables
+
+
+def _claim_output(config: Config) -> Path:
+    """Makes the output directory, or recognises it as this very run's.
+
+    Raises:
+        ConfigError: when it belongs to a run with another config.
+    """
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    path, values = output / "config.json", as_dict(config)
+    if path.is_file():
+        before = json.loads(path.read_text())
+        changed = sorted(_differing_keys(before, values))
+        if changed:
+            raise ConfigError(
+                f"{output} holds a run with another config (differs in {', '.join(changed)}); "
+                "choose another --output, or delete that directory"
+            )
+    else:
+        path.write_text(json.dumps(values, indent=2) + "\n")
+    return output
+
+
+def _differing_keys(a: Any, b: Any, prefix: str = "") -> list[str]:
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return [] if a == b else [prefix]
+    return [
+        key
+        for name in sorted({*a, *b})
+        for key in _differing_keys(a.get(name), b.get(name), f"{prefix}.{name}" if prefix else name)
+    ]
+
+
+def export_model(
+    output: Path,
+    config: Config,
+    backbone: BackboneConfig,
+    variables: Variables,
+    tokenizer: Tokenizer,
+) -> RetrieverConfig:
+    """Writes `model/` (merged) and, with LoRA, `adapter/`. Returns the retriever's config."""
+    host = jax.device_get(variables)
+    eos, bos, pad = (getattr(tokenizer, f"{name}_token_id") for name in ("eos", "bos", "pad"))
+    save_params(
+        output / "model",
+        host,
+        backbone,
+        dtype=config.model.param_dtype,
+        lora=config.lora,
+        eos_token_id=eos,
+        bos_token_id=bos,
+        pad_token_id=pad,
+    )
+    tokenizer.save_pretrained(output / "model")
+    retriever = RetrieverConfig(
+        backbone=backbone,
+        num_thinking_steps=config.objective.num_thinking_steps,
+        pooling=config.objective.pooling,
+        prompt=config.prompt,
+        dtype=config.model.dtype,
+    )
+    save_retriever_config(retriever, output / "model")
+    if config.lora is not None:
+        save_adapter(
+            output / "adapter",
+            host["lora"],
+            config.lora,
+            backbone,
+            base_model=config.model.path or "",
+        )
+    return retriever
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Runs or resumes the training that `config` describes.
+
+    Returns:
+        What `results.json` holds: the scores of the evaluation (empty without `data.eval`), the
+        last metrics, parameter counts and seconds.
+
+    Raises:
+        ConfigError, DataError, DatasetError, HFError, TokenizationError, FileNotFoundError: bad
+            input; the message names it.
+        TrainingError: the loss is not finite.
+    """
+    stop = StopSignal()
+    rows = read_training_rows(config.data.train)
+    dataset = read_beir(config.data.eval, config.data.eval_split) if config.data.eval else None
+    tokenizer, backbone_config = _tokenizer_and_backbone(config, rows)
+    prompts = PromptTokenizer(tokenizer, config.prompt)
+    output = _claim_output(config)
+
+    mesh = make_mesh(config.mesh)
+    rows_in_parallel = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.train.batch_size % rows_in_parallel:
+        raise ConfigError(
+            f"train.batch_size {config.train.batch_size} must be a multiple of the "
+            f"{rows_in_parallel} devices that share the batch"
+        )
+    steps = config.train.steps
+    if steps is None:
+        steps = math.ceil(config.train.epochs * len(rows) / config.train.batch_size)
+
+    backbone = Backbone(
+        backbone_config,
+        lora=config.lora,
+        dtype=jnp.dtype(config.model.dtype),
+        param_dtype=jnp.dtype(jnp.float32),
+    )
+    optimizer = make_optimizer(config.optimizer, steps)
+    schedule = learning_rate_schedule(config.optimizer, steps)
+    base = None
+    if config.model.path is not None:
+        dtype = jnp.dtype(config.model.param_dtype)
+        base = {"params": load_params(config.model.path, backbone_config, dtype=dtype)}
+    state, layouts = init_state(
+        backbone, optimizer, mesh, config.train.seed, base, jnp.dtype(config.model.param_dtype)
+    )
+    del base
+    teacher, teacher_variables = _load_teacher(config)
+    batches = iter(
+        training_batches(
+            rows,
+            prompts,
+            config.data,
+            num_steps=config.objective.num_thinking_steps,
+            keyframes=config.objective.keyframes,
+            batch_size=config.train.batch_size,
+            seed=config.train.seed,
+            need_explicit=config.objective.need_explicit_view,
+        )
+    )
+
+    checkpoints = Checkpoints(output / "checkpoints", config.train.keep_checkpoints)
+    if (latest := checkpoints.latest()) is not None:
+        state, data_state = checkpoints.restore(latest, state)
+        batches.set_state(data_state)
+        print(f"resumed at step {latest} from {output / 'checkpoints'}")
+    trained_count = sum(a.size for a in jax.tree.leaves(state.trained))
+    total_count = trained_count + sum(a.size for a in jax.tree.leaves(state.frozen))
+    print(
+        f"{len(rows)} rows, {steps} steps of {config.train.batch_size} queries; "
+        f"{trained_count:,} of {total_count:,} parameters are trained, on "
+        f"{jax.device_count()} {jax.default_backend()} device(s)"
+    )
+
+    with jax.set_mesh(mesh):
+        step_fn = compile_train_step(
+            make_train_step(backbone, config, optimizer, schedule, teacher), layouts, mesh
+        )
+        start = int(state.step)
+        log = MetricsLog(output / "metrics.jsonl", start)
+        metrics: dict[str, float] = {}
+        began = time.monotonic()
+        progress = tqdm(total=steps, initial=start, desc="train", unit="step", mininterval=1.0)
+        for step in range(start + 1, steps + 1):
+            state, arrays = step_fn(state, next(batches), teacher_variables)
+            progress.update()
+            if step % config.train.log_every == 0 or step == steps:
+                metrics = {"step": step} | {k: float(v) for k, v in sorted(arrays.items())}
+                _require_finite(metrics, output)
+                log.write(metrics)
+                progress.set_postfix(loss=f"{metrics['loss']:.3f}")
+            if step % config.train.checkpoint_every == 0 or step == steps or stop.received:
+                checkpoints.save(state, batches.get_state())
+            if stop.received:
+                break
+        progress.close()
+        log.close()
+        checkpoints.close()
+        seconds = time.monotonic() - began
+    if stop.received and int(state.step) < steps:
+        print(
+            f"{stop.received}: saved at step {int(state.step)} of {steps}; "
+            "the same command goes on from there"
+        )
+        sys.exit(0)
+
+    retriever = export_model(output, config, backbone_config, state.variables, tokenizer)
+    results: dict[str, Any] = {
+        "metrics": metrics,
+        "scores": {},
+        "steps": steps,
+        "trained_parameters": trained_count,
+        "parameters": total_count,
+        "train_seconds": round(seconds, 1),
+        "steps_timed": steps - start,
+    }
+    if dataset is not None:
+        encoder = LatentEncoder(
+            state.variables,
+            replace(retriever, lora=config.lora),
+            batch_size=config.train.eval_batch_size,
+            length_multiple=config.data.length_multiple,
+        )
+        runs = retrieval_runs(
+            encoder, prompts, dataset, config.train.eval_thinking_steps, progress=True
+        )
+        results["scores"] = score_runs(runs, dataset)
+        print(f"{config.data.eval} ({config.data.eval_split}, {len(dataset.queries)} queries)")
+        print(format_table(results["scores"]))
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(f"model: {output / 'model'}")
+    return results
+
+
+def _require_finite(metrics: dict[str, float], output: Path) -> None:
+    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+    if bad:
+        raise TrainingError(
+            f"step {metrics['step']}: {', '.join(bad)} not finite. The last checkpoint in "
+            f"{output / 'checkpoints'} is kept; lower optimizer.learning_rate, or train in float32"
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    try:
+        train(parse_command_line(Config, "python -m laser_jax.train", arguments))
+    except (ValueError, FileNotFoundError, TrainingError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

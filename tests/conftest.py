@@ -1,0 +1,66 @@
+"""Eight CPU devices, strict dtypes and ranks, and fixtures for what lies outside the repository.
+
+With LASER_REQUIRE_SHARED=1, as in .ci/run, a session does not start without the golden numbers, the
+data, torch and peft, so no test that needs them can be skipped unnoticed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+# jax reads both when it is first imported.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+_SHARED = Path(__file__).resolve().parents[2] / "shared"
+_GOLDEN = Path(os.environ.get("LASER_GOLDEN", _SHARED / "golden"))
+_DATA = _SHARED / "data"
+
+
+def _folder_absent(path: Path) -> str | None:
+    return None if path.is_dir() else f"{path} is absent"
+
+
+def _torch_absent() -> str | None:
+    missing = [name for name in ("torch", "peft") if importlib.util.find_spec(name) is None]
+    return f"{' and '.join(missing)} absent: pip install laser-jax[parity]" if missing else None
+
+
+def pytest_configure() -> None:
+    absent = [_folder_absent(_GOLDEN), _folder_absent(_DATA), _torch_absent()]
+    reasons = [reason for reason in absent if reason is not None]
+    if os.environ.get("LASER_REQUIRE_SHARED") == "1" and reasons:
+        raise pytest.UsageError("LASER_REQUIRE_SHARED=1, but " + "; ".join(reasons))
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """The reference implementation's numbers; LASER_GOLDEN names another folder."""
+    if reason := _folder_absent(_GOLDEN):
+        pytest.skip(reason)
+    return _GOLDEN
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The evaluation and training sets beside the repository."""
+    if reason := _folder_absent(_DATA):
+        pytest.skip(reason)
+    return _DATA
+
+
+@pytest.fixture(scope="session")
+def require_torch() -> None:
+    """Skips where torch or peft is not installed."""
+    if reason := _torch_absent():
+        pytest.skip(reason)

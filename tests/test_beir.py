@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from laser_jax.evaluation.beir import (
+    DatasetError,
+    Document,
+    EvalQuery,
+    read_beir,
+    read_corpus,
+    read_qrels,
+    read_queries,
+    read_trec_run,
+    write_trec_run,
+)
+
+HEADER = "query-id\tcorpus-id\tscore\n"
+
+
+def write_lines(path: Path, rows: list[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def beir(tmp_path: Path) -> Path:
+    write_lines(
+        tmp_path / "corpus.jsonl",
+        [
+            {"_id": "d1", "title": "Title", "text": "body"},
+            {"_id": "d2", "title": "", "text": "untitled"},
+            {"_id": "d3", "text": "no title field", "metadata": {}},
+        ],
+    )
+    write_lines(
+        tmp_path / "queries.jsonl",
+        [
+            {"_id": "q1", "text": "plain", "answer": "ignored"},
+            {
+                "_id": "q2",
+                "text": "rich",
+                "instruction": "find",
+                "reasoning": "a\n\nb",
+                "excluded_ids": ["d1", "d3"],
+            },
+            {"_id": "q3", "text": "of another split", "instruction": None},
+        ],
+    )
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "test.tsv").write_text(HEADER + "q2\td2\t2\nq1\td1\t1\nq1\td2\t0\n")
+    (tmp_path / "qrels" / "dev.tsv").write_text(HEADER + "q3\td1\t1\n")
+    return tmp_path
+
+
+def test_a_document_is_its_title_and_text_or_its_text_alone(beir: Path) -> None:
+    assert read_corpus(beir) == [
+        Document("d1", "Title body"),
+        Document("d2", "untitled"),
+        Document("d3", "no title field"),
+    ]
+
+
+def test_the_extra_fields_of_a_query_are_optional(beir: Path) -> None:
+    assert read_queries(beir) == {
+        "q1": EvalQuery("q1", "plain"),
+        "q2": EvalQuery("q2", "rich", "find", "a\n\nb", ("d1", "d3")),
+        "q3": EvalQuery("q3", "of another split"),
+    }
+
+
+def test_a_split_holds_the_queries_it_judges(beir: Path) -> None:
+    dataset = read_beir(beir, "test")
+    assert list(dataset.queries) == ["q1", "q2"]
+    assert dataset.qrels == {"q2": {"d2": 2}, "q1": {"d1": 1, "d2": 0}}
+    assert len(dataset.documents) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "documents", "queries"),
+    [
+        ("2wiki", 9616, 164),
+        ("entailmentbank", 11763, 340),
+        ("musique", 5021, 200),
+        ("scifact", 5183, 300),
+        ("strategyqa", 6096, 229),
+    ],
+)
+def test_shared_datasets_have_the_counts_of_their_readme(
+    shared_data: Path, name: str, documents: int, queries: int
+) -> None:
+    dataset = read_beir(shared_data / name, "test")
+    assert (len(dataset.documents), len(dataset.queries)) == (documents, queries)
+    assert all(query.instruction for query in dataset.queries.values())
+    assert all(bool(query.reasoning) == (name != "scifact") for query in dataset.queries.values())
+
+
+def test_a_missing_split_names_those_present(beir: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"train\.tsv is missing; splits present: dev, test"
+    ):
+        read_qrels(beir, "train")
+
+
+def test_a_missing_corpus_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"corpus\.jsonl is missing"):
+        read_corpus(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("q1\td1\t1\n", r"test\.tsv:1: the header is missing"),
+        (HEADER + "q1 d1 1\n", r"test\.tsv:2: wanted query-id, corpus-id and score between tabs"),
+        (HEADER + "q1\td1\t0.5\n", r"test\.tsv:2: the score must be an integer, got '0\.5'"),
+        (HEADER + "q1\td1\t1\nq1\td1\t0\n", r"test\.tsv:3: .* have score 1 above and 0 here"),
+        (HEADER, r"test\.tsv: holds no judgement"),
+        (HEADER + "q9\td1\t1\n", r"test\.tsv judges 1 queries that queries\.jsonl lacks.*'q9'"),
+    ],
+)
+def test_faulty_qrels_are_refused_with_their_line(beir: Path, content: str, message: str) -> None:
+    (beir / "qrels" / "test.tsv").write_text(content)
+    with pytest.raises(DatasetError, match=message):
+        read_beir(beir, "test")
+
+
+def test_the_same_judgement_twice_is_one_judgement(beir: Path) -> None:
+    (beir / "qrels" / "test.tsv").write_text(HEADER + "q1\td1\t1\nq1\td1\t1\n\n")
+    assert read_qrels(beir, "test") == {"q1": {"d1": 1}}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "wanted a JSON object, got list"),
+        ('{"text": "t"}', r"no field '_id'; the fields are \['text'\]"),
+        ('{"_id": 7, "text": "t"}', "field '_id' must be a string, got 7"),
+        ('{"_id": "d1", "text": "t"}', "document id 'd1' stands here for the second time"),
+        ('{"_id": "d9", "text": "t", "title": 1}', "field 'title' must be a string"),
+    ],
+)
+def test_a_faulty_document_is_refused_with_its_line(beir: Path, line: str, message: str) -> None:
+    path = beir / "corpus.jsonl"
+    path.write_text(path.read_text() + "\n" + line + "\n")
+    with pytest.raises(DatasetError, match=re.escape(str(path)) + ":5: " + message):
+        read_corpus(beir)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"_id": "q1", "text": "t"}, "query id 'q1' stands here for the second time"),
+        ({"_id": "q9"}, "no field 'text'"),
+        ({"_id": "q9", "text": "t", "reasoning": ["a"]}, "field 'reasoning' must be a string"),
+        ({"_id": "q9", "text": "t", "excluded_ids": "d1"}, "must be a list of strings, got 'd1'"),
+    ],
+)
+def test_a_faulty_query_is_refused_with_its_line(
+    beir: Path, row: dict[str, object], message: str
+) -> None:
+    path = beir / "queries.jsonl"
+    path.write_text(path.read_text() + json.dumps(row) + "\n")
+    with pytest.raises(DatasetError, match=re.escape(str(path)) + ":4: .*" + message):
+        read_queries(beir)
+
+
+def test_an_empty_corpus_is_refused(beir: Path) -> None:
+    (beir / "corpus.jsonl").write_text("\n")
+    with pytest.raises(DatasetError, match="holds no document"):
+        read_corpus(beir)
+
+
+def test_a_run_survives_writing_and_reading(tmp_path: Path) -> None:
+    run = {
+        "q1": {"plain": 0.1, "with  two blanks.txt": 1 / 3, "no-break\u00a0space": -2.5e-8},
+        "q2": {"line\u2028separator": 1e30, "7": 0.0},
+    }
+    write_trec_run(run, tmp_path / "run.trec", "laser")
+    assert read_trec_run(tmp_path / "run.trec") == run
+
+
+def test_a_run_is_written_in_the_order_of_trec_eval(tmp_path: Path) -> None:
+    write_trec_run({"q": {"a": 0.5, "c": 0.25, "b": 0.5}}, tmp_path / "run.trec", "tag")
+    assert (tmp_path / "run.trec").read_text() == (
+        "q Q0 b 1 0.5 tag\nq Q0 a 2 0.5 tag\nq Q0 c 3 0.25 tag\n"
+    )
+
+
+def test_a_run_is_read_from_both_ends(tmp_path: Path) -> None:
+    path = tmp_path / "run.txt.gz"
+    with gzip.open(path, "wt") as file:
+        file.write("0 Q0 a/file 1 .txt 1 0.5 t\n\n0\tQ0\tb\t2\t0.25\tt\r\n")
+    assert read_trec_run(path) == {"0": {"a/file 1 .txt": 0.5, "b": 0.25}}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("q Q0 d 1 0.5", "wanted 'qid Q0 docid rank score tag'"),
+        ("q Q0 d first 0.5 t", "wanted 'qid Q0 docid rank score tag'"),
+        ("q Q0 d 1 high t", "the score must be a number, got 'high'"),
+        ("q Q0 a 2 0.5 t", "query 'q' ranks 'a' a second time"),
+    ],
+)
+def test_a_faulty_run_is_refused_with_its_line(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "run.trec"
+    path.write_text("q Q0 a 1 1.0 t\n" + line + "\n")
+    with pytest.raises(DatasetError, match=re.escape(str(path)) + ":2: " + message):
+        read_trec_run(path)
+
+
+@pytest.mark.parametrize(
+    ("run", "tag"),
+    [
+        ({"q 1": {"d": 1.0}}, "t"),
+        ({"q": {"d": 1.0}}, "two words"),
+        ({"q": {"d": 1.0}}, ""),
+        ({"q": {" d": 1.0}}, "t"),
+        ({"q": {"d\ne": 1.0}}, "t"),
+        ({"q": {"": 1.0}}, "t"),
+        ({"q": {"d": float("nan")}}, "t"),
+    ],
+)
+def test_what_could_not_be_read_back_is_not_written(
+    tmp_path: Path, run: dict[str, dict[str, float]], tag: str
+) -> None:
+    with pytest.raises(ValueError, match=r"TREC run|NaN"):
+        write_trec_run(run, tmp_path / "run.trec", tag)
+    assert not (tmp_path / "run.trec").exists()
