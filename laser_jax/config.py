@@ -1,7 +1,7 @@
 """Every setting of laser_jax, as frozen dataclasses. No jax in here.
 
 The YAML files under `configs/` and the dotted flags of `python -m laser_jax.train` fill `Config`;
-unknown keys and wrong types are refused by jsonargparse, impossible values by `__post_init__` below.
+unknown keys and wrong types are refused by jsonargparse, impossible values by `__post_init__`.
 `RetrieverConfig` is the part that travels with a trained model, as `laser_config.json`.
 """
 
@@ -489,7 +489,7 @@ def from_dict(cls: type[C], values: dict[str, Any], *, source: str) -> C:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, "value")
     try:
-        return parser.instantiate_classes(parser.parse_object({"value": values})).value
+        return parser.instantiate(parser.parse_object({"value": values}))["value"]
     except (jsonargparse.ArgumentError, ConfigError) as error:
         raise ConfigError(f"{source}: {error}") from error
 

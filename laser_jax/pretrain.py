@@ -1,8 +1,8 @@
 """Teaches a small backbone to write reasonings: `python -m laser_jax.pretrain --config C`.
 
-LaSER starts from a backbone that can already reason in words. The result is a Hugging Face directory
-with tokenizer, which `laser_jax.train` takes as `model.path`. A finished run is recognised by its
-config and not repeated.
+LaSER starts from a backbone that can already reason in words. The result is a Hugging Face
+directory with tokenizer, which `laser_jax.train` takes as `model.path`. A finished run is
+recognised by its config and not repeated.
 """
 
 from __future__ import annotations
@@ -29,7 +29,12 @@ from laser_jax.data.language_modeling import (
     read_language_rows,
     reasoning_rows,
 )
-from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, train_tokenizer
+from laser_jax.data.tokenization import (
+    PromptTokenizer,
+    load_tokenizer,
+    special_token_ids,
+    train_tokenizer,
+)
 from laser_jax.evaluation.beir import read_beir
 from laser_jax.hf import load_params, read_backbone_config, save_params
 from laser_jax.modeling.backbone import Backbone, Variables
@@ -42,7 +47,7 @@ def _predictions(
     backbone: Backbone, params: Any, rows: LanguageRows
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Logits [B, T-1, V], targets [B, T-1] and which targets count."""
-    logits_BTV = backbone.apply({"params": params}, rows.ids_BT)[:, :-1]
+    logits_BTV = nn.apply(Backbone.__call__, backbone)({"params": params}, rows.ids_BT)[:, :-1]
     return logits_BTV, rows.ids_BT[:, 1:], rows.predict_BT[:, 1:]
 
 
@@ -153,7 +158,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     for step in progress:
         params, opt_state, loss = step_fn(params, opt_state, next(batches))
         if step % config.log_every == 0:
-            progress.set_postfix(loss=f"{float(loss):.3f}", lr=f"{float(schedule(step)):.1e}")
+            progress.set_postfix(loss=f"{float(loss):.3f}", lr=f"{np.asarray(schedule(step)):.1e}")
     report: dict[str, Any] = {
         "config": as_dict(config),
         "loss": float(loss),
@@ -181,9 +186,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         backbone_config,
         dtype=np.dtype(np.float32),
         lora=None,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **special_token_ids(tokenizer),
     )
     tokenizer.save_pretrained(output)
     (output / REPORT).write_text(json.dumps(report, indent=2) + "\n")

@@ -1,13 +1,15 @@
 """The device mesh and the one table that maps logical axes to it.
 
-Mesh axes: `data` splits the batch, `fsdp` splits the batch and the parameters, `tensor` splits heads,
-feed-forward and vocabulary. Axis types are Auto: XLA propagates shardings, `constrain` pins the few
-that matter. Without a mesh `constrain` does nothing, so `encode` works in anyone's pipeline.
+Mesh axes: `data` splits the batch, `fsdp` splits the batch and the parameters, `tensor` splits
+heads, feed-forward and vocabulary. Axis types are Auto: XLA propagates shardings, `constrain` pins
+the few that matter. Without a mesh `constrain` does nothing, so `encode` works in anyone's
+pipeline.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -50,6 +52,12 @@ def make_mesh(config: MeshConfig) -> Mesh:
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def with_axes(init: Callable[..., jax.Array], axes: tuple[str, ...]) -> Callable[..., jax.Array]:
+    """The initializer with logical `axes` on its result. Flax boxes the array for that and unboxes
+    it wherever a module reads it, which its types do not say."""
+    return cast("Callable[..., jax.Array]", nn.with_logical_partitioning(init, axes))
+
+
 def partition_spec(axes: tuple[str | None, ...], mesh_axes: tuple[str, ...]) -> PartitionSpec:
     """The logical `axes` of an array as a PartitionSpec over those of `mesh_axes` that exist."""
 
@@ -63,7 +71,7 @@ def partition_spec(axes: tuple[str | None, ...], mesh_axes: tuple[str, ...]) -> 
 
 
 def _fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Replicates the dimensions that the mesh axes do not divide (a 1-row batch, an odd vocabulary)."""
+    """Replicates dimensions that the mesh axes do not divide (a 1-row batch, an odd vocabulary)."""
 
     def divides(size: int, axes: str | tuple[str, ...] | None) -> bool:
         names = (axes,) if isinstance(axes, str) else axes or ()

@@ -1,13 +1,13 @@
 """The training state and one optimizer step, as pure functions of arrays.
 
-What is trained is the collection `lora` where adapters exist and `params` otherwise; the rest of the
-variables is frozen and passes through untouched.
+What is trained is the collection `lora` where adapters exist and `params` otherwise; the rest of
+the variables is frozen and passes through untouched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
@@ -83,8 +83,8 @@ def objective_terms(
         )
 
     documents_CD = teacher_documents_CD = constrain(pool(document_hidden_CKD), None, None)
-    explicit, view = batch.explicit, None
-    if not objective.need_explicit_view or explicit is None:
+    explicit, keyframes_BK, view = batch.explicit, batch.keyframes_BK, None
+    if not objective.need_explicit_view or explicit is None or keyframes_BK is None:
         hidden_BKD = latent_view(backbone, variables, queries.ids_BT, queries.lengths_B, K, pooling)
     elif teacher is not None:
         hidden_BKD = latent_view(backbone, variables, queries.ids_BT, queries.lengths_B, K, pooling)
@@ -93,7 +93,7 @@ def objective_terms(
             teacher_variables,
             explicit.ids_BT,
             explicit.lengths_B,
-            batch.keyframes_BK,
+            keyframes_BK,
         )
         teacher_hidden_CKD = latent_view(
             teacher.backbone,
@@ -111,15 +111,13 @@ def objective_terms(
             explicit.ids_BT,
             explicit.lengths_B,
             queries.lengths_B,
-            batch.keyframes_BK,
+            keyframes_BK,
             K,
             pooling,
         )
     else:
         hidden_BKD = latent_view(backbone, variables, queries.ids_BT, queries.lengths_B, K, pooling)
-        view = explicit_view(
-            backbone, variables, explicit.ids_BT, explicit.lengths_B, batch.keyframes_BK
-        )
+        view = explicit_view(backbone, variables, explicit.ids_BT, explicit.lengths_B, keyframes_BK)
     return laser_loss(
         hidden_BKD,
         view.final_BD if view else None,
@@ -181,7 +179,7 @@ def make_train_step(
         def loss(trained: Any) -> tuple[jax.Array, Terms]:
             terms = objective_terms(
                 backbone,
-                state.replace(trained=trained).variables,
+                replace(state, trained=trained).variables,
                 batch,
                 config.objective,
                 scale,
@@ -193,10 +191,11 @@ def make_train_step(
         grads, terms = jax.grad(loss, has_aux=True)(state.trained)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
         metrics = terms | {
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
-        new = state.replace(
+        new = replace(
+            state,
             step=state.step + 1,
             trained=optax.apply_updates(state.trained, updates),
             opt_state=opt_state,
@@ -257,7 +256,8 @@ def init_state(
         frozen=params if with_adapters else None,
         opt_state=jax.jit(optimizer.init, out_shardings=opt_layout)(trained),
     )
-    layouts = TrainState(
+    layouts = replace(
+        state,
         step=replicated,
         trained=trained_layout,
         frozen=layout["params"] if with_adapters else None,

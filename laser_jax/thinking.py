@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from laser_jax.config import Pooling
+from laser_jax.modeling.attention import accumulation_dtype
 from laser_jax.modeling.backbone import Backbone, Cache, Variables, empty_suffix
 
 
@@ -56,21 +58,22 @@ def think(
     if num_thinking_steps < 1:
         raise ValueError(f"num_thinking_steps must be at least 1, got {num_thinking_steps}")
     generated = num_thinking_steps - (pooling == "prompt_and_thoughts")
-    first = prefix.h_BD[:, None].astype(jnp.float32)
+    wide = accumulation_dtype(prefix.h_BD.dtype)
+    first = prefix.h_BD[:, None].astype(wide)
     if generated == 0:
         return first
 
     def step(carry: tuple[jax.Array, Cache], slot: jax.Array) -> tuple[Any, jax.Array]:
         h_BD, suffix = carry
-        token_BD = backbone.apply(variables, h_BD, method="soft_token")
-        h_BD, suffix = backbone.apply(
-            variables, token_BD, prefix.cache, suffix, prefix.lengths_B, slot, method="think"
+        token_BD = nn.apply(Backbone.soft_token, backbone)(variables, h_BD)
+        h_BD, suffix = nn.apply(Backbone.think, backbone)(
+            variables, token_BD, prefix.cache, suffix, prefix.lengths_B, slot
         )
         return (h_BD, suffix), h_BD
 
     carry = (prefix.h_BD, empty_suffix(prefix.cache, generated))
     _, h_KBD = jax.lax.scan(step, carry, jnp.arange(generated), unroll=unroll)
-    thoughts = jnp.swapaxes(h_KBD, 0, 1).astype(jnp.float32)
+    thoughts = jnp.swapaxes(h_KBD, 0, 1).astype(wide)
     if pooling == "thoughts":
         return thoughts
     return jnp.concatenate([first, thoughts], axis=1)
@@ -82,7 +85,7 @@ def top_tokens(
     """What each state would say next: its n likeliest tokens and the entropy of all of them."""
 
     def one_step(h_BD: jax.Array) -> TopTokens:
-        logits_BV = backbone.apply(variables, h_BD.astype(backbone.dtype), method="logits")
+        logits_BV = nn.apply(Backbone.logits, backbone)(variables, h_BD.astype(backbone.dtype))
         log_p_BV = jax.nn.log_softmax(logits_BV, axis=-1)
         top, ids = jax.lax.top_k(log_p_BV, n)
         return TopTokens(ids, jnp.exp(top), -(jnp.exp(log_p_BV) * log_p_BV).sum(axis=-1))

@@ -38,11 +38,17 @@ from laser_jax.data.tokenization import (
     PromptTokenizer,
     Tokenizer,
     load_tokenizer,
+    special_token_ids,
     train_tokenizer,
 )
 from laser_jax.encoder import LatentEncoder, backbone_for, load_pretrained
 from laser_jax.evaluation.beir import read_beir
-from laser_jax.evaluation.retrieval import format_table, retrieval_runs, score_runs
+from laser_jax.evaluation.retrieval import (
+    format_table,
+    require_instructions,
+    retrieval_runs,
+    score_runs,
+)
 from laser_jax.hf import load_params, read_backbone_config, save_adapter, save_params
 from laser_jax.modeling.backbone import Backbone, Variables
 from laser_jax.sharding import make_mesh
@@ -80,6 +86,7 @@ class MetricsLog:
         if path.is_file():
             lines = path.read_text().splitlines()
             kept = [line for line in lines if json.loads(line)["step"] <= start]
+        self.last: dict[str, float] = json.loads(kept[-1]) if kept else {}
         path.write_text("".join(f"{line}\n" for line in kept))
         self._file = path.open("a")
 
@@ -123,25 +130,24 @@ def _load_teacher(config: Config) -> tuple[FrozenTeacher | None, Variables | Non
     return teacher, variables
 
 
-def _claim_output(config: Config) -> Path:
-    """Makes the output directory, or recognises it as this very run's.
+def _refuse_other_run(config: Config) -> None:
+    """Raises a ConfigError when the output directory belongs to a run with another config."""
+    path = Path(config.output) / "config.json"
+    if not path.is_file():
+        return
+    changed = sorted(_differing_keys(json.loads(path.read_text()), as_dict(config)))
+    if changed:
+        raise ConfigError(
+            f"{config.output} holds a run with another config (differs in {', '.join(changed)}); "
+            "choose another --output, or delete that directory"
+        )
 
-    Raises:
-        ConfigError: when it belongs to a run with another config.
-    """
+
+def _claim_output(config: Config) -> Path:
+    """Makes the output directory and marks it as this run's."""
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    path, values = output / "config.json", as_dict(config)
-    if path.is_file():
-        before = json.loads(path.read_text())
-        changed = sorted(_differing_keys(before, values))
-        if changed:
-            raise ConfigError(
-                f"{output} holds a run with another config (differs in {', '.join(changed)}); "
-                "choose another --output, or delete that directory"
-            )
-    else:
-        path.write_text(json.dumps(values, indent=2) + "\n")
+    (output / "config.json").write_text(json.dumps(as_dict(config), indent=2) + "\n")
     return output
 
 
@@ -164,16 +170,13 @@ def export_model(
 ) -> RetrieverConfig:
     """Writes `model/` (merged) and, with LoRA, `adapter/`. Returns the retriever's config."""
     host = jax.device_get(variables)
-    eos, bos, pad = (getattr(tokenizer, f"{name}_token_id") for name in ("eos", "bos", "pad"))
     save_params(
         output / "model",
         host,
         backbone,
         dtype=config.model.param_dtype,
         lora=config.lora,
-        eos_token_id=eos,
-        bos_token_id=bos,
-        pad_token_id=pad,
+        **special_token_ids(tokenizer),
     )
     tokenizer.save_pretrained(output / "model")
     retriever = RetrieverConfig(
@@ -208,11 +211,13 @@ def train(config: Config) -> dict[str, Any]:
         TrainingError: the loss is not finite.
     """
     stop = StopSignal()
+    _refuse_other_run(config)
     rows = read_training_rows(config.data.train)
     dataset = read_beir(config.data.eval, config.data.eval_split) if config.data.eval else None
+    if dataset is not None:
+        require_instructions(dataset)  # now, not after hours of training
     tokenizer, backbone_config = _tokenizer_and_backbone(config, rows)
     prompts = PromptTokenizer(tokenizer, config.prompt)
-    output = _claim_output(config)
 
     mesh = make_mesh(config.mesh)
     rows_in_parallel = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -255,6 +260,7 @@ def train(config: Config) -> dict[str, Any]:
         )
     )
 
+    output = _claim_output(config)  # not before everything is read: bad input leaves nothing behind
     checkpoints = Checkpoints(output / "checkpoints", config.train.keep_checkpoints)
     if (latest := checkpoints.latest()) is not None:
         state, data_state = checkpoints.restore(latest, state)
@@ -274,18 +280,21 @@ def train(config: Config) -> dict[str, Any]:
         )
         start = int(state.step)
         log = MetricsLog(output / "metrics.jsonl", start)
-        metrics: dict[str, float] = {}
+        metrics = log.last
         began = time.monotonic()
         progress = tqdm(total=steps, initial=start, desc="train", unit="step", mininterval=1.0)
         for step in range(start + 1, steps + 1):
             state, arrays = step_fn(state, next(batches), teacher_variables)
             progress.update()
-            if step % config.train.log_every == 0 or step == steps:
+            logged = step % config.train.log_every == 0 or step == steps
+            saved = step % config.train.checkpoint_every == 0 or step == steps or stop.received
+            if logged or saved:
                 metrics = {"step": step} | {k: float(v) for k, v in sorted(arrays.items())}
                 _require_finite(metrics, output)
+            if logged:
                 log.write(metrics)
                 progress.set_postfix(loss=f"{metrics['loss']:.3f}")
-            if step % config.train.checkpoint_every == 0 or step == steps or stop.received:
+            if saved:
                 checkpoints.save(state, batches.get_state())
             if stop.received:
                 break
@@ -341,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     try:
         train(parse_command_line(Config, "python -m laser_jax.train", arguments))
-    except (ValueError, FileNotFoundError, TrainingError) as error:
+    except (ValueError, OSError, TrainingError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -5,11 +5,13 @@ Both use the same weights. Rows are right-padded int ids [B, T] with their real 
 
 from __future__ import annotations
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from laser_jax.config import Pooling
+from laser_jax.modeling.attention import accumulation_dtype
 from laser_jax.modeling.backbone import Backbone, Variables
 from laser_jax.thinking import Prefix, think
 
@@ -34,7 +36,7 @@ def latent_view(
 ) -> jax.Array:
     """Reads the prompts and thinks K steps. Returns [B, K, D] float32 un-normalised states."""
     last_B1 = (lengths_B - 1)[:, None]
-    h_B1D, cache = backbone.apply(variables, ids_BT, last_B1, method="read")
+    h_B1D, cache = nn.apply(Backbone.read, backbone)(variables, ids_BT, last_B1)
     prefix = Prefix(h_B1D[:, 0], cache, lengths_B)
     return think(backbone, variables, prefix, num_thinking_steps, pooling)
 
@@ -52,8 +54,8 @@ def explicit_view(
         keyframes_BK: int token positions of the chosen segment ends (see `alignment`).
     """
     select = jnp.concatenate([(lengths_B - 1)[:, None], keyframes_BK], axis=1)
-    h_BPD, _ = backbone.apply(variables, ids_BT, select, method="read")
-    h_BPD = h_BPD.astype(jnp.float32)
+    h_BPD, _ = nn.apply(Backbone.read, backbone)(variables, ids_BT, select)
+    h_BPD = h_BPD.astype(accumulation_dtype(h_BPD.dtype))
     return ExplicitView(h_BPD[:, 0], h_BPD[:, 1:])
 
 
@@ -78,8 +80,8 @@ def dual_view(
     """
     ends = jnp.stack([query_lengths_B - 1, lengths_B - 1], axis=1)
     select = jnp.concatenate([ends, keyframes_BK], axis=1)
-    h_BPD, cache = backbone.apply(variables, ids_BT, select, method="read")
+    h_BPD, cache = nn.apply(Backbone.read, backbone)(variables, ids_BT, select)
     prefix = Prefix(h_BPD[:, 0], cache, query_lengths_B)
     hidden_BKD = think(backbone, variables, prefix, num_thinking_steps, pooling)
-    h_BPD = h_BPD.astype(jnp.float32)
+    h_BPD = h_BPD.astype(accumulation_dtype(h_BPD.dtype))
     return hidden_BKD, ExplicitView(h_BPD[:, 1], h_BPD[:, 2:])

@@ -10,10 +10,16 @@ import importlib.util
 import os
 from pathlib import Path
 
-# jax reads both when it is first imported.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-).strip()
+# jax reads both when it is first imported. Compiling is most of what the tests wait for: without
+# optimisation and fusion a third of that is left. Flags of the environment come last and win.
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false",
+        os.environ.get("XLA_FLAGS", ""),
+    )
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax

@@ -20,7 +20,8 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"views"}),
     frozenset({"data"}),
     frozenset({"encoder"}),
-    frozenset({"search", "evaluation"}),
+    frozenset({"search"}),
+    frozenset({"evaluation"}),
     frozenset({"step"}),
     frozenset({"checkpoint"}),
 )

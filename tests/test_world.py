@@ -28,7 +28,7 @@ from laser_jax.data.world import (
     write_world,
 )
 
-QUERY = re.compile(r"Starting from (\w+), take (.+)\. Which place do you reach\?")
+QUERY = re.compile(r"From (\w+), take (.+)\.")
 TINY = WorldConfig(num_places=8, num_relations=3, num_dev_queries=10, num_test_queries=20)
 
 

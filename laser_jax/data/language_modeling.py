@@ -6,12 +6,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import flax.struct
 import numpy as np
 
 from laser_jax.data.schema import DataError
 from laser_jax.data.tokenization import PromptTokenizer
+
+Array = Any
+"""numpy on the host, jax inside a step; no type says both."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +31,9 @@ class WrittenReasoning:
 class LanguageRows:
     """Rows of tokens and which of them are predicted."""
 
-    ids_BT: np.ndarray
+    ids_BT: Array
     """int32."""
-    predict_BT: np.ndarray
+    predict_BT: Array
     """bool, True at the tokens that count in the loss; never at position 0."""
 
 
@@ -90,15 +94,21 @@ def pack_texts(texts: Sequence[str], prompts: PromptTokenizer, length: int) -> L
 def reasoning_rows(
     reasonings: Sequence[WrittenReasoning], prompts: PromptTokenizer, length: int
 ) -> LanguageRows:
-    """One [query prompt; reasoning; EOS] a row of `length` tokens; the reasoning is predicted.
+    """One [query prompt; reasoning; EOS] a row of `length` tokens; reasoning and EOS are predicted.
 
-    What exceeds `length` is cut off the end.
+    Raises:
+        DataError: when one does not fit; gives the length that would.
     """
+    inputs = [prompts.explicit(r.query, r.instruction, r.reasoning) for r in reasonings]
+    longest = max((len(tokens.ids) for tokens in inputs), default=0)
+    if longest > length:
+        raise DataError(
+            f"row_length {length} cannot hold the longest query with its reasoning: set it to "
+            f"{longest} or more, or shorten them with prompt.explicit_max_length"
+        )
     ids_BT = np.full((len(reasonings), length), prompts.pad_id, np.int32)
     predict_BT = np.zeros(ids_BT.shape, bool)
-    for b, item in enumerate(reasonings):
-        tokens = prompts.explicit(item.query, item.instruction, item.reasoning)
-        ids = tokens.ids[:length]
-        ids_BT[b, : len(ids)] = ids
-        predict_BT[b, tokens.query_length : len(ids)] = True
+    for b, tokens in enumerate(inputs):
+        ids_BT[b, : len(tokens.ids)] = tokens.ids
+        predict_BT[b, tokens.query_length : len(tokens.ids)] = True
     return LanguageRows(ids_BT, predict_BT)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import flax.struct
 import grain
@@ -17,14 +18,17 @@ from laser_jax.config import DataConfig, KeyframeRule
 from laser_jax.data.schema import DataError, TrainingRow
 from laser_jax.data.tokenization import ExplicitTokens, PromptTokenizer, right_pad
 
+Array = Any
+"""numpy on the host, jax inside a step; no type says both."""
+
 
 @flax.struct.dataclass
 class Tokens:
     """Right-padded rows of tokens."""
 
-    ids_BT: np.ndarray
+    ids_BT: Array
     """int32."""
-    lengths_B: np.ndarray
+    lengths_B: Array
     """int32, the real tokens of each row."""
 
 
@@ -38,9 +42,9 @@ class Batch:
     """C = B G rows; row i G is the positive of query i, its hard negatives follow."""
     explicit: Tokens | None
     """B rows; None where the objective has no explicit view."""
-    keyframes_BK: np.ndarray | None
+    keyframes_BK: Array | None
     """int32 token positions in `explicit` of the states that teach the K thinking steps."""
-    contrast_BC: np.ndarray
+    contrast_BC: Array
     """bool, True where document c is contrasted with query b. False at a passage that is one of the
     query's own positives, unless c is the query's designated positive b G."""
 

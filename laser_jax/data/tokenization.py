@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import tokenizers
@@ -93,7 +93,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     it has a ChatML chat template. The same texts give the same tokenizer.
 
     Args:
-        texts: what to train on, in any number; few texts give fewer tokens than asked for.
+        texts: what to train on, in any number; few texts give fewer tokens than asked for. The
+            role names of the chat template are counted once for each, since each will be a turn.
         vocab_size: the most tokens it may have, all included.
 
     Raises:
@@ -117,7 +118,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
-        texts,
+        (part for text in texts for part in (text, "user\n", "assistant\n")),
         trainers.BpeTrainer(
             vocab_size=vocab_size - len(_THINK),
             special_tokens=special,
@@ -135,6 +136,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         chat_template=_CHATML,
         padding_side="left",
     )
+
+
+def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a model's config.json repeats of its tokenizer: int ids, None where there is none."""
+    names = ("eos_token_id", "bos_token_id", "pad_token_id")
+    return {name: getattr(tokenizer, name) for name in names}
 
 
 # --- prompts ---------------------------------------------------------------------------------
@@ -204,9 +211,7 @@ class PromptTokenizer:
 
     def query_prompt_text(self, text: str, instruction: str) -> str:
         """The whole query prompt as a string, before any truncation."""
-        return self._wrap(
-            _fill(self.config.query_template, {"instruction": instruction, "query": text})
-        )
+        return self._wrap(query_content(text, instruction, self.config))
 
     def document_prompt_text(self, text: str) -> str:
         """The whole document prompt as a string, before any truncation."""
@@ -349,6 +354,11 @@ class PromptTokenizer:
 
     def _part(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def query_content(text: str, instruction: str, config: PromptConfig) -> str:
+    """The filled query template, before the chat template."""
+    return _fill(config.query_template, {"instruction": instruction, "query": text})
 
 
 def _fill(template: str, values: dict[str, str]) -> str:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from laser_jax.config import ConfigError
 from laser_jax.data.schema import TrainingRow
 
-INSTRUCTION = "Given a start and the ways taken from it, retrieve the place that is reached"
+INSTRUCTION = "Find the place that is reached"
 SEPARATOR = "\n\n"
 
 # No name is a prefix of another, so a name in a text is never the start of a longer one.
@@ -52,12 +52,10 @@ _FACTS = (
     "Take the {relation} from {start} and you reach {end}.",
     "Whoever leaves {start} by the {relation} comes to {end}.",
 )
-_DESCRIPTION = (
-    "{name} is {kind} known for its {craft} and its {sight}. Every {season} it holds {event}."
-)
+_DESCRIPTION = "{kind} called {name}, known for its {craft} and its {sight}."
 _KINDS = (
-    *("a market town", "a quiet village", "a walled city", "a fishing town", "a hill town"),
-    *("a mining town", "a farming village", "a university town", "a garrison town", "a spa town"),
+    *("A market town", "A quiet village", "A walled city", "A fishing town", "A hill town"),
+    *("A mining town", "A farming village", "A university town", "A garrison town", "A spa town"),
 )
 _CRAFTS = (
     *("glass workers", "bakers", "clock makers", "weavers", "potters", "boat builders", "printers"),
@@ -68,12 +66,6 @@ _SIGHTS = (
     *("wide square", "ruined castle", "apple orchards", "hot springs", "long town wall"),
     *("wind mills", "great library"),
 )
-_SEASONS = ("spring", "summer", "autumn", "winter")
-_EVENTS = (
-    *("a horse fair", "a lantern feast", "a book market", "a rowing race", "a singing contest"),
-    *("a cattle show", "a kite festival", "a chess meeting", "a wool sale", "a harvest dance"),
-)
-
 # Each kind of choice draws from a stream of its own: a change of one leaves the others as they are.
 _NAME_STREAM, _ROAD_STREAM, _DESCRIPTION_STREAM, _SPLIT_STREAM, _NEGATIVE_STREAM = range(5)
 
@@ -293,8 +285,6 @@ def _describe(places: Sequence[str], rng: np.random.Generator) -> tuple[tuple[st
         "kind": _KINDS,
         "craft": _CRAFTS,
         "sight": _SIGHTS,
-        "season": _SEASONS,
-        "event": _EVENTS,
     }
     documents = []
     for name in places:
@@ -306,7 +296,7 @@ def _describe(places: Sequence[str], rng: np.random.Generator) -> tuple[tuple[st
 def query_text(walk: Walk, places: Sequence[str], relations: Sequence[str]) -> str:
     """The question: start and relations by name, neither bridge nor answer."""
     ways = ", then ".join(f"the {relations[r]}" for r in walk.relations)
-    return f"Starting from {places[walk.places[0]]}, take {ways}. Which place do you reach?"
+    return f"From {places[walk.places[0]]}, take {ways}."
 
 
 def reasoning_text(
@@ -314,7 +304,8 @@ def reasoning_text(
 ) -> str:
     """The chain of thought: one segment a hop, the last of which names the answer."""
     if config.reasoning_style == "short":
-        segments = [f"{places[end]}." for end in walk.places[1:]]
+        # the blank makes a name the same token here as in the middle of a sentence
+        segments = [f" {places[end]}." for end in walk.places[1:]]
     else:
         segments = [
             _FACTS[0].format(relation=relations[r], start=places[start], end=places[end])

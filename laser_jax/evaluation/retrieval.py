@@ -16,6 +16,16 @@ DEPTH = 100
 METRICS = ("nDCG@10", "Recall@100", "Hit@1")
 
 
+def require_instructions(dataset: BeirDataset) -> None:
+    """Raises a DatasetError that names the first query without an instruction."""
+    for query in dataset.queries.values():
+        if query.instruction is None:
+            raise DatasetError(
+                f"query {query.id} has no instruction: give every line of queries.jsonl an "
+                '"instruction" field; an empty string is allowed'
+            )
+
+
 def retrieval_runs(
     encoder: LatentEncoder,
     prompts: PromptTokenizer,
@@ -37,13 +47,8 @@ def retrieval_runs(
     Raises:
         DatasetError: a query without an instruction.
     """
+    require_instructions(dataset)
     queries = list(dataset.queries.values())
-    for query in queries:
-        if query.instruction is None:
-            raise DatasetError(
-                f"query {query.id} has no instruction: give every line of queries.jsonl an "
-                '"instruction" field; an empty string is allowed'
-            )
     instructions = [query.instruction or "" for query in queries]
     order = trec_order([document.id for document in dataset.documents])
     documents = [dataset.documents[i] for i in order]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
+from jax.typing import DTypeLike
 
 
 @struct.dataclass
@@ -33,6 +35,11 @@ class Past:
 
     prefix: KeyValues
     suffix: KeyValues
+
+
+def accumulation_dtype(dtype: DTypeLike) -> np.dtype:
+    """float32 for everything up to it; float64 stays, so that gradients can be checked in it."""
+    return np.promote_types(dtype, np.float32)
 
 
 def causal_attention(q_BTNH: jax.Array, kv: KeyValues) -> jax.Array:
@@ -64,16 +71,17 @@ def counted_attention(
     B, P, N, H = q_BPNH.shape
     G = prefix.k.shape[2]
     q_BPGMH = q_BPNH.reshape(B, P, G, N // G, H)
+    accumulate = accumulation_dtype(q_BPNH.dtype)
 
     def logits(kv: KeyValues, mask_BPT: jax.Array) -> jax.Array:
         scores = jnp.einsum(
-            "bpgmh,btgh->bgmpt", q_BPGMH, kv.k, preferred_element_type=jnp.float32
+            "bpgmh,btgh->bgmpt", q_BPGMH, kv.k, preferred_element_type=accumulate
         ) * (H**-0.5)
-        return jnp.where(mask_BPT[:, None, None], scores, jnp.finfo(jnp.float32).min)
+        return jnp.where(mask_BPT[:, None, None], scores, jnp.finfo(accumulate).min)
 
     T = prefix.k.shape[1]
     parts = [(prefix, jnp.arange(T)[None, None, :] < visible_BP[:, :, None])]
-    if suffix is not None:
+    if suffix is not None and suffix_visible is not None:
         written = jnp.arange(suffix.k.shape[1]) < suffix_visible
         parts.append((suffix, written[None, None, :]))
 
@@ -82,10 +90,10 @@ def counted_attention(
     ).astype(q_BPNH.dtype)
     # [:T] belongs to the prefix; float32 accumulation, one sum over both parts
     out = jnp.einsum(
-        "bgmpt,btgh->bpgmh", weights[..., :T], prefix.v, preferred_element_type=jnp.float32
+        "bgmpt,btgh->bpgmh", weights[..., :T], prefix.v, preferred_element_type=accumulate
     )
     if suffix is not None:
         out += jnp.einsum(
-            "bgmpt,btgh->bpgmh", weights[..., T:], suffix.v, preferred_element_type=jnp.float32
+            "bgmpt,btgh->bpgmh", weights[..., T:], suffix.v, preferred_element_type=accumulate
         )
     return out.astype(q_BPNH.dtype).reshape(B, P, N, H)

@@ -20,9 +20,16 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from laser_jax.config import BackboneConfig, LoraConfig
-from laser_jax.modeling.attention import KeyValues, Past, causal_attention, counted_attention
+from laser_jax.modeling.attention import (
+    KeyValues,
+    Past,
+    accumulation_dtype,
+    causal_attention,
+    counted_attention,
+)
 from laser_jax.modeling.lora import Projection
 from laser_jax.modeling.rope import Rope, apply_rope, rope_at
+from laser_jax.sharding import with_axes
 
 Variables = Any
 """{"params": ...} and, with adapters, "lora": nested dicts of arrays."""
@@ -33,7 +40,7 @@ Cache = tuple[Any, KeyValues]
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale; the mean of squares is float32, for bf16 loses it."""
+    """x / rms(x) * scale; the mean of squares is at least float32, for bf16 loses it."""
 
     eps: float
     axis: str
@@ -43,18 +50,22 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param(
             "scale",
-            nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)),
+            with_axes(nn.initializers.ones, (self.axis,)),
             (x.shape[-1],),
             self.param_dtype,
         )
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        wide = x.astype(accumulation_dtype(x.dtype))
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         shape = (1,) * (x.ndim - 1) + (-1,)
         return normed.astype(x.dtype) * scale.astype(x.dtype).reshape(shape)
 
 
 class Embedding(nn.Module):
-    """A [V, D] table: the input embedding, or the LM head of an untied checkpoint."""
+    """A [V, D] table: the input embedding, or the LM head of an untied checkpoint.
+
+    Random weights have variance 1 / fan-in, here and in `Projection`: at 0.02 a backbone of width
+    100 starts so close to linear that it does not learn to look a fact up.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -63,7 +74,7 @@ class Embedding(nn.Module):
     def setup(self) -> None:
         self.embedding = self.param(
             "embedding",
-            nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed")),
+            with_axes(nn.initializers.normal(self.hidden_size**-0.5), ("vocab", "embed")),
             (self.vocab_size, self.hidden_size),
             self.param_dtype,
         )
@@ -281,8 +292,9 @@ class Backbone(nn.Module):
     def logits(self, h: jax.Array) -> jax.Array:
         """Next-token logits [..., V] in float32 for states [..., D]."""
         head = self.embed_tokens() if self.config.tie_word_embeddings else self.lm_head()
+        accumulate = accumulation_dtype(self.dtype)
         return jnp.einsum(
-            "...d,vd->...v", h, head.astype(self.dtype), preferred_element_type=jnp.float32
+            "...d,vd->...v", h, head.astype(self.dtype), preferred_element_type=accumulate
         )
 
     def soft_token(self, h_BD: jax.Array) -> jax.Array:
@@ -292,7 +304,8 @@ class Backbone(nn.Module):
         """
         p_BV = jax.nn.softmax(self.logits(h_BD), axis=-1).astype(self.dtype)
         table = self.embed_tokens().astype(self.dtype)
-        t_BD = jnp.einsum("bv,vd->bd", p_BV, table, preferred_element_type=jnp.float32)
+        accumulate = accumulation_dtype(self.dtype)
+        t_BD = jnp.einsum("bv,vd->bd", p_BV, table, preferred_element_type=accumulate)
         return t_BD.astype(self.dtype)
 
     def layer_states(self, ids_BT: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from laser_jax.config import LoraConfig
+from laser_jax.sharding import with_axes
 
 
 class Projection(nn.Module):
@@ -27,7 +28,7 @@ class Projection(nn.Module):
         in_features = x.shape[-1]
         kernel = self.param(
             "kernel",
-            nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes),
+            with_axes(nn.initializers.normal(in_features**-0.5), self.axes),
             (in_features, self.features),
             self.param_dtype,
         )
@@ -43,7 +44,7 @@ class Projection(nn.Module):
             return jnp.zeros(shape, jnp.float32)
 
         def adapter(name: str, init, shape: tuple[int, int], axes: tuple[str, str]) -> jax.Array:
-            boxed = nn.with_logical_partitioning(init, axes)
+            boxed = with_axes(init, axes)
             value = self.variable("lora", name, lambda: boxed(self.make_rng("params"), shape)).value
             return value.astype(self.dtype)
 

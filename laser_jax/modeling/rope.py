@@ -8,6 +8,7 @@ import numpy as np
 from flax import struct
 
 from laser_jax.config import BackboneConfig
+from laser_jax.modeling.attention import accumulation_dtype
 
 
 @struct.dataclass
@@ -42,8 +43,9 @@ def rope_at(positions_BT: jax.Array, config: BackboneConfig) -> Rope:
 
 
 def apply_rope(x_BTNH: jax.Array, rope: Rope) -> jax.Array:
-    """Rotates the two halves of every head; computed in float32, returned in the input's dtype."""
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    cos, sin = rope.cos[:, :, None, :], rope.sin[:, :, None, :]
+    """Rotates the two halves of every head, in at least float32; keeps the dtype of the input."""
+    wide = accumulation_dtype(x_BTNH.dtype)
+    first, second = jnp.split(x_BTNH.astype(wide), 2, axis=-1)
+    cos, sin = (angle[:, :, None, :].astype(wide) for angle in (rope.cos, rope.sin))
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BTNH.dtype)

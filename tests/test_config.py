@@ -1,0 +1,231 @@
+"""Settings: strict parsing, impossible values, what travels with a model, the named backbones."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+from laser_jax.config import (
+    BACKBONES,
+    BackboneConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    LoraConfig,
+    LossWeights,
+    MeshConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    PromptConfig,
+    RetrieverConfig,
+    ScratchConfig,
+    TrainConfig,
+    as_dict,
+    from_dict,
+    load_retriever_config,
+    parse_command_line,
+    save_retriever_config,
+)
+from laser_jax.modeling.backbone import Backbone
+
+NEEDED = ("--model.path", "model", "--data.train", "train.jsonl")
+
+
+def parse(*arguments: str) -> Config:
+    return parse_command_line(Config, "train", [*NEEDED, *arguments])
+
+
+# --- the command line --------------------------------------------------------------------------
+
+
+def test_later_files_and_flags_win(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("train: {seed: 1, batch_size: 8}\nobjective: {temperature: 0.5}\n")
+    second.write_text("train: {seed: 2}\n")
+    config = parse("--config", str(first), "--config", str(second), "--train.log_every", "3")
+    assert (config.train.seed, config.train.batch_size, config.train.log_every) == (2, 8, 3)
+    assert config.objective == ObjectiveConfig(temperature=0.5)
+
+
+def test_the_whole_config_survives_json() -> None:
+    config = parse("--lora.rank", "3", "--lora.targets", "[q_proj, v_proj]", "--train.steps", "7")
+    assert config.lora == LoraConfig(rank=3, targets=("q_proj", "v_proj"))
+    assert from_dict(Config, as_dict(config), source="config.json") == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--data.trian", "x"), "--data.trian"),
+        (("--train.steps", "many"), "train.steps"),
+        (("--train.seed", "1.5"), "train.seed"),
+        (("--objective.method", "colbert"), "objective.method"),
+        (("--config", "absent.yaml"), "absent.yaml"),
+    ],
+)
+def test_unknown_keys_and_wrong_types_exit_and_are_named(arguments, named, capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(*arguments)
+    assert caught.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+def test_an_unknown_key_in_a_file_is_named(tmp_path: Path, capsys) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("objective: {tempereture: 0.02}\n")
+    with pytest.raises(SystemExit):
+        parse("--config", str(file))
+    assert "tempereture" in capsys.readouterr().err
+
+
+def test_a_missing_key_is_named() -> None:
+    values = {"model": {"path": "model"}, "output": "out"}
+    with pytest.raises(ConfigError, match=r"pretrain\.yaml: .*texts"):
+        from_dict(PretrainConfig, values, source="pretrain.yaml")
+
+
+# --- impossible values -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ObjectiveConfig(num_thinking_steps=0), "objective.num_thinking_steps .* got 0"),
+        (lambda: ObjectiveConfig(temperature=0.0), "objective.temperature must be positive"),
+        (lambda: LossWeights(output=-1.0), "objective.weights.output .* got -1.0"),
+        (lambda: LoraConfig(rank=0), "lora.rank .* got 0"),
+        (lambda: LoraConfig(targets=("q_proj", "lm_head")), r"lora.targets holds \['lm_head'\]"),
+        (lambda: LoraConfig(targets=()), "lora.targets is empty"),
+        (lambda: DataConfig(group_size=0), "data.group_size .* got 0"),
+        (lambda: DataConfig(length_multiple=0), "data.length_multiple"),
+        (lambda: PromptConfig(query_template="{text}"), r"prompt.query_template .*\{query\}"),
+        (lambda: PromptConfig(document_template=""), r"prompt.document_template .*\{document\}"),
+        (lambda: PromptConfig(separator=""), "prompt.separator is empty"),
+        (lambda: PromptConfig(query_max_length=0), "prompt.query_max_length"),
+        (lambda: ModelConfig(), "model.path .* model.scratch"),
+        (lambda: ModelConfig(path="a", scratch=ScratchConfig()), "model.path .* model.scratch"),
+        (lambda: OptimizerConfig(learning_rate=-1.0), "optimizer.learning_rate"),
+        (lambda: OptimizerConfig(warmup_ratio=1.5), "optimizer.warmup_ratio"),
+        (lambda: TrainConfig(batch_size=0), "train.batch_size"),
+        (lambda: TrainConfig(steps=-1), "train.steps"),
+        (lambda: TrainConfig(eval_thinking_steps=(2, 0)), r"train.eval_thinking_steps .*\[2, 0\]"),
+        (lambda: MeshConfig(data=0), r"mesh axes .*\(0, 1, 1\)"),
+        (lambda: MeshConfig(fsdp=-1), r"mesh axes .*\(-1, -1, 1\)"),
+        (lambda: PretrainConfig(ModelConfig(path="m"), "t", "o", steps=0), "steps must be"),
+        (lambda: RetrieverConfig(BACKBONES["qwen3-0.6b"], num_thinking_steps=0), "got 0"),
+        (lambda: ScratchConfig(num_heads=3, num_kv_heads=2).backbone(99), "num_heads 3 .* 2"),
+        (lambda: ScratchConfig(head_dim=5).backbone(99), "backbone.head_dim 5 must be even"),
+    ],
+)
+def test_an_impossible_value_is_refused_by_name(make, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_fast_views_want_the_query_to_be_a_prefix_of_the_explicit_input() -> None:
+    for broken in ("--prompt.truncation=sequence", "--prompt.append_eos=true"):
+        with pytest.raises(ConfigError, match=r"objective\.views: fast .*objective\.views: parity"):
+            parse(broken)
+        parse(broken, "--objective.views=parity")
+        parse(broken, "--objective.method=gircse")
+
+
+# --- what travels with a model -----------------------------------------------------------------
+
+RETRIEVER = RetrieverConfig(
+    backbone=BACKBONES["llama-3.2-1b"],
+    num_thinking_steps=5,
+    pooling="thoughts",
+    prompt=PromptConfig(
+        query_template="null: {query}",
+        document_template="{document}\n",
+        thinking_suffix="",
+        separator="1",
+    ),
+    dtype="bfloat16",
+    lora=LoraConfig(rank=4, alpha=1.0, targets=("q_proj",), rank_stabilised=True),
+)
+
+
+def test_the_retriever_config_survives_its_file(tmp_path: Path) -> None:
+    for config in (RETRIEVER, RetrieverConfig(BACKBONES["qwen3-8b"])):
+        save_retriever_config(config, tmp_path)
+        assert load_retriever_config(tmp_path) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"colour": 1}, "colour"),
+        ({"num_thinking_steps": "three"}, "num_thinking_steps.*\n.*three"),
+        ({"num_thinking_steps": 0}, "got 0"),
+        ({"dtype": "int8"}, "dtype.*\n.*int8"),
+        ({"backbone": {"family": "qwen3"}}, "backbone.vocab_size"),
+        ({"prompt": {"seperator": "x"}}, "seperator"),
+    ],
+)
+def test_a_bad_laser_config_names_file_and_key(tmp_path: Path, change, message) -> None:
+    file = tmp_path / "laser_config.json"
+    file.write_text(json.dumps(as_dict(RETRIEVER) | change))
+    with pytest.raises(ConfigError, match=f"{re.escape(str(file))}: (.|\n)*{message}"):
+        load_retriever_config(tmp_path)
+
+
+def test_an_absent_or_broken_laser_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"laser_config\.json is missing"):
+        load_retriever_config(tmp_path)
+    (tmp_path / "laser_config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"laser_config\.json: not valid JSON"):
+        load_retriever_config(tmp_path)
+
+
+# --- named backbones ---------------------------------------------------------------------------
+
+
+def abstract_params(backbone: BackboneConfig) -> Any:
+    ids = jnp.zeros((1, 2), jnp.int32)
+    return nn.meta.unbox(jax.eval_shape(Backbone(backbone).init, jax.random.key(0), ids))["params"]
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("qwen3-0.6b", 596_049_920),
+        ("qwen3-4b", 4_022_468_096),
+        ("qwen3-8b", 8_190_735_360),
+        ("llama-3.2-1b", 1_235_814_400),
+        ("llama-3.2-3b", 3_212_749_824),
+        ("llama-3.1-8b", 8_030_261_248),
+    ],
+)
+def test_named_backbones_have_the_published_parameter_counts(name: str, count: int) -> None:
+    assert sum(a.size for a in jax.tree.leaves(abstract_params(BACKBONES[name]))) == count
+
+
+def test_every_field_of_a_scratch_backbone_reaches_the_backbone() -> None:
+    scratch = ScratchConfig(
+        family="llama",
+        vocab_size=1,
+        hidden_size=24,
+        num_layers=5,
+        num_heads=6,
+        num_kv_heads=3,
+        head_dim=8,
+        intermediate_size=40,
+        rope_theta=77.0,
+        tie_word_embeddings=False,
+        max_position_embeddings=99,
+    )
+    fields = dataclasses.asdict(scratch) | {"vocab_size": 321}
+    backbone = dataclasses.asdict(scratch.backbone(321))
+    assert {name: backbone[name] for name in fields} == fields

@@ -1,0 +1,289 @@
+"""One optimizer step: layouts, what moves, warm-up, the frozen teacher and the collectives."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from laser_jax.config import (
+    Config,
+    DataConfig,
+    LoraConfig,
+    LossWeights,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ScratchConfig,
+)
+from laser_jax.data.pipeline import Batch, Tokens
+from laser_jax.modeling.backbone import Backbone, Variables
+from laser_jax.sharding import MESH_AXES, batch_sharding
+from laser_jax.step import (
+    FrozenTeacher,
+    TrainState,
+    compile_train_step,
+    init_state,
+    learning_rate_schedule,
+    make_optimizer,
+    make_train_step,
+    objective_terms,
+)
+
+B, G, K, V, D = 8, 2, 2, 30, 16
+SCRATCH = ScratchConfig(
+    hidden_size=D,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=24,
+)
+LORA = LoraConfig(rank=2, alpha=4.0)
+# Gentler than 0.02: random embeddings a temperature apart would make rounding visible.
+OBJECTIVE = ObjectiveConfig(
+    num_thinking_steps=K,
+    temperature=0.5,
+    output_temperature=0.5,
+    trajectory_temperature=0.5,
+)
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.0)
+STEPS = 10
+FLOAT32 = jnp.dtype(jnp.float32)
+
+
+@pytest.fixture(autouse=True)
+def _optax_promotes() -> Iterator[None]:
+    with jax.numpy_dtype_promotion("standard"):  # optax takes a float to an integer power
+        yield
+
+
+def config(objective: ObjectiveConfig = OBJECTIVE, lora: LoraConfig | None = LORA) -> Config:
+    return Config(
+        ModelConfig(scratch=SCRATCH),
+        DataConfig(),
+        lora=lora,
+        objective=objective,
+        optimizer=OPTIMIZER,
+    )
+
+
+def mesh_of(*sizes: int) -> Mesh:
+    devices = jax.devices()[: int(np.prod(sizes))]
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def batch(seed: int = 0) -> Batch:
+    rng = np.random.default_rng(seed)
+
+    def tokens(rows: int, width: int) -> Tokens:
+        lengths = rng.integers(2, width + 1, rows).astype(np.int32)
+        return Tokens(rng.integers(0, V, (rows, width)).astype(np.int32), lengths)
+
+    query, documents, explicit = tokens(B, 5), tokens(B * G, 6), tokens(B, 9)
+    starts, reasoning = query.lengths_B, rng.integers(2, 5, B)
+    for b, start in enumerate(starts):
+        explicit.ids_BT[b, :start] = query.ids_BT[b, :start]
+    lengths_B = (starts + reasoning).astype(np.int32)
+    keyframes_BK = np.stack([starts + reasoning // 2 - 1, lengths_B - 2], axis=1).astype(np.int32)
+    contrast_BC = np.ones((B, B * G), bool)
+    contrast_BC[0, 3] = False
+    return Batch(query, documents, Tokens(explicit.ids_BT, lengths_B), keyframes_BK, contrast_BC)
+
+
+def optimizer() -> optax.GradientTransformation:
+    return make_optimizer(OPTIMIZER, STEPS)
+
+
+@functools.cache
+def drawn(seed: int) -> tuple[Backbone, Variables]:
+    """A backbone without adapters and random variables of its own."""
+    backbone = Backbone(SCRATCH.backbone(V))
+    state, _ = init_state(backbone, optimizer(), mesh_of(1, 1, 1), seed, None, FLOAT32)
+    return backbone, host(state.variables)
+
+
+class Run(NamedTuple):
+    """Some steps of a run on one mesh."""
+
+    start: TrainState
+    end: TrainState
+    metrics: list[dict[str, float]]
+    program: str
+
+
+def run_steps(config: Config, mesh: Mesh, seeds: Sequence[int]) -> Run:
+    """A step on the batch of each seed."""
+    backbone = Backbone(SCRATCH.backbone(V), lora=config.lora)
+    state, layouts = init_state(backbone, optimizer(), mesh, 3, drawn(0)[1], FLOAT32)
+    schedule = learning_rate_schedule(OPTIMIZER, STEPS)
+    begin, metrics = host(state), []
+    with jax.set_mesh(mesh):
+        step = compile_train_step(
+            make_train_step(backbone, config, optimizer(), schedule), layouts, mesh
+        )
+        program = step.lower(state, batch(0), None).compile()
+        for seed in seeds:
+            example = jax.device_put(batch(seed), batch_sharding(mesh))
+            state, arrays = program(state, example, None)
+            metrics.append({name: float(value) for name, value in arrays.items()})
+    return Run(begin, host(state), metrics, program.as_text())
+
+
+def host(tree: Any) -> Any:
+    """A copy that outlives the donation of its arrays."""
+    return jax.tree.map(np.array, tree)
+
+
+# --- layouts and collectives -------------------------------------------------------------------
+
+WARM_UP = 3
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[str, Run]:
+    """Four steps of the full loss under adapters, with warm-up, by mesh."""
+    settings = config(dataclasses.replace(OBJECTIVE, distillation_warmup_steps=WARM_UP))
+    meshes = {"alone": (1, 1, 1), "data": (8, 1, 1)}
+    with jax.numpy_dtype_promotion("standard"):
+        return {name: run_steps(settings, mesh_of(*s), range(4)) for name, s in meshes.items()}
+
+
+def test_eight_devices_give_the_losses_of_one(runs) -> None:
+    alone, together = runs["alone"].metrics, runs["data"].metrics
+    assert set(alone[0]) == {
+        *("loss", "latent", "explicit", "output", "trajectory", "grad_norm", "learning_rate")
+    }
+    for one, many in zip(alone, together, strict=True):
+        for name, value in one.items():
+            np.testing.assert_allclose(many[name], value, rtol=1e-5, err_msg=name)
+
+
+def collectives(program: str, kind: str) -> list[str]:
+    """The shapes that the collectives of a kind give, in the order of the program."""
+    return re.findall(rf" = (\S+) {kind}(?:-start)?\(", program)
+
+
+def test_documents_are_gathered_once_and_nothing_else_is(runs) -> None:
+    program = runs["data"].program
+    gathered = collectives(program, "all-gather")
+    assert [shape.split("{")[0] for shape in gathered] == [f"f32[{B * G},{D}]"]
+    for kind in ("all-to-all", "collective-permute", "reduce-scatter"):
+        assert collectives(program, kind) == [], kind
+
+
+# --- what moves --------------------------------------------------------------------------------
+
+
+def moved(before: Any, after: Any) -> dict[str, bool]:
+    pairs = zip(jax.tree.leaves_with_path(before), jax.tree.leaves(after), strict=True)
+    return {jax.tree_util.keystr(path): not np.array_equal(a, b) for (path, a), b in pairs}
+
+
+def test_under_lora_every_adapter_moves_and_the_base_does_not(runs) -> None:
+    begin, end, *_ = runs["alone"]
+    assert int(end.step) == 4
+    assert set(end.variables) == {"params", "lora"}
+    adapters = moved(begin.trained, end.trained)
+    assert all("lora_" in path for path in adapters)
+    assert all(adapters.values()), adapters
+    assert not any(moved(begin.frozen, end.frozen).values())
+
+
+def test_full_fine_tuning_over_all_mesh_axes_moves_every_parameter(runs) -> None:
+    begin, end, metrics, _ = run_steps(config(lora=None), mesh_of(2, 2, 2), [0])
+    for name in ("latent", "explicit", "output", "trajectory"):  # fresh adapters change nothing
+        np.testing.assert_allclose(metrics[0][name], runs["alone"].metrics[0][name], rtol=1e-5)
+    assert begin.frozen is None
+    assert set(end.variables) == {"params"}
+    parameters = moved(begin.trained, end.trained)
+    assert all(parameters.values()), parameters
+
+
+def test_a_given_base_is_kept_in_its_dtype_under_adapters_and_trained_in_float32() -> None:
+    bfloat16 = jnp.dtype(jnp.bfloat16)
+    base = jax.tree.map(lambda a: a.astype(bfloat16), drawn(0)[1])
+    for lora, wanted in ((LORA, bfloat16), (None, FLOAT32)):
+        backbone = Backbone(SCRATCH.backbone(V), lora=lora)
+        state, _ = init_state(backbone, optimizer(), mesh_of(8, 1, 1), 0, base, bfloat16)
+        params = state.variables["params"]
+        assert {a.dtype for a in jax.tree.leaves(params)} == {wanted}
+        assert {a.dtype for a in jax.tree.leaves(state.trained)} == {FLOAT32}
+        for ours, given in zip(jax.tree.leaves(params), jax.tree.leaves(base), strict=True):
+            np.testing.assert_array_equal(np.asarray(ours, np.float32), given.astype(np.float32))
+
+
+# --- the objective ------------------------------------------------------------------------------
+
+
+def test_distillation_grows_over_the_warm_up_and_the_rest_does_not(runs) -> None:
+    w = OBJECTIVE.weights
+    for step, m in enumerate(runs["alone"].metrics):
+        distilled = w.output * m["output"] + w.trajectory * m["trajectory"]
+        scale = min(1.0, (step + 1) / WARM_UP)
+        expected = w.latent * m["latent"] + w.explicit * m["explicit"] + scale * distilled
+        np.testing.assert_allclose(m["loss"], expected, rtol=1e-6)
+
+
+def test_a_frozen_teacher_ranks_with_its_own_states_and_does_not_learn() -> None:
+    backbone, student = drawn(0)
+    _, other = drawn(1)
+    teacher, one = FrozenTeacher(backbone, K), jnp.ones(())
+
+    @jax.jit
+    def taught(student: Variables, other: Variables) -> Any:
+        return objective_terms(backbone, student, batch(), OBJECTIVE, one, teacher, other)
+
+    @jax.jit
+    def together(variables: Variables) -> Any:
+        return objective_terms(backbone, variables, batch(), OBJECTIVE, one)
+
+    ours, theirs = together(student), together(other)
+    for name, value in taught(student, student).items():
+        np.testing.assert_allclose(value, ours[name], rtol=1e-5, err_msg=name)
+    swapped = taught(student, other)
+    np.testing.assert_allclose(swapped["explicit"], theirs["explicit"], rtol=1e-5)
+    np.testing.assert_allclose(swapped["latent"], ours["latent"], rtol=1e-5)
+    assert abs(float(swapped["output"]) - float(ours["output"])) > 1e-4
+
+    assert taught(other, other)["explicit"] == swapped["explicit"]  # whoever the student is
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"weights": LossWeights(1.0, 0.0, 0.0, 0.0)}, {"latent"}),
+        ({"method": "gircse"}, {"contrastive", "penalty", "step_1", "step_2"}),
+    ],
+)
+def test_an_objective_has_the_terms_that_it_needs(change, names) -> None:
+    objective = dataclasses.replace(OBJECTIVE, **change)
+    backbone, variables = drawn(0)
+    found = jax.eval_shape(
+        lambda v: objective_terms(backbone, v, batch(), objective, jnp.ones(())), variables
+    )
+    assert set(found) == {"loss", *names}
+
+
+# --- the schedule -------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_warms_up_from_zero_and_decays_to_zero() -> None:
+    linear = learning_rate_schedule(OptimizerConfig(learning_rate=2.0, warmup_ratio=0.2), 10)
+    rates = [float(np.asarray(linear(step))) for step in range(11)]
+    expected = [0.0, 1.0, *(2.0 * (10 - step) / 8 for step in range(2, 11))]
+    np.testing.assert_allclose(rates, expected, rtol=1e-6)
+
+    constant = OptimizerConfig(learning_rate=2.0, warmup_ratio=0.0, schedule="constant")
+    assert [float(np.asarray(learning_rate_schedule(constant, 10)(s))) for s in (0, 9)] == [2, 2]
+    for steps in (0, 1):  # too short for a warm-up
+        learning_rate_schedule(OptimizerConfig(), steps)(0)

@@ -1,0 +1,479 @@
+"""Whole training runs on a handful of rows: what they write, how they stop and go on, and what
+they refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import laser_jax
+import laser_jax.train as program
+from laser_jax.config import Config, RetrieverConfig, parse_command_line
+from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, right_pad
+from laser_jax.encoder import LatentEncoder, load_pretrained
+from laser_jax.hf import load_adapter
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+ABLATIONS = sorted((CONFIGS / "ablation").glob("*.yaml"))
+PLACES = ("Ulm", "Bonn", "Jena", "Kiel", "Trier", "Worms", "Essen", "Halle", "Mainz", "Fulda")
+QUERIES = [f"Which river flows through {place}?" for place in PLACES]
+REASONINGS = [
+    f"{place} lies in a valley.\n\nIts river is number {n}." for n, place in enumerate(PLACES)
+]
+PASSAGES = [f"River number {n} rises near {place}." for n, place in enumerate(PLACES)]
+LORA = ("--lora.rank", "2", "--optimizer.learning_rate", "1e-2")
+NO_EVAL = ("--data.eval", "null")
+STEPS = 4
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _cached_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Several runs below are the same program."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _kept_signal_handlers() -> Iterator[None]:
+    """A run takes SIGTERM and SIGINT over."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def _optax_promotes() -> Iterator[None]:
+    with jax.numpy_dtype_promotion("standard"):  # optax takes a float to an integer power
+        yield
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def training_row(n: int) -> dict[str, Any]:
+    others = [PASSAGES[(n + i) % len(PASSAGES)] for i in (1, 2)]
+    return {
+        "query": QUERIES[n],
+        "reasoning_query": REASONINGS[n],
+        "prompt": "Find the river",
+        "positive_passages": [PASSAGES[n]],
+        "negative_passages": others,
+    }
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train.jsonl and a BEIR directory, in one folder."""
+    folder = tmp_path_factory.mktemp("data")
+    write_jsonl(folder / "train.jsonl", [training_row(n) for n in range(len(PLACES))])
+    write_jsonl(
+        folder / "corpus.jsonl",
+        [{"_id": f"d{n}", "title": "", "text": text} for n, text in enumerate(PASSAGES)],
+    )
+    write_jsonl(
+        folder / "queries.jsonl",
+        [
+            {"_id": f"q{n}", "text": QUERIES[n], "instruction": "Find", "reasoning": REASONINGS[n]}
+            for n in range(3)
+        ],
+    )
+    (folder / "qrels").mkdir()
+    lines = ["query-id\tcorpus-id\tscore", *(f"q{n}\td{n}\t1" for n in range(3))]
+    (folder / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def arguments(data: Path) -> Callable[..., list[str]]:
+    """The command line of a tiny run; later flags win."""
+
+    def make(output: Path, *more: str) -> list[str]:
+        settings = {
+            "data.train": data / "train.jsonl",
+            "data.eval": data,
+            "data.length_multiple": 32,
+            "output": output,
+            "model.scratch.vocab_size": 270,
+            "model.scratch.hidden_size": 16,
+            "model.scratch.num_layers": 2,
+            "model.scratch.num_heads": 2,
+            "model.scratch.num_kv_heads": 1,
+            "model.scratch.head_dim": 8,
+            "model.scratch.intermediate_size": 16,
+            "objective.num_thinking_steps": 2,
+            "train.batch_size": 8,
+            "train.steps": STEPS,
+            "train.log_every": 1,
+            "train.checkpoint_every": 2,
+            "train.eval_batch_size": 4,
+            "train.eval_thinking_steps": "[1, 2]",
+        }
+        flags = [str(part) for key, value in settings.items() for part in (f"--{key}", value)]
+        return ["--config", str(CONFIGS / "local.yaml"), *flags, *more]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def run(arguments) -> Callable[..., dict[str, Any]]:
+    def make(output: Path, *more: str) -> dict[str, Any]:
+        return program.train(parse_command_line(Config, "train", arguments(output, *more)))
+
+    return make
+
+
+# --- a whole run -------------------------------------------------------------------------------
+
+
+class Finished:
+    """A run that went through, and the encoder with which it evaluated itself."""
+
+    def __init__(self, output: Path, results: dict[str, Any], encoder: LatentEncoder):
+        self.output = output
+        self.results = results
+        self.encoder = encoder
+
+
+def finish(run, output: Path, *more: str) -> Finished:
+    encoders = []
+
+    def record(encoder: LatentEncoder, *args: Any, **kwargs: Any) -> Any:
+        encoders.append(encoder)
+        return retrieval_runs(encoder, *args, **kwargs)
+
+    retrieval_runs = program.retrieval_runs
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
+        patch.setattr(program, "retrieval_runs", record)
+        return Finished(output, run(output, *more), *encoders)
+
+
+@pytest.fixture(scope="module")
+def full(run, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return finish(run, tmp_path_factory.mktemp("full") / "run")
+
+
+@pytest.fixture(scope="module")
+def lora(run, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return finish(run, tmp_path_factory.mktemp("lora") / "run", *LORA)
+
+
+def metrics_of(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def encode(
+    variables: Any, config: RetrieverConfig, rows: list[list[int]], steps: int
+) -> np.ndarray:
+    ids_BT, lengths_B = right_pad(rows, 0, 32)
+    mask_BT = np.arange(ids_BT.shape[1]) < lengths_B[:, None]
+    run = jax.jit(laser_jax.encode, static_argnames=("config", "num_thinking_steps"))
+    return run(variables, ids_BT, mask_BT, config=config, num_thinking_steps=steps)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_export_gives_the_trainers_own_vectors(kind, request) -> None:
+    finished: Finished = request.getfixturevalue(kind)
+    variables, config = laser_jax.load_pretrained(finished.output / "model")
+    prompts = PromptTokenizer(load_tokenizer(finished.output / "model"), config.prompt)
+    assert config.num_thinking_steps == 2
+    assert config.prompt == finished.encoder.config.prompt
+    rows = [prompts.query(text, "Find the river") for text in QUERIES[:4]]
+    own = finished.encoder.encode_tokens(rows, [1, 2])
+    for k in (1, 2):
+        np.testing.assert_allclose(encode(variables, config, rows, k), own[k - 1], atol=1e-5)
+
+
+def test_the_adapter_and_the_merged_model_are_of_the_same_weights(lora: Finished) -> None:
+    merged, config = load_pretrained(lora.output / "model")
+    adapter, settings = load_adapter(lora.output / "adapter", config.backbone)
+    assert settings.rank == 2
+    own = lora.encoder._variables["lora"]["last_layer"]["mlp"]["up_proj"]
+    ours = adapter["last_layer"]["mlp"]["up_proj"]
+    np.testing.assert_array_equal(ours["lora_a"], own["lora_a"])
+    base = lora.encoder._variables["params"]["last_layer"]["mlp"]["up_proj"]["kernel"]
+    kernel = merged["params"]["last_layer"]["mlp"]["up_proj"]["kernel"]
+    update = settings.scale * ours["lora_a"] @ ours["lora_b"]
+    np.testing.assert_allclose(kernel, np.asarray(base) + update, atol=1e-6)
+    assert np.abs(update).max() > 0
+
+
+def test_a_run_writes_its_config_metrics_and_results(full: Finished, lora: Finished) -> None:
+    for finished in (full, lora):
+        results = json.loads((finished.output / "results.json").read_text())
+        assert results == finished.results
+        assert set(results["scores"]) == {"latent K=1", "latent K=2", "explicit"}
+        assert set(results["scores"]["explicit"]) == {"nDCG@10", "Recall@100", "Hit@1"}
+        assert [line["step"] for line in metrics_of(finished.output)] == [1, 2, 3, 4]
+        assert results["metrics"] == metrics_of(finished.output)[-1]
+    assert full.results["trained_parameters"] == full.results["parameters"]
+    assert lora.results["trained_parameters"] < lora.results["parameters"] / 2
+    assert not (full.output / "adapter").exists()
+
+
+def test_a_finished_run_is_not_trained_again(full: Finished, run, capsys) -> None:
+    weights = (full.output / "model" / "model.safetensors").read_bytes()
+    again = run(full.output)
+    assert "resumed at step 4" in capsys.readouterr().out
+    assert again["metrics"] == full.results["metrics"]
+    assert again["scores"] == full.results["scores"]
+    assert (full.output / "model" / "model.safetensors").read_bytes() == weights
+
+
+# --- stopping and going on ---------------------------------------------------------------------
+
+
+def stop_before_batch(number: int, patch: pytest.MonkeyPatch) -> None:
+    """Sends this process a SIGTERM while the batch of step `number` is fetched."""
+    training_batches = program.training_batches
+
+    class Stopping:
+        def __init__(self, batches: Any):
+            self._batches = iter(batches)
+            self._fetched = 0
+            self.get_state = self._batches.get_state
+            self.set_state = self._batches.set_state
+
+        def __iter__(self) -> Stopping:
+            return self
+
+        def __next__(self) -> Any:
+            self._fetched += 1
+            if self._fetched == number:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return next(self._batches)
+
+    patch.setattr(program, "training_batches", lambda *a, **k: Stopping(training_batches(*a, **k)))
+
+
+def saved_state(output: Path, step: int) -> Any:
+    return ocp.StandardCheckpointer().restore(output / "checkpoints" / str(step) / "state")
+
+
+@pytest.mark.parametrize(("kind", "flags"), [("full", ()), ("lora", LORA)])
+def test_a_stopped_run_goes_on_bit_for_bit(kind, flags, request, run, tmp_path, capsys) -> None:
+    whole: Finished = request.getfixturevalue(kind)
+    output = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_before_batch(3, patch)
+        with pytest.raises(SystemExit) as caught:
+            run(output, *flags)
+    assert caught.value.code == 0
+    assert "SIGTERM: saved at step 3 of 4" in capsys.readouterr().out
+    assert not (output / "model").exists()
+
+    run(output, *flags)
+    assert "resumed at step 3" in capsys.readouterr().out
+    for name in ("metrics.jsonl", "model/model.safetensors", "model/tokenizer.json"):
+        assert (output / name).read_bytes() == (whole.output / name).read_bytes(), name
+    pairs = [saved_state(folder, STEPS) for folder in (output, whole.output)]
+    jax.tree.map(np.testing.assert_array_equal, *pairs)
+    scores = [
+        json.loads((o / "results.json").read_text())["scores"] for o in (output, whole.output)
+    ]
+    assert scores[0] == scores[1]
+
+
+def test_lines_after_the_checkpoint_are_dropped_from_the_log(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_jsonl(path, [{"step": step, "loss": 0.5} for step in (10, 20, 30)])
+    log = program.MetricsLog(path, 20)
+    log.write({"step": 30, "loss": 0.25})
+    log.close()
+    assert [(m["step"], m["loss"]) for m in metrics_of(tmp_path)] == [
+        (10, 0.5),
+        (20, 0.5),
+        (30, 0.25),
+    ]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(
+    full, arguments, tmp_path, capsys
+) -> None:
+    model = shutil.copytree(full.output / "model", tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][0] = np.nan
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    flags = ("--model.scratch", "null", "--model.path", str(model), "--train.log_every", "3")
+    message = refusal(arguments(tmp_path / "run", *flags), capsys)
+    assert "step 2: " in message  # where the first checkpoint would be written
+    assert "loss, " in message
+    assert [p for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()] == []
+
+
+# --- other objectives ---------------------------------------------------------------------------
+
+TERMS = {
+    "contrastive": {"latent"},
+    "gircse": {"contrastive", "penalty", "step_1", "step_2"},
+    "without_explicit_view": {"latent"},
+}
+FOUR_TERMS = {"latent", "explicit", "output", "trajectory"}
+
+
+@pytest.mark.parametrize("overlay", ABLATIONS, ids=lambda path: path.stem)
+def test_every_ablation_takes_a_step(overlay: Path, full: Finished, run, tmp_path: Path) -> None:
+    more = ["--config", str(overlay), *NO_EVAL, "--train.steps", "1"]
+    # the flags above name K, which the ablations without thinking set to 1
+    if "num_thinking_steps: 1" in overlay.read_text():
+        more += ["--objective.num_thinking_steps", "1"]
+    if overlay.stem == "without_colearning":
+        more += ["--objective.teacher", str(full.output / "model")]
+    metrics = run(tmp_path / "run", *more)["metrics"]
+    names = set(metrics) - {"step", "loss", "grad_norm", "learning_rate"}
+    assert names == TERMS.get(overlay.stem, FOUR_TERMS)
+    assert np.isfinite(metrics["loss"])
+    _, retriever = load_pretrained(tmp_path / "run" / "model")
+    assert retriever.pooling == ("thoughts" if overlay.stem == "gircse" else "prompt_and_thoughts")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_parses(path: Path) -> None:
+    if path.stem == "world_pretrain":
+        pytest.skip("a config of laser_jax.pretrain, see test_pretrain")
+    parse_command_line(Config, "train", ["--config", str(path)])
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def refusal(arguments: list[str], capsys) -> str:
+    """What the program says when it exits with an error."""
+    with pytest.raises(SystemExit) as caught:
+        program.main(arguments)
+    assert caught.value.code not in (0, None)
+    return f"{caught.value.code} {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--objective.temprature", "1"), ["objective.temprature"]),
+        (("--train.seed", "soon"), ["train.seed", "soon"]),
+        (("--objective.num_thinking_steps", "0"), ["objective.num_thinking_steps", "got 0"]),
+        (("--config", "absent.yaml"), ["absent.yaml"]),
+        (("--data.train", "absent.jsonl"), ["absent.jsonl", "data.train"]),
+        (("--data.eval", "absent"), ["absent/qrels/test.tsv"]),
+        (("--data.eval_split", "dev"), ["dev.tsv", "splits present: test"]),
+        (("--model.scratch", "null", "--model.path", "absent"), ["absent"]),
+        (("--model.path", "absent"), ["exactly one of model.path", "model.scratch"]),
+        (("--objective.teacher", "absent"), ["absent/laser_config.json"]),
+        (("--train.batch_size", "12"), ["train.batch_size 12", "8 devices"]),
+        (("--mesh.fsdp", "3"), ["mesh", "8 devices"]),
+        (("--prompt.query_max_length", "4"), ["prompt.query_max_length"]),
+        (("--model.scratch.vocab_size", "100"), ["100"]),
+    ],
+)
+def test_bad_settings_are_named_and_leave_nothing(
+    flags, named, arguments, tmp_path, capsys
+) -> None:
+    message = refusal(arguments(tmp_path / "run", *flags), capsys)
+    for part in named:
+        assert part in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def without(key: str) -> str:
+    return json.dumps({k: v for k, v in training_row(1).items() if k != key})
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("{", "malformed JSON"),
+        ("[]", "an object is wanted"),
+        (without("reasoning_query"), "'reasoning_query' is missing"),
+        (without("positive_passages"), "'positive_passages' is missing"),
+        (json.dumps(training_row(1) | {"query": 3}), "'query' must be a string, got int"),
+        (json.dumps(training_row(1) | {"positive_passages": []}), "'positive_passages' is empty"),
+    ],
+)
+def test_a_bad_row_is_named_by_its_line(line, named, arguments, tmp_path, capsys) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f"{json.dumps(training_row(0))}\n{line}\n")
+    message = refusal(arguments(tmp_path / "run", "--data.train", str(file)), capsys)
+    assert f"{file}:2: {named}" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_row_without_negatives_is_named(arguments, tmp_path, capsys) -> None:
+    file = tmp_path / "rows.jsonl"
+    write_jsonl(file, [training_row(0), training_row(1) | {"negative_passages": []}])
+    message = refusal(arguments(tmp_path / "run", "--data.train", str(file)), capsys)
+    assert "row 2" in message
+    assert "data.group_size" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_query_without_instruction_is_named_before_training(
+    data, arguments, tmp_path, capsys
+) -> None:
+    folder = shutil.copytree(data, tmp_path / "data")
+    write_jsonl(folder / "queries.jsonl", [{"_id": f"q{n}", "text": "Where?"} for n in range(3)])
+    message = refusal(arguments(tmp_path / "run", "--data.eval", str(folder)), capsys)
+    assert "query q0 has no instruction" in message
+    assert not (tmp_path / "run").exists()
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (lambda d: truncate(d / "model.safetensors"), "model.safetensors"),
+        (lambda d: (d / "model.safetensors").unlink(), "model.safetensors"),
+        (lambda d: (d / "tokenizer.json").unlink(), "holds no tokenizer"),
+        (lambda d: (d / "chat_template.jinja").unlink(), "no chat template"),
+        (lambda d: (d / "config.json").unlink(), "config.json is missing"),
+        (lambda d: edit_json(d / "config.json", model_type="gpt2"), "'gpt2' is not supported"),
+        (lambda d: edit_json(d / "config.json", num_hidden_layers=3), "missing: model.layers.2"),
+    ],
+)
+def test_a_bad_model_is_named(full, spoil, named, arguments, tmp_path, capsys) -> None:
+    model = shutil.copytree(full.output / "model", tmp_path / "model")
+    spoil(model)
+    flags = ("--model.scratch", "null", "--model.path", str(model))
+    message = refusal(arguments(tmp_path / "run", *flags), capsys)
+    assert named in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_output_of_another_config_is_refused_and_kept(full, arguments, capsys) -> None:
+    before = {p: p.stat().st_mtime_ns for p in full.output.rglob("*")}
+    message = refusal(arguments(full.output, "--optimizer.learning_rate", "1"), capsys)
+    assert "another config (differs in optimizer.learning_rate)" in message
+    assert {p: p.stat().st_mtime_ns for p in full.output.rglob("*")} == before
+
+
+def test_an_output_that_is_a_file_is_named(arguments, tmp_path, capsys) -> None:
+    (tmp_path / "run").write_text("mine")
+    assert str(tmp_path / "run") in refusal(arguments(tmp_path / "run"), capsys)
+    assert (tmp_path / "run").read_text() == "mine"

@@ -1,0 +1,247 @@
+"""The two views of a query, made in one pass or in two."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from laser_jax.alignment import keyframe_positions
+from laser_jax.config import BackboneConfig, LossWeights, ObjectiveConfig
+from laser_jax.data.pipeline import Batch, Tokens
+from laser_jax.modeling.backbone import Backbone, Variables, unstack_layers
+from laser_jax.step import FrozenTeacher, objective_terms
+from laser_jax.views import ExplicitView, dual_view, explicit_view, latent_view
+
+K = 3
+CONFIG = BackboneConfig(
+    family="qwen3",
+    vocab_size=53,
+    hidden_size=16,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    intermediate_size=24,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+    rope_scaling=None,
+    tie_word_embeddings=True,
+    max_position_embeddings=64,
+)
+BACKBONE = Backbone(CONFIG)
+QUERY_LENGTHS = np.array([2, 7, 4], np.int32)
+LENGTHS = np.array([9, 8, 14], np.int32)  # the second chain of thought is empty: EOS alone follows
+SEGMENT_ENDS = ([4, 7], [], [5, 6, 9, 12])
+KEYFRAMES = np.stack(
+    [
+        keyframe_positions(ends, n - 1, K, "official")
+        for ends, n in zip(SEGMENT_ENDS, LENGTHS, strict=True)
+    ]
+)
+
+
+@functools.cache
+def random_variables(seed: int = 0) -> Variables:
+    init = jax.jit(lambda key: nn.meta.unbox(BACKBONE.init(key, jnp.zeros((1, 2), jnp.int32))))
+
+    def scaled(path: Any, leaf: jax.Array) -> jax.Array:
+        return leaf * {"embedding": 25.0, "kernel": 8.0}.get(path[-1].key, 1.0)
+
+    return jax.tree.map_with_path(scaled, init(jax.random.key(seed)))
+
+
+def random_tokens(lengths: Any, seed: int) -> Tokens:
+    width = -(-max(lengths) // 8) * 8
+    ids_BT = np.random.default_rng(seed).integers(1, 53, (len(lengths), width))
+    return Tokens(ids_BT.astype(np.int32), np.asarray(lengths, np.int32))
+
+
+EXPLICIT = random_tokens(LENGTHS, seed=0)
+QUERY = Tokens(EXPLICIT.ids_BT[:, :8], QUERY_LENGTHS)
+BATCH = Batch(
+    query=QUERY,
+    documents=random_tokens([3, 8, 5, 6, 1, 7], seed=1),
+    explicit=EXPLICIT,
+    keyframes_BK=KEYFRAMES,
+    contrast_BC=np.array([[1, 1, 1, 0, 1, 1], [1] * 6, [1, 0, 1, 1, 1, 1]], bool),
+)
+
+
+@jax.jit
+def latent(variables: Variables, query: Tokens) -> jax.Array:
+    return latent_view(BACKBONE, variables, query.ids_BT, query.lengths_B, K, "prompt_and_thoughts")
+
+
+@jax.jit
+def explicit(variables: Variables, tokens: Tokens, keyframes_BK: Any) -> ExplicitView:
+    return explicit_view(BACKBONE, variables, tokens.ids_BT, tokens.lengths_B, keyframes_BK)
+
+
+@jax.jit
+def dual(variables: Variables, tokens: Tokens) -> tuple[jax.Array, ExplicitView]:
+    return dual_view(
+        BACKBONE,
+        variables,
+        tokens.ids_BT,
+        tokens.lengths_B,
+        QUERY_LENGTHS,
+        KEYFRAMES,
+        K,
+        "prompt_and_thoughts",
+    )
+
+
+def assert_same(got: Any, wanted: Any) -> None:
+    # un-normalised states reach 4
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), got, wanted)
+
+
+def relative_error(got: Any, wanted: Any) -> float:
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True)
+    squares = [(np.sum((a - b) ** 2), np.sum(np.square(b))) for a, b in pairs]
+    return float(np.sqrt(sum(a for a, _ in squares) / sum(b for _, b in squares)))
+
+
+# --- states --------------------------------------------------------------------------------------
+
+
+def test_explicit_prefix_equals_latent_prefix() -> None:
+    hidden_BKD, view = dual(random_variables(), EXPLICIT)
+    assert_same(hidden_BKD, latent(random_variables(), QUERY))
+    assert_same(view, explicit(random_variables(), EXPLICIT, KEYFRAMES))
+
+
+def test_thoughts_do_not_see_the_chain_of_thought() -> None:
+    in_query = np.arange(EXPLICIT.ids_BT.shape[1]) < QUERY_LENGTHS[:, None]
+    other = np.where(in_query, EXPLICIT.ids_BT, (EXPLICIT.ids_BT + 7) % 53)
+    hidden_BKD, view = dual(random_variables(), EXPLICIT)
+    other_hidden_BKD, other_view = dual(random_variables(), EXPLICIT.replace(ids_BT=other))
+    np.testing.assert_array_equal(hidden_BKD, other_hidden_BKD)
+    assert np.abs(view.final_BD - other_view.final_BD).max() > 0.1
+
+
+def test_teacher_states_are_those_at_the_end_and_at_the_keyframes() -> None:
+    view = explicit(random_variables(), EXPLICIT, KEYFRAMES)
+    h_BTD, _ = jax.jit(lambda v: BACKBONE.apply(v, EXPLICIT.ids_BT, None, method="read"))(
+        random_variables()
+    )
+    rows = np.arange(len(LENGTHS))
+    assert_same(view.final_BD, h_BTD[rows, LENGTHS - 1])
+    assert_same(view.keyframes_BKD, h_BTD[rows[:, None], KEYFRAMES])
+    # M < K repeats the last segment; an empty chain of thought teaches by its last token
+    assert_same(view.keyframes_BKD[0, 1], view.keyframes_BKD[0, 2])
+    assert_same(view.keyframes_BKD[1], np.tile(view.final_BD[1], (K, 1)))
+
+
+def test_explicit_padding_does_not_matter() -> None:
+    behind = np.arange(EXPLICIT.ids_BT.shape[1]) >= LENGTHS[:, None]
+    padded = EXPLICIT.replace(ids_BT=np.where(behind, 0, EXPLICIT.ids_BT))
+    wanted = explicit(random_variables(), EXPLICIT, KEYFRAMES)
+    assert_same(explicit(random_variables(), padded, KEYFRAMES), wanted)
+    row = Tokens(EXPLICIT.ids_BT[:1, : LENGTHS[0]], LENGTHS[:1])
+    alone = explicit(random_variables(), row, KEYFRAMES[:1])
+    assert_same(alone.keyframes_BKD[0], wanted.keyframes_BKD[0])
+
+
+# --- the objective -------------------------------------------------------------------------------
+
+OBJECTIVE = ObjectiveConfig(
+    num_thinking_steps=K, temperature=0.1, output_temperature=0.1, trajectory_temperature=0.1
+)
+
+
+def with_views(views: str) -> ObjectiveConfig:
+    return dataclasses.replace(OBJECTIVE, views=views)
+
+
+@functools.cache
+def value_and_gradient(objective: ObjectiveConfig, term: str = "loss") -> tuple[Any, Any]:
+    def run(variables: Variables) -> Any:
+        terms = objective_terms(BACKBONE, variables, BATCH, objective, jnp.ones(()))
+        return terms[term], terms
+
+    gradient, terms = jax.jit(jax.grad(run, has_aux=True))(random_variables())
+    return terms, gradient
+
+
+def test_one_pass_gives_the_loss_and_gradients_of_two() -> None:
+    fast, fast_gradient = value_and_gradient(with_views("fast"))
+    parity, parity_gradient = value_and_gradient(with_views("parity"))
+    assert set(fast) == {"loss", "latent", "explicit", "output", "trajectory"}
+    for name, term in parity.items():
+        np.testing.assert_allclose(fast[name], term, rtol=1e-6, err_msg=name)
+    assert relative_error(fast_gradient, parity_gradient) < 1e-6
+
+
+def test_unstacked_layers_give_the_same_terms() -> None:
+    backbone = Backbone(CONFIG, scan_layers=False)
+    run = jax.jit(lambda v: objective_terms(backbone, v, BATCH, OBJECTIVE, jnp.ones(())))
+    got = run(unstack_layers(random_variables()))
+    for name, term in value_and_gradient(with_views("fast"))[0].items():
+        np.testing.assert_allclose(got[name], term, rtol=2e-5, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def taught() -> tuple[Any, Any]:
+    """Terms and gradient of every term under a frozen teacher with the student's own weights."""
+    teacher = FrozenTeacher(BACKBONE, K)
+
+    def run(variables: Variables) -> Any:
+        terms = objective_terms(
+            BACKBONE, variables, BATCH, OBJECTIVE, jnp.ones(()), teacher, random_variables()
+        )
+        return terms, terms
+
+    gradients, terms = jax.jit(jax.jacrev(run, has_aux=True))(random_variables())
+    return terms, gradients
+
+
+def test_a_frozen_copy_teaches_what_the_model_itself_teaches(taught: tuple[Any, Any]) -> None:
+    terms, gradients = taught
+    for name, term in value_and_gradient(with_views("parity"))[0].items():
+        np.testing.assert_allclose(terms[name], term, rtol=2e-6, err_msg=name)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(gradients["explicit"]))
+    # Without the explicit term's share the gradient is the one of co-learning: its teacher side is
+    # under stop_gradient anyway.
+    shared = dataclasses.replace(with_views("parity"), weights=LossWeights(explicit=0.0))
+    _, wanted = value_and_gradient(shared)
+    assert relative_error(gradients["loss"], wanted) < 2e-6
+
+
+def terms_of(objective: ObjectiveConfig, batch: Batch = BATCH) -> dict[str, jax.Array]:
+    run = jax.jit(lambda v: objective_terms(BACKBONE, v, batch, objective, jnp.ones(())))
+    return run(random_variables())
+
+
+def test_plain_contrastive_training_reads_no_chain_of_thought() -> None:
+    plain = LossWeights(explicit=0.0, output=0.0, trajectory=0.0)
+    objective = dataclasses.replace(OBJECTIVE, weights=plain)
+    got = terms_of(objective, BATCH.replace(explicit=None, keyframes_BK=None))
+    assert set(got) == {"loss", "latent"}
+    wanted = value_and_gradient(with_views("parity"))[0]["latent"]
+    np.testing.assert_allclose(got["loss"], wanted, rtol=2e-6)
+
+
+def test_one_thinking_step_has_a_teacher_too() -> None:
+    batch = BATCH.replace(keyframes_BK=KEYFRAMES[:, :1])
+    got = terms_of(dataclasses.replace(OBJECTIVE, num_thinking_steps=1), batch)
+    assert all(np.isfinite(term) for term in got.values())
+    assert {"explicit", "output", "trajectory"} < set(got)
+    wanted = value_and_gradient(with_views("parity"))[0]
+    # the teacher's final state is the same, but the documents no longer think
+    assert got["explicit"] != pytest.approx(float(wanted["explicit"]), rel=1e-3)
+
+
+def test_keyframes_teach_the_trajectory_alone() -> None:
+    moved = terms_of(with_views("parity"), BATCH.replace(keyframes_BK=KEYFRAMES[:, ::-1]))
+    wanted = value_and_gradient(with_views("parity"))[0]
+    for name in ("latent", "explicit", "output"):
+        np.testing.assert_allclose(moved[name], wanted[name], rtol=1e-6)
+    assert moved["trajectory"] != pytest.approx(float(wanted["trajectory"]), rel=1e-3)
