@@ -443,12 +443,15 @@ class PretrainConfig:
     steps: int = 1000
     batch_size: int = 64
     row_length: int = 128
-    """Tokens in a row: plain texts are packed into it, longer reasonings are cut."""
+    """Tokens in a row: plain texts are packed into it, a prompt with its reasoning must fit."""
+    text_repeats: int = 1
+    """How often the plain texts and the documents' reasonings stand in an epoch, beside one copy of
+    the queries' reasonings."""
     seed: int = 0
     log_every: int = 20
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every"):
+        for name in ("steps", "batch_size", "log_every", "text_repeats"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1")
         _require(self.row_length >= 2, "row_length must be at least 2")
 

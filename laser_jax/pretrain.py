@@ -32,6 +32,7 @@ from laser_jax.data.language_modeling import (
 from laser_jax.data.tokenization import (
     PromptTokenizer,
     load_tokenizer,
+    query_content,
     special_token_ids,
     train_tokenizer,
 )
@@ -119,16 +120,27 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         params = load_params(config.model.path, backbone_config, dtype=np.dtype(np.float32))
     else:
         assert config.model.scratch is not None
-        written = [t for r in reasonings for t in (r.instruction, r.query, r.reasoning)]
+        written = [
+            text
+            for r in reasonings
+            for text in (
+                r.text
+                if r.instruction is None
+                else query_content(r.text, r.instruction, config.prompt),
+                r.reasoning,
+            )
+        ]
         tokenizer = train_tokenizer([*texts, *written], config.model.scratch.vocab_size)
         backbone_config = config.model.scratch.backbone(len(tokenizer))
         params = None
     prompts = PromptTokenizer(tokenizer, config.prompt)
     parts = []
     if texts:
-        parts.append(pack_texts(texts, prompts, config.row_length))
-    if reasonings:
-        parts.append(reasoning_rows(reasonings, prompts, config.row_length))
+        parts.append(pack_texts(texts, prompts, config.row_length, config.text_repeats))
+    about_documents = [r for r in reasonings if r.instruction is None]
+    repeated = [*reasonings, *about_documents * (config.text_repeats - 1)]
+    if repeated:
+        parts.append(reasoning_rows(repeated, prompts, config.row_length))
     rows = jax.tree.map(lambda *a: np.concatenate(a), *parts)
 
     backbone = Backbone(backbone_config, dtype=jnp.dtype(config.model.dtype))
@@ -168,7 +180,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     if config.eval is not None:
         queries = read_beir(config.eval, config.eval_split).queries.values()
         unseen = [
-            WrittenReasoning(q.instruction or "", q.text, q.reasoning)
+            WrittenReasoning(q.text, q.reasoning, q.instruction or "")
             for q in queries
             if q.reasoning
         ]
@@ -197,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     try:
         pretrain(parse_command_line(PretrainConfig, "python -m laser_jax.pretrain", arguments))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -68,7 +68,7 @@ def quickstart(options: QuickstartOptions) -> dict[str, dict[str, float]]:
     began = time.monotonic()
     output = Path(options.output)
     data, seed = output / "data", str(options.seed)
-    world = build_world(WorldConfig(final_separator=True, seed=options.seed))
+    world = build_world(WorldConfig(num_places=20, final_separator=True, seed=options.seed))
     write_world(world, data)
     print(
         f"{data}: {len(world.places)} places, {len(world.relations)} ways between them; "

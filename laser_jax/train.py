@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -38,6 +39,7 @@ from laser_jax.data.tokenization import (
     PromptTokenizer,
     Tokenizer,
     load_tokenizer,
+    query_content,
     special_token_ids,
     train_tokenizer,
 )
@@ -103,15 +105,15 @@ def _tokenizer_and_backbone(
 ) -> tuple[Tokenizer, BackboneConfig]:
     model = config.model
     if model.path is not None:
-        return load_tokenizer(model.path), read_backbone_config(model.path)
+        backbone = read_backbone_config(model.path)
+        return load_tokenizer(model.path), backbone
     assert model.scratch is not None
     texts = {
         text
         for row in rows
         for text in (
-            row.query,
+            query_content(row.query, row.prompt, config.prompt),
             row.reasoning_query,
-            row.prompt,
             *row.positive_passages,
             *row.negative_passages,
         )
@@ -274,12 +276,12 @@ def train(config: Config) -> dict[str, Any]:
         f"{jax.device_count()} {jax.default_backend()} device(s)"
     )
 
-    with jax.set_mesh(mesh):
+    start = int(state.step)
+    log = MetricsLog(output / "metrics.jsonl", start)
+    with jax.set_mesh(mesh), closing(checkpoints), closing(log):
         step_fn = compile_train_step(
             make_train_step(backbone, config, optimizer, schedule, teacher), layouts, mesh
         )
-        start = int(state.step)
-        log = MetricsLog(output / "metrics.jsonl", start)
         metrics = log.last
         began = time.monotonic()
         progress = tqdm(total=steps, initial=start, desc="train", unit="step", mininterval=1.0)
@@ -287,7 +289,8 @@ def train(config: Config) -> dict[str, Any]:
             state, arrays = step_fn(state, next(batches), teacher_variables)
             progress.update()
             logged = step % config.train.log_every == 0 or step == steps
-            saved = step % config.train.checkpoint_every == 0 or step == steps or stop.received
+            stopping = stop.received is not None  # read once, as it may come at any moment
+            saved = step % config.train.checkpoint_every == 0 or step == steps or stopping
             if logged or saved:
                 metrics = {"step": step} | {k: float(v) for k, v in sorted(arrays.items())}
                 _require_finite(metrics, output)
@@ -296,12 +299,10 @@ def train(config: Config) -> dict[str, Any]:
                 progress.set_postfix(loss=f"{metrics['loss']:.3f}")
             if saved:
                 checkpoints.save(state, batches.get_state())
-            if stop.received:
+            if stopping:
                 break
         progress.close()
-        log.close()
-        checkpoints.close()
-        seconds = time.monotonic() - began
+    seconds = time.monotonic() - began
     if stop.received and int(state.step) < steps:
         print(
             f"{stop.received}: saved at step {int(state.step)} of {steps}; "

@@ -248,7 +248,9 @@ def test_gircse_averages_the_losses_of_the_first_thoughts() -> None:
 def test_gircse_does_not_punish_thoughts_that_help() -> None:
     documents_CKD = jnp.repeat(draw(C, 1, D, seed=12), K, axis=1)
     target_BD = documents_CKD[POSITIVES, 0]
-    closer = jnp.arange(K)[None, :, None]  # every thought adds more of the positive
+    closer = jnp.arange(K, dtype=jnp.float32)[
+        None, :, None
+    ]  # every thought adds more of the positive
     hidden_BKD = draw(B, 1, D, seed=13) + closer * target_BD[:, None]
     got = gircse_loss(hidden_BKD, documents_CKD, POSITIVES, EVERYTHING, 0.2)
     steps = [float(got[f"step_{k}"]) for k in range(1, K + 1)]

@@ -171,7 +171,10 @@ def test_without_explicit_view_no_chain_of_thought_is_tokenised(prompts) -> None
 
 def test_every_text_is_tokenised_once(prompts) -> None:
     recording = RecordingTokenizer(prompts)
-    take(training_batches(ROWS, recording, DATA, **SETTINGS, num_threads=0), 20)
+    batches = training_batches(ROWS, recording, DATA, **SETTINGS, num_threads=0)
+    recording.documents.clear()  # of the check that there is room beside the templates
+    recording.reasonings.clear()
+    take(batches, 20)
     passages = [text for r in ROWS for text in (*r.positive_passages, *r.negative_passages)]
     assert sorted(recording.documents) == sorted(passages)
     assert len(recording.reasonings) == len(ROWS)

@@ -51,12 +51,14 @@ def tiny(family: str) -> BackboneConfig:
 @functools.cache
 def random_variables(family: str) -> Variables:
     """Soft tokens far from uniform, and kernels small enough not to amplify rounding."""
-    init = jax.jit(lambda key: nn.meta.unbox(Backbone(tiny(family)).init(key, _ids()[:1])))
+    boxed = jax.eval_shape(Backbone(tiny(family)).init, jax.random.key(0), _ids())
+    rng = np.random.default_rng(1)
 
-    def scaled(path: Any, leaf: jax.Array) -> jax.Array:
-        return leaf * {"embedding": 25.0, "kernel": 8.0}.get(path[-1].key, 1.0)
+    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        mean, std = {"embedding": (0, 0.5), "kernel": (0, 0.16), "scale": (1, 0.1)}[path[-1].key]
+        return jnp.asarray(rng.normal(mean, std, leaf.shape), jnp.float32)
 
-    return jax.tree.map_with_path(scaled, init(jax.random.key(0)))
+    return jax.tree.map_with_path(draw, nn.meta.unbox(boxed))
 
 
 def _ids() -> np.ndarray:

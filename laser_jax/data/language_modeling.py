@@ -20,11 +20,12 @@ Array = Any
 
 @dataclass(frozen=True)
 class WrittenReasoning:
-    """A query with the reasoning that the model is to write."""
+    """A query or document with the reasoning that the model is to write."""
 
-    instruction: str
-    query: str
+    text: str
     reasoning: str
+    instruction: str | None
+    """The query's; None for a document."""
 
 
 @flax.struct.dataclass
@@ -38,7 +39,8 @@ class LanguageRows:
 
 
 def read_language_rows(path: str | Path) -> tuple[list[str], list[WrittenReasoning]]:
-    """Reads {"text"} and {"prompt", "query", "reasoning" or "reasoning_query"} lines.
+    """Reads {"text"}, {"prompt", "query", "reasoning" or "reasoning_query"} and
+    {"document", "reasoning"} lines.
 
     A LaSER training row also gives its passages as plain texts.
 
@@ -66,49 +68,71 @@ def read_language_rows(path: str | Path) -> tuple[list[str], list[WrittenReasoni
                     "query": str(query),
                     "reasoning_query": str(reasoning),
                 }:
-                    reasonings.append(WrittenReasoning(prompt, query, reasoning))
+                    reasonings.append(WrittenReasoning(query, reasoning, prompt))
                     for key in ("positive_passages", "negative_passages"):
                         texts |= dict.fromkeys(row.get(key, ()))
+                case {"document": str(document), "reasoning": str(reasoning)}:
+                    reasonings.append(WrittenReasoning(document, reasoning, None))
                 case _:
                     raise DataError(
-                        f'{path}:{number}: neither a "text" nor "prompt", "query" and "reasoning" '
-                        "(all strings) are there"
+                        f'{path}:{number}: wanted "text", or "prompt", "query" and "reasoning", or '
+                        '"document" and "reasoning" (all strings)'
                     )
     if not texts and not reasonings:
         raise DataError(f"{path} is empty")
     return list(texts), reasonings
 
 
-def pack_texts(texts: Sequence[str], prompts: PromptTokenizer, length: int) -> LanguageRows:
-    """Plain texts, each ended by EOS, end to end in rows of `length` tokens; all are predicted."""
-    stream: list[int] = []
-    for text in texts:
-        stream += [*prompts.tokenizer(text, add_special_tokens=False)["input_ids"], prompts.eos_id]
-    stream += [prompts.pad_id] * (-len(stream) % length)
-    ids_BT = np.asarray(stream, np.int32).reshape(-1, length)
-    predict_BT = np.ones(ids_BT.shape, bool)
+def pack_texts(
+    texts: Sequence[str], prompts: PromptTokenizer, length: int, repeats: int
+) -> LanguageRows:
+    """Plain texts, each ended by EOS, end to end in rows of `length` tokens; all are predicted.
+
+    Args:
+        repeats: how often the texts stand in the rows, every time in another order.
+    """
+    ids = [
+        [*prompts.tokenizer(text, add_special_tokens=False)["input_ids"], prompts.eos_id]
+        for text in texts
+    ]
+    rng = np.random.default_rng(0)
+    stream = [i for _ in range(repeats) for t in rng.permutation(len(ids)) for i in ids[t]]
+    padding = -len(stream) % length
+    ids_BT = np.asarray(stream + [prompts.pad_id] * padding, np.int32).reshape(-1, length)
+    # by count, not by id: EOS is the pad token of some tokenizers
+    predict_BT = (np.arange(ids_BT.size) < len(stream)).reshape(ids_BT.shape)
     predict_BT[:, 0] = False
-    return LanguageRows(ids_BT, predict_BT & (ids_BT != prompts.pad_id))
+    return LanguageRows(ids_BT, predict_BT)
 
 
 def reasoning_rows(
     reasonings: Sequence[WrittenReasoning], prompts: PromptTokenizer, length: int
 ) -> LanguageRows:
-    """One [query prompt; reasoning; EOS] a row of `length` tokens; reasoning and EOS are predicted.
+    """One [prompt; reasoning; EOS] a row of `length` tokens; reasoning and EOS are predicted.
 
     Raises:
         DataError: when one does not fit; gives the length that would.
     """
-    inputs = [prompts.explicit(r.query, r.instruction, r.reasoning) for r in reasonings]
-    longest = max((len(tokens.ids) for tokens in inputs), default=0)
+    inputs = [_input(item, prompts) for item in reasonings]
+    longest = max((len(ids) for ids, _ in inputs), default=0)
     if longest > length:
         raise DataError(
-            f"row_length {length} cannot hold the longest query with its reasoning: set it to "
+            f"row_length {length} cannot hold the longest prompt with its reasoning: set it to "
             f"{longest} or more, or shorten them with prompt.explicit_max_length"
         )
     ids_BT = np.full((len(reasonings), length), prompts.pad_id, np.int32)
     predict_BT = np.zeros(ids_BT.shape, bool)
-    for b, tokens in enumerate(inputs):
-        ids_BT[b, : len(tokens.ids)] = tokens.ids
-        predict_BT[b, tokens.query_length : len(tokens.ids)] = True
+    for b, (ids, start) in enumerate(inputs):
+        ids_BT[b, : len(ids)] = ids
+        predict_BT[b, start : len(ids)] = True
     return LanguageRows(ids_BT, predict_BT)
+
+
+def _input(item: WrittenReasoning, prompts: PromptTokenizer) -> tuple[list[int], int]:
+    """The tokens of prompt, reasoning and EOS, and where the reasoning starts."""
+    if item.instruction is not None:
+        tokens = prompts.explicit(item.text, item.instruction, item.reasoning)
+        return tokens.ids, tokens.query_length
+    prompt = prompts.document(item.text)
+    written = prompts.tokenizer(item.reasoning, add_special_tokens=False)["input_ids"]
+    return [*prompt, *written, prompts.eos_id], len(prompt)

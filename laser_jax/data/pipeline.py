@@ -219,6 +219,7 @@ def training_batches(
 
     Raises:
         DataError: no rows, or a row without negatives though `data.group_size` is above 1.
+        TokenizationError: a limit of the prompts leaves no room for a text.
     """
     if not rows:
         raise DataError("there are no training rows")
@@ -235,6 +236,7 @@ def training_batches(
 
     for row_index, row in enumerate(rows):
         _require_negatives(row, row_index, data)  # now, not hours into the run
+    prompt_tokenizer.require_room({row.prompt for row in rows}, explicit=need_explicit)
     build = _BatchBuilder(prompt_tokenizer, data, num_steps, keyframes, need_explicit)
     return (
         grain.MapDataset.range(len(rows))

@@ -285,6 +285,20 @@ class PromptTokenizer:
             ends = token_segment_ends(ids, start, self.separator_id)
         return ExplicitTokens(ids + [self.eos_id] * eos, ends, start, truncated)
 
+    def require_room(self, instructions: Iterable[str], *, explicit: bool) -> None:
+        """Checks that a text of any length fits beside the templates, which otherwise shows only
+        when the first long text comes.
+
+        Raises:
+            TokenizationError: names the limit that is too low.
+        """
+        endless = "word " * max(self.config.query_max_length, self.config.document_max_length)
+        self.document(endless)
+        for instruction in instructions:
+            self.query(endless, instruction)
+            if explicit:
+                self.explicit(endless, instruction, endless)
+
     def _wrap(self, content: str) -> str:
         if not self.config.chat_template:
             return content

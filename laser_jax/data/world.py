@@ -479,6 +479,11 @@ def world_files(world: World) -> dict[str, str]:
         + _jsonl(
             {"prompt": INSTRUCTION, "query": pair.query, "reasoning": pair.reasoning}
             for pair in world.lm.reasonings
+        )
+        # of a document the model thinks its subject, in the form in which a walk names its end
+        + _jsonl(
+            {"document": text, "reasoning": f" {name}.{SEPARATOR * world.config.final_separator}"}
+            for name, (_, text) in zip(world.places, world.documents, strict=True)
         ),
     }
     for split, queries in evaluated.items():

@@ -1,0 +1,175 @@
+"""The causal-LM stage: it learns, counts what it writes right, and recognises a finished run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from laser_jax import pretrain as program
+from laser_jax.config import (
+    ConfigError,
+    ModelConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    ScratchConfig,
+    parse_command_line,
+)
+from laser_jax.data.language_modeling import LanguageRows
+from laser_jax.data.tokenization import load_tokenizer
+from laser_jax.hf import load_params, read_backbone_config
+from laser_jax.modeling.backbone import Backbone, Variables
+from laser_jax.pretrain import pretrain, written_right
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+SCRATCH = ScratchConfig(
+    vocab_size=270,
+    hidden_size=16,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    intermediate_size=32,
+)
+
+
+@pytest.fixture(autouse=True)
+def _optax_promotes() -> Iterator[None]:
+    with jax.numpy_dtype_promotion("standard"):  # optax takes a float to an integer power
+        yield
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> PretrainConfig:
+    folder = tmp_path_factory.mktemp("pretrain")
+    reasoning = {"prompt": "Find", "query": "Where is Ulm?", "reasoning": "In the south."}
+    texts = write_jsonl(folder / "lm.jsonl", [{"text": "Ulm is south of Kiel."}, reasoning])
+    write_jsonl(folder / "corpus.jsonl", [{"_id": "d", "text": "south"}])
+    query = {"_id": "q", "text": "Where is Ulm?", "instruction": "Find"}
+    write_jsonl(folder / "queries.jsonl", [query | {"reasoning": "In the south."}])
+    (folder / "qrels").mkdir()
+    (folder / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nq\td\t1\n")
+    return PretrainConfig(
+        model=ModelConfig(scratch=SCRATCH),
+        texts=str(texts),
+        eval=str(folder),
+        output=str(folder / "backbone"),
+        optimizer=OptimizerConfig(learning_rate=3e-2),
+        steps=60,
+        batch_size=2,
+        row_length=96,
+        seed=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def report(config: PretrainConfig) -> dict[str, Any]:
+    with jax.numpy_dtype_promotion("standard"):
+        return pretrain(config)
+
+
+# --- a run -------------------------------------------------------------------------------------
+
+
+def test_the_loss_falls_until_the_reasoning_is_written_right(report) -> None:
+    assert report["loss"] < 0.2 * math.log(SCRATCH.vocab_size)
+    assert report["written_right"] == 1.0
+
+
+def test_the_backbone_is_a_hugging_face_directory_with_tokenizer(config, report) -> None:
+    backbone = read_backbone_config(config.output)
+    params = load_params(config.output, backbone, dtype=np.float32)
+    assert sum(a.size for a in jax.tree.leaves(params)) == report["parameters"]
+    assert len(load_tokenizer(config.output)) == backbone.vocab_size
+
+
+def test_a_finished_run_is_recognised_and_not_repeated(config, report, capsys) -> None:
+    before = {p: p.stat().st_mtime_ns for p in Path(config.output).rglob("*")}
+    assert pretrain(config) == report
+    assert "already trained" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in Path(config.output).rglob("*")} == before
+
+
+def test_the_output_of_another_config_is_refused(config, report) -> None:
+    with pytest.raises(ConfigError, match="holds a backbone of another config"):
+        pretrain(dataclasses.replace(config, seed=2))
+
+
+# --- what is written right ---------------------------------------------------------------------
+
+
+def likeliest(backbone: Backbone, variables: Variables, ids: list[int]) -> list[int]:
+    """The likeliest token behind every position."""
+    return backbone.apply(variables, jnp.asarray([ids])).argmax(-1)[0].tolist()
+
+
+def test_a_row_is_right_when_all_that_counts_is_what_greedy_decoding_writes() -> None:
+    backbone = Backbone(SCRATCH.backbone(40))
+    variables = nn.meta.unbox(backbone.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
+    start, length = 3, 6
+    ids_BT = np.zeros((5, length), np.int32)
+    for b in range(5):
+        ids = [7 * b + i + 1 for i in range(start)]
+        while len(ids) < length:
+            ids.append(likeliest(backbone, variables, ids)[-1])
+        ids_BT[b] = ids
+    predict_BT = np.tile(np.arange(length) >= start, (5, 1))
+
+    def share(ids_BT: np.ndarray) -> float:
+        return written_right(backbone, variables, LanguageRows(ids_BT, predict_BT), 2)
+
+    assert share(ids_BT) == 1.0
+    ids_BT[1, -1] = (ids_BT[1, -1] + 1) % 40  # one wrong token, the last
+    assert share(ids_BT) == 0.8
+    ids_BT[4, start] = (ids_BT[4, start] + 1) % 40  # in the batch that is filled up
+    assert share(ids_BT) == 0.6
+    predict_BT[1, -1] = False  # not counted any more
+    assert share(ids_BT) == 0.8
+
+
+# --- order and bad input -----------------------------------------------------------------------
+
+
+def test_every_epoch_has_every_row_once() -> None:
+    rows = LanguageRows(np.arange(5)[:, None], np.ones((5, 1), bool))
+    batches = program._batches(rows, 2, seed=0)
+    drawn = [int(i) for _ in range(5) for i in next(batches).ids_BT[:, 0]]
+    assert sorted(drawn[:5]) == sorted(drawn[5:]) == list(range(5))
+    assert drawn[:5] != drawn[5:]
+
+
+def test_the_embedded_worlds_config_parses() -> None:
+    parse_command_line(PretrainConfig, "p", ["--config", str(CONFIGS / "world_pretrain.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--texts", "absent.jsonl"), "absent.jsonl: no such file"),
+        (("--row_length", "8"), "row_length 8"),
+        (("--eval", "absent"), "absent"),
+        (("--model.scratch", "null", "--model.path", "absent"), "absent"),
+        (("--steps", "0"), "steps must be at least 1"),
+    ],
+)
+def test_bad_settings_are_named_and_leave_nothing(config, flags, named, tmp_path, capsys) -> None:
+    arguments = ["--config", str(CONFIGS / "world_pretrain.yaml"), "--texts", config.texts]
+    output = ["--output", str(tmp_path / "out"), "--steps", "1"]
+    with pytest.raises(SystemExit) as caught:
+        program.main([*arguments, *output, *flags])
+    assert named in f"{caught.value.code} {capsys.readouterr().err}"
+    assert not (tmp_path / "out").exists()
