@@ -142,6 +142,20 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     if repeated:
         parts.append(reasoning_rows(repeated, prompts, config.row_length))
     rows = jax.tree.map(lambda *a: np.concatenate(a), *parts)
+    held_out = None
+    if config.eval is not None:
+        queries = read_beir(config.eval, config.eval_split).queries.values()
+        unseen = [
+            WrittenReasoning(q.text, q.reasoning, q.instruction or "")
+            for q in queries
+            if q.reasoning
+        ]
+        if not unseen:
+            raise ConfigError(
+                f"eval: no {config.eval_split} query in {config.eval} carries a reasoning; leave "
+                "eval out"
+            )
+        held_out = reasoning_rows(unseen, prompts, config.row_length)
 
     backbone = Backbone(backbone_config, dtype=jnp.dtype(config.model.dtype))
     if params is None:
@@ -177,19 +191,12 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         "parameters": count,
         "train_seconds": round(time.monotonic() - began, 1),
     }
-    if config.eval is not None:
-        queries = read_beir(config.eval, config.eval_split).queries.values()
-        unseen = [
-            WrittenReasoning(q.text, q.reasoning, q.instruction or "")
-            for q in queries
-            if q.reasoning
-        ]
-        held_out = reasoning_rows(unseen, prompts, config.row_length)
+    if held_out is not None:
         report["written_right"] = written_right(
             backbone, {"params": params}, held_out, config.batch_size
         )
         print(
-            f"greedy decoding writes {report['written_right']:.1%} of the {len(unseen)} "
+            f"greedy decoding writes {report['written_right']:.1%} of the {len(held_out.ids_BT)} "
             f"{config.eval_split} reasonings without a mistake"
         )
     save_params(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from laser_jax.config import (
 from laser_jax.data.language_modeling import LanguageRows
 from laser_jax.data.tokenization import load_tokenizer
 from laser_jax.hf import load_params, read_backbone_config
-from laser_jax.modeling.backbone import Backbone, Variables
+from laser_jax.modeling.backbone import Backbone
 from laser_jax.pretrain import pretrain, written_right
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -112,21 +113,17 @@ def test_the_output_of_another_config_is_refused(config, report) -> None:
 # --- what is written right ---------------------------------------------------------------------
 
 
-def likeliest(backbone: Backbone, variables: Variables, ids: list[int]) -> list[int]:
-    """The likeliest token behind every position."""
-    return backbone.apply(variables, jnp.asarray([ids])).argmax(-1)[0].tolist()
-
-
 def test_a_row_is_right_when_all_that_counts_is_what_greedy_decoding_writes() -> None:
     backbone = Backbone(SCRATCH.backbone(40))
-    variables = nn.meta.unbox(backbone.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
+    variables = nn.meta.unbox(
+        jax.jit(backbone.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    )
     start, length = 3, 6
     ids_BT = np.zeros((5, length), np.int32)
-    for b in range(5):
-        ids = [7 * b + i + 1 for i in range(start)]
-        while len(ids) < length:
-            ids.append(likeliest(backbone, variables, ids)[-1])
-        ids_BT[b] = ids
+    ids_BT[:, :start] = 7 * np.arange(5)[:, None] + np.arange(start)[None, :]
+    likeliest = jax.jit(lambda ids_BT: backbone.apply(variables, ids_BT).argmax(-1))
+    for t in range(start, length):
+        ids_BT[:, t] = likeliest(ids_BT)[:, t - 1]
     predict_BT = np.tile(np.arange(length) >= start, (5, 1))
 
     def share(ids_BT: np.ndarray) -> float:
@@ -156,12 +153,21 @@ def test_the_embedded_worlds_config_parses() -> None:
     parse_command_line(PretrainConfig, "p", ["--config", str(CONFIGS / "world_pretrain.yaml")])
 
 
+def test_an_evaluation_without_reasonings_is_refused_before_training(config, tmp_path) -> None:
+    folder = shutil.copytree(config.eval, tmp_path / "data")
+    write_jsonl(folder / "queries.jsonl", [{"_id": "q", "text": "Where is Ulm?"}])
+    other = dataclasses.replace(config, eval=str(folder), output=str(tmp_path / "out"))
+    with pytest.raises(ConfigError, match=r"eval: no dev query .* carries a reasoning"):
+        pretrain(other)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
         (("--texts", "absent.jsonl"), "absent.jsonl: no such file"),
         (("--row_length", "8"), "row_length 8"),
-        (("--eval", "absent"), "absent"),
+        (("--eval", "absent"), "absent/qrels"),
         (("--model.scratch", "null", "--model.path", "absent"), "absent"),
         (("--steps", "0"), "steps must be at least 1"),
     ],

@@ -1,0 +1,151 @@
+"""A model over a BEIR dataset: which runs there are, and what is in them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from laser_jax.config import PromptConfig, RetrieverConfig, ScratchConfig
+from laser_jax.data.tokenization import PromptTokenizer, train_tokenizer
+from laser_jax.encoder import LatentEncoder
+from laser_jax.evaluation.beir import BeirDataset, DatasetError, Document, EvalQuery
+from laser_jax.evaluation.retrieval import (
+    format_table,
+    require_instructions,
+    retrieval_runs,
+    score_runs,
+)
+from laser_jax.modeling.backbone import Backbone
+
+SCRATCH = ScratchConfig(
+    hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=16
+)
+TEXTS = ["Ulm lies on the Danube.", "Kiel lies at the sea.", "Jena lies in a valley.", "Bonn."]
+DOCUMENTS = [Document(f"d{n}", text) for n, text in enumerate(TEXTS)]
+QUERIES = [
+    EvalQuery("q0", "Where is Ulm?", instruction="Find", reasoning="South.\n\nOn the Danube."),
+    EvalQuery("q1", "Where is Kiel?", instruction="", reasoning="North."),
+]
+DATASET = BeirDataset(
+    DOCUMENTS, {q.id: q for q in QUERIES}, {"q0": {"d0": 1}, "q1": {"d1": 1, "d2": 0}}
+)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> PromptTokenizer:
+    return PromptTokenizer(train_tokenizer(TEXTS, 270), PromptConfig())
+
+
+class RecordingEncoder(LatentEncoder):
+    """Records what it is asked for."""
+
+    asked: list[tuple[int, tuple[int, ...]]]
+
+    def encode_tokens(
+        self, rows: Sequence[Sequence[int]], steps: Sequence[int], *, progress: str | None = None
+    ) -> np.ndarray:
+        self.asked.append((len(rows), tuple(steps)))
+        return super().encode_tokens(rows, steps, progress=progress)
+
+
+@pytest.fixture(scope="module")
+def encoder(prompts: PromptTokenizer) -> RecordingEncoder:
+    config = RetrieverConfig(SCRATCH.backbone(len(prompts.tokenizer)), num_thinking_steps=2)
+    backbone = Backbone(config.backbone)
+    drawn = nn.meta.unbox(jax.jit(backbone.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
+    made = RecordingEncoder(drawn, config, batch_size=4, length_multiple=128)
+    made.asked = []
+    return made
+
+
+def with_queries(*queries: EvalQuery) -> BeirDataset:
+    return dataclasses.replace(DATASET, queries={q.id: q for q in queries})
+
+
+def ranked(encoder, queries: list[list[int]], prompts, query_k: int, document_k: int) -> np.ndarray:
+    """Scores [Q, C], documents in their own order."""
+    documents = [prompts.document(text) for text in TEXTS]
+    return encoder.encode_tokens(queries, [query_k])[0] @ (
+        encoder.encode_tokens(documents, [document_k])[0].T
+    )
+
+
+def assert_scores(run: dict[str, dict[str, float]], scores_QC: np.ndarray) -> None:
+    for query, scores_C in zip(QUERIES, scores_QC, strict=True):
+        wanted = {document.id: s for document, s in zip(DOCUMENTS, scores_C, strict=True)}
+        assert run[query.id] == pytest.approx(wanted, abs=1e-5)
+        assert list(run[query.id].values()) == sorted(run[query.id].values(), reverse=True)
+
+
+def test_queries_and_documents_think_equally_long(encoder, prompts) -> None:
+    runs = retrieval_runs(encoder, prompts, DATASET, [1, 3])
+    assert list(runs) == ["latent K=1", "latent K=3", "explicit"]
+    rows = [prompts.query(q.text, q.instruction or "") for q in QUERIES]
+    for k in (1, 3):
+        assert_scores(runs[f"latent K={k}"], ranked(encoder, rows, prompts, k, k))
+
+
+def test_the_explicit_run_reads_the_reasoning_against_documents_at_the_models_own_k(
+    encoder, prompts
+) -> None:
+    run = retrieval_runs(encoder, prompts, DATASET, [1])["explicit"]
+    rows = [prompts.explicit(q.text, q.instruction or "", q.reasoning or "").ids for q in QUERIES]
+    assert_scores(run, ranked(encoder, rows, prompts, 1, 2))
+
+
+def test_every_text_is_encoded_once_for_all_steps(encoder, prompts) -> None:
+    encoder.asked.clear()
+    retrieval_runs(encoder, prompts, DATASET, [3, 1, 3])
+    assert encoder.asked == [(4, (1, 2, 3)), (2, (1, 3)), (2, (1,))]
+
+
+def test_there_is_no_explicit_run_without_a_reasoning_for_every_query(encoder, prompts) -> None:
+    for reasoning in (None, ""):
+        dataset = with_queries(QUERIES[0], dataclasses.replace(QUERIES[1], reasoning=reasoning))
+        assert list(retrieval_runs(encoder, prompts, dataset, [1])) == ["latent K=1"]
+
+
+def test_there_is_no_explicit_run_for_a_model_that_pools_thoughts_alone(encoder, prompts) -> None:
+    config = dataclasses.replace(encoder.config, pooling="thoughts")
+    thinker = LatentEncoder({"params": encoder._variables["params"]}, config, length_multiple=128)
+    assert list(retrieval_runs(thinker, prompts, DATASET, [1])) == ["latent K=1"]
+
+
+def test_excluded_documents_are_in_no_run(encoder, prompts) -> None:
+    dataset = with_queries(dataclasses.replace(QUERIES[0], excluded_ids=("d1", "d9")), QUERIES[1])
+    for run in retrieval_runs(encoder, prompts, dataset, [1]).values():
+        assert set(run["q0"]) == {"d0", "d2", "d3"}
+        assert set(run["q1"]) == {"d0", "d1", "d2", "d3"}
+
+
+def test_a_query_without_instruction_is_named(encoder, prompts) -> None:
+    dataset = with_queries(QUERIES[0], dataclasses.replace(QUERIES[1], instruction=None))
+    for refuse in (
+        lambda: require_instructions(dataset),
+        lambda: retrieval_runs(encoder, prompts, dataset, [1]),
+    ):
+        with pytest.raises(DatasetError, match="query q1 has no instruction"):
+            refuse()
+
+
+def test_scores_are_means_over_queries_and_the_table_shows_them() -> None:
+    runs = {
+        "first": {"q0": {"d0": 0.9, "d1": 0.1}, "q1": {"d1": 0.9, "d2": 0.1}},
+        "second": {"q0": {"d1": 0.9, "d0": 0.1}, "q1": {"d1": 0.9, "d2": 0.1}},
+    }
+    scores = score_runs(runs, DATASET)
+    assert scores["first"] == {"nDCG@10": 1.0, "Recall@100": 1.0, "Hit@1": 1.0}
+    assert scores["second"]["Hit@1"] == 0.5
+    assert scores["second"]["nDCG@10"] == pytest.approx((1 + 1 / np.log2(3)) / 2)
+    header, *lines = format_table(scores).splitlines()
+    assert header.split() == ["nDCG@10", "Recall@100", "Hit@1"]
+    assert [line.split() for line in lines] == [
+        ["first", "1.0000", "1.0000", "1.0000"],
+        ["second", "0.8155", "1.0000", "0.5000"],
+    ]
