@@ -122,11 +122,18 @@ def _tokenizer_and_backbone(
     return tokenizer, model.scratch.backbone(len(tokenizer))
 
 
-def _load_teacher(config: Config) -> tuple[FrozenTeacher | None, Variables | None]:
+def _load_teacher(
+    config: Config, student: BackboneConfig
+) -> tuple[FrozenTeacher | None, Variables | None]:
     directory = config.objective.teacher
     if directory is None:
         return None, None
     variables, retriever = load_pretrained(directory)
+    if retriever.backbone.vocab_size != student.vocab_size:
+        raise ConfigError(
+            f"objective.teacher {directory} has {retriever.backbone.vocab_size} tokens and the "
+            f"model {student.vocab_size}; both must read the same tokens"
+        )
     variables = jax.device_put(variables)
     teacher = FrozenTeacher(backbone_for(retriever, variables), retriever.num_thinking_steps)
     return teacher, variables
@@ -248,7 +255,7 @@ def train(config: Config) -> dict[str, Any]:
         backbone, optimizer, mesh, config.train.seed, base, jnp.dtype(config.model.param_dtype)
     )
     del base
-    teacher, teacher_variables = _load_teacher(config)
+    teacher, teacher_variables = _load_teacher(config, backbone_config)
     batches = iter(
         training_batches(
             rows,

@@ -466,6 +466,14 @@ def test_a_bad_model_is_named(full, spoil, named, arguments, tmp_path, capsys) -
     assert not (tmp_path / "run").exists()
 
 
+def test_a_teacher_of_another_vocabulary_is_refused(full, arguments, tmp_path, capsys) -> None:
+    teacher = ("--objective.teacher", str(full.output / "model"))
+    smaller = ("--model.scratch.vocab_size", "265")
+    message = refusal(arguments(tmp_path / "run", *teacher, *smaller), capsys)
+    assert f"objective.teacher {teacher[1]} has 270 tokens and the model 265" in message
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_output_of_another_config_is_refused_and_kept(full, arguments, capsys) -> None:
     before = {p: p.stat().st_mtime_ns for p in full.output.rglob("*")}
     message = refusal(arguments(full.output, "--optimizer.learning_rate", "1"), capsys)

@@ -174,7 +174,7 @@ def test_a_query_names_no_place_but_its_start(world: World) -> None:
 def test_short_reasoning_names_one_place_a_segment(world: World) -> None:
     for row in world.train:
         segments = row.reasoning_query.split(SEPARATOR)
-        assert segments == [f"{place}." for place in walk_by_table(world, row.query)]
+        assert segments == [f" {place}." for place in walk_by_table(world, row.query)]
 
 
 def test_sentence_reasoning_gives_one_fact_a_segment() -> None:
@@ -308,10 +308,15 @@ def test_files_are_beir_and_laser_rows(tmp_path: Path) -> None:
 
     lm = read_jsonl(tmp_path / "world/lm.jsonl")
     assert [row["text"] for row in lm if "text" in row] == list(world.lm.facts)
-    assert [row for row in lm if "text" not in row] == [
+    assert [row for row in lm if "query" in row] == [
         {"prompt": INSTRUCTION, "query": pair.query, "reasoning": pair.reasoning}
         for pair in world.lm.reasonings
     ]
+    assert [row for row in lm if "document" in row] == [
+        {"document": text, "reasoning": f" {name}."}
+        for name, (_, text) in zip(world.places, world.documents, strict=True)
+    ]
+    assert all(len({"text", "query", "document"} & set(row)) == 1 for row in lm)
 
 
 def test_writing_again_replaces_the_world_and_leaves_nothing_else(tmp_path: Path) -> None:
