@@ -86,7 +86,8 @@ class MetricsLog:
     def __init__(self, path: Path, start: int):
         kept = []
         if path.is_file():
-            lines = path.read_text().splitlines()
+            # what follows the last line end was torn by a kill, and lies after every checkpoint
+            lines = path.read_text().split("\n")[:-1]
             kept = [line for line in lines if json.loads(line)["step"] <= start]
         self.last: dict[str, float] = json.loads(kept[-1]) if kept else {}
         path.write_text("".join(f"{line}\n" for line in kept))

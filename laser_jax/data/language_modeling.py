@@ -70,7 +70,10 @@ def read_language_rows(path: str | Path) -> tuple[list[str], list[WrittenReasoni
                 }:
                     reasonings.append(WrittenReasoning(query, reasoning, prompt))
                     for key in ("positive_passages", "negative_passages"):
-                        texts |= dict.fromkeys(row.get(key, ()))
+                        passages = row.get(key, [])
+                        if not isinstance(passages, list) or {*map(type, passages)} - {str}:
+                            raise DataError(f"{path}:{number}: {key} must be a list of strings")
+                        texts |= dict.fromkeys(passages)
                 case {"document": str(document), "reasoning": str(reasoning)}:
                     reasonings.append(WrittenReasoning(document, reasoning, None))
                 case _:

@@ -1,0 +1,81 @@
+"""The quickstart: which commands it runs and what its table takes from their results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from laser_jax import quickstart as module
+from laser_jax.config import Config, PretrainConfig, parse_command_line
+from laser_jax.quickstart import QuickstartOptions, quickstart
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Config | PretrainConfig]]:
+    """Parses the commands instead of running them; each training scores by its K."""
+    ran: list[tuple[str, Config | PretrainConfig]] = []
+
+    def run(program: str, *arguments: str) -> None:
+        if program == "laser_jax.pretrain":
+            ran.append((program, parse_command_line(PretrainConfig, program, arguments)))
+            return
+        config = parse_command_line(Config, program, arguments)
+        ran.append((program, config))
+        output = Path(config.output)
+        output.mkdir(parents=True)
+        K = config.objective.num_thinking_steps
+        method = config.objective.method
+        scores = {
+            f"latent K={k}": {"nDCG@10": k / 10, "Recall@100": 1.0, "Hit@1": len(method) / 10}
+            for k in range(1, 9)
+        }
+        scores["explicit"] = {"nDCG@10": 0.99, "Recall@100": 1.0, "Hit@1": 0.98}
+        (output / "results.json").write_text(json.dumps({"scores": scores}))
+        (output / "config.json").write_text(json.dumps({"objective": {"num_thinking_steps": K}}))
+
+    monkeypatch.setattr(module, "_run", run)
+    return ran
+
+
+def test_the_three_methods_differ_in_the_objective_alone(
+    commands: list[tuple[str, Config | PretrainConfig]], tmp_path: Path
+) -> None:
+    quickstart(QuickstartOptions(str(tmp_path / "world"), seed=3))
+    (first, pretraining), *trainings = commands
+    assert first == "laser_jax.pretrain"
+    assert isinstance(pretraining, PretrainConfig)
+    configs = [config for _, config in trainings if isinstance(config, Config)]
+    assert [c.objective.method for c in configs] == ["laser", "gircse", "laser"]
+    assert configs[0].objective.num_thinking_steps == 1
+    assert not configs[0].objective.need_explicit_view
+    assert configs[1].objective.num_thinking_steps == configs[2].objective.num_thinking_steps
+    assert configs[2].objective.need_explicit_view
+    for part in ("model", "data", "lora", "prompt", "optimizer", "train"):
+        assert len({getattr(c, part) for c in configs}) == 1, part
+    assert configs[0].model.path == pretraining.output
+    assert {c.train.seed for c in configs} == {pretraining.seed} == {3}
+    assert pretraining.prompt.query_template == configs[0].prompt.query_template
+
+
+def test_the_table_takes_each_method_at_its_own_k(
+    commands: list[tuple[str, Config | PretrainConfig]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "world"
+    table = quickstart(QuickstartOptions(str(output)))
+    assert commands
+    assert [row["nDCG@10"] for row in table.values()] == [0.1, 0.7, 0.7, 0.99]
+    assert list(table)[-1].startswith("explicit view")
+    assert json.loads((output / "table.json").read_text()) == table
+    assert "chance: Hit@1 0.0500" in capsys.readouterr().out
+
+
+def test_outside_a_clone_it_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(module, "CONFIGS", tmp_path)
+    with pytest.raises(SystemExit, match=r"no quickstart\.yaml: run this from a clone"):
+        module.main(["--output", str(tmp_path / "world")])
