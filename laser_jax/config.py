@@ -22,6 +22,8 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 Dtype = Literal["float32", "bfloat16", "float16"]
 KeyframeRule = Literal["official", "paper"]
 Pooling = Literal["prompt_and_thoughts", "thoughts"]
+AttentionKernel = Literal["xla", "cudnn", "splash"]
+Remat = Literal["none", "dots", "full"]
 
 
 C = TypeVar("C")
@@ -174,9 +176,12 @@ class LoraConfig:
     alpha: float = 32.0
     targets: tuple[str, ...] = PROJECTIONS
     rank_stabilised: bool = False
+    dropout: float = 0.0
+    """Share of an adapter's inputs that a training step zeroes; wants `objective.views: parity`."""
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, f"lora.rank must be at least 1, got {self.rank}")
+        _require(0 <= self.dropout < 1, f"lora.dropout must lie in [0, 1), got {self.dropout}")
         unknown = sorted(set(self.targets) - set(PROJECTIONS))
         _require(
             not unknown, f"lora.targets holds {unknown}; a subset of {list(PROJECTIONS)} is wanted"
@@ -235,13 +240,31 @@ class PromptConfig:
 
 
 @dataclass(frozen=True)
+class MixtureSource:
+    """One of several sources of training rows."""
+
+    path: str
+    weight: float = 1.0
+    """Its share of the rows of every epoch, relative to the other sources."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.weight > 0 and self.weight != float("inf"),
+            f"data.mixture: the weight of {self.path} must be positive, got {self.weight}",
+        )
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The training rows and what is drawn from them."""
 
     train: str = ""
-    """A JSONL file (plain or .gz) or Parquet file of LaSER rows."""
+    """LaSER rows: JSONL (plain or .gz), Parquet, a Hugging Face `save_to_disk` directory,
+    ArrayRecord files, or a directory that `laser_jax.prepare` wrote."""
+    mixture: tuple[MixtureSource, ...] = ()
+    """Several such sources with weights, instead of `train`."""
     eval: str | None = None
-    """A BEIR directory: corpus.jsonl, queries.jsonl, qrels/<eval_split>.tsv."""
+    """A BEIR directory: corpus.jsonl, queries.jsonl, qrels/<split>.tsv."""
     eval_split: str = "test"
     group_size: int = 2
     """Documents per query: one positive and group_size - 1 hard negatives."""
@@ -252,10 +275,26 @@ class DataConfig:
     """Never contrast a query with a passage of the batch that is one of its own positives."""
     length_multiple: int = 32
     """Batches are padded to a multiple of this, which bounds the number of compiled shapes."""
+    bucket_window: int = 1
+    """Batches whose rows are sorted together by length before they are cut, so that rows of like
+    length meet; their order is shuffled again. 1 leaves the rows in shuffled order."""
+    threads: int = 2
+    """Threads that read and build batches."""
+    workers: int = 0
+    """Processes that build batches beside the main one; 0 uses the threads alone."""
 
     def __post_init__(self) -> None:
-        _require(self.group_size >= 1, f"data.group_size must be at least 1, got {self.group_size}")
-        _require(self.length_multiple >= 1, "data.length_multiple must be at least 1")
+        _require(
+            not (self.train and self.mixture), "data.train and data.mixture exclude each other"
+        )
+        for name in ("group_size", "length_multiple", "bucket_window", "threads"):
+            value = getattr(self, name)
+            _require(value >= 1, f"data.{name} must be at least 1, got {value}")
+        _require(self.workers >= 0, f"data.workers must not be negative, got {self.workers}")
+
+    @property
+    def sources(self) -> tuple[MixtureSource, ...]:
+        return self.mixture or (MixtureSource(self.train),)
 
 
 # --- the objective ---------------------------------------------------------------------------
@@ -296,8 +335,10 @@ class ObjectiveConfig:
     keyframes: KeyframeRule = "paper"
     distillation_warmup_steps: int = 0
     """The output and trajectory weights grow linearly from 0 over this many steps."""
-    views: Literal["fast", "parity"] = "fast"
-    """`fast` reads query and chain of thought in one pass; `parity` makes a pass for each view."""
+    views: Literal["auto", "fast", "parity"] = "auto"
+    """`fast` reads query and chain of thought in one pass and lets queries and documents think in
+    one batch; `parity` makes a pass for each. `auto` is `fast` wherever that is the same function
+    (see `Config.views`)."""
     teacher: str | None = None
     """A directory of a trained model that stays frozen and replaces the shared teacher (the
     ablation without co-learning). None: the same weights teach and learn."""
@@ -332,6 +373,12 @@ class ModelConfig:
     """Compute dtype. float32 on CPU; bfloat16 on GPU and TPU."""
     param_dtype: Dtype = "float32"
     """Storage dtype of the backbone. Trained parameters are always float32."""
+    attention: Literal["auto"] | AttentionKernel = "auto"
+    """The kernel that reads prompts. `auto` takes cuDNN or splash where their conditions hold and
+    says what it took; a kernel that is named here and cannot run is an error."""
+    remat: Remat = "none"
+    """What the backward pass recomputes: `none` keeps every activation, `dots` keeps the outputs of
+    the weight matmuls, `full` keeps one input per layer and per thinking step."""
 
     def __post_init__(self) -> None:
         _require(
@@ -364,6 +411,12 @@ class TrainConfig:
 
     batch_size: int = 32
     """Queries in an optimizer step, over all devices."""
+    micro_batch_size: int | None = None
+    """Queries whose activations are held at once, over all devices. None: the whole batch."""
+    accumulation: Literal["gradcache", "plain"] = "gradcache"
+    """How micro-batches become one step: `gradcache` contrasts every query with the documents of
+    the whole batch, at the price of a second forward pass; `plain` only with those of its own
+    micro-batch, which is another, weaker loss."""
     epochs: float = 1.0
     steps: int | None = None
     """Overrides `epochs`."""
@@ -371,19 +424,36 @@ class TrainConfig:
     log_every: int = 10
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
+    """The newest that are kept."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A NaN or Inf in the loss or the gradients: `stop` ends the run and names the rows, `skip`
+    leaves the parameters as they were, counts the step and goes on."""
     eval_batch_size: int = 64
     eval_thinking_steps: tuple[int, ...] = (1, 2, 3, 4)
     """The K for which the table at the end is printed."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
-            _require(getattr(self, name) >= 1, f"train.{name} must be at least 1")
+        for name in (
+            *("batch_size", "micro_batch_size", "log_every", "checkpoint_every"),
+            *("keep_checkpoints", "eval_batch_size"),
+        ):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"train.{name} must be at least 1, got {value}")
         _require(self.steps is None or self.steps >= 0, "train.steps must not be negative")
         _require(self.epochs >= 0, "train.epochs must not be negative")
+        _require(
+            self.batch_size % (self.micro_batch_size or 1) == 0,
+            f"train.batch_size {self.batch_size} must be a multiple of train.micro_batch_size "
+            f"{self.micro_batch_size}",
+        )
         _require(
             all(k >= 1 for k in self.eval_thinking_steps),
             f"train.eval_thinking_steps holds a K below 1: {list(self.eval_thinking_steps)}",
         )
+
+    @property
+    def num_micro_batches(self) -> int:
+        return self.batch_size // (self.micro_batch_size or self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -391,11 +461,13 @@ class MeshConfig:
     """Devices along each mesh axis; -1 takes what the other axes leave."""
 
     data: int = -1
-    fsdp: int = 1
+    fsdp: int | Literal["auto"] = "auto"
+    """Splits parameters and batch. `auto`: the fewest devices whose memory the parameters and the
+    optimizer leave half free."""
     tensor: int = 1
 
     def __post_init__(self) -> None:
-        sizes = (self.data, self.fsdp, self.tensor)
+        sizes = (self.data, 1 if self.fsdp == "auto" else self.fsdp, self.tensor)
         _require(
             all(s == -1 or s >= 1 for s in sizes) and sizes.count(-1) <= 1,
             f"mesh axes must be positive, at most one of them -1; got (data, fsdp, tensor) {sizes}",
@@ -417,14 +489,25 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
-        fast = self.objective.views == "fast" and self.objective.need_explicit_view
-        shared = self.prompt.truncation == "content" and not self.prompt.append_eos
         _require(
-            shared or not fast,
-            "objective.views: fast wants the query's tokens to be a prefix of the explicit input's,"
-            " which prompt.truncation: sequence and prompt.append_eos: true break; set "
-            "objective.views: parity",
+            self.objective.views != "fast" or self._may_share_prefix,
+            "objective.views: fast wants the query's tokens to be a prefix of the explicit input's "
+            "and no dropout, which prompt.truncation: sequence, prompt.append_eos: true and "
+            "lora.dropout above 0 break; set objective.views: parity",
         )
+
+    @property
+    def views(self) -> Literal["fast", "parity"]:
+        """`objective.views` with `auto` decided."""
+        if self.objective.views == "auto":
+            return "fast" if self._may_share_prefix else "parity"
+        return self.objective.views
+
+    @property
+    def _may_share_prefix(self) -> bool:
+        shared = self.prompt.truncation == "content" and not self.prompt.append_eos
+        needless = not self.objective.need_explicit_view
+        return (shared or needless) and not (self.lora and self.lora.dropout)
 
 
 @dataclass(frozen=True)

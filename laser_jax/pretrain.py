@@ -38,7 +38,7 @@ from laser_jax.data.tokenization import (
 )
 from laser_jax.evaluation.beir import read_beir
 from laser_jax.hf import load_params, read_backbone_config, save_params
-from laser_jax.modeling.backbone import Backbone, Variables
+from laser_jax.modeling.backbone import Backbone, Variables, apply
 from laser_jax.step import learning_rate_schedule, make_optimizer
 
 REPORT = "pretrain.json"
@@ -48,7 +48,7 @@ def _predictions(
     backbone: Backbone, params: Any, rows: LanguageRows
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Logits [B, T-1, V], targets [B, T-1] and which targets count."""
-    logits_BTV = nn.apply(Backbone.__call__, backbone)({"params": params}, rows.ids_BT)[:, :-1]
+    logits_BTV = apply(Backbone.__call__, backbone, {"params": params}, rows.ids_BT)[:, :-1]
     return logits_BTV, rows.ids_BT[:, 1:], rows.predict_BT[:, 1:]
 
 

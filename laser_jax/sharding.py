@@ -8,12 +8,13 @@ pipeline.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import flax.linen as nn
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from laser_jax.config import ConfigError, MeshConfig
 
@@ -33,23 +34,38 @@ AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
+def make_mesh(
+    config: MeshConfig,
+    *,
+    devices: Sequence[Any] | None = None,
+    state_bytes: int = 0,
+    memory_bytes: int | None = None,
+) -> Mesh:
     """A mesh over all devices of all processes.
+
+    Args:
+        devices: others than jax's, as a dry run for other hardware has them.
+        state_bytes: what parameters and optimizer take together, for `fsdp: auto`.
+        memory_bytes: of one device. None where it is unknown, and then `auto` is 1.
 
     Raises:
         ConfigError: when the axes do not multiply to the number of devices.
     """
-    devices = jax.device_count()
-    sizes = [config.data, config.fsdp, config.tensor]
+    count = len(devices) if devices is not None else jax.device_count()
+    sizes = [config.data, 1 if config.fsdp == "auto" else config.fsdp, config.tensor]
+    if config.fsdp == "auto" and memory_bytes is not None:
+        room = count // (max(config.data, 1) * max(config.tensor, 1))
+        while sizes[1] < room and state_bytes > sizes[1] * abs(config.tensor) * memory_bytes // 2:
+            sizes[1] *= 2
     if -1 in sizes:
         known = -1 * sizes[0] * sizes[1] * sizes[2]
-        sizes[sizes.index(-1)] = devices // known
-    if sizes[0] * sizes[1] * sizes[2] != devices:
+        sizes[sizes.index(-1)] = count // known
+    if sizes[0] * sizes[1] * sizes[2] != count:
         raise ConfigError(
-            f"mesh (data, fsdp, tensor) = {tuple(sizes)} does not multiply to the {devices} "
+            f"mesh (data, fsdp, tensor) = {tuple(sizes)} does not multiply to the {count} "
             "devices; set one axis to -1 to let it take what is left"
         )
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def with_axes(init: Callable[..., jax.Array], axes: tuple[str, ...]) -> Callable[..., jax.Array]:
@@ -70,15 +86,12 @@ def partition_spec(axes: tuple[str | None, ...], mesh_axes: tuple[str, ...]) -> 
     return PartitionSpec(*map(resolve, axes))
 
 
-def _fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Replicates dimensions that the mesh axes do not divide (a 1-row batch, an odd vocabulary)."""
 
     def divides(size: int, axes: str | tuple[str, ...] | None) -> bool:
         names = (axes,) if isinstance(axes, str) else axes or ()
-        parts = 1
-        for name in names:
-            parts *= mesh.shape[name]
-        return size % parts == 0
+        return size % math.prod(mesh.shape[name] for name in names) == 0
 
     return PartitionSpec(
         *(axes if divides(size, axes) else None for size, axes in zip(shape, spec, strict=True))
@@ -107,14 +120,53 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(("batch",), mesh.axis_names))
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins the sharding of `x` to its logical `axes`; the identity without our mesh.
-
-    Inside another program's mesh (explicit or manual axes, or other names) it also does nothing.
-    """
+def _our_mesh() -> AbstractMesh | None:
+    """The mesh of the surrounding program if it is one of ours, with automatic axes. Another one
+    (explicit or manual axes, or other names) is none of our business."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
+    ours = not mesh.empty and set(MESH_AXES) <= set(mesh.axis_names)
+    return mesh if ours and all(kind == AxisType.Auto for kind in mesh.axis_types) else None
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins the sharding of `x` to its logical `axes`; the identity without our mesh."""
+    mesh = _our_mesh()
+    if mesh is None:
         return x
-    if any(kind != AxisType.Auto for kind in mesh.axis_types):
-        return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes, mesh.axis_names))
+    spec = partition_spec(axes, mesh.axis_names)
+    return jax.lax.with_sharding_constraint(x, _fit(spec, x.shape, mesh))
+
+
+def shard_mapped(
+    function: Callable[..., jax.Array],
+    in_axes: tuple[tuple[str | None, ...], ...],
+    out_axes: tuple[str | None, ...],
+) -> Callable[..., jax.Array]:
+    """`function` run on every device's own part, which a kernel that XLA cannot split wants; the
+    function itself without our mesh.
+
+    Args:
+        in_axes, out_axes: logical axes of the arguments and of the result. An axis that does not
+            divide its dimension in some array is whole in all of them.
+    """
+    mesh = _our_mesh()
+    if mesh is None:
+        return function
+
+    def mapped(*arrays: jax.Array) -> jax.Array:
+        specs = [partition_spec(axes, mesh.axis_names) for axes in in_axes]
+        fitted = [_fit(s, a.shape, mesh) for s, a in zip(specs, arrays, strict=True)]
+        whole = {axes for s, f in zip(specs, fitted, strict=True) for axes in {*s} - {*f}}
+
+        def keep(spec: PartitionSpec) -> PartitionSpec:
+            return PartitionSpec(*(None if axes in whole else axes for axes in spec))
+
+        return jax.shard_map(
+            function,
+            mesh=mesh,
+            in_specs=tuple(map(keep, specs)),
+            out_specs=keep(partition_spec(out_axes, mesh.axis_names)),
+            check_vma=False,
+        )(*arrays)
+
+    return mapped

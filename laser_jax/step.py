@@ -22,7 +22,14 @@ from laser_jax.data.pipeline import Batch
 from laser_jax.losses import Terms, gircse_loss, laser_loss, pool
 from laser_jax.modeling.backbone import Backbone, Variables
 from laser_jax.sharding import batch_sharding, constrain, shardings
-from laser_jax.views import dual_view, explicit_view, latent_view
+from laser_jax.thinking import think
+from laser_jax.views import (
+    ExplicitView,
+    explicit_view,
+    latent_view,
+    read_both_views,
+    read_prompts,
+)
 
 
 @struct.dataclass
@@ -30,7 +37,11 @@ class TrainState:
     """Everything a step reads and writes."""
 
     step: jax.Array
-    """int32, optimizer steps taken."""
+    """int32, optimizer steps taken, skipped ones included."""
+    skipped: jax.Array
+    """int32, steps without an update, because the loss or a gradient was not finite."""
+    rng: jax.Array
+    """uint32 data of the key from which every step derives its dropout."""
     trained: Any
     """The collection that is optimised, float32."""
     frozen: Any
@@ -53,6 +64,89 @@ class FrozenTeacher:
     """Of its own documents' embeddings."""
 
 
+@struct.dataclass
+class Views:
+    """All that the loss reads of a batch: un-normalised float32 states."""
+
+    hidden_BKD: jax.Array
+    document_hidden_CKD: jax.Array
+    explicit: ExplicitView | None
+    teacher_document_hidden_CKD: jax.Array | None
+    """A frozen teacher's own."""
+
+
+def read_views(
+    backbone: Backbone,
+    variables: Variables,
+    batch: Batch,
+    objective: ObjectiveConfig,
+    teacher: FrozenTeacher | None = None,
+    teacher_variables: Variables | None = None,
+    dropout: jax.Array | None = None,
+) -> Views:
+    """Runs the views that the objective needs.
+
+    Args:
+        objective: its `views` is `fast` or `parity`; `auto` counts as `fast`.
+        dropout: key of the adapters' dropout; None switches it off.
+    """
+    K, pooling = objective.num_thinking_steps, objective.pooling
+    queries, documents, explicit = batch.query, batch.documents, batch.explicit
+    keyframes_BK: Any = batch.keyframes_BK
+    if not objective.need_explicit_view:
+        explicit = None
+    view = None
+    if objective.views != "parity":
+        if explicit is not None and teacher is None:
+            query_prefix, view = read_both_views(
+                backbone,
+                variables,
+                explicit.ids_BT,
+                explicit.lengths_B,
+                queries.lengths_B,
+                keyframes_BK,
+            )
+        else:
+            query_prefix = read_prompts(backbone, variables, queries.ids_BT, queries.lengths_B)
+        document_prefix = read_prompts(backbone, variables, documents.ids_BT, documents.lengths_B)
+        hidden_BKD, document_hidden_CKD = think(
+            backbone, variables, (query_prefix, document_prefix), K, pooling
+        )
+    else:
+        keys = [None] * 3 if dropout is None else jax.random.split(dropout, 3)
+        hidden_BKD, document_hidden_CKD = (
+            latent_view(backbone, variables, rows.ids_BT, rows.lengths_B, K, pooling, dropout=key)
+            for rows, key in zip((queries, documents), keys, strict=False)
+        )
+        if explicit is not None and teacher is None:
+            view = explicit_view(
+                backbone,
+                variables,
+                explicit.ids_BT,
+                explicit.lengths_B,
+                keyframes_BK,
+                dropout=keys[2],
+            )
+    teacher_document_hidden_CKD = None
+    if explicit is not None and teacher is not None:
+        view = explicit_view(
+            teacher.backbone,
+            teacher_variables,
+            explicit.ids_BT,
+            explicit.lengths_B,
+            keyframes_BK,
+        )
+        teacher_document_hidden_CKD = latent_view(
+            teacher.backbone,
+            teacher_variables,
+            documents.ids_BT,
+            documents.lengths_B,
+            teacher.num_thinking_steps,
+            pooling,
+        )
+    return Views(hidden_BKD, document_hidden_CKD, view, teacher_document_hidden_CKD)
+
+
 def objective_terms(
     backbone: Backbone,
     variables: Variables,
@@ -62,73 +156,79 @@ def objective_terms(
     teacher: FrozenTeacher | None = None,
     teacher_variables: Variables | None = None,
 ) -> Terms:
-    """Runs the views that the objective needs and returns its loss terms by name.
+    """The loss of a batch and its terms by name."""
+    views = read_views(backbone, variables, batch, objective, teacher, teacher_variables)
+    return loss_terms(views, batch.contrast_BC, objective, distillation_scale)
 
-    Documents are embedded over the whole global batch and replicated once, so that every query is
-    contrasted with all of them wherever it lives.
+
+def loss_terms(
+    views: Views, contrast_BC: jax.Array, objective: ObjectiveConfig, distillation_scale: jax.Array
+) -> Terms:
+    """The loss over the views of a whole batch, and its terms by name.
+
+    Documents' embeddings of the whole batch are replicated once, so that every query is contrasted
+    with all of them wherever it lives.
     """
-    K, pooling = objective.num_thinking_steps, objective.pooling
-    documents, queries = batch.documents, batch.query
-    B, C = queries.lengths_B.shape[0], documents.lengths_B.shape[0]
+    B, C = contrast_BC.shape
     positives_B = jnp.arange(B) * (C // B)
-
-    document_hidden_CKD = latent_view(
-        backbone, variables, documents.ids_BT, documents.lengths_B, K, pooling
-    )
     if objective.method == "gircse":
-        hidden_BKD = latent_view(backbone, variables, queries.ids_BT, queries.lengths_B, K, pooling)
-        document_hidden_CKD = constrain(document_hidden_CKD, None, None, None)
+        document_hidden_CKD = constrain(views.document_hidden_CKD, None, None, None)
         return gircse_loss(
-            hidden_BKD, document_hidden_CKD, positives_B, batch.contrast_BC, objective.temperature
+            views.hidden_BKD, document_hidden_CKD, positives_B, contrast_BC, objective.temperature
         )
-
-    documents_CD = teacher_documents_CD = constrain(pool(document_hidden_CKD), None, None)
-    explicit, keyframes_BK, view = batch.explicit, batch.keyframes_BK, None
-    if not objective.need_explicit_view or explicit is None or keyframes_BK is None:
-        hidden_BKD = latent_view(backbone, variables, queries.ids_BT, queries.lengths_B, K, pooling)
-    elif teacher is not None:
-        hidden_BKD = latent_view(backbone, variables, queries.ids_BT, queries.lengths_B, K, pooling)
-        view = explicit_view(
-            teacher.backbone,
-            teacher_variables,
-            explicit.ids_BT,
-            explicit.lengths_B,
-            keyframes_BK,
-        )
-        teacher_hidden_CKD = latent_view(
-            teacher.backbone,
-            teacher_variables,
-            documents.ids_BT,
-            documents.lengths_B,
-            teacher.num_thinking_steps,
-            pooling,
-        )
-        teacher_documents_CD = constrain(pool(teacher_hidden_CKD), None, None)
-    elif objective.views == "fast":
-        hidden_BKD, view = dual_view(
-            backbone,
-            variables,
-            explicit.ids_BT,
-            explicit.lengths_B,
-            queries.lengths_B,
-            keyframes_BK,
-            K,
-            pooling,
-        )
-    else:
-        hidden_BKD = latent_view(backbone, variables, queries.ids_BT, queries.lengths_B, K, pooling)
-        view = explicit_view(backbone, variables, explicit.ids_BT, explicit.lengths_B, keyframes_BK)
+    documents_CD = teacher_documents_CD = constrain(pool(views.document_hidden_CKD), None, None)
+    if views.teacher_document_hidden_CKD is not None:
+        teacher_documents_CD = constrain(pool(views.teacher_document_hidden_CKD), None, None)
     return laser_loss(
-        hidden_BKD,
-        view.final_BD if view else None,
-        view.keyframes_BKD if view else None,
+        views.hidden_BKD,
+        views.explicit.final_BD if views.explicit else None,
+        views.explicit.keyframes_BKD if views.explicit else None,
         documents_CD,
         teacher_documents_CD,
         positives_B,
-        batch.contrast_BC,
+        contrast_BC,
         objective,
         distillation_scale,
     )
+
+
+# --- micro-batches ---------------------------------------------------------------------------
+
+
+def _split(x: jax.Array, queries: int, parts: int) -> jax.Array:
+    """Rows [queries * g, ...] as [parts, queries / parts * g, ...]. Part i takes queries i,
+    i + parts, ...: every device cuts its own rows, and none moves."""
+    rows = x.reshape(queries // parts, parts, x.shape[0] // queries, *x.shape[1:])
+    return jnp.swapaxes(rows, 0, 1).reshape(parts, x.shape[0] // parts, *x.shape[1:])
+
+
+def _join(x: jax.Array, queries: int) -> jax.Array:
+    """The inverse of `_split`."""
+    parts, rows = x.shape[:2]
+    cut = x.reshape(parts, queries // parts, rows * parts // queries, *x.shape[2:])
+    return jnp.swapaxes(cut, 0, 1).reshape(parts * rows, *x.shape[2:])
+
+
+def _micro_batches(batch: Batch, parts: int) -> Batch:
+    """The batch cut into `parts` along a new first axis, each query contrasted with the documents
+    of its own part."""
+    B, C = batch.contrast_BC.shape
+    blocks = batch.contrast_BC.reshape(B // parts, parts, B // parts, parts, C // B)
+    own = jnp.moveaxis(jnp.diagonal(blocks, axis1=1, axis2=3), -1, 0)
+    rows = jax.tree.map(lambda a: _split(a, B, parts), replace(batch, contrast_BC=None))
+    return replace(rows, contrast_BC=own.reshape(parts, B // parts, C // parts))
+
+
+def _padding(batch: Batch, objective: ObjectiveConfig) -> Terms:
+    """How many tokens are read, and which share of the arrays is padding."""
+    read = [batch.documents]
+    if objective.views == "parity" or batch.explicit is None or objective.teacher:
+        read.append(batch.query)
+    if batch.explicit is not None:
+        read.append(batch.explicit)
+    tokens = jnp.stack([part.lengths_B.sum() for part in read]).sum().astype(jnp.float32)
+    size = sum(part.ids_BT.size for part in read)
+    return {"tokens": tokens, "padding_share": 1 - tokens / size}
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -167,112 +267,212 @@ def make_train_step(
     teacher: FrozenTeacher | None = None,
 ) -> Callable[[TrainState, Batch, Variables | None], tuple[TrainState, Terms]]:
     """The function (state, batch, frozen teacher's variables) -> (state, metrics). Jit it, donating
-    the state. Metrics are float32 scalars: the loss terms, `grad_norm` and `learning_rate`."""
+    the state.
+
+    With micro-batches and `accumulation: gradcache` the views of one micro-batch after the other
+    are computed and dropped but for the states that the loss reads; it is taken over the whole
+    batch, and the backward pass reads each micro-batch again (Gao et al. 2021, arXiv 2101.06983).
+    With `plain` the loss of each micro-batch is taken alone, and the gradients are averaged.
+
+    Metrics are float32 scalars: the loss terms, `grad_norm`, `learning_rate`, `documents` (the pool
+    that a query is contrasted with), `masked_negatives` in the whole batch, `tokens`,
+    `padding_share` and `skipped_steps`. Where the loss or a gradient is not finite, `finite` is 0
+    and nothing but the step counters changes.
+    """
     warmup = config.objective.distillation_warmup_steps
+    objective = replace(config.objective, views=config.views)
+    parts = config.train.num_micro_batches
+    plain = config.train.accumulation == "plain" and parts > 1
+    with_dropout = config.lora is not None and config.lora.dropout > 0
+
+    def terms_of(
+        variables: Variables,
+        batch: Batch,
+        teacher_variables: Variables | None,
+        scale: jax.Array,
+        dropout: jax.Array | None,
+        parts: int,
+    ) -> Terms:
+        def views_of(chunk: tuple[Batch, jax.Array | None]) -> Views:
+            rows, key = chunk
+            return read_views(backbone, variables, rows, objective, teacher, teacher_variables, key)
+
+        if parts == 1:
+            views = views_of((batch, dropout))
+        else:
+            chunks = replace(_micro_batches(batch, parts), contrast_BC=None)
+            keys = None if dropout is None else jax.random.split(dropout, parts)
+            views = jax.lax.map(jax.checkpoint(views_of), (chunks, keys))
+            views = jax.tree.map(lambda a: _join(a, len(batch.contrast_BC)), views)
+        return loss_terms(views, batch.contrast_BC, objective, scale)
+
+    def gradients(
+        state: TrainState, batch: Batch, teacher_variables: Variables | None, scale: jax.Array
+    ) -> tuple[Any, Terms]:
+        dropout = None
+        if with_dropout:
+            dropout = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+
+        def loss(
+            trained: Any, batch: Batch, dropout: jax.Array | None, parts: int
+        ) -> tuple[jax.Array, Terms]:
+            variables = replace(state, trained=trained).variables
+            terms = terms_of(variables, batch, teacher_variables, scale, dropout, parts)
+            return terms["loss"], terms
+
+        gradient = jax.grad(loss, has_aux=True)
+        if not plain:
+            return gradient(state.trained, batch, dropout, parts)
+
+        def add(total: Any, chunk: tuple[Batch, jax.Array | None]) -> tuple[Any, Terms]:
+            grads, terms = gradient(state.trained, *chunk, 1)
+            return jax.tree.map(jnp.add, total, grads), terms
+
+        keys = None if dropout is None else jax.random.split(dropout, parts)
+        zeros = jax.tree.map(jnp.zeros_like, state.trained)
+        total, terms = jax.lax.scan(add, zeros, (_micro_batches(batch, parts), keys))
+        mean = jax.tree.map(lambda a: a / parts, total)
+        return mean, jax.tree.map(lambda a: a.mean(axis=0), terms)
 
     def train_step(
         state: TrainState, batch: Batch, teacher_variables: Variables | None
     ) -> tuple[TrainState, Terms]:
         step = state.step.astype(jnp.float32)
         scale = jnp.minimum(1.0, (step + 1.0) / warmup) if warmup else jnp.ones(())
+        batch = replace(batch, rows_B=None)
+        grads, terms = gradients(state, batch, teacher_variables, scale)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(terms["loss"]) & jnp.isfinite(grad_norm)
 
-        def loss(trained: Any) -> tuple[jax.Array, Terms]:
-            terms = objective_terms(
-                backbone,
-                replace(state, trained=trained).variables,
-                batch,
-                config.objective,
-                scale,
-                teacher,
-                teacher_variables,
-            )
-            return terms["loss"], terms
-
-        grads, terms = jax.grad(loss, has_aux=True)(state.trained)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
-        metrics = terms | {
-            "grad_norm": optax.tree.norm(grads),
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-        }
+        trained, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (optax.apply_updates(state.trained, updates), opt_state),
+            (state.trained, state.opt_state),
+        )
         new = replace(
             state,
             step=state.step + 1,
-            trained=optax.apply_updates(state.trained, updates),
+            skipped=state.skipped + ~finite,
+            trained=trained,
             opt_state=opt_state,
         )
-        return new, metrics
+        contrast_BC = batch.contrast_BC
+        metrics = (
+            terms
+            | _padding(batch, objective)
+            | {
+                "grad_norm": grad_norm,
+                "learning_rate": schedule(state.step - state.skipped),
+                "documents": contrast_BC.shape[1] // (parts if plain else 1),
+                "masked_negatives": (~contrast_BC).sum(),
+                "finite": finite,
+                "skipped_steps": new.skipped,
+            }
+        )
+        return new, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
     return train_step
+
+
+def abstract_state(
+    backbone: Backbone,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    base_dtype: jnp.dtype,
+) -> TrainState:
+    """The state's shapes and dtypes with their shardings; nothing is computed.
+
+    Args:
+        base_dtype: storage dtype of a frozen base; whatever is trained is float32.
+    """
+    boxed = jax.eval_shape(backbone.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+    layout = shardings(boxed, mesh)
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def leaves(collection: str, dtype: jnp.dtype) -> Any:
+        return jax.tree.map(
+            lambda a, sharding: jax.ShapeDtypeStruct(a.shape, dtype, sharding=sharding),
+            nn.meta.unbox(boxed[collection]),
+            layout[collection],
+        )
+
+    def scalar(dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated)
+
+    with_adapters = backbone.lora is not None
+    trained = leaves("lora" if with_adapters else "params", jnp.dtype(jnp.float32))
+    opt_state = optax.tree.map_params(
+        optimizer,
+        lambda a, like: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=like.sharding),
+        jax.eval_shape(optimizer.init, trained),
+        trained,
+        transform_non_params=lambda a: scalar(a.dtype, *a.shape),
+    )
+    return TrainState(
+        step=scalar(jnp.int32),
+        skipped=scalar(jnp.int32),
+        rng=scalar(jnp.uint32, 2),
+        trained=trained,
+        frozen=leaves("params", base_dtype) if with_adapters else None,
+        opt_state=opt_state,
+    )
 
 
 def init_state(
     backbone: Backbone,
     optimizer: optax.GradientTransformation,
-    mesh: Mesh,
+    abstract: TrainState,
     seed: int,
-    base: Variables | None,
-    base_dtype: jnp.dtype,
-) -> tuple[TrainState, TrainState]:
-    """A new state, laid out over the mesh, and its shardings.
+    load_base: Callable[[Any], Any] | None,
+) -> TrainState:
+    """A new state, laid out as `abstract`.
 
     Args:
-        base: host arrays of the collection `params`; None draws random weights from `seed`.
-        base_dtype: storage dtype of a frozen base; whatever is trained is float32.
+        load_base: from the abstract leaves of the collection `params` to arrays laid out like them;
+            None draws random weights from `seed`.
     """
     key = jax.random.key(seed)
     ids = jnp.zeros((1, 8), jnp.int32)
-    boxed = jax.eval_shape(backbone.init, key, ids)
-    layout = shardings(boxed, mesh)
-    with_adapters = backbone.lora is not None
 
-    def draw(collection: str, dtype: jnp.dtype) -> Any:
+    def draw(module: Backbone, collection: str, like: Any) -> Any:
         def init() -> Any:
-            tree = nn.meta.unbox(backbone.init(key, ids))[collection]
-            return jax.tree.map(lambda a: a.astype(dtype), tree)
+            tree = nn.meta.unbox(module.init(key, ids))[collection]
+            return jax.tree.map(lambda a, leaf: a.astype(leaf.dtype), tree, like)
 
-        return jax.jit(init, out_shardings=layout[collection])()
+        return jax.jit(init, out_shardings=_layout(like))()
 
-    params_dtype = base_dtype if with_adapters else jnp.dtype(jnp.float32)
-    if base is None:
-        params = draw("params", params_dtype)
+    params_like = abstract.trained if abstract.frozen is None else abstract.frozen
+    if load_base is None:
+        # without adapters, which would shift the random stream: the same seed, the same base
+        params = draw(backbone.clone(lora=None), "params", params_like)
     else:
-        params = jax.tree.map(
-            lambda a, s: jax.device_put(a.astype(params_dtype), s), base["params"], layout["params"]
-        )
-    trained = draw("lora", jnp.dtype(jnp.float32)) if with_adapters else params
-    trained_layout = layout["lora" if with_adapters else "params"]
-
-    replicated = NamedSharding(mesh, PartitionSpec())
-    opt_layout = optax.tree.map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, trained),
-        trained_layout,
-        transform_non_params=lambda _: replicated,
-    )
-    state = TrainState(
-        step=jax.device_put(jnp.zeros((), jnp.int32), replicated),
+        params = load_base(params_like)
+    with_adapters = abstract.frozen is not None
+    trained = draw(backbone, "lora", abstract.trained) if with_adapters else params
+    zero = jax.device_put(jnp.zeros((), jnp.int32), abstract.step.sharding)
+    return TrainState(
+        step=zero,
+        skipped=zero.copy(),  # not the same buffer: both are donated
+        rng=jax.device_put(jax.random.key_data(key), abstract.rng.sharding),
         trained=trained,
         frozen=params if with_adapters else None,
-        opt_state=jax.jit(optimizer.init, out_shardings=opt_layout)(trained),
+        opt_state=jax.jit(optimizer.init, out_shardings=_layout(abstract.opt_state))(trained),
     )
-    layouts = replace(
-        state,
-        step=replicated,
-        trained=trained_layout,
-        frozen=layout["params"] if with_adapters else None,
-        opt_state=opt_layout,
-    )
-    return state, layouts
+
+
+def _layout(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
 def compile_train_step(
-    train_step: Callable[..., tuple[TrainState, Terms]], layouts: TrainState, mesh: Mesh
+    train_step: Callable[..., tuple[TrainState, Terms]], abstract: TrainState, mesh: Mesh
 ) -> Callable[..., tuple[TrainState, Terms]]:
     """The jitted step: the state keeps its layout and is donated, batches are split by rows."""
+    layout = _layout(abstract)
     return jax.jit(
         train_step,
-        in_shardings=(layouts, batch_sharding(mesh), None),
-        out_shardings=(layouts, NamedSharding(mesh, PartitionSpec())),
+        in_shardings=(layout, batch_sharding(mesh), None),
+        out_shardings=(layout, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )

@@ -6,16 +6,23 @@ only; each step writes one slot of a K-sized suffix cache, inside one `lax.scan`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from laser_jax.config import Pooling
-from laser_jax.modeling.attention import accumulation_dtype
-from laser_jax.modeling.backbone import Backbone, Cache, Variables, empty_suffix
+from laser_jax.modeling.attention import accumulation_dtype, merge_groups, split_groups
+from laser_jax.modeling.backbone import (
+    REMAT_POLICIES,
+    Backbone,
+    Cache,
+    Variables,
+    apply,
+    empty_suffix,
+)
 
 
 @struct.dataclass
@@ -40,17 +47,26 @@ class TopTokens:
 def think(
     backbone: Backbone,
     variables: Variables,
-    prefix: Prefix,
+    prefixes: Sequence[Prefix],
     num_thinking_steps: int,
     pooling: Pooling,
     *,
+    dropout: jax.Array | None = None,
     unroll: int = 1,
-) -> jax.Array:
-    """The K states that are pooled, [B, K, D] float32, un-normalised.
+) -> list[jax.Array]:
+    """The K states that are pooled, [B, K, D] float32, un-normalised, of every group of prompts.
+
+    The groups (queries and their documents) think as one batch: the weights are read once a step,
+    and only attention looks at each group's own prefix. The size of each group is a multiple of the
+    smallest one's.
 
     With pooling `prompt_and_thoughts` (LaSER as released) the first is the prompt's own state and
     K - 1 soft tokens are generated; with `thoughts` (GIRCSE) K are generated and the prompt's state
     is left out.
+
+    Args:
+        dropout: key of the adapters' dropout; None switches it off.
+        unroll: thinking steps that are laid out one behind the other in the compiled loop.
 
     Raises:
         ValueError: when `num_thinking_steps` is below 1.
@@ -58,25 +74,40 @@ def think(
     if num_thinking_steps < 1:
         raise ValueError(f"num_thinking_steps must be at least 1, got {num_thinking_steps}")
     generated = num_thinking_steps - (pooling == "prompt_and_thoughts")
-    wide = accumulation_dtype(prefix.h_BD.dtype)
-    first = prefix.h_BD[:, None].astype(wide)
+    wide = accumulation_dtype(prefixes[0].h_BD.dtype)
+    firsts = [prefix.h_BD[:, None].astype(wide) for prefix in prefixes]
     if generated == 0:
-        return first
+        return firsts
+    caches = tuple(prefix.cache for prefix in prefixes)
+    lengths_B = merge_groups([prefix.lengths_B for prefix in prefixes])
 
     def step(carry: tuple[jax.Array, Cache], slot: jax.Array) -> tuple[Any, jax.Array]:
         h_BD, suffix = carry
-        token_BD = nn.apply(Backbone.soft_token, backbone)(variables, h_BD)
-        h_BD, suffix = nn.apply(Backbone.think, backbone)(
-            variables, token_BD, prefix.cache, suffix, prefix.lengths_B, slot
+        key = None if dropout is None else jax.random.fold_in(dropout, slot)
+        token_BD = apply(Backbone.soft_token, backbone, variables, h_BD)
+        h_BD, suffix = apply(
+            Backbone.think,
+            backbone,
+            variables,
+            token_BD,
+            caches,
+            suffix,
+            lengths_B,
+            slot,
+            dropout=key,
         )
         return (h_BD, suffix), h_BD
 
-    carry = (prefix.h_BD, empty_suffix(prefix.cache, generated))
+    if backbone.remat != "none":
+        policy = REMAT_POLICIES[backbone.remat]
+        step = jax.checkpoint(step, policy=policy, prevent_cse=False)
+    carry = (merge_groups([prefix.h_BD for prefix in prefixes]), empty_suffix(caches, generated))
     _, h_KBD = jax.lax.scan(step, carry, jnp.arange(generated), unroll=unroll)
-    thoughts = jnp.swapaxes(h_KBD, 0, 1).astype(wide)
+    sizes = [len(prefix.lengths_B) for prefix in prefixes]
+    thoughts = split_groups(jnp.swapaxes(h_KBD, 0, 1).astype(wide), sizes)
     if pooling == "thoughts":
         return thoughts
-    return jnp.concatenate([first, thoughts], axis=1)
+    return [jnp.concatenate(states, axis=1) for states in zip(firsts, thoughts, strict=True)]
 
 
 def top_tokens(
@@ -85,7 +116,7 @@ def top_tokens(
     """What each state would say next: its n likeliest tokens and the entropy of all of them."""
 
     def one_step(h_BD: jax.Array) -> TopTokens:
-        logits_BV = nn.apply(Backbone.logits, backbone)(variables, h_BD.astype(backbone.dtype))
+        logits_BV = apply(Backbone.logits, backbone, variables, h_BD.astype(backbone.dtype))
         log_p_BV = jax.nn.log_softmax(logits_BV, axis=-1)
         top, ids = jax.lax.top_k(log_p_BV, n)
         return TopTokens(ids, jnp.exp(top), -(jnp.exp(log_p_BV) * log_p_BV).sum(axis=-1))

@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
+from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from laser_jax.checkpoint import Checkpoints
+from laser_jax.checkpoint import Checkpoints, fingerprint
 from laser_jax.config import (
     BackboneConfig,
     Config,
@@ -33,8 +33,9 @@ from laser_jax.config import (
     parse_command_line,
     save_retriever_config,
 )
-from laser_jax.data.pipeline import training_batches
-from laser_jax.data.schema import TrainingRow, read_training_rows
+from laser_jax.data.pipeline import Batch, training_batches
+from laser_jax.data.schema import TrainingRow
+from laser_jax.data.sources import Source, describe_row, open_sources, rows_per_epoch
 from laser_jax.data.tokenization import (
     PromptTokenizer,
     Tokenizer,
@@ -52,57 +53,28 @@ from laser_jax.evaluation.retrieval import (
     score_runs,
 )
 from laser_jax.hf import load_params, read_backbone_config, save_adapter, save_params
+from laser_jax.modeling.attention import choose_kernel
 from laser_jax.modeling.backbone import Backbone, Variables
 from laser_jax.sharding import make_mesh
 from laser_jax.step import (
     FrozenTeacher,
+    abstract_state,
     compile_train_step,
     init_state,
     learning_rate_schedule,
     make_optimizer,
     make_train_step,
 )
+from laser_jax.training.output import MetricsLog, OutputDirectory, write_atomically
+from laser_jax.training.stop import StopRequested, StopSignal
 
 
 class TrainingError(RuntimeError):
     """A run that cannot go on."""
 
 
-class StopSignal:
-    """Remembers SIGTERM and SIGINT, so that the loop can save and leave between two steps."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._remember)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-
-
-class MetricsLog:
-    """`metrics.jsonl`: a line per logged step. A resumed run drops the lines after its start."""
-
-    def __init__(self, path: Path, start: int):
-        kept = []
-        if path.is_file():
-            # what follows the last line end was torn by a kill, and lies after every checkpoint
-            lines = path.read_text().split("\n")[:-1]
-            kept = [line for line in lines if json.loads(line)["step"] <= start]
-        self.last: dict[str, float] = json.loads(kept[-1]) if kept else {}
-        path.write_text("".join(f"{line}\n" for line in kept))
-        self._file = path.open("a")
-
-    def write(self, metrics: dict[str, float]) -> None:
-        self._file.write(json.dumps(metrics) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
 def _tokenizer_and_backbone(
-    config: Config, rows: Sequence[TrainingRow]
+    config: Config, rows: Iterable[TrainingRow]
 ) -> tuple[Tokenizer, BackboneConfig]:
     model = config.model
     if model.path is not None:
@@ -138,37 +110,6 @@ def _load_teacher(
     variables = jax.device_put(variables)
     teacher = FrozenTeacher(backbone_for(retriever, variables), retriever.num_thinking_steps)
     return teacher, variables
-
-
-def _refuse_other_run(config: Config) -> None:
-    """Raises a ConfigError when the output directory belongs to a run with another config."""
-    path = Path(config.output) / "config.json"
-    if not path.is_file():
-        return
-    changed = sorted(_differing_keys(json.loads(path.read_text()), as_dict(config)))
-    if changed:
-        raise ConfigError(
-            f"{config.output} holds a run with another config (differs in {', '.join(changed)}); "
-            "choose another --output, or delete that directory"
-        )
-
-
-def _claim_output(config: Config) -> Path:
-    """Makes the output directory and marks it as this run's."""
-    output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "config.json").write_text(json.dumps(as_dict(config), indent=2) + "\n")
-    return output
-
-
-def _differing_keys(a: Any, b: Any, prefix: str = "") -> list[str]:
-    if not (isinstance(a, dict) and isinstance(b, dict)):
-        return [] if a == b else [prefix]
-    return [
-        key
-        for name in sorted({*a, *b})
-        for key in _differing_keys(a.get(name), b.get(name), f"{prefix}.{name}" if prefix else name)
-    ]
 
 
 def export_model(
@@ -216,143 +157,220 @@ def train(config: Config) -> dict[str, Any]:
         last metrics, parameter counts and seconds.
 
     Raises:
-        ConfigError, DataError, DatasetError, HFError, TokenizationError, FileNotFoundError: bad
-            input; the message names it.
+        ConfigError, DataError, DatasetError, HFError, TokenizationError, CheckpointError,
+        OutputError, FileNotFoundError: bad input; the message names it.
         TrainingError: the loss is not finite.
     """
-    stop = StopSignal()
-    _refuse_other_run(config)
-    rows = read_training_rows(config.data.train)
-    dataset = read_beir(config.data.eval, config.data.eval_split) if config.data.eval else None
-    if dataset is not None:
-        require_instructions(dataset)  # now, not after hours of training
-    tokenizer, backbone_config = _tokenizer_and_backbone(config, rows)
-    prompts = PromptTokenizer(tokenizer, config.prompt)
+    with StopSignal() as stop:
+        try:
+            return _train(config, stop)
+        except StopRequested as request:
+            print(f"{request}: stopped outside the steps; the same command goes on from there")
+            sys.exit(0)
 
-    mesh = make_mesh(config.mesh)
-    rows_in_parallel = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.train.batch_size % rows_in_parallel:
-        raise ConfigError(
-            f"train.batch_size {config.train.batch_size} must be a multiple of the "
-            f"{rows_in_parallel} devices that share the batch"
-        )
-    steps = config.train.steps
-    if steps is None:
-        steps = math.ceil(config.train.epochs * len(rows) / config.train.batch_size)
 
-    backbone = Backbone(
-        backbone_config,
-        lora=config.lora,
-        dtype=jnp.dtype(config.model.dtype),
-        param_dtype=jnp.dtype(jnp.float32),
-    )
-    optimizer = make_optimizer(config.optimizer, steps)
-    schedule = learning_rate_schedule(config.optimizer, steps)
-    base = None
-    if config.model.path is not None:
-        dtype = jnp.dtype(config.model.param_dtype)
-        base = {"params": load_params(config.model.path, backbone_config, dtype=dtype)}
-    state, layouts = init_state(
-        backbone, optimizer, mesh, config.train.seed, base, jnp.dtype(config.model.param_dtype)
-    )
-    del base
-    teacher, teacher_variables = _load_teacher(config, backbone_config)
-    batches = iter(
-        training_batches(
-            rows,
-            prompts,
-            config.data,
-            num_steps=config.objective.num_thinking_steps,
-            keyframes=config.objective.keyframes,
-            batch_size=config.train.batch_size,
-            seed=config.train.seed,
-            need_explicit=config.objective.need_explicit_view,
-        )
-    )
+def _train(config: Config, stop: StopSignal) -> dict[str, Any]:
+    with ExitStack() as stack:
+        with stop.interrupting():
+            output = stack.enter_context(OutputDirectory(config))
+            sources = open_sources(config.data)
+            dataset = None
+            if config.data.eval:
+                dataset = read_beir(config.data.eval, config.data.eval_split)
+                require_instructions(dataset)  # now, not after hours of training
+            tokenizer, backbone_config = _tokenizer_and_backbone(config, chain(*sources))
+            prompts = PromptTokenizer(tokenizer, config.prompt)
+            _require_positions(config, backbone_config)
 
-    output = _claim_output(config)  # not before everything is read: bad input leaves nothing behind
-    checkpoints = Checkpoints(output / "checkpoints", config.train.keep_checkpoints)
-    if (latest := checkpoints.latest()) is not None:
-        state, data_state = checkpoints.restore(latest, state)
-        batches.set_state(data_state)
-        print(f"resumed at step {latest} from {output / 'checkpoints'}")
-    trained_count = sum(a.size for a in jax.tree.leaves(state.trained))
-    total_count = trained_count + sum(a.size for a in jax.tree.leaves(state.frozen))
-    print(
-        f"{len(rows)} rows, {steps} steps of {config.train.batch_size} queries; "
-        f"{trained_count:,} of {total_count:,} parameters are trained, on "
-        f"{jax.device_count()} {jax.default_backend()} device(s)"
-    )
+            mesh = make_mesh(config.mesh)
+            rows_in_parallel = mesh.shape["data"] * mesh.shape["fsdp"]
+            micro_batch = config.train.batch_size // config.train.num_micro_batches
+            if micro_batch % rows_in_parallel:
+                raise ConfigError(
+                    f"train.{'micro_' if config.train.micro_batch_size else ''}batch_size "
+                    f"{micro_batch} must be a multiple of the {rows_in_parallel} devices that "
+                    "share the batch"
+                )
+            row_count = rows_per_epoch(sources)
+            steps = config.train.steps
+            if steps is None:
+                steps = math.ceil(config.train.epochs * row_count / config.train.batch_size)
 
-    start = int(state.step)
-    log = MetricsLog(output / "metrics.jsonl", start)
-    with jax.set_mesh(mesh), closing(checkpoints), closing(log):
-        step_fn = compile_train_step(
-            make_train_step(backbone, config, optimizer, schedule, teacher), layouts, mesh
-        )
+            kernel, reason = choose_kernel(
+                config.model.attention,
+                jax.default_backend(),
+                config.model.dtype,
+                backbone_config.head_dim,
+            )
+            print(f"attention: {kernel} ({reason})")
+            backbone = Backbone(
+                backbone_config,
+                lora=config.lora,
+                dtype=jnp.dtype(config.model.dtype),
+                param_dtype=jnp.dtype(jnp.float32),
+                attention=kernel,
+                remat=config.model.remat,
+            )
+            optimizer = make_optimizer(config.optimizer, steps)
+            schedule = learning_rate_schedule(config.optimizer, steps)
+            base_dtype = jnp.dtype(config.model.param_dtype)
+            abstract = abstract_state(backbone, optimizer, mesh, base_dtype)
+
+            def load_base(like: Any) -> Any:
+                assert config.model.path is not None
+                params = load_params(config.model.path, backbone_config, dtype=base_dtype)
+                return jax.tree.map(
+                    lambda a, leaf: jax.device_put(a.astype(leaf.dtype), leaf.sharding),
+                    params,
+                    like,
+                )
+
+            state = init_state(
+                backbone,
+                optimizer,
+                abstract,
+                config.train.seed,
+                load_base if config.model.path is not None else None,
+            )
+            teacher, teacher_variables = _load_teacher(config, backbone_config)
+            base = None if state.frozen is None else fingerprint(state.frozen)
+
+            def batches_from(step: int) -> Iterable[Batch]:
+                return training_batches(
+                    sources,
+                    prompts,
+                    config.data,
+                    num_steps=config.objective.num_thinking_steps,
+                    keyframes=config.objective.keyframes,
+                    batch_size=config.train.batch_size,
+                    seed=config.train.seed,
+                    need_explicit=config.objective.need_explicit_view,
+                    shared_prefix=config.views == "fast" and config.objective.teacher is None,
+                    first_batch=step,
+                )
+
+            batches_from(0)  # checks every row, before anything is written
+            output.claim()
+            checkpoints = stack.enter_context(
+                closing(
+                    Checkpoints(
+                        output.path / "checkpoints", keep=config.train.keep_checkpoints, base=base
+                    )
+                )
+            )
+            restored = checkpoints.restore(state)
+            if restored is not None:
+                state, _ = restored
+                print(f"resumed at step {int(state.step)} from {output.path / 'checkpoints'}")
+            trained_count = sum(a.size for a in jax.tree.leaves(state.trained))
+            total_count = trained_count + sum(a.size for a in jax.tree.leaves(state.frozen))
+            print(
+                f"{row_count} rows, {steps} steps of {config.train.batch_size} queries; "
+                f"{trained_count:,} of {total_count:,} parameters are trained, on "
+                f"{jax.device_count()} {jax.default_backend()} device(s)"
+            )
+            start = int(state.step)
+            log = stack.enter_context(closing(MetricsLog(output.path / "metrics.jsonl", start)))
+            stack.enter_context(jax.set_mesh(mesh))
+            step_fn = compile_train_step(
+                make_train_step(backbone, config, optimizer, schedule, teacher), abstract, mesh
+            )
+            batches = iter(batches_from(start))
+
+        def meta_at(step: int) -> dict[str, Any]:
+            return {
+                "samples": step * config.train.batch_size,
+                "config": as_dict(config),
+                "code": version("laser-jax"),
+            }
+
         metrics = log.last
         began = time.monotonic()
         progress = tqdm(total=steps, initial=start, desc="train", unit="step", mininterval=1.0)
         for step in range(start + 1, steps + 1):
-            state, arrays = step_fn(state, next(batches), teacher_variables)
+            batch = next(batches)
+            state, arrays = step_fn(state, batch, teacher_variables)
             progress.update()
+            metrics = {"step": step} | {k: float(v) for k, v in sorted(arrays.items())}
+            if not metrics.pop("finite") and config.train.on_nonfinite == "stop":
+                raise TrainingError(_not_finite(metrics, batch, sources, output.path))
             logged = step % config.train.log_every == 0 or step == steps
-            stopping = stop.received is not None  # read once, as it may come at any moment
-            saved = step % config.train.checkpoint_every == 0 or step == steps or stopping
-            if logged or saved:
-                metrics = {"step": step} | {k: float(v) for k, v in sorted(arrays.items())}
-                _require_finite(metrics, output)
+            stopping = stop.should_stop(step)
             if logged:
                 log.write(metrics)
                 progress.set_postfix(loss=f"{metrics['loss']:.3f}")
-            if saved:
-                checkpoints.save(state, batches.get_state())
+            if step % config.train.checkpoint_every == 0 or step == steps or stopping:
+                checkpoints.save(state, meta_at(step))
             if stopping:
                 break
         progress.close()
-    seconds = time.monotonic() - began
-    if stop.received and int(state.step) < steps:
-        print(
-            f"{stop.received}: saved at step {int(state.step)} of {steps}; "
-            "the same command goes on from there"
-        )
-        sys.exit(0)
+        if close := getattr(batches, "close", None):
+            close()  # worker processes, where there are any
+        seconds = time.monotonic() - began
+        if int(state.step) < steps:
+            checkpoints.close()  # the message below must be true
+            print(
+                f"{stop.received}: saved at step {int(state.step)} of {steps}; "
+                "the same command goes on from there"
+            )
+            sys.exit(0)
 
-    retriever = export_model(output, config, backbone_config, state.variables, tokenizer)
-    results: dict[str, Any] = {
-        "metrics": metrics,
-        "scores": {},
-        "steps": steps,
-        "trained_parameters": trained_count,
-        "parameters": total_count,
-        "train_seconds": round(seconds, 1),
-        "steps_timed": steps - start,
-    }
-    if dataset is not None:
-        encoder = LatentEncoder(
-            state.variables,
-            replace(retriever, lora=config.lora),
-            batch_size=config.train.eval_batch_size,
-            length_multiple=config.data.length_multiple,
-        )
-        runs = retrieval_runs(
-            encoder, prompts, dataset, config.train.eval_thinking_steps, progress=True
-        )
-        results["scores"] = score_runs(runs, dataset)
-        print(f"{config.data.eval} ({config.data.eval_split}, {len(dataset.queries)} queries)")
-        print(format_table(results["scores"]))
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(f"model: {output / 'model'}")
-    return results
+        with stop.interrupting():
+            retriever = export_model(
+                output.path, config, backbone_config, state.variables, tokenizer
+            )
+            results: dict[str, Any] = {
+                "metrics": metrics,
+                "scores": {},
+                "steps": steps,
+                "trained_parameters": trained_count,
+                "parameters": total_count,
+                "train_seconds": round(seconds, 1),
+                "steps_timed": steps - start,
+            }
+            if dataset is not None:
+                encoder = LatentEncoder(
+                    state.variables,
+                    replace(retriever, lora=config.lora),
+                    batch_size=config.train.eval_batch_size,
+                    length_multiple=config.data.length_multiple,
+                )
+                runs = retrieval_runs(
+                    encoder, prompts, dataset, config.train.eval_thinking_steps, progress=True
+                )
+                results["scores"] = score_runs(runs, dataset)
+                split = config.data.eval_split
+                print(f"{config.data.eval} ({split}, {len(dataset.queries)} queries)")
+                print(format_table(results["scores"]))
+            write_atomically(output.path / "results.json", json.dumps(results, indent=2) + "\n")
+        print(f"model: {output.path / 'model'}")
+        return results
 
 
-def _require_finite(metrics: dict[str, float], output: Path) -> None:
+def _require_positions(config: Config, backbone: BackboneConfig) -> None:
+    """Raises a ConfigError where a prompt and its thoughts outgrow the model's positions."""
+    for name in ("query_max_length", "document_max_length", "explicit_max_length"):
+        longest = getattr(config.prompt, name) + config.objective.num_thinking_steps
+        if longest > backbone.max_position_embeddings:
+            raise ConfigError(
+                f"prompt.{name} and {config.objective.num_thinking_steps} thinking steps take "
+                f"{longest} positions, and the model has {backbone.max_position_embeddings}; "
+                f"lower prompt.{name}"
+            )
+
+
+def _not_finite(
+    metrics: dict[str, float], batch: Batch, sources: Sequence[Source], output: Path
+) -> str:
     bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-    if bad:
-        raise TrainingError(
-            f"step {metrics['step']}: {', '.join(bad)} not finite. The last checkpoint in "
-            f"{output / 'checkpoints'} is kept; lower optimizer.learning_rate, or train in float32"
-        )
+    assert batch.rows_B is not None
+    rows = [describe_row(sources, int(row)) for row in batch.rows_B]
+    return (
+        f"step {metrics['step']}: {', '.join(bad)} not finite, in the batch of "
+        f"{', '.join(rows[:8])}{f' and {len(rows) - 8} more' if len(rows) > 8 else ''}. The last "
+        f"checkpoint in {output / 'checkpoints'} is kept; look at these rows, lower "
+        "optimizer.learning_rate, train in float32, or set train.on_nonfinite: skip"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

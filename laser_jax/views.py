@@ -5,14 +5,13 @@ Both use the same weights. Rows are right-padded int ids [B, T] with their real 
 
 from __future__ import annotations
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from laser_jax.config import Pooling
 from laser_jax.modeling.attention import accumulation_dtype
-from laser_jax.modeling.backbone import Backbone, Variables
+from laser_jax.modeling.backbone import Backbone, Variables, apply
 from laser_jax.thinking import Prefix, think
 
 
@@ -26,6 +25,20 @@ class ExplicitView:
     """At the K chosen segment ends."""
 
 
+def read_prompts(
+    backbone: Backbone,
+    variables: Variables,
+    ids_BT: jax.Array,
+    lengths_B: jax.Array,
+    *,
+    dropout: jax.Array | None = None,
+) -> Prefix:
+    """Reads the prompts of queries or documents once."""
+    last_B1 = (lengths_B - 1)[:, None]
+    h_B1D, cache = apply(Backbone.read, backbone, variables, ids_BT, last_B1, dropout=dropout)
+    return Prefix(h_B1D[:, 0], cache, lengths_B)
+
+
 def latent_view(
     backbone: Backbone,
     variables: Variables,
@@ -33,12 +46,17 @@ def latent_view(
     lengths_B: jax.Array,
     num_thinking_steps: int,
     pooling: Pooling,
+    *,
+    dropout: jax.Array | None = None,
 ) -> jax.Array:
-    """Reads the prompts and thinks K steps. Returns [B, K, D] float32 un-normalised states."""
-    last_B1 = (lengths_B - 1)[:, None]
-    h_B1D, cache = nn.apply(Backbone.read, backbone)(variables, ids_BT, last_B1)
-    prefix = Prefix(h_B1D[:, 0], cache, lengths_B)
-    return think(backbone, variables, prefix, num_thinking_steps, pooling)
+    """Reads the prompts and thinks K steps. Returns [B, K, D] float32 un-normalised states.
+
+    Args:
+        dropout: key of the adapters' dropout; None switches it off.
+    """
+    reading, thinking = (None, None) if dropout is None else jax.random.split(dropout)
+    prefix = read_prompts(backbone, variables, ids_BT, lengths_B, dropout=reading)
+    return think(backbone, variables, [prefix], num_thinking_steps, pooling, dropout=thinking)[0]
 
 
 def explicit_view(
@@ -47,41 +65,41 @@ def explicit_view(
     ids_BT: jax.Array,
     lengths_B: jax.Array,
     keyframes_BK: jax.Array,
+    *,
+    dropout: jax.Array | None = None,
 ) -> ExplicitView:
     """Reads [query prompt; chain of thought; EOS] once.
 
     Args:
         keyframes_BK: int token positions of the chosen segment ends (see `alignment`).
+        dropout: key of the adapters' dropout; None switches it off.
     """
     select = jnp.concatenate([(lengths_B - 1)[:, None], keyframes_BK], axis=1)
-    h_BPD, _ = nn.apply(Backbone.read, backbone)(variables, ids_BT, select)
+    h_BPD, _ = apply(Backbone.read, backbone, variables, ids_BT, select, dropout=dropout)
     h_BPD = h_BPD.astype(accumulation_dtype(h_BPD.dtype))
     return ExplicitView(h_BPD[:, 0], h_BPD[:, 1:])
 
 
-def dual_view(
+def read_both_views(
     backbone: Backbone,
     variables: Variables,
     ids_BT: jax.Array,
     lengths_B: jax.Array,
     query_lengths_B: jax.Array,
     keyframes_BK: jax.Array,
-    num_thinking_steps: int,
-    pooling: Pooling,
-) -> tuple[jax.Array, ExplicitView]:
+) -> tuple[Prefix, ExplicitView]:
     """Both views of [query prompt; chain of thought; EOS] from one reading.
 
     Attention is causal, so the states of the query's tokens are those of the query alone: the
     student starts from the state at the query's last token and sees only the keys before it.
-    Valid only where the query's tokens are a prefix of the explicit input's.
+    Valid only where the query's tokens are a prefix of the explicit input's, and without dropout.
 
     Returns:
-        The latent view's [B, K, D] float32 states, and the explicit view.
+        The query's prefix, for `think`, and the explicit view.
     """
     ends = jnp.stack([query_lengths_B - 1, lengths_B - 1], axis=1)
     select = jnp.concatenate([ends, keyframes_BK], axis=1)
-    h_BPD, cache = nn.apply(Backbone.read, backbone)(variables, ids_BT, select)
+    h_BPD, cache = apply(Backbone.read, backbone, variables, ids_BT, select)
     prefix = Prefix(h_BPD[:, 0], cache, query_lengths_B)
-    hidden_BKD = think(backbone, variables, prefix, num_thinking_steps, pooling)
     h_BPD = h_BPD.astype(accumulation_dtype(h_BPD.dtype))
-    return hidden_BKD, ExplicitView(h_BPD[:, 1], h_BPD[:, 2:])
+    return prefix, ExplicitView(h_BPD[:, 1], h_BPD[:, 2:])

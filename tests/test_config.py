@@ -134,10 +134,31 @@ def test_an_impossible_value_is_refused_by_name(make, message) -> None:
 
 def test_fast_views_want_the_query_to_be_a_prefix_of_the_explicit_input() -> None:
     for broken in ("--prompt.truncation=sequence", "--prompt.append_eos=true"):
+        fast = "--objective.views=fast"
         with pytest.raises(ConfigError, match=r"objective\.views: fast .*objective\.views: parity"):
-            parse(broken)
-        parse(broken, "--objective.views=parity")
-        parse(broken, "--objective.method=gircse")
+            parse(broken, fast)
+        assert parse(broken).views == "parity"
+        assert parse(broken, "--objective.method=gircse", fast).views == "fast"
+
+
+def test_auto_views_are_fast_unless_the_views_must_be_separate_passes() -> None:
+    assert parse().views == "fast"
+    assert parse("--lora.dropout=0.1").views == "parity"
+    assert parse("--objective.views=parity").views == "parity"
+
+
+def test_micro_batches_must_divide_the_batch() -> None:
+    assert parse("--train.batch_size=12", "--train.micro_batch_size=4").train.num_micro_batches == 3
+    with pytest.raises(ConfigError, match=r"train\.micro_batch_size 5"):
+        parse("--train.batch_size=12", "--train.micro_batch_size=5")
+
+
+def test_train_and_mixture_exclude_each_other() -> None:
+    mixture = "--data.mixture=[{path: a, weight: 2}, {path: b}]"
+    sources = parse(mixture, "--data.train=").data.sources
+    assert [(source.path, source.weight) for source in sources] == [("a", 2.0), ("b", 1.0)]
+    with pytest.raises(ConfigError, match=r"data\.train and data\.mixture"):
+        parse(mixture, "--data.train=rows.jsonl")
 
 
 # --- what travels with a model -----------------------------------------------------------------

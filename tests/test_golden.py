@@ -520,6 +520,8 @@ def test_train_step_follows_the_adamw_curve(case: Path) -> None:
     params = variables_of(name)["params"]
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+        rng=jnp.zeros(2, jnp.uint32),
         trained=params,
         frozen=None,
         opt_state=optimizer.init(params),

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,9 +18,17 @@ import numpy as np
 import pytest
 
 from laser_jax.alignment import keyframe_positions
-from laser_jax.config import DataConfig, PromptConfig
-from laser_jax.data.pipeline import Batch, contrast, draw_example, training_batches
+from laser_jax.config import DataConfig, MixtureSource, PromptConfig
+from laser_jax.data.pipeline import (
+    Batch,
+    SampleOrder,
+    contrast,
+    draw_example,
+    padding_share,
+    training_batches,
+)
 from laser_jax.data.schema import DataError, TrainingRow
+from laser_jax.data.sources import RowsSource, describe_row
 from laser_jax.data.tokenization import ExplicitTokens, PromptTokenizer, train_tokenizer
 
 ROWS = [
@@ -26,13 +41,15 @@ ROWS = [
     )
     for n in range(7)
 ]
-DATA = DataConfig(group_size=3, length_multiple=8)
+SOURCE = RowsSource(ROWS)
+DATA = DataConfig(train="rows", group_size=3, length_multiple=8)
 SETTINGS: dict[str, Any] = {
     "num_steps": 3,
     "keyframes": "paper",
     "batch_size": 3,
     "seed": 5,
     "need_explicit": True,
+    "shared_prefix": True,
 }
 
 
@@ -42,21 +59,31 @@ def prompts() -> PromptTokenizer:
     return PromptTokenizer(train_tokenizer(texts, 300), PromptConfig())
 
 
-def take(batches, n: int) -> list[Batch]:
-    return list(itertools.islice(batches, n))
+def batches_of(prompts, n: int, sources=(SOURCE,), data: DataConfig = DATA, **settings):
+    """The first n batches."""
+    return list(
+        itertools.islice(training_batches(sources, prompts, data, **SETTINGS | settings), n)
+    )
 
 
 def assert_equal(left: Any, right: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
+def digest(batch: Batch) -> str:
+    """Changes with any value, shape or dtype of the batch."""
+    sha = hashlib.sha256()
+    for array in jax.tree.leaves(batch):
+        sha.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+    return sha.hexdigest()
+
+
 def rows_of(tokens) -> list[list[int]]:
     return [ids[:n].tolist() for ids, n in zip(tokens.ids_BT, tokens.lengths_B, strict=True)]
 
 
-def queries_of(batches, prompts) -> list[int]:
-    known = [prompts.query(row.query, row.prompt) for row in ROWS]
-    return [known.index(ids) for batch in batches for ids in rows_of(batch.query)]
+def queries_of(batches) -> list[int]:
+    return [int(row) for batch in batches for row in batch.rows_B]
 
 
 # --- what is drawn ---------------------------------------------------------------------------
@@ -101,29 +128,29 @@ def test_a_short_chain_of_thought_is_replaced_by_the_query() -> None:
 
 
 def test_a_row_without_negatives_is_refused_before_training(prompts) -> None:
-    rows = [*ROWS[:2], replace(ROWS[2], negative_passages=())]
-    with pytest.raises(DataError, match=r"row 3 \(query 'query 2'\) has no negative_passages"):
-        training_batches(rows, prompts, DATA, **SETTINGS)
-    alone = training_batches(rows, prompts, replace(DATA, group_size=1), **SETTINGS)
-    assert next(iter(alone)).documents.ids_BT.shape[0] == 3
+    rows = RowsSource([*ROWS[:2], replace(ROWS[2], negative_passages=())], "my.jsonl")
+    with pytest.raises(DataError, match=r"my\.jsonl: row 3 \(query 'query 2'\) has no negative"):
+        training_batches([rows], prompts, DATA, **SETTINGS)
+    [alone] = batches_of(prompts, 1, [rows], replace(DATA, group_size=1))
+    assert alone.documents.ids_BT.shape[0] == 3
 
 
-def test_no_rows_are_refused(prompts) -> None:
-    with pytest.raises(DataError, match="no training rows"):
-        training_batches([], prompts, DATA, **SETTINGS)
+def test_a_source_too_many_is_refused(prompts) -> None:
+    with pytest.raises(ValueError, match="2 sources, and the config has 1"):
+        training_batches([SOURCE, SOURCE], prompts, DATA, **SETTINGS)
 
 
 # --- what a batch holds ----------------------------------------------------------------------
 
 
 def test_a_batch_holds_the_tokens_of_its_rows(prompts) -> None:
-    batch = next(iter(training_batches(ROWS, prompts, DATA, **SETTINGS)))
-    chosen = [ROWS[i] for i in queries_of([batch], prompts)]
+    [batch] = batches_of(prompts, 1)
+    chosen = [ROWS[i] for i in queries_of([batch])]
+    assert batch.rows_B.dtype == np.int32
     examples = [draw(row) for row in chosen]
+    assert rows_of(batch.query) == [prompts.query(row.query, row.prompt) for row in chosen]
     assert rows_of(batch.documents) == [prompts.document(d) for e in examples for d in e.documents]
     explicit = [prompts.explicit(e.query, e.instruction, e.reasoning) for e in examples]
-    assert batch.explicit is not None
-    assert batch.keyframes_BK is not None
     assert rows_of(batch.explicit) == [tokens.ids for tokens in explicit]
     assert batch.keyframes_BK.dtype == np.int32
     assert batch.keyframes_BK.tolist() == [
@@ -134,12 +161,18 @@ def test_a_batch_holds_the_tokens_of_its_rows(prompts) -> None:
         assert tokens.ids_BT.shape[1] - tokens.lengths_B.max() < 8
 
 
-def test_padding_holds_the_pad_token(prompts) -> None:
-    batch = next(iter(training_batches(ROWS, prompts, DATA, **SETTINGS)))
-    assert batch.explicit is not None
+def test_padding_holds_the_pad_token_and_its_share_is_counted(prompts) -> None:
+    [batch] = batches_of(prompts, 1)
     for tokens in (batch.query, batch.documents, batch.explicit):
         beyond_BT = np.arange(tokens.ids_BT.shape[1]) >= tokens.lengths_B[:, None]
         assert (tokens.ids_BT[beyond_BT] == prompts.pad_id).all()
+    real = batch.documents.lengths_B.sum() + batch.explicit.lengths_B.sum()
+    all_tokens = batch.documents.ids_BT.size + batch.explicit.ids_BT.size
+    assert padding_share(batch) == pytest.approx(1 - real / all_tokens)
+    queries = replace(batch, explicit=None, documents=batch.query)
+    assert padding_share(queries) == pytest.approx(
+        1 - batch.query.lengths_B.sum() / batch.query.ids_BT.size
+    )
 
 
 class RecordingTokenizer(PromptTokenizer):
@@ -161,8 +194,7 @@ class RecordingTokenizer(PromptTokenizer):
 
 def test_without_explicit_view_no_chain_of_thought_is_tokenised(prompts) -> None:
     recording = RecordingTokenizer(prompts)
-    settings = {**SETTINGS, "need_explicit": False}
-    batch = next(iter(training_batches(ROWS, recording, DATA, **settings, num_threads=0)))
+    [batch] = batches_of(recording, 1, need_explicit=False)
     assert batch.explicit is None
     assert batch.keyframes_BK is None
     assert recording.documents
@@ -171,13 +203,26 @@ def test_without_explicit_view_no_chain_of_thought_is_tokenised(prompts) -> None
 
 def test_every_text_is_tokenised_once(prompts) -> None:
     recording = RecordingTokenizer(prompts)
-    batches = training_batches(ROWS, recording, DATA, **SETTINGS, num_threads=0)
+    batches = iter(training_batches([SOURCE], recording, replace(DATA, threads=1), **SETTINGS))
     recording.documents.clear()  # of the check that there is room beside the templates
     recording.reasonings.clear()
-    take(batches, 20)
+    list(itertools.islice(batches, 20))
     passages = [text for r in ROWS for text in (*r.positive_passages, *r.negative_passages)]
     assert sorted(recording.documents) == sorted(passages)
     assert len(recording.reasonings) == len(ROWS)
+
+
+class BrokenPrefix(PromptTokenizer):
+    def explicit(self, text: str, instruction: str, reasoning: str) -> ExplicitTokens:
+        tokens = super().explicit(text, instruction, reasoning)
+        return replace(tokens, ids=tokens.ids[1:])
+
+
+def test_fast_views_refuse_a_query_that_is_no_prefix_and_name_its_row(prompts) -> None:
+    broken = BrokenPrefix(prompts.tokenizer, prompts.config)
+    with pytest.raises(DataError, match=r"rows: row \d: the query's tokens are no prefix"):
+        batches_of(broken, 1)
+    assert batches_of(broken, 1, shared_prefix=False)
 
 
 # --- false negatives -------------------------------------------------------------------------
@@ -195,59 +240,206 @@ def test_own_positives_are_not_contrasted_except_the_designated_one() -> None:
     assert contrast(examples, False).all()
 
 
+def test_a_duplicate_of_a_positive_is_not_contrasted() -> None:
+    row = replace(
+        ROWS[0],
+        positive_passages=("The ﬁne Straße",),
+        negative_passages=("the  FINE\nstrasse ", "the fine street"),
+    )
+    assert contrast([draw(row)], True).tolist() == [[True, False, True]]
+
+
 def test_a_row_that_meets_itself_in_a_batch_does_not_contrast_its_positive(prompts) -> None:
-    batch = next(iter(training_batches(ROWS[:1], prompts, DATA, **SETTINGS)))
-    positives_BB = batch.contrast_BC[:, ::3]
-    np.testing.assert_array_equal(positives_BB, np.eye(3, dtype=bool))
-    off = replace(DATA, mask_false_negatives=False)
-    assert next(iter(training_batches(ROWS[:1], prompts, off, **SETTINGS))).contrast_BC.all()
+    one = [RowsSource(ROWS[:1])]
+    [batch] = batches_of(prompts, 1, one)
+    np.testing.assert_array_equal(batch.contrast_BC[:, ::3], np.eye(3, dtype=bool))
+    [off] = batches_of(prompts, 1, one, replace(DATA, mask_false_negatives=False))
+    assert off.contrast_BC.all()
 
 
-# --- order and resumption --------------------------------------------------------------------
-
-
-def test_the_same_arguments_give_the_same_batches(prompts) -> None:
-    for threads in (0, 2, 4):
-        first, second = (
-            take(training_batches(ROWS, prompts, DATA, **SETTINGS, num_threads=n), 8)
-            for n in (1, threads)
-        )
-        assert_equal(first, second)
+# --- order -----------------------------------------------------------------------------------
 
 
 def test_another_seed_gives_another_order(prompts) -> None:
-    one, two = (
-        queries_of(
-            take(training_batches(ROWS, prompts, DATA, **{**SETTINGS, "seed": s}), 7), prompts
-        )
-        for s in (5, 6)
-    )
+    one, two = (queries_of(batches_of(prompts, 7, seed=s)) for s in (5, 6))
     assert one != two
 
 
 def test_every_epoch_has_every_row_once_in_a_new_order(prompts) -> None:
-    order = queries_of(take(training_batches(ROWS, prompts, DATA, **SETTINGS), 14), prompts)
+    order = queries_of(batches_of(prompts, 14))
     epochs = [tuple(order[i : i + 7]) for i in range(0, 42, 7)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len(set(epochs)) > 1
 
 
 def test_epochs_turn_the_positives_although_batches_cross_them(prompts) -> None:
-    batches = take(training_batches(ROWS, prompts, DATA, **SETTINGS), 14)
-    order = queries_of(batches, prompts)
+    batches = batches_of(prompts, 14)
     positives = [ids for batch in batches for ids in rows_of(batch.documents)[::3]]
-    for index, (row, ids) in enumerate(zip(order, positives, strict=True)):
+    for index, (row, ids) in enumerate(zip(queries_of(batches), positives, strict=True)):
         own = ROWS[row].positive_passages
         assert ids == prompts.document(own[(index // 7) % len(own)])
 
 
-@pytest.mark.parametrize("selection", ["official", "random"])
-def test_a_restored_iterator_goes_on_exactly(prompts, selection) -> None:
-    data = replace(DATA, selection=selection)
-    iterator = iter(training_batches(ROWS, prompts, data, **SETTINGS))
-    take(iterator, 4)
-    state = iterator.get_state()
-    expected = take(iterator, 6)
-    fresh = iter(training_batches(ROWS, prompts, data, **SETTINGS))
-    fresh.set_state(state)
-    assert_equal(take(fresh, 6), expected)
+def test_a_mixture_gives_every_source_its_share_of_any_beginning() -> None:
+    lengths, weights = [5, 40, 3], [0.7, 0.2, 0.1]
+    order = SampleOrder(lengths, weights, seed=1)
+    drawn = [order[i] for i in range(500)]
+    for n in range(1, 500, 7):
+        counts = Counter(sample.source for sample in drawn[:n])
+        for source, weight in enumerate(weights):
+            assert abs(counts[source] - n * weight) < 2
+    for source, length in enumerate(lengths):
+        own = [sample for sample in drawn if sample.source == source]
+        for start in range(0, len(own) - length + 1, length):
+            once_through = own[start : start + length]
+            assert sorted(sample.row for sample in once_through) == list(range(length))
+            assert {sample.epoch for sample in once_through} == {start // length}
+    assert [order[i] for i in (499, 3, 77)] == [drawn[499], drawn[3], drawn[77]]
+
+
+def test_a_source_keeps_its_order_in_a_mixture_and_two_equal_ones_differ() -> None:
+    alone = SampleOrder([9], [1.0], seed=4)
+    mixed = [SampleOrder([9, 9], [1.0, 1.0], seed=4)[i] for i in range(18)]
+    by_source = [[s.row for s in mixed if s.source == source] for source in range(2)]
+    assert by_source[0] == [alone[i].row for i in range(9)]
+    assert by_source[0] != by_source[1]
+
+
+def test_rows_of_a_mixture_are_described_by_file_and_line(prompts) -> None:
+    sources = [RowsSource(ROWS[:3], "a.jsonl"), RowsSource(ROWS[3:], "b.jsonl")]
+    data = replace(DATA, train="", mixture=(MixtureSource("a", 0.5), MixtureSource("b", 0.5)))
+    batches = batches_of(prompts, 6, sources, data)
+    assert Counter(row < 3 for row in queries_of(batches)) == {True: 9, False: 9}
+    for batch in batches:
+        known = [prompts.query(ROWS[row].query, "find it") for row in batch.rows_B]
+        assert rows_of(batch.query) == known
+    assert describe_row(sources, 2) == "a.jsonl: row 3"
+    assert describe_row(sources, 3) == "b.jsonl: row 1"
+
+
+# --- bucketing -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [2, 5])
+def test_a_window_holds_the_same_rows_in_batches_of_like_length(prompts, window) -> None:
+    plain = batches_of(prompts, 20)
+    bucketed = batches_of(prompts, 20, data=replace(DATA, bucket_window=window))
+    for start in range(0, 20, window):
+        rows = slice(start, start + window)
+        assert sorted(queries_of(plain[rows])) == sorted(queries_of(bucketed[rows]))
+        spans = sorted(
+            (min(widths), max(widths))
+            for batch in bucketed[rows]
+            for widths in [-(-batch.explicit.lengths_B // 8)]
+        )
+        for (_, longest), (shortest, _) in itertools.pairwise(spans):
+            assert longest <= shortest
+    padding = [np.mean([padding_share(b) for b in batches]) for batches in (bucketed, plain)]
+    assert padding[0] < padding[1]
+
+
+def test_the_batches_of_a_window_are_not_in_order_of_length(prompts) -> None:
+    batches = batches_of(prompts, 35, data=replace(DATA, bucket_window=5))
+    lengths = [int(batch.explicit.lengths_B.max()) for batch in batches]
+    windows = [lengths[i : i + 5] for i in range(0, 35, 5)]
+    assert any(window != sorted(window) for window in windows)
+    longest = {window.index(max(window)) for window in windows}
+    assert len(longest) > 1
+
+
+# --- a batch depends on its number alone -----------------------------------------------------
+
+MIXTURE = (MixtureSource("a", 0.6), MixtureSource("b", 0.4))
+VARIANTS = {
+    "plain": DATA,
+    "random, mixture, bucketed": replace(
+        DATA, train="", mixture=MIXTURE, selection="random", bucket_window=4
+    ),
+}
+
+
+def sources_of(data: DataConfig) -> list[RowsSource]:
+    return [SOURCE] if data.train else [RowsSource(ROWS[:3], "a"), RowsSource(ROWS[3:], "b")]
+
+
+@pytest.mark.parametrize("data", VARIANTS.values(), ids=VARIANTS)
+def test_threads_and_the_first_batch_change_nothing(prompts, data) -> None:
+    sources = sources_of(data)
+    expected = [digest(b) for b in batches_of(prompts, 12, sources, data)]
+    assert len(set(expected)) > 9
+    for threads in (1, 4):
+        batches = batches_of(prompts, 12, sources, replace(data, threads=threads))
+        assert [digest(b) for b in batches] == expected
+    for first in (1, 4, 7, 11):
+        batches = batches_of(prompts, 12 - first, sources, data, first_batch=first)
+        assert [digest(b) for b in batches] == expected[first:]
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 8])
+@pytest.mark.parametrize("data", VARIANTS.values(), ids=VARIANTS)
+def test_processes_together_make_the_same_batches(prompts, data, num_processes) -> None:
+    sources, settings = sources_of(data), {"batch_size": 8}
+    expected = batches_of(prompts, 6, sources, data, **settings)
+    parts = np.arange(8).reshape(num_processes, -1)
+    of_processes = [batches_of(prompts, 6, sources, data, **settings, part=p) for p in parts]
+    for whole, *local in zip(expected, *of_processes, strict=True):
+        joined = jax.tree.map(lambda *arrays: np.concatenate(arrays), *local)
+        assert digest(joined) == digest(whole)
+    assert of_processes[0][0].query.ids_BT.shape[0] == 8 // num_processes
+    assert of_processes[0][0].contrast_BC.shape == (8 // num_processes, 24)
+
+
+def test_a_part_need_not_be_contiguous(prompts) -> None:
+    [whole] = batches_of(prompts, 1, batch_size=8)
+    [part] = batches_of(prompts, 1, batch_size=8, part=np.array([1, 4, 7]))
+    assert_equal(part.query.ids_BT, whole.query.ids_BT[[1, 4, 7]])
+    documents = [3, 4, 5, 12, 13, 14, 21, 22, 23]
+    assert_equal(part.documents.lengths_B, whole.documents.lengths_B[documents])
+    assert_equal(part.contrast_BC, whole.contrast_BC[[1, 4, 7]])
+
+
+PROGRAM = """
+import itertools, json, sys
+sys.path.insert(0, {tests!r})
+from test_pipeline import DATA, ROWS, SETTINGS, batches_of, digest
+from dataclasses import replace
+from laser_jax.config import PromptConfig
+from laser_jax.data.pipeline import training_batches
+from laser_jax.data.sources import open_source
+from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
+
+if __name__ == "__main__":
+    prompts = PromptTokenizer(load_tokenizer({tokenizer!r}), PromptConfig())
+    source = open_source({rows!r})
+    for workers in (0, 2):
+        data = replace(DATA, workers=workers, bucket_window=2)
+        batches = iter(training_batches([source], prompts, data, **SETTINGS, first_batch=3))
+        print(json.dumps([digest(next(batches)) for _ in range(7)]), flush=True)
+        batches.close()
+"""
+
+
+def test_worker_processes_change_nothing(prompts, tmp_path) -> None:
+    prompts.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(vars(row), default=list) + "\n" for row in ROWS))
+    program = tmp_path / "program.py"
+    program.write_text(
+        PROGRAM.format(
+            tests=str(Path(__file__).parent), tokenizer=str(tmp_path / "tokenizer"), rows=str(rows)
+        )
+    )
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        # a worker that touched a device would have to find this platform
+        "JAX_PLATFORMS": "absent",
+        "HOME": str(tmp_path),
+    }
+    done = subprocess.run(
+        [sys.executable, str(program)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    alone, with_workers = map(json.loads, done.stdout.splitlines())
+    assert len(set(alone)) == 7
+    assert with_workers == alone

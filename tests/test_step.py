@@ -24,6 +24,7 @@ from laser_jax.config import (
     ObjectiveConfig,
     OptimizerConfig,
     ScratchConfig,
+    TrainConfig,
 )
 from laser_jax.data.pipeline import Batch, Tokens
 from laser_jax.modeling.backbone import Backbone, Variables
@@ -31,6 +32,7 @@ from laser_jax.sharding import MESH_AXES, batch_sharding
 from laser_jax.step import (
     FrozenTeacher,
     TrainState,
+    abstract_state,
     compile_train_step,
     init_state,
     learning_rate_schedule,
@@ -108,8 +110,19 @@ def optimizer() -> optax.GradientTransformation:
 def drawn(seed: int) -> tuple[Backbone, Variables]:
     """A backbone without adapters and random variables of its own."""
     backbone = Backbone(SCRATCH.backbone(V))
-    state, _ = init_state(backbone, optimizer(), mesh_of(1, 1, 1), seed, None, FLOAT32)
-    return backbone, host(state.variables)
+    return backbone, host(new_state(backbone, mesh_of(1, 1, 1), seed, None).variables)
+
+
+def new_state(
+    backbone: Backbone, mesh: Mesh, seed: int, base: Any, dtype: Any = FLOAT32
+) -> TrainState:
+    def load_base(like: Any) -> Any:
+        return jax.tree.map(
+            lambda a, leaf: jax.device_put(a.astype(leaf.dtype), leaf.sharding), base, like
+        )
+
+    abstract = abstract_state(backbone, optimizer(), mesh, dtype)
+    return init_state(backbone, optimizer(), abstract, seed, load_base if base else None)
 
 
 class Run(NamedTuple):
@@ -124,12 +137,13 @@ class Run(NamedTuple):
 def run_steps(config: Config, mesh: Mesh, seeds: Sequence[int]) -> Run:
     """A step on the batch of each seed."""
     backbone = Backbone(SCRATCH.backbone(V), lora=config.lora)
-    state, layouts = init_state(backbone, optimizer(), mesh, 3, drawn(0)[1], FLOAT32)
+    state = new_state(backbone, mesh, 3, drawn(0)[1]["params"])
+    abstract = abstract_state(backbone, optimizer(), mesh, FLOAT32)
     schedule = learning_rate_schedule(OPTIMIZER, STEPS)
     begin, metrics = host(state), []
     with jax.set_mesh(mesh):
         step = compile_train_step(
-            make_train_step(backbone, config, optimizer(), schedule), layouts, mesh
+            make_train_step(backbone, config, optimizer(), schedule), abstract, mesh
         )
         program = step.lower(state, batch(0), None).compile()
         for seed in seeds:
@@ -161,7 +175,8 @@ def runs() -> dict[str, Run]:
 def test_eight_devices_give_the_losses_of_one(runs) -> None:
     alone, together = runs["alone"].metrics, runs["data"].metrics
     assert set(alone[0]) == {
-        *("loss", "latent", "explicit", "output", "trajectory", "grad_norm", "learning_rate")
+        *("loss", "latent", "explicit", "output", "trajectory", "grad_norm", "learning_rate"),
+        *("documents", "masked_negatives", "tokens", "padding_share", "finite", "skipped_steps"),
     }
     for one, many in zip(alone, together, strict=True):
         for name, value in one.items():
@@ -199,6 +214,16 @@ def test_under_lora_every_adapter_moves_and_the_base_does_not(runs) -> None:
     assert not any(moved(begin.frozen, end.frozen).values())
 
 
+@pytest.mark.parametrize("shape", [(1, 8, 1), (1, 1, 8), (2, 2, 2)])
+def test_every_mesh_gives_the_loss_and_the_gradients_of_one_device(runs, shape) -> None:
+    settings = config(dataclasses.replace(OBJECTIVE, distillation_warmup_steps=WARM_UP))
+    with jax.numpy_dtype_promotion("standard"):
+        run = run_steps(settings, mesh_of(*shape), [0])
+    for name, value in runs["alone"].metrics[0].items():
+        np.testing.assert_allclose(run.metrics[0][name], value, rtol=1e-5, err_msg=name)
+    assert f"f32[{B},{V}]" not in " ".join(collectives(run.program, "all-gather"))
+
+
 def test_full_fine_tuning_over_all_mesh_axes_moves_every_parameter(runs) -> None:
     begin, end, metrics, _ = run_steps(config(lora=None), mesh_of(2, 2, 2), [0])
     for name in ("latent", "explicit", "output", "trajectory"):  # fresh adapters change nothing
@@ -214,12 +239,60 @@ def test_a_given_base_is_kept_in_its_dtype_under_adapters_and_trained_in_float32
     base = jax.tree.map(lambda a: a.astype(bfloat16), drawn(0)[1])
     for lora, wanted in ((LORA, bfloat16), (None, FLOAT32)):
         backbone = Backbone(SCRATCH.backbone(V), lora=lora)
-        state, _ = init_state(backbone, optimizer(), mesh_of(8, 1, 1), 0, base, bfloat16)
+        state = new_state(backbone, mesh_of(8, 1, 1), 0, base["params"], bfloat16)
         params = state.variables["params"]
         assert {a.dtype for a in jax.tree.leaves(params)} == {wanted}
         assert {a.dtype for a in jax.tree.leaves(state.trained)} == {FLOAT32}
         for ours, given in zip(jax.tree.leaves(params), jax.tree.leaves(base), strict=True):
             np.testing.assert_array_equal(np.asarray(ours, np.float32), given.astype(np.float32))
+
+
+# --- micro-batches ------------------------------------------------------------------------------
+
+
+@functools.cache
+def stepped(**changes: Any) -> tuple[Any, dict[str, float]]:
+    """Adapters after a step on the same batch, and the metrics, under other settings."""
+    lora = dataclasses.replace(LORA, dropout=changes.pop("dropout", 0.0))
+    remat = changes.pop("remat", "none")
+    settings = config(lora=lora)
+    settings = dataclasses.replace(settings, train=TrainConfig(batch_size=B, **changes))
+    backbone = Backbone(SCRATCH.backbone(V), lora=lora, remat=remat)
+    mesh = mesh_of(1, 1, 1)
+    state = new_state(backbone, mesh, 3, drawn(0)[1]["params"])
+    schedule = learning_rate_schedule(OPTIMIZER, STEPS)
+    with jax.numpy_dtype_promotion("standard"), jax.set_mesh(mesh):
+        step = jax.jit(make_train_step(backbone, settings, optimizer(), schedule))
+        state, metrics = step(state, batch(0), None)
+    return host(state.trained), {name: float(value) for name, value in metrics.items()}
+
+
+def assert_same_terms(got: dict[str, float], wanted: dict[str, float]) -> None:
+    for name in ("loss", "latent", "explicit", "output", "trajectory", "grad_norm"):
+        np.testing.assert_allclose(got[name], wanted[name], rtol=1e-5, err_msg=name)
+
+
+def test_gradcache_is_the_loss_and_the_gradient_of_the_whole_batch() -> None:
+    (_, whole), (_, cut) = stepped(), stepped(micro_batch_size=B // 4)
+    assert_same_terms(cut, whole)
+    assert cut["documents"] == whole["documents"] == B * G
+
+
+def test_plain_accumulation_contrasts_only_within_a_micro_batch() -> None:
+    (_, whole), (_, cut) = stepped(), stepped(micro_batch_size=B // 4, accumulation="plain")
+    assert cut["documents"] == B * G // 4
+    assert cut["latent"] < whole["latent"]
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialisation_changes_no_number(remat: str) -> None:
+    assert_same_terms(stepped(remat=remat)[1], stepped()[1])
+
+
+def test_dropout_spares_a_fresh_adapter_and_reaches_its_gradient() -> None:
+    (_, whole), (_, dropped) = stepped(), stepped(dropout=0.5)
+    np.testing.assert_allclose(dropped["loss"], whole["loss"], rtol=1e-5)  # B is still zero
+    assert abs(dropped["grad_norm"] / whole["grad_norm"] - 1) > 1e-3
 
 
 # --- the objective ------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ def test_unrolling_does_not_change_the_states(unroll: int) -> None:
         last = (LENGTHS - 1)[:, None]
         h_B1D, cache = backbone.apply(variables, _ids(), last, method="read")
         prefix = Prefix(h_B1D[:, 0], cache, jnp.asarray(LENGTHS))
-        return think(backbone, variables, prefix, 4, "prompt_and_thoughts", unroll=unroll)
+        return think(backbone, variables, [prefix], 4, "prompt_and_thoughts", unroll=unroll)[0]
 
     assert_same(run(random_variables("qwen3")), standard(4))
 

@@ -315,8 +315,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     flags = ("--model.scratch", "null", "--model.path", str(model), "--train.log_every", "3")
     message = refusal(arguments(tmp_path / "run", *flags), capsys)
-    assert "step 2: " in message  # where the first checkpoint would be written
+    assert "step 1: " in message
     assert "loss, " in message
+    assert "train.jsonl:" in message  # the rows of the batch
     assert [p for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()] == []
 
 
@@ -328,6 +329,10 @@ TERMS = {
     "without_explicit_view": {"latent"},
 }
 FOUR_TERMS = {"latent", "explicit", "output", "trajectory"}
+BESIDE_TERMS = {
+    *("step", "loss", "grad_norm", "learning_rate", "documents", "masked_negatives"),
+    *("tokens", "padding_share", "skipped_steps"),
+}
 
 
 @pytest.mark.parametrize("overlay", ABLATIONS, ids=lambda path: path.stem)
@@ -340,7 +345,7 @@ def test_every_ablation_takes_a_step(overlay: Path, full: Finished, run, tmp_pat
     if overlay.stem == "without_colearning":
         more += ["--objective.teacher", str(full.output / "model")]
     metrics = run(tmp_path / "run", *more)["metrics"]
-    names = set(metrics) - {"step", "loss", "grad_norm", "learning_rate"}
+    names = set(metrics) - BESIDE_TERMS
     assert names == TERMS.get(overlay.stem, FOUR_TERMS)
     assert np.isfinite(metrics["loss"])
     _, retriever = load_pretrained(tmp_path / "run" / "model")
@@ -372,7 +377,7 @@ def refusal(arguments: list[str], capsys) -> str:
         (("--train.seed", "soon"), ["train.seed", "soon"]),
         (("--objective.num_thinking_steps", "0"), ["objective.num_thinking_steps", "got 0"]),
         (("--config", "absent.yaml"), ["absent.yaml"]),
-        (("--data.train", "absent.jsonl"), ["absent.jsonl", "data.train"]),
+        (("--data.train", "absent.jsonl"), ["absent.jsonl", "no such file"]),
         (("--data.eval", "absent"), ["absent/qrels/test.tsv"]),
         (("--data.eval_split", "dev"), ["dev.tsv", "splits present: test"]),
         (("--model.scratch", "null", "--model.path", "absent"), ["absent"]),
@@ -422,7 +427,7 @@ def test_a_row_without_negatives_is_named(arguments, tmp_path, capsys) -> None:
     file = tmp_path / "rows.jsonl"
     write_jsonl(file, [training_row(0), training_row(1) | {"negative_passages": []}])
     message = refusal(arguments(tmp_path / "run", "--data.train", str(file)), capsys)
-    assert "row 2" in message
+    assert "rows.jsonl:2" in message
     assert "data.group_size" in message
     assert not (tmp_path / "run").exists()
 
@@ -477,7 +482,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(full, arguments, tmp_path, c
 def test_the_output_of_another_config_is_refused_and_kept(full, arguments, capsys) -> None:
     before = {p: p.stat().st_mtime_ns for p in full.output.rglob("*")}
     message = refusal(arguments(full.output, "--optimizer.learning_rate", "1"), capsys)
-    assert "another config (differs in optimizer.learning_rate)" in message
+    assert "another config:\n  optimizer.learning_rate was 0.0005, is 1.0" in message
     assert {p: p.stat().st_mtime_ns for p in full.output.rglob("*")} == before
 
 

@@ -17,7 +17,8 @@ from laser_jax.config import BackboneConfig, LossWeights, ObjectiveConfig
 from laser_jax.data.pipeline import Batch, Tokens
 from laser_jax.modeling.backbone import Backbone, Variables, unstack_layers
 from laser_jax.step import FrozenTeacher, objective_terms
-from laser_jax.views import ExplicitView, dual_view, explicit_view, latent_view
+from laser_jax.thinking import think
+from laser_jax.views import ExplicitView, explicit_view, latent_view, read_both_views
 
 K = 3
 CONFIG = BackboneConfig(
@@ -89,16 +90,10 @@ def explicit(variables: Variables, tokens: Tokens, keyframes_BK: Any) -> Explici
 
 @jax.jit
 def dual(variables: Variables, tokens: Tokens) -> tuple[jax.Array, ExplicitView]:
-    return dual_view(
-        BACKBONE,
-        variables,
-        tokens.ids_BT,
-        tokens.lengths_B,
-        QUERY_LENGTHS,
-        KEYFRAMES,
-        K,
-        "prompt_and_thoughts",
+    prefix, view = read_both_views(
+        BACKBONE, variables, tokens.ids_BT, tokens.lengths_B, QUERY_LENGTHS, KEYFRAMES
     )
+    return think(BACKBONE, variables, [prefix], K, "prompt_and_thoughts")[0], view
 
 
 def assert_same(got: Any, wanted: Any) -> None:

@@ -1,25 +1,41 @@
-"""Training rows to batches: selection of passages, tokenisation, padding, iteration with grain.
+"""Training rows to batches: order, selection of passages, tokenisation, padding.
+
+Batch i is a pure function of the arguments and i, so a run resumes anywhere without any iterator
+state, and every process can make its own part of the same batch.
 
 B queries, G documents a query, C = B G documents a batch, K thinking steps, T tokens.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
+import threading
+import unicodedata
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import flax.struct
 import grain
 import numpy as np
+from absl import flags
 
 from laser_jax.alignment import keyframe_positions
-from laser_jax.config import DataConfig, KeyframeRule
+from laser_jax.config import DataConfig, KeyframeRule, as_dict
 from laser_jax.data.schema import DataError, TrainingRow
-from laser_jax.data.tokenization import ExplicitTokens, PromptTokenizer, right_pad
+from laser_jax.data.sources import Source, describe_row
+from laser_jax.data.tokenization import PromptTokenizer, right_pad
 
 Array = Any
 """numpy on the host, jax inside a step; no type says both."""
+
+_ENDLESS = 2**62
+_TEXTS_HELD = 32_768
+"""Texts of each kind whose tokens are remembered."""
 
 
 @flax.struct.dataclass
@@ -47,6 +63,11 @@ class Batch:
     contrast_BC: Array
     """bool, True where document c is contrasted with query b. False at a passage that is one of the
     query's own positives, unless c is the query's designated positive b G."""
+    rows_B: Array | None = None
+    """int32, each query's row in the concatenation of the sources (see `describe_row`)."""
+
+
+# --- what an epoch draws from a row ----------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -60,6 +81,8 @@ class Example:
     """G passages, the positive first."""
     positives: frozenset[str]
     """All positives of the row."""
+    document_tokens: tuple[np.ndarray, ...] | None = None
+    """The documents' tokens, where the row carries tokens."""
 
 
 def draw_example(
@@ -81,116 +104,295 @@ def draw_example(
         DataError: when negatives are wanted and the row has none; names the row, counted from 1.
     """
     num_negatives = data.group_size - 1
-    _require_negatives(row, row_index, data)
+    if num_negatives and not row.negative_passages:
+        raise _no_negatives(f"row {row_index + 1}", row, data)
     positive = epoch % len(row.positive_passages)
     order = np.arange(len(row.negative_passages))
     if data.selection == "random":
         generator = np.random.default_rng((seed, epoch, row_index))
         positive = int(generator.integers(len(row.positive_passages)))
         order = generator.permutation(order)
-    negatives = (row.negative_passages[order[i % len(order)]] for i in range(num_negatives))
-    long_enough = len(row.reasoning_query) >= min_reasoning_characters
+    negatives = [int(order[i % len(order)]) for i in range(num_negatives)]
+    tokens = row.tokens
     return Example(
         query=row.query,
         instruction=row.prompt,
-        reasoning=row.reasoning_query if long_enough else row.query,
-        documents=(row.positive_passages[positive], *negatives),
+        reasoning=settled_reasoning(row, min_reasoning_characters),
+        documents=(
+            row.positive_passages[positive],
+            *(row.negative_passages[n] for n in negatives),
+        ),
         positives=frozenset(row.positive_passages),
+        document_tokens=tokens
+        and (tokens.positives[positive], *(tokens.negatives[n] for n in negatives)),
     )
 
 
-def _require_negatives(row: TrainingRow, row_index: int, data: DataConfig) -> None:
-    if data.group_size > 1 and not row.negative_passages:
-        raise DataError(
-            f"row {row_index + 1} (query {row.query[:60]!r}) has no negative_passages, and "
-            f"data.group_size {data.group_size} wants {data.group_size - 1}; set "
-            "data.group_size: 1, or mine negatives"
-        )
+def settled_reasoning(row: TrainingRow, min_reasoning_characters: int) -> str:
+    """The row's chain of thought; its query where that is too short."""
+    long_enough = len(row.reasoning_query) >= min_reasoning_characters
+    return row.reasoning_query if long_enough else row.query
 
 
-class _BatchBuilder:
-    """Makes a `Batch` of `Example`s. Epochs repeat, so every distinct text is tokenised once."""
-
-    def __init__(
-        self,
-        prompts: PromptTokenizer,
-        data: DataConfig,
-        num_steps: int,
-        keyframes: KeyframeRule,
-        need_explicit: bool,
-    ) -> None:
-        self._prompts = prompts
-        self._data = data
-        self._num_steps = num_steps
-        self._keyframes: KeyframeRule = keyframes
-        self._need_explicit = need_explicit
-        # Threads share these; at worst two tokenise the same text to the same tokens.
-        self._queries: dict[tuple[str, str], np.ndarray] = {}
-        self._documents: dict[str, np.ndarray] = {}
-        self._explicit: dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]] = {}
-
-    def __call__(self, examples: Sequence[Example]) -> Batch:
-        config = self._prompts.config
-        explicit, keyframes_BK = None, None
-        if self._need_explicit:
-            inputs = [self._explicit_input(example) for example in examples]
-            explicit = self._pad([ids for ids, _ in inputs], None)
-            keyframes_BK = np.stack([keyframes_K for _, keyframes_K in inputs])
-        documents = [text for example in examples for text in example.documents]
-        return Batch(
-            query=self._pad([self._query(e) for e in examples], config.query_max_length),
-            documents=self._pad([self._document(t) for t in documents], config.document_max_length),
-            explicit=explicit,
-            keyframes_BK=keyframes_BK,
-            contrast_BC=contrast(examples, self._data.mask_false_negatives),
-        )
-
-    def _query(self, example: Example) -> np.ndarray:
-        key = (example.query, example.instruction)
-        if key not in self._queries:
-            self._queries[key] = np.array(self._prompts.query(*key), np.int32)
-        return self._queries[key]
-
-    def _document(self, text: str) -> np.ndarray:
-        if text not in self._documents:
-            self._documents[text] = np.array(self._prompts.document(text), np.int32)
-        return self._documents[text]
-
-    def _explicit_input(self, example: Example) -> tuple[np.ndarray, np.ndarray]:
-        key = (example.query, example.instruction, example.reasoning)
-        if key not in self._explicit:
-            tokens: ExplicitTokens = self._prompts.explicit(*key)
-            keyframes_K = keyframe_positions(
-                tokens.segment_ends, len(tokens.ids) - 1, self._num_steps, self._keyframes
-            )
-            self._explicit[key] = np.array(tokens.ids, np.int32), keyframes_K
-        return self._explicit[key]
-
-    def _pad(self, rows: list[np.ndarray], max_length: int | None) -> Tokens:
-        return Tokens(
-            *right_pad(rows, self._prompts.pad_id, self._data.length_multiple, max_length)
-        )
+def _no_negatives(where: str, row: TrainingRow, data: DataConfig) -> DataError:
+    return DataError(
+        f"{where} (query {row.query[:60]!r}) has no negative_passages, and data.group_size "
+        f"{data.group_size} wants {data.group_size - 1}; set data.group_size: 1, or mine negatives"
+    )
 
 
 def contrast(examples: Sequence[Example], mask_false_negatives: bool) -> np.ndarray:
     """Which documents of the batch are contrasted with which query.
 
+    Two passages are the same when they differ in case, in white space or in compatible Unicode
+    forms (NFKC) alone.
+
     Returns:
         [B, C] bool. All True without `mask_false_negatives`; with it, False where document c is one
         of query b's positives, its designated positive (c = b G) excepted.
     """
-    documents = [text for example in examples for text in example.documents]
-    contrast_BC = np.ones((len(examples), len(documents)), bool)
+    texts = [same_passage(text) for example in examples for text in example.documents]
+    contrast_BC = np.ones((len(examples), len(texts)), bool)
     if mask_false_negatives:
+        columns = defaultdict(list)
+        for c, text in enumerate(texts):
+            columns[text].append(c)
         for b, example in enumerate(examples):
-            contrast_BC[b] = [text not in example.positives for text in documents]
+            for positive in example.positives:
+                contrast_BC[b, columns.get(same_passage(positive), [])] = False
             contrast_BC[b, b * len(example.documents)] = True
     return contrast_BC
 
 
+def same_passage(passage: str) -> str:
+    """A form that is equal for passages that count as the same."""
+    return " ".join(unicodedata.normalize("NFKC", passage).casefold().split())
+
+
+# --- the order of rows -----------------------------------------------------------------------
+
+
+class Sample(NamedTuple):
+    """Which row stands at a place of the endless sequence of samples."""
+
+    source: int
+    row: int
+    epoch: int
+    """How often the source was gone through before."""
+
+
+class SampleOrder:
+    """The endless sequence of samples of a mixture, by index.
+
+    Of any first s samples, every source has given its share by weight, up to rounding. A source
+    goes through all of its rows before it repeats one, each time in another order.
+    """
+
+    def __init__(self, lengths: Sequence[int], weights: Sequence[float], seed: int):
+        self._lengths = lengths
+        exact = [Fraction(weight) for weight in weights]
+        # of what the sources before leave
+        self._shares = [weight / sum(exact[i:]) for i, weight in enumerate(exact)]
+        self._rows = [
+            grain.MapDataset.range(length).seed(_source_seed(seed, i)).shuffle().repeat()
+            for i, length in enumerate(lengths)
+        ]
+
+    def __getitem__(self, index: int) -> Sample:
+        source, place = self._source(index)
+        row: Any = self._rows[source][place]
+        return Sample(source, int(row), place // self._lengths[source])
+
+    def _source(self, index: int) -> tuple[int, int]:
+        """The source of sample `index`, and how many samples it gave before."""
+        for source, share in enumerate(self._shares):
+            before = index * share.numerator // share.denominator
+            if (index + 1) * share.numerator // share.denominator > before:
+                return source, before
+            index -= before
+        raise AssertionError("the last source takes all that the others leave")
+
+
+def _source_seed(seed: int, source: int) -> int:
+    """Another order for each source, that of a single source for the first."""
+    return seed if source == 0 else int(np.random.SeedSequence((seed, source)).generate_state(1)[0])
+
+
+# --- batches ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A row of a batch, tokenised."""
+
+    row: int
+    """In the concatenation of the sources."""
+    example: Example
+    query: np.ndarray
+    documents: tuple[np.ndarray, ...]
+    explicit: np.ndarray | None
+    segment_ends: np.ndarray | None
+
+    def length(self, multiple: int) -> tuple[int, int]:
+        """What rows are sorted by, to be padded together: the width that the explicit input (or
+        the query) is padded to, and among those of one width the longest document."""
+        first = self.query if self.explicit is None else self.explicit
+        return -(-len(first) // multiple), max(map(len, self.documents))
+
+
+class _BatchBuilder:
+    """Makes batch i; the arguments are those of `training_batches`. Threads may share it."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        prompts: PromptTokenizer,
+        data: DataConfig,
+        num_steps: int,
+        keyframes: KeyframeRule,
+        batch_size: int,
+        seed: int,
+        need_explicit: bool,
+        shared_prefix: bool,
+        part: np.ndarray | None,
+    ):
+        self._arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self._sources = sources
+        self._prompts = prompts
+        self._data = data
+        self._num_steps = num_steps
+        self._keyframes: KeyframeRule = keyframes
+        self._batch_size = batch_size
+        self._seed = seed
+        self._need_explicit = need_explicit
+        self._shared_prefix = shared_prefix
+        self._part = np.arange(batch_size) if part is None else part
+        lengths = [len(source) for source in sources]
+        self._starts = np.cumsum([0, *lengths])
+        self._order = SampleOrder(lengths, [source.weight for source in data.sources], seed)
+        self._lock = threading.Lock()
+        self._plan = functools.lru_cache(4)(self._make_plan)
+        # Epochs repeat, and a window is read once for its lengths and once for its batches.
+        held = max(_TEXTS_HELD, 2 * data.bucket_window * batch_size * data.group_size)
+        self._query = functools.lru_cache(held)(self._tokenise_query)
+        self._document = functools.lru_cache(held)(self._tokenise_document)
+        self._explicit = functools.lru_cache(held)(self._tokenise_explicit)
+
+    def __reduce__(self) -> Any:
+        # locks and caches stay behind: a worker process makes its own
+        return functools.partial(_BatchBuilder, **self._arguments), ()
+
+    def __call__(self, index: int) -> Batch:
+        rows = [self._draw(sample) for sample in self._samples(index)]
+        config = self._prompts.config
+        explicit, keyframes_BK = None, None
+        if self._need_explicit:
+            explicit = self._pad([row.explicit for row in rows], None, self._part)
+            keyframes_BK = np.stack([self._keyframe_positions(rows[b]) for b in self._part])
+            if self._shared_prefix:
+                self._require_shared_prefix(rows)
+        group_size = self._data.group_size
+        part_C = (self._part[:, None] * group_size + np.arange(group_size)).ravel()
+        contrast_BC = contrast([row.example for row in rows], self._data.mask_false_negatives)
+        return Batch(
+            query=self._pad([row.query for row in rows], config.query_max_length, self._part),
+            documents=self._pad(
+                [ids for row in rows for ids in row.documents], config.document_max_length, part_C
+            ),
+            explicit=explicit,
+            keyframes_BK=keyframes_BK,
+            contrast_BC=contrast_BC[self._part],
+            rows_B=np.array([rows[b].row for b in self._part], np.int32),
+        )
+
+    # --- which rows
+
+    def _samples(self, index: int) -> Sequence[int]:
+        window, place = divmod(index, self._data.bucket_window)
+        if self._data.bucket_window == 1:
+            return range(index * self._batch_size, (index + 1) * self._batch_size)
+        with self._lock:  # else every thread would make the plan of a new window
+            plan_WB = self._plan(window)
+        return plan_WB[place]
+
+    def _make_plan(self, window: int) -> list[list[int]]:
+        """The samples of the window's batches: sorted by length, cut, and the cuts shuffled."""
+        batches, size = self._data.bucket_window, self._batch_size
+        first = window * batches * size
+        samples = range(first, first + batches * size)
+        multiple = self._data.length_multiple
+        by_length = sorted(samples, key=lambda sample: self._draw(sample).length(multiple))
+        order = np.random.default_rng((self._seed, window)).permutation(batches)
+        return [by_length[i * size : (i + 1) * size] for i in order]
+
+    def _draw(self, index: int) -> _Drawn:
+        sample = self._order[index]
+        row = self._sources[sample.source][sample.row]
+        row_index = int(self._starts[sample.source]) + sample.row
+        example = draw_example(
+            row,
+            self._data,
+            min_reasoning_characters=self._prompts.config.min_reasoning_characters,
+            seed=self._seed,
+            epoch=sample.epoch,
+            row_index=row_index,
+        )
+        if row.tokens is not None and example.document_tokens is not None:
+            query, documents = row.tokens.query, example.document_tokens
+            explicit, segment_ends = row.tokens.explicit, row.tokens.segment_ends
+        else:
+            query = self._query(example.query, example.instruction)
+            documents = tuple(map(self._document, example.documents))
+            explicit, segment_ends = None, None
+            if self._need_explicit:
+                explicit, segment_ends = self._explicit(
+                    example.query, example.instruction, example.reasoning
+                )
+        if not self._need_explicit:
+            explicit, segment_ends = None, None
+        return _Drawn(row_index, example, query, documents, explicit, segment_ends)
+
+    # --- tokens
+
+    def _tokenise_query(self, text: str, instruction: str) -> np.ndarray:
+        return np.array(self._prompts.query(text, instruction), np.int32)
+
+    def _tokenise_document(self, text: str) -> np.ndarray:
+        return np.array(self._prompts.document(text), np.int32)
+
+    def _tokenise_explicit(
+        self, text: str, instruction: str, reasoning: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        tokens = self._prompts.explicit(text, instruction, reasoning)
+        return np.array(tokens.ids, np.int32), np.array(tokens.segment_ends, np.int32)
+
+    def _keyframe_positions(self, row: _Drawn) -> np.ndarray:
+        assert row.explicit is not None
+        assert row.segment_ends is not None
+        return keyframe_positions(
+            row.segment_ends.tolist(), len(row.explicit) - 1, self._num_steps, self._keyframes
+        )
+
+    def _pad(self, rows: list[Any], max_length: int | None, part: np.ndarray) -> Tokens:
+        # the width is that of the whole batch: all processes must agree on it
+        ids_BT, lengths_B = right_pad(
+            rows, self._prompts.pad_id, self._data.length_multiple, max_length
+        )
+        return Tokens(ids_BT[part], lengths_B[part])
+
+    def _require_shared_prefix(self, rows: Sequence[_Drawn]) -> None:
+        for row in rows:
+            assert row.explicit is not None
+            if not np.array_equal(row.explicit[: len(row.query)], row.query):
+                raise DataError(
+                    f"{describe_row(self._sources, row.row)}: the query's tokens are no prefix of "
+                    "the explicit input's, as the fast views need; set objective.views: parity"
+                )
+
+
 def training_batches(
-    rows: Sequence[TrainingRow],
-    prompt_tokenizer: PromptTokenizer,
+    sources: Sequence[Source],
+    prompts: PromptTokenizer,
     data: DataConfig,
     *,
     num_steps: int,
@@ -198,53 +400,105 @@ def training_batches(
     batch_size: int,
     seed: int,
     need_explicit: bool,
-    num_threads: int = 2,
-    prefetch: int = 4,
+    shared_prefix: bool,
+    first_batch: int = 0,
+    part: np.ndarray | None = None,
 ) -> grain.IterDataset[Batch]:
-    """Endless batches of `batch_size` queries, the same for the same arguments.
+    """Endless batches of `batch_size` queries.
 
-    Every epoch goes through all rows in an order of its own; the last batch of an epoch is filled
-    from the next, so no row is dropped. The iterator's `get_state` and `set_state` resume exactly.
+    A batch depends on the arguments and its number alone: threads, workers, `first_batch` and
+    `part` change nothing in it. Every source goes through all of its rows, in an order of its own,
+    before it repeats one; the last batch of an epoch is filled from the next, so no row is dropped.
+    With `data.workers` the iterator owns processes: `close()` it.
 
     Args:
-        rows: the training rows, at least one.
-        prompt_tokenizer: makes the tokens.
-        data: group size, selection, masking, padding.
+        sources: of the training rows, in the order of `data.sources`, which gives their weights.
+        prompts: makes the tokens; rows that carry tokens must have been made with the same.
+        data: group size, selection, masking, padding, bucketing, threads and workers.
         num_steps: K of `keyframes_BK`.
         keyframes: which segments teach which step.
-        batch_size: B.
+        batch_size: B, over all processes.
         seed: of the order and of random selection, in [0, 2^32).
         need_explicit: False leaves `explicit` and `keyframes_BK` None.
-        num_threads, prefetch: threads that build batches, and how many batches ahead.
+        shared_prefix: check in every batch that queries are prefixes of their explicit inputs.
+        first_batch: number of the first batch, to go on with a stopped run.
+        part: increasing indices of the batch's rows that this process holds; None holds all.
+            Arrays that have a row a query hold these rows, documents their G each. The widths of
+            padding and the columns of `contrast_BC` are those of the whole batch.
 
     Raises:
-        DataError: no rows, or a row without negatives though `data.group_size` is above 1.
+        DataError: a row without negatives though `data.group_size` is above 1, or stored tokens
+            that other prompt settings made.
         TokenizationError: a limit of the prompts leaves no room for a text.
     """
-    if not rows:
-        raise DataError("there are no training rows")
+    if len(sources) != len(data.sources):
+        raise ValueError(f"{len(sources)} sources, and the config has {len(data.sources)}")
+    for source in sources:
+        if source.tokenization is None:
+            prompts.require_room(source.facts.instructions, explicit=need_explicit)
+        else:
+            _require_same_tokenization(source, prompts)
+        without = source.facts.row_without_negatives
+        if data.group_size > 1 and without is not None:  # now, not hours into the run
+            raise _no_negatives(source.where(without), source[without], data)
+    build = _BatchBuilder(
+        sources,
+        prompts,
+        data,
+        num_steps,
+        keyframes,
+        batch_size,
+        seed,
+        need_explicit,
+        shared_prefix,
+        part,
+    )
+    batches = (
+        grain.MapDataset.range(first_batch, _ENDLESS)
+        .map(build)
+        .to_iter_dataset(
+            grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=max(4, data.threads))
+        )
+    )
+    if data.workers:
+        if not flags.FLAGS.is_parsed():  # grain reads its flags, and this is no absl program
+            flags.FLAGS.mark_as_parsed()
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers))
+    return batches
 
-    def draw(epoch: int, row_index: int) -> Example:
-        return draw_example(
-            rows[row_index],
-            data,
-            min_reasoning_characters=prompt_tokenizer.config.min_reasoning_characters,
-            seed=seed,
-            epoch=epoch,
-            row_index=row_index,
+
+def tokenization_settings(prompts: PromptTokenizer) -> dict[str, Any]:
+    """All that stored tokens depend on beside their texts: the prompt settings and the tokenizer's
+    fingerprint, in plain JSON types."""
+    tokenizer: Any = prompts.tokenizer
+    model = json.loads(tokenizer.backend_tokenizer.to_str())
+    # a call leaves its own truncation and padding there
+    fingerprint = [{k: v for k, v in model.items() if k not in ("truncation", "padding")}]
+    fingerprint += [tokenizer.chat_template, tokenizer.bos_token, prompts.eos_id, prompts.pad_id]
+    digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
+    return {"prompt": as_dict(prompts.config), "tokenizer": digest}
+
+
+def _require_same_tokenization(source: Source, prompts: PromptTokenizer) -> None:
+    assert source.tokenization is not None
+    stored, wanted = source.tokenization, tokenization_settings(prompts)
+    differing = [
+        f"prompt.{key} was {stored['prompt'].get(key)!r}, is {value!r}"
+        for key, value in wanted["prompt"].items()
+        if stored["prompt"].get(key) != value
+    ]
+    if stored["tokenizer"] != wanted["tokenizer"]:
+        differing.append("the tokenizer is another")
+    if differing:
+        raise DataError(
+            f"{source.path} holds tokens that were made otherwise: {'; '.join(differing)}. Train "
+            "with the settings of its preparation, or prepare the rows again into another directory"
         )
 
-    for row_index, row in enumerate(rows):
-        _require_negatives(row, row_index, data)  # now, not hours into the run
-    prompt_tokenizer.require_room({row.prompt for row in rows}, explicit=need_explicit)
-    build = _BatchBuilder(prompt_tokenizer, data, num_steps, keyframes, need_explicit)
-    return (
-        grain.MapDataset.range(len(rows))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .map_with_index(lambda index, row_index: draw(index // len(rows), row_index))
-        .batch(batch_size, batch_fn=list)
-        .map(build)
-        .to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch))
-    )
+
+def padding_share(batch: Batch) -> float:
+    """Share of padding among the tokens of the documents and of the explicit inputs (the queries
+    where there are none)."""
+    parts = (batch.documents, batch.query if batch.explicit is None else batch.explicit)
+    real = sum(int(tokens.lengths_B.sum()) for tokens in parts)
+    return 1 - real / sum(tokens.ids_BT.size for tokens in parts)

@@ -1,21 +1,38 @@
-"""The training rows of LaSER and how they are read from JSONL and Parquet."""
+"""The training rows of LaSER: their fields and what is refused."""
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 _STRINGS = ("query", "reasoning_query", "prompt")
 _STRING_LISTS = ("positive_passages", "negative_passages")
+FIELDS = (*_STRINGS, *_STRING_LISTS)
 
 
 class DataError(ValueError):
     """Training data that cannot be used. The message names the file, the line and the field."""
+
+
+@dataclass(frozen=True)
+class RowTokens:
+    """The token ids of a row, each an int32 array, as `laser_jax.prepare` stores them.
+
+    Attributes:
+        query: of the query's prompt.
+        explicit: of the explicit view's input.
+        segment_ends: positions in `explicit` of the last token of every segment.
+        positives, negatives: of the passages' prompts, in the row's order.
+    """
+
+    query: np.ndarray
+    explicit: np.ndarray
+    segment_ends: np.ndarray
+    positives: tuple[np.ndarray, ...]
+    negatives: tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True)
@@ -26,8 +43,9 @@ class TrainingRow:
         query: the query text, not blank.
         reasoning_query: the chain of thought; may be empty.
         prompt: the instruction of the retrieval task; may be empty.
-        positive_passages: at least one.
-        negative_passages: hard negatives, the best first; may be empty.
+        positive_passages: at least one, none blank.
+        negative_passages: hard negatives, the best first, none blank; there may be none.
+        tokens: set where they were stored with the row.
     """
 
     query: str
@@ -35,75 +53,23 @@ class TrainingRow:
     prompt: str
     positive_passages: tuple[str, ...]
     negative_passages: tuple[str, ...]
+    tokens: RowTokens | None = field(default=None, compare=False, repr=False)
 
 
-def read_training_rows(path: str | Path) -> list[TrainingRow]:
-    """Reads the rows of a `.jsonl`, `.jsonl.gz` or `.parquet` file, in the file's order.
+def parse_row(record: Any, where: str) -> TrainingRow:
+    """The training row of a JSON object; further fields are ignored.
 
-    Blank lines are skipped and further fields are ignored.
+    Args:
+        record: what the file holds there, in Python types.
+        where: the file and line, for the message.
 
     Raises:
-        DataError: a missing or empty file, an unknown suffix, malformed JSON, or a row whose
-            field is missing, has the wrong type, or is empty where it must not be. The message
-            names the file and the line (of Parquet: the row, counted from 1).
-        ImportError: a Parquet file, and pyarrow is not installed.
+        DataError: a field is missing, has the wrong type, is blank where it must not be, or is no
+            valid Unicode.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; data.train must name a file of training rows")
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        records = _json_lines(path)
-    elif path.suffix == ".parquet":
-        records = _parquet_records(path)
-    else:
-        raise DataError(f"{path}: unknown suffix; a .jsonl, .jsonl.gz or .parquet file is wanted")
-    rows = [_parse(record, where) for where, record in records]
-    if not rows:
-        raise DataError(f"{path}: holds no rows")
-    return rows
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                where = f"{path}:{number}"
-                try:
-                    yield where, json.loads(line)
-                except UnicodeDecodeError as error:
-                    raise DataError(f"{where}: not UTF-8: {error}") from error
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{where}: malformed JSON: {error}") from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: not a whole gzip file: {error}") from error
-
-
-def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError(
-            f"{path}: reading Parquet needs pyarrow: pip install laser-jax[parquet]"
-        ) from error
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path}: not a Parquet file: {error}") from error
-    number = 0
-    with file:
-        for batch in file.iter_batches():
-            for record in batch.to_pylist():
-                number += 1
-                yield f"{path}: row {number}", record
-
-
-def _parse(record: Any, where: str) -> TrainingRow:
     if not isinstance(record, dict):
         raise DataError(f"{where}: an object is wanted, got {type(record).__name__}")
-    for name in (*_STRINGS, *_STRING_LISTS):
+    for name in FIELDS:
         if name not in record:
             raise DataError(f"{where}: field '{name}' is missing{_may_be_empty(name)}")
     for name in _STRINGS:
@@ -112,16 +78,11 @@ def _parse(record: Any, where: str) -> TrainingRow:
                 f"{where}: '{name}' must be a string, got {type(record[name]).__name__}"
                 + _may_be_empty(name)
             )
-    for name in _STRING_LISTS:
-        texts = record[name]
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            got = type(texts).__name__
-            if isinstance(texts, list):
-                wrong = next(i for i, text in enumerate(texts) if not isinstance(text, str))
-                got = f"a list whose item {wrong} is {type(texts[wrong]).__name__}"
-            raise DataError(f"{where}: '{name}' must be a list of strings, got {got}")
+        _require_unicode(record[name], f"{where}: '{name}'")
     if not record["query"].strip():
         raise DataError(f"{where}: 'query' is empty")
+    for name in _STRING_LISTS:
+        _require_passages(record[name], name, where)
     if not record["positive_passages"]:
         raise DataError(f"{where}: 'positive_passages' is empty; at least one is wanted")
     return TrainingRow(
@@ -133,9 +94,41 @@ def _parse(record: Any, where: str) -> TrainingRow:
     )
 
 
+def _require_passages(passages: Any, name: str, where: str) -> None:
+    if not isinstance(passages, list):
+        raise DataError(
+            f"{where}: '{name}' must be a list of strings, got {type(passages).__name__}"
+            + _may_be_empty(name)
+        )
+    for i, text in enumerate(passages):
+        if not isinstance(text, str):
+            raise DataError(
+                f"{where}: '{name}' must be a list of strings, got a list whose item {i} is "
+                f"{type(text).__name__}"
+            )
+        _require_unicode(text, f"{where}: item {i} of '{name}'")
+        if not text.strip():
+            raise DataError(f"{where}: item {i} of '{name}' is empty; leave it out")
+
+
+def _require_unicode(text: str, what: str) -> None:
+    # JSON can spell half of a surrogate pair, which no tokenizer takes
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{what} is not valid Unicode: {error}") from error
+
+
 def _may_be_empty(name: str) -> str:
     return {
         "reasoning_query": "; a row without a chain of thought has an empty string there",
         "prompt": "; a row without an instruction has an empty string there",
         "negative_passages": "; a row without hard negatives has an empty list there",
     }.get(name, "")
+
+
+def read_training_rows(path: str | Path) -> list[TrainingRow]:
+    """All rows of a source at once. See `laser_jax.data.sources.open_source`."""
+    from laser_jax.data.sources import open_source
+
+    return list(open_source(path))

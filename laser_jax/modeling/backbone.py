@@ -11,7 +11,7 @@ G key-value heads, H head dim, F feed-forward, V vocabulary, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -19,17 +19,19 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from laser_jax.config import BackboneConfig, LoraConfig
+from laser_jax.config import AttentionKernel, BackboneConfig, LoraConfig, Remat
 from laser_jax.modeling.attention import (
     KeyValues,
     Past,
     accumulation_dtype,
     causal_attention,
     counted_attention,
+    exact_matmuls,
+    thinking_attention,
 )
 from laser_jax.modeling.lora import Projection
 from laser_jax.modeling.rope import Rope, apply_rope, rope_at
-from laser_jax.sharding import with_axes
+from laser_jax.sharding import constrain, with_axes
 
 Variables = Any
 """{"params": ...} and, with adapters, "lora": nested dicts of arrays."""
@@ -37,6 +39,11 @@ Variables = Any
 Cache = tuple[Any, KeyValues]
 """Keys and values of (all layers but the last, the last layer). The first part is stacked
 [L-1, B, T, G, H] for scanned layers and a tuple of [B, T, G, H] for unstacked ones."""
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class RMSNorm(nn.Module):
@@ -88,6 +95,7 @@ class Attention(nn.Module):
     lora: LoraConfig | None
     dtype: DTypeLike
     param_dtype: DTypeLike
+    kernel: AttentionKernel
 
     def setup(self) -> None:
         c = self.config
@@ -100,24 +108,25 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(c.rms_norm_eps, "head_dim", self.param_dtype)
             self.k_norm = RMSNorm(c.rms_norm_eps, "head_dim", self.param_dtype)
 
-    def _heads(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:2], -1, self.config.head_dim)
+    def _heads(self, x: jax.Array, axis: str) -> jax.Array:
+        heads = x.reshape(*x.shape[:2], -1, self.config.head_dim)
+        return constrain(heads, "batch", None, axis, None)
 
     def _queries(self, x: jax.Array, rope: Rope) -> jax.Array:
-        q = self._heads(self.q_proj(x))
+        q = self._heads(self.q_proj(x), "heads")
         return apply_rope(self.q_norm(q) if self.config.qk_norm else q, rope)
 
     def _keys_values(self, x: jax.Array, rope: Rope) -> KeyValues:
-        k = self._heads(self.k_proj(x))
+        k = self._heads(self.k_proj(x), "kv_heads")
         k = apply_rope(self.k_norm(k) if self.config.qk_norm else k, rope)
-        return KeyValues(k, self._heads(self.v_proj(x)))
+        return KeyValues(k, self._heads(self.v_proj(x), "kv_heads"))
 
     def _output(self, out_BTNH: jax.Array) -> jax.Array:
         return self.o_proj(out_BTNH.reshape(*out_BTNH.shape[:2], -1))
 
     def read(self, x_BTD: jax.Array, rope: Rope) -> tuple[jax.Array, KeyValues]:
         kv = self._keys_values(x_BTD, rope)
-        return self._output(causal_attention(self._queries(x_BTD, rope), kv)), kv
+        return self._output(causal_attention(self._queries(x_BTD, rope), kv, self.kernel)), kv
 
     def read_at(
         self, x_BTD: jax.Array, rope: Rope, select_BP: jax.Array
@@ -130,10 +139,10 @@ class Attention(nn.Module):
         self, x_B1D: jax.Array, rope: Rope, past: Past, lengths_B: jax.Array, slot: jax.Array
     ) -> tuple[jax.Array, KeyValues]:
         suffix = past.suffix.write(self._keys_values(x_B1D, rope), slot)
-        out = counted_attention(
-            self._queries(x_B1D, rope), past.prefix, lengths_B[:, None], suffix, slot + 1
-        )
-        return self._output(out), suffix
+        past = Past(past.prefixes, suffix)
+        return self._output(
+            thinking_attention(self._queries(x_B1D, rope), past, lengths_B, slot)
+        ), suffix
 
 
 class MLP(nn.Module):
@@ -160,16 +169,18 @@ class Layer(nn.Module):
     lora: LoraConfig | None
     dtype: DTypeLike
     param_dtype: DTypeLike
+    kernel: AttentionKernel
 
     def setup(self) -> None:
         args = (self.config, self.lora, self.dtype, self.param_dtype)
         self.input_layernorm = RMSNorm(self.config.rms_norm_eps, "embed", self.param_dtype)
-        self.self_attn = Attention(*args)
+        self.self_attn = Attention(*args, self.kernel)
         self.post_attention_layernorm = RMSNorm(self.config.rms_norm_eps, "embed", self.param_dtype)
         self.mlp = MLP(*args)
 
     def _feed_forward(self, x: jax.Array) -> jax.Array:
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = constrain(x, "batch", None, None)  # else fsdp splits activations over D, not weights
+        return constrain(x + self.mlp(self.post_attention_layernorm(x)), "batch", None, None)
 
     def read(self, x_BTD: jax.Array, rope: Rope) -> tuple[jax.Array, KeyValues]:
         """A whole sequence, causally."""
@@ -192,17 +203,20 @@ class Layer(nn.Module):
 
 
 class Backbone(nn.Module):
-    """The decoder. `scan_layers` says which parameter layout it reads (see `unstack_layers`)."""
+    """The decoder. `scan_layers` says which parameter layout it reads (see `unstack_layers`);
+    `remat` what the backward pass through scanned layers recomputes."""
 
     config: BackboneConfig
     lora: LoraConfig | None = None
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
     scan_layers: bool = True
+    attention: AttentionKernel = "xla"
+    remat: Remat = "none"
 
     def setup(self) -> None:
         c = self.config
-        args = (c, self.lora, self.dtype, self.param_dtype)
+        args = (c, self.lora, self.dtype, self.param_dtype, self.attention)
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, self.param_dtype)
         if not c.tie_word_embeddings:
             self.lm_head = Embedding(c.vocab_size, c.hidden_size, self.param_dtype)
@@ -215,7 +229,8 @@ class Backbone(nn.Module):
 
     def embed(self, ids_BT: jax.Array) -> jax.Array:
         """Input embeddings [B, T, D] in the compute dtype."""
-        return jnp.take(self.embed_tokens(), ids_BT, axis=0).astype(self.dtype)
+        x_BTD = jnp.take(self.embed_tokens(), ids_BT, axis=0).astype(self.dtype)
+        return constrain(x_BTD, "batch", None, None)
 
     def read(self, ids_BT: jax.Array, select_BP: jax.Array | None) -> tuple[jax.Array, Cache]:
         """Reads right-padded prompts.
@@ -250,52 +265,62 @@ class Backbone(nn.Module):
         self, body: Callable[..., Any], x: jax.Array, per_layer: Any
     ) -> tuple[jax.Array, Any]:
         """Runs `body(layer, x, per_layer[i])` through the stacked layers."""
+        if self.remat != "none":
+            body = nn.remat(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         return nn.scan(
             body,
             variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},
             length=self.config.num_layers - 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(self.layers, x, per_layer)
 
     def think(
-        self, x_BD: jax.Array, prefix: Cache, suffix: Cache, lengths_B: jax.Array, slot: jax.Array
+        self,
+        x_BD: jax.Array,
+        prefixes: tuple[Cache, ...],
+        suffix: Cache,
+        lengths_B: jax.Array,
+        slot: jax.Array,
     ) -> tuple[jax.Array, Cache]:
         """One thinking step: reads the input embedding `x` at position lengths + slot.
 
         Args:
-            x_BD: the soft token, compute dtype.
-            prefix: cache of the prompt, read only.
+            x_BD: the soft token, compute dtype; rows of all groups, merged.
+            prefixes: caches of the prompts, read only, one for each group of rows.
             suffix: cache of S thinking slots, of which the first `slot` are written.
-            lengths_B: how many positions of the prefix are real.
+            lengths_B: how many positions of a row's prefix are real.
 
         Returns:
             The state after the final norm [B, D] and the suffix with slot `slot` written.
         """
         x = x_BD[:, None, :]
         rope = rope_at((lengths_B + slot)[:, None], self.config)
+        earlier_prefixes, last_prefixes = zip(*prefixes, strict=True)
         if isinstance(self.layers, Layer):
             x, earlier = self._scan(
                 lambda layer, x, past: layer.think(x, past, rope, lengths_B, slot),
                 x,
-                Past(prefix[0], suffix[0]),
+                Past(earlier_prefixes, suffix[0]),
             )
         else:
             written = []
-            for layer, old, new in zip(self.layers, prefix[0], suffix[0], strict=True):
-                x, kv = layer.think(x, Past(old, new), rope, lengths_B, slot)
+            for i, layer in enumerate(self.layers):
+                past = Past(tuple(prefix[i] for prefix in earlier_prefixes), suffix[0][i])
+                x, kv = layer.think(x, past, rope, lengths_B, slot)
                 written.append(kv)
             earlier = tuple(written)
-        x, last = self.last_layer.think(x, Past(prefix[1], suffix[1]), rope, lengths_B, slot)
+        x, last = self.last_layer.think(x, Past(last_prefixes, suffix[1]), rope, lengths_B, slot)
         return self.norm(x)[:, 0], (earlier, last)
 
     def logits(self, h: jax.Array) -> jax.Array:
         """Next-token logits [..., V] in float32 for states [..., D]."""
         head = self.embed_tokens() if self.config.tie_word_embeddings else self.lm_head()
         accumulate = accumulation_dtype(self.dtype)
-        return jnp.einsum(
+        logits = jnp.einsum(
             "...d,vd->...v", h, head.astype(self.dtype), preferred_element_type=accumulate
         )
+        return constrain(logits, "batch", *[None] * (h.ndim - 2), "vocab")
 
     def soft_token(self, h_BD: jax.Array) -> jax.Array:
         """The expected embedding of the next token, softmax(W h) E (LaSER equation 4).
@@ -306,7 +331,7 @@ class Backbone(nn.Module):
         table = self.embed_tokens().astype(self.dtype)
         accumulate = accumulation_dtype(self.dtype)
         t_BD = jnp.einsum("bv,vd->bd", p_BV, table, preferred_element_type=accumulate)
-        return t_BD.astype(self.dtype)
+        return constrain(t_BD.astype(self.dtype), "batch", None)
 
     def layer_states(self, ids_BT: jax.Array) -> jax.Array:
         """[L + 1, B, T, D]: embeddings, after each layer; the last entry after the final norm."""
@@ -331,13 +356,28 @@ def take_positions(x_BTD: jax.Array, select_BP: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x_BTD, select_BP[:, :, None], axis=1)
 
 
-def empty_suffix(prefix: Cache, slots: int) -> Cache:
-    """A zeroed cache for `slots` thinking steps, shaped after the prompt's."""
+def empty_suffix(prefixes: Sequence[Cache], slots: int) -> Cache:
+    """A zeroed cache for `slots` thinking steps of all rows, shaped after the prompts'."""
+    rows = sum(last.k.shape[0] for _, last in prefixes)
 
     def zeros(a: jax.Array) -> jax.Array:
-        return jnp.zeros((*a.shape[:-3], slots, *a.shape[-2:]), a.dtype)
+        return jnp.zeros((*a.shape[:-4], rows, slots, *a.shape[-2:]), a.dtype)
 
-    return jax.tree.map(zeros, prefix)
+    return jax.tree.map(zeros, prefixes[0])
+
+
+def apply(
+    method: Callable[..., Any],
+    backbone: Backbone,
+    variables: Variables,
+    *args: Any,
+    dropout: jax.Array | None = None,
+) -> Any:
+    """`method` of the backbone on `variables`, its float32 matmuls in full precision. `dropout` is
+    the key of the adapters' dropout; None switches it off."""
+    rngs = None if dropout is None else {"dropout": dropout}
+    with exact_matmuls(backbone.dtype):
+        return nn.apply(method, backbone)(variables, *args, rngs=rngs)
 
 
 def unstack_layers(variables: Variables) -> Variables:

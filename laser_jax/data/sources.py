@@ -1,0 +1,529 @@
+"""Random access to training rows, whatever file holds them.
+
+Rows are read when they are asked for: a source keeps an index, not the texts. Only `.jsonl.gz` is
+held in memory, as gzip has no random access. A source can be pickled; its copy opens the files
+anew.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import gzip
+import io
+import itertools
+import json
+import mmap
+import threading
+import zlib
+from abc import ABC, abstractmethod
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from laser_jax.config import DataConfig
+from laser_jax.data.schema import FIELDS, DataError, RowTokens, TrainingRow, parse_row
+
+PREPARED_FILE = "prepare.json"
+"""In a directory written by `laser_jax.prepare`: how it was made and what is known of its rows."""
+
+_DECODED_BYTES = 2 << 30
+"""Row groups of Parquet that stay decoded."""
+_INSTRUCTIONS = 32
+_ACCEPTED = (
+    "a .jsonl, .jsonl.gz, .parquet, .arrow or .array_record file, or a directory of Parquet, Arrow "
+    "(save_to_disk) or ArrayRecord shards or of laser_jax.prepare is wanted"
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of all rows once every row was read.
+
+    Attributes:
+        row_without_negatives: index of the first, None when every row has some.
+        instructions: the longest of the distinct instructions, up to 32.
+    """
+
+    row_without_negatives: int | None
+    instructions: tuple[str, ...]
+
+
+class Source(ABC):
+    """Training rows by index, in the order of the file.
+
+    `source[i]` and iteration raise a `DataError` at a row that is no training row.
+
+    Attributes:
+        path: as given to `open_source`.
+        tokenization: how the rows' tokens were made; None for rows without tokens.
+    """
+
+    path: Path
+    tokenization: dict[str, Any] | None = None
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def where(self, index: int) -> str:
+        """The file and line (or row, counted from 1) of row `index`."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> TrainingRow: ...
+
+    def __iter__(self) -> Iterator[TrainingRow]:
+        return (self[index] for index in range(len(self)))
+
+    @functools.cached_property
+    def facts(self) -> Facts:
+        """Read once through all rows. Raises a `DataError` at the first that is no training row."""
+        return _read_facts(self)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.path,)
+
+
+class FactFinder:
+    """Gathers the facts of rows that are added one after another."""
+
+    def __init__(self) -> None:
+        self._rows = 0
+        self._row_without_negatives: int | None = None
+        self._instructions: set[str] = set()
+
+    def add(self, row: TrainingRow) -> None:
+        if self._row_without_negatives is None and not row.negative_passages:
+            self._row_without_negatives = self._rows
+        self._rows += 1
+        self._instructions.add(row.prompt)
+        if len(self._instructions) > 100 * _INSTRUCTIONS:
+            self._instructions = set(longest_instructions(self._instructions))
+
+    def facts(self) -> Facts:
+        return Facts(self._row_without_negatives, longest_instructions(self._instructions))
+
+
+def longest_instructions(instructions: Iterable[str]) -> tuple[str, ...]:
+    """The longest of the distinct instructions, up to 32."""
+    by_length = sorted(set(instructions), key=lambda text: (-len(text), text))
+    return tuple(by_length[:_INSTRUCTIONS])
+
+
+def _read_facts(source: Source) -> Facts:
+    finder = FactFinder()
+    for row in source:
+        finder.add(row)
+    return finder.facts()
+
+
+# --- opening ---------------------------------------------------------------------------------
+
+
+def open_source(path: str | Path) -> Source:
+    """Opens training rows and checks every one; rows that `prepare` wrote were checked by it.
+
+    Args:
+        path: a `.jsonl`, `.jsonl.gz`, `.parquet`, `.arrow` or ArrayRecord file; a directory of
+            Parquet, Arrow or ArrayRecord shards, read in the order of their names; a directory of
+            Hugging Face `save_to_disk`; or one of `laser_jax.prepare` or tfds.
+
+    Raises:
+        DataError: nothing there, no rows, an unknown kind, or a damaged or wrong row. The message
+            names the file and the line (or row, counted from 1).
+        ImportError: pyarrow is wanted and not installed.
+    """
+    source = open_unchecked(path)
+    source.facts  # noqa: B018  reads all rows
+    return source
+
+
+def open_sources(data: DataConfig) -> list[Source]:
+    """The sources of `data.train` or `data.mixture`. Raises as `open_source`."""
+    if not data.train and not data.mixture:
+        raise DataError("data.train is empty; it must name training rows (or use data.mixture)")
+    return [open_source(source.path) for source in data.sources]
+
+
+def open_unchecked(path: str | Path) -> Source:
+    """As `open_source`, but a wrong row is found only when it is read."""
+    path = Path(path)
+    if path.is_dir():
+        source = _open_directory(path)
+    elif not path.is_file():
+        raise DataError(f"{path}: no such file or directory; {_ACCEPTED}")
+    elif path.name.endswith((".jsonl", ".jsonl.gz")):
+        source = JsonlSource(path)
+    elif path.suffix == ".parquet":
+        source = ParquetSource(path)
+    elif path.suffix == ".arrow":
+        source = ArrowSource(path)
+    elif ".array_record" in path.name:
+        source = ArrayRecordSource(path)
+    else:
+        raise DataError(f"{path}: unknown suffix; {_ACCEPTED}")
+    if not len(source):
+        raise DataError(f"{path}: holds no rows")
+    return source
+
+
+def _open_directory(path: Path) -> Source:
+    if any((path / name).is_file() for name in ("features.json", PREPARED_FILE)):
+        return PreparedSource(path)
+    if (path / "dataset_dict.json").is_file():
+        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        raise DataError(
+            f"{path} holds several splits, name one: "
+            + " or ".join(str(path / split) for split in splits)
+        )
+    if (path / "state.json").is_file() or any(path.glob("*.arrow")):
+        return ArrowSource(path)
+    if any(path.glob("*.parquet")):
+        return ParquetSource(path)
+    if any(path.glob("*.array_record*")):
+        return ArrayRecordSource(path)
+    nested = next(iter(sorted(path.rglob("features.json"))), None)
+    meant = f". Was {nested.parent} meant?" if nested else ""
+    raise DataError(f"{path}: holds no rows of a known kind; {_ACCEPTED}{meant}")
+
+
+def rows_per_epoch(sources: Sequence[Source]) -> int:
+    """Rows of one epoch of a mixture: as many as its sources hold together."""
+    return sum(map(len, sources))
+
+
+def locate(sources: Sequence[Source], index: int) -> tuple[int, int]:
+    """Source and row of an index into the concatenation of the sources (`Batch.rows_B`)."""
+    ends = list(itertools.accumulate(map(len, sources)))
+    if not 0 <= index < ends[-1]:
+        raise IndexError(f"row {index} of {ends[-1]}")
+    source = bisect.bisect_right(ends, index)
+    return source, index - (ends[source] - len(sources[source]))
+
+
+def describe_row(sources: Sequence[Source], index: int) -> str:
+    """File and line of an index into the concatenation of the sources (`Batch.rows_B`)."""
+    source, row = locate(sources, index)
+    return sources[source].where(row)
+
+
+# --- kinds of sources ------------------------------------------------------------------------
+
+
+class RowsSource(Source):
+    """Training rows that are in memory."""
+
+    def __init__(self, rows: Sequence[TrainingRow], path: str | Path = "rows"):
+        self.path = Path(path)
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def where(self, index: int) -> str:
+        return f"{self.path}: row {index + 1}"
+
+    def __getitem__(self, index: int) -> TrainingRow:
+        return self._rows[index]
+
+    def __reduce__(self) -> Any:
+        return RowsSource, (self._rows, self.path)
+
+
+class JsonlSource(Source):
+    """One JSON object a line; blank lines are skipped."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._bytes = _gunzip(path) if path.suffix == ".gz" else _map(path)
+        starts, numbers = array("q"), array("q")
+        with io.BytesIO(self._bytes) if isinstance(self._bytes, bytes) else path.open("rb") as file:
+            start = 0
+            for number, line in enumerate(file, start=1):
+                if not line.isspace():
+                    starts.append(start)
+                    numbers.append(number)
+                start += len(line)
+        starts.append(start)  # a row ends where the next starts: JSON ignores the blanks between
+        self._starts, self._numbers = np.array(starts), np.array(numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def where(self, index: int) -> str:
+        return f"{self.path}:{self._numbers[index]}"
+
+    def __getitem__(self, index: int) -> TrainingRow:
+        line = self._bytes[self._starts[index] : self._starts[index + 1]]
+        try:
+            record = json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.where(index)}: not UTF-8: {error}") from error
+        except json.JSONDecodeError as error:
+            raise DataError(f"{self.where(index)}: malformed JSON: {error}") from error
+        return parse_row(record, self.where(index))
+
+
+def _map(path: Path) -> bytes | mmap.mmap:
+    if not path.stat().st_size:
+        return b""  # an empty file cannot be mapped
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _gunzip(path: Path) -> bytes:
+    try:
+        return gzip.decompress(path.read_bytes())
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: not a whole gzip file: {error}") from error
+
+
+class _Sharded(Source):
+    """Rows in parts (files, row groups, record batches), found by bisection."""
+
+    def __init__(self, path: Path, files: Sequence[Path]):
+        self.path = path
+        self._files = files
+        self._ends: list[int] = []
+        """Number of rows up to and including each part."""
+        self._file_starts: list[int] = []
+        """Number of rows before each file."""
+
+    def _begin_file(self) -> None:
+        self._file_starts.append(len(self))
+
+    def _add_part(self, rows: int) -> None:
+        self._ends.append(len(self) + rows)
+
+    def _part(self, index: int) -> tuple[int, int]:
+        """The part that holds row `index`, and the row's place in it."""
+        part = bisect.bisect_right(self._ends, index)
+        return part, index - (self._ends[part - 1] if part else 0)
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def where(self, index: int) -> str:
+        file = bisect.bisect_right(self._file_starts, index) - 1
+        return f"{self._files[file]}: row {index - self._file_starts[file] + 1}"
+
+
+class ParquetSource(_Sharded):
+    """A Parquet file or the `*.parquet` of a directory. Row groups are decoded when first read and
+    stay so up to 2 GiB: larger data is slow in shuffled order, and wants `laser_jax.prepare`."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, _files(path, "*.parquet"))
+        pyarrow = _pyarrow(path)
+        self._groups: list[tuple[Path, int]] = []
+        for file in self._files:
+            try:
+                with pyarrow.parquet.ParquetFile(file) as opened:
+                    metadata = opened.metadata
+            except pyarrow.ArrowInvalid as error:
+                raise DataError(f"{file}: not a Parquet file: {error}") from error
+            self._begin_file()
+            for group in range(metadata.num_row_groups):
+                self._groups.append((file, group))
+                self._add_part(metadata.row_group(group).num_rows)
+        self._lock = threading.Lock()
+        self._decoded: OrderedDict[int, Any] = OrderedDict()
+        self._decoded_bytes = 0
+
+    def __getitem__(self, index: int) -> TrainingRow:
+        group, row = self._part(index)
+        with self._lock:
+            table = self._table(group)
+        return parse_row(table.slice(row, 1).to_pylist()[0], self.where(index))
+
+    def _table(self, group: int) -> Any:
+        if group in self._decoded:
+            self._decoded.move_to_end(group)
+            return self._decoded[group]
+        pyarrow = _pyarrow(self.path)
+        file, number = self._groups[group]
+        try:
+            with pyarrow.parquet.ParquetFile(file) as opened:
+                table = opened.read_row_group(number, columns=list(FIELDS))
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise DataError(f"{file}: row group {number} is damaged: {error}") from error
+        self._decoded[group] = table
+        self._decoded_bytes += table.nbytes
+        while self._decoded_bytes > _DECODED_BYTES and len(self._decoded) > 1:
+            self._decoded_bytes -= self._decoded.popitem(last=False)[1].nbytes
+        return table
+
+
+class ArrowSource(_Sharded):
+    """Arrow files, memory-mapped: those of Hugging Face `save_to_disk`, a directory's `*.arrow`, or
+    a single one."""
+
+    def __init__(self, path: Path):
+        state = path / "state.json"
+        files = _files(path, "*.arrow")
+        if state.is_file():
+            files = [path / f["filename"] for f in json.loads(state.read_text())["_data_files"]]
+        super().__init__(path, files)
+        pyarrow = _pyarrow(path)
+        self._batches: list[Any] = []
+        for file in self._files:
+            self._begin_file()
+            try:
+                for batch in _record_batches(pyarrow, file):
+                    self._batches.append(batch)
+                    self._add_part(batch.num_rows)
+            except FileNotFoundError as error:
+                raise DataError(f"{file} is missing, and {state} names it") from error
+            except (pyarrow.ArrowInvalid, OSError) as error:
+                raise DataError(f"{file}: not an Arrow file: {error}") from error
+
+    def __getitem__(self, index: int) -> TrainingRow:
+        part, row = self._part(index)
+        return parse_row(self._batches[part].slice(row, 1).to_pylist()[0], self.where(index))
+
+
+def _record_batches(pyarrow: Any, file: Path) -> list[Any]:
+    mapped = pyarrow.memory_map(str(file))
+    if mapped.read(6) == b"ARROW1":  # the file format; save_to_disk writes streams
+        reader = pyarrow.ipc.open_file(mapped)
+        return [reader.get_batch(i) for i in range(reader.num_record_batches)]
+    mapped.seek(0)
+    return list(pyarrow.ipc.open_stream(mapped))
+
+
+def _pyarrow(path: Path) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(
+            f"{path}: reading Parquet and Arrow needs pyarrow: pip install laser-jax[parquet]"
+        ) from error
+    return pyarrow
+
+
+class ArrayRecordSource(_Sharded):
+    """ArrayRecord files without tfds' description: each record is a JSON object, or a tf.Example
+    with the features of `laser_jax.data.reasoning_retrieval`."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, _files(path, "*.array_record*"))
+        self._records = _array_records(self._files)
+        for file in self._files:
+            self._begin_file()
+            self._add_part(len(_array_records([file])))
+
+    def __getitem__(self, index: int) -> TrainingRow:
+        from laser_jax.data.reasoning_retrieval import text_features
+
+        record = self._records[index]
+        try:
+            if record[:1] == b"{":
+                values = json.loads(record.decode())
+            else:
+                example: Any = text_features().deserialize_example_np(record)
+                values = _texts(example)
+        except Exception as error:  # whatever a protobuf parser makes of foreign bytes
+            raise DataError(
+                f"{self.where(index)}: neither a JSON object nor a tf.Example of training rows: "
+                f"{error}"
+            ) from error
+        return parse_row(values, self.where(index))
+
+
+def _array_records(files: Sequence[Path]) -> Any:
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    try:
+        return ArrayRecordDataSource([str(file) for file in files])
+    except (RuntimeError, ValueError) as error:
+        raise DataError(
+            f"{', '.join(map(str, files))}: not an ArrayRecord file: {error}"
+        ) from error
+
+
+class PreparedSource(Source):
+    """A tfds directory with ArrayRecord files, such as `laser_jax.prepare` writes. Of several
+    splits it is `train`."""
+
+    def __init__(self, path: Path):
+        import tensorflow_datasets as tfds
+
+        self.path = path
+        known = path / PREPARED_FILE
+        if not (path / "dataset_info.json").is_file():
+            raise DataError(
+                f"{path} has no dataset_info.json: its preparation was not finished; run the same "
+                "laser_jax.prepare again"
+            )
+        self._known = json.loads(known.read_text()) if known.is_file() else {}
+        self.tokenization = self._known.get("tokenization")
+        builder = cast(Any, tfds.builder_from_directory(str(path)))
+        if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+            raise DataError(f"{path}: {builder.info.file_format} files; array_record is wanted")
+        splits = list(builder.info.splits)
+        if "train" not in splits and len(splits) != 1:
+            raise DataError(f"{path}: a split 'train' is wanted, {splits} are there")
+        split = "train" if "train" in splits else splits[0]
+        info = builder.info.splits[split]
+        for file in info.filenames:
+            if not (path / file).is_file():
+                raise DataError(f"{path / file} is missing; prepare {path} again")
+        self._rows: Any = builder.as_data_source(split)
+
+    @functools.cached_property
+    def facts(self) -> Facts:
+        if "facts" in self._known:
+            values = self._known["facts"]
+            return Facts(values["row_without_negatives"], tuple(values["instructions"]))
+        return _read_facts(self)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def where(self, index: int) -> str:
+        origin = self._rows[index].get("origin", b"").decode()
+        return f"{self.path}: row {index + 1}" + (f" ({origin})" if origin else "")
+
+    def __getitem__(self, index: int) -> TrainingRow:
+        example = self._rows[index]
+        try:
+            row = parse_row(_texts(example), f"{self.path}: row {index + 1}")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.path}: row {index + 1}: not UTF-8: {error}") from error
+        if self.tokenization is None:
+            return row
+        tokens = RowTokens(
+            query=example["query_ids"],
+            explicit=example["explicit_ids"],
+            segment_ends=example["segment_ends"],
+            positives=_split(example["positive_ids"], example["positive_lengths"]),
+            negatives=_split(example["negative_ids"], example["negative_lengths"]),
+        )
+        return replace(row, tokens=tokens)
+
+
+def _texts(example: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a training row among tfds features, bytes decoded."""
+
+    def decoded(value: Any) -> Any:
+        return value.decode() if isinstance(value, bytes) else value
+
+    return {
+        name: [decoded(v) for v in value] if isinstance(value, list) else decoded(value)
+        for name in FIELDS
+        if (value := example.get(name)) is not None
+    }
+
+
+def _split(ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, ...]:
+    return tuple(np.split(ids, np.cumsum(lengths)[:-1])) if len(lengths) else ()
+
+
+def _files(path: Path, pattern: str) -> list[Path]:
+    return sorted(path.glob(pattern)) if path.is_dir() else [path]

@@ -1,0 +1,222 @@
+"""A run's output directory: one run at a time, always of the same config, and files that are either
+whole or absent."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from laser_jax.config import Config, as_dict
+
+# What a resumed run may change. The rest decides on what is trained or on which model is exported.
+CHANGEABLE = (
+    # nothing of what is trained
+    "output",
+    "data.eval_split",
+    "data.threads",
+    "data.workers",
+    "train.checkpoint_every",
+    "train.eval_batch_size",
+    "train.eval_thinking_steps",
+    "train.keep_checkpoints",
+    "train.log_every",
+    "train.on_nonfinite",  # while everything is finite
+    # rounding: the run goes on, but not bit for bit
+    "mesh",
+    "model.attention",
+    "model.remat",
+)
+SHOWN_DIFFERENCES = 10
+
+
+class OutputError(ValueError):
+    """An output directory that this run cannot have. Names it and the way out."""
+
+
+class OutputDirectory:
+    """Locks the directory of a run for as long as the process lives.
+
+    The lock is the kernel's (`flock` on `.lock`), so that it ends with the process, however that
+    ends. On NFS it holds between machines, on a bucket mounted with gcsfuse only within one.
+    Nothing else is written before `claim`; a run that fails before leaves no trace.
+
+    All processes of a distributed run make it; process 0 alone touches the file system.
+
+    Raises:
+        OutputError: when another process holds the lock, when the directory holds a run with
+            another config (`CHANGEABLE` lists what may differ), or when it is no mounted one.
+    """
+
+    def __init__(self, config: Config):
+        self.path = Path(config.output)
+        self._config = config
+        self._lock: TextIO | None = None
+        self._made: list[Path] = []
+        self._claimed = False
+        error: OutputError | OSError | None = None
+        if jax.process_index() == 0:
+            try:
+                self._acquire()
+            except (OutputError, OSError) as raised:
+                error = raised
+                self.close()
+        if jax.process_count() > 1:
+            granted = multihost_utils.broadcast_one_to_all(np.asarray(error is None))
+            if not granted and error is None:
+                error = OutputError(f"{self.path}: refused to process 0, which says why")
+        if error is not None:
+            raise error
+
+    def claim(self) -> None:
+        """Writes `config.json`, which makes the directory this run's. To be called when everything
+        that can be wrong with the input has been looked at."""
+        if jax.process_index() == 0:
+            text = json.dumps(as_dict(self._config), indent=2) + "\n"
+            write_atomically(self.path / "config.json", text)
+        self._claimed = True
+
+    def close(self) -> None:
+        """Gives the lock back, and removes what was made for it if the run was never claimed."""
+        if self._lock is None:
+            return
+        if not self._claimed and not (self.path / "config.json").exists():
+            (self.path / ".lock").unlink()
+            with suppress(OSError):  # not empty: somebody else's
+                for directory in self._made:
+                    directory.rmdir()
+        self._lock.close()
+        self._lock = None
+
+    def __enter__(self) -> OutputDirectory:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _acquire(self) -> None:
+        if "://" in str(self._config.output):
+            raise OutputError(
+                f"output {self._config.output}: a directory of a file system is wanted. Mount the "
+                "bucket and name the directory; gcsfuse needs --implicit-dirs, and a bucket with "
+                "hierarchical namespace or --rename-dir-limit above the files of a checkpoint"
+            )
+        while self._lock is None:
+            missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
+            self.path.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # another run has just removed what it had made
+                self._lock = self._locked()
+                self._made = missing
+        self._refuse_another_config()
+
+    def _locked(self) -> TextIO | None:
+        """The lock file, held; None where its last holder removed it while we were opening it."""
+        path = self.path / ".lock"
+        with ExitStack() as stack:
+            file = stack.enter_context(path.open("a+"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise OutputError(
+                    f"{self.path} is being written by {holder}. Wait for that run or stop it, or "
+                    "choose another --output"
+                ) from error
+            if os.fstat(file.fileno()).st_ino != path.stat().st_ino:
+                return None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            stack.pop_all()
+            return file
+
+    def _refuse_another_config(self) -> None:
+        path = self.path / "config.json"
+        if not path.exists():
+            return
+        try:
+            stored = json.loads(path.read_text())
+        except ValueError as error:
+            raise OutputError(
+                f"{path} is no run's config: {error}. Choose another --output"
+            ) from error
+        changeable = CHANGEABLE
+        if self._config.train.accumulation == "gradcache":  # rounding too; `plain` is another loss
+            changeable += ("train.micro_batch_size",)
+        changed = [
+            f"{key} was {old!r}, is {new!r}"
+            for key, old, new in _differences(stored, as_dict(self._config))
+            if not any(key == c or key.startswith(f"{c}.") for c in changeable)
+        ]
+        if changed:
+            rest = len(changed) - SHOWN_DIFFERENCES
+            more = [f"... and {rest} more"] if rest > 0 else []
+            raise OutputError(
+                f"{self.path} holds a run with another config:\n  "
+                + "\n  ".join([*changed[:SHOWN_DIFFERENCES], *more])
+                + "\nChoose another --output, or delete that directory"
+            )
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) wherever two nested dicts differ."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [(prefix, old, new)]
+    return [
+        difference
+        for name in sorted({*old, *new})
+        for difference in _differences(
+            old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name
+        )
+    ]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file that is seen either whole or not at all, even after a power cut."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+class MetricsLog:
+    """`metrics.jsonl`: a line per logged step. A resumed run drops the lines after its start.
+
+    Process 0 alone writes.
+
+    Attributes:
+        last: the last line that was kept, {} without one.
+    """
+
+    def __init__(self, path: Path, start: int):
+        kept = []
+        if path.is_file():
+            # what follows the last line end was torn by a kill, and lies after every checkpoint
+            lines = path.read_text().split("\n")[:-1]
+            kept = [line for line in lines if json.loads(line)["step"] <= start]
+        self.last: dict[str, Any] = json.loads(kept[-1]) if kept else {}
+        self._file: TextIO | None = None
+        if jax.process_index() == 0:
+            write_atomically(path, "".join(f"{line}\n" for line in kept))
+            self._file = path.open("a")
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Appends a line, which must hold `step`."""
+        if self._file is not None:
+            self._file.write(json.dumps(metrics) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()

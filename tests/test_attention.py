@@ -1,0 +1,69 @@
+"""The choice of the attention kernel, the TPU kernel against XLA's, and groups of rows."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from laser_jax.config import ConfigError
+from laser_jax.modeling.attention import (
+    KeyValues,
+    causal_attention,
+    choose_kernel,
+    merge_groups,
+    split_groups,
+)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "head_dim", "kernel", "reason"),
+    [
+        ("cuda", jnp.bfloat16, 128, "cudnn", "conditions hold"),
+        ("cuda", jnp.float32, 128, "xla", "bfloat16 or float16"),
+        ("cuda", jnp.bfloat16, 132, "xla", "not 132"),
+        ("tpu", jnp.bfloat16, 128, "splash", "conditions hold"),
+        ("tpu", jnp.bfloat16, 32, "xla", "not 32"),
+        ("cpu", jnp.bfloat16, 128, "xla", "NVIDIA"),
+    ],
+)
+def test_auto_takes_the_kernel_of_the_platform_and_says_why(
+    platform, dtype, head_dim, kernel, reason
+) -> None:
+    chosen, why = choose_kernel("auto", platform, dtype, head_dim)
+    assert chosen == kernel
+    assert reason in why
+
+
+def test_a_named_kernel_that_cannot_run_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"model\.attention: cudnn cannot run here: .*NVIDIA"):
+        choose_kernel("cudnn", "cpu", jnp.bfloat16, 128)
+    assert choose_kernel("xla", "tpu", jnp.bfloat16, 128)[0] == "xla"
+
+
+def test_splash_attention_gives_what_xla_gives_with_its_gradients() -> None:
+    B, T, N, G, H = 1, 136, 2, 1, 128  # T is no multiple of the kernel's blocks
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (
+        jax.random.normal(key, (B, T, heads, H), jnp.float32)
+        for key, heads in zip(keys, (N, G, G), strict=True)
+    )
+
+    def out(kernel: str, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return causal_attention(q, KeyValues(k, v), kernel)
+
+    def gradients(kernel: str) -> tuple[jax.Array, ...]:
+        return jax.grad(lambda *a: jnp.square(out(kernel, *a)).mean(), argnums=(0, 1, 2))(q, k, v)
+
+    np.testing.assert_allclose(out("splash", q, k, v), out("xla", q, k, v), atol=2e-5)
+    for ours, xla in zip(gradients("splash"), gradients("xla"), strict=True):
+        np.testing.assert_allclose(ours, xla, atol=1e-6)
+
+
+def test_groups_are_split_as_they_were_merged_and_a_query_stands_before_its_documents() -> None:
+    queries, documents = jnp.arange(3), 10 + jnp.arange(6)
+    merged = merge_groups([queries, documents])
+    np.testing.assert_array_equal(merged, [0, 10, 11, 1, 12, 13, 2, 14, 15])
+    for got, given in zip(split_groups(merged, [3, 6]), (queries, documents), strict=True):
+        np.testing.assert_array_equal(got, given)

@@ -1,0 +1,202 @@
+"""A run's directory: one process, one config, and no half-written file."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from laser_jax.config import Config, DataConfig, MeshConfig, ModelConfig, ScratchConfig, TrainConfig
+from laser_jax.training.output import MetricsLog, OutputDirectory, OutputError, write_atomically
+
+
+def config(output: Path | str, **train: Any) -> Config:
+    return Config(
+        model=ModelConfig(scratch=ScratchConfig()),
+        data=DataConfig(train="rows.jsonl"),
+        output=str(output),
+        train=TrainConfig(**train),
+    )
+
+
+def claim(config: Config) -> None:
+    with OutputDirectory(config) as output:
+        output.claim()
+
+
+# --- one process -------------------------------------------------------------------------------
+
+
+def test_the_second_run_on_a_directory_is_refused(tmp_path: Path) -> None:
+    with OutputDirectory(config(tmp_path)) as output:
+        with pytest.raises(OutputError, match=rf"written by process {os.getpid()} on \S+\."):
+            OutputDirectory(config(tmp_path))
+        output.claim()
+    claim(config(tmp_path))
+
+
+HOLDER = """
+import sys
+from laser_jax.config import *
+from laser_jax.training.output import OutputDirectory
+output = OutputDirectory(
+    Config(ModelConfig(scratch=ScratchConfig()), DataConfig("rows.jsonl"), output=sys.argv[1])
+)
+print("locked", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_killed_run_leaves_no_lock_behind(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "locked\n"
+    with pytest.raises(OutputError, match=f"process {holder.pid} on"):
+        OutputDirectory(config(tmp_path))
+    holder.send_signal(signal.SIGKILL)
+    holder.communicate()
+    claim(config(tmp_path))
+
+
+def test_the_lock_of_a_run_that_has_just_ended_is_not_taken_for_held(tmp_path: Path) -> None:
+    """Whoever opened the file before its holder removed it must look again."""
+    first = OutputDirectory(config(tmp_path / "run"))
+    stale = (tmp_path / "run" / ".lock").open("a+")
+    first.close()
+    with OutputDirectory(config(tmp_path / "run")) as second:
+        assert os.fstat(stale.fileno()).st_ino != (tmp_path / "run" / ".lock").stat().st_ino
+        second.claim()
+    stale.close()
+
+
+# --- nothing is left behind --------------------------------------------------------------------
+
+
+def test_a_run_that_fails_before_it_claims_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), OutputDirectory(config(tmp_path / "a" / "b")):
+        raise RuntimeError("bad input")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_there_before_stays(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with OutputDirectory(config(tmp_path)):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_refused_run_changes_nothing_in_the_directory(tmp_path: Path) -> None:
+    claim(config(tmp_path, seed=1))
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    with pytest.raises(OutputError, match="another config"):
+        OutputDirectory(config(tmp_path, seed=2))
+    assert before["config.json"] == (tmp_path / "config.json").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(before)
+
+
+def test_a_bucket_is_refused_with_the_way_out() -> None:
+    with pytest.raises(OutputError, match=r"gs://bucket/run: .*gcsfuse"):
+        OutputDirectory(config("gs://bucket/run"))
+    assert not Path("gs:").exists()
+
+
+# --- one config --------------------------------------------------------------------------------
+
+
+def test_another_config_is_refused_with_keys_and_values(tmp_path: Path) -> None:
+    claim(config(tmp_path, seed=1, steps=10))
+    with pytest.raises(OutputError) as caught:
+        OutputDirectory(config(tmp_path, seed=2, steps=10, epochs=3.0, log_every=3))
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"{tmp_path} holds a run with another config:"
+    assert [line.strip() for line in lines[1:-1]] == [
+        "train.epochs was 1.0, is 3.0",
+        "train.seed was 1, is 2",
+    ]
+    assert "choose another --output" in lines[-1].lower()
+
+
+def test_a_resumed_run_may_change_what_is_not_trained(tmp_path: Path) -> None:
+    first = config(tmp_path, seed=1)
+    claim(first)
+    changed = replace(
+        config(f"{tmp_path}/.", seed=1, log_every=3, keep_checkpoints=7, tensorboard=True),
+        mesh=MeshConfig(1, 2, 4),
+        data=replace(first.data, threads=9),
+        model=replace(first.model, attention="xla"),
+    )
+    claim(changed)
+    assert json.loads((tmp_path / "config.json").read_text())["mesh"]["tensor"] == 4
+
+
+@pytest.mark.parametrize(("accumulation", "allowed"), [("gradcache", True), ("plain", False)])
+def test_micro_batches_may_change_where_they_are_no_other_loss(
+    tmp_path: Path, accumulation, allowed: bool
+) -> None:
+    claim(config(tmp_path, accumulation=accumulation, micro_batch_size=8))
+    smaller = config(tmp_path, accumulation=accumulation, micro_batch_size=4)
+    if allowed:
+        claim(smaller)
+    else:
+        with pytest.raises(OutputError, match="micro_batch_size was 8, is 4"):
+            OutputDirectory(smaller)
+
+
+def test_a_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model": ')
+    with pytest.raises(OutputError, match=r"config\.json is no run's config"):
+        OutputDirectory(config(tmp_path))
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "results.json"
+    write_atomically(path, "old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            write_atomically(path, "new")
+    assert path.read_text() == "old"
+    write_atomically(path, "new")
+    assert path.read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def written(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_a_resumed_log_drops_what_comes_after_its_start_and_what_was_torn(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, 0)
+    assert log.last == {}
+    for step in (1, 2, 3, 4):
+        log.write({"step": step, "loss": 1.5 / step})
+    log.close()
+    with path.open("a") as file:
+        file.write('{"step": 5, "lo')
+    resumed = MetricsLog(path, 2)
+    assert resumed.last == {"step": 2, "loss": 0.75}
+    resumed.write({"step": 3, "loss": 0.5})
+    resumed.close()
+    assert written(path) == [1, 2, 3]

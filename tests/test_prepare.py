@@ -1,0 +1,402 @@
+"""Preparation: what is written, counted and refused, and that it goes on after a kill."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from laser_jax.config import ConfigError, DataConfig, PromptConfig
+from laser_jax.data.pipeline import training_batches
+from laser_jax.data.schema import DataError
+from laser_jax.data.sources import open_source
+from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, train_tokenizer
+from laser_jax.prepare import PaddingConfig, PrepareConfig, format_report, main, prepare
+
+PROMPT = PromptConfig(query_max_length=40, document_max_length=30, explicit_max_length=64)
+SETTINGS: dict[str, Any] = {
+    "num_steps": 2,
+    "keyframes": "paper",
+    "batch_size": 4,
+    "seed": 1,
+    "need_explicit": True,
+    "shared_prefix": True,
+}
+
+
+def record(n: int, **changes: Any) -> dict[str, Any]:
+    return {
+        "query": f"query {n} " + "word " * (n % 5),
+        "reasoning_query": f"step {n}.\n\n" * (n % 4) + "end",
+        "prompt": "find it",
+        "positive_passages": [f"positive {n} {p}" for p in range(1 + n % 2)],
+        "negative_passages": [f"negative {n} " * (1 + n % 6), f"other {n}"],
+        **changes,
+    }
+
+
+def write_rows(path: Path, records: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(["query positive negative step word find it"] * 9, 300).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def config(tmp_path) -> PrepareConfig:
+    rows = write_rows(tmp_path / "rows.jsonl", [record(n) for n in range(20)])
+    return PrepareConfig(input=str(rows), output=str(tmp_path / "out"), shards=3)
+
+
+@pytest.fixture
+def with_tokens(config, tokenizer) -> PrepareConfig:
+    return replace(config, tokenizer=str(tokenizer), prompt=PROMPT, store_tokens=True)
+
+
+# --- what is written -------------------------------------------------------------------------
+
+
+def test_the_rows_come_back_in_order_from_shards_that_tfds_reads(config) -> None:
+    report = prepare(config)
+    assert list(open_source(config.output)) == list(open_source(config.input))
+    theirs: Any = tfds.builder_from_directory(config.output).as_data_source("train")
+    assert len(theirs) == report["written"] == 20
+    shards = sorted(path.name for path in Path(config.output).glob("*.array_record*"))
+    assert shards == [f"reasoning_retrieval-train.array_record-0000{i}-of-00003" for i in range(3)]
+    assert open_source(config.output).where(7) == f"{config.output}: row 8 (rows.jsonl:8)"
+    assert not [path for path in Path(config.output).iterdir() if path.is_dir()]
+
+
+def test_the_facts_are_those_of_the_source(config) -> None:
+    rows = [record(n, negative_passages=[] if n == 11 else ["n"]) for n in range(20)]
+    write_rows(Path(config.input), rows)
+    prepare(config)
+    assert open_source(config.output).facts == open_source(config.input).facts
+    assert open_source(config.output).facts.row_without_negatives == 11
+
+
+def test_another_run_and_worker_processes_write_the_same_bytes(with_tokens, tmp_path) -> None:
+    first = prepare(with_tokens)
+    for name, workers in (("again", 0), ("workers", 2)):
+        other = replace(with_tokens, output=str(tmp_path / name), workers=workers)
+        assert prepare(other) == first
+        assert files(tmp_path / name) == files(Path(with_tokens.output))
+
+
+def test_any_source_can_be_prepared(config, tmp_path) -> None:
+    prepare(config)
+    again = replace(config, input=config.output, output=str(tmp_path / "again"), shards=1)
+    prepare(again)
+    assert list(open_source(again.output)) == list(open_source(config.input))
+
+
+# --- stored tokens ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("selection", ["official", "random"])
+def test_stored_tokens_give_the_batches_of_the_texts(with_tokens, tokenizer, selection) -> None:
+    prepare(with_tokens)
+    prompts = PromptTokenizer(load_tokenizer(tokenizer), PROMPT)
+    data = DataConfig(train="x", group_size=3, selection=selection, bucket_window=2)
+    of_texts, of_tokens = (
+        list(
+            itertools.islice(
+                training_batches([open_source(path)], prompts, data, **SETTINGS),
+                9,
+            )
+        )
+        for path in (with_tokens.input, with_tokens.output)
+    )
+    assert open_source(with_tokens.output)[0].tokens is not None
+    jax.tree.map(np.testing.assert_array_equal, of_tokens, of_texts)
+
+
+def batches_with(config: PrepareConfig, tokenizer: Any, prompt: PromptConfig) -> Any:
+    prompts = PromptTokenizer(tokenizer, prompt)
+    data = DataConfig(train="x")
+    return training_batches([open_source(config.output)], prompts, data, **SETTINGS)
+
+
+def test_stored_tokens_are_refused_under_other_settings(with_tokens, tokenizer) -> None:
+    prepare(with_tokens)
+    other = replace(PROMPT, query_max_length=41, separator="\n")
+    match = (
+        r"prompt\.separator was '\\n\\n', is '\\n'; prompt\.query_max_length was 40, is 41.*"
+        "prepare the rows again"
+    )
+    with pytest.raises(DataError, match=match):
+        batches_with(with_tokens, load_tokenizer(tokenizer), other)
+    with pytest.raises(DataError, match="the tokenizer is another"):
+        batches_with(with_tokens, train_tokenizer(["other"], 300), PROMPT)
+    used = load_tokenizer(tokenizer)
+    used("a call leaves traces", truncation=True, max_length=2, padding="max_length")
+    assert batches_with(with_tokens, used, PROMPT)
+
+
+def test_without_stored_tokens_any_settings_may_train(with_tokens, tokenizer) -> None:
+    config = replace(with_tokens, store_tokens=False)
+    prepare(config)
+    assert open_source(config.output)[0].tokens is None
+    assert batches_with(config, load_tokenizer(tokenizer), PromptConfig())
+
+
+# --- the report ------------------------------------------------------------------------------
+
+
+def test_token_lengths_and_truncation_are_those_of_the_prompts(with_tokens, tokenizer) -> None:
+    report = prepare(with_tokens)
+    assert report == json.loads((Path(with_tokens.output) / "report.json").read_text())
+    prompts = PromptTokenizer(load_tokenizer(tokenizer), PROMPT)
+    rows = list(open_source(with_tokens.input))
+    queries = [prompts.query_prompt(row.query, row.prompt) for row in rows]
+    passages = [
+        prompts.document_prompt(text)
+        for row in rows
+        for text in (*row.positive_passages, *row.negative_passages)
+    ]
+    explicit = [
+        prompts.explicit(
+            row.query,
+            row.prompt,
+            row.reasoning_query if len(row.reasoning_query) >= 5 else row.query,
+        )
+        for row in rows
+    ]
+    for what, tokens in (
+        ("queries", queries),
+        ("passages", passages),
+        ("explicit inputs", explicit),
+    ):
+        lengths = [len(t.ids) for t in tokens]
+        expected = {
+            f"p{p}": int(np.percentile(lengths, p, method="inverted_cdf")) for p in (50, 90, 99)
+        }
+        assert report["tokens"][what] == {**expected, "max": max(lengths)}
+        share = np.mean([t.truncated for t in tokens])
+        assert report["truncated"][what] == pytest.approx(share, abs=1e-6)
+    assert 0 < report["truncated"]["passages"] < 1
+    assert report["segments_per_reasoning"]["max"] == max(len(t.segment_ends) for t in explicit)
+
+
+def test_duplicates_are_counted(config) -> None:
+    rows = [
+        *(record(n) for n in range(4)),
+        record(0),  # a whole row
+        record(1, query="QUERY  1 word"),  # a query, but for case and blanks
+        record(9, positive_passages=["Same", "x"], negative_passages=["same ", "y"]),
+    ]
+    write_rows(Path(config.input), rows)
+    assert prepare(config)["duplicates"] == {
+        "queries": 2,
+        "rows": 1,
+        "positives_among_own_negatives": 1,
+    }
+
+
+def test_without_a_tokenizer_segments_are_counted_and_tokens_are_not(config) -> None:
+    report = prepare(config)
+    assert report["tokens"] == {}
+    assert report["segments_per_reasoning"] == {"p50": 2, "p90": 4, "p99": 4, "max": 4}
+    assert "tokens are not counted without --tokenizer" in format_report(report)
+
+
+def test_rejected_rows_are_named_and_the_rest_is_written(with_tokens) -> None:
+    rows = [record(n) for n in range(20)]
+    rows[3] = record(3, query=" ")
+    rows[8] = record(8, negative_passages=["n", 1])
+    rows[9] = record(9, negative_passages=["n", "n", 1])
+    rows[15] = record(15, prompt="a long instruction " * 20)  # no room for the query
+    write_rows(Path(with_tokens.input), rows)
+    report = prepare(replace(with_tokens, on_bad_row="reject"))
+    assert (report["rows"], report["written"], report["rejected"]["rows"]) == (20, 16, 4)
+    first = report["rejected"]["first"]
+    assert first[0] == f"{with_tokens.input}:4: 'query' is empty"
+    assert f"{with_tokens.input}:16: prompt.query_max_length leaves" in first[3]
+    assert list(report["rejected"]["reasons"].values()) == [2, 1, 1]
+    kept = open_source(with_tokens.output)
+    assert [row.query.split()[1] for row in kept] == [
+        str(n) for n in range(20) if n not in (3, 8, 9, 15)
+    ]
+    assert kept.where(3) == f"{with_tokens.output}: row 4 (rows.jsonl:5)"
+    text = format_report(report)
+    assert "20 rows, 16 written in 3 shard(s), 4 rejected" in text
+    assert "2 x 'negative_passages' must be a list of strings, got a list whose item N" in text
+
+
+def test_padding_is_measured_on_request_also_later(with_tokens, capsys) -> None:
+    prepare(with_tokens)
+    padding = PaddingConfig(batch_size=4, length_multiples=(8,), bucket_windows=(1, 5))
+    report = prepare(replace(with_tokens, padding=padding))
+    plain, bucketed = report["padding"]["shares"]
+    assert (plain["bucket_window"], plain["batches"]) == (1, 5)
+    assert 0 < bucketed["padding_share"] < plain["padding_share"] < 1
+    assert "nothing to do" not in capsys.readouterr().out
+    assert prepare(replace(with_tokens, padding=padding)) == report
+    assert "nothing to do" in capsys.readouterr().out
+
+
+# --- again and on ----------------------------------------------------------------------------
+
+
+def test_a_second_run_does_nothing_and_says_so(config, capsys) -> None:
+    first = prepare(config)
+    before = {path: path.stat().st_mtime_ns for path in Path(config.output).iterdir()}
+    assert prepare(config) == first
+    assert "is prepared already: nothing to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in Path(config.output).iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        ({"shards": 2}, "shards"),
+        ({"on_bad_row": "reject"}, "on_bad_row"),
+        ({"prompt": replace(PROMPT, document_max_length=29)}, "counted_with, tokenization"),
+        ({"store_tokens": False}, "tokenization"),
+    ],
+)
+def test_other_settings_in_the_same_directory_are_refused(with_tokens, change, differs) -> None:
+    prepare(with_tokens)
+    before = files(Path(with_tokens.output))
+    with pytest.raises(DataError, match=rf"prepared otherwise \(differs in {differs}\)"):
+        prepare(replace(with_tokens, **change))
+    assert files(Path(with_tokens.output)) == before
+
+
+def test_a_changed_input_in_the_same_directory_is_refused(config) -> None:
+    prepare(config)
+    with Path(config.input).open("a") as file:
+        file.write(json.dumps(record(20)) + "\n")
+    with pytest.raises(DataError, match=r"prepared otherwise \(differs in input\)"):
+        prepare(config)
+
+
+def test_a_directory_with_other_files_is_refused(config) -> None:
+    Path(config.output).mkdir()
+    (Path(config.output) / "thesis.tex").write_text("x")
+    with pytest.raises(DataError, match="holds other files"):
+        prepare(config)
+
+
+def test_a_lost_shard_is_written_again(config) -> None:
+    prepare(config)
+    before = files(Path(config.output))
+    next(Path(config.output).glob("*00001-of-*")).unlink()
+    prepare(config)
+    assert files(Path(config.output)) == before
+
+
+def test_a_killed_run_goes_on_and_keeps_what_is_finished(with_tokens, tmp_path, capsys) -> None:
+    write_rows(Path(with_tokens.input), [record(n) for n in range(4800)])
+    config = replace(with_tokens, shards=24)
+    out = Path(config.output)
+    yaml = tmp_path / "prepare.json"  # JSON is YAML
+    yaml.write_text(json.dumps(asdict(config)))
+    running = subprocess.Popen(
+        [sys.executable, "-m", "laser_jax.prepare", "--config", str(yaml)],
+        env={
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "JAX_PLATFORMS": "cpu",
+            "HOME": str(tmp_path),
+        },
+        stdout=subprocess.DEVNULL,
+    )
+    while not (shards := list(out.glob("reasoning*"))):
+        assert running.poll() is None
+        time.sleep(0.001)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    shards = list(out.glob("reasoning*"))
+    assert 0 < len(shards) < 24
+    with pytest.raises(DataError, match="preparation was not finished"):
+        open_source(out)
+    written = {path: path.stat().st_mtime_ns for path in shards}
+
+    report = prepare(config)
+    assert f"{len(shards)} of 24 shards are there already" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in shards} == written
+    whole = replace(config, output=str(tmp_path / "whole"))
+    assert prepare(whole) == report
+    assert files(out) == files(tmp_path / "whole")
+
+
+# --- what is refused -------------------------------------------------------------------------
+
+
+def test_a_bad_row_stops_before_anything_is_written(config) -> None:
+    write_rows(Path(config.input), [record(0), record(1, positive_passages=["  "]), record(2)])
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: item 0 of 'positive_passages' is empty"):
+        prepare(config)
+    assert not Path(config.output).exists()
+
+
+def test_an_instruction_without_room_stops_before_anything_is_written(with_tokens) -> None:
+    write_rows(Path(with_tokens.input), [record(n, prompt="very " * 60) for n in range(5)])
+    with pytest.raises(ValueError, match=r"prompt\.query_max_length leaves"):
+        prepare(with_tokens)
+    assert not Path(with_tokens.output).exists()
+
+
+def test_nothing_but_bad_rows_is_refused(config) -> None:
+    write_rows(Path(config.input), [{}] * 5)
+    with pytest.raises(DataError, match=r"every row was rejected, such as .*'query' is missing"):
+        prepare(replace(config, on_bad_row="reject"))
+
+
+def test_impossible_settings_are_refused(config) -> None:
+    with pytest.raises(ConfigError, match="store_tokens counts on tokens"):
+        replace(config, store_tokens=True)
+    with pytest.raises(ConfigError, match="shards must be at least 1"):
+        replace(config, shards=0)
+    with pytest.raises(ConfigError, match="21 shards are too many for 20 rows"):
+        prepare(replace(config, shards=21))
+
+
+# --- the command line ------------------------------------------------------------------------
+
+
+def test_the_prompt_of_a_training_config_is_taken(config, tokenizer, tmp_path, capsys) -> None:
+    train = tmp_path / "train.yaml"
+    train.write_text("model: {path: x}\nprompt: {query_max_length: 40, document_max_length: 30}\n")
+    flags = [f"--input={config.input}", f"--output={config.output}", f"--tokenizer={tokenizer}"]
+    main([*flags, f"--train_config={train}", "--store_tokens=true"])
+    out = capsys.readouterr().out
+    assert "20 rows, 20 written in 1 shard(s), 0 rejected" in out
+    assert f"data.train: {config.output}" in out
+    stored = open_source(config.output).tokenization
+    assert stored is not None
+    assert stored["prompt"]["query_max_length"] == 40
+
+
+def test_a_wrong_key_of_a_training_config_is_named(config, tmp_path) -> None:
+    train = tmp_path / "train.yaml"
+    train.write_text("prompt: {query_length: 40}\n")
+    with pytest.raises(SystemExit, match=r"train\.yaml: prompt: .*query_length"):
+        main([f"--input={config.input}", f"--output={config.output}", f"--train_config={train}"])
+
+
+def test_bad_input_ends_with_one_line(config) -> None:
+    with pytest.raises(SystemExit, match=r"^error: .*absent\.jsonl: no such file"):
+        main(["--input=absent.jsonl", f"--output={config.output}"])
