@@ -31,7 +31,7 @@ LORA = LoraConfig(rank=2, alpha=3.0)
 
 @pytest.fixture(autouse=True)
 def _float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    def attention(q_BTNH: jax.Array, kv: KeyValues) -> jax.Array:
+    def attention(q_BTNH: jax.Array, kv: KeyValues, kernel: str) -> jax.Array:
         return counted_attention(q_BTNH, kv, jnp.arange(1, q_BTNH.shape[1] + 1)[None, :])
 
     monkeypatch.setattr(laser_jax.modeling.backbone, "causal_attention", attention)

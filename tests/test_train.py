@@ -480,10 +480,10 @@ def test_a_teacher_of_another_vocabulary_is_refused(full, arguments, tmp_path, c
 
 
 def test_the_output_of_another_config_is_refused_and_kept(full, arguments, capsys) -> None:
-    before = {p: p.stat().st_mtime_ns for p in full.output.rglob("*")}
+    before = {p: p.stat().st_mtime_ns for p in full.output.rglob("[!.]*")}
     message = refusal(arguments(full.output, "--optimizer.learning_rate", "1"), capsys)
     assert "another config:\n  optimizer.learning_rate was 0.0005, is 1.0" in message
-    assert {p: p.stat().st_mtime_ns for p in full.output.rglob("*")} == before
+    assert {p: p.stat().st_mtime_ns for p in full.output.rglob("[!.]*")} == before
 
 
 def test_an_output_that_is_a_file_is_named(arguments, tmp_path, capsys) -> None:
