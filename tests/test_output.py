@@ -132,7 +132,7 @@ def test_a_resumed_run_may_change_what_is_not_trained(tmp_path: Path) -> None:
     first = config(tmp_path, seed=1)
     claim(first)
     changed = replace(
-        config(f"{tmp_path}/.", seed=1, log_every=3, keep_checkpoints=7, tensorboard=True),
+        config(f"{tmp_path}/.", seed=1, log_every=3, keep_checkpoints=7),
         mesh=MeshConfig(1, 2, 4),
         data=replace(first.data, threads=9),
         model=replace(first.model, attention="xla"),
