@@ -177,7 +177,8 @@ class LoraConfig:
     targets: tuple[str, ...] = PROJECTIONS
     rank_stabilised: bool = False
     dropout: float = 0.0
-    """Share of an adapter's inputs that a training step zeroes; wants `objective.views: parity`."""
+    """Share of an adapter's inputs that a training step zeroes. The views are then separate passes
+    (`objective.views: parity`, which `auto` takes)."""
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, f"lora.rank must be at least 1, got {self.rank}")
@@ -461,13 +462,12 @@ class MeshConfig:
     """Devices along each mesh axis; -1 takes what the other axes leave."""
 
     data: int = -1
-    fsdp: int | Literal["auto"] = "auto"
-    """Splits parameters and batch. `auto`: the fewest devices whose memory the parameters and the
-    optimizer leave half free."""
+    fsdp: int = 1
+    """Splits parameters and batch."""
     tensor: int = 1
 
     def __post_init__(self) -> None:
-        sizes = (self.data, 1 if self.fsdp == "auto" else self.fsdp, self.tensor)
+        sizes = (self.data, self.fsdp, self.tensor)
         _require(
             all(s == -1 or s >= 1 for s in sizes) and sizes.count(-1) <= 1,
             f"mesh axes must be positive, at most one of them -1; got (data, fsdp, tensor) {sizes}",

@@ -62,6 +62,7 @@ from laser_jax.data.sources import (
     open_unchecked,
 )
 from laser_jax.data.tokenization import PromptTokenizer, TokenizationError, load_tokenizer
+from laser_jax.training.output import write_atomically
 
 REPORT_FILE = "report.json"
 _TALLIES = "tallies"
@@ -411,10 +412,7 @@ def _write_in_worker(shard: int) -> int:
 
 
 def _write_json(path: Path, values: Any) -> None:
-    """Writes the file whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
-    unfinished.replace(path)
+    write_atomically(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 
 # --- the report ------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ pipeline.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import flax.linen as nn
@@ -34,38 +34,23 @@ AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(
-    config: MeshConfig,
-    *,
-    devices: Sequence[Any] | None = None,
-    state_bytes: int = 0,
-    memory_bytes: int | None = None,
-) -> Mesh:
+def make_mesh(config: MeshConfig) -> Mesh:
     """A mesh over all devices of all processes.
-
-    Args:
-        devices: others than jax's, as a dry run for other hardware has them.
-        state_bytes: what parameters and optimizer take together, for `fsdp: auto`.
-        memory_bytes: of one device. None where it is unknown, and then `auto` is 1.
 
     Raises:
         ConfigError: when the axes do not multiply to the number of devices.
     """
-    count = len(devices) if devices is not None else jax.device_count()
-    sizes = [config.data, 1 if config.fsdp == "auto" else config.fsdp, config.tensor]
-    if config.fsdp == "auto" and memory_bytes is not None:
-        room = count // (max(config.data, 1) * max(config.tensor, 1))
-        while sizes[1] < room and state_bytes > sizes[1] * abs(config.tensor) * memory_bytes // 2:
-            sizes[1] *= 2
+    devices = jax.device_count()
+    sizes = [config.data, config.fsdp, config.tensor]
     if -1 in sizes:
         known = -1 * sizes[0] * sizes[1] * sizes[2]
-        sizes[sizes.index(-1)] = count // known
-    if sizes[0] * sizes[1] * sizes[2] != count:
+        sizes[sizes.index(-1)] = devices // known
+    if sizes[0] * sizes[1] * sizes[2] != devices:
         raise ConfigError(
-            f"mesh (data, fsdp, tensor) = {tuple(sizes)} does not multiply to the {count} "
+            f"mesh (data, fsdp, tensor) = {tuple(sizes)} does not multiply to the {devices} "
             "devices; set one axis to -1 to let it take what is left"
         )
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def with_axes(init: Callable[..., jax.Array], axes: tuple[str, ...]) -> Callable[..., jax.Array]:

@@ -155,9 +155,10 @@ def objective_terms(
     distillation_scale: jax.Array,
     teacher: FrozenTeacher | None = None,
     teacher_variables: Variables | None = None,
+    dropout: jax.Array | None = None,
 ) -> Terms:
-    """The loss of a batch and its terms by name."""
-    views = read_views(backbone, variables, batch, objective, teacher, teacher_variables)
+    """The loss of a batch and its terms by name; all of its activations are held at once."""
+    views = read_views(backbone, variables, batch, objective, teacher, teacher_variables, dropout)
     return loss_terms(views, batch.contrast_BC, objective, distillation_scale)
 
 
@@ -293,17 +294,20 @@ def make_train_step(
         dropout: jax.Array | None,
         parts: int,
     ) -> Terms:
+        taught_by = (teacher, teacher_variables)
+        if parts == 1:
+            return objective_terms(
+                backbone, variables, batch, objective, scale, *taught_by, dropout
+            )
+
         def views_of(chunk: tuple[Batch, jax.Array | None]) -> Views:
             rows, key = chunk
-            return read_views(backbone, variables, rows, objective, teacher, teacher_variables, key)
+            return read_views(backbone, variables, rows, objective, *taught_by, key)
 
-        if parts == 1:
-            views = views_of((batch, dropout))
-        else:
-            chunks = replace(_micro_batches(batch, parts), contrast_BC=None)
-            keys = None if dropout is None else jax.random.split(dropout, parts)
-            views = jax.lax.map(jax.checkpoint(views_of), (chunks, keys))
-            views = jax.tree.map(lambda a: _join(a, len(batch.contrast_BC)), views)
+        chunks = replace(_micro_batches(batch, parts), contrast_BC=None)
+        keys = None if dropout is None else jax.random.split(dropout, parts)
+        views = jax.lax.map(jax.checkpoint(views_of), (chunks, keys))
+        views = jax.tree.map(lambda a: _join(a, len(batch.contrast_BC)), views)
         return loss_terms(views, batch.contrast_BC, objective, scale)
 
     def gradients(

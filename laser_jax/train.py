@@ -53,6 +53,7 @@ from laser_jax.evaluation.retrieval import (
     score_runs,
 )
 from laser_jax.hf import load_params, read_backbone_config, save_adapter, save_params
+from laser_jax.losses import Terms
 from laser_jax.modeling.attention import choose_kernel
 from laser_jax.modeling.backbone import Backbone, Variables
 from laser_jax.sharding import make_mesh
@@ -284,22 +285,30 @@ def _train(config: Config, stop: StopSignal) -> dict[str, Any]:
                 "code": version("laser-jax"),
             }
 
-        metrics = log.last
+        stops_on_nonfinite = config.train.on_nonfinite == "stop"
+        metrics, before = log.last, None
         began = time.monotonic()
         progress = tqdm(total=steps, initial=start, desc="train", unit="step", mininterval=1.0)
         for step in range(start + 1, steps + 1):
             batch = next(batches)
             state, arrays = step_fn(state, batch, teacher_variables)
             progress.update()
-            metrics = {"step": step} | {k: float(v) for k, v in sorted(arrays.items())}
-            if not metrics.pop("finite") and config.train.on_nonfinite == "stop":
-                raise TrainingError(_not_finite(metrics, batch, sources, output.path))
             logged = step % config.train.log_every == 0 or step == steps
             stopping = stop.should_stop(step)
+            saved = step % config.train.checkpoint_every == 0 or step == steps or stopping
+            if stops_on_nonfinite:
+                # the step before, while this one runs; this one only where it is waited for anyhow
+                if before is not None:
+                    _require_finite(*before, sources, output.path)
+                if logged or saved:
+                    _require_finite(step, arrays, batch, sources, output.path)
+                before = (step, arrays, batch)
             if logged:
+                metrics = {"step": step} | {k: float(v) for k, v in sorted(arrays.items())}
+                del metrics["finite"]
                 log.write(metrics)
                 progress.set_postfix(loss=f"{metrics['loss']:.3f}")
-            if step % config.train.checkpoint_every == 0 or step == steps or stopping:
+            if saved:
                 checkpoints.save(state, meta_at(step))
             if stopping:
                 break
@@ -359,14 +368,16 @@ def _require_positions(config: Config, backbone: BackboneConfig) -> None:
             )
 
 
-def _not_finite(
-    metrics: dict[str, float], batch: Batch, sources: Sequence[Source], output: Path
-) -> str:
-    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+def _require_finite(
+    step: int, arrays: Terms, batch: Batch, sources: Sequence[Source], output: Path
+) -> None:
+    if arrays["finite"]:
+        return
+    bad = [name for name, value in sorted(arrays.items()) if not math.isfinite(value)]
     assert batch.rows_B is not None
     rows = [describe_row(sources, int(row)) for row in batch.rows_B]
-    return (
-        f"step {metrics['step']}: {', '.join(bad)} not finite, in the batch of "
+    raise TrainingError(
+        f"step {step}: {', '.join(bad)} not finite, in the batch of "
         f"{', '.join(rows[:8])}{f' and {len(rows) - 8} more' if len(rows) > 8 else ''}. The last "
         f"checkpoint in {output / 'checkpoints'} is kept; look at these rows, lower "
         "optimizer.learning_rate, train in float32, or set train.on_nonfinite: skip"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from laser_jax.config import ConfigError
-from laser_jax.data.schema import read_training_rows
+from laser_jax.data.sources import open_source
 from laser_jax.data.world import (
     INSTRUCTION,
     PLACE_NAMES,
@@ -301,7 +301,7 @@ def test_files_are_beir_and_laser_rows(tmp_path: Path) -> None:
         judged += [query.query_id for query in expected]
     assert judged == list(queries)
 
-    assert read_training_rows(tmp_path / "world/train.jsonl") == list(world.train)
+    assert list(open_source(tmp_path / "world/train.jsonl")) == list(world.train)
     passages = {text for _, text in world.documents}
     for row in world.train:
         assert {*row.positive_passages, *row.negative_passages} <= passages

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -125,10 +124,3 @@ def _may_be_empty(name: str) -> str:
         "prompt": "; a row without an instruction has an empty string there",
         "negative_passages": "; a row without hard negatives has an empty list there",
     }.get(name, "")
-
-
-def read_training_rows(path: str | Path) -> list[TrainingRow]:
-    """All rows of a source at once. See `laser_jax.data.sources.open_source`."""
-    from laser_jax.data.sources import open_source
-
-    return list(open_source(path))

@@ -108,8 +108,14 @@ def causal_attention(q_BTNH: jax.Array, kv: KeyValues, kernel: AttentionKernel) 
     return jax.nn.dot_product_attention(q_BTNH, kv.k, kv.v, is_causal=True, implementation=kernel)
 
 
-def _splash_attention(q_BTNH: jax.Array, k_BTGH: jax.Array, v_BTGH: jax.Array) -> jax.Array:
-    """The TPU kernel; T is padded to its blocks of 128, which causality keeps out of sight."""
+def _splash_attention(
+    q_BTNH: jax.Array, k_BTGH: jax.Array, v_BTGH: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+    """The TPU kernel; T is padded to its blocks of 128, which causality keeps out of sight.
+
+    Args:
+        interpret: runs it anywhere, slowly: for tests without a TPU.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         BlockSizes,
         CausalMask,
@@ -127,7 +133,7 @@ def _splash_attention(q_BTNH: jax.Array, k_BTGH: jax.Array, v_BTGH: jax.Array) -
     kernel = make_splash_mha_single_device(
         MultiHeadMask([CausalMask((padded, padded))] * N),
         block_sizes=BlockSizes(*(block,) * 3, *(block,) * 3, block_q_dq=block, block_kv_dq=block),
-        interpret=jax.default_backend() == "cpu",
+        interpret=interpret,
     )
     out: jax.Array = jnp.asarray(jax.vmap(kernel)(q, k, v))
     return jnp.swapaxes(out[:, :, :T], 1, 2)
