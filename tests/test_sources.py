@@ -157,11 +157,14 @@ def test_every_kind_goes_into_another_process(kind, tmp_path) -> None:
     assert copy.where(5) == source.where(5)
 
 
+# the writers of tf.Example go through the schema, which takes no wrong row
+UNCHECKED_KINDS = {k: v for k, v in KINDS.items() if v[1] not in (write_tf_examples, write_tfds)}
+
+
+@pytest.mark.parametrize("kind", UNCHECKED_KINDS.values(), ids=UNCHECKED_KINDS)
 def test_every_kind_names_the_place_of_a_wrong_row(kind, tmp_path) -> None:
     name, write = kind
     wrong = [*RECORDS[:5], {**RECORDS[5], "query": " "}, RECORDS[6]]
-    if write in (write_tf_examples, write_tfds):
-        pytest.skip("the schema's writer takes no wrong row")
     path = write(tmp_path / name, wrong)
     with pytest.raises(DataError, match=r"(:6|row [26]): 'query' is empty") as caught:
         open_source(path)
