@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_type_hints
 
 import jsonargparse
 
@@ -22,6 +22,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 Dtype = Literal["float32", "bfloat16", "float16"]
 KeyframeRule = Literal["official", "paper"]
 Pooling = Literal["prompt_and_thoughts", "thoughts"]
+DevMetric = Literal["nDCG@10", "Recall@100", "Hit@1"]
 AttentionKernel = Literal["xla", "cudnn", "splash"]
 Remat = Literal["none", "dots", "full"]
 
@@ -123,7 +124,10 @@ def _llama3(
     )
 
 
-BACKBONES: dict[str, BackboneConfig] = {
+BackboneName = Literal[
+    "qwen3-0.6b", "qwen3-4b", "qwen3-8b", "llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b"
+]
+BACKBONES: dict[BackboneName, BackboneConfig] = {
     "qwen3-0.6b": _qwen3(1024, 28, 16, 3072, tied=True),
     "qwen3-4b": _qwen3(2560, 36, 32, 9728, tied=True),
     "qwen3-8b": _qwen3(4096, 36, 32, 12_288, tied=False),
@@ -267,6 +271,9 @@ class DataConfig:
     eval: str | None = None
     """A BEIR directory: corpus.jsonl, queries.jsonl, qrels/<split>.tsv."""
     eval_split: str = "test"
+    """Ranked once, when training has ended."""
+    dev_split: str = "dev"
+    """Ranked every `train.eval_every` steps, to choose a checkpoint by."""
     group_size: int = 2
     """Documents per query: one positive and group_size - 1 hard negatives."""
     selection: Literal["official", "random"] = "official"
@@ -369,7 +376,10 @@ class ModelConfig:
     """Where the backbone comes from: `path` (a Hugging Face directory) or `scratch`."""
 
     path: str | None = None
+    """A Hugging Face directory, or the hub id (`Qwen/Qwen3-0.6B`) to download one from."""
     scratch: ScratchConfig | None = None
+    backbone: BackboneName | None = None
+    """Which of the paper's backbones `path` must be; `--dry_run` then needs no file of it."""
     dtype: Dtype = "float32"
     """Compute dtype. float32 on CPU; bfloat16 on GPU and TPU."""
     param_dtype: Dtype = "float32"
@@ -385,6 +395,27 @@ class ModelConfig:
         _require(
             (self.path is None) != (self.scratch is None),
             "exactly one of model.path (a Hugging Face directory) and model.scratch is wanted",
+        )
+        _require(
+            self.backbone is None or self.scratch is None,
+            "model.backbone says what model.path is; model.scratch has sizes of its own",
+        )
+
+    def require_named_backbone(self, found: BackboneConfig) -> None:
+        """Raises a ConfigError where the model at `path` is not the one that `backbone` names. The
+        positions may differ, as they do between a base and an instruct release."""
+        if self.backbone is None:
+            return
+        named, given = dataclasses.asdict(BACKBONES[self.backbone]), dataclasses.asdict(found)
+        differing = [
+            f"{key} is {given[key]!r}, not {named[key]!r}"
+            for key in named
+            if key != "max_position_embeddings" and given[key] != named[key]
+        ]
+        _require(
+            not differing,
+            f"model.path {self.path} is no {self.backbone}: {'; '.join(differing)}. Name the "
+            "model's own model.backbone, or null for any",
         )
 
 
@@ -426,17 +457,32 @@ class TrainConfig:
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
     """The newest that are kept."""
+    eval_every: int | None = None
+    """Steps between rankings of `data.dev_split` at the trained K; None: never."""
+    eval_metric: DevMetric = "nDCG@10"
+    """What the best checkpoint is best at. It is kept beside the newest."""
+    patience: int | None = None
+    """Rankings in a row without a better score after which training ends; None: never."""
+    export: Literal["last", "best"] = "last"
+    """Which parameters become `model/` and are evaluated at the end."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A NaN or Inf in the loss or the gradients: `stop` ends the run and names the rows, `skip`
     leaves the parameters as they were, counts the step and goes on."""
     eval_batch_size: int = 64
     eval_thinking_steps: tuple[int, ...] = (1, 2, 3, 4)
     """The K for which the table at the end is printed."""
+    tensorboard: bool = False
+    """Also write the metrics to `tensorboard/` (extra `laser-jax[tensorboard]`)."""
+    profile_steps: tuple[int, int] | None = None
+    """First and last step of an XProf trace, written to `profile/`."""
+    peak_tflops: float | None = None
+    """Peak of one device at `model.dtype`, for `mfu`; None takes the data sheet of devices that
+    are known (`laser_jax/training/throughput.py`)."""
 
     def __post_init__(self) -> None:
         for name in (
             *("batch_size", "micro_batch_size", "log_every", "checkpoint_every"),
-            *("keep_checkpoints", "eval_batch_size"),
+            *("keep_checkpoints", "eval_batch_size", "eval_every", "patience"),
         ):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"train.{name} must be at least 1, got {value}")
@@ -451,6 +497,16 @@ class TrainConfig:
             all(k >= 1 for k in self.eval_thinking_steps),
             f"train.eval_thinking_steps holds a K below 1: {list(self.eval_thinking_steps)}",
         )
+        _require(
+            self.eval_every is not None or (self.patience is None and self.export == "last"),
+            "train.patience and train.export: best choose by the dev split's scores; set "
+            "train.eval_every, the steps between its rankings",
+        )
+        first, last = self.profile_steps or (1, 1)
+        _require(
+            1 <= first <= last,
+            f"train.profile_steps {[first, last]} are no first and last step, counted from 1",
+        )
 
     @property
     def num_micro_batches(self) -> int:
@@ -462,12 +518,15 @@ class MeshConfig:
     """Devices along each mesh axis; -1 takes what the other axes leave."""
 
     data: int = -1
-    fsdp: int = 1
-    """Splits parameters and batch."""
+    fsdp: int | Literal["auto"] = "auto"
+    """Splits parameters and batch. `auto` splits over as few devices as hold the training state in
+    half of their memory; 1 where their memory is not known (CPU). With `data` given it takes what
+    that leaves."""
     tensor: int = 1
+    """Splits heads, feed-forward and vocabulary."""
 
     def __post_init__(self) -> None:
-        sizes = (self.data, self.fsdp, self.tensor)
+        sizes = (self.data, 1 if self.fsdp == "auto" else self.fsdp, self.tensor)
         _require(
             all(s == -1 or s >= 1 for s in sizes) and sizes.count(-1) <= 1,
             f"mesh axes must be positive, at most one of them -1; got (data, fsdp, tensor) {sizes}",
@@ -508,6 +567,49 @@ class Config:
         shared = self.prompt.truncation == "content" and not self.prompt.append_eos
         needless = not self.objective.need_explicit_view
         return (shared or needless) and not (self.lora and self.lora.dropout)
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """How one process of `python -m laser_jax.train` is started: no part of the run, so that it may
+    differ between its processes and when it is resumed."""
+
+    dry_run: bool = False
+    topology: str | None = None
+    devices: int | None = None
+    distributed: bool = False
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+
+    def __post_init__(self) -> None:
+        explicit = (self.coordinator, self.num_processes, self.process_id)
+        _require(
+            explicit.count(None) in (0, 3),
+            "--coordinator, --num_processes and --process_id go together; without them the cluster "
+            "is found out (Slurm, Cloud TPU, GKE, Open MPI)",
+        )
+        _require(
+            self.distributed or self.coordinator is None, "--coordinator goes with --distributed"
+        )
+        for name in ("topology", "devices"):
+            _require(self.dry_run or getattr(self, name) is None, f"--{name} goes with --dry_run")
+        _require(self.topology is None or self.devices is None, "--topology says how many devices")
+        _require(
+            not (self.dry_run and self.distributed),
+            "--dry_run takes one process; --devices or --topology give the devices of all",
+        )
+
+
+_HELP = {
+    "dry_run": "compile for the asked mesh, print what it takes, train nothing",
+    "topology": "with --dry_run: a TPU slice to compile for, such as v5e:4x4 (wants libtpu)",
+    "devices": "with --dry_run: so many CPU devices instead of those that are there",
+    "distributed": "this is one of several processes",
+    "coordinator": "with --distributed: HOST:PORT of process 0; found out where it is left out",
+    "num_processes": "with --coordinator",
+    "process_id": "with --coordinator, counted from 0",
+}
 
 
 @dataclass(frozen=True)
@@ -588,11 +690,30 @@ def parse_command_line(cls: type[C], program: str, arguments: Sequence[str] | No
     Raises:
         ConfigError: on an impossible value.
     """
+    parser = _parser(cls, program)
+    return _filled(cls, vars(parser.instantiate(parser.parse_args(arguments))))
+
+
+def _parser(cls: type, program: str) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(prog=program, description=cls.__doc__)
     parser.add_argument("--config", action="config", help="a YAML file of the keys below")
     parser.add_class_arguments(cls)
-    values = vars(parser.instantiate(parser.parse_args(arguments)))
+    return parser
+
+
+def _filled(cls: type[C], values: dict[str, Any]) -> C:
     return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)})  # type: ignore
+
+
+def parse_train_command(arguments: Sequence[str] | None) -> tuple[Config, Invocation]:
+    """The command line of `python -m laser_jax.train`; errors as those of `parse_command_line`."""
+    parser = _parser(Config, "python -m laser_jax.train")
+    for f in dataclasses.fields(Invocation):
+        kind = get_type_hints(Invocation)[f.name]
+        bare: dict[str, Any] = {"nargs": "?", "const": True} if kind is bool else {}
+        parser.add_argument(f"--{f.name}", type=kind, default=f.default, help=_HELP[f.name], **bare)
+    values = vars(parser.instantiate(parser.parse_args(arguments)))
+    return _filled(Config, values), _filled(Invocation, values)
 
 
 def load_retriever_config(directory: str | Path) -> RetrieverConfig:

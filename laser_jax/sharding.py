@@ -9,11 +9,12 @@ pipeline.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from laser_jax.config import ConfigError, MeshConfig
@@ -34,23 +35,43 @@ AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh over all devices of all processes.
+def make_mesh(
+    config: MeshConfig,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    state_bytes: int = 0,
+    device_bytes: int | None = None,
+) -> Mesh:
+    """A mesh over the devices, by default all devices of all processes.
+
+    Args:
+        state_bytes, device_bytes: of the whole training state and of one device's memory, which
+            `fsdp: auto` goes by; None where the memory is not known.
 
     Raises:
         ConfigError: when the axes do not multiply to the number of devices.
     """
-    devices = jax.device_count()
-    sizes = [config.data, config.fsdp, config.tensor]
+    count = jax.device_count() if devices is None else len(devices)
+    data, fsdp, tensor = config.data, config.fsdp, config.tensor
+    if fsdp == "auto":
+        left = count // max(tensor, 1)
+        fsdp = max(left // data, 1) if data != -1 else 1
+        while data == -1 and device_bytes and left % (2 * fsdp) == 0:
+            if state_bytes <= device_bytes // 2 * fsdp * max(tensor, 1):
+                break
+            fsdp *= 2
+    sizes = [data, fsdp, tensor]
     if -1 in sizes:
         known = -1 * sizes[0] * sizes[1] * sizes[2]
-        sizes[sizes.index(-1)] = devices // known
-    if sizes[0] * sizes[1] * sizes[2] != devices:
+        sizes[sizes.index(-1)] = count // known
+    if sizes[0] * sizes[1] * sizes[2] != count:
         raise ConfigError(
-            f"mesh (data, fsdp, tensor) = {tuple(sizes)} does not multiply to the {devices} "
+            f"mesh (data, fsdp, tensor) = {tuple(sizes)} does not multiply to the {count} "
             "devices; set one axis to -1 to let it take what is left"
         )
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(
+        tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+    )
 
 
 def with_axes(init: Callable[..., jax.Array], axes: tuple[str, ...]) -> Callable[..., jax.Array]:
@@ -103,6 +124,19 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows split over the data axes, everything else whole."""
     return NamedSharding(mesh, partition_spec(("batch",), mesh.axis_names))
+
+
+def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
+    """Which of a batch's `rows` lie on this process's devices, increasing."""
+    held = batch_sharding(mesh).addressable_devices_indices_map((rows,))
+    parts = [np.arange(rows)[index[0]] for index in held.values() if index is not None]
+    return np.unique(np.concatenate(parts))
+
+
+def global_array(local: np.ndarray, mesh: Mesh, rows: int) -> jax.Array:
+    """The batch array [rows, ...] of which this process holds the rows of `local_rows`."""
+    shape = (rows, *local.shape[1:])
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), local, shape)
 
 
 def _our_mesh() -> AbstractMesh | None:

@@ -80,6 +80,7 @@ def _tokenizer_and_backbone(
     model = config.model
     if model.path is not None:
         backbone = read_backbone_config(model.path)
+        model.require_named_backbone(backbone)
         return load_tokenizer(model.path), backbone
     assert model.scratch is not None
     texts = {
