@@ -12,8 +12,8 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +85,16 @@ class Checkpoints:
     Args:
         directory: is created; leftovers of saves that were cut off are removed.
         keep: the newest that are kept.
-        keep_best: those with the highest scores that are kept beside them.
+        scores: of steps, higher is better; the best is kept beside the newest. The caller's own
+            dict: what is added to it counts from the next save on.
         base: the fingerprint of the frozen base; None without one (full fine-tuning).
     """
 
-    def __init__(self, directory: str | Path, *, keep: int, keep_best: int = 0, base: str | None):
+    def __init__(
+        self, directory: str | Path, *, keep: int, scores: dict[int, float], base: str | None
+    ):
         self._directory = Path(directory).absolute()
-        self._keep, self._keep_best, self._base = keep, keep_best, base
+        self._keep, self._scores, self._base = keep, scores, base
         self._handler = ocp.StandardCheckpointHandler()
         self._manager = _Manager(
             self._directory,
@@ -100,19 +103,14 @@ class Checkpoints:
                 preservation_policy=self, cleanup_tmp_directories=True, lightweight_initialize=True
             ),
         )
-        self._scores: dict[int, Any] = {}
-        for step in self._manager.all_steps():
-            with suppress(OSError, ValueError, KeyError):  # `restore` says what is damaged
-                self._scores[step] = self._read_record(step)["score"]
 
-    def save(self, state: TrainState, meta: dict[str, Any], score: float | None = None) -> None:
+    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
         """Starts saving; a step that is already saved is left as it is.
 
         Args:
             state: the arrays are copied off the device before this returns, so that the next step
                 may donate them.
             meta: plain JSON types, given back by `restore`.
-            score: of an evaluation, higher is better.
 
         Raises:
             CheckpointError: when this or the save before it cannot be written.
@@ -120,8 +118,7 @@ class Checkpoints:
         step, saved = int(state.step), _saved(state)
         if step in self._manager.all_steps():
             return
-        self._scores[step] = score
-        record = {"meta": meta, "base": self._base, "score": score, "arrays": fingerprint(saved)}
+        record = {"meta": meta, "base": self._base, "arrays": fingerprint(saved)}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(saved),
             meta=ocp.args.JsonSave(record | {"seal": _digest(record)}),
@@ -130,18 +127,23 @@ class Checkpoints:
             # without force, orbax leaves out a step below the newest in silence
             self._manager.save(step, args=items, force=True)
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Waits for the save under way.
 
         Raises:
             CheckpointError: when it cannot be written.
         """
         with self._write_errors_explained():
-            self._manager.close()
+            self._manager.wait_until_finished()
 
-    def best(self) -> int | None:
-        """The step with the highest score, the first of equals; None without any score."""
-        return next(iter(self._by_score(self._manager.all_steps())), None)
+    def close(self) -> None:
+        """Waits for the save under way, and ends its threads.
+
+        Raises:
+            CheckpointError: when it cannot be written.
+        """
+        with self._write_errors_explained():
+            self._manager.close()
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest checkpoint that is whole, and its meta; None where none was ever saved.
@@ -259,13 +261,10 @@ class Checkpoints:
     def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
         """Orbax asks at every save which checkpoints stay."""
         steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = {*steps[-self._keep :], *self._by_score(steps)[: self._keep_best]}
+        scored = [step for step in steps if step in self._scores]
+        best = sorted(scored, key=lambda step: (-self._scores[step], step))[:1]
+        kept = {*steps[-self._keep :], *best}
         return [step in kept for step in steps]
-
-    def _by_score(self, steps: Iterable[int]) -> list[int]:
-        """Those with a score, the best first."""
-        scored = [step for step in steps if self._scores.get(step) is not None]
-        return sorted(scored, key=lambda step: (-self._scores[step], step))
 
 
 def _brief(error: Exception) -> str:

@@ -14,10 +14,12 @@ from typing import Any, cast
 
 import flax.linen as nn
 import jax
-import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from laser_jax.config import ConfigError, MeshConfig
+
+Device = Any
+"""A `jax.Device`, which type checkers take for a variable."""
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -37,7 +39,7 @@ AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
 
 def make_mesh(
     config: MeshConfig,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Device] | None = None,
     *,
     state_bytes: int = 0,
     device_bytes: int | None = None,
@@ -69,9 +71,7 @@ def make_mesh(
             f"mesh (data, fsdp, tensor) = {tuple(sizes)} does not multiply to the {count} "
             "devices; set one axis to -1 to let it take what is left"
         )
-    return jax.make_mesh(
-        tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
-    )
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def with_axes(init: Callable[..., jax.Array], axes: tuple[str, ...]) -> Callable[..., jax.Array]:
@@ -124,19 +124,6 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows split over the data axes, everything else whole."""
     return NamedSharding(mesh, partition_spec(("batch",), mesh.axis_names))
-
-
-def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
-    """Which of a batch's `rows` lie on this process's devices, increasing."""
-    held = batch_sharding(mesh).addressable_devices_indices_map((rows,))
-    parts = [np.arange(rows)[index[0]] for index in held.values() if index is not None]
-    return np.unique(np.concatenate(parts))
-
-
-def global_array(local: np.ndarray, mesh: Mesh, rows: int) -> jax.Array:
-    """The batch array [rows, ...] of which this process holds the rows of `local_rows`."""
-    shape = (rows, *local.shape[1:])
-    return jax.make_array_from_process_local_data(batch_sharding(mesh), local, shape)
 
 
 def _our_mesh() -> AbstractMesh | None:

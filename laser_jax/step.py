@@ -220,16 +220,18 @@ def _micro_batches(batch: Batch, parts: int) -> Batch:
     return replace(rows, contrast_BC=own.reshape(parts, B // parts, C // parts))
 
 
-def _padding(batch: Batch, objective: ObjectiveConfig) -> Terms:
-    """How many tokens are read, and which share of the arrays is padding."""
+def _reading(batch: Batch, objective: ObjectiveConfig) -> Terms:
+    """How many tokens are read, with how many (position, position before it) pairs, and which share
+    of the arrays is padding."""
     read = [batch.documents]
     if objective.views == "parity" or batch.explicit is None or objective.teacher:
         read.append(batch.query)
     if batch.explicit is not None:
         read.append(batch.explicit)
-    tokens = jnp.stack([part.lengths_B.sum() for part in read]).sum().astype(jnp.float32)
-    size = sum(part.ids_BT.size for part in read)
-    return {"tokens": tokens, "padding_share": 1 - tokens / size}
+    lengths = jnp.concatenate([part.lengths_B for part in read]).astype(jnp.float32)
+    tokens, size = lengths.sum(), sum(part.ids_BT.size for part in read)
+    pairs = (lengths * (lengths + 1) / 2).sum()
+    return {"tokens": tokens, "token_pairs": pairs, "padding_share": 1 - tokens / size}
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -277,8 +279,8 @@ def make_train_step(
 
     Metrics are float32 scalars: the loss terms, `grad_norm`, `learning_rate`, `documents` (the pool
     that a query is contrasted with), `masked_negatives` in the whole batch, `tokens`,
-    `padding_share` and `skipped_steps`. Where the loss or a gradient is not finite, `finite` is 0
-    and nothing but the step counters changes.
+    `token_pairs`, `padding_share` and `skipped_steps`. Where the loss or a gradient is not finite,
+    `finite` is 0 and nothing but the step counters changes.
     """
     warmup = config.objective.distillation_warmup_steps
     objective = replace(config.objective, views=config.views)
@@ -364,7 +366,7 @@ def make_train_step(
         contrast_BC = batch.contrast_BC
         metrics = (
             terms
-            | _padding(batch, objective)
+            | _reading(batch, objective)
             | {
                 "grad_norm": grad_norm,
                 "learning_rate": schedule(state.step - state.skipped),
@@ -379,6 +381,16 @@ def make_train_step(
     return train_step
 
 
+def abstract_variables(backbone: Backbone, mesh: Mesh, collection: str, dtype: jnp.dtype) -> Any:
+    """Shapes of one collection with their shardings, all in one dtype; nothing is computed."""
+    boxed = jax.eval_shape(backbone.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+    return jax.tree.map(
+        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, dtype, sharding=sharding),
+        nn.meta.unbox(boxed[collection]),
+        shardings(boxed[collection], mesh),
+    )
+
+
 def abstract_state(
     backbone: Backbone,
     optimizer: optax.GradientTransformation,
@@ -390,22 +402,15 @@ def abstract_state(
     Args:
         base_dtype: storage dtype of a frozen base; whatever is trained is float32.
     """
-    boxed = jax.eval_shape(backbone.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
-    layout = shardings(boxed, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
-
-    def leaves(collection: str, dtype: jnp.dtype) -> Any:
-        return jax.tree.map(
-            lambda a, sharding: jax.ShapeDtypeStruct(a.shape, dtype, sharding=sharding),
-            nn.meta.unbox(boxed[collection]),
-            layout[collection],
-        )
 
     def scalar(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated)
 
     with_adapters = backbone.lora is not None
-    trained = leaves("lora" if with_adapters else "params", jnp.dtype(jnp.float32))
+    trained = abstract_variables(
+        backbone, mesh, "lora" if with_adapters else "params", jnp.dtype(jnp.float32)
+    )
     opt_state = optax.tree.map_params(
         optimizer,
         lambda a, like: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=like.sharding),
@@ -418,7 +423,7 @@ def abstract_state(
         skipped=scalar(jnp.int32),
         rng=scalar(jnp.uint32, 2),
         trained=trained,
-        frozen=leaves("params", base_dtype) if with_adapters else None,
+        frozen=abstract_variables(backbone, mesh, "params", base_dtype) if with_adapters else None,
         opt_state=opt_state,
     )
 
@@ -454,11 +459,15 @@ def init_state(
         params = load_base(params_like)
     with_adapters = abstract.frozen is not None
     trained = draw(backbone, "lora", abstract.trained) if with_adapters else params
-    zero = jax.device_put(jnp.zeros((), jnp.int32), abstract.step.sharding)
+
+    def whole(value: jax.Array) -> jax.Array:
+        # not device_put, which copies to the devices of this process alone
+        return jax.jit(lambda: value, out_shardings=abstract.step.sharding)()
+
     return TrainState(
-        step=zero,
-        skipped=zero.copy(),  # not the same buffer: both are donated
-        rng=jax.device_put(jax.random.key_data(key), abstract.rng.sharding),
+        step=whole(jnp.zeros((), jnp.int32)),
+        skipped=whole(jnp.zeros((), jnp.int32)),
+        rng=whole(jax.random.key_data(key)),
         trained=trained,
         frozen=params if with_adapters else None,
         opt_state=jax.jit(optimizer.init, out_shardings=_layout(abstract.opt_state))(trained),
@@ -469,9 +478,9 @@ def _layout(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def compile_train_step(
+def jit_train_step(
     train_step: Callable[..., tuple[TrainState, Terms]], abstract: TrainState, mesh: Mesh
-) -> Callable[..., tuple[TrainState, Terms]]:
+) -> Any:
     """The jitted step: the state keeps its layout and is donated, batches are split by rows."""
     layout = _layout(abstract)
     return jax.jit(

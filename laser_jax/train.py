@@ -11,16 +11,16 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from laser_jax.checkpoint import Checkpoints, fingerprint
@@ -28,9 +28,11 @@ from laser_jax.config import (
     BackboneConfig,
     Config,
     ConfigError,
+    LoraConfig,
     RetrieverConfig,
     as_dict,
-    parse_command_line,
+    load_retriever_config,
+    parse_train_command,
     save_retriever_config,
 )
 from laser_jax.data.pipeline import Batch, training_batches
@@ -44,8 +46,8 @@ from laser_jax.data.tokenization import (
     special_token_ids,
     train_tokenizer,
 )
-from laser_jax.encoder import LatentEncoder, backbone_for, load_pretrained
-from laser_jax.evaluation.beir import read_beir
+from laser_jax.encoder import LatentEncoder
+from laser_jax.evaluation.beir import BeirDataset, read_beir
 from laser_jax.evaluation.retrieval import (
     format_table,
     require_instructions,
@@ -54,20 +56,24 @@ from laser_jax.evaluation.retrieval import (
 )
 from laser_jax.hf import load_params, read_backbone_config, save_adapter, save_params
 from laser_jax.losses import Terms
-from laser_jax.modeling.attention import choose_kernel
 from laser_jax.modeling.backbone import Backbone, Variables
-from laser_jax.sharding import make_mesh
 from laser_jax.step import (
     FrozenTeacher,
-    abstract_state,
-    compile_train_step,
+    TrainState,
+    abstract_variables,
     init_state,
-    learning_rate_schedule,
-    make_optimizer,
+    jit_train_step,
     make_train_step,
 )
-from laser_jax.training.output import MetricsLog, OutputDirectory, write_atomically
+from laser_jax.training.dry_run import dry_run
+from laser_jax.training.layout import Layout, describe_mesh, lay_out, number_of_steps
+from laser_jax.training.output import OutputDirectory, StepLog, code_version, write_atomically
+from laser_jax.training.processes import is_first, join_processes, local_rows, place_batch, say
+from laser_jax.training.programs import StepPrograms
+from laser_jax.training.selection import best_step, is_evaluated, is_out_of_patience, score_dev
 from laser_jax.training.stop import StopRequested, StopSignal
+from laser_jax.training.telemetry import TensorBoard, Trace
+from laser_jax.training.throughput import Meter
 
 
 class TrainingError(RuntimeError):
@@ -97,62 +103,73 @@ def _tokenizer_and_backbone(
     return tokenizer, model.scratch.backbone(len(tokenizer))
 
 
+def _load_weights(path: str, backbone: BackboneConfig, like: Any) -> Any:
+    """The weights of a Hugging Face directory, laid out as `like`."""
+    dtype = jax.tree.leaves(like)[0].dtype
+    params = load_params(path, backbone, dtype=dtype)
+    return jax.tree.map(lambda a, leaf: jax.device_put(a, leaf.sharding), params, like)
+
+
 def _load_teacher(
-    config: Config, student: BackboneConfig
+    config: Config, student: BackboneConfig, mesh: Mesh
 ) -> tuple[FrozenTeacher | None, Variables | None]:
     directory = config.objective.teacher
     if directory is None:
         return None, None
-    variables, retriever = load_pretrained(directory)
+    retriever = load_retriever_config(directory)
     if retriever.backbone.vocab_size != student.vocab_size:
         raise ConfigError(
             f"objective.teacher {directory} has {retriever.backbone.vocab_size} tokens and the "
             f"model {student.vocab_size}; both must read the same tokens"
         )
-    variables = jax.device_put(variables)
-    teacher = FrozenTeacher(backbone_for(retriever, variables), retriever.num_thinking_steps)
-    return teacher, variables
+    dtype = jnp.dtype(retriever.dtype)
+    backbone = Backbone(retriever.backbone, dtype=dtype, param_dtype=dtype)
+    like = abstract_variables(backbone, mesh, "params", dtype)
+    variables = {"params": _load_weights(directory, retriever.backbone, like)}
+    return FrozenTeacher(backbone, retriever.num_thinking_steps), variables
 
 
-def export_model(
-    output: Path,
-    config: Config,
-    backbone: BackboneConfig,
-    variables: Variables,
-    tokenizer: Tokenizer,
+def _retriever_config(
+    config: Config, backbone: BackboneConfig, lora: LoraConfig | None
 ) -> RetrieverConfig:
-    """Writes `model/` (merged) and, with LoRA, `adapter/`. Returns the retriever's config."""
-    host = jax.device_get(variables)
-    save_params(
-        output / "model",
-        host,
-        backbone,
-        dtype=config.model.param_dtype,
-        lora=config.lora,
-        **special_token_ids(tokenizer),
-    )
-    tokenizer.save_pretrained(output / "model")
-    retriever = RetrieverConfig(
+    return RetrieverConfig(
         backbone=backbone,
         num_thinking_steps=config.objective.num_thinking_steps,
         pooling=config.objective.pooling,
         prompt=config.prompt,
         dtype=config.model.dtype,
+        lora=lora,
     )
-    save_retriever_config(retriever, output / "model")
+
+
+def export_model(run: _Run) -> None:
+    """Writes `model/` (merged) and, with LoRA, `adapter/`. All processes take part."""
+    config, backbone, output = run.config, run.layout.backbone.config, run.output
+    variables = run.state.variables
+    save_params(
+        output / "model",
+        variables,
+        backbone,
+        dtype=config.model.param_dtype,
+        lora=config.lora,
+        **special_token_ids(run.tokenizer),
+    )
+    if is_first():
+        run.tokenizer.save_pretrained(output / "model")
+        save_retriever_config(_retriever_config(config, backbone, None), output / "model")
     if config.lora is not None:
         save_adapter(
             output / "adapter",
-            host["lora"],
+            variables["lora"],
             config.lora,
             backbone,
             base_model=config.model.path or "",
         )
-    return retriever
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Runs or resumes the training that `config` describes.
+    """Runs or resumes the training that `config` describes, in this process or in all that
+    `training.processes` has joined.
 
     Returns:
         What `results.json` holds: the scores of the evaluation (empty without `data.eval`), the
@@ -163,224 +180,318 @@ def train(config: Config) -> dict[str, Any]:
         OutputError, FileNotFoundError: bad input; the message names it.
         TrainingError: the loss is not finite.
     """
-    with StopSignal() as stop:
+    with StopSignal() as stop, ExitStack() as stack:
         try:
-            return _train(config, stop)
+            with stop.interrupting():
+                run = _set_up(config, stack)
+            if not _take_steps(run, stop):
+                run.checkpoints.wait()  # the message below must be true
+                say(
+                    f"{stop.received}: saved at step {int(run.state.step)} of {run.steps}; "
+                    "the same command goes on from there"
+                )
+                sys.exit(0)
+            with stop.interrupting():
+                return _finish(run)
         except StopRequested as request:
-            print(f"{request}: stopped outside the steps; the same command goes on from there")
+            say(f"{request}: stopped outside the steps; the same command goes on from there")
             sys.exit(0)
 
 
-def _train(config: Config, stop: StopSignal) -> dict[str, Any]:
-    with ExitStack() as stack:
-        with stop.interrupting():
-            output = stack.enter_context(OutputDirectory(config))
-            sources = open_sources(config.data)
-            dataset = None
-            if config.data.eval:
-                dataset = read_beir(config.data.eval, config.data.eval_split)
-                require_instructions(dataset)  # now, not after hours of training
-            tokenizer, backbone_config = _tokenizer_and_backbone(config, chain(*sources))
-            prompts = PromptTokenizer(tokenizer, config.prompt)
-            _require_positions(config, backbone_config)
+@dataclass
+class _Run:
+    """Everything that the steps and the evaluation after them use."""
 
-            mesh = make_mesh(config.mesh)
-            rows_in_parallel = mesh.shape["data"] * mesh.shape["fsdp"]
-            micro_batch = config.train.batch_size // config.train.num_micro_batches
-            if micro_batch % rows_in_parallel:
-                raise ConfigError(
-                    f"train.{'micro_' if config.train.micro_batch_size else ''}batch_size "
-                    f"{micro_batch} must be a multiple of the {rows_in_parallel} devices that "
-                    "share the batch"
-                )
-            row_count = rows_per_epoch(sources)
-            steps = config.train.steps
-            if steps is None:
-                steps = math.ceil(config.train.epochs * row_count / config.train.batch_size)
+    config: Config
+    output: Path
+    sources: list[Source]
+    tokenizer: Tokenizer
+    prompts: PromptTokenizer
+    test: BeirDataset | None
+    dev: BeirDataset | None
+    layout: Layout
+    steps: int
+    state: TrainState
+    teacher_variables: Variables | None
+    programs: StepPrograms
+    batches_from: Callable[[int], Iterable[Batch]]
+    checkpoints: Checkpoints
+    scores: dict[int, float]
+    """Of the dev split, by step."""
+    log: StepLog
+    evaluations: StepLog
+    tensorboard: TensorBoard | None
+    encoder: LatentEncoder | None = None
+    seconds: float = 0.0
+    """In steps, from the first to the last, with saving and the dev split."""
 
-            kernel, reason = choose_kernel(
-                config.model.attention,
-                jax.default_backend(),
-                config.model.dtype,
-                backbone_config.head_dim,
+
+def _set_up(config: Config, stack: ExitStack) -> _Run:
+    """Checks the input, builds the state and restores the newest checkpoint. What is to be closed
+    goes on the `stack`."""
+    output = stack.enter_context(OutputDirectory(config))
+    sources = open_sources(config.data)
+    test, dev = _read_evaluation(config)  # now, not after hours of training
+    tokenizer, backbone_config = _tokenizer_and_backbone(config, chain(*sources))
+    prompts = PromptTokenizer(tokenizer, config.prompt)
+    rows = rows_per_epoch(sources)
+    steps = number_of_steps(config, rows)
+    layout = lay_out(config, backbone_config, steps)
+    mesh = layout.mesh
+    say(f"attention: {layout.attention}")
+
+    def batches_from(step: int) -> Iterable[Batch]:
+        return training_batches(
+            sources,
+            prompts,
+            config.data,
+            num_steps=config.objective.num_thinking_steps,
+            keyframes=config.objective.keyframes,
+            batch_size=config.train.batch_size,
+            seed=config.train.seed,
+            need_explicit=config.objective.need_explicit_view,
+            shared_prefix=config.views == "fast" and config.objective.teacher is None,
+            first_batch=step,
+            part=local_rows(mesh, config.train.batch_size),
+        )
+
+    batches_from(0)  # checks every row, before anything is written
+    path = config.model.path
+    state = init_state(
+        layout.backbone,
+        layout.optimizer,
+        layout.abstract,
+        config.train.seed,
+        None if path is None else lambda like: _load_weights(path, backbone_config, like),
+    )
+    teacher, teacher_variables = _load_teacher(config, backbone_config, mesh)
+    base = None if state.frozen is None else fingerprint(state.frozen)
+    output.claim()
+    scores: dict[int, float] = {}
+    checkpoints = stack.enter_context(
+        closing(
+            Checkpoints(
+                output.path / "checkpoints",
+                keep=config.train.keep_checkpoints,
+                scores=scores,
+                base=base,
             )
-            print(f"attention: {kernel} ({reason})")
-            backbone = Backbone(
-                backbone_config,
-                lora=config.lora,
-                dtype=jnp.dtype(config.model.dtype),
-                param_dtype=jnp.dtype(jnp.float32),
-                attention=kernel,
-                remat=config.model.remat,
-            )
-            optimizer = make_optimizer(config.optimizer, steps)
-            schedule = learning_rate_schedule(config.optimizer, steps)
-            base_dtype = jnp.dtype(config.model.param_dtype)
-            abstract = abstract_state(backbone, optimizer, mesh, base_dtype)
+        )
+    )
+    restored = checkpoints.restore(state)
+    if restored is not None:
+        state, _ = restored
+        say(f"resumed at step {int(state.step)} from {output.path / 'checkpoints'}")
+    start = int(state.step)
+    log = stack.enter_context(closing(StepLog(output.path / "metrics.jsonl", start)))
+    evaluations = stack.enter_context(closing(StepLog(output.path / "evaluations.jsonl", start)))
+    scores.update({line["step"]: line[config.train.eval_metric] for line in evaluations.lines})
+    tensorboard = None
+    if config.train.tensorboard:
+        tensorboard = stack.enter_context(closing(TensorBoard(output.path / "tensorboard", start)))
+    trained, total = layout.parameters
+    say(
+        f"{rows} rows, {steps} steps of {config.train.batch_size} queries; "
+        f"{trained:,} of {total:,} parameters are trained, on {mesh.size} {layout.platform} "
+        f"device(s), mesh {describe_mesh(mesh)}"
+    )
+    stack.enter_context(jax.set_mesh(mesh))
+    train_step = make_train_step(
+        layout.backbone, config, layout.optimizer, layout.schedule, teacher
+    )
+    return _Run(
+        config=config,
+        output=output.path,
+        sources=sources,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        test=test,
+        dev=dev,
+        layout=layout,
+        steps=steps,
+        state=state,
+        teacher_variables=teacher_variables,
+        programs=StepPrograms(jit_train_step(train_step, layout.abstract, mesh)),
+        batches_from=batches_from,
+        checkpoints=checkpoints,
+        scores=scores,
+        log=log,
+        evaluations=evaluations,
+        tensorboard=tensorboard,
+    )
 
-            def load_base(like: Any) -> Any:
-                assert config.model.path is not None
-                params = load_params(config.model.path, backbone_config, dtype=base_dtype)
-                return jax.tree.map(
-                    lambda a, leaf: jax.device_put(a.astype(leaf.dtype), leaf.sharding),
-                    params,
-                    like,
-                )
 
-            state = init_state(
-                backbone,
-                optimizer,
-                abstract,
-                config.train.seed,
-                load_base if config.model.path is not None else None,
-            )
-            teacher, teacher_variables = _load_teacher(config, backbone_config)
-            base = None if state.frozen is None else fingerprint(state.frozen)
+def _read_evaluation(config: Config) -> tuple[BeirDataset | None, BeirDataset | None]:
+    """The split that is ranked at the end, and the one that is ranked while training."""
+    if config.data.eval is None:
+        if config.train.eval_every is not None:
+            raise ConfigError("train.eval_every wants data.eval, a BEIR directory to rank")
+        return None, None
+    test = read_beir(config.data.eval, config.data.eval_split)
+    require_instructions(test)
+    if config.train.eval_every is None:
+        return test, None
+    dev = read_beir(config.data.eval, config.data.dev_split)
+    require_instructions(dev)
+    # the latent view alone is ranked, and the corpus is the same
+    latent = {name: replace(query, reasoning=None) for name, query in dev.queries.items()}
+    return test, replace(dev, queries=latent, documents=test.documents)
 
-            def batches_from(step: int) -> Iterable[Batch]:
-                return training_batches(
-                    sources,
-                    prompts,
-                    config.data,
-                    num_steps=config.objective.num_thinking_steps,
-                    keyframes=config.objective.keyframes,
-                    batch_size=config.train.batch_size,
-                    seed=config.train.seed,
-                    need_explicit=config.objective.need_explicit_view,
-                    shared_prefix=config.views == "fast" and config.objective.teacher is None,
-                    first_batch=step,
-                )
 
-            batches_from(0)  # checks every row, before anything is written
-            output.claim()
-            checkpoints = stack.enter_context(
-                closing(
-                    Checkpoints(
-                        output.path / "checkpoints", keep=config.train.keep_checkpoints, base=base
-                    )
-                )
-            )
-            restored = checkpoints.restore(state)
-            if restored is not None:
-                state, _ = restored
-                print(f"resumed at step {int(state.step)} from {output.path / 'checkpoints'}")
-            trained_count = sum(a.size for a in jax.tree.leaves(state.trained))
-            total_count = trained_count + sum(a.size for a in jax.tree.leaves(state.frozen))
-            print(
-                f"{row_count} rows, {steps} steps of {config.train.batch_size} queries; "
-                f"{trained_count:,} of {total_count:,} parameters are trained, on "
-                f"{jax.device_count()} {jax.default_backend()} device(s)"
-            )
-            start = int(state.step)
-            log = stack.enter_context(closing(MetricsLog(output.path / "metrics.jsonl", start)))
-            stack.enter_context(jax.set_mesh(mesh))
-            step_fn = compile_train_step(
-                make_train_step(backbone, config, optimizer, schedule, teacher), abstract, mesh
-            )
-            batches = iter(batches_from(start))
-
-        def meta_at(step: int) -> dict[str, Any]:
-            return {
-                "samples": step * config.train.batch_size,
-                "config": as_dict(config),
-                "code": version("laser-jax"),
-            }
-
-        stops_on_nonfinite = config.train.on_nonfinite == "stop"
-        metrics, before = log.last, None
-        began = time.monotonic()
-        progress = tqdm(total=steps, initial=start, desc="train", unit="step", mininterval=1.0)
-        for step in range(start + 1, steps + 1):
-            batch = next(batches)
-            state, arrays = step_fn(state, batch, teacher_variables)
+def _take_steps(run: _Run, stop: StopSignal) -> bool:
+    """Trains until the last step, or until patience ends; False where a signal came first."""
+    config, train = run.config, run.config.train
+    start = int(run.state.step)
+    meter = Meter(config, run.layout.backbone.config, list(run.layout.mesh.devices.flat))
+    meta = {"config": as_dict(config), "code": code_version()}
+    began = time.monotonic()
+    progress = tqdm(
+        total=run.steps,
+        initial=start,
+        desc="train",
+        unit="step",
+        mininterval=1.0,
+        disable=None if is_first() else True,
+    )
+    with closing(progress), ExitStack() as stack:
+        trace = stack.enter_context(closing(Trace(run.output / "profile", train.profile_steps)))
+        if start and is_evaluated(start, run.steps, train) and start not in run.scores:
+            _rank_dev(run, stop)  # what a stopped run had not come to
+        batches = iter(run.batches_from(start))
+        if close := getattr(batches, "close", None):
+            stack.callback(close)  # worker processes, where there are any
+        before = None
+        for step in range(start + 1, run.steps + 1):
+            if is_out_of_patience(run.evaluations.lines, train):
+                break
+            local = next(batches)
+            batch = place_batch(local, run.layout.mesh, train.batch_size)
+            trace.before(step)
+            shapes = len(run.programs.compiled)
+            run.state, arrays = run.programs(run.state, batch, run.teacher_variables)
+            if len(run.programs.compiled) > shapes:
+                shape, seconds = list(run.programs.compiled.items())[-1]
+                meter.spent(seconds)
+                if is_first():
+                    tqdm.write(f"compiled in {seconds:.1f} s: {shape}")
+            trace.after(step, arrays)
+            meter.add(arrays)
             progress.update()
-            logged = step % config.train.log_every == 0 or step == steps
+            if jax.process_count() > 1 and run.layout.platform == "cpu":
+                jax.block_until_ready(arrays)  # gloo hangs when steps of processes overlap
+            logged = step % train.log_every == 0 or step == run.steps
             stopping = stop.should_stop(step)
-            saved = step % config.train.checkpoint_every == 0 or step == steps or stopping
-            if stops_on_nonfinite:
+            evaluated = is_evaluated(step, run.steps, train)
+            saved = evaluated or stopping or step % train.checkpoint_every == 0 or step == run.steps
+            if train.on_nonfinite == "stop":
                 # the step before, while this one runs; this one only where it is waited for anyhow
                 if before is not None:
-                    _require_finite(*before, sources, output.path)
+                    _require_finite(*before, run)
                 if logged or saved:
-                    _require_finite(step, arrays, batch, sources, output.path)
-                before = (step, arrays, batch)
+                    _require_finite(step, arrays, local, run)
+                before = (step, arrays, local)
             if logged:
-                metrics = {"step": step} | {k: float(v) for k, v in sorted(arrays.items())}
-                del metrics["finite"]
-                log.write(metrics)
-                progress.set_postfix(loss=f"{metrics['loss']:.3f}")
+                line = {"step": step} | {k: float(v) for k, v in sorted(arrays.items())}
+                del line["finite"], line["token_pairs"]
+                line |= meter.read()
+                run.log.write(line)
+                if run.tensorboard is not None:
+                    run.tensorboard.write("train", line)
+                progress.set_postfix(loss=f"{line['loss']:.3f}")
             if saved:
-                checkpoints.save(state, meta_at(step))
+                run.checkpoints.save(run.state, {"samples": step * train.batch_size} | meta)
             if stopping:
-                break
-        progress.close()
-        if close := getattr(batches, "close", None):
-            close()  # worker processes, where there are any
-        seconds = time.monotonic() - began
-        if int(state.step) < steps:
-            checkpoints.close()  # the message below must be true
-            print(
-                f"{stop.received}: saved at step {int(state.step)} of {steps}; "
-                "the same command goes on from there"
-            )
-            sys.exit(0)
-
-        with stop.interrupting():
-            retriever = export_model(
-                output.path, config, backbone_config, state.variables, tokenizer
-            )
-            results: dict[str, Any] = {
-                "metrics": metrics,
-                "scores": {},
-                "steps": steps,
-                "trained_parameters": trained_count,
-                "parameters": total_count,
-                "train_seconds": round(seconds, 1),
-                "steps_timed": steps - start,
-            }
-            if dataset is not None:
-                encoder = LatentEncoder(
-                    state.variables,
-                    replace(retriever, lora=config.lora),
-                    batch_size=config.train.eval_batch_size,
-                    length_multiple=config.data.length_multiple,
-                )
-                runs = retrieval_runs(
-                    encoder, prompts, dataset, config.train.eval_thinking_steps, progress=True
-                )
-                results["scores"] = score_runs(runs, dataset)
-                split = config.data.eval_split
-                print(f"{config.data.eval} ({split}, {len(dataset.queries)} queries)")
-                print(format_table(results["scores"]))
-            write_atomically(output.path / "results.json", json.dumps(results, indent=2) + "\n")
-        print(f"model: {output.path / 'model'}")
-        return results
+                return False
+            if evaluated:
+                meter.spent(_rank_dev(run, stop))
+    run.seconds = time.monotonic() - began
+    return True
 
 
-def _require_positions(config: Config, backbone: BackboneConfig) -> None:
-    """Raises a ConfigError where a prompt and its thoughts outgrow the model's positions."""
-    for name in ("query_max_length", "document_max_length", "explicit_max_length"):
-        longest = getattr(config.prompt, name) + config.objective.num_thinking_steps
-        if longest > backbone.max_position_embeddings:
-            raise ConfigError(
-                f"prompt.{name} and {config.objective.num_thinking_steps} thinking steps take "
-                f"{longest} positions, and the model has {backbone.max_position_embeddings}; "
-                f"lower prompt.{name}"
-            )
+def _rank_dev(run: _Run, stop: StopSignal) -> float:
+    """Ranks the dev split, logs the scores and returns the seconds it took. The step is already
+    saved, so that a signal may come at any time."""
+    assert run.dev is not None
+    began, step = time.monotonic(), int(run.state.step)
+    with stop.interrupting():
+        scores = score_dev(_encoder(run), run.prompts, run.dev)
+    line = {"step": step} | scores
+    run.evaluations.write(line)
+    run.scores[step] = scores[run.config.train.eval_metric]
+    if run.tensorboard is not None:
+        run.tensorboard.write("dev", line)
+    if is_first():
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+        tqdm.write(f"step {step}, {run.config.data.dev_split}: {shown}")
+    return time.monotonic() - began
 
 
-def _require_finite(
-    step: int, arrays: Terms, batch: Batch, sources: Sequence[Source], output: Path
-) -> None:
+def _encoder(run: _Run) -> LatentEncoder:
+    """The model as it is now; made once, so that nothing is compiled again."""
+    config = run.config
+    if run.encoder is None:
+        run.encoder = LatentEncoder(
+            run.state.variables,
+            _retriever_config(config, run.layout.backbone.config, config.lora),
+            batch_size=config.train.eval_batch_size,
+            length_multiple=config.data.length_multiple,
+            # one device alone runs faster over separate layers, which the encoder then makes
+            mesh=run.layout.mesh if run.layout.mesh.size > 1 else None,
+        )
+    return run.encoder.with_variables(run.state.variables)
+
+
+def _finish(run: _Run) -> dict[str, Any]:
+    """Exports the model, ranks the test split at every K and writes `results.json`."""
+    config = run.config
+    last = int(run.state.step)
+    run.checkpoints.wait()
+    best = best_step(run.evaluations.lines, config.train)
+    if config.train.export == "best" and best not in (None, last):
+        run.state, _ = run.checkpoints.restore_step(best, run.state)
+        say(f"the best step on {config.data.dev_split} is {best}: exported and evaluated")
+    export_model(run)
+    trained, total = run.layout.parameters
+    results: dict[str, Any] = {
+        "metrics": run.log.last,
+        "scores": {},
+        "steps": last,
+        "exported_step": int(run.state.step),
+        "trained_parameters": trained,
+        "parameters": total,
+        "train_seconds": round(run.seconds, 1),
+        "compile_seconds": {k: round(v, 1) for k, v in run.programs.compiled.items()},
+    }
+    if run.evaluations.lines:
+        results["dev"] = run.evaluations.lines
+    if run.test is not None:
+        runs = retrieval_runs(
+            _encoder(run),
+            run.prompts,
+            run.test,
+            config.train.eval_thinking_steps,
+            progress=is_first(),
+        )
+        results["scores"] = score_runs(runs, run.test)
+        split = config.data.eval_split
+        say(f"{config.data.eval} ({split}, {len(run.test.queries)} queries)")
+        say(format_table(results["scores"]))
+    if is_first():
+        write_atomically(run.output / "results.json", json.dumps(results, indent=2) + "\n")
+    say(f"model: {run.output / 'model'}")
+    return results
+
+
+def _require_finite(step: int, arrays: Terms, batch: Batch, run: _Run) -> None:
     if arrays["finite"]:
         return
     bad = [name for name, value in sorted(arrays.items()) if not math.isfinite(value)]
     assert batch.rows_B is not None
-    rows = [describe_row(sources, int(row)) for row in batch.rows_B]
+    rows = [describe_row(run.sources, int(row)) for row in batch.rows_B]
     raise TrainingError(
         f"step {step}: {', '.join(bad)} not finite, in the batch of "
         f"{', '.join(rows[:8])}{f' and {len(rows) - 8} more' if len(rows) > 8 else ''}. The last "
-        f"checkpoint in {output / 'checkpoints'} is kept; look at these rows, lower "
+        f"checkpoint in {run.output / 'checkpoints'} is kept; look at these rows, lower "
         "optimizer.learning_rate, train in float32, or set train.on_nonfinite: skip"
     )
 
@@ -388,7 +499,12 @@ def _require_finite(
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     try:
-        train(parse_command_line(Config, "python -m laser_jax.train", arguments))
+        config, invocation = parse_train_command(arguments)
+        if invocation.dry_run:
+            dry_run(config, invocation)
+            return
+        join_processes(invocation)
+        train(config)
     except (ValueError, OSError, TrainingError) as error:
         sys.exit(f"error: {error}")
 

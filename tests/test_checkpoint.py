@@ -81,7 +81,7 @@ def state(
 
 
 def open_checkpoints(directory: Path, *, keep: int = 2, **more: Any) -> Checkpoints:
-    return Checkpoints(directory, keep=keep, **({"base": BASE} | more))
+    return Checkpoints(directory, keep=keep, **({"base": BASE, "scores": {}} | more))
 
 
 def save(directory: Path, *states: TrainState, **more: Any) -> None:
@@ -161,7 +161,6 @@ def test_a_saved_state_may_be_donated_at_once(tmp_path: Path) -> None:
 def test_a_new_directory_has_no_checkpoint(tmp_path: Path) -> None:
     checkpoints = open_checkpoints(tmp_path / "new")
     assert checkpoints.restore(state(1)) is None
-    assert checkpoints.best() is None
     checkpoints.close()
 
 
@@ -174,18 +173,17 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert_equal(restore(tmp_path, state(9))[0].trained, state(3).trained)
 
 
-def test_the_best_are_kept_beside_the_newest(tmp_path: Path) -> None:
-    scores = {1: 0.5, 2: 0.9, 3: None, 4: 0.9, 5: 0.1, 6: None}
-    # over two runs, so that scores are read back
-    for steps in ((1, 2, 3), (4, 5, 6)):
-        checkpoints = open_checkpoints(tmp_path, keep=1, keep_best=1)
+def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    scores: dict[int, float] = {}
+    found = {1: 0.5, 2: 0.9, 4: 0.9, 5: 0.1}  # 2 is the first of equals
+    for steps in ((1, 2, 3), (4, 5, 6)):  # over two runs
+        checkpoints = open_checkpoints(tmp_path, keep=1, scores=scores)
         for step in steps:
-            checkpoints.save(state(step, step=step), META, scores[step])
-        assert checkpoints.best() == 2  # the first of equals
+            checkpoints.save(state(step, step=step), META)
+            scores |= {s: score for s, score in found.items() if s == step}  # after the save
         checkpoints.close()
     assert steps_in(tmp_path) == ["2", "6"]
-    checkpoints = open_checkpoints(tmp_path, keep=1, keep_best=1)
-    assert checkpoints.best() == 2
+    checkpoints = open_checkpoints(tmp_path, keep=1, scores=scores)
     assert_equal(checkpoints.restore_step(2, state(9))[0].trained, state(2).trained)
     checkpoints.close()
 
@@ -362,7 +360,7 @@ def state(step):
     kernel = put(np.random.default_rng(step).normal(size=(256, 256)).astype(np.float32), "fsdp")
     count, key = put(np.int32(step)), put(np.zeros(2, np.uint32))
     return TrainState(count, count, key, {"kernel": kernel}, None, {"mu": kernel})
-checkpoints = Checkpoints(sys.argv[3], keep=2, base=None)
+checkpoints = Checkpoints(sys.argv[3], keep=2, scores={}, base=None)
 restored = checkpoints.restore(state(9))
 if restored is None:
     checkpoints.save(state(1), {"samples": 1})
@@ -477,4 +475,3 @@ def test_what_is_recorded_is_plain_json(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "3" / "meta" / "metadata").read_text())
     assert record["meta"] == META | {"samples": 30}
     assert record["base"] == BASE
-    assert record["score"] is None

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from laser_jax.config import Config, DataConfig, MeshConfig, ModelConfig, ScratchConfig, TrainConfig
-from laser_jax.training.output import MetricsLog, OutputDirectory, OutputError, write_atomically
+from laser_jax.training.output import OutputDirectory, OutputError, StepLog, write_atomically
 
 
 def config(output: Path | str, **train: Any) -> Config:
@@ -188,14 +188,14 @@ def written(path: Path) -> list[int]:
 
 def test_a_resumed_log_drops_what_comes_after_its_start_and_what_was_torn(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    log = MetricsLog(path, 0)
+    log = StepLog(path, 0)
     assert log.last == {}
     for step in (1, 2, 3, 4):
         log.write({"step": step, "loss": 1.5 / step})
     log.close()
     with path.open("a") as file:
         file.write('{"step": 5, "lo')
-    resumed = MetricsLog(path, 2)
+    resumed = StepLog(path, 2)
     assert resumed.last == {"step": 2, "loss": 0.75}
     resumed.write({"step": 3, "loss": 0.5})
     resumed.close()

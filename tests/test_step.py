@@ -33,8 +33,8 @@ from laser_jax.step import (
     FrozenTeacher,
     TrainState,
     abstract_state,
-    compile_train_step,
     init_state,
+    jit_train_step,
     learning_rate_schedule,
     make_optimizer,
     make_train_step,
@@ -142,7 +142,7 @@ def run_steps(config: Config, mesh: Mesh, seeds: Sequence[int]) -> Run:
     schedule = learning_rate_schedule(OPTIMIZER, STEPS)
     begin, metrics = host(state), []
     with jax.set_mesh(mesh):
-        step = compile_train_step(
+        step = jit_train_step(
             make_train_step(backbone, config, optimizer(), schedule), abstract, mesh
         )
         program = step.lower(state, batch(0), None).compile()

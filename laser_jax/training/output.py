@@ -7,7 +7,9 @@ import fcntl
 import json
 import os
 import socket
+import subprocess
 from contextlib import ExitStack, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,6 +32,9 @@ CHANGEABLE = (
     "train.keep_checkpoints",
     "train.log_every",
     "train.on_nonfinite",  # while everything is finite
+    "train.peak_tflops",
+    "train.profile_steps",
+    "train.tensorboard",
     # rounding: the run goes on, but not bit for bit
     "mesh",
     "model.attention",
@@ -180,6 +185,25 @@ def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, A
     ]
 
 
+def code_version() -> dict[str, str]:
+    """The package's version and, where it runs from a git checkout, the commit, with `+changes`
+    where files differ from it."""
+    here = Path(__file__).resolve()
+    found = {"version": version("laser-jax")}
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(here.parent), *arguments]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        except (OSError, subprocess.CalledProcessError):  # no git, no checkout, or not of this file
+            return None
+
+    if git("ls-files", "--error-unmatch", str(here)) is not None:
+        changes = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+        found["commit"] = f"{git('rev-parse', 'HEAD') or ''}".strip() + changes
+    return found
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Writes a file that is seen either whole or not at all, even after a power cut."""
     part = path.with_name(f".{path.name}.part")
@@ -190,13 +214,13 @@ def write_atomically(path: Path, text: str) -> None:
     part.replace(path)
 
 
-class MetricsLog:
-    """`metrics.jsonl`: a line per logged step. A resumed run drops the lines after its start.
+class StepLog:
+    """A JSONL file with a line per step of interest. A resumed run drops the lines after its start.
 
     Process 0 alone writes.
 
     Attributes:
-        last: the last line that was kept, {} without one.
+        lines: all lines that the file holds.
     """
 
     def __init__(self, path: Path, start: int):
@@ -205,16 +229,22 @@ class MetricsLog:
             # what follows the last line end was torn by a kill, and lies after every checkpoint
             lines = path.read_text().split("\n")[:-1]
             kept = [line for line in lines if json.loads(line)["step"] <= start]
-        self.last: dict[str, Any] = json.loads(kept[-1]) if kept else {}
+        self.lines: list[dict[str, Any]] = [json.loads(line) for line in kept]
         self._file: TextIO | None = None
         if jax.process_index() == 0:
             write_atomically(path, "".join(f"{line}\n" for line in kept))
             self._file = path.open("a")
 
-    def write(self, metrics: dict[str, Any]) -> None:
+    @property
+    def last(self) -> dict[str, Any]:
+        """{} without any line."""
+        return self.lines[-1] if self.lines else {}
+
+    def write(self, line: dict[str, Any]) -> None:
         """Appends a line, which must hold `step`."""
+        self.lines.append(line)
         if self._file is not None:
-            self._file.write(json.dumps(metrics) + "\n")
+            self._file.write(json.dumps(line) + "\n")
             self._file.flush()
 
     def close(self) -> None:

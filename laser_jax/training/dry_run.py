@@ -1,0 +1,315 @@
+"""`python -m laser_jax.train --dry_run`: compiles a step for the asked mesh and says what it takes.
+
+Nothing is loaded, drawn or written. Of the model only `config.json` is read, or, with
+`model.backbone`, nothing at all; of the training rows the first batches, where they are there.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from laser_jax.config import (
+    BACKBONES,
+    BackboneConfig,
+    Config,
+    ConfigError,
+    Invocation,
+    load_retriever_config,
+)
+from laser_jax.data.pipeline import Batch, Tokens, training_batches
+from laser_jax.data.sources import open_sources, rows_per_epoch
+from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
+from laser_jax.hf import read_backbone_config
+from laser_jax.modeling.backbone import Backbone
+from laser_jax.sharding import Device, batch_sharding
+from laser_jax.step import FrozenTeacher, abstract_variables, jit_train_step, make_train_step
+from laser_jax.training.layout import Layout, describe_mesh, lay_out, number_of_steps
+from laser_jax.training.programs import StepPrograms, shape_of
+from laser_jax.training.throughput import (
+    GIB,
+    device_bytes,
+    peak_flops,
+    reading_of,
+    step_flops,
+)
+
+BATCHES_LOOKED_AT = 64
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Padded widths of a batch."""
+
+    query: int
+    document: int
+    explicit: int | None
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The batches of a run."""
+
+    buckets: dict[Lengths, int]
+    """How many batches have which widths; without rows to look at, one of the widest possible."""
+    tokens: float
+    """Of a step, on average."""
+    token_pairs: float
+    source: str
+    """Where this is known from."""
+
+
+def dry_run(config: Config, invocation: Invocation) -> dict[str, Any]:
+    """Compiles the step for the widest batch and prints what it takes.
+
+    Returns:
+        What was printed, in plain types; bytes are of one device.
+
+    Raises:
+        ConfigError: as a run would, or the topology cannot be had.
+    """
+    devices = _devices(invocation)
+    backbone_config = _backbone(config)
+    expected, rows = _expected(config)
+    layout = lay_out(config, backbone_config, number_of_steps(config, rows or 1), devices)
+    trained, total = layout.parameters
+    widest = _widest(expected.buckets)
+    reading = reading_of(config, expected.tokens, expected.token_pairs)
+    flops = step_flops(backbone_config, reading, trains_base=config.lora is None)
+    peak = peak_flops(config, devices[0])
+    batch = _abstract_batch(config, widest, layout)
+    found: dict[str, Any] = {
+        "device": f"{len(devices)} x {devices[0].device_kind}",
+        "mesh": dict(layout.mesh.shape),
+        "parameters": total,
+        "trained_parameters": trained,
+        "attention": layout.attention,
+        "widest": shape_of(batch),
+        "buckets": {_widths(lengths): count for lengths, count in expected.buckets.items()},
+        "tokens_per_step": round(expected.tokens),
+        "flops_per_step": flops,
+        "state_bytes": layout.state_bytes() and _bytes_of_one(layout),
+    }
+    print(f"device      {found['device']}, mesh {describe_mesh(layout.mesh)}")
+    print(f"model       {total:,} parameters, {trained:,} trained, {config.model.dtype}")
+    print(f"attention   {layout.attention}")
+    print(f"buckets     {len(expected.buckets)} {expected.source}")
+    for lengths, count in sorted(expected.buckets.items(), key=lambda item: -item[1])[:12]:
+        print(f"              {count} x {_widths(lengths)}")
+    print(f"tokens      {expected.tokens:,.0f} a step without padding, {expected.source}")
+    print(f"FLOPs       {flops:.3e} a step by formula (docs/scale.md)", end="")
+    print(f", {flops / peak / len(devices):.2f} s at the devices' peak" if peak else "")
+    print(f"state       {_gib(found['state_bytes'])} a device: weights, optimizer and gradient")
+    print(f"compiling   {found['widest']}", flush=True)
+    found |= _compile(config, layout, batch)
+    if "peak_bytes" not in found:
+        print(f"memory      does not fit: {found['does_not_fit']}")
+        return found
+    print(f"compiled    in {found['compile_seconds']:.0f} s")
+    print(
+        f"memory      {_gib(found['peak_bytes'])} a device at most: "
+        f"{_gib(found['argument_bytes'])} arguments, {_gib(found['temporary_bytes'])} temporaries"
+    )
+    room = device_bytes(devices[0])
+    if room is not None:
+        found["device_bytes"] = room
+        print(f"            of {_gib(room)}, {found['peak_bytes'] / room:.0%}")
+    return found
+
+
+def _devices(invocation: Invocation) -> Sequence[Device]:
+    if invocation.devices is not None:
+        # before jax looks for devices, which it does once
+        jax.config.update("jax_num_cpu_devices", invocation.devices)
+        devices = jax.devices("cpu")
+        if len(devices) != invocation.devices:
+            raise ConfigError(
+                f"--devices {invocation.devices}: jax has already made {len(devices)} CPU devices"
+            )
+        return devices
+    if invocation.topology is None:
+        return jax.devices()
+    from jax.experimental import topologies
+
+    # no question to a cloud's metadata server, and two dry runs may be under way at once
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    name, _, chips = invocation.topology.partition(":")
+    options: dict[str, Any] = {}
+    if name == "v4":
+        options["chip_config_name"] = "megacore"  # else a chip counts as two devices
+    if chips == "1x1":
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        return topologies.get_topology_desc(invocation.topology, "tpu", **options).devices
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"--topology {invocation.topology}: {error}. Names are such as v5e:4x4, v6e:2x4, "
+            "v4:2x2x2 and v5p:2x2x2, in chips; `pip install laser-jax[tpu]` brings the compiler"
+        ) from error
+
+
+def _backbone(config: Config) -> BackboneConfig:
+    model = config.model
+    if model.scratch is not None:
+        return model.scratch.backbone(model.scratch.vocab_size)
+    assert model.path is not None
+    if model.backbone is not None and not Path(model.path).exists():
+        return BACKBONES[model.backbone]
+    found = read_backbone_config(model.path)
+    model.require_named_backbone(found)
+    return found
+
+
+def _expected(config: Config) -> tuple[Expected, int | None]:
+    """The batches, and the rows of an epoch where they are there."""
+    prompt, data = config.prompt, config.data
+    path = config.model.path
+    there = all(Path(source.path).exists() for source in data.sources)
+    rows, prompts = None, None
+    if there:
+        rows = rows_per_epoch(open_sources(data))
+        if path is not None and Path(path).is_dir():
+            prompts = PromptTokenizer(load_tokenizer(path), prompt)
+    if prompts is not None and rows is not None:
+        return _counted(config, prompts, rows), rows
+    multiple = data.length_multiple
+    explicit = -(-prompt.explicit_max_length // multiple) * multiple
+    widest = Lengths(
+        prompt.query_max_length,
+        prompt.document_max_length,
+        explicit if config.objective.need_explicit_view else None,
+    )
+    lengths = [widest.document] * data.group_size
+    if widest.explicit is not None:
+        lengths.append(widest.explicit)
+    if widest.explicit is None or config.views == "parity" or config.objective.teacher:
+        lengths.append(widest.query)
+    B = config.train.batch_size
+    return Expected(
+        {widest: 1},
+        float(B * sum(lengths)),
+        float(B * sum(n * (n + 1) / 2 for n in lengths)),
+        "at the limits of the prompts (no rows or no tokenizer to count with)",
+    ), rows
+
+
+def _counted(config: Config, prompts: PromptTokenizer, rows: int) -> Expected:
+    sources, B = open_sources(config.data), config.train.batch_size
+    wanted = min(BATCHES_LOOKED_AT, -(-rows // B))
+    batches = training_batches(
+        sources,
+        prompts,
+        replace(config.data, workers=0),
+        num_steps=config.objective.num_thinking_steps,
+        keyframes=config.objective.keyframes,
+        batch_size=B,
+        seed=config.train.seed,
+        need_explicit=config.objective.need_explicit_view,
+        shared_prefix=False,
+    )
+    buckets: Counter[Lengths] = Counter()
+    tokens = pairs = 0.0
+    for batch in islice(batches, wanted):
+        read = [batch.documents]
+        if batch.explicit is not None:
+            read.append(batch.explicit)
+        if batch.explicit is None or config.views == "parity" or config.objective.teacher:
+            read.append(batch.query)
+        lengths = np.concatenate([part.lengths_B for part in read]).astype(float)
+        tokens += lengths.sum() / wanted
+        pairs += (lengths * (lengths + 1) / 2).sum() / wanted
+        buckets[
+            Lengths(
+                batch.query.ids_BT.shape[1],
+                batch.documents.ids_BT.shape[1],
+                None if batch.explicit is None else batch.explicit.ids_BT.shape[1],
+            )
+        ] += 1
+    return Expected(dict(buckets), tokens, pairs, f"in the first {wanted} batches of the rows")
+
+
+def _widest(buckets: dict[Lengths, int]) -> Lengths:
+    """The largest of each width; a later batch may have them together."""
+    explicit = [b.explicit for b in buckets if b.explicit is not None]
+    return Lengths(
+        max(b.query for b in buckets), max(b.document for b in buckets), max(explicit, default=None)
+    )
+
+
+def _abstract_batch(config: Config, lengths: Lengths, layout: Layout) -> Batch:
+    B = config.train.batch_size
+    C = B * config.data.group_size
+    sharding = batch_sharding(layout.mesh)
+
+    def array(*shape: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def tokens(rows: int, width: int) -> Tokens:
+        return Tokens(array(rows, width), array(rows))
+
+    explicit = lengths.explicit
+    return Batch(
+        query=tokens(B, lengths.query),
+        documents=tokens(C, lengths.document),
+        explicit=None if explicit is None else tokens(B, explicit),
+        keyframes_BK=None if explicit is None else array(B, config.objective.num_thinking_steps),
+        contrast_BC=array(B, C, dtype=jnp.bool_),
+    )
+
+
+def _compile(config: Config, layout: Layout, batch: Batch) -> dict[str, Any]:
+    teacher, teacher_variables = None, None
+    if config.objective.teacher is not None:
+        retriever = load_retriever_config(config.objective.teacher)
+        dtype = jnp.dtype(retriever.dtype)
+        backbone = Backbone(retriever.backbone, dtype=dtype, param_dtype=dtype)
+        teacher = FrozenTeacher(backbone, retriever.num_thinking_steps)
+        teacher_variables = {"params": abstract_variables(backbone, layout.mesh, "params", dtype)}
+    step = make_train_step(layout.backbone, config, layout.optimizer, layout.schedule, teacher)
+    with jax.set_mesh(layout.mesh):
+        programs = StepPrograms(jit_train_step(step, layout.abstract, layout.mesh))
+        began = time.monotonic()
+        try:
+            compiled = programs.compile("", layout.abstract, batch, teacher_variables)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return {"does_not_fit": str(error).splitlines()[0]}
+    memory: Any = compiled.memory_analysis()
+    return {
+        "compile_seconds": time.monotonic() - began,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "peak_bytes": memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes,
+    }
+
+
+def _bytes_of_one(layout: Layout) -> int:
+    """Of the state and the gradient, on one device."""
+    leaves = jax.tree.leaves((layout.abstract, layout.abstract.trained))
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves
+    )
+
+
+def _widths(lengths: Lengths) -> str:
+    explicit = "" if lengths.explicit is None else f", explicit {lengths.explicit}"
+    return f"queries {lengths.query}, documents {lengths.document}{explicit}"
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB"
