@@ -228,9 +228,11 @@ def _reading(batch: Batch, objective: ObjectiveConfig) -> Terms:
         read.append(batch.query)
     if batch.explicit is not None:
         read.append(batch.explicit)
-    lengths = jnp.concatenate([part.lengths_B for part in read]).astype(jnp.float32)
-    tokens, size = lengths.sum(), sum(part.ids_BT.size for part in read)
-    pairs = (lengths * (lengths + 1) / 2).sum()
+    lengths = [part.lengths_B.astype(jnp.float32) for part in read]
+    # summed part by part: joined, the rows of all devices would be gathered
+    tokens = jnp.stack([each.sum() for each in lengths]).sum()
+    pairs = jnp.stack([(each * (each + 1) / 2).sum() for each in lengths]).sum()
+    size = sum(part.ids_BT.size for part in read)
     return {"tokens": tokens, "token_pairs": pairs, "padding_share": 1 - tokens / size}
 
 

@@ -176,7 +176,8 @@ def test_eight_devices_give_the_losses_of_one(runs) -> None:
     alone, together = runs["alone"].metrics, runs["data"].metrics
     assert set(alone[0]) == {
         *("loss", "latent", "explicit", "output", "trajectory", "grad_norm", "learning_rate"),
-        *("documents", "masked_negatives", "tokens", "padding_share", "finite", "skipped_steps"),
+        *("documents", "masked_negatives", "tokens", "token_pairs", "padding_share", "finite"),
+        "skipped_steps",
     }
     for one, many in zip(alone, together, strict=True):
         for name, value in one.items():
