@@ -621,9 +621,7 @@ def _gathered(slot: _Slot, leaves: dict[TreePath, Array]) -> np.ndarray:
     return np.asarray(value)
 
 
-def _write_tensors(
-    file: Path, slots: list[_Slot], tensors: Iterator[Any], dtype: DTypeLike
-) -> None:
+def _write_tensors(file: Path, slots: list[_Slot], tensors: Iterator[Any], dtype: Any) -> None:
     """Writes the next of `tensors` under the names of `slots`."""
     # safetensors writes the buffer as it lies in memory: a transposed view would be scrambled.
     named = {slot.name: np.ascontiguousarray(next(tensors), dtype) for slot in slots}
