@@ -34,7 +34,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
-# At the top of a repository: everything but weights is small.
+# Whatever of these is no weight is small. Subfolders hold other formats and are left out.
 _HUB_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "model*.safetensors", ADAPTER_FILE]
 
 Array = Any  # numpy or jax
@@ -63,8 +63,8 @@ def resolve_directory(name: str | Path) -> Path:
         return Path(snapshot_download(str(name), allow_patterns=_HUB_FILES, ignore_patterns="*/*"))
     except (OSError, ValueError) as error:  # no network, no such model, no access; no id at all
         raise FileNotFoundError(
-            f"{name} is no directory, nor was it got from the Hugging Face hub: {error}\nMend the "
-            f"path, or run `hf download {name} --local-dir DIR` where there is a network; give DIR"
+            f"{name} is no directory, and the Hugging Face hub did not give it: {error}\nMend the "
+            f"path, or run `hf download {name} --local-dir DIR` with a network, and name that DIR"
         ) from error
 
 
@@ -538,7 +538,7 @@ def save_params(
     lora_slots = [] if lora is None else _lora_slots(backbone, lora)
     adapters = _checked_leaves(variables.get("lora", {}), lora_slots, "lora")
 
-    def gathered(slot: _Slot) -> np.ndarray:
+    def exported(slot: _Slot) -> np.ndarray:
         value, module = _gathered(slot, params), slot.path[:-1]
         if lora is not None and (*module, "lora_a") in adapters:
             parts = (slot._replace(path=(*module, leaf)) for leaf in ("lora_a", "lora_b"))
@@ -555,7 +555,7 @@ def save_params(
     count = len(shards)
     names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     files = dict(zip(names if count > 1 else [WEIGHTS_FILE], shards, strict=True))
-    directory, tensors = Path(directory), map(gathered, slots)
+    directory, tensors = Path(directory), map(exported, slots)
     with _staged(directory, tensors) as stage:
         if stage is None:
             return
@@ -755,7 +755,6 @@ def save_adapter(
     """
     slots = [s._replace(name=f"base_model.model.{s.name}") for s in _lora_slots(backbone, lora)]
     leaves = _checked_leaves(lora_tree, slots, "lora")
-
     tensors = (slot.turned(_gathered(slot, leaves)) for slot in slots)
     config = {
         "peft_type": "LORA",

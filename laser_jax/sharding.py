@@ -69,9 +69,7 @@ def make_mesh(
             f"mesh (data, fsdp, tensor) = {tuple(sizes)} does not multiply to the {count} "
             "devices; set one axis to -1 to let it take what is left"
         )
-    return jax.make_mesh(
-        tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
-    )
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def with_axes(init: Callable[..., jax.Array], axes: tuple[str, ...]) -> Callable[..., jax.Array]:
