@@ -566,9 +566,7 @@ def test_a_spare_head_is_compared_to_its_last_row_and_in_pieces(
 
 
 def test_the_host_holds_a_few_tensors_and_never_a_stack(tmp_path: Path) -> None:
-    backbone = dataclasses.replace(
-        tiny(layers=17), hidden_size=128, num_heads=8, head_dim=16, intermediate_size=512
-    )
+    backbone = dataclasses.replace(tiny(layers=13), hidden_size=256, intermediate_size=1024)
     like = layout(backbone, mesh_of(1, 1, 2), np.float32)
     tensors = random_tensors(backbone)
     half = {name: value.astype(ml_dtypes.bfloat16) for name, value in tensors.items()}
@@ -576,22 +574,24 @@ def test_the_host_holds_a_few_tensors_and_never_a_stack(tmp_path: Path) -> None:
     largest = 4 * backbone.hidden_size * backbone.intermediate_size
     params = load_sharded_params(source, backbone, like)  # compiles
 
-    def peak(run: Callable[[], Any]) -> int:
-        tracemalloc.start()  # sees numpy's memory and safetensors', not that of the devices
-        run()
-        top = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        return top
-
     def export() -> None:
         limit = 4 * largest
         out = tmp_path / "b"
         save_params(out, {"params": params}, backbone, dtype="f4", lora=None, max_shard_bytes=limit)
 
     export()  # compiles
-    # Python's own objects are among it. A stack of the 22 that there are is 16 of the largest.
-    assert peak(lambda: load_sharded_params(source, backbone, like)) < 5 * largest
-    assert peak(export) < 8 * largest
+
+    def peak(run: Callable[[], Any]) -> float:
+        tracemalloc.start()  # sees the memory of numpy and safetensors, not that of the devices
+        result = run()  # may be numpy's in part: the CPU takes over arrays that lie well
+        now, top = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        del result
+        return (top - now) / largest
+
+    # With Python's own objects, about one more. A stack is twelve.
+    assert peak(lambda: load_sharded_params(source, backbone, like)) < 4
+    assert peak(export) < 4 + 3  # a file's tensors
 
 
 # --- weights out -------------------------------------------------------------------------------
