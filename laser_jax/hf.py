@@ -1,8 +1,9 @@
-"""Hugging Face directories in, parameter trees out, and back; numpy on the host.
+"""Hugging Face directories in, parameter trees out, and back.
 
 This is the one place where a safetensors file becomes a parameter. `_param_slots` and `_lora_slots`
 say which tensor is which leaf; reading, writing and every check follow from those two tables.
-Hugging Face keeps a linear layer as `[out, in]`, the tree as `[in, out]`.
+Hugging Face keeps a linear layer as `[out, in]`, the tree as `[in, out]`. Tensors pass through the
+host one at a time.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401  (registers bfloat16, without which safetensors cannot read it)
+import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
 from numpy.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -31,6 +34,8 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
+# Whatever of these is no weight is small. Subfolders hold other formats and are left out.
+_HUB_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "model*.safetensors", ADAPTER_FILE]
 
 Array = Any  # numpy or jax
 Tree = dict[str, Any]
@@ -39,6 +44,28 @@ TreePath = tuple[str, ...]
 
 class HFError(ValueError):
     """A checkpoint, config or adapter that cannot be used. Names the file and the tensor or key."""
+
+
+def resolve_directory(name: str | Path) -> Path:
+    """The directory `name`, or the downloaded copy of `organisation/name` on the Hugging Face hub.
+
+    A directory of that name wins. Only files that laser_jax reads are downloaded, once, into the
+    hub's cache; without a network the cache serves.
+
+    Raises:
+        FileNotFoundError: neither is there, or the hub cannot be reached; says what to do.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download  # slow to import, and few runs need it
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=_HUB_FILES, ignore_patterns="*/*"))
+    except (OSError, ValueError) as error:  # no network, no such model, no access; no id at all
+        raise FileNotFoundError(
+            f"{name} is no directory, and the Hugging Face hub did not give it: {error}\nMend the "
+            f"path, or run `hf download {name} --local-dir DIR` with a network, and name that DIR"
+        ) from error
 
 
 # --- config.json -----------------------------------------------------------------------------
@@ -78,9 +105,8 @@ def read_backbone_config(path: str | Path) -> BackboneConfig:
     _check_supported(values, _SUPPORTED, file)
     for layer_type in values.get("layer_types", []):
         _check_supported({"layer_types": layer_type}, {"layer_types": ("full_attention",)}, file)
-    width, heads = (
-        _value(values, key, "int", file) for key in ("hidden_size", _HF_KEYS["num_heads"])
-    )
+    width = _value(values, "hidden_size", "int", file)
+    heads = _value(values, _HF_KEYS["num_heads"], "int", file)
     defaults = {
         "num_key_value_heads": heads,
         "head_dim": 128 if family == "qwen3" else width // max(1, heads),
@@ -185,8 +211,6 @@ def _value(values: dict[str, Any], key: str, kind: str, file: Path) -> Any:
 
 def _read_json(file: Path) -> dict[str, Any]:
     """The keys that are not null."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing")
     try:
         items = json.loads(file.read_bytes()).items()
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
@@ -205,18 +229,18 @@ class _Slot(NamedTuple):
     row: int | None  # on the stacked leading axis; None where the leaf is this tensor alone
     shape: tuple[int, ...]  # in the tree, without the leading axis
 
-    def of(self, leaf: np.ndarray) -> np.ndarray:
-        """This tensor's part of its leaf as Hugging Face has it, a view."""
-        part = leaf if self.row is None else leaf[self.row]
-        return part.T if self.is_transposed else part
+    def of(self, leaf: Array) -> Array:
+        """This tensor's part of its leaf, in numpy a view."""
+        return leaf if self.row is None else leaf[self.row]
+
+    def turned(self, value: np.ndarray) -> np.ndarray:
+        """From the tree's axes to Hugging Face's, or back; a view."""
+        return value.T if self.order < 0 else value
 
     @property
-    def is_transposed(self) -> bool:
-        return self.path[-1] in ("kernel", "lora_a", "lora_b")
-
-    @property
-    def hf_shape(self) -> list[int]:
-        return list(self.shape[::-1] if self.is_transposed else self.shape)
+    def order(self) -> int:
+        """The step through the tree's axes that gives Hugging Face's: -1 where it transposes."""
+        return -1 if self.path[-1] in ("kernel", "lora_a", "lora_b") else 1
 
 
 def _kernel_shapes(backbone: BackboneConfig) -> dict[str, tuple[int, int]]:
@@ -275,27 +299,9 @@ def _lora_slots(backbone: BackboneConfig, lora: LoraConfig) -> list[_Slot]:
     return _layer_slots(backbone, layer)
 
 
-def _leaf_shapes(slots: list[_Slot]) -> dict[TreePath, tuple[int, ...]]:
+def _leaf_shapes(slots: Iterable[_Slot]) -> dict[TreePath, tuple[int, ...]]:
     # Rows come in order, so the last slot of a leaf tells the length of its stack.
     return {s.path: s.shape if s.row is None else (s.row + 1, *s.shape) for s in slots}
-
-
-def _flatten(tree: Tree, prefix: TreePath = ()) -> dict[TreePath, Array]:
-    leaves: dict[TreePath, Array] = {}
-    for key, value in tree.items():
-        path = (*prefix, key)
-        leaves |= _flatten(value, path) if isinstance(value, dict) else {path: value}
-    return leaves
-
-
-def _nest(leaves: dict[TreePath, Array]) -> Tree:
-    tree: Tree = {}
-    for path, leaf in leaves.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = leaf
-    return tree
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -312,9 +318,10 @@ class _Stored(NamedTuple):
     def __str__(self) -> str:
         return f"{self.key} in {self.file.name}"
 
-    def read(self) -> np.ndarray:
+    def read(self, *index: slice) -> np.ndarray:
+        """The tensor, or a slice of it; no other bytes are copied."""
         with _open(self.file) as opened:
-            return opened.get_tensor(self.key)
+            return opened.get_slice(self.key)[index or ...]
 
 
 def load_params(directory: str | Path, backbone: BackboneConfig, *, dtype: DTypeLike) -> Tree:
@@ -326,20 +333,81 @@ def load_params(directory: str | Path, backbone: BackboneConfig, *, dtype: DType
     at a time into preallocated arrays, so the peak is the model and one tensor.
 
     Returns:
-        The tree under `params`, numpy arrays of `dtype`.
+        The tree under `params`, numpy arrays of `dtype` on the host.
 
     Raises:
         FileNotFoundError: no weights, or a shard of the index is missing.
         HFError: a broken file, or missing, unknown, duplicate, mis-shaped or ill-typed tensors;
             lists all of them with their files.
     """
-    directory = Path(directory)
+    return _read(_find_params(Path(directory), backbone), dtype)
+
+
+def load_sharded_params(directory: str | Path, backbone: BackboneConfig, like: Tree) -> Tree:
+    """Reads the same files as `load_params`, with the same checks, straight into their shards.
+
+    A process reads the byte ranges of the shards on its own devices, each of them once however many
+    devices hold it. (A spare `lm_head.weight` is compared whole in every process, in chunks, so
+    that all of them raise.) Layers are written one by one into their stack on the devices: the host
+    holds a tensor and its cast and transposed copy at a time.
+
+    Args:
+        like: the tree under `params` of `jax.ShapeDtypeStruct`, each with a NamedSharding, as
+            `step.abstract_state` makes it; the mesh may span several processes, which then all
+            call this.
+
+    Returns:
+        jax arrays of the shapes, dtypes and shardings of `like`.
+
+    Raises:
+        FileNotFoundError, HFError: as `load_params`; also where `like` does not fit `backbone`.
+    """
+    wanted = _checked_leaves(like, _param_slots(backbone), "params")
+    leaves: dict[TreePath, jax.Array] = {}
+    for slot, tensor in _find_params(Path(directory), backbone).items():
+        leaf = wanted[slot.path]
+        part = _read_shards(slot, tensor, leaf)
+        if slot.row is not None:
+            if slot.row == 0:
+                leaves[slot.path] = jax.numpy.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+            write = jax.jit(_with_row, donate_argnums=0, out_shardings=leaf.sharding)
+            part = write(leaves[slot.path], part, slot.row)
+        leaves[slot.path] = part
+    return unflatten_dict(leaves)
+
+
+def _read_shards(slot: _Slot, tensor: _Stored, leaf: Any) -> jax.Array:
+    """One tensor, laid out as (its row of) the leaf; on the devices when this returns."""
+    spec = leaf.sharding.spec[0 if slot.row is None else 1 :]
+    sharding = jax.NamedSharding(leaf.sharding.mesh, jax.P(*spec))
+    pieces: dict[str, np.ndarray] = {}
+
+    def piece(index: Any) -> np.ndarray:
+        key = str(index)  # slices have no hash
+        if key not in pieces:
+            value = tensor.read(*index[:: slot.order])
+            pieces[key] = np.ascontiguousarray(slot.turned(value), leaf.dtype)
+        return pieces[key]
+
+    # Waiting bounds the host copies that are on their way.
+    return jax.make_array_from_callback(slot.shape, sharding, piece).block_until_ready()
+
+
+def _with_row(stack: jax.Array, part: jax.Array, row: jax.Array) -> jax.Array:
+    # As integers: XLA's CPU backend takes a whole bfloat16 stack to float32 and back for each row.
+    bits = np.dtype(f"u{stack.dtype.itemsize}")
+    updated = jax.lax.dynamic_update_index_in_dim(stack.view(bits), part.view(bits), row, 0)
+    return updated.view(stack.dtype)
+
+
+def _find_params(directory: Path, backbone: BackboneConfig) -> dict[_Slot, _Stored]:
+    """Where the tensor of each slot is stored, once all are known to fit."""
     single, index = directory / WEIGHTS_FILE, directory / INDEX_FILE
     if single.is_file() and index.is_file():
         raise HFError(f"{directory} holds both {single.name} and {index.name}; remove a stale one")
     if not single.is_file() and not index.is_file():
         raise FileNotFoundError(f"{directory} holds neither {single.name} nor {index.name}")
-    stored, problems = (_headers([single]), []) if single.is_file() else _shard_headers(index)
+    stored, problems = (_headers(single), []) if single.is_file() else _shard_headers(index)
     by_name: dict[str, list[_Stored]] = {}
     for tensor in stored:
         if not tensor.key.endswith("rotary_emb.inv_freq"):
@@ -349,16 +417,17 @@ def load_params(directory: str | Path, backbone: BackboneConfig, *, dtype: DType
     slots = _param_slots(backbone)
     head = _param_slots(dataclasses.replace(backbone, tie_word_embeddings=False))[-1]
     has_spare_head = backbone.tie_word_embeddings and head.name in by_name
-    problems += _tensor_problems([*slots, head] if has_spare_head else slots, by_name)
-    _refuse(str(directory), problems)
+    found = _fitting([*slots, head] if has_spare_head else slots, by_name, directory, problems)
     if has_spare_head:
-        spare, embedding = by_name[head.name][0], by_name[slots[0].name][0]
-        if not np.array_equal(spare.read(), embedding.read()):
+        spare, embedding = found.pop(head), found[slots[0]]
+        starts = range(0, backbone.vocab_size, 4096)
+        chunks = [slice(i, min(i + 4096, backbone.vocab_size)) for i in starts]
+        if not all(np.array_equal(spare.read(rows), embedding.read(rows)) for rows in chunks):
             raise HFError(
                 f"{directory}: {spare} differs from {embedding}, although {CONFIG_FILE} ties them. "
                 "Set tie_word_embeddings to false there, or remove the tensor"
             )
-    return _read(slots, by_name, dtype)
+    return found
 
 
 def _open(file: Path) -> safe_open:
@@ -372,14 +441,10 @@ def _open(file: Path) -> safe_open:
         ) from error
 
 
-def _headers(files: list[Path]) -> list[_Stored]:
-    stored = []
-    for file in files:
-        with _open(file) as opened:
-            for key in opened.keys():  # noqa: SIM118  (safe_open is no mapping)
-                view = opened.get_slice(key)
-                stored.append(_Stored(key, file, list(view.get_shape()), view.get_dtype()))
-    return stored
+def _headers(file: Path) -> list[_Stored]:
+    with _open(file) as opened:
+        views = [(key, opened.get_slice(key)) for key in opened.keys()]  # noqa: SIM118  (no mapping)
+        return [_Stored(key, file, view.get_shape(), view.get_dtype()) for key, view in views]
 
 
 def _shard_headers(index: Path) -> tuple[list[_Stored], list[str]]:
@@ -390,15 +455,18 @@ def _shard_headers(index: Path) -> tuple[list[_Stored], list[str]]:
     files = [index.with_name(name) for name in sorted(set(weight_map.values()))]
     if absent := [file.name for file in files if not file.is_file()]:
         raise FileNotFoundError(f"{index} names shards that are missing: {absent}")
-    stored = _headers(files)
+    stored = [tensor for file in files for tensor in _headers(file)]
     listed, held = set(weight_map.items()), {(tensor.key, tensor.file.name) for tensor in stored}
     wrong = [f"index: {key} is not in {file}" for key, file in sorted(listed - held)]
     return stored, wrong + [f"index: {k} in {f} is not listed" for k, f in sorted(held - listed)]
 
 
-def _tensor_problems(slots: list[_Slot], by_name: dict[str, list[_Stored]]) -> list[str]:
-    shapes = {slot.name: slot.hf_shape for slot in slots}
-    problems = [f"missing: {name}" for name in shapes if name not in by_name]
+def _fitting(
+    slots: list[_Slot], by_name: dict[str, list[_Stored]], where: Path, problems: Iterable[str] = ()
+) -> dict[_Slot, _Stored]:
+    """The one tensor of each slot; raises an error that lists all that do not fit."""
+    shapes = {slot.name: list(slot.shape[:: slot.order]) for slot in slots}
+    problems = [*problems, *(f"missing: {name}" for name in shapes if name not in by_name)]
     for name, tensors in by_name.items():
         if len(tensors) > 1:
             problems.append(f"duplicate: {', '.join(map(str, tensors))}")
@@ -409,7 +477,8 @@ def _tensor_problems(slots: list[_Slot], by_name: dict[str, list[_Stored]]) -> l
                 problems.append(f"mis-shaped: {tensor} is {tensor.shape}, not {shapes[name]}")
             elif tensor.dtype not in ("F32", "F16", "BF16"):
                 problems.append(f"dtype: {tensor} is {tensor.dtype}, not F32, F16 or BF16")
-    return problems
+    _refuse(str(where), problems)
+    return {slot: by_name[slot.name][0] for slot in slots}
 
 
 def _refuse(where: str, problems: list[str]) -> None:
@@ -420,11 +489,11 @@ def _refuse(where: str, problems: list[str]) -> None:
         raise HFError(f"{where} does not fit its config, {len(problems)} problem(s):\n  {lines}")
 
 
-def _read(slots: list[_Slot], by_name: dict[str, list[_Stored]], dtype: DTypeLike) -> Tree:
-    leaves = {path: np.empty(shape, dtype) for path, shape in _leaf_shapes(slots).items()}
-    for slot in slots:
-        slot.of(leaves[slot.path])[...] = by_name[slot.name][0].read()
-    return _nest(leaves)
+def _read(stored: dict[_Slot, _Stored], dtype: DTypeLike) -> Tree:
+    leaves = {path: np.empty(shape, dtype) for path, shape in _leaf_shapes(stored).items()}
+    for slot, tensor in stored.items():
+        slot.of(leaves[slot.path])[...] = slot.turned(tensor.read())
+    return unflatten_dict(leaves)
 
 
 # --- writing -----------------------------------------------------------------------------------
@@ -447,75 +516,96 @@ def save_params(
     Adapters are merged in float32 before the cast. Files appear under their names only once all
     of them are written; weights of an earlier export in the directory are removed.
 
+    Where the arrays span several processes all of them call this: each tensor is gathered in turn,
+    and process 0 alone writes. Its host holds one file's tensors at a time, that of the others one
+    tensor. They return when the files are in place.
+
     Args:
         variables: `{"params": tree}`, or `{"params": tree, "lora": tree}`; numpy or jax arrays.
         lora: the adapters' settings, exactly when `variables` holds "lora".
         max_shard_bytes: above this the weights are split, with `model.safetensors.index.json`.
 
     Raises:
-        HFError: the tree does not fit `backbone`; lists its leaves.
+        HFError: the tree does not fit `backbone` (lists its leaves), or process 0 could not write
+            (in the others).
+        OSError: a file cannot be written; an older export is still whole.
     """
     if ("lora" in variables) != (lora is not None):
         raise HFError(f"adapters need their LoraConfig: got {sorted(variables)} and lora = {lora}")
     dtype = np.dtype(dtype)
     slots = _param_slots(backbone)
-    params = _host_leaves(variables["params"], slots, "params")
-    adapters: dict[TreePath, np.ndarray] = {}
-    if lora is not None:
-        adapters = _host_leaves(variables["lora"], _lora_slots(backbone, lora), "lora")
+    params = _checked_leaves(variables["params"], slots, "params")
+    lora_slots = [] if lora is None else _lora_slots(backbone, lora)
+    adapters = _checked_leaves(variables.get("lora", {}), lora_slots, "lora")
 
-    def tensor(slot: _Slot) -> np.ndarray:
-        value, module = slot.of(params[slot.path]), slot.path[:-1]
+    def exported(slot: _Slot) -> np.ndarray:
+        value, module = _gathered(slot, params), slot.path[:-1]
         if lora is not None and (*module, "lora_a") in adapters:
-            a, b = (slot.of(adapters[*module, leaf]) for leaf in ("lora_a", "lora_b"))
-            value = _merged(value, b, a, lora.scale)  # transposed: (A B)^T = B^T A^T
-        return value
+            parts = (slot._replace(path=(*module, leaf)) for leaf in ("lora_a", "lora_b"))
+            a, b = (_gathered(part, adapters) for part in parts)
+            value = _merged(value, a, b, lora.scale)
+        return slot.turned(value)
 
-    def size_of(slot: _Slot) -> int:
-        return math.prod(slot.shape) * dtype.itemsize
-
+    sizes = {slot.name: math.prod(slot.shape) * dtype.itemsize for slot in slots}
     shards: list[list[_Slot]] = [[]]
     for slot in slots:
-        if shards[-1] and sum(map(size_of, [*shards[-1], slot])) > max_shard_bytes:
+        if shards[-1] and sum(sizes[s.name] for s in (*shards[-1], slot)) > max_shard_bytes:
             shards.append([])
         shards[-1].append(slot)
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    names = names if len(shards) > 1 else [WEIGHTS_FILE]
-    directory = Path(directory)
-    with _staged(directory) as stage:
+    count = len(shards)
+    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    files = dict(zip(names if count > 1 else [WEIGHTS_FILE], shards, strict=True))
+    directory, tensors = Path(directory), map(exported, slots)
+    with _staged(directory, tensors) as stage:
+        if stage is None:
+            return
         tokens = {"eos_token_id": eos_token_id, "bos_token_id": bos_token_id}
         config = hf_config_dict(backbone, dtype=dtype.name, **tokens, pad_token_id=pad_token_id)
         _write_json(stage / CONFIG_FILE, config)
-        weight_map = {}
-        for name, shard in zip(names, shards, strict=True):
-            weight_map |= {slot.name: name for slot in shard}
-            _write_tensors(stage / name, {slot.name: tensor(slot) for slot in shard}, dtype)
-        if len(shards) > 1:
-            size = sum(map(size_of, slots))
-            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        for name, shard in files.items():
+            _write_tensors(stage / name, shard, tensors, dtype)
+        if count > 1:
+            weight_map = {slot.name: name for name, shard in files.items() for slot in shard}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
             _write_json(stage / INDEX_FILE, index)
-        # Without its entry file an older export is no checkpoint, so an interruption from here on
-        # leaves a directory that fails to load rather than a mixture of two models.
-        for entry in {WEIGHTS_FILE, INDEX_FILE} - {names[0]}:
-            (directory / entry).unlink(missing_ok=True)
-    for older in directory.glob("model-*-of-*.safetensors"):
-        if older.name not in names:
-            older.unlink()
+        # An older export goes before its successor comes: an interruption from here on leaves a
+        # directory that fails to load rather than a mixture of two models.
+        shards_there = directory.glob("model-*-of-*.safetensors")
+        for older in {directory / WEIGHTS_FILE, directory / INDEX_FILE, *shards_there}:
+            if older.name not in files:
+                older.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _staged(directory: Path) -> Iterator[Path]:
-    """A folder whose files move into `directory` when the block ends, and vanish if it fails."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".partial-") as stage:
-        yield Path(stage)
-        for file in sorted(Path(stage).iterdir()):  # an index sorts behind its shards
-            os.replace(file, directory / file.name)
+def _staged(directory: Path, tensors: Iterator[Any]) -> Iterator[Path | None]:
+    """A folder whose files move into `directory` when the block ends, and vanish if it fails.
+
+    Of several processes only the first gets it, the others None. Each item of `tensors` is gathered
+    from all of them, so they go through it together, also when the first has failed to write.
+    """
+    failed = True
+    try:
+        if jax.process_index() > 0:
+            yield None
+        else:
+            directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=directory, prefix=".partial-") as stage:
+                yield Path(stage)
+                for file in sorted(Path(stage).iterdir()):  # an index sorts behind its shards
+                    os.replace(file, directory / file.name)
+        failed = False
+    finally:
+        if jax.process_count() > 1:
+            for _ in tensors:
+                pass
+            failed = bool(multihost_utils.broadcast_one_to_all(np.int32(failed)))
+    if failed:
+        raise HFError(f"process 0 could not write {directory}; its own message says why")
 
 
-def _host_leaves(tree: Tree, slots: list[_Slot], root: str) -> dict[TreePath, np.ndarray]:
-    """The leaves as numpy arrays, once they are known to be exactly those that `slots` name."""
-    leaves = {path: np.asarray(leaf) for path, leaf in _flatten(tree).items()}
+def _checked_leaves(tree: Tree, slots: list[_Slot], root: str) -> dict[TreePath, Array]:
+    """The leaves, once they are known to be exactly those that `slots` name."""
+    leaves: dict[TreePath, Array] = flatten_dict(tree)
     wanted, got = _leaf_shapes(slots), {path: leaf.shape for path, leaf in leaves.items()}
     paths = [path for path in wanted | got if wanted.get(path) != got.get(path)]
     states = [f"{'/'.join(path)} is {got.get(path)}, not {wanted.get(path)}" for path in paths]
@@ -523,12 +613,24 @@ def _host_leaves(tree: Tree, slots: list[_Slot], root: str) -> dict[TreePath, np
     return leaves
 
 
-def _write_tensors(file: Path, tensors: dict[str, np.ndarray], dtype: np.dtype) -> None:
+def _gathered(slot: _Slot, leaves: dict[TreePath, Array]) -> np.ndarray:
+    """The slot's part of its leaf. All processes must ask where the leaf spans several."""
+    value = slot.of(leaves[slot.path])
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        return multihost_utils.process_allgather(value, tiled=True)
+    return np.asarray(value)
+
+
+def _write_tensors(file: Path, slots: list[_Slot], tensors: Iterator[Any], dtype: Any) -> None:
+    """Writes the next of `tensors` under the names of `slots`."""
     # safetensors writes the buffer as it lies in memory: a transposed view would be scrambled.
-    tensors = {name: np.ascontiguousarray(value, dtype) for name, value in tensors.items()}
+    named = {slot.name: np.ascontiguousarray(next(tensors), dtype) for slot in slots}
     file.touch()
     mode = file.stat().st_mode
-    save_file(tensors, file, {"format": "pt"})  # transformers wants this metadata
+    try:
+        save_file(named, file, {"format": "pt"})  # transformers wants this metadata
+    except SafetensorError as error:  # a full disk, for one
+        raise OSError(f"{file} cannot be written: {error}") from error
     file.chmod(mode)  # save_file leaves a file that only its owner reads
 
 
@@ -562,13 +664,14 @@ def merge_lora(params: Tree, lora: Tree, scale: float) -> Tree:
         scale: `LoraConfig.scale`.
 
     Returns:
-        A tree like `params`, numpy or jax as `params` is. Merged kernels are computed in float32
-        and have the dtype they had; all other leaves are the same objects.
+        A tree like `params`, numpy where both trees are and jax otherwise. Merged kernels are
+        computed in float32 and have the dtype they had; all other leaves are the same objects.
 
     Raises:
         HFError: an adapter stands where `params` has no kernel.
     """
-    adapters, leaves = _flatten(lora), _flatten(params)
+    adapters: dict[TreePath, Array] = flatten_dict(lora)
+    leaves: dict[TreePath, Array] = flatten_dict(params)
     for *module, leaf in adapters:
         path = (*module, "kernel")
         if path not in leaves:
@@ -576,16 +679,13 @@ def merge_lora(params: Tree, lora: Tree, scale: float) -> Tree:
         if leaf == "lora_a":
             kernel, a, b = leaves[path], adapters[*module, "lora_a"], adapters[*module, "lora_b"]
             leaves[path] = _merged(kernel, a, b, scale).astype(kernel.dtype)
-    return _nest(leaves)
+    return unflatten_dict(leaves)
 
 
 def _merged(kernel: Array, a: Array, b: Array, scale: float) -> Array:
     """W + scale A B in float32, over any leading axes."""
-    a, b = a.astype(np.float32), b.astype(np.float32)
-    if isinstance(kernel, np.ndarray):
-        update = np.asarray(a) @ np.asarray(b)
-    else:  # jax multiplies float32 at lower precision on GPU and TPU unless told otherwise
-        update = kernel.__array_namespace__().matmul(a, b, precision="highest")
+    with jax.default_matmul_precision("highest"):  # GPU and TPU multiply float32 at less otherwise
+        update = a.astype(np.float32) @ b.astype(np.float32)
     return kernel.astype(np.float32) + scale * update
 
 
@@ -606,15 +706,12 @@ def load_adapter(directory: str | Path, backbone: BackboneConfig) -> tuple[Tree,
     """
     directory = Path(directory)
     lora = _read_lora_config(directory / ADAPTER_CONFIG_FILE)
-    if not (directory / ADAPTER_FILE).is_file():
-        raise FileNotFoundError(f"{directory / ADAPTER_FILE} is missing")
     by_name: dict[str, list[_Stored]] = {}
-    for tensor in _headers([directory / ADAPTER_FILE]):
+    for tensor in _headers(directory / ADAPTER_FILE):
         name = _ADAPTER_INFIX.sub(r".\1.weight", _ADAPTER_PREFIX.sub("model.", tensor.key))
         by_name.setdefault(name, []).append(tensor)
-    slots = _lora_slots(backbone, lora)
-    _refuse(str(directory), _tensor_problems(slots, by_name))
-    return _read(slots, by_name, np.float32), lora
+    stored = _fitting(_lora_slots(backbone, lora), by_name, directory)
+    return _read(stored, np.float32), lora
 
 
 def _read_lora_config(file: Path) -> LoraConfig:
@@ -650,14 +747,15 @@ def save_adapter(
 ) -> None:
     """Writes the tree under `lora` as `peft.PeftModel.from_pretrained` loads it, in float32.
 
-    `base_model` is the path or hub name of the model that the adapter belongs to.
+    `base_model` is the path or hub name of the model that the adapter belongs to. Where the arrays
+    span several processes all of them call this, as with `save_params`.
 
     Raises:
-        HFError: the tree does not fit `backbone` and `lora`; lists its leaves.
+        HFError, OSError: as `save_params`.
     """
-    slots = _lora_slots(backbone, lora)
-    leaves = _host_leaves(lora_tree, slots, "lora")
-    tensors = {f"base_model.model.{slot.name}": slot.of(leaves[slot.path]) for slot in slots}
+    slots = [s._replace(name=f"base_model.model.{s.name}") for s in _lora_slots(backbone, lora)]
+    leaves = _checked_leaves(lora_tree, slots, "lora")
+    tensors = (slot.turned(_gathered(slot, leaves)) for slot in slots)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -669,6 +767,7 @@ def save_adapter(
         "use_rslora": lora.rank_stabilised,
         "bias": "none",
     }
-    with _staged(Path(directory)) as stage:
-        _write_json(stage / ADAPTER_CONFIG_FILE, config)
-        _write_tensors(stage / ADAPTER_FILE, tensors, np.dtype(np.float32))
+    with _staged(Path(directory), tensors) as stage:
+        if stage is not None:
+            _write_json(stage / ADAPTER_CONFIG_FILE, config)
+            _write_tensors(stage / ADAPTER_FILE, slots, tensors, np.float32)

@@ -2,6 +2,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import socket
+import subprocess
+import sys
+import tracemalloc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,19 +17,29 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import linen as nn
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
+from jax.sharding import AxisType, Mesh
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from laser_jax import hf
 from laser_jax.config import PROJECTIONS, BackboneConfig, LoraConfig, RopeScaling
 from laser_jax.hf import (
     HFError,
     hf_config_dict,
     load_adapter,
     load_params,
+    load_sharded_params,
     merge_lora,
     read_backbone_config,
+    resolve_directory,
     save_adapter,
     save_params,
 )
+from laser_jax.modeling.backbone import Backbone
+from laser_jax.sharding import MESH_AXES, shardings
 
 Tensors = dict[str, np.ndarray]
 LORA = LoraConfig(rank=2, alpha=3.0)
@@ -441,6 +456,144 @@ def test_faults_of_shards_and_index_are_named(tmp_path: Path) -> None:
     assert "weight_map" in error_of(empty)
 
 
+# --- weights in, straight into their shards ----------------------------------------------------
+
+
+def mesh_of(data: int, fsdp: int, tensor: int) -> Mesh:
+    count = data * fsdp * tensor
+    axis_types = (AxisType.Auto,) * 3
+    sizes = (data, fsdp, tensor)
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=axis_types, devices=jax.devices()[:count])
+
+
+def layout(
+    backbone: BackboneConfig, mesh: Mesh, dtype: Any, collection: str = "params"
+) -> dict[str, Any]:
+    """Abstract leaves as `step.abstract_state` makes them."""
+    module = Backbone(backbone, lora=LORA if collection == "lora" else None)
+    boxed = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    return jax.tree.map(
+        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, dtype, sharding=sharding),
+        nn.meta.unbox(boxed[collection]),
+        shardings(boxed[collection], mesh),
+    )
+
+
+def count_bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of all reads from here on."""
+    sizes: list[int] = []
+    read = hf._Stored.read
+
+    def counted(self: Any, *index: slice) -> np.ndarray:
+        value = read(self, *index)
+        sizes.append(value.nbytes)
+        return value
+
+    monkeypatch.setattr(hf._Stored, "read", counted)
+    return sizes
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (1, 8, 1), (1, 1, 8)])
+@pytest.mark.parametrize(
+    ("family", "tied", "sharded", "dtype"),
+    [
+        ("qwen3", True, False, ml_dtypes.bfloat16),
+        ("qwen3", False, True, np.float32),
+        ("llama", True, True, np.float32),
+        ("llama", False, False, ml_dtypes.bfloat16),
+    ],
+)
+def test_shards_hold_what_load_params_reads(
+    tmp_path: Path, sizes: tuple[int, int, int], family: str, tied: bool, sharded: bool, dtype: Any
+) -> None:
+    backbone = tiny(family, tied=tied)
+    tensors = random_tensors(backbone)
+    if sharded:
+        write_shards(tmp_path, halves(tensors))
+    else:
+        write_checkpoint(tmp_path, backbone, tensors)
+    like = layout(backbone, mesh_of(*sizes), dtype)
+    params = load_sharded_params(tmp_path, backbone, like)
+    assert_trees_equal(params, load_params(tmp_path, backbone, dtype=dtype))
+    assert jax.tree.map(lambda a: a.sharding, params) == jax.tree.map(lambda a: a.sharding, like)
+
+
+def test_a_model_of_one_layer_has_no_stack_to_load(tmp_path: Path) -> None:
+    backbone = tiny(layers=1)
+    source = write_checkpoint(tmp_path, backbone, random_tensors(backbone))
+    params = load_sharded_params(source, backbone, layout(backbone, mesh_of(2, 2, 2), np.float32))
+    assert_trees_equal(params, load_params(source, backbone, dtype="f4"))
+
+
+def test_each_byte_is_read_once_however_many_devices_hold_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = tiny()
+    tensors = random_tensors(backbone)
+    source = write_checkpoint(tmp_path, backbone, tensors)
+    read = count_bytes_read(monkeypatch)
+    load_sharded_params(source, backbone, layout(backbone, mesh_of(4, 2, 1), ml_dtypes.bfloat16))
+    assert sum(read) == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_the_streamed_load_refuses_what_load_params_refuses(tmp_path: Path) -> None:
+    backbone = tiny()
+    like = layout(backbone, mesh_of(1, 2, 1), np.float32)
+    tensors = random_tensors(backbone)
+    del tensors["model.norm.weight"]
+    with pytest.raises(HFError, match=r"missing: model\.norm\.weight"):
+        load_sharded_params(write_checkpoint(tmp_path, backbone, tensors), backbone, like)
+    with pytest.raises(HFError, match=r"layers/.* is \(2, .*, not \(3, "):
+        load_sharded_params(tmp_path, tiny(layers=4), like)
+
+
+def test_a_spare_head_is_compared_to_its_last_row_and_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = dataclasses.replace(tiny(), vocab_size=9000)
+    tensors = random_tensors(backbone)
+    head = tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    like = layout(backbone, mesh_of(1, 8, 1), np.float32)
+    source = write_checkpoint(tmp_path, backbone, tensors)
+    read = count_bytes_read(monkeypatch)
+    assert "lm_head" not in load_sharded_params(source, backbone, like)
+    assert max(read) < head.nbytes / 2
+
+    head[-1, -1] += 1e-3
+    write_checkpoint(tmp_path, backbone, tensors)
+    with pytest.raises(HFError, match=r"lm_head\.weight in model\.safetensors differs from"):
+        load_sharded_params(source, backbone, like)
+
+
+def test_the_host_holds_a_few_tensors_and_never_a_stack(tmp_path: Path) -> None:
+    backbone = dataclasses.replace(tiny(layers=13), hidden_size=256, intermediate_size=1024)
+    like = layout(backbone, mesh_of(1, 1, 2), np.float32)
+    tensors = random_tensors(backbone)
+    half = {name: value.astype(ml_dtypes.bfloat16) for name, value in tensors.items()}
+    source = write_checkpoint(tmp_path / "a", backbone, half)
+    largest = 4 * backbone.hidden_size * backbone.intermediate_size
+    params = load_sharded_params(source, backbone, like)  # compiles
+
+    def export() -> None:
+        limit = 4 * largest
+        out = tmp_path / "b"
+        save_params(out, {"params": params}, backbone, dtype="f4", lora=None, max_shard_bytes=limit)
+
+    export()  # compiles
+
+    def peak(run: Callable[[], Any]) -> float:
+        tracemalloc.start()  # sees the memory of numpy and safetensors, not that of the devices
+        result = run()  # may be numpy's in part: the CPU takes over arrays that lie well
+        now, top = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        del result
+        return (top - now) / largest
+
+    # With Python's own objects, about one more. A stack is twelve.
+    assert peak(lambda: load_sharded_params(source, backbone, like)) < 4
+    assert peak(export) < 4 + 3  # a file's tensors
+
+
 # --- weights out -------------------------------------------------------------------------------
 
 
@@ -530,6 +683,154 @@ def test_a_tree_that_does_not_fit_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(HFError, match="LoraConfig"):
         save_params(tmp_path / "b", variables, backbone, dtype="f4", lora=None)
     assert not (tmp_path / "b").exists()
+
+
+def test_a_full_disk_is_an_error_of_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*_: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    backbone = tiny()
+    monkeypatch.setattr("laser_jax.hf.save_file", full_disk)
+    with pytest.raises(OSError, match=r"adapter_model\.safetensors cannot be written: .*No space"):
+        save_adapter(tmp_path, random_lora(backbone), LORA, backbone, base_model="base")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- two processes -----------------------------------------------------------------------------
+
+
+def one_of_two(folder: Path, process: int, port: str) -> None:
+    """What each process of `test_two_processes_...` does; prints what it found."""
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
+    backbone = tiny(layers=2)
+    mesh = mesh_of(1, 2, 1)
+    like = layout(backbone, mesh, np.float32)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        read = count_bytes_read(monkeypatch)
+        params = load_sharded_params(folder / "source", backbone, like)
+    own = sum(
+        4 * int(np.prod(leaf.sharding.shard_shape(leaf.shape))) for leaf in jax.tree.leaves(like)
+    )
+    adapters = jax.tree.map(
+        lambda a, leaf: jax.make_array_from_callback(a.shape, leaf.sharding, lambda i: a[i]),
+        random_lora(backbone),
+        layout(backbone, mesh, np.float32, "lora"),
+    )
+    variables = {"params": params, "lora": adapters}
+
+    def export(out: Path) -> None:
+        save_params(out, variables, backbone, dtype="bfloat16", lora=LORA, max_shard_bytes=2000)
+
+    export(folder / "model")
+    save_adapter(folder / "adapter", adapters, LORA, backbone, base_model="base")
+    try:
+        export(folder / "source" / "config.json" / "model")
+    except (OSError, HFError) as error:
+        said = f"{type(error).__name__}: {error}"
+    else:
+        said = "no error"
+    print(json.dumps({"read": sum(read), "own": own, "said": said}))
+
+
+def test_two_processes_read_their_own_ranges_and_export_the_same_bytes(tmp_path: Path) -> None:
+    backbone = tiny(layers=2)
+    tensors = random_tensors(backbone)
+    source = write_checkpoint(tmp_path / "source", backbone, tensors)
+    params = load_params(source, backbone, dtype="float32")
+    variables = {"params": params, "lora": random_lora(backbone)}
+    one = tmp_path / "one process"
+    save_params(
+        one / "model", variables, backbone, dtype="bfloat16", lora=LORA, max_shard_bytes=2000
+    )
+    save_adapter(one / "adapter", variables["lora"], LORA, backbone, base_model="base")
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    here = Path(__file__).parent
+    program = "import sys, pathlib, test_hf as t; f, i, port = sys.argv[1:]; "
+    program += "t.one_of_two(pathlib.Path(f), int(i), port)"
+    paths = os.pathsep.join([str(here.parent), str(here)])
+    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
+    environment = os.environ | {"PYTHONPATH": paths, "XLA_FLAGS": flags}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path), str(process), port],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    try:
+        said = [process.communicate() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], said
+    first, second = (json.loads(out.splitlines()[-1]) for out, _ in said)
+    for found in (first, second):
+        assert found["read"] == found["own"] < sum(tensor.nbytes for tensor in tensors.values())
+    assert first["said"].startswith("NotADirectoryError")
+    assert second["said"].startswith("HFError: process 0 could not write")
+
+    for name in ("model", "adapter"):
+        written = {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
+        assert written == {file.name: file.read_bytes() for file in (one / name).iterdir()}
+
+
+# --- hub ids -------------------------------------------------------------------------------------
+
+
+def test_a_directory_is_itself_and_wins_over_a_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("Qwen/Qwen3-0.6B").mkdir(parents=True)
+    assert resolve_directory("Qwen/Qwen3-0.6B") == Path("Qwen/Qwen3-0.6B")
+
+
+def test_a_hub_id_is_downloaded_without_what_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = [
+        *("config.json", "laser_config.json", "model.safetensors", "model.safetensors.index.json"),
+        *("model-00001-of-00002.safetensors", "adapter_config.json", "adapter_model.safetensors"),
+        *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
+        *("vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja"),
+    ]
+    others = ["README.md", "pytorch_model.bin", "original/params.json", "onnx/model.onnx", "x.gguf"]
+
+    def download(repo_id: str, **patterns: Any) -> str:
+        assert repo_id == "Qwen/Qwen3-0.6B"
+        assert sorted(filter_repo_objects([*needed, *others], **patterns)) == sorted(needed)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_directory("Qwen/Qwen3-0.6B") == tmp_path
+
+
+def test_without_network_the_error_names_the_id_and_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(*_: Any, **__: Any) -> str:
+        raise LocalEntryNotFoundError("check your internet connection")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(FileNotFoundError, match="org/name is no directory") as error:
+        resolve_directory("org/name")
+    assert "internet connection" in str(error.value)
+    assert "hf download org/name --local-dir" in str(error.value)
+
+
+def test_a_path_that_cannot_be_an_id_is_not_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="absent is no directory"):
+        resolve_directory(tmp_path / "absent")
 
 
 # --- adapters ----------------------------------------------------------------------------------
