@@ -54,7 +54,13 @@ from laser_jax.evaluation.retrieval import (
     retrieval_runs,
     score_runs,
 )
-from laser_jax.hf import load_params, read_backbone_config, save_adapter, save_params
+from laser_jax.hf import (
+    load_sharded_params,
+    read_backbone_config,
+    resolve_directory,
+    save_adapter,
+    save_params,
+)
 from laser_jax.losses import Terms
 from laser_jax.modeling.backbone import Backbone, Variables
 from laser_jax.step import (
@@ -81,14 +87,15 @@ class TrainingError(RuntimeError):
 
 
 def _tokenizer_and_backbone(
-    config: Config, rows: Iterable[TrainingRow]
+    config: Config, directory: Path | None, rows: Iterable[TrainingRow]
 ) -> tuple[Tokenizer, BackboneConfig]:
-    model = config.model
-    if model.path is not None:
-        backbone = read_backbone_config(model.path)
-        model.require_named_backbone(backbone)
-        return load_tokenizer(model.path), backbone
-    assert model.scratch is not None
+    """Those of the model in `directory`, or, without one, of a model from scratch."""
+    scratch = config.model.scratch
+    if directory is not None:
+        backbone = read_backbone_config(directory)
+        config.model.require_named_backbone(backbone)
+        return load_tokenizer(directory), backbone
+    assert scratch is not None
     texts = {
         text
         for row in rows
@@ -99,15 +106,8 @@ def _tokenizer_and_backbone(
             *row.negative_passages,
         )
     }
-    tokenizer = train_tokenizer(sorted(texts), model.scratch.vocab_size)
-    return tokenizer, model.scratch.backbone(len(tokenizer))
-
-
-def _load_weights(path: str, backbone: BackboneConfig, like: Any) -> Any:
-    """The weights of a Hugging Face directory, laid out as `like`."""
-    dtype = jax.tree.leaves(like)[0].dtype
-    params = load_params(path, backbone, dtype=dtype)
-    return jax.tree.map(lambda a, leaf: jax.device_put(a, leaf.sharding), params, like)
+    tokenizer = train_tokenizer(sorted(texts), scratch.vocab_size)
+    return tokenizer, scratch.backbone(len(tokenizer))
 
 
 def _load_teacher(
@@ -125,7 +125,7 @@ def _load_teacher(
     dtype = jnp.dtype(retriever.dtype)
     backbone = Backbone(retriever.backbone, dtype=dtype, param_dtype=dtype)
     like = abstract_variables(backbone, mesh, "params", dtype)
-    variables = {"params": _load_weights(directory, retriever.backbone, like)}
+    variables = {"params": load_sharded_params(directory, retriever.backbone, like)}
     return FrozenTeacher(backbone, retriever.num_thinking_steps), variables
 
 
@@ -232,7 +232,8 @@ def _set_up(config: Config, stack: ExitStack) -> _Run:
     output = stack.enter_context(OutputDirectory(config))
     sources = open_sources(config.data)
     test, dev = _read_evaluation(config)  # now, not after hours of training
-    tokenizer, backbone_config = _tokenizer_and_backbone(config, chain(*sources))
+    model = None if config.model.path is None else resolve_directory(config.model.path)
+    tokenizer, backbone_config = _tokenizer_and_backbone(config, model, chain(*sources))
     prompts = PromptTokenizer(tokenizer, config.prompt)
     rows = rows_per_epoch(sources)
     steps = number_of_steps(config, rows)
@@ -256,13 +257,12 @@ def _set_up(config: Config, stack: ExitStack) -> _Run:
         )
 
     batches_from(0)  # checks every row, before anything is written
-    path = config.model.path
     state = init_state(
         layout.backbone,
         layout.optimizer,
         layout.abstract,
         config.train.seed,
-        None if path is None else lambda like: _load_weights(path, backbone_config, like),
+        model and (lambda like: load_sharded_params(model, backbone_config, like)),
     )
     teacher, teacher_variables = _load_teacher(config, backbone_config, mesh)
     base = None if state.frozen is None else fingerprint(state.frozen)

@@ -1,5 +1,5 @@
-"""One run in two real processes: the losses of one process, a stop of both when one is told, another
-number of processes after it, and a model that all of them wrote together."""
+"""One run in two real processes: the losses of one process, a stop of both when one is told, a run
+that goes on with another number of processes, and a model that all of them wrote together."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def start(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Star
                 output,
                 [
                     subprocess.Popen(
-                        command + (joined + ["--process_id", str(i)] if processes > 1 else []),
+                        command + ([*joined, "--process_id", str(i)] if processes > 1 else []),
                         env=environment | {"XLA_FLAGS": flags},
                         stdout=subprocess.PIPE,
                         stderr=subprocess.STDOUT,
