@@ -39,6 +39,7 @@ SETTINGS = {
     "train.steps": STEPS,
     "train.log_every": 1,
     "train.checkpoint_every": 3,
+    "train.eval_every": 5,
     "train.eval_batch_size": 4,
     "train.eval_thinking_steps": "[2]",
 }
@@ -211,6 +212,7 @@ def require_equal(hurt: Path, unhurt: Path) -> None:
     assert records[0]["arrays"] == records[1]["arrays"]
     assert records[0]["meta"].get("samples") == records[1]["meta"].get("samples")
     assert metrics_of(hurt) == metrics_of(unhurt)
+    assert (hurt / "evaluations.jsonl").read_text() == (unhurt / "evaluations.jsonl").read_text()
     results = [json.loads((output / "results.json").read_text()) for output in (hurt, unhurt)]
     assert results[0]["scores"] == results[1]["scores"]
 
@@ -266,9 +268,16 @@ def test_sigterm_in_warm_up_and_in_a_step(start: Start, unhurt: Path, tmp_path: 
     finish(start, run.output, unhurt)
 
 
-def test_sigterm_in_evaluation(start: Start, unhurt: Path, tmp_path: Path) -> None:
+def test_sigterm_in_evaluation_between_steps_and_at_the_end(
+    start: Start, unhurt: Path, tmp_path: Path
+) -> None:
     run = start(tmp_path / "run")
     run.hear("in evaluation")
+    assert stop(run) == OUTSIDE
+    assert run.saved()[-1] == 5
+    run = start(run.output)
+    for _ in ("dev at 5, which was not finished", "dev at 10", "dev at 12", "test"):
+        run.hear("in evaluation")
     assert stop(run) == OUTSIDE
     finish(start, run.output, unhurt)
 

@@ -215,18 +215,39 @@ def test_under_lora_every_adapter_moves_and_the_base_does_not(runs) -> None:
     assert not any(moved(begin.frozen, end.frozen).values())
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 1), (1, 1, 8), (2, 2, 2)])
-def test_every_mesh_gives_the_loss_and_the_gradients_of_one_device(runs, shape) -> None:
-    settings = config(dataclasses.replace(OBJECTIVE, distillation_warmup_steps=WARM_UP))
+def assert_same_gradients(got: TrainState, wanted: TrainState) -> None:
+    """Adam's first moment, leaf by leaf: after one step a multiple of the gradient, later an
+    average of them."""
+    ours, theirs = (optax.tree.get(end.opt_state, "mu") for end in (got, wanted))
+    for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+        scale, name = np.abs(b).max(), jax.tree_util.keystr(path)
+        assert scale > 0, name
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale, err_msg=name)
+
+
+@functools.cache
+def full_step(*shape: int) -> Run:
+    """One step of full fine-tuning, where no gradient is zero, on a mesh."""
+    settings = config(dataclasses.replace(OBJECTIVE, distillation_warmup_steps=WARM_UP), None)
     with jax.numpy_dtype_promotion("standard"):
-        run = run_steps(settings, mesh_of(*shape), [0])
-    for name, value in runs["alone"].metrics[0].items():
+        return run_steps(settings, mesh_of(*shape), [0])
+
+
+def test_adapters_have_the_gradients_of_one_device_on_eight(runs) -> None:
+    assert_same_gradients(runs["data"].end, runs["alone"].end)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
+def test_every_mesh_gives_the_loss_and_the_gradients_of_one_device(shape) -> None:
+    alone, run = full_step(1, 1, 1), full_step(*shape)
+    for name, value in alone.metrics[0].items():
         np.testing.assert_allclose(run.metrics[0][name], value, rtol=1e-5, err_msg=name)
+    assert_same_gradients(run.end, alone.end)
     assert f"f32[{B},{V}]" not in " ".join(collectives(run.program, "all-gather"))
 
 
 def test_full_fine_tuning_over_all_mesh_axes_moves_every_parameter(runs) -> None:
-    begin, end, metrics, _ = run_steps(config(lora=None), mesh_of(2, 2, 2), [0])
+    begin, end, metrics, _ = full_step(2, 2, 2)
     for name in ("latent", "explicit", "output", "trajectory"):  # fresh adapters change nothing
         np.testing.assert_allclose(metrics[0][name], runs["alone"].metrics[0][name], rtol=1e-5)
     assert begin.frozen is None
