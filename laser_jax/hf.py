@@ -618,7 +618,7 @@ def _gathered(slot: _Slot, leaves: dict[TreePath, Array]) -> np.ndarray:
     value = slot.of(leaves[slot.path])
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
         return multihost_utils.process_allgather(value, tiled=True)
-    return np.asarray(value)
+    return np.asarray(value.copy())  # a leaf would keep its own host copy as long as it lives
 
 
 def _write_tensors(file: Path, slots: list[_Slot], tensors: Iterator[Any], dtype: Any) -> None:
