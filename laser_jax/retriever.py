@@ -163,8 +163,10 @@ class LatentRetriever:
                 f"the query template {template!r} wants an instruction: pass instruction=..., the "
                 'task in words, or "" for none'
             )
-        single = instruction is None or isinstance(instruction, str)
-        instructions = [instruction or ""] * count if single else list(instruction)
+        if instruction is None or isinstance(instruction, str):
+            instructions = [instruction or ""] * count
+        else:
+            instructions = list(instruction)
         if len(instructions) != count:
             raise ValueError(f"{len(instructions)} instructions for {count} queries")
         return self._encode(

@@ -4,34 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import socket
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax.sharding import Mesh
 
 from laser_jax.config import (
-    ConfigError,
     LoraConfig,
-    MeshConfig,
     RetrieverConfig,
     ScratchConfig,
     save_retriever_config,
 )
-from laser_jax.encoder import LatentEncoder, backbone_for, encode, load_pretrained, right_padded
+from laser_jax.encoder import (
+    backbone_for,
+    encode,
+    load_pretrained,
+    right_padded,
+)
 from laser_jax.hf import save_adapter, save_params
 from laser_jax.modeling.backbone import Backbone, Variables, unstack_layers
-from laser_jax.sharding import make_mesh, shardings
 
 SCRATCH = ScratchConfig(
     hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=24
@@ -124,161 +118,6 @@ def test_scanned_and_unstacked_layers_give_the_same_vectors(base, alone) -> None
     unstacked = unstack_layers(base)
     assert not backbone_for(CONFIG, unstacked).scan_layers
     np.testing.assert_allclose(embed(unstacked, *padded(8, left=True)), alone, atol=1e-5)
-
-
-# --- many rows ---------------------------------------------------------------------------------
-
-
-def encoder(base: Variables, **settings: Any) -> LatentEncoder:
-    settings = {"batch_size": 2, "length_multiple": 4, **settings}
-    return LatentEncoder(base, CONFIG, **settings)
-
-
-def test_every_k_comes_from_one_pass_in_the_order_given(base, separate) -> None:
-    vectors = encoder(base).encode_tokens(ROWS, [3, 1, 2])  # the last batch is half full
-    np.testing.assert_allclose(vectors, separate[[2, 0, 1]], atol=1e-5)
-    assert vectors.dtype == np.float32
-
-
-def test_thoughts_alone_are_pooled_at_every_k(base) -> None:
-    config = dataclasses.replace(CONFIG, pooling="thoughts")
-    vectors = LatentEncoder(base, config, batch_size=5).encode_tokens(ROWS, [1, 2])
-    for k, got in zip((1, 2), vectors, strict=True):
-        wanted = EMBED(base, *padded(8, left=False), config=config, num_thinking_steps=k)
-        np.testing.assert_allclose(got, wanted, atol=1e-5)
-
-
-@contextmanager
-def compilations() -> Iterator[list[str]]:
-    """The programs that XLA compiles within."""
-    events: list[str] = []
-
-    def listen(event: str, duration: float, **_: Any) -> None:
-        if event.endswith("backend_compile_duration"):
-            events.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield events
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
-def test_one_program_serves_every_batch_of_a_shape(base) -> None:
-    many = encoder(base)
-    with compilations() as compiled:
-        many.encode_tokens(ROWS, [2])
-    assert len(compiled) == 2  # rows of up to 4 and up to 8 tokens
-    with compilations() as compiled:
-        many.encode_tokens([*ROWS, *ROWS, [1, 2, 3]], [2])
-    assert compiled == []
-
-
-def test_other_weights_run_in_the_same_programs(base, alone) -> None:
-    zeros = jax.tree.map(np.zeros_like, base)
-    many = encoder(zeros)
-    many.encode_tokens(ROWS, [3])
-    with compilations() as compiled:
-        vectors = many.with_variables(base).encode_tokens(ROWS, [3])[0]
-    assert compiled == []
-    np.testing.assert_allclose(vectors, alone, atol=1e-5)
-    np.testing.assert_array_equal(many.encode_tokens(ROWS, [3]), 0.0)
-
-
-def test_the_attention_kernel_is_chosen_and_reported(base) -> None:
-    many = encoder(base)
-    assert (many.attention, many.attention_reason) == ("xla", "cuDNN runs on NVIDIA GPUs")
-    assert encoder(base, attention="xla").attention_reason == "as asked"
-    with pytest.raises(ConfigError, match="splash attention runs on TPUs"):
-        encoder(base, attention="splash")
-
-
-# --- a mesh ------------------------------------------------------------------------------------
-
-
-def on_mesh(base: Variables, mesh: Mesh) -> Variables:
-    """The weights as the trainer holds them: each split by its logical axes."""
-    init = Backbone(CONFIG.backbone).init
-    layout = shardings(jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32)), mesh)
-    return jax.device_put(base, layout)
-
-
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
-def test_a_mesh_gives_the_vectors_of_one_device(base, alone, sizes) -> None:
-    mesh = make_mesh(MeshConfig(*sizes))
-    many = encoder(on_mesh(base, mesh), batch_size=3, mesh=mesh)
-    assert many.batch_size == {8: 8, 2: 4}[sizes[0]]
-    with jax.set_mesh(mesh):  # as in the trainer, and without
-        np.testing.assert_allclose(many.encode_tokens(ROWS, [3])[0], alone, atol=1e-5)
-    np.testing.assert_allclose(many.encode_tokens(ROWS, [3])[0], alone, atol=1e-5)
-
-
-def test_weights_on_a_mesh_stay_as_they_lie_and_others_run_in_the_same_programs(
-    base, alone
-) -> None:
-    mesh = make_mesh(MeshConfig(2, 2, 2))
-    zeros, weights = on_mesh(jax.tree.map(np.zeros_like, base), mesh), on_mesh(base, mesh)
-    many = encoder(zeros, mesh=mesh)
-    many.encode_tokens(ROWS, [3])
-    with jax.transfer_guard_device_to_device("disallow"), compilations() as compiled:
-        other = many.with_variables(weights)
-        vectors = other.encode_tokens(ROWS, [3])[0]
-    assert compiled == []
-    assert other._variables is weights
-    np.testing.assert_allclose(vectors, alone, atol=1e-5)
-
-
-WORKER = """
-import sys, jax, numpy as np, jax.numpy as jnp
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from laser_jax.config import MeshConfig
-from laser_jax.encoder import LatentEncoder, backbone_for, load_pretrained
-from laser_jax.sharding import make_mesh, shardings
-variables, config = load_pretrained(sys.argv[3])
-mesh = make_mesh(MeshConfig(1, 2, 1))
-ids = jnp.zeros((1, 2), jnp.int32)
-init = backbone_for(config, variables).init
-layout = shardings(jax.eval_shape(init, jax.random.key(0), ids), mesh)
-variables = jax.tree.map(
-    lambda a, s: jax.make_array_from_callback(a.shape, s, lambda index: a[index]), variables, layout
-)
-encoder = LatentEncoder(variables, config, batch_size=3, length_multiple=8, mesh=mesh)
-rows = eval(sys.argv[4])
-np.save(f"{sys.argv[3]}/{sys.argv[2]}.npy", encoder.encode_tokens(rows, [1, 3]))
-"""
-
-
-def test_two_processes_both_get_the_vectors_of_one(base, separate, tmp_path: Path) -> None:
-    directory = export(tmp_path, base)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, address, str(i), str(directory), str(ROWS)],
-            stderr=subprocess.PIPE,
-            env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
-            text=True,
-        )
-        for i in range(2)
-    ]
-    said = [worker.communicate()[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], said
-    for i in range(2):
-        vectors = np.load(directory / f"{i}.npy")
-        np.testing.assert_allclose(vectors, separate[[0, 2]], atol=1e-5)
-
-
-def test_no_rows_give_no_vectors(base) -> None:
-    vectors = encoder(base).encode_tokens([], [1, 2])
-    assert vectors.shape == (2, 0, 16)
-    assert vectors.dtype == np.float32
-
-
-@pytest.mark.parametrize("steps", [[], [2, 0], [-1]])
-def test_steps_below_one_are_refused(base, steps) -> None:
-    with pytest.raises(ValueError, match="at least 1"):
-        encoder(base).encode_tokens(ROWS, steps)
 
 
 # --- loading -----------------------------------------------------------------------------------

@@ -291,11 +291,18 @@ class PromptTokenizer:
         return ExplicitTokens(ids + [self.eos_id] * eos, ends, start, truncated)
 
     def checksum(self) -> str:
-        """Of the tokens that this makes of a sample: tells another tokenizer, chat template or
-        prompt setting from the same one."""
-        text, instruction, reasoning = "Öl, 2 μm?\n", "Find it", "First.\n\nThen."
-        explicit = self.explicit(text, instruction, reasoning)
-        sample = [self.query(text, instruction), self.document(text), explicit.ids]
+        """Of the tokens that this makes of a sample, before any truncation: tells another
+        tokenizer, chat template or prompt template from the same one."""
+        query, document = (
+            self.query_prompt_text("Öl, 2 μm?", "Find"),
+            self.document_prompt_text("A"),
+        )
+        sample = [
+            self._whole(query)[0],
+            self._whole(document)[0],
+            self._part("B.\n\nC"),
+            self.eos_id,
+        ]
         return hashlib.sha256(repr(sample).encode()).hexdigest()[:16]
 
     def require_room(self, instructions: Iterable[str], *, explicit: bool) -> None:
