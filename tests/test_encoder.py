@@ -1,9 +1,12 @@
-"""From tokens to vectors: padding, batches, every K from one pass, and what does not load."""
+"""The pure `encode`: padding, inside other programs, exported; and what does not load."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -11,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from laser_jax.config import (
     LoraConfig,
+    MeshConfig,
     RetrieverConfig,
     ScratchConfig,
     save_retriever_config,
@@ -21,11 +26,13 @@ from laser_jax.config import (
 from laser_jax.encoder import (
     backbone_for,
     encode,
+    encode_all_steps,
     load_pretrained,
     right_padded,
 )
 from laser_jax.hf import save_adapter, save_params
 from laser_jax.modeling.backbone import Backbone, Variables, unstack_layers
+from laser_jax.sharding import MESH_AXES, make_mesh
 
 SCRATCH = ScratchConfig(
     hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=24
@@ -118,6 +125,129 @@ def test_scanned_and_unstacked_layers_give_the_same_vectors(base, alone) -> None
     unstacked = unstack_layers(base)
     assert not backbone_for(CONFIG, unstacked).scan_layers
     np.testing.assert_allclose(embed(unstacked, *padded(8, left=True)), alone, atol=1e-5)
+
+
+# --- inside other programs -----------------------------------------------------------------------
+
+BATCH = (np.arange(48, dtype=np.int32).reshape(8, 6) % 29, np.ones((8, 6), np.int32))
+BATCH[1][1, :3] = 0  # padding in front of one row and behind another
+BATCH[1][2, 4:] = 0
+
+
+def step(variables: Variables, ids_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
+    return encode(variables, ids_BT, mask_BT, config=CONFIG)
+
+
+@pytest.fixture(scope="module")
+def wanted(base) -> np.ndarray:
+    return embed(base, *BATCH)
+
+
+def test_it_maps_over_batches(base, wanted) -> None:
+    two = jax.jit(jax.vmap(step, in_axes=(None, 0, 0)))(base, *(a.reshape(2, 4, 6) for a in BATCH))
+    np.testing.assert_allclose(two.reshape(8, -1), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("names", [("rows",), MESH_AXES])
+def test_it_runs_under_shard_map_on_a_mesh_of_any_names(base, wanted, names) -> None:
+    sizes = (8,) if names == ("rows",) else (2, 2, 2)
+    mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
+    rows = PartitionSpec(names[:2])
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(PartitionSpec(), rows, rows), out_specs=rows)
+    np.testing.assert_allclose(jax.jit(mapped)(base, *BATCH), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("names", [("rows",), MESH_AXES])
+def test_it_runs_under_auto_axes_on_an_explicit_mesh(base, wanted, names) -> None:
+    sizes = (8,) if names == ("rows",) else (2, 2, 2)
+    mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Explicit,) * len(names))
+    rows = PartitionSpec(names[:2])
+    with jax.set_mesh(mesh):
+        split = jax.device_put(BATCH, NamedSharding(mesh, rows))
+        vectors = jax.jit(jax.sharding.auto_axes(step, out_sharding=rows))(base, *split)
+    assert vectors.sharding.spec == PartitionSpec(names[:2], None)
+    np.testing.assert_allclose(vectors, wanted, atol=1e-5)
+
+
+def test_it_runs_on_our_mesh(base, wanted) -> None:
+    with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
+        np.testing.assert_allclose(jax.jit(step)(base, *BATCH), wanted, atol=1e-5)
+
+
+def test_it_has_a_gradient_that_points_uphill(base) -> None:
+    target_D = jnp.eye(16)[3]
+
+    @jax.jit
+    def score(variables: Variables) -> jax.Array:
+        return (step(variables, *BATCH) @ target_D).sum()
+
+    before, gradient = jax.jit(jax.value_and_grad(score))(base)
+    after = score(jax.tree.map(lambda w, g: w + 1e-3 * g, base, gradient))
+    length = sum(float((g * g).sum()) for g in jax.tree.leaves(gradient))
+    assert float(after - before) == pytest.approx(1e-3 * length, rel=0.2)
+
+
+def test_all_steps_come_from_one_pass(base, separate) -> None:
+    batch = padded(8, left=False)
+    every = jax.jit(encode_all_steps, static_argnames=("config", "num_thinking_steps"))
+    vectors_BKD = every(base, *batch, config=CONFIG, num_thinking_steps=3)
+    np.testing.assert_allclose(vectors_BKD, separate.swapaxes(0, 1), atol=1e-6)
+    assert vectors_BKD.dtype == jnp.float32
+
+
+def test_encoding_scoring_and_ranking_are_one_program(base, wanted) -> None:
+    @jax.jit
+    def rank(variables, ids_BT, mask_BT, documents_CD):
+        scores_BC = step(variables, ids_BT, mask_BT) @ documents_CD.T
+        return jax.lax.top_k(scores_BC, 3)
+
+    documents_CD = np.random.default_rng(2).normal(size=(20, 16)).astype(np.float32)
+    _, ids = rank(base, *BATCH, documents_CD)
+    np.testing.assert_array_equal(ids, np.argsort(-wanted @ documents_CD.T, axis=1)[:, :3])
+
+
+RELOAD = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("laser_jax", "flax"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+import jax, numpy as np
+from pathlib import Path
+folder = Path(sys.argv[1])
+encode = jax.export.deserialize((folder / "encode.bin").read_bytes())
+arrays = np.load(folder / "arrays.npz")
+params = [arrays[f"p{i}"] for i in range(int(arrays["count"]))]
+for ids, mask in ((arrays["ids"], arrays["mask"]), (arrays["ids"][:3, :5], arrays["mask"][:3, :5])):
+    np.save(folder / f"{len(ids)}.npy", encode.call(params, ids, mask))
+assert not {"laser_jax", "flax"} & set(sys.modules)
+"""
+
+
+def test_an_exported_program_runs_where_laser_jax_is_not(base, wanted, tmp_path: Path) -> None:
+    pytest.importorskip("flatbuffers", reason="jax.export serialises with it: laser-jax[export]")
+    leaves, tree = jax.tree.flatten(base)
+
+    def program(leaves: list[jax.Array], ids_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
+        return step(jax.tree.unflatten(tree, leaves), ids_BT, mask_BT)
+
+    b, t = jax.export.symbolic_shape("b, t")
+    batch = jax.ShapeDtypeStruct((b, t), np.int32)
+    weights = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in leaves]
+    exported = jax.export.export(jax.jit(program))(weights, batch, batch)
+    (tmp_path / "encode.bin").write_bytes(exported.serialize())
+    named = {f"p{i}": leaf for i, leaf in enumerate(leaves)}
+    np.savez(tmp_path / "arrays.npz", ids=BATCH[0], mask=BATCH[1], count=len(leaves), **named)
+    subprocess.run(
+        [sys.executable, "-c", RELOAD, str(tmp_path)],
+        check=True,
+        cwd=tmp_path,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    )
+    np.testing.assert_allclose(np.load(tmp_path / "8.npy"), wanted, atol=1e-5)
+    shorter = embed(base, BATCH[0][:3, :5], BATCH[1][:3, :5])
+    np.testing.assert_allclose(np.load(tmp_path / "3.npy"), shorter, atol=1e-5)
 
 
 # --- loading -----------------------------------------------------------------------------------
