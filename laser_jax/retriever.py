@@ -12,7 +12,7 @@ from typing import Literal
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from laser_jax.batch_encoder import LatentEncoder
 from laser_jax.config import (
@@ -24,7 +24,10 @@ from laser_jax.config import (
 )
 from laser_jax.data.buckets import IndexedRow
 from laser_jax.data.tokenization import PromptTokenizer, PromptTokens, load_tokenizer
-from laser_jax.encoder import load_pretrained
+from laser_jax.encoder import backbone_for, load_pretrained
+from laser_jax.hf import resolve_directory
+from laser_jax.modeling.backbone import Variables
+from laser_jax.sharding import shardings
 
 # A block of texts is tokenised while the one before it is on the device; a few batches each.
 _BATCHES_PER_BLOCK = 4
@@ -76,7 +79,7 @@ class LatentRetriever:
     @classmethod
     def from_pretrained(
         cls,
-        directory: str | Path,
+        model: str | Path,
         *,
         config: RetrieverConfig | None = None,
         adapter: str | Path | None = None,
@@ -90,19 +93,21 @@ class LatentRetriever:
         """Loads a model with its tokenizer and prompt settings.
 
         Args:
-            directory: as `laser_jax.train` exports it: config.json, safetensors, tokenizer files
-                and laser_config.json.
-            config: for a directory without laser_config.json: how to prompt and to think.
+            model: a directory as `laser_jax.train` exports it (config.json, safetensors, tokenizer
+                files and laser_config.json), or `organisation/name` on the Hugging Face hub.
+            config: for a model without laser_config.json: how to prompt and to think.
             adapter: a directory with a PEFT LoRA adapter, merged into the weights.
             dtype: computes in another dtype than the model's own; float32 is the fastest on CPU.
             batch_size, batch_tokens, length_multiple: see `data.buckets.Buckets`.
-            mesh: devices that share every batch; each holds all of the weights.
+            mesh: devices that share every batch, and the weights along `fsdp` and `tensor`. All
+                processes of it make the same calls.
             attention: the kernel that reads the prompts; `auto` takes the fastest that can run.
 
         Raises:
             FileNotFoundError: a file is missing; of laser_config.json it says what to pass instead.
             ValueError: a config, tensor, adapter or tokenizer is not what it should be; names it.
         """
+        directory = resolve_directory(model)
         if config is None:
             config = load_retriever_config(directory)
         if dtype is not None:
@@ -110,7 +115,7 @@ class LatentRetriever:
         prompts = PromptTokenizer(load_tokenizer(directory), config.prompt)
         variables, config = load_pretrained(directory, config=config, adapter=adapter)
         if mesh is not None:
-            variables = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
+            variables = _on_mesh(variables, config, mesh)
         encoder = LatentEncoder(
             variables,
             config,
@@ -298,6 +303,19 @@ class LatentRetriever:
         if truncate_dim is not None:
             vectors = _unit(vectors[:, :truncate_dim])
         return vectors[0] if isinstance(texts, str) else vectors
+
+
+def _on_mesh(variables: Variables, config: RetrieverConfig, mesh: Mesh) -> Variables:
+    """The weights, split by their logical axes; every process has all of them on its host."""
+    init = backbone_for(config, variables).init
+    layout = shardings(jax.eval_shape(init, jax.random.key(0), np.zeros((1, 1), np.int32)), mesh)
+    return jax.tree.map(
+        lambda array, sharding: jax.make_array_from_callback(
+            array.shape, sharding, array.__getitem__
+        ),
+        variables,
+        layout,
+    )
 
 
 def _ahead(

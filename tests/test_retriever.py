@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import runpy
 import shutil
+import sys
 import threading
 import warnings
 from pathlib import Path
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +20,13 @@ from flax import linen as nn
 from jax.experimental.compilation_cache import compilation_cache
 
 import laser_jax
-from laser_jax.config import PromptConfig, RetrieverConfig, ScratchConfig, save_retriever_config
+from laser_jax.config import (
+    MeshConfig,
+    PromptConfig,
+    RetrieverConfig,
+    ScratchConfig,
+    save_retriever_config,
+)
 from laser_jax.data.tokenization import (
     PromptTokenizer,
     TokenizationError,
@@ -28,6 +37,9 @@ from laser_jax.encoder import encode
 from laser_jax.hf import save_params
 from laser_jax.modeling.backbone import Backbone
 from laser_jax.retriever import LatentRetriever, OverlongTextError
+from laser_jax.sharding import make_mesh
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 SCRATCH = ScratchConfig(
     hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=16
@@ -312,6 +324,30 @@ def test_prompts_of_other_settings_are_refused(retriever) -> None:
     prompts = PromptTokenizer(retriever.prompts.tokenizer, other)
     with pytest.raises(ValueError, match="prompt settings differ"):
         LatentRetriever(retriever.encoder, prompts)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
+def test_a_mesh_gives_the_same_vectors(model, vectors, sizes) -> None:
+    split = LatentRetriever.from_pretrained(model, mesh=make_mesh(MeshConfig(*sizes)))
+    np.testing.assert_allclose(split.encode_document(DOCUMENTS), vectors, atol=1e-5)
+
+
+def test_a_name_that_is_neither_a_directory_nor_on_the_hub_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def absent(*_: object, **__: object) -> str:
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
+    with pytest.raises(FileNotFoundError, match="org/name is no directory"):
+        LatentRetriever.from_pretrained("org/name")
+
+
+@pytest.mark.parametrize("name", ["search_texts.py", "one_program.py"])
+def test_the_examples_run(model, monkeypatch, capsys, name) -> None:
+    monkeypatch.setattr(sys, "argv", [name, str(model)])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert "Danube" in capsys.readouterr().out
 
 
 def test_longer_texts_may_be_read_than_in_training(model, retriever) -> None:
