@@ -9,9 +9,9 @@ import numpy as np
 from laser_jax import LatentRetriever
 
 DOCUMENTS = [
-    "Ulm lies on the Danube, below the highest church tower of the world.",
+    "Ulm lies on the Danube.",
     "Kiel lies at the Baltic Sea.",
-    "Jena lies on the Saale and makes lenses.",
+    "Jena makes lenses.",
 ]
 TASK = "Find the passage that answers"
 
