@@ -655,6 +655,9 @@ class RetrieverConfig:
     dtype: Dtype = "float32"
     lora: LoraConfig | None = None
     """Set while adapters are kept apart from the base weights; None once merged."""
+    prompt_checksum: str | None = None
+    """`PromptTokenizer.checksum` in training, which shows a tokenizer or chat template that was
+    changed since; None leaves it unchecked."""
 
     def __post_init__(self) -> None:
         _require(
@@ -733,6 +736,12 @@ def load_retriever_config(directory: str | Path) -> RetrieverConfig:
         values = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from error
+    if isinstance(values, dict) and "prompt" not in values:
+        raise ConfigError(
+            f"{path}: the prompt settings are missing, and other prompts than those of training "
+            'give worse vectors without a sign. Add "prompt": {...} with the fields of '
+            "laser_jax.config.PromptConfig, or pass config=RetrieverConfig(..., prompt=...)"
+        )
     return from_dict(RetrieverConfig, values, source=str(path))
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from laser_jax.batch_encoder import LatentEncoder
 from laser_jax.config import ConfigError, parse_command_line
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, right_pad
-from laser_jax.encoder import LatentEncoder, backbone_for, load_pretrained
+from laser_jax.encoder import backbone_for, load_pretrained
 from laser_jax.evaluation.beir import Document, read_corpus, read_queries
 from laser_jax.losses import pool
 from laser_jax.thinking import TopTokens, top_tokens

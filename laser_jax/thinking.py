@@ -103,7 +103,7 @@ def think(
         step = jax.checkpoint(step, policy=policy, prevent_cse=False)
     carry = (merge_groups([prefix.h_BD for prefix in prefixes]), empty_suffix(caches, generated))
     _, h_KBD = jax.lax.scan(step, carry, jnp.arange(generated), unroll=unroll)
-    sizes = [len(prefix.lengths_B) for prefix in prefixes]
+    sizes = [prefix.lengths_B.shape[0] for prefix in prefixes]
     thoughts = split_groups(jnp.swapaxes(h_KBD, 0, 1).astype(wide), sizes)
     if pooling == "thoughts":
         return thoughts

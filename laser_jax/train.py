@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from laser_jax.batch_encoder import LatentEncoder
 from laser_jax.checkpoint import Checkpoints, fingerprint
 from laser_jax.config import (
     BackboneConfig,
@@ -46,7 +47,6 @@ from laser_jax.data.tokenization import (
     special_token_ids,
     train_tokenizer,
 )
-from laser_jax.encoder import LatentEncoder
 from laser_jax.evaluation.beir import BeirDataset, read_beir
 from laser_jax.evaluation.retrieval import (
     format_table,

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 # jax reads both when it is first imported. Compiling is most of what the tests wait for: without
 # optimisation and fusion a third of that is left. Flags of the environment come last and win.
@@ -70,3 +73,24 @@ def require_torch() -> None:
     """Skips where torch or peft is not installed."""
     if reason := _torch_absent():
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def compilations() -> Callable[[], AbstractContextManager[list[str]]]:
+    """A context that lists what XLA compiles within it, an entry a program."""
+
+    @contextmanager
+    def counted() -> Iterator[list[str]]:
+        events: list[str] = []
+
+        def listen(event: str, duration: float, **_: Any) -> None:
+            if event.endswith("backend_compile_duration"):
+                events.append(event)
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            yield events
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+
+    return counted

@@ -1,37 +1,38 @@
-"""From tokens to vectors: padding, batches, every K from one pass, and what does not load."""
+"""The pure `encode`: padding, inside other programs, exported; and what does not load."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax.sharding import Mesh
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from laser_jax.config import (
-    ConfigError,
     LoraConfig,
     MeshConfig,
     RetrieverConfig,
     ScratchConfig,
     save_retriever_config,
 )
-from laser_jax.encoder import LatentEncoder, backbone_for, encode, load_pretrained, right_padded
+from laser_jax.encoder import (
+    backbone_for,
+    encode,
+    encode_all_steps,
+    load_pretrained,
+    right_padded,
+)
 from laser_jax.hf import save_adapter, save_params
 from laser_jax.modeling.backbone import Backbone, Variables, unstack_layers
-from laser_jax.sharding import make_mesh, shardings
+from laser_jax.sharding import MESH_AXES, make_mesh
 
 SCRATCH = ScratchConfig(
     hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=24
@@ -126,159 +127,127 @@ def test_scanned_and_unstacked_layers_give_the_same_vectors(base, alone) -> None
     np.testing.assert_allclose(embed(unstacked, *padded(8, left=True)), alone, atol=1e-5)
 
 
-# --- many rows ---------------------------------------------------------------------------------
+# --- inside other programs -----------------------------------------------------------------------
+
+BATCH = (np.arange(48, dtype=np.int32).reshape(8, 6) % 29, np.ones((8, 6), np.int32))
+BATCH[1][1, :3] = 0  # padding in front of one row and behind another
+BATCH[1][2, 4:] = 0
 
 
-def encoder(base: Variables, **settings: Any) -> LatentEncoder:
-    settings = {"batch_size": 2, "length_multiple": 4, **settings}
-    return LatentEncoder(base, CONFIG, **settings)
+def step(variables: Variables, ids_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
+    return encode(variables, ids_BT, mask_BT, config=CONFIG)
 
 
-def test_every_k_comes_from_one_pass_in_the_order_given(base, separate) -> None:
-    vectors = encoder(base).encode_tokens(ROWS, [3, 1, 2])  # the last batch is half full
-    np.testing.assert_allclose(vectors, separate[[2, 0, 1]], atol=1e-5)
-    assert vectors.dtype == np.float32
+@pytest.fixture(scope="module")
+def wanted(base) -> np.ndarray:
+    return embed(base, *BATCH)
 
 
-def test_thoughts_alone_are_pooled_at_every_k(base) -> None:
-    config = dataclasses.replace(CONFIG, pooling="thoughts")
-    vectors = LatentEncoder(base, config, batch_size=5).encode_tokens(ROWS, [1, 2])
-    for k, got in zip((1, 2), vectors, strict=True):
-        wanted = EMBED(base, *padded(8, left=False), config=config, num_thinking_steps=k)
-        np.testing.assert_allclose(got, wanted, atol=1e-5)
+def test_it_maps_over_batches(base, wanted) -> None:
+    two = jax.jit(jax.vmap(step, in_axes=(None, 0, 0)))(base, *(a.reshape(2, 4, 6) for a in BATCH))
+    np.testing.assert_allclose(two.reshape(8, -1), wanted, atol=1e-5)
 
 
-@contextmanager
-def compilations() -> Iterator[list[str]]:
-    """The programs that XLA compiles within."""
-    events: list[str] = []
-
-    def listen(event: str, duration: float, **_: Any) -> None:
-        if event.endswith("backend_compile_duration"):
-            events.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield events
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+@pytest.mark.parametrize("names", [("rows",), MESH_AXES])
+def test_it_runs_under_shard_map_on_a_mesh_of_any_names(base, wanted, names) -> None:
+    sizes = (8,) if names == ("rows",) else (2, 2, 2)
+    mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
+    rows = PartitionSpec(names[:2])
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(PartitionSpec(), rows, rows), out_specs=rows)
+    np.testing.assert_allclose(jax.jit(mapped)(base, *BATCH), wanted, atol=1e-5)
 
 
-def test_one_program_serves_every_batch_of_a_shape(base) -> None:
-    many = encoder(base)
-    with compilations() as compiled:
-        many.encode_tokens(ROWS, [2])
-    assert len(compiled) == 2  # rows of up to 4 and up to 8 tokens
-    with compilations() as compiled:
-        many.encode_tokens([*ROWS, *ROWS, [1, 2, 3]], [2])
-    assert compiled == []
+@pytest.mark.parametrize("names", [("rows",), MESH_AXES])
+def test_it_runs_under_auto_axes_on_an_explicit_mesh(base, wanted, names) -> None:
+    sizes = (8,) if names == ("rows",) else (2, 2, 2)
+    mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Explicit,) * len(names))
+    rows = PartitionSpec(names[:2])
+    with jax.set_mesh(mesh):
+        split = jax.device_put(BATCH, NamedSharding(mesh, rows))
+        vectors = jax.jit(jax.sharding.auto_axes(step, out_sharding=rows))(base, *split)
+    assert vectors.sharding.spec == PartitionSpec(names[:2], None)
+    np.testing.assert_allclose(vectors, wanted, atol=1e-5)
 
 
-def test_other_weights_run_in_the_same_programs(base, alone) -> None:
-    zeros = jax.tree.map(np.zeros_like, base)
-    many = encoder(zeros)
-    many.encode_tokens(ROWS, [3])
-    with compilations() as compiled:
-        vectors = many.with_variables(base).encode_tokens(ROWS, [3])[0]
-    assert compiled == []
-    np.testing.assert_allclose(vectors, alone, atol=1e-5)
-    np.testing.assert_array_equal(many.encode_tokens(ROWS, [3]), 0.0)
+def test_it_runs_on_our_mesh(base, wanted) -> None:
+    with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
+        np.testing.assert_allclose(jax.jit(step)(base, *BATCH), wanted, atol=1e-5)
 
 
-def test_the_attention_kernel_is_chosen_and_reported(base) -> None:
-    many = encoder(base)
-    assert (many.attention, many.attention_reason) == ("xla", "cuDNN runs on NVIDIA GPUs")
-    assert encoder(base, attention="xla").attention_reason == "as asked"
-    with pytest.raises(ConfigError, match="splash attention runs on TPUs"):
-        encoder(base, attention="splash")
+def test_it_has_a_gradient_that_points_uphill(base) -> None:
+    target_D = jnp.eye(16)[3]
+
+    @jax.jit
+    def score(variables: Variables) -> jax.Array:
+        return (step(variables, *BATCH) @ target_D).sum()
+
+    before, gradient = jax.jit(jax.value_and_grad(score))(base)
+    after = score(jax.tree.map(lambda w, g: w + 1e-3 * g, base, gradient))
+    length = sum(float((g * g).sum()) for g in jax.tree.leaves(gradient))
+    assert float(after - before) == pytest.approx(1e-3 * length, rel=0.2)
 
 
-# --- a mesh ------------------------------------------------------------------------------------
+def test_all_steps_come_from_one_pass(base, separate) -> None:
+    batch = padded(8, left=False)
+    every = jax.jit(encode_all_steps, static_argnames=("config", "num_thinking_steps"))
+    vectors_BKD = every(base, *batch, config=CONFIG, num_thinking_steps=3)
+    np.testing.assert_allclose(vectors_BKD, separate.swapaxes(0, 1), atol=1e-6)
+    assert vectors_BKD.dtype == jnp.float32
 
 
-def on_mesh(base: Variables, mesh: Mesh) -> Variables:
-    """The weights as the trainer holds them: each split by its logical axes."""
-    init = Backbone(CONFIG.backbone).init
-    layout = shardings(jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32)), mesh)
-    return jax.device_put(base, layout)
+def test_encoding_scoring_and_ranking_are_one_program(base, wanted) -> None:
+    @jax.jit
+    def rank(variables, ids_BT, mask_BT, documents_CD):
+        scores_BC = step(variables, ids_BT, mask_BT) @ documents_CD.T
+        return jax.lax.top_k(scores_BC, 3)
+
+    documents_CD = np.random.default_rng(2).normal(size=(20, 16)).astype(np.float32)
+    _, ids = rank(base, *BATCH, documents_CD)
+    np.testing.assert_array_equal(ids, np.argsort(-wanted @ documents_CD.T, axis=1)[:, :3])
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
-def test_a_mesh_gives_the_vectors_of_one_device(base, alone, sizes) -> None:
-    mesh = make_mesh(MeshConfig(*sizes))
-    many = encoder(on_mesh(base, mesh), batch_size=3, mesh=mesh)
-    assert many.batch_size == {8: 8, 2: 4}[sizes[0]]
-    with jax.set_mesh(mesh):  # as in the trainer, and without
-        np.testing.assert_allclose(many.encode_tokens(ROWS, [3])[0], alone, atol=1e-5)
-    np.testing.assert_allclose(many.encode_tokens(ROWS, [3])[0], alone, atol=1e-5)
-
-
-def test_weights_on_a_mesh_stay_as_they_lie_and_others_run_in_the_same_programs(
-    base, alone
-) -> None:
-    mesh = make_mesh(MeshConfig(2, 2, 2))
-    zeros, weights = on_mesh(jax.tree.map(np.zeros_like, base), mesh), on_mesh(base, mesh)
-    many = encoder(zeros, mesh=mesh)
-    many.encode_tokens(ROWS, [3])
-    with jax.transfer_guard_device_to_device("disallow"), compilations() as compiled:
-        other = many.with_variables(weights)
-        vectors = other.encode_tokens(ROWS, [3])[0]
-    assert compiled == []
-    assert other._variables is weights
-    np.testing.assert_allclose(vectors, alone, atol=1e-5)
-
-
-WORKER = """
-import sys, jax, numpy as np, jax.numpy as jnp
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from laser_jax.config import MeshConfig
-from laser_jax.encoder import LatentEncoder, backbone_for, load_pretrained
-from laser_jax.sharding import make_mesh, shardings
-variables, config = load_pretrained(sys.argv[3])
-mesh = make_mesh(MeshConfig(1, 2, 1))
-ids = jnp.zeros((1, 2), jnp.int32)
-init = backbone_for(config, variables).init
-layout = shardings(jax.eval_shape(init, jax.random.key(0), ids), mesh)
-variables = jax.tree.map(
-    lambda a, s: jax.make_array_from_callback(a.shape, s, lambda index: a[index]), variables, layout
-)
-encoder = LatentEncoder(variables, config, batch_size=3, length_multiple=8, mesh=mesh)
-rows = eval(sys.argv[4])
-np.save(f"{sys.argv[3]}/{sys.argv[2]}.npy", encoder.encode_tokens(rows, [1, 3]))
+RELOAD = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("laser_jax", "flax"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+import jax, numpy as np
+from pathlib import Path
+folder = Path(sys.argv[1])
+encode = jax.export.deserialize((folder / "encode.bin").read_bytes())
+arrays = np.load(folder / "arrays.npz")
+params = [arrays[f"p{i}"] for i in range(int(arrays["count"]))]
+for ids, mask in ((arrays["ids"], arrays["mask"]), (arrays["ids"][:3, :5], arrays["mask"][:3, :5])):
+    np.save(folder / f"{len(ids)}.npy", encode.call(params, ids, mask))
+assert not {"laser_jax", "flax"} & set(sys.modules)
 """
 
 
-def test_two_processes_both_get_the_vectors_of_one(base, separate, tmp_path: Path) -> None:
-    directory = export(tmp_path, base)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, address, str(i), str(directory), str(ROWS)],
-            stderr=subprocess.PIPE,
-            env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
-            text=True,
-        )
-        for i in range(2)
-    ]
-    said = [worker.communicate()[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], said
-    for i in range(2):
-        vectors = np.load(directory / f"{i}.npy")
-        np.testing.assert_allclose(vectors, separate[[0, 2]], atol=1e-5)
+def test_an_exported_program_runs_where_laser_jax_is_not(base, wanted, tmp_path: Path) -> None:
+    pytest.importorskip("flatbuffers", reason="jax.export serialises with it: laser-jax[export]")
+    leaves, tree = jax.tree.flatten(base)
 
+    def program(leaves: list[jax.Array], ids_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
+        return step(jax.tree.unflatten(tree, leaves), ids_BT, mask_BT)
 
-def test_no_rows_give_no_vectors(base) -> None:
-    vectors = encoder(base).encode_tokens([], [1, 2])
-    assert vectors.shape == (2, 0, 16)
-    assert vectors.dtype == np.float32
-
-
-@pytest.mark.parametrize("steps", [[], [2, 0], [-1]])
-def test_steps_below_one_are_refused(base, steps) -> None:
-    with pytest.raises(ValueError, match="at least 1"):
-        encoder(base).encode_tokens(ROWS, steps)
+    b, t = jax.export.symbolic_shape("b, t")
+    batch = jax.ShapeDtypeStruct((b, t), np.int32)
+    weights = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in leaves]
+    exported = jax.export.export(jax.jit(program))(weights, batch, batch)
+    (tmp_path / "encode.bin").write_bytes(exported.serialize())
+    named = {f"p{i}": leaf for i, leaf in enumerate(leaves)}
+    np.savez(tmp_path / "arrays.npz", ids=BATCH[0], mask=BATCH[1], count=len(leaves), **named)
+    subprocess.run(
+        [sys.executable, "-c", RELOAD, str(tmp_path)],
+        check=True,
+        cwd=tmp_path,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    )
+    np.testing.assert_allclose(np.load(tmp_path / "8.npy"), wanted, atol=1e-5)
+    shorter = embed(base, BATCH[0][:3, :5], BATCH[1][:3, :5])
+    np.testing.assert_allclose(np.load(tmp_path / "3.npy"), shorter, atol=1e-5)
 
 
 # --- loading -----------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from laser_jax.batch_encoder import LatentEncoder
 from laser_jax.config import PromptConfig, RetrieverConfig, ScratchConfig
 from laser_jax.data.tokenization import PromptTokenizer, train_tokenizer
-from laser_jax.encoder import LatentEncoder
 from laser_jax.evaluation.beir import BeirDataset, DatasetError, Document, EvalQuery
 from laser_jax.evaluation.retrieval import (
     format_table,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from laser_jax.batch_encoder import LatentEncoder
 from laser_jax.config import RetrieverConfig, ScratchConfig, save_retriever_config
 from laser_jax.data.tokenization import (
     PromptTokenizer,
@@ -18,7 +19,7 @@ from laser_jax.data.tokenization import (
     special_token_ids,
     train_tokenizer,
 )
-from laser_jax.encoder import LatentEncoder, load_pretrained
+from laser_jax.encoder import load_pretrained
 from laser_jax.evaluation.beir import Document
 from laser_jax.hf import save_params
 from laser_jax.modeling.backbone import Backbone

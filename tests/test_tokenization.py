@@ -165,6 +165,23 @@ def test_content_truncation_keeps_the_suffix_and_fills_the_room(
         assert (tokens.ids[-1] == p.eos_id) == append_eos
 
 
+@pytest.mark.parametrize("settings", [{}, {"truncation": "sequence"}, {"append_eos": True}])
+def test_the_length_before_truncation_is_reported(prompts, settings) -> None:
+    whole = prompts(document_max_length=4096, **settings).document_prompt(TEXTS[0])
+    assert whole.whole_length == len(whole.ids)
+    cut = prompts(document_max_length=len(whole.ids) - 3, **settings).document_prompt(TEXTS[0])
+    assert cut.whole_length == len(whole.ids) > len(cut.ids)
+    assert cut.truncated
+    assert not whole.truncated
+
+
+def test_the_checksum_tells_other_prompts_apart_but_not_other_lengths(prompts) -> None:
+    own = prompts().checksum()
+    assert prompts(query_max_length=4, document_max_length=8192).checksum() == own
+    assert prompts(thinking_suffix="").checksum() != own
+    assert prompts(query_template="{query} {instruction}").checksum() != own
+
+
 def test_content_truncation_keeps_what_follows_the_query_in_the_template(
     prompts, tokenizer
 ) -> None:

@@ -19,9 +19,10 @@ from safetensors.numpy import load_file, save_file
 
 import laser_jax
 import laser_jax.train as program
+from laser_jax.batch_encoder import LatentEncoder
 from laser_jax.config import Config, RetrieverConfig, parse_command_line
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, right_pad
-from laser_jax.encoder import LatentEncoder, load_pretrained
+from laser_jax.encoder import load_pretrained
 from laser_jax.hf import load_adapter
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -7,6 +7,7 @@ of the tokenizer's chat template and followed by the thinking suffix. The explic
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -152,8 +153,12 @@ class PromptTokens:
     """The tokens of a query or document prompt."""
 
     ids: list[int]
-    truncated: bool
-    """The text did not fit and was shortened."""
+    whole_length: int
+    """How many tokens there were before a text that did not fit was shortened."""
+
+    @property
+    def truncated(self) -> bool:
+        return self.whole_length > len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -285,6 +290,21 @@ class PromptTokenizer:
             ends = token_segment_ends(ids, start, self.separator_id)
         return ExplicitTokens(ids + [self.eos_id] * eos, ends, start, truncated)
 
+    def checksum(self) -> str:
+        """Of the tokens that this makes of a sample, before any truncation: tells another
+        tokenizer, chat template or prompt template from the same one."""
+        query, document = (
+            self.query_prompt_text("Öl, 2 μm?", "Find"),
+            self.document_prompt_text("A"),
+        )
+        sample = [
+            self._whole(query)[0],
+            self._whole(document)[0],
+            self._part("B.\n\nC"),
+            self.eos_id,
+        ]
+        return hashlib.sha256(repr(sample).encode()).hexdigest()[:16]
+
     def require_room(self, instructions: Iterable[str], *, explicit: bool) -> None:
         """Checks that a text of any length fits beside the templates, which otherwise shows only
         when the first long text comes.
@@ -313,10 +333,10 @@ class PromptTokenizer:
             return self._cut_sequence(render(text), max_length, self.config.append_eos)
         limit = max_length - self.config.append_eos
         ids, _ = self._whole(render(text))
-        truncated = len(ids) > limit
-        if truncated:
+        whole_length = len(self._end(ids, self.config.append_eos))
+        if len(ids) > limit:
             ids = self._shorten(render, text, limit, limit_key)
-        return PromptTokens(self._end(ids, self.config.append_eos), truncated)
+        return PromptTokens(self._end(ids, self.config.append_eos), whole_length)
 
     def _shorten(
         self, render: Callable[[str], str], text: str, limit: int, limit_key: str
@@ -343,11 +363,11 @@ class PromptTokenizer:
         puts at the end stay, as in its own truncation."""
         ids, closing = self._whole(text)
         limit = max_length - eos
-        truncated = len(ids) > limit
-        if truncated:
+        whole_length = len(self._end(ids, eos))
+        if len(ids) > limit:
             closing = min(closing, limit)
             ids = ids[: limit - closing] + ids[len(ids) - closing :]
-        return PromptTokens(self._end(ids, eos), truncated)
+        return PromptTokens(self._end(ids, eos), whole_length)
 
     def _end(self, ids: list[int], eos: bool) -> list[int]:
         # An empty text without template and BOS has no token whose state could be read: EOS is.

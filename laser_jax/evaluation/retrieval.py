@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from laser_jax.batch_encoder import LatentEncoder
 from laser_jax.data.tokenization import PromptTokenizer
-from laser_jax.encoder import LatentEncoder
 from laser_jax.evaluation.beir import BeirDataset, DatasetError
 from laser_jax.evaluation.metrics import Run, evaluate_run, mean
 from laser_jax.search import search, trec_order

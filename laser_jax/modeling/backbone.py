@@ -361,7 +361,8 @@ def empty_suffix(prefixes: Sequence[Cache], slots: int) -> Cache:
     rows = sum(last.k.shape[0] for _, last in prefixes)
 
     def zeros(a: jax.Array) -> jax.Array:
-        return jnp.zeros((*a.shape[:-4], rows, slots, *a.shape[-2:]), a.dtype)
+        # zeros_like: under a caller's shard_map they vary over the mesh axes as the prompts do
+        return jnp.zeros_like(a, shape=(*a.shape[:-4], rows, slots, *a.shape[-2:]))
 
     return jax.tree.map(zeros, prefixes[0])
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from laser_jax.batch_encoder import LatentEncoder
 from laser_jax.config import TrainConfig
 from laser_jax.data.tokenization import PromptTokenizer
-from laser_jax.encoder import LatentEncoder
 from laser_jax.evaluation.beir import BeirDataset
 from laser_jax.evaluation.retrieval import METRICS, retrieval_runs, score_runs
 

@@ -1,0 +1,197 @@
+"""Many token rows to vectors: `LatentEncoder` computes what `encode` does, batch by batch.
+
+The programs are compiled ahead of time, one a shape; the batches come from `data.buckets`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from laser_jax.config import AttentionKernel, RetrieverConfig
+from laser_jax.data.buckets import Buckets, IndexedRow
+from laser_jax.data.tokenization import right_pad
+from laser_jax.encoder import backbone_for
+from laser_jax.losses import pool
+from laser_jax.modeling.attention import choose_kernel
+from laser_jax.modeling.backbone import Variables, is_stacked, unstack_layers
+from laser_jax.sharding import batch_sharding
+from laser_jax.views import latent_view
+
+
+class LatentEncoder:
+    """Embeds many token rows, in batches of few shapes, each compiled once ahead of time.
+
+    Attributes:
+        config: as given.
+        buckets: the shapes of the batches.
+        attention: the kernel in use, and `attention_reason` why.
+    """
+
+    def __init__(
+        self,
+        variables: Variables,
+        config: RetrieverConfig,
+        *,
+        batch_size: int = 64,
+        batch_tokens: int = 8192,
+        length_multiple: int = 32,
+        short_batches: Sequence[int] = (),
+        mesh: Mesh | None = None,
+        attention: Literal["auto"] | AttentionKernel = "auto",
+    ):
+        """Places the weights; compiles nothing.
+
+        Args:
+            variables: as `load_pretrained` returns them. With a mesh they are arrays that lie on
+                it, and stay as they lie; without one they go to the default device.
+            batch_size, batch_tokens, length_multiple, short_batches: see `Buckets`. Numbers of rows
+                are rounded to what the mesh divides.
+            mesh: splits the rows of every batch. All processes of it make the same calls.
+            attention: the kernel; `auto` takes the fastest that can run there.
+
+        Raises:
+            ConfigError: the kernel cannot run there.
+        """
+        self.config = config
+        self._mesh = mesh
+        self._rows, self._everywhere, share = None, None, 1
+        if mesh is not None:
+            self._rows, self._everywhere = (
+                batch_sharding(mesh),
+                NamedSharding(mesh, PartitionSpec()),
+            )
+            share = mesh.shape["data"] * mesh.shape["fsdp"]
+        self.buckets = Buckets(
+            batch_size, batch_tokens, length_multiple, tuple(short_batches), share
+        )
+        self._variables = self._placed(variables)
+        self.attention, self.attention_reason = choose_kernel(
+            attention, jax.default_backend(), config.dtype, config.backbone.head_dim
+        )
+        self._backbone = backbone_for(config, self._variables, self.attention)
+        self._programs: dict[Any, jax.stages.Compiled] = {}
+
+    def with_variables(self, variables: Variables) -> LatentEncoder:
+        """The same encoder with other weights of the same shapes, dtypes and places: it shares the
+        compiled programs."""
+        other = copy.copy(self)
+        other._variables = self._placed(variables)
+        return other
+
+    def with_batch_size(self, batch_size: int) -> LatentEncoder:
+        """The same encoder with another number of rows, which is another set of shapes."""
+        other = copy.copy(self)
+        other.buckets = dataclasses.replace(self.buckets, batch_size=batch_size)
+        return other
+
+    def _placed(self, variables: Variables) -> Variables:
+        if self._mesh is not None:
+            return variables
+        unstack = is_stacked(variables) and jax.default_backend() != "tpu"
+        return jax.device_put(unstack_layers(variables) if unstack else variables)
+
+    def _embed(
+        self, variables: Variables, ids_BT: jax.Array, lengths_B: jax.Array, steps: tuple[int, ...]
+    ) -> jax.Array:
+        hidden_BKD = latent_view(
+            self._backbone, variables, ids_BT, lengths_B, max(steps), self.config.pooling
+        )
+        return jnp.stack([pool(hidden_BKD[:, :k]) for k in steps])
+
+    def _program(self, rows: int, width: int, steps: tuple[int, ...]) -> jax.stages.Compiled:
+        """The program for batches of this shape."""
+        key = (rows, width, steps)
+        if key not in self._programs:
+            ids_BT, lengths_B = (
+                jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._rows)
+                for shape in ((rows, width), (rows,))
+            )
+            jitted = jax.jit(self._embed, static_argnums=3, out_shardings=self._everywhere)
+            # `constrain` looks for the mesh while the program is traced
+            with jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext():
+                lowered = jitted.lower(self._variables, ids_BT, lengths_B, steps)
+            self._programs[key] = lowered.compile()
+        return self._programs[key]
+
+    def warm_up(
+        self, longest: int, steps: Sequence[int], *, shortest: int = 1, progress: str | None = None
+    ) -> None:
+        """Compiles every program that rows of `shortest` to `longest` tokens can need, so that
+        `encode_tokens` with the same `steps` compiles nothing. With jax's compilation cache
+        (JAX_COMPILATION_CACHE_DIR) only the first process on a machine waits for it."""
+        shapes = self.buckets.shapes(shortest, longest)
+        for shape in tqdm(shapes, progress, disable=None if progress else True, leave=False):
+            self._program(*shape, tuple(steps))
+
+    def _start(self, rows: Sequence[Sequence[int]], steps: tuple[int, ...]) -> jax.Array:
+        """Begins a batch: [S, B, D], perhaps still being computed."""
+        size, width = self.buckets.shape(rows)
+        # the spare rows of a batch that is not full are dropped by `encode_blocks`
+        batch = right_pad([*rows, *[rows[-1]] * (size - len(rows))], 0, width)
+        if self._rows is not None:
+            batch = [
+                jax.make_array_from_callback(array.shape, self._rows, array.__getitem__)
+                for array in batch
+            ]
+        return self._program(size, width, steps)(self._variables, *batch)
+
+    def encode_tokens(
+        self, rows: Sequence[Sequence[int]], steps: Sequence[int], *, progress: str | None = None
+    ) -> np.ndarray:
+        """The embeddings of `rows` at every K of `steps`, from one pass with the largest K.
+
+        Args:
+            rows: token ids, unpadded; on a mesh the same in every process.
+            steps: values of K, each at least 1.
+            progress: label of a progress bar; None for silence.
+
+        Returns:
+            [len(steps), len(rows), D] float32, in the order given, in every process.
+        """
+        return self.encode_blocks([list(enumerate(rows))], len(rows), steps, progress=progress)
+
+    def encode_blocks(
+        self,
+        blocks: Iterable[Sequence[IndexedRow]],
+        count: int,
+        steps: Sequence[int],
+        *,
+        progress: str | None = None,
+    ) -> np.ndarray:
+        """`encode_tokens` for `count` rows that arrive in blocks, each with its place in the
+        result: a block can be tokenised while the one before it is on the device."""
+        steps = tuple(steps)
+        if not steps or min(steps) < 1:
+            raise ValueError(f"every number of thinking steps must be at least 1, got {steps}")
+        out = np.empty((len(steps), count, self.config.backbone.hidden_size), np.float32)
+        # The device computes the next batch while one is copied to the host. Processes on a mesh
+        # wait for each: two programs with collectives in flight were seen to hang on CPU (gloo).
+        ahead = 1 if jax.process_count() == 1 else 0
+        started: deque[tuple[list[int], jax.Array]] = deque()
+        bar = tqdm(total=count, desc=progress, disable=None if progress else True, leave=False)
+        with bar:
+
+            def finish() -> None:
+                places, embeddings = started.popleft()
+                out[:, places] = np.asarray(embeddings)[:, : len(places)]
+                bar.update(len(places))
+
+            for batch in self.buckets.batches(blocks):
+                rows = [row for _, row in batch]
+                started.append(([place for place, _ in batch], self._start(rows, steps)))
+                if len(started) > ahead:
+                    finish()
+            while started:
+                finish()
+        return out
