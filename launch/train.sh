@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# One process of a training run, with an exit status that says what to do next:
+#   0    finished: results.json is in the output directory
+#   75   stopped by SIGTERM or SIGINT, and saved: the same command goes on from there
+#   else the status of an error, which the training has printed
+# python -m laser_jax.train itself ends with 0 in the first two cases.
+#
+# usage: launch/train.sh [--dry-run] -- TRAINING ARGUMENTS
+#
+# PYTHON names the interpreter (python), RESULTS_WAIT the seconds (60) that a shared file system
+# may take to show a file that process 0 wrote.
+
+set -euo pipefail
+# shellcheck source=launch/commands.sh
+source "$(dirname "${BASH_SOURCE[0]}")/commands.sh"
+
+parse "" "" "$@"
+require_training
+command=("${PYTHON:-python}" -m laser_jax.train "${training[@]}")
+quoted "${command[@]}"
+if $dry_run; then exit 0; fi
+
+# A session of its own, since Slurm and terminals signal whole process groups: the training shall
+# get each signal once.
+setsid "${command[@]}" &
+process=$!
+signalled=
+trap 'signalled=true; kill -TERM "$process" 2>/dev/null || true' TERM
+trap 'signalled=true; kill -INT "$process" 2>/dev/null || true' INT
+while true; do
+  signalled=
+  status=0
+  wait "$process" || status=$?
+  # a trapped signal ends `wait` early
+  [[ -n $signalled ]] || break
+done
+((status == 0)) || exit "$status"
+
+results=$(training_output)/results.json
+for ((waited = 0; ; waited++)); do
+  if [[ -e $results ]]; then exit 0; fi
+  ((waited < ${RESULTS_WAIT:-60})) || break
+  sleep 1
+done
+echo "$results is not there: the training was stopped; the same command goes on"
+exit 75
