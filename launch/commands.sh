@@ -95,11 +95,12 @@ require_training_alone() {
   done
 }
 
-# The words as one line that a shell reads back as the same words.
+# The words as one string that any shell reads back as the same words.
 quoted() {
-  local word line=()
+  local word line=() apostrophe="'\\''"
   for word in "$@"; do
-    if [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then line+=("$word"); else line+=("${word@Q}"); fi
+    [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word="'${word//\'/$apostrophe}'"
+    line+=("$word")
   done
   echo "${line[*]}"
 }

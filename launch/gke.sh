@@ -55,8 +55,9 @@ case $command in
     ;;
   image)
     require image
-    run bash -c "set -o pipefail; $(quoted git -C "$(dirname "$here")" archive HEAD) |
-      $(quoted docker build --file launch/Dockerfile --tag "${given[image]}" -)"
+    archive=$(quoted git -C "$(dirname "$here")" archive HEAD)
+    build=$(quoted docker build --file launch/Dockerfile --tag "${given[image]}" -)
+    run bash -c "set -o pipefail; $archive | $build"
     run docker push "${given[image]}"
     ;;
   run)

@@ -1,4 +1,4 @@
-"""The files under configs/: every composition parses, and an overlay changes what it says and no more."""
+"""The files under configs/: every composition parses, an overlay changes what it names alone."""
 
 from __future__ import annotations
 
