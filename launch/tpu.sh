@@ -57,7 +57,7 @@ vm() { run gcloud compute tpus tpu-vm "$1" "$name" "${where[@]}" "${@:2}"; }
 queue() { run gcloud compute tpus queued-resources "$1" "$name" "${where[@]}" "${@:2}"; }
 # on WORKER WORD ...: the command of tpu_worker.sh, there
 on() {
-  vm ssh --worker="$1" --command="$(quoted bash laser_jax/launch/tpu_worker.sh "${@:2}")"
+  vm ssh --quiet --worker="$1" --command="$(quoted bash laser_jax/launch/tpu_worker.sh "${@:2}")"
 }
 
 software_version() {
@@ -103,8 +103,8 @@ install_package() {
   local archive=${TMPDIR:-/tmp}/laser_jax-$name.tar.gz
   run git -C "$(dirname "$here")" archive --format=tar.gz --prefix=laser_jax/ --output="$archive" HEAD &&
     run gcloud compute tpus tpu-vm scp "$archive" "$name:laser_jax.tar.gz" "${where[@]}" \
-      --worker=all &&
-    vm ssh --worker=all --command="tar xzf laser_jax.tar.gz" &&
+      --quiet --worker=all &&
+    vm ssh --quiet --worker=all --command="tar xzf laser_jax.tar.gz" &&
     on all install ${given[bucket]:+--bucket "${given[bucket]}"}
 }
 
