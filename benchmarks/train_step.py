@@ -1,0 +1,384 @@
+"""One training step, ours in its variants and PyTorch's: time, compile time, work and memory.
+
+    python -m benchmarks.train_step [--full] [--backbone NAME] [--output FILE]
+
+All contenders take an AdamW step of the four-term loss on the same batch from the same weights, on
+one device, and every one that claims to compute the same function is checked before it is timed:
+losses and gradient norm must be those of `fast`, or the program stops. Ours:
+
+fast             query and chain of thought in one pass, queries and documents think together
+parity           a pass for each view
+gradcache / n    n micro-batches, the loss over the whole batch, each read twice
+plain / n        n micro-batches, each with a loss over its own documents: another function
+remat dots, full the backward pass recomputes
+
+PyTorch's, where it is installed: see benchmarks/torch_reference.py. The contenders share their
+device one at a time; our programs hand one training state on, so that it is held once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from benchmarks.flops import matmul_flops
+from benchmarks.measure import (
+    BenchmarkError,
+    Report,
+    Run,
+    command_line,
+    environment,
+    positive,
+    ratio_cell,
+    seconds_cell,
+    time_alternating,
+    timing_fields,
+    torch_unusable,
+)
+from benchmarks.workload import (
+    SHAPES,
+    TINY,
+    TrainShape,
+    add_backbone,
+    add_train_shape,
+    make_backbone,
+    random_batch,
+    random_variables,
+    train_shape,
+)
+from laser_jax.config import (
+    BackboneConfig,
+    Config,
+    DataConfig,
+    Dtype,
+    LoraConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ScratchConfig,
+    TrainConfig,
+    as_dict,
+)
+from laser_jax.data.pipeline import Batch
+from laser_jax.modeling.backbone import Backbone, Variables
+from laser_jax.sharding import MESH_AXES, batch_sharding
+from laser_jax.step import (
+    TrainState,
+    abstract_state,
+    compile_train_step,
+    init_state,
+    learning_rate_schedule,
+    make_optimizer,
+    make_train_step,
+)
+
+TERMS = ("loss", "latent", "explicit", "output", "trajectory")
+# Relative. In bfloat16 a score is good to 0.004, which a temperature of 0.02 multiplies by 50.
+LOSS_TOLERANCE: dict[Dtype, float] = {"float32": 1e-4, "bfloat16": 0.2}
+GRADIENT_TOLERANCE: dict[Dtype, float] = {"float32": 1e-3, "bfloat16": 0.5}
+OPTIMIZER = OptimizerConfig(warmup_ratio=0.0, schedule="constant")
+STEPS = 1_000_000
+"""Of the learning-rate schedule, which is constant."""
+
+Metrics = Mapping[str, float]
+
+
+# --- our contenders --------------------------------------------------------------------------
+
+
+def base_config(shape: TrainShape, dtype: Dtype, lora: LoraConfig | None) -> Config:
+    """The settings of `fast`. Of the model the step itself reads nothing: the backbone carries it."""
+    return Config(
+        ModelConfig(scratch=ScratchConfig(), dtype=dtype, param_dtype=dtype),
+        DataConfig(group_size=shape.documents_per_query),
+        lora=lora,
+        objective=ObjectiveConfig(num_thinking_steps=shape.thinking_steps, views="fast"),
+        optimizer=OPTIMIZER,
+        train=TrainConfig(batch_size=shape.queries),
+    )
+
+
+def variants(
+    base: Config, gradcache: Sequence[int], plain: Sequence[int], remat: Sequence[Any]
+) -> dict[str, Config]:
+    """Our contenders by name."""
+
+    def chunked(accumulation: Any, parts: int) -> Config:
+        if base.train.batch_size % parts:
+            raise BenchmarkError(
+                f"{base.train.batch_size} queries do not divide into {parts} micro-batches"
+            )
+        size = base.train.batch_size // parts
+        return replace(
+            base, train=replace(base.train, micro_batch_size=size, accumulation=accumulation)
+        )
+
+    return {
+        "fast": base,
+        "parity": replace(base, objective=replace(base.objective, views="parity")),
+        **{f"gradcache / {n}": chunked("gradcache", n) for n in gradcache},
+        **{f"plain / {n}": chunked("plain", n) for n in plain},
+        **{f"remat {r}": replace(base, model=replace(base.model, remat=r)) for r in remat},
+    }
+
+
+def same_function(config: Config) -> bool:
+    """Whether a variant computes the loss of `fast`."""
+    return config.train.accumulation != "plain" or config.train.num_micro_batches == 1
+
+
+def one_device_mesh() -> Mesh:
+    """A mesh over the first device, as PyTorch has one."""
+    return jax.make_mesh(
+        (1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
+    )
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A step that is ready to run, and what its making took."""
+
+    program: Any
+    facts: dict[str, Any]
+
+
+def compile_variant(
+    config: Config, backbone: Backbone, abstract: TrainState, batch: Batch, mesh: Mesh
+) -> Compiled:
+    """Traces and compiles the step of `config`, without a persistent cache."""
+    optimizer = make_optimizer(config.optimizer, STEPS)
+    step = make_train_step(
+        backbone.clone(remat=config.model.remat),
+        config,
+        optimizer,
+        learning_rate_schedule(config.optimizer, STEPS),
+    )
+    jitted: Any = compile_train_step(step, abstract, mesh)
+    began = time.perf_counter()
+    lowered = jitted.lower(abstract, batch, None)
+    traced = time.perf_counter()
+    program = lowered.compile()
+    compiled = time.perf_counter()
+    cost, memory = program.cost_analysis(), program.memory_analysis()
+    return Compiled(
+        program,
+        {
+            "trace_seconds": traced - began,
+            "compile_seconds": compiled - traced,
+            "matmul_flops": matmul_flops(step, abstract, batch, None),
+            "xla_flops_loops_once": cost.get("flops"),
+            "xla_bytes_loops_once": cost.get("bytes accessed"),
+            "temp_bytes": memory.temp_size_in_bytes,
+            "argument_bytes": memory.argument_size_in_bytes,
+        },
+    )
+
+
+class OurTraining:
+    """The training state that our programs hand on, and the batch that all of them read."""
+
+    def __init__(self, start: Any, layout: Any, batch: Batch):
+        self._start, self._layout, self._batch = start, layout, batch
+        self._state: TrainState | None = None
+
+    def restart(self) -> None:
+        """Back to the first weights."""
+        self._state = jax.device_put(self._start, self._layout)
+
+    def run(self, program: Any) -> dict[str, jax.Array]:
+        """One step."""
+        self._state, metrics = program(self._state, self._batch, None)
+        return metrics
+
+
+@contextmanager
+def no_persistent_cache() -> Iterator[None]:
+    """Compilations within this are real ones."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+
+
+# --- agreement -------------------------------------------------------------------------------
+
+
+def require_agreement(name: str, got: Metrics, wanted: Metrics, dtype: Dtype) -> None:
+    """Raises a BenchmarkError where a contender does not compute what `fast` computes."""
+    tolerances = dict.fromkeys(TERMS, LOSS_TOLERANCE[dtype])
+    tolerances["grad_norm"] = GRADIENT_TOLERANCE[dtype]
+    wrong = [
+        f"{term} {got[term]:.8g} and not {wanted[term]:.8g}"
+        for term, tolerance in tolerances.items()
+        if not np.isclose(got[term], wanted[term], rtol=tolerance, atol=0)
+    ]
+    if wrong:
+        raise BenchmarkError(f"{name} computes another function than fast: {'; '.join(wrong)}")
+
+
+# --- the program -----------------------------------------------------------------------------
+
+
+def torch_contenders(
+    variables: Variables,
+    backbone: BackboneConfig,
+    lora: LoraConfig | None,
+    dtype: Dtype,
+    batch: Batch,
+    objective: ObjectiveConfig,
+) -> dict[str, Run]:
+    """The transcriptions as callables that take a step and return its metrics."""
+    from benchmarks.torch_reference import TRANSCRIPTIONS, TorchTraining, exported, load
+
+    with exported(variables, backbone, lora, dtype) as export:
+        return {
+            transcription.name: TorchTraining(
+                transcription,
+                load(export, transcription, train=True),
+                batch,
+                objective,
+                OPTIMIZER,
+            )
+            for transcription in TRANSCRIPTIONS
+        }
+
+
+def why_no_torch(dtype: Dtype, lora: LoraConfig | None) -> str | None:
+    """Why the PyTorch contenders are absent, None where they are not."""
+    if lora is None and dtype != "float32":
+        return "full fine-tuning is transcribed in float32 alone"
+    return torch_unusable()
+
+
+def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
+    """Checks and times the contenders.
+
+    Raises:
+        BenchmarkError: a contender computes another function than `fast`.
+    """
+    shape = train_shape(options)
+    backbone_config = SHAPES[TINY if options.quick else options.backbone]
+    gradcache, plain, remat = options.gradcache, options.plain, options.remat
+    if options.quick:
+        gradcache, plain, remat = [2], [2], ["full"]
+    lora = None if options.full else LoraConfig(rank=options.lora_rank, alpha=options.lora_rank / 2)
+    report = Report(
+        "train_step",
+        arguments,
+        {
+            "backbone": as_dict(backbone_config),
+            "shape": vars(shape),
+            "lora": None if lora is None else as_dict(lora),
+            "dtype": options.dtype,
+            "optimizer": as_dict(OPTIMIZER),
+            "repeats": options.repeats,
+            "warmup": options.warmup,
+        },
+        environment(),
+    )
+    base = base_config(shape, options.dtype, lora)
+    configs = variants(base, gradcache, plain, remat)
+
+    mesh = one_device_mesh()
+    backbone = make_backbone(backbone_config, options.dtype, lora)
+    # what is trained is float32, and `abstract_state` sees to the storage dtype of a frozen base
+    backbone = backbone.clone(param_dtype=jnp.float32)
+    optimizer = make_optimizer(OPTIMIZER, STEPS)
+    abstract = abstract_state(backbone, optimizer, mesh, jnp.dtype(options.dtype))
+    batch = random_batch(shape, backbone_config.vocab_size)
+    variables = jax.device_get(random_variables(backbone))
+    with jax.set_mesh(mesh):
+        start = jax.device_get(init_state(backbone, optimizer, abstract, 0, None))
+        start = with_variables(start, variables)
+        placed = jax.device_put(batch, batch_sharding(mesh))
+        training = OurTraining(start, jax.tree.map(lambda a: a.sharding, abstract), placed)
+
+        contenders: dict[str, Run] = {}
+        facts: dict[str, dict[str, Any]] = {}
+        metrics: dict[str, dict[str, float]] = {}
+        for name, config in configs.items():
+            with no_persistent_cache():
+                compiled = compile_variant(config, backbone, abstract, placed, mesh)
+            facts[name] = compiled.facts
+            contenders[name] = lambda program=compiled.program: training.run(program)
+        why_not = why_no_torch(options.dtype, lora)
+        if why_not is None:
+            contenders |= torch_contenders(
+                variables, backbone_config, lora, options.dtype, batch, base.objective
+            )
+        else:
+            report.notes.append(f"PyTorch is not measured: {why_not}.")
+        for name, run in contenders.items():
+            training.restart()
+            metrics[name] = {key: float(value) for key, value in run().items()}
+            if name not in configs or same_function(configs[name]):
+                require_agreement(name, metrics[name], metrics["fast"], options.dtype)
+        times = time_alternating(contenders, repeats=options.repeats, warmup=options.warmup)
+    for name in contenders:
+        report.rows.append(
+            {"contender": name}
+            | timing_fields(times, name, base="fast")
+            | {"queries_per_second": shape.queries / float(np.median(times[name]))}
+            | facts.get(name, {})
+            | {"first_step": metrics[name]}
+        )
+    return report
+
+
+def with_variables(state: TrainState, variables: Variables) -> TrainState:
+    """The state with other weights."""
+    if state.frozen is None:
+        return replace(state, trained=variables["params"])
+    frozen = jax.tree.map(lambda a, like: a.astype(like.dtype), variables["params"], state.frozen)
+    return replace(state, trained=variables["lora"], frozen=frozen)
+
+
+def _scaled(row: dict[str, Any], key: str, unit: float, digits: int = 0) -> str:
+    return f"{row[key] / unit:,.{digits}f}" if key in row else ""
+
+
+COLUMNS = {
+    "step": lambda row: row["contender"],
+    "time (quartiles)": lambda row: seconds_cell(row["seconds"]),
+    "× fast (quartiles)": lambda row: ratio_cell(row["ratio"]),
+    "queries/s": lambda row: f"{row['queries_per_second']:.2f}",
+    "trace, s": lambda row: _scaled(row, "trace_seconds", 1, 1),
+    "compile, s": lambda row: _scaled(row, "compile_seconds", 1, 1),
+    "matmul GFLOP": lambda row: _scaled(row, "matmul_flops", 1e9),
+    "temporary MiB": lambda row: _scaled(row, "temp_bytes", 2**20),
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command line."""
+    parser = command_line("train_step", __doc__)
+    add_backbone(parser)
+    add_train_shape(parser)
+    parser.add_argument("--full", action="store_true", help="train all weights, not adapters")
+    parser.add_argument("--lora_rank", type=positive, default=64, help="default 64")
+    parser.add_argument(
+        "--gradcache", type=positive, nargs="*", default=[2, 4, 8], help="numbers of micro-batches"
+    )
+    parser.add_argument(
+        "--plain", type=positive, nargs="*", default=[4], help="numbers of micro-batches"
+    )
+    parser.add_argument(
+        "--remat", choices=("dots", "full"), nargs="*", default=["dots", "full"]
+    )
+    options = parser.parse_args(arguments)
+    measure(options, arguments).finish(COLUMNS, options.output)
+
+
+if __name__ == "__main__":
+    import sys
+
+    main(sys.argv[1:])
