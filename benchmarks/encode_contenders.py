@@ -32,7 +32,7 @@ class EncodeContenders:
     """
 
     def __init__(self, backbone: BackboneConfig, dtype: Dtype):
-        self._dtype = dtype
+        self._dtype: Dtype = dtype
         self._config = RetrieverConfig(backbone, dtype=dtype)
         variables = random_variables(make_backbone(backbone, dtype, lora=None))
         self._variables = unstack_layers(variables)

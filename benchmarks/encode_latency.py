@@ -52,7 +52,6 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
         "backbone": as_dict(backbone),
         "dtype": options.dtype,
         "repeats": options.repeats,
-        "warmup": options.warmup,
     }
     report = Report("encode_latency", arguments, settings, environment())
     encoders = EncodeContenders(backbone, options.dtype)
@@ -62,7 +61,7 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
         tokens = random_tokens(rng, rows, width, backbone.vocab_size)
         for K in steps:
             contenders = encoders.on(tokens, K)
-            times = time_alternating(contenders, repeats=options.repeats, warmup=options.warmup)
+            times = time_alternating(contenders, repeats=options.repeats)
             report.rows += [
                 {"rows": rows, "tokens": width, "thinking_steps": K, "contender": name}
                 | timing_fields(times, name, base=OURS)

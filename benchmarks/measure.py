@@ -66,7 +66,7 @@ class Spread:
 
 
 def time_alternating(
-    contenders: Mapping[Name, Run], *, repeats: int, warmup: int
+    contenders: Mapping[Name, Run], *, repeats: int, warmup: int = 1
 ) -> dict[Name, list[float]]:
     """Seconds of every repeat of every contender.
 
@@ -226,8 +226,8 @@ class Report:
         load = ", ".join(f"{value:.2f}" for value in e["load_average_at_start"])
         versions = ", ".join(f"{name} {v}" for name, v in e["versions"].items() if v is not None)
         where = (
-            f"{e['date']}, commit {e['commit'] or 'unknown'}. {e['device_count']} × {e['device']} "
-            f"({e['backend']}); {e['processor']}, {e['cores']} cores, load average at start {load}. "
+            f"{e['date']}, commit {e['commit'] or 'unknown'}. {e['processor']}, {e['cores']} cores,"
+            f" load average at start {load}; {e['device_count']} × {e['device']} ({e['backend']}). "
             f"Python {e['python']}, {versions}."
         )
         table = markdown_table(
@@ -247,7 +247,7 @@ class Report:
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """An aligned Markdown table: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    widths = [max(3, *map(len, column)) for column in zip(headings, *rows, strict=True)]
     alignment = [str.ljust] + [str.rjust] * (len(headings) - 1)
 
     def line(cells: Sequence[str]) -> str:
@@ -277,8 +277,10 @@ def ratio_cell(spread: Mapping[str, Any] | None) -> str:
 # --- the command line ------------------------------------------------------------------------
 
 
-def command_line(benchmark: str, description: str | None) -> argparse.ArgumentParser:
-    """A parser with the flags that all programs share."""
+def command_line(
+    benchmark: str, description: str | None, *, repeats: int = 7
+) -> argparse.ArgumentParser:
+    """A parser with the flags that all programs share; `repeats` is the default of `--repeats`."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{benchmark}",
         description=description,
@@ -286,13 +288,14 @@ def command_line(benchmark: str, description: str | None) -> argparse.ArgumentPa
     )
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run?")
     parser.add_argument("--output", type=new_file, help="write the numbers to this JSON file")
-    parser.add_argument("--repeats", type=positive, default=7, help="timed rounds; default 7")
-    parser.add_argument("--warmup", type=positive, default=1, help="untimed rounds; default 1")
+    parser.add_argument(
+        "--repeats", type=positive, default=repeats, help=f"timed rounds; default {repeats}"
+    )
     return parser
 
 
 def new_file(text: str) -> Path:
-    """An argparse type: a path in a folder that exists, which is checked before an hour is spent."""
+    """An argparse type: a path in a folder that exists, so that no result is lost at the end."""
     path = Path(text)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"the folder {path.parent} does not exist; make it first")

@@ -48,7 +48,6 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
         "rows": rows,
         "tokens": width,
         "repeats": options.repeats,
-        "warmup": options.warmup,
     }
     report = Report("thinking_overhead", arguments, settings, environment())
     encoders = EncodeContenders(backbone, options.dtype)
@@ -57,7 +56,7 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
     contenders: dict[tuple[str, int], Run] = {
         (name, K): run for K in steps for name, run in encoders.on(tokens, K).items()
     }
-    times = time_alternating(contenders, repeats=options.repeats, warmup=options.warmup)
+    times = time_alternating(contenders, repeats=options.repeats)
     report.rows = [
         {"contender": name, "thinking_steps": K} | timing_fields(times, (name, K), base=(name, 1))
         for name, K in sorted(contenders)

@@ -25,7 +25,7 @@ SMALL = "small-42m"
 TINY = "tiny"
 SHAPES: dict[str, BackboneConfig] = {
     TINY: ScratchConfig(
-        hidden_size=32, num_layers=3, num_heads=4, head_dim=8, intermediate_size=48
+        hidden_size=32, num_layers=2, num_heads=4, head_dim=8, intermediate_size=48
     ).backbone(vocab_size=97),
     SMALL: ScratchConfig(
         hidden_size=512,
@@ -77,6 +77,11 @@ def train_shape(options: argparse.Namespace) -> TrainShape:
 def add_backbone(parser: argparse.ArgumentParser) -> None:
     """The flags `--backbone` and `--dtype`."""
     parser.add_argument("--backbone", choices=SHAPES, default=SMALL, help=f"default {SMALL}")
+    add_dtype(parser)
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """The flag `--dtype`."""
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
