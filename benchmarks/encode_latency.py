@@ -25,6 +25,7 @@ from benchmarks.measure import (
     seconds_cell,
     time_alternating,
     timing_fields,
+    torch_threads,
 )
 from benchmarks.workload import SHAPES, TINY, add_backbone, random_tokens
 from laser_jax.config import as_dict
@@ -52,6 +53,7 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
         "backbone": as_dict(backbone),
         "dtype": options.dtype,
         "repeats": options.repeats,
+        "torch_threads": torch_threads(),
     }
     report = Report("encode_latency", arguments, settings, environment())
     encoders = EncodeContenders(backbone, options.dtype)

@@ -114,11 +114,6 @@ def timing_fields(times: Mapping[Name, Sequence[float]], name: Name, base: Name)
 
 def environment() -> dict[str, Any]:
     """Machine, versions, date and commit of this run, and how busy the machine is as it begins."""
-    torch_threads = None
-    if torch_missing() is None:
-        import torch
-
-        torch_threads = torch.get_num_threads()
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": git_commit(),
@@ -132,8 +127,16 @@ def environment() -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "torch_threads": torch_threads,
     }
+
+
+def torch_threads() -> int | None:
+    """The threads on which PyTorch computes; None where it cannot be measured."""
+    if torch_unusable() is not None:
+        return None
+    import torch
+
+    return torch.get_num_threads()
 
 
 def version_of(package: str) -> str | None:

@@ -26,6 +26,7 @@ from benchmarks.measure import (
     seconds_cell,
     time_alternating,
     timing_fields,
+    torch_threads,
 )
 from benchmarks.workload import SHAPES, TINY, add_backbone, random_tokens
 from laser_jax.config import as_dict
@@ -48,6 +49,7 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
         "rows": rows,
         "tokens": width,
         "repeats": options.repeats,
+        "torch_threads": torch_threads(),
     }
     report = Report("thinking_overhead", arguments, settings, environment())
     encoders = EncodeContenders(backbone, options.dtype)

@@ -42,6 +42,7 @@ from benchmarks.measure import (
     seconds_cell,
     time_alternating,
     timing_fields,
+    torch_threads,
     torch_unusable,
 )
 from benchmarks.workload import (
@@ -52,7 +53,6 @@ from benchmarks.workload import (
     add_train_shape,
     make_backbone,
     random_batch,
-    random_variables,
     train_shape,
 )
 from laser_jax.config import (
@@ -272,6 +272,7 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
             "dtype": options.dtype,
             "optimizer": as_dict(OPTIMIZER),
             "repeats": options.repeats,
+            "torch_threads": torch_threads(),
         },
         environment(),
     )
@@ -285,10 +286,10 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
     optimizer = make_optimizer(OPTIMIZER, STEPS)
     abstract = abstract_state(backbone, optimizer, mesh, jnp.dtype(options.dtype))
     batch = random_batch(shape, backbone_config.vocab_size)
-    variables = jax.device_get(random_variables(backbone))
     with jax.set_mesh(mesh):
         start = jax.device_get(init_state(backbone, optimizer, abstract, 0, None))
-        start = with_variables(start, variables)
+        if lora is not None:
+            start = replace(start, trained=nudged(start.trained))
         placed = jax.device_put(batch, batch_sharding(mesh))
         training = OurTraining(start, jax.tree.map(lambda a: a.sharding, abstract), placed)
 
@@ -302,7 +303,7 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
         why_not = why_no_torch(options.dtype, lora)
         if why_not is None:
             contenders |= torch_contenders(
-                variables, backbone_config, lora, options.dtype, batch, base.objective
+                start.variables, backbone_config, lora, options.dtype, batch, base.objective
             )
         else:
             report.notes.append(f"PyTorch is not measured: {why_not}.")
@@ -323,12 +324,10 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
     return report
 
 
-def with_variables(state: TrainState, variables: Variables) -> TrainState:
-    """The state with other weights."""
-    if state.frozen is None:
-        return replace(state, trained=variables["params"])
-    frozen = jax.tree.map(lambda a, like: a.astype(like.dtype), variables["params"], state.frozen)
-    return replace(state, trained=variables["lora"], frozen=frozen)
+def nudged(adapters: Any) -> Any:
+    """Adapters that change something: a fresh one has B = 0, and so no gradient reaches its A."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda a: a + rng.normal(0, 0.02, a.shape).astype(a.dtype), adapters)
 
 
 def _cell(keys: Sequence[str], unit: float, digits: int = 1) -> Callable[[dict[str, Any]], str]:

@@ -131,23 +131,9 @@ def random_batch(shape: TrainShape, vocab_size: int, *, shortest: float = 1.0) -
 
 
 def random_variables(backbone: Backbone, seed: int = 0) -> Variables:
-    """Random weights, and adapters that do change something, as a fresh adapter does not.
-
-    Returns:
-        {"params": ...} and, with adapters, "lora"; float32.
-    """
-
-    @jax.jit
-    def draw() -> Variables:
-        key = jax.random.key(seed)
-        variables = dict(nn.meta.unbox(backbone.init(key, jnp.zeros((1, 8), jnp.int32))))
-        if backbone.lora is not None:
-            variables["lora"] = jax.tree.map(
-                lambda a: a + 0.02 * jax.random.normal(key, a.shape), variables["lora"]
-            )
-        return variables
-
-    return draw()
+    """Random weights, {"params": ...}, in the backbone's storage dtype."""
+    ids = jnp.zeros((1, 8), jnp.int32)
+    return nn.meta.unbox(jax.jit(backbone.init)(jax.random.key(seed), ids))
 
 
 def abstract_variables(backbone: Backbone) -> Variables:
