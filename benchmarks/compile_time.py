@@ -60,7 +60,6 @@ from laser_jax.step import (
     make_train_step,
 )
 
-PROGRAMS = ("train_step", "encode")
 T = TypeVar("T")
 
 
@@ -70,23 +69,16 @@ class Case:
 
     backbone: str
     program: str
-    """One of `PROGRAMS`."""
+    """A key of `PROGRAMS`."""
     scanned: bool
     dtype: Dtype
     shape: TrainShape
     """Of the training batch; `encode` reads its queries."""
 
 
-def lower(case: Case) -> Any:
-    """The traced and lowered program of a case."""
+def lower_train_step(case: Case) -> Any:
+    """The training step, traced and lowered."""
     config = SHAPES[case.backbone]
-    if case.program == "encode":
-        variables = abstract_variables(make_backbone(config, case.dtype, None))
-        if not case.scanned:
-            variables = jax.eval_shape(unstack_layers, variables)
-        rows = jax.ShapeDtypeStruct((case.shape.queries, case.shape.query_tokens), jnp.int32)
-        retriever = RetrieverConfig(config, case.shape.thinking_steps, dtype=case.dtype)
-        return jax.jit(functools.partial(encode, config=retriever)).lower(variables, rows, rows)
     settings = base_config(case.shape, case.dtype, LoraConfig())
     backbone = make_backbone(config, case.dtype, settings.lora)
     backbone = backbone.clone(param_dtype=jnp.float32, scan_layers=case.scanned)
@@ -96,6 +88,23 @@ def lower(case: Case) -> Any:
     with jax.set_mesh(mesh):
         jitted: Any = compile_train_step(step, abstract, mesh)
         return jitted.lower(abstract, random_batch(case.shape, config.vocab_size), None)
+
+
+def lower_encode(case: Case) -> Any:
+    """The pure `encode`, traced and lowered."""
+    config = SHAPES[case.backbone]
+    variables = abstract_variables(make_backbone(config, case.dtype, None))
+    if not case.scanned:
+        variables = jax.eval_shape(unstack_layers, variables)
+    rows = jax.ShapeDtypeStruct((case.shape.queries, case.shape.query_tokens), jnp.int32)
+    retriever = RetrieverConfig(config, case.shape.thinking_steps, dtype=case.dtype)
+    return jax.jit(functools.partial(encode, config=retriever)).lower(variables, rows, rows)
+
+
+PROGRAMS: dict[str, Callable[[Case], Any]] = {
+    "train_step": lower_train_step,
+    "encode": lower_encode,
+}
 
 
 @dataclass(frozen=True)
@@ -119,7 +128,7 @@ def make_ready(cases: Sequence[Case], cache: Path) -> list[Ready]:
     for case in cases:
         jax.clear_caches()  # what the case before has traced
         began = time.perf_counter()
-        lowered = lower(case)
+        lowered = PROGRAMS[case.program](case)
         traced, entries = time.perf_counter(), set(cache.glob("*-cache"))
         started = time.perf_counter()
         lowered.compile()
@@ -208,7 +217,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--backbones", choices=SHAPES, nargs="+", default=[SMALL], help=f"default {SMALL}"
     )
-    parser.add_argument("--programs", choices=PROGRAMS, nargs="+", default=PROGRAMS)
+    parser.add_argument("--programs", choices=PROGRAMS, nargs="+", default=[*PROGRAMS])
     options = parser.parse_args(arguments)
     measure(options, arguments).finish(COLUMNS, options.output)
 

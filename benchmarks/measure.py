@@ -121,7 +121,7 @@ def environment() -> dict[str, Any]:
         "versions": {name: version_of(name) for name in PACKAGES},
         "platform": platform.platform(),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": os.cpu_count(),
         "load_average_at_start": os.getloadavg(),
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
