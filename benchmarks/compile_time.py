@@ -42,11 +42,11 @@ from benchmarks.workload import (
     SMALL,
     TINY,
     TrainShape,
-    abstract_variables,
     add_dtype,
     add_train_shape,
     make_backbone,
     random_batch,
+    random_variables,
     train_shape,
 )
 from laser_jax import encode
@@ -54,7 +54,7 @@ from laser_jax.config import Dtype, LoraConfig, RetrieverConfig, as_dict
 from laser_jax.modeling.backbone import unstack_layers
 from laser_jax.step import (
     abstract_state,
-    compile_train_step,
+    jit_train_step,
     learning_rate_schedule,
     make_optimizer,
     make_train_step,
@@ -86,14 +86,16 @@ def lower_train_step(case: Case) -> Any:
     step = make_train_step(backbone, settings, optimizer, learning_rate_schedule(OPTIMIZER, STEPS))
     abstract = abstract_state(backbone, optimizer, mesh, jnp.dtype(case.dtype))
     with jax.set_mesh(mesh):
-        jitted: Any = compile_train_step(step, abstract, mesh)
-        return jitted.lower(abstract, random_batch(case.shape, config.vocab_size), None)
+        return jit_train_step(step, abstract, mesh).lower(
+            abstract, random_batch(case.shape, config.vocab_size), None
+        )
 
 
 def lower_encode(case: Case) -> Any:
     """The pure `encode`, traced and lowered."""
     config = SHAPES[case.backbone]
-    variables = abstract_variables(make_backbone(config, case.dtype, None))
+    backbone = make_backbone(config, case.dtype, None)
+    variables = jax.eval_shape(lambda: random_variables(backbone))
     if not case.scanned:
         variables = jax.eval_shape(unstack_layers, variables)
     rows = jax.ShapeDtypeStruct((case.shape.queries, case.shape.query_tokens), jnp.int32)

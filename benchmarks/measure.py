@@ -15,8 +15,6 @@ import json
 import os
 import platform
 import shlex
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,9 +25,8 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from laser_jax.training.output import write_atomically
+from laser_jax.training.output import code_version, write_atomically
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = ("laser-jax", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "peft")
 REST_SECONDS = 0.05
 """Pause before each timing: the threads of PyTorch's OpenMP spin for some milliseconds after their
@@ -116,7 +113,7 @@ def environment() -> dict[str, Any]:
     """Machine, versions, date and commit of this run, and how busy the machine is as it begins."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": git_commit(),
+        "commit": code_version().get("commit"),
         "python": platform.python_version(),
         "versions": {name: version_of(name) for name in PACKAGES},
         "platform": platform.platform(),
@@ -145,16 +142,6 @@ def version_of(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def git_commit() -> str | None:
-    """The commit of this repository, with `-dirty` where tracked files differ; None outside git."""
-    git = shutil.which("git")
-    if git is None:
-        return None
-    command = [git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    return found.stdout.strip() if found.returncode == 0 else None
 
 
 def torch_missing() -> str | None:

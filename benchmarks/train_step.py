@@ -28,7 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from benchmarks.flops import matmul_flops
 from benchmarks.measure import (
@@ -61,6 +61,7 @@ from laser_jax.config import (
     DataConfig,
     Dtype,
     LoraConfig,
+    MeshConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -70,12 +71,12 @@ from laser_jax.config import (
 )
 from laser_jax.data.pipeline import Batch
 from laser_jax.modeling.backbone import Backbone, Variables
-from laser_jax.sharding import MESH_AXES, batch_sharding
+from laser_jax.sharding import batch_sharding, make_mesh
 from laser_jax.step import (
     TrainState,
     abstract_state,
-    compile_train_step,
     init_state,
+    jit_train_step,
     learning_rate_schedule,
     make_optimizer,
     make_train_step,
@@ -138,9 +139,7 @@ def same_function(config: Config) -> bool:
 
 def one_device_mesh() -> Mesh:
     """A mesh over the first device, as PyTorch has one."""
-    return jax.make_mesh(
-        (1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
+    return make_mesh(MeshConfig(), jax.devices()[:1])
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,7 @@ def compile_variant(
         optimizer,
         learning_rate_schedule(config.optimizer, STEPS),
     )
-    jitted: Any = compile_train_step(step, abstract, mesh)
+    jitted = jit_train_step(step, abstract, mesh)
     began = time.perf_counter()
     lowered = jitted.lower(abstract, batch, None)
     traced = time.perf_counter()

@@ -136,12 +136,6 @@ def random_variables(backbone: Backbone, seed: int = 0) -> Variables:
     return nn.meta.unbox(jax.jit(backbone.init)(jax.random.key(seed), ids))
 
 
-def abstract_variables(backbone: Backbone) -> Variables:
-    """The shapes of a backbone's variables; nothing is computed."""
-    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    return nn.meta.unbox(jax.eval_shape(backbone.init, jax.random.key(0), ids))
-
-
 def make_backbone(config: BackboneConfig, dtype: Dtype, lora: LoraConfig | None) -> Backbone:
     """The module over scanned layers, its weights stored in `dtype`."""
     wanted: Any = jnp.dtype(dtype)
