@@ -1,0 +1,83 @@
+"""The encoders that `encode_latency` and `thinking_overhead` time: ours, and PyTorch's two.
+
+All of them embed the same rows with the same random weights, and must give the same vectors.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.measure import BenchmarkError, Run, torch_unusable
+from benchmarks.workload import make_backbone, random_variables
+from laser_jax import encode
+from laser_jax.config import BackboneConfig, Dtype, RetrieverConfig
+from laser_jax.data.pipeline import Tokens
+from laser_jax.modeling.backbone import unstack_layers
+
+OURS = "ours"
+# Of the difference between two unit vectors. bfloat16 carries 8 bits through every layer.
+TOLERANCE: dict[Dtype, float] = {"float32": 1e-4, "bfloat16": 0.1}
+
+
+class EncodeContenders:
+    """Ours, and PyTorch's where it can run.
+
+    Attributes:
+        notes: why PyTorch is absent, if it is.
+    """
+
+    def __init__(self, backbone: BackboneConfig, dtype: Dtype):
+        self._dtype: Dtype = dtype
+        self._config = RetrieverConfig(backbone, dtype=dtype)
+        variables = random_variables(make_backbone(backbone, dtype, lora=None))
+        self._variables = unstack_layers(variables)
+        self._torch_models: dict[Any, Any] = {}
+        why_not = torch_unusable()
+        self.notes = [] if why_not is None else [f"PyTorch is not measured: {why_not}."]
+        if why_not is None:
+            from benchmarks.torch_reference import TRANSCRIPTIONS, exported, load
+
+            with exported(variables, backbone, None, dtype) as export:
+                self._torch_models = {t: load(export, t, train=False) for t in TRANSCRIPTIONS}
+
+    def on(self, tokens: Tokens, thinking_steps: int) -> dict[str, Run]:
+        """The contenders on one batch, by name; each call embeds it.
+
+        Raises:
+            BenchmarkError: two contenders give different vectors.
+        """
+        run = jax.jit(
+            functools.partial(encode, config=self._config, num_thinking_steps=thinking_steps)
+        )
+        mask_BT = np.arange(tokens.ids_BT.shape[1]) < tokens.lengths_B[:, None]
+        ids_BT, mask_BT = jnp.asarray(tokens.ids_BT), jnp.asarray(mask_BT, jnp.int32)
+        contenders: dict[str, Run] = {OURS: lambda: run(self._variables, ids_BT, mask_BT)}
+        if self._torch_models:
+            from benchmarks.torch_reference import TorchEncoder, left_padded
+
+            for transcription, model in self._torch_models.items():
+                rows = left_padded(tokens, str(model.device))
+                contenders[transcription.name] = TorchEncoder(
+                    transcription, model, rows, thinking_steps
+                )
+        wanted_BD = np.asarray(contenders[OURS]())
+        for name in contenders.keys() - {OURS}:
+            require_same_vectors(name, contenders[name]().cpu().numpy(), wanted_BD, self._dtype)
+        return contenders
+
+
+def require_same_vectors(
+    name: str, got_BD: np.ndarray, wanted_BD: np.ndarray, dtype: Dtype
+) -> None:
+    """Raises a BenchmarkError where a contender's unit rows are not ours."""
+    distance = float(np.linalg.norm(got_BD - wanted_BD, axis=1).max())
+    if not distance <= TOLERANCE[dtype]:
+        raise BenchmarkError(
+            f"{name} computes another function than ours: an embedding is {distance:.2g} off, "
+            f"more than {TOLERANCE[dtype]:.2g}"
+        )

@@ -1,0 +1,321 @@
+"""LaSER's encoder and training step in PyTorch, written from the method's description alone.
+
+Two transcriptions of the same function, over transformers' own Qwen3 or Llama and PEFT's adapters.
+Both make a pass for each view (query, document, explicit), think with a key-value cache and apply
+the same losses; they differ in what an implementer would tune.
+
+`PUBLISHED` is the plain way, with what is known of the released code's cost: eager attention; every
+pass goes through the causal LM and its head, so that logits exist at all positions, [B, T, V], of
+which the last ones are used; the states of all layers are collected and the last ones are read.
+The description leaves open whether the loop keeps a cache or reads the growing input anew. It keeps
+one here: the published loop, timed before, took 1.1 times as long for K = 3 as for K = 1, which
+reading anew would not allow, and it is the faster of the two. The released code's known defects
+(truncation, soft tokens in float16) are not copied: it has to compute our numbers.
+
+`TUNED` computes the same with SDPA, the head on the last position only, states taken from the
+decoder itself, no cache where nothing thinks, and a fused AdamW. It has neither our shared prefix
+nor the common thinking batch of queries and documents, which are ideas of this project.
+
+Rows are padded on the left, as a cache in transformers wants them. The losses are float32.
+"""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import peft
+import torch
+import transformers
+from torch.nn.functional import kl_div, log_softmax, normalize, one_hot, softmax
+
+from benchmarks.measure import torch_device
+from laser_jax.config import BackboneConfig, Dtype, LoraConfig, ObjectiveConfig, OptimizerConfig
+from laser_jax.data.pipeline import Batch, Tokens
+from laser_jax.hf import save_adapter, save_params
+from laser_jax.modeling.backbone import Variables
+
+Model = Any
+"""A causal LM of transformers."""
+
+# transformers 5.24 gave the cache this name and warns of the older one.
+_PARAMETERS = inspect.signature(transformers.Qwen3Model.forward).parameters
+CACHE = "cache" if "cache" in _PARAMETERS else "past_key_values"
+
+transformers.utils.logging.disable_progress_bar()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows padded on the left, on the model's device."""
+
+    ids_BT: torch.Tensor
+    mask_BT: torch.Tensor
+    positions_BT: torch.Tensor
+
+
+def left_padded(tokens: Tokens, device: str) -> Rows:
+    """Our right-padded rows, their real tokens moved to the end."""
+    T = tokens.ids_BT.shape[1]
+    lengths_B1 = torch.asarray(tokens.lengths_B, dtype=torch.long)[:, None]
+    positions_BT = torch.arange(T)[None] - (T - lengths_B1)
+    ids_BT = torch.asarray(tokens.ids_BT, dtype=torch.long).gather(1, positions_BT % T)
+    mask_BT = (positions_BT >= 0).long()
+    return Rows(ids_BT.to(device), mask_BT.to(device), positions_BT.clamp(min=0).to(device))
+
+
+def expected_embedding(model: Model, logits_BV: torch.Tensor) -> torch.Tensor:
+    """The soft token softmax(logits) E as an input of one position, [B, 1, D]."""
+    table_VD = model.get_input_embeddings().weight
+    return (softmax(logits_BV.float(), -1).to(table_VD.dtype) @ table_VD)[:, None]
+
+
+# --- the published way -----------------------------------------------------------------------
+
+
+def published_latent(model: Model, rows: Rows, steps: int) -> torch.Tensor:
+    """The K hidden states, [B, K, D]."""
+    mask_BT, position_B1 = rows.mask_BT, rows.positions_BT[:, -1:]
+    cache = {CACHE: transformers.DynamicCache(config=model.config), "use_cache": True}
+    out = model(
+        input_ids=rows.ids_BT,
+        attention_mask=mask_BT,
+        position_ids=rows.positions_BT,
+        output_hidden_states=True,
+        **cache,
+    )
+    states = [out.hidden_states[-1][:, -1]]
+    for step in range(1, steps):
+        mask_BT = torch.cat([mask_BT, torch.ones_like(mask_BT[:, :1])], dim=1)
+        out = model(
+            inputs_embeds=expected_embedding(model, out.logits[:, -1]),
+            attention_mask=mask_BT,
+            position_ids=position_B1 + step,
+            output_hidden_states=True,
+            **cache,
+        )
+        states.append(out.hidden_states[-1][:, -1])
+    return torch.stack(states, dim=1)
+
+
+def published_explicit(model: Model, rows: Rows) -> torch.Tensor:
+    """The states of all positions, [B, T, D]."""
+    out = model(
+        input_ids=rows.ids_BT,
+        attention_mask=rows.mask_BT,
+        position_ids=rows.positions_BT,
+        use_cache=False,
+        output_hidden_states=True,
+    )
+    return out.hidden_states[-1]
+
+
+# --- the tuned way ---------------------------------------------------------------------------
+
+
+def tuned_latent(model: Model, rows: Rows, steps: int) -> torch.Tensor:
+    """The K hidden states, [B, K, D]."""
+    mask_BT, position_B1 = rows.mask_BT, rows.positions_BT[:, -1:]
+    cache: dict[str, Any] = {"use_cache": False}
+    if steps > 1:
+        cache = {CACHE: transformers.DynamicCache(config=model.config), "use_cache": True}
+    out = model.model(
+        input_ids=rows.ids_BT,
+        attention_mask=mask_BT,
+        position_ids=rows.positions_BT,
+        **cache,
+    )
+    states = [out.last_hidden_state[:, -1]]
+    for step in range(1, steps):
+        mask_BT = torch.cat([mask_BT, torch.ones_like(mask_BT[:, :1])], dim=1)
+        out = model.model(
+            inputs_embeds=expected_embedding(model, model.lm_head(states[-1])),
+            attention_mask=mask_BT,
+            position_ids=position_B1 + step,
+            **cache,
+        )
+        states.append(out.last_hidden_state[:, -1])
+    return torch.stack(states, dim=1)
+
+
+def tuned_explicit(model: Model, rows: Rows) -> torch.Tensor:
+    """The states of all positions, [B, T, D]."""
+    return model.model(
+        input_ids=rows.ids_BT,
+        attention_mask=rows.mask_BT,
+        position_ids=rows.positions_BT,
+        use_cache=False,
+    ).last_hidden_state
+
+
+# --- models ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Transcription:
+    """One way to compute both views."""
+
+    name: str
+    attention: str
+    latent: Callable[[Model, Rows, int], torch.Tensor]
+    explicit: Callable[[Model, Rows], torch.Tensor]
+    fused_optimizer: bool
+
+
+PUBLISHED = Transcription("published PyTorch", "eager", published_latent, published_explicit, False)
+TUNED = Transcription("tuned PyTorch", "sdpa", tuned_latent, tuned_explicit, True)
+TRANSCRIPTIONS = (PUBLISHED, TUNED)
+
+
+@dataclass(frozen=True)
+class Export:
+    """A model of ours in files that transformers and PEFT read."""
+
+    model: Path
+    adapter: Path | None
+
+
+@contextmanager
+def exported(
+    variables: Variables, backbone: BackboneConfig, lora: LoraConfig | None, dtype: Dtype
+) -> Iterator[Export]:
+    """Our weights in a temporary directory, the adapters beside the base and not merged."""
+    host = jax.device_get(variables)
+    with tempfile.TemporaryDirectory() as directory:
+        model = Path(directory, "model")
+        save_params(model, {"params": host["params"]}, backbone, dtype=dtype, lora=None)
+        adapter = None
+        if lora is not None:
+            adapter = Path(directory, "adapter")
+            save_adapter(adapter, host["lora"], lora, backbone, base_model=str(model))
+        yield Export(model, adapter)
+
+
+def load(export: Export, transcription: Transcription, *, train: bool) -> Model:
+    """The causal LM, its adapters in place. What wants gradients is what is trained: the adapters,
+    or everything where there are none."""
+    model: Model = transformers.AutoModelForCausalLM.from_pretrained(
+        export.model, attn_implementation=transcription.attention, dtype="auto"
+    )
+    if export.adapter is not None:
+        wrapped = peft.PeftModel.from_pretrained(model, str(export.adapter), is_trainable=train)
+        model = wrapped.get_base_model()
+    return model.to(torch_device()).train(train)
+
+
+class TorchEncoder:
+    """Embeds one batch again and again. Call it for [B, D] unit rows; it waits for the device."""
+
+    def __init__(self, transcription: Transcription, model: Model, rows: Rows, thinking_steps: int):
+        self._latent, self._model = transcription.latent, model
+        self._rows, self._steps = rows, thinking_steps
+
+    @torch.inference_mode()
+    def __call__(self) -> torch.Tensor:
+        states_BKD = self._latent(self._model, self._rows, self._steps).float()
+        embeddings_BD = normalize(states_BKD.mean(dim=1), dim=-1)
+        _wait(embeddings_BD)
+        return embeddings_BD
+
+
+class TorchTraining:
+    """One optimizer step after the other on one batch. Call it for the metrics of a step."""
+
+    def __init__(
+        self,
+        transcription: Transcription,
+        model: Model,
+        batch: Batch,
+        objective: ObjectiveConfig,
+        optimizer: OptimizerConfig,
+    ):
+        assert batch.explicit is not None
+        device = str(model.device)
+        self._transcription, self._model, self._objective = transcription, model, objective
+        self._query = left_padded(batch.query, device)
+        self._documents = left_padded(batch.documents, device)
+        self._explicit = left_padded(batch.explicit, device)
+        shift_B1 = self._explicit.ids_BT.shape[1] - torch.asarray(batch.explicit.lengths_B)[:, None]
+        keyframes_BK = torch.asarray(batch.keyframes_BK) + shift_B1
+        self._keyframes_BK = keyframes_BK.long().to(device)
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        self._clip_norm = optimizer.clip_norm
+        self._optimizer = torch.optim.AdamW(
+            self._trained,
+            lr=optimizer.learning_rate,
+            betas=(optimizer.b1, optimizer.b2),
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            fused=transcription.fused_optimizer,
+        )
+
+    def terms(self) -> dict[str, torch.Tensor]:
+        """The loss and its four terms (LaSER equation 14)."""
+        transcription, model, objective = self._transcription, self._model, self._objective
+        K = objective.num_thinking_steps
+        hidden_BKD = transcription.latent(model, self._query, K).float()
+        documents_CD = unit_mean(transcription.latent(model, self._documents, K).float())
+        states_BTD = transcription.explicit(model, self._explicit).float()
+        index = self._keyframes_BK[:, :, None].expand(-1, -1, states_BTD.shape[-1])
+        keyframes_BKD = normalize(states_BTD.gather(1, index), dim=-1)
+
+        scores_BC = unit_mean(hidden_BKD) @ documents_CD.T
+        teacher_BC = normalize(states_BTD[:, -1], dim=-1) @ documents_CD.T
+        terms = {
+            "latent": info_nce(scores_BC, objective.temperature),
+            "explicit": info_nce(teacher_BC, objective.temperature),
+            "output": ranking_kl(teacher_BC, scores_BC, objective.output_temperature),
+            "trajectory": ranking_kl(
+                (keyframes_BKD @ documents_CD.T).flatten(0, 1),
+                (normalize(hidden_BKD, dim=-1) @ documents_CD.T).flatten(0, 1),
+                objective.trajectory_temperature,
+            ),
+        }
+        weights = vars(objective.weights)
+        weighted = [weights[name] * term for name, term in terms.items()]
+        return {"loss": torch.stack(weighted).sum(), **terms}
+
+    def __call__(self) -> dict[str, float]:
+        terms = self.terms()
+        terms["loss"].backward()
+        norm = torch.nn.utils.clip_grad_norm_(self._trained, self._clip_norm or float("inf"))
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        _wait(norm)
+        terms["grad_norm"] = norm
+        return {name: float(value.detach()) for name, value in terms.items()}
+
+
+def unit_mean(states_BKD: torch.Tensor) -> torch.Tensor:
+    """normalize(mean over the steps), [B, D]."""
+    return normalize(states_BKD.mean(dim=1), dim=-1)
+
+
+def info_nce(scores_BC: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Cross-entropy of each query's positive, column b G of C = B G."""
+    B, C = scores_BC.shape
+    positive_BC = one_hot(torch.arange(B, device=scores_BC.device) * (C // B), C)
+    return -(positive_BC * log_softmax(scores_BC / temperature, -1)).sum(-1).mean()
+
+
+def ranking_kl(
+    teacher_BC: torch.Tensor, student_BC: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """KL(teacher || student) of the rankings, no gradient into the teacher, mean over rows."""
+    return kl_div(
+        log_softmax(student_BC / temperature, -1),
+        log_softmax(teacher_BC.detach() / temperature, -1),
+        reduction="batchmean",
+        log_target=True,
+    )
+
+
+def _wait(tensor: torch.Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize()

@@ -1,0 +1,373 @@
+"""One training step, ours in its variants and PyTorch's: time, compile time, work and memory.
+
+    python -m benchmarks.train_step [--full] [--backbone NAME] [--output FILE]
+
+All contenders take an AdamW step of the four-term loss on the same batch from the same weights, on
+one device, and every one that claims to compute the same function is checked before it is timed:
+losses and gradient norm must be those of `fast`, or the program stops. Ours:
+
+fast             query and chain of thought in one pass, queries and documents think together
+parity           a pass for each view
+gradcache / n    n micro-batches, the loss over the whole batch, each read twice
+plain / n        n micro-batches, each with a loss over its own documents: another function
+remat dots, full the backward pass recomputes
+
+PyTorch's, where it is installed: see benchmarks/torch_reference.py. The contenders share their
+device one at a time; our programs hand one training state on, so that it is held once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from benchmarks.flops import matmul_flops
+from benchmarks.measure import (
+    BenchmarkError,
+    Report,
+    Run,
+    command_line,
+    environment,
+    positive,
+    ratio_cell,
+    seconds_cell,
+    time_alternating,
+    timing_fields,
+    torch_threads,
+    torch_unusable,
+)
+from benchmarks.workload import (
+    SHAPES,
+    TINY,
+    TrainShape,
+    add_backbone,
+    add_train_shape,
+    make_backbone,
+    random_batch,
+    train_shape,
+)
+from laser_jax.config import (
+    BackboneConfig,
+    Config,
+    DataConfig,
+    Dtype,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ScratchConfig,
+    TrainConfig,
+    as_dict,
+)
+from laser_jax.data.pipeline import Batch
+from laser_jax.modeling.backbone import Backbone, Variables
+from laser_jax.sharding import batch_sharding, make_mesh
+from laser_jax.step import (
+    TrainState,
+    abstract_state,
+    init_state,
+    jit_train_step,
+    learning_rate_schedule,
+    make_optimizer,
+    make_train_step,
+)
+
+TERMS: tuple[str, ...] = ("loss", "latent", "explicit", "output", "trajectory")
+# Relative. In bfloat16 a score is good to 0.004, which a temperature of 0.02 multiplies by 50.
+LOSS_TOLERANCE: dict[Dtype, float] = {"float32": 1e-4, "bfloat16": 0.2}
+GRADIENT_TOLERANCE: dict[Dtype, float] = {"float32": 1e-3, "bfloat16": 0.5}
+OPTIMIZER = OptimizerConfig(warmup_ratio=0.0, schedule="constant")
+STEPS = 1_000_000
+"""Of the learning-rate schedule, which is constant."""
+
+Metrics = Mapping[str, float]
+
+
+# --- our contenders --------------------------------------------------------------------------
+
+
+def base_config(shape: TrainShape, dtype: Dtype, lora: LoraConfig | None) -> Config:
+    """The settings of `fast`. The step reads nothing of `model`; its backbone is made apart."""
+    return Config(
+        ModelConfig(scratch=ScratchConfig(), dtype=dtype, param_dtype=dtype),
+        DataConfig(group_size=shape.documents_per_query),
+        lora=lora,
+        objective=ObjectiveConfig(num_thinking_steps=shape.thinking_steps, views="fast"),
+        optimizer=OPTIMIZER,
+        train=TrainConfig(batch_size=shape.queries),
+    )
+
+
+def variants(
+    base: Config, gradcache: Sequence[int], plain: Sequence[int], remat: Sequence[Any]
+) -> dict[str, Config]:
+    """Our contenders by name."""
+
+    def chunked(accumulation: Any, parts: int) -> Config:
+        if base.train.batch_size % parts:
+            raise BenchmarkError(
+                f"{base.train.batch_size} queries do not divide into {parts} micro-batches"
+            )
+        size = base.train.batch_size // parts
+        return replace(
+            base, train=replace(base.train, micro_batch_size=size, accumulation=accumulation)
+        )
+
+    return {
+        "fast": base,
+        "parity": replace(base, objective=replace(base.objective, views="parity")),
+        **{f"gradcache / {n}": chunked("gradcache", n) for n in gradcache},
+        **{f"plain / {n}": chunked("plain", n) for n in plain},
+        **{f"remat {r}": replace(base, model=replace(base.model, remat=r)) for r in remat},
+    }
+
+
+def same_function(config: Config) -> bool:
+    """Whether a variant computes the loss of `fast`."""
+    return config.train.accumulation != "plain" or config.train.num_micro_batches == 1
+
+
+def one_device_mesh() -> Mesh:
+    """A mesh over the first device, as PyTorch has one."""
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A step that is ready to run, and what its making took."""
+
+    program: Any
+    facts: dict[str, Any]
+
+
+def compile_variant(
+    config: Config, backbone: Backbone, abstract: TrainState, batch: Batch, mesh: Mesh
+) -> Compiled:
+    """Traces and compiles the step of `config`."""
+    optimizer = make_optimizer(config.optimizer, STEPS)
+    step = make_train_step(
+        backbone.clone(remat=config.model.remat),
+        config,
+        optimizer,
+        learning_rate_schedule(config.optimizer, STEPS),
+    )
+    jitted = jit_train_step(step, abstract, mesh)
+    began = time.perf_counter()
+    lowered = jitted.lower(abstract, batch, None)
+    traced = time.perf_counter()
+    program = lowered.compile()
+    compiled = time.perf_counter()
+    cost, memory = program.cost_analysis(), program.memory_analysis()
+    return Compiled(
+        program,
+        {
+            "trace_seconds": traced - began,
+            "compile_seconds": compiled - traced,
+            "matmul_flops": matmul_flops(step, abstract, batch, None),
+            "xla_flops_loops_once": cost["flops"],
+            "xla_bytes_loops_once": cost["bytes accessed"],
+            "temp_bytes": memory.temp_size_in_bytes,
+            "argument_bytes": memory.argument_size_in_bytes,
+        },
+    )
+
+
+class OurTraining:
+    """The training state that our programs hand on, and the batch that all of them read."""
+
+    def __init__(self, start: Any, layout: Any, batch: Batch):
+        self._start, self._layout, self._batch = start, layout, batch
+        self._state: TrainState | None = None
+
+    def restart(self) -> None:
+        """Back to the first weights."""
+        self._state = jax.device_put(self._start, self._layout)
+
+    def run(self, program: Any) -> dict[str, jax.Array]:
+        """One step."""
+        self._state, metrics = program(self._state, self._batch, None)
+        return metrics
+
+
+# --- agreement -------------------------------------------------------------------------------
+
+
+def require_agreement(name: str, got: Metrics, wanted: Metrics, dtype: Dtype) -> None:
+    """Raises a BenchmarkError where a contender does not compute what `fast` computes."""
+    losses = dict.fromkeys(TERMS, LOSS_TOLERANCE[dtype])
+    tolerances = losses | {"grad_norm": GRADIENT_TOLERANCE[dtype]}
+    wrong = [
+        f"{term} {got[term]:.8g} and not {wanted[term]:.8g}"
+        for term, tolerance in tolerances.items()
+        if not np.isclose(got[term], wanted[term], rtol=tolerance, atol=0)
+    ]
+    if wrong:
+        raise BenchmarkError(f"{name} computes another function than fast: {'; '.join(wrong)}")
+
+
+# --- the program -----------------------------------------------------------------------------
+
+
+def torch_contenders(
+    variables: Variables,
+    backbone: BackboneConfig,
+    lora: LoraConfig | None,
+    dtype: Dtype,
+    batch: Batch,
+    objective: ObjectiveConfig,
+) -> dict[str, Run]:
+    """The transcriptions as callables that take a step and return its metrics."""
+    from benchmarks.torch_reference import TRANSCRIPTIONS, TorchTraining, exported, load
+
+    with exported(variables, backbone, lora, dtype) as export:
+        return {
+            transcription.name: TorchTraining(
+                transcription,
+                load(export, transcription, train=True),
+                batch,
+                objective,
+                OPTIMIZER,
+            )
+            for transcription in TRANSCRIPTIONS
+        }
+
+
+def why_no_torch(dtype: Dtype, lora: LoraConfig | None) -> str | None:
+    """Why the PyTorch contenders are absent, None where they are not."""
+    if lora is None and dtype != "float32":
+        return "full fine-tuning is transcribed in float32 alone"
+    return torch_unusable()
+
+
+def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
+    """Checks and times the contenders.
+
+    Raises:
+        BenchmarkError: a contender computes another function than `fast`.
+    """
+    shape = train_shape(options)
+    backbone_config = SHAPES[TINY if options.quick else options.backbone]
+    gradcache, plain, remat = options.gradcache, options.plain, options.remat
+    if options.quick:
+        gradcache, plain, remat = [2], [2], []
+    lora = None if options.full else LoraConfig(rank=options.lora_rank, alpha=options.lora_rank / 2)
+    report = Report(
+        "train_step",
+        arguments,
+        {
+            "backbone": as_dict(backbone_config),
+            "shape": vars(shape),
+            "lora": None if lora is None else as_dict(lora),
+            "dtype": options.dtype,
+            "optimizer": as_dict(OPTIMIZER),
+            "repeats": options.repeats,
+            "torch_threads": torch_threads(),
+        },
+        environment(),
+    )
+    base = base_config(shape, options.dtype, lora)
+    configs = variants(base, gradcache, plain, remat)
+
+    mesh = one_device_mesh()
+    backbone = make_backbone(backbone_config, options.dtype, lora)
+    # what is trained is float32, and `abstract_state` sees to the storage dtype of a frozen base
+    backbone = backbone.clone(param_dtype=jnp.float32)
+    optimizer = make_optimizer(OPTIMIZER, STEPS)
+    abstract = abstract_state(backbone, optimizer, mesh, jnp.dtype(options.dtype))
+    batch = random_batch(shape, backbone_config.vocab_size)
+    with jax.set_mesh(mesh):
+        start = jax.device_get(init_state(backbone, optimizer, abstract, 0, None))
+        if lora is not None:
+            start = replace(start, trained=nudged(start.trained))
+        placed = jax.device_put(batch, batch_sharding(mesh))
+        training = OurTraining(start, jax.tree.map(lambda a: a.sharding, abstract), placed)
+
+        contenders: dict[str, Run] = {}
+        facts: dict[str, dict[str, Any]] = {}
+        metrics: dict[str, dict[str, float]] = {}
+        for name, config in configs.items():
+            compiled = compile_variant(config, backbone, abstract, placed, mesh)
+            facts[name] = compiled.facts
+            contenders[name] = lambda program=compiled.program: training.run(program)
+        why_not = why_no_torch(options.dtype, lora)
+        if why_not is None:
+            contenders |= torch_contenders(
+                start.variables, backbone_config, lora, options.dtype, batch, base.objective
+            )
+        else:
+            report.notes.append(f"PyTorch is not measured: {why_not}.")
+        for name, run in contenders.items():
+            training.restart()
+            metrics[name] = {key: float(value) for key, value in run().items()}
+            if name not in configs or same_function(configs[name]):
+                require_agreement(name, metrics[name], metrics["fast"], options.dtype)
+        times = time_alternating(contenders, repeats=options.repeats)
+    for name in contenders:
+        report.rows.append(
+            {"contender": name}
+            | timing_fields(times, name, base="fast")
+            | {"queries_per_second": shape.queries / float(np.median(times[name]))}
+            | facts.get(name, {})
+            | {"first_step": metrics[name]}
+        )
+    return report
+
+
+def nudged(adapters: Any) -> Any:
+    """Adapters that change something: a fresh one has B = 0, and so no gradient reaches its A."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda a: a + rng.normal(0, 0.02, a.shape).astype(a.dtype), adapters)
+
+
+def _cell(keys: Sequence[str], unit: float, digits: int = 1) -> Callable[[dict[str, Any]], str]:
+    """The text of some numbers of a row in a unit; empty where the row has none of them."""
+
+    def cell(row: dict[str, Any]) -> str:
+        return " / ".join(f"{row[key] / unit:,.{digits}f}" for key in keys if key in row)
+
+    return cell
+
+
+COLUMNS = {
+    "step": lambda row: row["contender"],
+    "time (quartiles)": lambda row: seconds_cell(row["seconds"]),
+    "× fast (quartiles)": lambda row: ratio_cell(row["ratio"]),
+    "queries/s": _cell(["queries_per_second"], 1, 2),
+    "trace / compile, s": _cell(["trace_seconds", "compile_seconds"], 1),
+    "matmul GFLOP": _cell(["matmul_flops"], 1e9),
+    "XLA's GFLOP / GB, loops once": _cell(["xla_flops_loops_once", "xla_bytes_loops_once"], 1e9),
+    "temporary MiB": _cell(["temp_bytes"], 2**20, 0),
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command line."""
+    parser = command_line("train_step", __doc__)
+    add_backbone(parser)
+    add_train_shape(parser)
+    parser.add_argument("--full", action="store_true", help="train all weights, not adapters")
+    parser.add_argument("--lora_rank", type=positive, default=64, help="default 64")
+    parser.add_argument(
+        "--gradcache", type=positive, nargs="*", default=[2, 4, 8], help="numbers of micro-batches"
+    )
+    parser.add_argument(
+        "--plain", type=positive, nargs="*", default=[4], help="numbers of micro-batches"
+    )
+    parser.add_argument("--remat", choices=("dots", "full"), nargs="*", default=["dots", "full"])
+    options = parser.parse_args(arguments)
+    jax.config.update("jax_enable_compilation_cache", False)  # the compile times are to be real
+    measure(options, arguments).finish(COLUMNS, options.output)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

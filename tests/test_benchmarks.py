@@ -1,0 +1,272 @@
+"""The benchmarks run, their JSON holds what docs/benchmarks.md promises, and PyTorch's
+transcriptions compute what we compute."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from benchmarks import compile_time, encode_latency, thinking_overhead, train_step
+from benchmarks.encode_contenders import require_same_vectors
+from benchmarks.flops import matmul_flops
+from benchmarks.measure import (
+    BenchmarkError,
+    markdown_table,
+    paired_ratio,
+    time_alternating,
+    torch_missing,
+)
+from benchmarks.workload import (
+    SHAPES,
+    TINY,
+    TINY_TRAIN_SHAPE,
+    make_backbone,
+    random_batch,
+    random_variables,
+)
+from laser_jax.config import ObjectiveConfig, OptimizerConfig
+from laser_jax.losses import pool
+from laser_jax.step import objective_terms
+from laser_jax.views import latent_view
+
+# torch, transformers and peft warn about themselves on import and use.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SPREAD = {"median", "q1", "q3", "minimum", "maximum"}
+ENVIRONMENT = {
+    *("date", "commit", "python", "versions", "platform", "processor", "cores"),
+    *("load_average_at_start", "backend", "device", "device_count", "xla_flags"),
+}
+PYTORCH = [] if torch_missing() else ["published PyTorch", "tuned PyTorch"]
+
+
+@pytest.fixture(autouse=True)
+def _optax_promotes() -> Iterator[None]:
+    with jax.numpy_dtype_promotion("standard"):  # optax takes a float to an integer power
+        yield
+
+
+def run(
+    program: Callable[[Sequence[str]], None], name: str, folder: Path, *flags: str
+) -> dict[str, Any]:
+    """What a program writes in its quick form."""
+    output = folder / f"{name}.json"
+    arguments = ["--quick", "--repeats", "2", "--output", str(output), *flags]
+    program(arguments)
+    report = json.loads(output.read_text())
+    assert set(report) == {"benchmark", "command", "settings", "environment", "notes", "rows"}
+    assert report["benchmark"] == name
+    assert report["command"] == " ".join(["python -m", f"benchmarks.{name}", *arguments])
+    assert set(report["environment"]) == ENVIRONMENT
+    assert report["environment"]["versions"]["jax"] == jax.__version__
+    return report
+
+
+def assert_spread(found: dict[str, Any], *, repeats: int | None = None) -> None:
+    assert set(found) == SPREAD | ({"repeats"} if repeats else set())
+    assert 0 < found["minimum"] <= found["q1"] <= found["median"] <= found["q3"]
+    assert found["q3"] <= found["maximum"]
+    assert repeats is None or len(found["repeats"]) == repeats
+
+
+# --- the programs ------------------------------------------------------------------------------
+
+
+def test_train_step_times_every_contender_that_agrees(tmp_path: Path, capsys) -> None:
+    report = run(train_step.main, "train_step", tmp_path)
+    rows = {row["contender"]: row for row in report["rows"]}
+    ours = ["fast", "parity", "gradcache / 2", "plain / 2"]
+    assert list(rows) == ours + PYTORCH
+    for name, row in rows.items():
+        assert_spread(row["seconds"], repeats=2)
+        assert_spread(row["ratio"])
+        assert row["queries_per_second"] > 0
+        facts = {"trace_seconds", "compile_seconds", "matmul_flops", "temp_bytes"}
+        facts |= {"xla_flops_loops_once", "xla_bytes_loops_once", "argument_bytes"}
+        assert facts <= set(row) if name in ours else not facts & set(row)
+    assert rows["fast"]["ratio"]["maximum"] == 1.0
+    assert rows["fast"]["matmul_flops"] < rows["parity"]["matmul_flops"]
+    assert rows["fast"]["matmul_flops"] < rows["gradcache / 2"]["matmul_flops"]
+    losses = {name: row["first_step"]["loss"] for name, row in rows.items()}
+    assert abs(losses.pop("plain / 2") / losses["fast"] - 1) > 1e-2  # fewer negatives
+    np.testing.assert_allclose(list(losses.values()), losses["fast"], rtol=1e-4)
+
+    printed = capsys.readouterr().out
+    assert printed.startswith("    python -m benchmarks.train_step --quick")
+    assert "| gradcache / 2 " in printed
+
+
+def test_encode_latency_times_every_encoder_on_every_batch(tmp_path: Path) -> None:
+    report = run(encode_latency.main, "encode_latency", tmp_path)
+    assert [row["contender"] for row in report["rows"]] == ["ours", *PYTORCH]
+    for row in report["rows"]:
+        assert (row["rows"], row["tokens"], row["thinking_steps"]) == (2, 8, 2)
+        assert_spread(row["seconds"], repeats=2)
+        assert_spread(row["ratio"])
+        assert row["rows_per_second"] > 0
+
+
+def test_thinking_overhead_compares_an_encoder_with_its_own_first_step_also_without_pytorch(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("benchmarks.encode_contenders.torch_unusable", lambda: "torch absent")
+    report = run(thinking_overhead.main, "thinking_overhead", tmp_path)
+    assert report["notes"] == ["PyTorch is not measured: torch absent."]
+    rows = {(row["contender"], row["thinking_steps"]): row for row in report["rows"]}
+    assert list(rows) == [("ours", 1), ("ours", 2)]
+    for row in rows.values():
+        assert_spread(row["seconds"], repeats=2)
+        assert_spread(row["ratio"])
+    assert rows["ours", 1]["ratio"]["minimum"] == rows["ours", 1]["ratio"]["maximum"] == 1.0
+
+
+def test_compile_time_is_cold_and_then_warm(tmp_path: Path) -> None:
+    flags = ("--programs", "encode", "--repeats", "1")
+    report = run(compile_time.main, "compile_time", tmp_path, *flags)
+    assert [row["layers"] for row in report["rows"]] == ["scanned", "unscanned"]
+    for row in report["rows"]:
+        assert (row["program"], row["backbone"]) == ("encode", TINY)
+        for key in ("trace", "cold", "warm"):
+            assert_spread(row[key], repeats=1)
+        assert_spread(row["ratio"])
+
+
+def test_unscanned_layers_leave_no_loop_in_a_step_that_does_not_think() -> None:
+    shape = dataclasses.replace(TINY_TRAIN_SHAPE, thinking_steps=1)
+    case = compile_time.Case(TINY, "train_step", False, "float32", shape)
+    assert "stablehlo.while" not in compile_time.lower_train_step(case).as_text()
+
+
+def test_an_output_that_cannot_be_written_is_refused_at_once(tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        train_step.main(["--output", str(tmp_path / "absent" / "file.json")])
+    assert "absent does not exist" in capsys.readouterr().err
+
+
+# --- PyTorch computes what we compute ------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("require_torch")
+def test_transcriptions_give_our_loss_gradients_and_embeddings_on_rows_of_all_lengths() -> None:
+    from benchmarks.torch_reference import (
+        TRANSCRIPTIONS,
+        TorchEncoder,
+        TorchTraining,
+        exported,
+        left_padded,
+        load,
+    )
+
+    config, K = SHAPES[TINY], 3
+    shape = dataclasses.replace(TINY_TRAIN_SHAPE, thinking_steps=K)
+    batch = random_batch(shape, config.vocab_size, shortest=0.3)
+    assert len({*batch.query.lengths_B}) > 1
+    objective = ObjectiveConfig(num_thinking_steps=K)
+    backbone = make_backbone(config, "float32", None)
+    variables = random_variables(backbone)
+
+    @jax.jit
+    def ours(variables: Any) -> Any:
+        def loss(variables: Any) -> Any:
+            terms = objective_terms(backbone, variables, batch, objective, jnp.ones(()))
+            return terms["loss"], terms
+
+        grads, terms = jax.grad(loss, has_aux=True)(variables)
+        return terms | {"grad_norm": optax.tree.norm(grads)}
+
+    @jax.jit
+    def embeddings(variables: Any) -> jax.Array:
+        query = batch.query
+        return pool(
+            latent_view(
+                backbone, variables, query.ids_BT, query.lengths_B, K, "prompt_and_thoughts"
+            )
+        )
+
+    wanted = {name: float(value) for name, value in ours(variables).items()}
+    with exported(variables, config, None, "float32") as export:
+        for transcription in TRANSCRIPTIONS:
+            model = load(export, transcription, train=True)
+            rows = left_padded(batch.query, "cpu")
+            got_BD = TorchEncoder(transcription, model, rows, K)().numpy()
+            np.testing.assert_allclose(got_BD, embeddings(variables), atol=1e-5)
+            step = TorchTraining(transcription, model, batch, objective, OptimizerConfig())
+            train_step.require_agreement(transcription.name, step(), wanted, "float32")
+            assert step()["loss"] != wanted["loss"]  # it has learned
+
+
+def test_contenders_that_disagree_are_not_timed() -> None:
+    wanted = dict.fromkeys((*train_step.TERMS, "grad_norm"), 2.0)
+    train_step.require_agreement("other", wanted | {"output": 2.0001}, wanted, "float32")
+    with pytest.raises(BenchmarkError, match=r"other computes another function.*output 2\.001 and"):
+        train_step.require_agreement("other", wanted | {"output": 2.001}, wanted, "float32")
+    with pytest.raises(BenchmarkError, match="loss nan"):
+        train_step.require_agreement("other", wanted | {"loss": np.nan}, wanted, "float32")
+
+    rows_BD = np.eye(3, dtype=np.float32)
+    require_same_vectors("other", rows_BD + 1e-5, rows_BD, "float32")
+    for wrong_BD in (rows_BD + 1e-3, rows_BD * np.nan):
+        with pytest.raises(BenchmarkError, match="other computes another function"):
+            require_same_vectors("other", wrong_BD, rows_BD, "float32")
+
+
+# --- the measuring core --------------------------------------------------------------------------
+
+
+def test_every_round_times_all_contenders_and_begins_with_another(monkeypatch) -> None:
+    monkeypatch.setattr("benchmarks.measure.REST_SECONDS", 0.0)
+    calls: list[str] = []
+    contenders = {name: lambda name=name: calls.append(name) for name in "abc"}
+    times = time_alternating(contenders, repeats=3)
+    assert "".join(calls) == "abc" + "bca" + "cab" + "abc"  # the first round warms up
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 3, "b": 3, "c": 3}
+    with pytest.raises(ValueError, match="at least one contender"):
+        time_alternating({}, repeats=3)
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    # the machine slows down threefold; the contender is twice as slow all the time
+    ratio = paired_ratio([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
+    assert ratio.minimum == ratio.median == ratio.maximum == 2.0
+
+
+def test_tables_are_aligned_markdown() -> None:
+    assert markdown_table(["step", "s"], [["fast", "1.0"], ["parity", "12.5"]]).split("\n") == [
+        "| step   |    s |",
+        "| :----- | ---: |",
+        "| fast   |  1.0 |",
+        "| parity | 12.5 |",
+    ]
+
+
+def test_matmuls_are_counted_as_xla_counts_them_and_once_for_every_turn_of_a_loop() -> None:
+    x, w = jnp.ones((4, 8)), jnp.ones((8, 8))
+
+    def twice(x: jax.Array, w: jax.Array) -> jax.Array:
+        return x @ w @ w
+
+    def looped(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, _: (jax.checkpoint(jnp.dot)(x, w), None), x, None, length=5)[
+            0
+        ]
+
+    cost: Any = jax.jit(twice).lower(x, w).compile().cost_analysis()
+    assert matmul_flops(twice, x, w) == cost["flops"] == 2 * (2 * 4 * 8 * 8)
+    assert matmul_flops(jax.jit(looped), x, w) == 5 * (2 * 4 * 8 * 8)
+    # backward: one matmul for x and one for w each turn, and the forward pass again
+    assert matmul_flops(jax.grad(lambda w: looped(x, w).sum()), w) >= 2 * matmul_flops(looped, x, w)
+
+    def endless(x: jax.Array) -> jax.Array:
+        return jax.lax.while_loop(lambda x: x.sum() > 0, lambda x: x @ w, x)
+
+    with pytest.raises(ValueError, match="while loop"):
+        matmul_flops(endless, x)
