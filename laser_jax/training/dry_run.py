@@ -98,7 +98,7 @@ def dry_run(config: Config, invocation: Invocation) -> dict[str, Any]:
         "buckets": {_widths(lengths): count for lengths, count in expected.buckets.items()},
         "tokens_per_step": round(expected.tokens),
         "flops_per_step": flops,
-        "state_bytes": layout.state_bytes() and _bytes_of_one(layout),
+        "state_bytes": _bytes_of_one(layout),
     }
     print(f"device      {found['device']}, mesh {describe_mesh(layout.mesh)}")
     print(f"model       {total:,} parameters, {trained:,} trained, {config.model.dtype}")
@@ -130,13 +130,14 @@ def dry_run(config: Config, invocation: Invocation) -> dict[str, Any]:
 def _devices(invocation: Invocation) -> Sequence[Device]:
     if invocation.devices is not None:
         # before jax looks for devices, which it does once
-        jax.config.update("jax_num_cpu_devices", invocation.devices)
-        devices = jax.devices("cpu")
-        if len(devices) != invocation.devices:
+        try:
+            jax.config.update("jax_num_cpu_devices", invocation.devices)
+        except RuntimeError as error:
             raise ConfigError(
-                f"--devices {invocation.devices}: jax has already made {len(devices)} CPU devices"
-            )
-        return devices
+                f"--devices {invocation.devices}: jax has already made its devices in this "
+                "process; start another for this dry run"
+            ) from error
+        return jax.devices("cpu")
     if invocation.topology is None:
         return jax.devices()
     from jax.experimental import topologies
