@@ -98,7 +98,7 @@ def dry_run(config: Config, invocation: Invocation) -> dict[str, Any]:
         "buckets": {_widths(lengths): count for lengths, count in expected.buckets.items()},
         "tokens_per_step": round(expected.tokens),
         "flops_per_step": flops,
-        "state_bytes": _bytes_of_one(layout),
+        "state_bytes": layout.device_state_bytes(),
     }
     print(f"device      {found['device']}, mesh {describe_mesh(layout.mesh)}")
     print(f"model       {total:,} parameters, {trained:,} trained, {config.model.dtype}")
@@ -297,14 +297,6 @@ def _compile(config: Config, layout: Layout, batch: Batch) -> dict[str, Any]:
         + memory.temp_size_in_bytes
         - memory.alias_size_in_bytes,
     }
-
-
-def _bytes_of_one(layout: Layout) -> int:
-    """Of the state and the gradient, on one device."""
-    leaves = jax.tree.leaves((layout.abstract, layout.abstract.trained))
-    return sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves
-    )
 
 
 def _widths(lengths: Lengths) -> str:
