@@ -85,7 +85,10 @@ def dry_run(config: Config, invocation: Invocation) -> dict[str, Any]:
     trained, total = layout.parameters
     widest = _widest(expected.buckets)
     reading = reading_of(config, expected.tokens, expected.token_pairs)
-    flops = step_flops(backbone_config, reading, trains_base=config.lora is None)
+    # a frozen teacher reads without a backward pass, which the formula does not know
+    flops = None
+    if config.objective.teacher is None:
+        flops = step_flops(backbone_config, reading, trains_base=config.lora is None)
     peak = peak_flops(config, devices[0])
     batch = _abstract_batch(config, widest, layout)
     found: dict[str, Any] = {
@@ -107,8 +110,9 @@ def dry_run(config: Config, invocation: Invocation) -> dict[str, Any]:
     for lengths, count in sorted(expected.buckets.items(), key=lambda item: -item[1])[:12]:
         print(f"              {count} x {_widths(lengths)}")
     print(f"tokens      {expected.tokens:,.0f} a step without padding, {expected.source}")
-    print(f"FLOPs       {flops:.3e} a step by formula (docs/scale.md)", end="")
-    print(f", {flops / peak / len(devices):.2f} s at the devices' peak" if peak else "")
+    if flops is not None:
+        print(f"FLOPs       {flops:.3e} a step by formula (docs/scale.md)", end="")
+        print(f", {flops / peak / len(devices):.2f} s at the devices' peak" if peak else "")
     print(f"state       {_gib(found['state_bytes'])} a device: weights, optimizer and gradient")
     print(f"compiling   {found['widest']}", flush=True)
     found |= _compile(config, layout, batch)
