@@ -169,7 +169,12 @@ def _backbone(config: Config) -> BackboneConfig:
     if model.scratch is not None:
         return model.scratch.backbone(model.scratch.vocab_size)
     assert model.path is not None
-    if model.backbone is not None and not Path(model.path).exists():
+    if not Path(model.path).exists():
+        if model.backbone is None:
+            raise ConfigError(
+                f"model.path {model.path}: no such directory, and a dry run downloads nothing. Set "
+                f"model.backbone to what it is, one of {', '.join(BACKBONES)}"
+            )
         return BACKBONES[model.backbone]
     found = read_backbone_config(model.path)
     model.require_named_backbone(found)
