@@ -8,13 +8,16 @@ unknown keys and wrong types are refused by jsonargparse, impossible values by `
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import jsonargparse
+import yaml
 
 RETRIEVER_CONFIG_FILE = "laser_config.json"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -594,6 +597,10 @@ class Invocation:
         )
         for name in ("topology", "devices"):
             _require(self.dry_run or getattr(self, name) is None, f"--{name} goes with --dry_run")
+        _require(
+            self.devices is None or self.devices >= 1,
+            f"--devices must be at least 1, got {self.devices}",
+        )
         _require(self.topology is None or self.devices is None, "--topology says how many devices")
         _require(
             not (self.dry_run and self.distributed),
@@ -677,6 +684,8 @@ def from_dict(cls: type[C], values: dict[str, Any], *, source: str) -> C:
     Raises:
         ConfigError: on an unknown key, a missing key or a wrong type; names `source`.
     """
+    unknown = _unknown_key(_names(values), _keys(cls))
+    _require(unknown is None, f"{source}: {unknown}")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, "value")
     try:
@@ -693,8 +702,7 @@ def parse_command_line(cls: type[C], program: str, arguments: Sequence[str] | No
     Raises:
         ConfigError: on an impossible value.
     """
-    parser = _parser(cls, program)
-    return _filled(cls, vars(parser.instantiate(parser.parse_args(arguments))))
+    return _filled(cls, _parsed(_parser(cls, program), _keys(cls), arguments))
 
 
 def _parser(cls: type, program: str) -> jsonargparse.ArgumentParser:
@@ -702,6 +710,59 @@ def _parser(cls: type, program: str) -> jsonargparse.ArgumentParser:
     parser.add_argument("--config", action="config", help="a YAML file of the keys below")
     parser.add_class_arguments(cls)
     return parser
+
+
+def _parsed(
+    parser: jsonargparse.ArgumentParser, known: Iterable[str], arguments: Sequence[str] | None
+) -> dict[str, Any]:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    known = [*known, "config", "help", "print_config"]
+    flags = [argument for argument in arguments if argument.startswith("--")]
+    unknown = _unknown_key((flag[2:].partition("=")[0] for flag in flags), known)
+    if unknown:
+        parser.error(unknown)
+    for file in _config_files(arguments):
+        try:
+            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            parser.error(f"{file}: not a YAML file: {error}")
+        unknown = _unknown_key(_names(values), known)
+        if unknown:
+            parser.error(f"{file}: {unknown}")
+    return vars(parser.instantiate(parser.parse_args(arguments)))
+
+
+def _config_files(arguments: Sequence[str]) -> list[Path]:
+    following = zip(arguments, [*arguments[1:], ""], strict=True)
+    named = [after for argument, after in following if argument == "--config"]
+    named += [argument[9:] for argument in arguments if argument.startswith("--config=")]
+    return [Path(name) for name in named if Path(name).is_file()]
+
+
+def _keys(cls: type) -> Iterator[str]:
+    """The dotted names of a config dataclass's fields, those of its groups included."""
+    for name, kind in get_type_hints(cls).items():
+        yield name
+        for group in filter(dataclasses.is_dataclass, (kind, *get_args(kind))):
+            yield from (f"{name}.{key}" for key in _keys(group))
+
+
+def _names(values: Any) -> Iterator[str]:
+    """The dotted names in nested dicts."""
+    for name, value in values.items() if isinstance(values, dict) else ():
+        yield str(name)
+        yield from (f"{name}.{key}" for key in _names(value))
+
+
+def _unknown_key(names: Iterable[str], known: Iterable[str]) -> str | None:
+    """A message about the first of the names that is not known, with the known one it is most
+    like; None where all are."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            return f"unknown key {name}" + (f"; did you mean {near[0]}?" if near else "")
+    return None
 
 
 def _filled(cls: type[C], values: dict[str, Any]) -> C:
@@ -715,7 +776,7 @@ def parse_train_command(arguments: Sequence[str] | None) -> tuple[Config, Invoca
         kind = get_type_hints(Invocation)[f.name]
         bare: dict[str, Any] = {"nargs": "?", "const": True} if kind is bool else {}
         parser.add_argument(f"--{f.name}", type=kind, default=f.default, help=_HELP[f.name], **bare)
-    values = vars(parser.instantiate(parser.parse_args(arguments)))
+    values = _parsed(parser, [*_keys(Config), *_keys(Invocation)], arguments)
     return _filled(Config, values), _filled(Invocation, values)
 
 

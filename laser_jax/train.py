@@ -78,7 +78,7 @@ from laser_jax.training.processes import is_first, join_processes, local_rows, p
 from laser_jax.training.programs import StepPrograms
 from laser_jax.training.selection import best_step, is_evaluated, is_out_of_patience, score_dev
 from laser_jax.training.stop import StopRequested, StopSignal
-from laser_jax.training.telemetry import TensorBoard, Trace
+from laser_jax.training.telemetry import TensorBoard, Trace, require_tensorboard
 from laser_jax.training.throughput import Meter
 
 
@@ -231,6 +231,8 @@ def _set_up(config: Config, stack: ExitStack) -> _Run:
     goes on the `stack`."""
     output = stack.enter_context(OutputDirectory(config))
     sources = open_sources(config.data)
+    if config.train.tensorboard:
+        require_tensorboard()
     test, dev = _read_evaluation(config)  # now, not after hours of training
     model = None if config.model.path is None else resolve_directory(config.model.path)
     tokenizer, backbone_config = _tokenizer_and_backbone(config, model, chain(*sources))
@@ -356,7 +358,7 @@ def _take_steps(run: _Run, stop: StopSignal) -> bool:
     with closing(progress), ExitStack() as stack:
         trace = stack.enter_context(closing(Trace(run.output / "profile", train.profile_steps)))
         if start and is_evaluated(start, run.steps, train) and start not in run.scores:
-            _rank_dev(run, stop)  # what a stopped run had not come to
+            meter.spent(_rank_dev(run, stop))  # what a stopped run had not come to
         batches = iter(run.batches_from(start))
         if close := getattr(batches, "close", None):
             stack.callback(close)  # worker processes, where there are any

@@ -19,6 +19,7 @@ from laser_jax.config import (
     Config,
     ConfigError,
     DataConfig,
+    Invocation,
     LoraConfig,
     LossWeights,
     MeshConfig,
@@ -34,6 +35,7 @@ from laser_jax.config import (
     from_dict,
     load_retriever_config,
     parse_command_line,
+    parse_train_command,
     save_retriever_config,
 )
 from laser_jax.modeling.backbone import Backbone
@@ -66,7 +68,13 @@ def test_the_whole_config_survives_json() -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("--data.trian", "x"), "--data.trian"),
+        (("--data.trian", "x"), "unknown key data.trian; did you mean data.train?"),
+        (
+            ("--objective.temprature=1",),
+            "objective.temprature; did you mean objective.temperature?",
+        ),
+        (("--lora.rnak", "2"), "unknown key lora.rnak; did you mean lora.rank?"),
+        (("--zzz", "2"), "unknown key zzz\n"),
         (("--train.steps", "many"), "train.steps"),
         (("--train.seed", "1.5"), "train.seed"),
         (("--objective.method", "colbert"), "objective.method"),
@@ -80,12 +88,28 @@ def test_unknown_keys_and_wrong_types_exit_and_are_named(arguments, named, capsy
     assert named in capsys.readouterr().err
 
 
-def test_an_unknown_key_in_a_file_is_named(tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            b"objective: {weights: {latnt: 0.02}}",
+            "unknown key objective.weights.latnt; did you mean objective.weights.latent?",
+        ),
+        (b"model: {scratch: {num_layer: 2}}", "did you mean model.scratch.num_layers?"),
+        (b"train: \xff", "not a YAML file: 'utf-8' codec can't decode byte 0xff"),
+        (b"train: {", "not a YAML file: "),
+    ],
+)
+def test_a_bad_file_is_named_with_its_key(tmp_path: Path, text, message, capsys) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("objective: {tempereture: 0.02}\n")
-    with pytest.raises(SystemExit):
-        parse("--config", str(file))
-    assert "tempereture" in capsys.readouterr().err
+    file.write_bytes(text + b"\n")
+    for arguments in (("--config", str(file)), (f"--config={file}",)):
+        with pytest.raises(SystemExit) as caught:
+            parse(*arguments)
+        assert caught.value.code == 2
+        said = capsys.readouterr().err
+        assert f"{file}: " in said
+        assert message in said
 
 
 def test_a_missing_key_is_named() -> None:
@@ -119,6 +143,18 @@ def test_a_missing_key_is_named() -> None:
         (lambda: TrainConfig(batch_size=0), "train.batch_size"),
         (lambda: TrainConfig(steps=-1), "train.steps"),
         (lambda: TrainConfig(eval_thinking_steps=(2, 0)), r"train.eval_thinking_steps .*\[2, 0\]"),
+        (lambda: TrainConfig(eval_every=0), "train.eval_every must be at least 1, got 0"),
+        (lambda: TrainConfig(eval_every=1, patience=0), "train.patience must be at least 1, got 0"),
+        (lambda: TrainConfig(patience=2), "train.patience .* train.eval_every"),
+        (lambda: TrainConfig(export="best"), "train.export: best .* train.eval_every"),
+        (lambda: TrainConfig(profile_steps=(0, 2)), r"train.profile_steps \[0, 2\]"),
+        (lambda: TrainConfig(profile_steps=(3, 2)), r"train.profile_steps \[3, 2\]"),
+        (
+            lambda: ModelConfig(scratch=ScratchConfig(), backbone="qwen3-8b"),
+            "model.backbone says what model.path is",
+        ),
+        (lambda: MeshConfig(fsdp="auto", tensor=-1), r"mesh axes .*\(-1, 1, -1\)"),
+        (lambda: MeshConfig(fsdp=0), r"mesh axes .*\(-1, 0, 1\)"),
         (lambda: MeshConfig(data=0), r"mesh axes .*\(0, 1, 1\)"),
         (lambda: MeshConfig(fsdp=-1), r"mesh axes .*\(-1, -1, 1\)"),
         (lambda: PretrainConfig(ModelConfig(path="m"), "t", "o", steps=0), "steps must be"),
@@ -159,6 +195,69 @@ def test_train_and_mixture_exclude_each_other() -> None:
     assert [(source.path, source.weight) for source in sources] == [("a", 2.0), ("b", 1.0)]
     with pytest.raises(ConfigError, match=r"data\.train and data\.mixture"):
         parse(mixture, "--data.train=rows.jsonl")
+
+
+def test_the_model_at_a_path_is_the_one_that_its_name_says() -> None:
+    model = ModelConfig(path="there", backbone="qwen3-0.6b")
+    named = BACKBONES["qwen3-0.6b"]
+    model.require_named_backbone(named)
+    model.require_named_backbone(dataclasses.replace(named, max_position_embeddings=32_768))
+    ModelConfig(path="there").require_named_backbone(BACKBONES["llama-3.2-1b"])
+    with pytest.raises(ConfigError) as caught:
+        model.require_named_backbone(dataclasses.replace(named, hidden_size=9, rope_theta=1e4))
+    assert str(caught.value).startswith(
+        "model.path there is no qwen3-0.6b: hidden_size is 9, not 1024; rope_theta is 10000.0, "
+        "not 1000000.0."
+    )
+
+
+# --- the command of a run ----------------------------------------------------------------------
+
+
+def parse_train(*arguments: str) -> tuple[Config, Invocation]:
+    return parse_train_command([*NEEDED, *arguments])
+
+
+def test_how_a_run_is_started_is_no_part_of_its_config() -> None:
+    config, plain = parse_train("--train.seed", "3")
+    assert plain == Invocation()
+    dry, invocation = parse_train("--train.seed", "3", "--dry_run", "--devices", "8")
+    assert invocation == Invocation(dry_run=True, devices=8)
+    assert dry == config == parse("--train.seed", "3")
+    invocation = parse_train("--dry_run=true", "--topology", "v5e:4x4")[1]
+    assert invocation == Invocation(dry_run=True, topology="v5e:4x4")
+    cluster = ("--coordinator", "a:1", "--num_processes", "2", "--process_id", "0")
+    invocation = parse_train("--distributed", *cluster)[1]
+    assert invocation == Invocation(
+        distributed=True, coordinator="a:1", num_processes=2, process_id=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"devices": 8}, "--devices goes with --dry_run"),
+        ({"topology": "v5e:4x4"}, "--topology goes with --dry_run"),
+        ({"dry_run": True, "topology": "v5e:4x4", "devices": 16}, "--topology says how many"),
+        ({"dry_run": True, "devices": 0}, "--devices must be at least 1, got 0"),
+        ({"dry_run": True, "distributed": True}, "--dry_run takes one process"),
+        ({"distributed": True, "coordinator": "a:1"}, "--coordinator, --num_processes and"),
+        ({"coordinator": "a:1", "num_processes": 1, "process_id": 0}, "goes with --distributed"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Invocation(**values)
+
+
+def test_evaluation_while_training_is_read_from_the_command() -> None:
+    flags = ("--train.eval_every=5", "--train.patience=3", "--train.export=best")
+    train = parse(*flags, "--train.profile_steps=[2, 4]", "--mesh.fsdp=2").train
+    assert (train.eval_every, train.patience, train.export) == (5, 3, "best")
+    assert train.profile_steps == (2, 4)
+    assert (parse().mesh.fsdp, parse("--mesh.fsdp=2").mesh.fsdp) == ("auto", 2)
+    defaults = parse().train
+    assert (defaults.eval_every, defaults.patience, defaults.export) == (None, None, "last")
 
 
 # --- what travels with a model -----------------------------------------------------------------

@@ -85,7 +85,10 @@ def dry_run(config: Config, invocation: Invocation) -> dict[str, Any]:
     trained, total = layout.parameters
     widest = _widest(expected.buckets)
     reading = reading_of(config, expected.tokens, expected.token_pairs)
-    flops = step_flops(backbone_config, reading, trains_base=config.lora is None)
+    # a frozen teacher reads without a backward pass, which the formula does not know
+    flops = None
+    if config.objective.teacher is None:
+        flops = step_flops(backbone_config, reading, trains_base=config.lora is None)
     peak = peak_flops(config, devices[0])
     batch = _abstract_batch(config, widest, layout)
     found: dict[str, Any] = {
@@ -98,7 +101,7 @@ def dry_run(config: Config, invocation: Invocation) -> dict[str, Any]:
         "buckets": {_widths(lengths): count for lengths, count in expected.buckets.items()},
         "tokens_per_step": round(expected.tokens),
         "flops_per_step": flops,
-        "state_bytes": layout.state_bytes() and _bytes_of_one(layout),
+        "state_bytes": layout.device_state_bytes(),
     }
     print(f"device      {found['device']}, mesh {describe_mesh(layout.mesh)}")
     print(f"model       {total:,} parameters, {trained:,} trained, {config.model.dtype}")
@@ -107,8 +110,9 @@ def dry_run(config: Config, invocation: Invocation) -> dict[str, Any]:
     for lengths, count in sorted(expected.buckets.items(), key=lambda item: -item[1])[:12]:
         print(f"              {count} x {_widths(lengths)}")
     print(f"tokens      {expected.tokens:,.0f} a step without padding, {expected.source}")
-    print(f"FLOPs       {flops:.3e} a step by formula (docs/scale.md)", end="")
-    print(f", {flops / peak / len(devices):.2f} s at the devices' peak" if peak else "")
+    if flops is not None:
+        print(f"FLOPs       {flops:.3e} a step by formula (docs/scale.md)", end="")
+        print(f", {flops / peak / len(devices):.2f} s at the devices' peak" if peak else "")
     print(f"state       {_gib(found['state_bytes'])} a device: weights, optimizer and gradient")
     print(f"compiling   {found['widest']}", flush=True)
     found |= _compile(config, layout, batch)
@@ -130,13 +134,14 @@ def dry_run(config: Config, invocation: Invocation) -> dict[str, Any]:
 def _devices(invocation: Invocation) -> Sequence[Device]:
     if invocation.devices is not None:
         # before jax looks for devices, which it does once
-        jax.config.update("jax_num_cpu_devices", invocation.devices)
-        devices = jax.devices("cpu")
-        if len(devices) != invocation.devices:
+        try:
+            jax.config.update("jax_num_cpu_devices", invocation.devices)
+        except RuntimeError as error:
             raise ConfigError(
-                f"--devices {invocation.devices}: jax has already made {len(devices)} CPU devices"
-            )
-        return devices
+                f"--devices {invocation.devices}: jax has already made its devices in this "
+                "process; start another for this dry run"
+            ) from error
+        return jax.devices("cpu")
     if invocation.topology is None:
         return jax.devices()
     from jax.experimental import topologies
@@ -164,7 +169,12 @@ def _backbone(config: Config) -> BackboneConfig:
     if model.scratch is not None:
         return model.scratch.backbone(model.scratch.vocab_size)
     assert model.path is not None
-    if model.backbone is not None and not Path(model.path).exists():
+    if not Path(model.path).exists():
+        if model.backbone is None:
+            raise ConfigError(
+                f"model.path {model.path}: no such directory, and a dry run downloads nothing. Set "
+                f"model.backbone to what it is, one of {', '.join(BACKBONES)}"
+            )
         return BACKBONES[model.backbone]
     found = read_backbone_config(model.path)
     model.require_named_backbone(found)
@@ -296,14 +306,6 @@ def _compile(config: Config, layout: Layout, batch: Batch) -> dict[str, Any]:
         + memory.temp_size_in_bytes
         - memory.alias_size_in_bytes,
     }
-
-
-def _bytes_of_one(layout: Layout) -> int:
-    """Of the state and the gradient, on one device."""
-    leaves = jax.tree.leaves((layout.abstract, layout.abstract.trained))
-    return sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves
-    )
 
 
 def _widths(lengths: Lengths) -> str:

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from laser_jax.config import BackboneConfig, Config, ConfigError, MeshConfig
@@ -44,9 +46,14 @@ class Layout:
         return trained, trained + sum(a.size for a in jax.tree.leaves(self.abstract.frozen))
 
     def state_bytes(self) -> int:
-        """Of the state and the gradient, over all devices."""
+        """Of the state and the gradient, with every array counted once."""
         arrays = jax.tree.leaves((self.abstract, self.abstract.trained))
         return sum(a.size * a.dtype.itemsize for a in arrays)
+
+    def device_state_bytes(self) -> int:
+        """Of the parts of the state and the gradient that lie on one device."""
+        arrays = jax.tree.leaves((self.abstract, self.abstract.trained))
+        return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in arrays)
 
 
 def lay_out(
@@ -94,10 +101,21 @@ def lay_out(
         config.mesh,
         devices,
         state_bytes=one.state_bytes(),
-        device_bytes=device_bytes(devices[0]),
+        device_bytes=_agreed_device_bytes(devices[0]),
     )
     _require_divisible(config, mesh)
     return layout_on(mesh)
+
+
+def _agreed_device_bytes(device: Device) -> int | None:
+    """`device_bytes` as process 0 finds it. The others cannot ask its devices, and their own may
+    hold a little more or less: they would lay the run out on another mesh, and wait for ever."""
+    found = device_bytes(device)
+    if jax.process_count() == 1:
+        return found
+    # in MiB: bytes are too many for an int32
+    agreed = multihost_utils.broadcast_one_to_all(np.int32((found or 0) // 2**20))
+    return int(agreed) * 2**20 or None
 
 
 def describe_mesh(mesh: Mesh) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +12,30 @@ from laser_jax.config import ConfigError
 from laser_jax.training.processes import is_first
 
 
+def require_tensorboard() -> None:
+    """Raises a ConfigError where tensorboardX is not installed."""
+    if importlib.util.find_spec("tensorboardX") is None:
+        raise ConfigError(
+            "train.tensorboard wants tensorboardX: pip install laser-jax[tensorboard]"
+        )
+
+
 class TensorBoard:
     """Scalars in `directory`; a resumed run replaces those after its start. The first process alone
-    writes.
-
-    Raises:
-        ConfigError: tensorboardX is not installed.
-    """
+    writes."""
 
     def __init__(self, directory: Path, start: int):
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError as error:
-            raise ConfigError(
-                "train.tensorboard wants tensorboardX: pip install laser-jax[tensorboard]"
-            ) from error
+        from tensorboardX import SummaryWriter
+
         self._writer: Any = None
         if is_first():
-            self._writer = SummaryWriter(str(directory), purge_step=start + 1)
+            # its flush() leaves out what is still in its queue, so it is told to flush by itself
+            self._writer = SummaryWriter(
+                str(directory),
+                purge_step=start + 1,
+                flush_secs=10,
+                filename_suffix=f".{start}",  # else two of the same second are one file
+            )
 
     def write(self, group: str, line: dict[str, Any]) -> None:
         """A log line, which holds `step`."""
@@ -36,7 +43,6 @@ class TensorBoard:
             for name, value in line.items():
                 if name != "step":
                     self._writer.add_scalar(f"{group}/{name}", value, line["step"])
-            self._writer.flush()
 
     def close(self) -> None:
         if self._writer is not None:
@@ -49,21 +55,21 @@ class Trace:
     def __init__(self, directory: Path, steps: tuple[int, int] | None):
         self._directory = directory
         self._first, self._last = steps or (0, 0)
-        self._on = False
+        self.recording = False
 
     def before(self, step: int) -> None:
         if step == self._first:
             jax.profiler.start_trace(str(self._directory))
-            self._on = True
+            self.recording = True
 
     def after(self, step: int, arrays: Any) -> None:
         """`arrays` of the step: the last one is waited for, or the trace would miss it."""
-        if self._on and step == self._last:
+        if self.recording and step == self._last:
             jax.block_until_ready(arrays)
             self.close()
 
     def close(self) -> None:
         """Ends a trace that a stopped run would leave open."""
-        if self._on:
+        if self.recording:
             jax.profiler.stop_trace()
-            self._on = False
+            self.recording = False
