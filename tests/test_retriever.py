@@ -53,7 +53,7 @@ DOCUMENTS = [
 ]
 TASK = "Find the town"
 LONG = "the sea is cold " * 40
-PROMPT = PromptConfig(query_max_length=64, document_max_length=64)
+PROMPT = PromptConfig(query_max_length=128, document_max_length=64)
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +236,7 @@ def test_on_overflow_error_names_the_text_and_its_tokens(retriever) -> None:
 
 
 def test_an_instruction_that_leaves_no_room_is_an_error(retriever) -> None:
-    with pytest.raises(TokenizationError, match="query_max_length leaves 64 tokens"):
+    with pytest.raises(TokenizationError, match="query_max_length leaves 128 tokens"):
         retriever.encode_query("Ulm?", instruction=LONG)
 
 
