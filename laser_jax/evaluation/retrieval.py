@@ -8,9 +8,10 @@ import numpy as np
 
 from laser_jax.batch_encoder import LatentEncoder
 from laser_jax.data.tokenization import PromptTokenizer
-from laser_jax.evaluation.beir import BeirDataset, DatasetError
-from laser_jax.evaluation.metrics import Run, evaluate_run, mean
-from laser_jax.search import search, trec_order
+from laser_jax.evaluation.beir import BeirDataset
+from laser_jax.evaluation.metrics import evaluate_run, mean
+from laser_jax.search.topk import search
+from laser_jax.search.trec import trec_order
 
 DEPTH = 100
 METRICS = ("nDCG@10", "Recall@100", "Hit@1")
