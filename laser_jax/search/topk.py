@@ -1,123 +1,266 @@
-"""Exact top-k search over document embeddings, chunk by chunk.
+"""Exact top-k search on the devices of a mesh, chunk by chunk.
 
-Letters: Q queries, C documents, D model, M documents of a chunk, k results.
+Letters: Q queries, C documents, M documents of a chunk, B documents of a block, D model, W stored
+width of a document (`laser_jax.search.codes`), k results, P devices.
+
+Every document has a rank: its place in `trec_order` of the whole corpus. A ranking goes by score,
+descending, then by rank. Every device scores its own rows of each chunk and keeps a running top k;
+the lists are gathered and merged once, at the end. The top k of the parts is taken inside
+`shard_map`, since a top_k over a sharded axis has been wrong (jax#19271) and slow (xla#25487).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from laser_jax.search.codes import Code, decode_vectors, encode_vectors, storage_dtype
+from laser_jax.search.trec import Run, trec_order
 
 DEFAULT_CHUNK = 16_384
+DEFAULT_QUERY_BLOCK = 1_024
+NO_RANK = np.iinfo(np.int32).max
+"""The rank of a row that only fills a chunk up."""
+
+Chunk = tuple[np.ndarray, np.ndarray]
+"""Rows of documents [M, W] and their ranks [M] int32, ascending."""
 
 
-def _chunk_scores(queries_QD: jax.Array, chunk_MD: jax.Array) -> jax.Array:
-    # HIGHEST: a TPU or an Ampere GPU would otherwise multiply float32 in bfloat16 or TF32.
-    scores_QM = jnp.einsum("qd,md->qm", queries_QD, chunk_MD, precision=jax.lax.Precision.HIGHEST)
-    # top_k orders -0.0 below 0.0, which would break that tie by sign instead of by index.
-    return jnp.where(scores_QM == 0, 0.0, scores_QM)
+def device_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """One axis over `devices`; None takes all of this process."""
+    chosen = np.array(jax.local_devices() if devices is None else devices)
+    return Mesh(chosen, ("documents",), axis_types=(AxisType.Auto,))
 
 
-@partial(jax.jit, static_argnames="k")
-def _first_chunk(
-    queries_QD: jax.Array, chunk_MD: jax.Array, *, k: int
-) -> tuple[jax.Array, jax.Array]:
-    return jax.lax.top_k(_chunk_scores(queries_QD, chunk_MD), k)
+# --- on the devices ----------------------------------------------------------------------------
 
 
-@jax.jit
-def _merge_chunk(
-    best_Qk: jax.Array,
-    indices_Qk: jax.Array,
+def _first_k(scores_Qm: jax.Array, ranks_Qm: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The first k of lists in any order, by score and then by rank."""
+    negated_Qm, ranks_Qm = jax.lax.sort((-scores_Qm, ranks_Qm), num_keys=2, dimension=1)
+    return -negated_Qm[:, :k], ranks_Qm[:, :k]
+
+
+def _top_of_chunk(scores_QM: jax.Array, ranks_M: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The top k of rows whose ranks ascend, so that ties go to the lower position.
+
+    Long chunks are cut into blocks, of which only the k with the largest maxima are looked into:
+    the top k lie in them, since each block before another holds a document before any of its own.
+    """
+    Q, M = scores_QM.shape
+    k = min(k, M)
+    B = 1 << max((M // k).bit_length() // 2, 0)  # about sqrt(M / k): both selections are as long
+    if B == 1 or M % B:
+        best_Qk, position_Qk = jax.lax.top_k(scores_QM, k)
+        return best_Qk, ranks_M[position_Qk]
+    blocks_QnB = scores_QM.reshape(Q, M // B, B)
+    _, chosen_Qk = jax.lax.top_k(blocks_QnB.max(axis=2), k)
+    chosen_Qk = jnp.sort(chosen_Qk, axis=1)  # back to the order of positions
+    candidates_Qm = jnp.take_along_axis(blocks_QnB, chosen_Qk[:, :, None], axis=1).reshape(Q, k * B)
+    best_Qk, place_Qk = jax.lax.top_k(candidates_Qm, k)
+    position_Qk = jnp.take_along_axis(chosen_Qk, place_Qk // B, axis=1) * B + place_Qk % B
+    return best_Qk, ranks_M[position_Qk]
+
+
+@partial(jax.jit, static_argnames=("code", "mesh"), donate_argnums=(0, 1))
+def _add_chunk(
+    best_PQk: jax.Array,
+    ranks_PQk: jax.Array,
     queries_QD: jax.Array,
-    chunk_MD: jax.Array,
-    start: jax.Array,
-    seen: jax.Array,
+    codes_MW: jax.Array,
+    ranks_M: jax.Array,
+    *,
+    code: Code,
+    mesh: Mesh,
 ) -> tuple[jax.Array, jax.Array]:
-    """Merges documents start..start+M into the running top k; those below `seen` are in it."""
-    k = best_Qk.shape[1]
-    document_M = start + jnp.arange(chunk_MD.shape[0], dtype=jnp.int32)
-    scores_QM = jnp.where(
-        (document_M >= seen)[None, :], _chunk_scores(queries_QD, chunk_MD), -jnp.inf
+    """Merges a chunk, whose rows are split over the devices, into each device's own top k."""
+
+    def on_device(best_1Qk, ranks_1Qk, queries_QD, codes_mW, ranks_m):
+        documents_mD = decode_vectors(codes_mW, code)
+        # HIGHEST: a TPU or an Ampere GPU would otherwise multiply float32 in bfloat16 or TF32.
+        scores_Qm = jnp.einsum(
+            "qd,md->qm", queries_QD, documents_mD, precision=jax.lax.Precision.HIGHEST
+        )
+        # top_k orders -0.0 below 0.0, which would break that tie by sign instead of by rank
+        scores_Qm = jnp.where(scores_Qm == 0, 0.0, scores_Qm)
+        scores_Qm = jnp.where(ranks_m[None, :] == NO_RANK, -jnp.inf, scores_Qm)
+        k = best_1Qk.shape[2]
+        new_Qk, new_ranks_Qk = _top_of_chunk(scores_Qm, ranks_m, k)
+        best_Qk, ranks_Qk = _first_k(
+            jnp.concatenate([best_1Qk[0], new_Qk], axis=1),
+            jnp.concatenate([ranks_1Qk[0], new_ranks_Qk], axis=1),
+            k,
+        )
+        return best_Qk[None], ranks_Qk[None]
+
+    split, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(split, split, whole, split, split),
+        out_specs=(split, split),
+    )(best_PQk, ranks_PQk, queries_QD, codes_MW, ranks_M)
+
+
+@partial(jax.jit, static_argnames="mesh")
+def _merge_devices(
+    best_PQk: jax.Array, ranks_PQk: jax.Array, *, mesh: Mesh
+) -> tuple[jax.Array, jax.Array]:
+    P, Q, k = best_PQk.shape
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def lists(x_PQk: jax.Array) -> jax.Array:
+        gathered = jax.lax.with_sharding_constraint(x_PQk, everywhere)
+        return gathered.transpose(1, 0, 2).reshape(Q, P * k)
+
+    return _first_k(lists(best_PQk), lists(ranks_PQk), k)
+
+
+# --- on the host -------------------------------------------------------------------------------
+
+
+def _filled(chunk: Chunk, rows: int) -> Chunk:
+    """The chunk with rows of zeros behind it that have no rank."""
+    codes_MW, ranks_M = chunk
+    spare = rows - len(codes_MW)
+    if spare == 0:
+        return chunk
+    return (
+        np.concatenate([codes_MW, np.zeros((spare, codes_MW.shape[1]), codes_MW.dtype)]),
+        np.concatenate([ranks_M, np.full(spare, NO_RANK, np.int32)]),
     )
-    new_Qk, position_Qk = jax.lax.top_k(scores_QM, k)
-    # top_k prefers the lower position, and the running ones, which come first, are lower documents
-    merged_Qk, choice_Qk = jax.lax.top_k(jnp.concatenate([best_Qk, new_Qk], axis=1), k)
-    candidates = jnp.concatenate([indices_Qk, start + position_Qk], axis=1)
-    return merged_Qk, jnp.take_along_axis(candidates, choice_Qk, axis=1)
+
+
+def _pieces(chunks: Iterable[Chunk], rows: int) -> Iterator[Chunk]:
+    for codes_MW, ranks_M in chunks:
+        for start in range(0, len(codes_MW), rows):
+            yield codes_MW[start : start + rows], ranks_M[start : start + rows]
 
 
 def exact_top_k(
     queries_QD: np.ndarray | jax.Array,
-    documents_CD: np.ndarray | jax.Array,
+    chunks: Iterable[Chunk],
     k: int,
     *,
-    chunk: int,
-) -> tuple[jax.Array, jax.Array]:
-    """The k documents of largest dot product for every query, exactly; ties by the lower index.
+    code: Code = "float32",
+    mesh: Mesh | None = None,
+    chunk: int = DEFAULT_CHUNK,
+    query_block: int = DEFAULT_QUERY_BLOCK,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k documents of largest dot product for every query, exactly; ties by the lower rank.
 
-    Documents stay on the host and go to the device `chunk` at a time (at least k), so that at most
-    [Q, chunk] scores exist. One program serves all chunks but the first: the last one is moved back
-    to full length, and what it repeats is masked.
+    Documents stream from the host: at most two pieces of `chunk` rows and [query_block, chunk]
+    scores are on the devices at a time, however long the corpus is. One program serves all pieces.
+
+    Equal scores are those that are equal in float32 as computed. Two equal documents may get scores
+    that differ in the last digit where a matrix product rounds differently at another place.
 
     Args:
         queries_QD: float32.
-        documents_CD: float32. Pass them in the order of `trec_order` for trec_eval's ties.
-        k: how many; all C are returned when there are fewer than k.
-        chunk: documents scored at a time.
+        chunks: the corpus, coded as `code`; every rank from 0 to C - 1 once.
+        k: how many.
+        code: how the rows are stored; scores are those of the decoded rows.
+        mesh: any mesh of this process; the rows of a piece are split over all its devices. None
+            takes the first device.
+        chunk: documents scored at a time, by all devices together.
+        query_block: queries scored at a time.
 
     Returns:
-        scores float32 and indices into the documents int32, each [Q, min(k, C)], best first.
+        scores float32 and ranks int32, each [Q, min(k, C)], best first.
 
     Raises:
-        ValueError: on embeddings that are not float32 matrices of one width, on no document, or on
-            k or chunk below 1.
+        ValueError: on queries or documents of another type or width, on no document, or on k,
+            chunk or query_block below 1.
     """
-    documents_CD = np.asarray(documents_CD)
-    for name, array in (("queries", queries_QD), ("documents", documents_CD)):
-        if array.ndim != 2 or array.dtype != np.float32:
-            raise ValueError(
-                f"{name} must be a float32 matrix, got {array.dtype} of shape {array.shape}"
-            )
-    if queries_QD.shape[1] != documents_CD.shape[1]:
+    queries_QD = np.asarray(queries_QD)
+    if queries_QD.ndim != 2 or queries_QD.dtype != np.float32:
         raise ValueError(
-            f"queries have width {queries_QD.shape[1]}, documents {documents_CD.shape[1]}"
+            f"queries must be a float32 matrix, got {queries_QD.dtype} of shape {queries_QD.shape}"
         )
-    count = documents_CD.shape[0]
+    if min(k, chunk, query_block) < 1:
+        raise ValueError(
+            f"k, chunk and query_block must be at least 1, got {k}, {chunk} and {query_block}"
+        )
+    mesh = device_mesh(jax.local_devices()[:1]) if mesh is None else mesh
+    Q, D = queries_QD.shape
+    P = mesh.size
+    rows = -(-chunk // P) * P
+    width = D // 8 if code == "binary" else D
+    split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    block = min(query_block, Q) or 1
+    spare = -Q % block
+    filled_QD = np.concatenate([queries_QD, np.zeros((spare, D), np.float32)])
+    blocks = [jax.device_put(filled_QD[s : s + block], whole) for s in range(0, Q, block)]
+    best = [
+        (
+            jax.device_put(np.full((P, block, k), -np.inf, np.float32), split),
+            jax.device_put(np.full((P, block, k), NO_RANK, np.int32), split),
+        )
+        for _ in blocks
+    ]
+    count = 0
+    for piece in _pieces(chunks, rows):
+        if piece[0].dtype != storage_dtype(code) or piece[0].shape[1:] != (width,):
+            raise ValueError(
+                f"documents must be {storage_dtype(code)} of width {width} ({code}, queries of "
+                f"width {D}), got {piece[0].dtype} of shape {piece[0].shape}"
+            )
+        count += len(piece[0])
+        codes_MW, ranks_M = jax.device_put(_filled(piece, rows), split)
+        # or the host would run ahead and put the whole corpus on the devices
+        jax.block_until_ready(best)
+        best = [
+            _add_chunk(*lists, queries_QD, codes_MW, ranks_M, code=code, mesh=mesh)
+            for lists, queries_QD in zip(best, blocks, strict=True)
+        ]
     if count == 0:
         raise ValueError("there is no document to search")
-    if k < 1 or chunk < 1:
-        raise ValueError(f"k and chunk must be at least 1, got k {k} and chunk {chunk}")
-
+    merged = [_merge_devices(*lists, mesh=mesh) for lists in best]
     k = min(k, count)
-    chunk = min(max(chunk, k), count)
-    queries_QD = jnp.asarray(queries_QD)
-    best_Qk, indices_Qk = _first_chunk(queries_QD, jnp.asarray(documents_CD[:chunk]), k=k)
-    for seen in range(chunk, count, chunk):
-        start = min(seen, count - chunk)
-        best_Qk, indices_Qk = _merge_chunk(
-            best_Qk,
-            indices_Qk,
-            queries_QD,
-            jnp.asarray(documents_CD[start : start + chunk]),
-            jnp.int32(start),
-            jnp.int32(seen),
-        )
-    return best_Qk, indices_Qk
+    scores_Qk = np.concatenate([np.zeros((0, k), np.float32), *(m[0][:, :k] for m in merged)])[:Q]
+    ranks_Qk = np.concatenate([np.zeros((0, k), np.int32), *(m[1][:, :k] for m in merged)])[:Q]
+    return scores_Qk, ranks_Qk
 
 
-def trec_order(doc_ids: Sequence[str]) -> np.ndarray:
-    """The permutation [C] int64 that puts documents in descending order of their ids.
+def rescored(
+    queries_QD: np.ndarray,
+    chunks: Iterable[Chunk],
+    ranks_Qn: np.ndarray,
+    k: int,
+    *,
+    code: Code = "float32",
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first k of each query's candidates, by scores of better vectors. Runs on the host.
 
-    trec_eval breaks ties by the larger id. On documents in this order, breaking them by the lower
-    index is the same, also where the tie straddles the cut.
+    Args:
+        queries_QD: float32.
+        chunks: the corpus again, coded as `code`.
+        ranks_Qn: the candidates, as `exact_top_k` gives them.
+
+    Returns:
+        scores float32 and ranks int32, each [Q, min(k, n)], best first, ties by the lower rank.
     """
-    return np.array(sorted(range(len(doc_ids)), key=doc_ids.__getitem__, reverse=True), np.int64)
+    scores_Qn = np.full(ranks_Qn.shape, -np.inf, np.float32)
+    for codes_MW, ranks_M in chunks:
+        place_Qn = np.minimum(np.searchsorted(ranks_M, ranks_Qn), len(ranks_M) - 1)
+        for query, here_n in enumerate(ranks_M[place_Qn] == ranks_Qn):
+            rows_iW = codes_MW[place_Qn[query, here_n]]
+            if len(rows_iW):
+                rows_iD = decode_vectors(rows_iW, code)
+                scores_Qn[query, here_n] = rows_iD @ queries_QD[query]
+    order_Qn = np.lexsort((ranks_Qn, -scores_Qn), axis=1)[:, :k]
+    return (
+        np.take_along_axis(scores_Qn, order_Qn, axis=1),
+        np.take_along_axis(ranks_Qn, order_Qn, axis=1),
+    )
 
 
 def _check_rows(name: str, embeddings: np.ndarray, ids: Sequence[str]) -> None:
@@ -134,6 +277,59 @@ def _check_rows(name: str, embeddings: np.ndarray, ids: Sequence[str]) -> None:
         )
 
 
+def search_chunks(
+    queries_QD: np.ndarray,
+    read: Callable[[], Iterable[Chunk]],
+    query_ids: Sequence[str],
+    ranked_ids: Sequence[str],
+    k: int,
+    excluded: Mapping[str, Collection[str]],
+    *,
+    stored: Code = "float32",
+    code: Code | None = None,
+    oversample: int = 0,
+    mesh: Mesh | None = None,
+    chunk: int = DEFAULT_CHUNK,
+) -> Run:
+    """`search` over a corpus that need not fit into memory.
+
+    Args:
+        read: begins a pass over the corpus; its rows are coded as `stored`.
+        ranked_ids: the C ids in trec_eval's order, so that a document's rank is its index.
+        code: what to search with, where it is coarser than `stored`.
+        oversample: 0, or m >= 1: the best m k documents by `code` are scored again with the vectors
+            as stored, in a second pass.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    wanted = {document for ids in excluded.values() for document in ids}
+    corpus = wanted.intersection(ranked_ids)
+    removed = {query: corpus.intersection(excluded.get(query, ())) for query in query_ids}
+    depth = k + max(map(len, removed.values()), default=0)
+
+    def coded() -> Iterator[Chunk]:
+        for rows_MW, ranks_M in read():
+            yield encode_vectors(decode_vectors(rows_MW, stored), code or stored), ranks_M
+
+    scores_Qk, ranks_Qk = exact_top_k(
+        queries_QD,
+        read() if code in (None, stored) else coded(),
+        depth * max(oversample, 1),
+        code=code or stored,
+        mesh=mesh,
+        chunk=chunk,
+    )
+    if oversample:
+        scores_Qk, ranks_Qk = rescored(queries_QD, read(), ranks_Qk, depth, code=stored)
+    run: Run = {}
+    for query, scores_k, ranks_k in zip(
+        query_ids, scores_Qk.tolist(), ranks_Qk.tolist(), strict=True
+    ):
+        ranked = [(ranked_ids[r], s) for r, s in zip(ranks_k, scores_k, strict=True)]
+        run[query] = dict([(d, s) for d, s in ranked if d not in removed[query]][:k])
+    return run
+
+
 def search(
     query_embeddings: np.ndarray | jax.Array,
     doc_embeddings: np.ndarray | jax.Array,
@@ -142,8 +338,11 @@ def search(
     k: int,
     excluded: Mapping[str, Collection[str]],
     *,
+    code: Code = "float32",
+    oversample: int = 0,
+    mesh: Mesh | None = None,
     chunk: int = DEFAULT_CHUNK,
-) -> dict[str, dict[str, float]]:
+) -> Run:
     """The top k documents of every query, without the excluded ones.
 
     Exclusions are taken out before the cut, so a query still gets k documents where there are k.
@@ -156,6 +355,10 @@ def search(
         k: documents per query.
         excluded: query id -> ids of documents it must not be given (BRIGHT); ids that are not in
             the corpus are ignored.
+        code: search with documents coded so; other than float32 it is an approximation.
+        oversample: 0, or m >= 1: the best m k documents by `code` are scored again with the float
+            vectors.
+        mesh: devices to spread the documents over; None takes the first one.
         chunk: documents scored at a time.
 
     Returns:
@@ -164,26 +367,36 @@ def search(
 
     Raises:
         ValueError: on ids that stand twice or do not match the rows, on embeddings that are not
-            finite, and as `exact_top_k` does.
+            finite, and as `exact_top_k` and `encode_vectors` do.
     """
     query_embeddings, doc_embeddings = np.asarray(query_embeddings), np.asarray(doc_embeddings)
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+    if doc_embeddings.ndim != 2 or doc_embeddings.dtype != np.float32:
+        raise ValueError(
+            f"documents must be a float32 matrix, got {doc_embeddings.dtype} of shape "
+            f"{doc_embeddings.shape}"
+        )
     _check_rows("query", query_embeddings, query_ids)
     _check_rows("document", doc_embeddings, doc_ids)
-    corpus = set(doc_ids)
-    removed = {query: corpus.intersection(excluded.get(query, ())) for query in query_ids}
-    order = trec_order(doc_ids)
-    scores_Qk, indices_Qk = exact_top_k(
+    order_C = trec_order(doc_ids)
+
+    def read() -> Iterator[Chunk]:
+        # in pieces, so that the permuted corpus is never a second copy
+        for start in range(0, len(order_C), chunk):
+            indices_M = order_C[start : start + chunk]
+            yield (
+                doc_embeddings[indices_M],
+                np.arange(start, start + len(indices_M), dtype=np.int32),
+            )
+
+    return search_chunks(
         query_embeddings,
-        doc_embeddings[order],
-        k + max(map(len, removed.values()), default=0),
+        read,
+        query_ids,
+        [doc_ids[i] for i in order_C],
+        k,
+        excluded,
+        code=code,
+        oversample=oversample,
+        mesh=mesh,
         chunk=chunk,
     )
-    run = {}
-    for query, scores, indices in zip(
-        query_ids, np.asarray(scores_Qk).tolist(), order[np.asarray(indices_Qk)], strict=True
-    ):
-        ranked = [(doc_ids[i], s) for i, s in zip(indices, scores, strict=True)]
-        run[query] = dict([(d, s) for d, s in ranked if d not in removed[query]][:k])
-    return run
