@@ -11,7 +11,6 @@ from laser_jax.evaluation.beir import (
     EvalQuery,
     read_beir,
     read_corpus,
-    read_excluded,
     read_qrels,
     read_qrels_file,
     read_queries,
@@ -224,15 +223,3 @@ def test_judgements_of_trec_eval_are_read_by_their_name(tmp_path: Path) -> None:
     path.write_text("q1 0 d\n")
     with pytest.raises(DatasetError, match=r"qrels\.txt:1: wanted 'qid iter docid grade'"):
         read_qrels_file(path)
-
-
-def test_excluded_documents_come_from_queries_or_a_table(beir: Path, tmp_path: Path) -> None:
-    assert read_excluded(beir / "queries.jsonl") == {"q1": (), "q2": ("d1", "d3"), "q3": ()}
-    table = tmp_path / "excluded.tsv"
-    table.write_text("q2\td1\nq2\ta b.txt\n")
-    assert read_excluded(table) == {"q2": ("d1", "a b.txt")}
-    table.write_text("q2 d1\n")
-    with pytest.raises(DatasetError, match=r"excluded\.tsv:1: wanted query-id and corpus-id"):
-        read_excluded(table)
-    with pytest.raises(DatasetError, match=r"from a \.jsonl or a \.tsv file"):
-        read_excluded(tmp_path / "excluded.json")

@@ -52,7 +52,11 @@ def test_a_disk_that_is_full_at_the_last_moment_is_no_exception(
 
 
 def test_a_block_that_fails_leaves_no_part(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), written_whole(tmp_path / "run.trec") as part:
-        part.write_text("half")
-        raise KeyboardInterrupt
+    def interrupted() -> None:
+        with written_whole(tmp_path / "run.trec") as part:
+            part.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert list(tmp_path.iterdir()) == []

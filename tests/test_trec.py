@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from laser_jax.search.trec import DatasetError, read_trec_run, trec_order, write_trec_run
+from laser_jax.search.trec import (
+    DatasetError,
+    read_excluded,
+    read_trec_run,
+    trec_order,
+    write_trec_run,
+)
 
 
 def test_trec_order_is_descending_by_code_point() -> None:
@@ -85,3 +91,19 @@ def test_an_empty_or_damaged_run_is_refused(tmp_path: Path) -> None:
     torn.write_bytes(gzip.compress(b"q Q0 d 1 0.5 t\n" * 1)[:-6])
     with pytest.raises(DatasetError, match=r"run\.trec\.gz:.*cannot be read"):
         read_trec_run(torn)
+
+
+def test_excluded_documents_come_from_queries_or_a_table(tmp_path: Path) -> None:
+    queries = tmp_path / "queries.jsonl"
+    queries.write_text(
+        '{"_id": "q1", "text": "plain"}\n\n{"_id": "q2", "excluded_ids": ["d1", "d3"]}\n'
+    )
+    assert read_excluded(queries) == {"q1": (), "q2": ("d1", "d3")}
+    table = tmp_path / "excluded.tsv"
+    table.write_text("q2\td1\nq2\ta b.txt\n")
+    assert read_excluded(table) == {"q2": ("d1", "a b.txt")}
+    table.write_text("q2 d1\n")
+    with pytest.raises(DatasetError, match=r"excluded\.tsv:1: wanted query-id and corpus-id"):
+        read_excluded(table)
+    with pytest.raises(DatasetError, match=r"from a \.jsonl or a \.tsv file"):
+        read_excluded(tmp_path / "excluded.json")

@@ -1,4 +1,4 @@
-"""BEIR directories, TREC judgements and lists of excluded documents.
+"""BEIR directories, and judgements in the forms of BEIR and TREC.
 
 A BEIR directory holds `corpus.jsonl` (`_id`, `title`, `text`), `queries.jsonl` (`_id`, `text`) and
 `qrels/<split>.tsv` (a header, then query id, document id, grade). Queries may carry three fields
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from laser_jax.evaluation.metrics import Qrels
-from laser_jax.search.trec import DatasetError, document_id_fault, text_lines
+from laser_jax.search.trec import DatasetError, document_id_fault, excluded_ids, text_lines
 
 T = TypeVar("T")
 
@@ -100,15 +100,6 @@ def _optional_text(row: dict[str, Any], key: str, where: str) -> str | None:
     return None if row.get(key) is None else _text(row, key, where)
 
 
-def _excluded_ids(row: dict[str, Any], where: str) -> tuple[str, ...]:
-    ids = row.get("excluded_ids")
-    if ids is None:
-        return ()
-    if not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
-        raise DatasetError(f"{where}: field 'excluded_ids' must be a list of strings, got {ids!r}")
-    return tuple(ids)
-
-
 def _document(row: dict[str, Any], where: str) -> Document:
     id_, text = _text(row, "_id", where), _text(row, "text", where)
     title = _optional_text(row, "title", where)
@@ -126,7 +117,7 @@ def _query(row: dict[str, Any], where: str) -> EvalQuery:
         text=_text(row, "text", where),
         instruction=_optional_text(row, "instruction", where),
         reasoning=_optional_text(row, "reasoning", where),
-        excluded_ids=_excluded_ids(row, where),
+        excluded_ids=excluded_ids(row, where),
     )
 
 
@@ -223,38 +214,6 @@ def read_qrels_file(path: str | Path) -> Qrels:
     if not qrels:
         raise DatasetError(f"{path}: holds no judgement")
     return qrels
-
-
-def read_excluded(path: str | Path) -> dict[str, tuple[str, ...]]:
-    """Reads which documents a query must not be given: query id -> document ids.
-
-    Args:
-        path: a `queries.jsonl` with BRIGHT's field `excluded_ids`; or, where the name ends in
-            `.tsv`, lines of a query id and a document id with a tab between, without a header.
-
-    Raises:
-        FileNotFoundError: when the file is missing.
-        DatasetError: on a line of another form.
-    """
-    path = Path(path)
-    if path.suffix == ".jsonl":
-        rows = _read_json_lines(
-            path, lambda row, at: (_text(row, "_id", at), _excluded_ids(row, at)), None
-        )
-        return dict(pair for _, pair in rows)
-    if path.suffix != ".tsv":
-        raise DatasetError(f"{path}: excluded documents are read from a .jsonl or a .tsv file")
-    excluded: dict[str, tuple[str, ...]] = {}
-    for where, line in text_lines(path):
-        if not line.strip():
-            continue
-        fields = line.rstrip("\r\n").split("\t")
-        if len(fields) != 2:
-            raise DatasetError(
-                f"{where}: wanted query-id and corpus-id between a tab, got {line!r}"
-            )
-        excluded[fields[0]] = (*excluded.get(fields[0], ()), fields[1])
-    return excluded
 
 
 def read_qrels(directory: str | Path, split: str) -> Qrels:

@@ -11,7 +11,7 @@ from laser_jax.data.tokenization import PromptTokenizer
 from laser_jax.evaluation.beir import BeirDataset
 from laser_jax.evaluation.metrics import evaluate_run, mean
 from laser_jax.search.topk import search
-from laser_jax.search.trec import trec_order
+from laser_jax.search.trec import DatasetError, Run, trec_order
 
 DEPTH = 100
 METRICS = ("nDCG@10", "Recall@100", "Hit@1")

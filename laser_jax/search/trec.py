@@ -7,10 +7,12 @@ descending. It stores scores as C floats, so two scores that agree in float32 ar
 from __future__ import annotations
 
 import gzip
+import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -144,3 +146,55 @@ def write_trec_run(run: Run, path: str | Path, tag: str) -> None:
                 # repr of a float is the shortest text that reads back as the same double
                 score = repr(float(run[query][document]))
                 file.write(f"{query} Q0 {document} {rank} {score} {tag}\n")
+
+
+def read_excluded(path: str | Path) -> dict[str, tuple[str, ...]]:
+    """Reads which documents a query must not be given: query id -> document ids.
+
+    Args:
+        path: where the name ends in `.jsonl`, a BEIR `queries.jsonl` with BRIGHT's field
+            `excluded_ids`; where it ends in `.tsv`, lines of a query id and a document id with a
+            tab between, without a header.
+
+    Raises:
+        FileNotFoundError: when the file is missing.
+        DatasetError: on another name, or a line of another form.
+    """
+    path = Path(path)
+    if path.suffix not in (".jsonl", ".tsv"):
+        raise DatasetError(f"{path}: excluded documents are read from a .jsonl or a .tsv file")
+    excluded: dict[str, tuple[str, ...]] = {}
+    for where, line in text_lines(path):
+        if not line.strip():
+            continue
+        if path.suffix == ".jsonl":
+            query, documents = _excluded_of(line, where)
+        else:
+            fields = line.rstrip("\r\n").split("\t")
+            if len(fields) != 2:
+                raise DatasetError(
+                    f"{where}: wanted query-id and corpus-id with a tab between, got {line!r}"
+                )
+            query, documents = fields[0], (fields[1],)
+        excluded[query] = (*excluded.get(query, ()), *documents)
+    return excluded
+
+
+def _excluded_of(line: str, where: str) -> tuple[str, tuple[str, ...]]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DatasetError(f"{where}: not valid JSON: {error}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("_id"), str):
+        raise DatasetError(f"{where}: wanted an object with a string '_id', got {line!r}")
+    return row["_id"], excluded_ids(row, where)
+
+
+def excluded_ids(row: dict[str, Any], where: str) -> tuple[str, ...]:
+    """The field `excluded_ids` of a row of queries; () where there is none."""
+    ids = row.get("excluded_ids")
+    if ids is None:
+        return ()
+    if not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
+        raise DatasetError(f"{where}: field 'excluded_ids' must be a list of strings, got {ids!r}")
+    return tuple(ids)
