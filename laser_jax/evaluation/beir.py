@@ -198,16 +198,18 @@ def read_qrels_file(path: str | Path) -> Qrels:
             match = _TREC_JUDGEMENT.fullmatch(line)
             if match is None:
                 raise DatasetError(f"{where}: wanted 'qid iter docid grade', got {line!r}")
-            _add_judgement(qrels, *match.groups(), where)
+            query, document, grade = match.groups()
+            _add_judgement(qrels, query, document, grade, where)
             continue
         fields = line.rstrip("\r\n").split("\t")
         if len(fields) != 3:
             raise DatasetError(
                 f"{where}: wanted query-id, corpus-id and score between tabs, got {line!r}"
             )
+        query, document, grade = fields
         if number > 1:
-            _add_judgement(qrels, *fields, where)
-        elif _is_integer(fields[2]):
+            _add_judgement(qrels, query, document, grade, where)
+        elif _is_integer(grade):
             raise DatasetError(
                 f"{where}: the header is missing; put 'query-id\\tcorpus-id\\tscore' above"
             )

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ Chunk = tuple[np.ndarray, np.ndarray]
 """Rows of documents [M, W] and their ranks [M] int32, ascending."""
 
 
-def device_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+def device_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """One axis over `devices`; None takes all of this process."""
     chosen = np.array(jax.local_devices() if devices is None else devices)
     return Mesh(chosen, ("documents",), axis_types=(AxisType.Auto,))
@@ -325,7 +326,7 @@ def search_chunks(
     for query, scores_k, ranks_k in zip(
         query_ids, scores_Qk.tolist(), ranks_Qk.tolist(), strict=True
     ):
-        ranked = [(ranked_ids[r], s) for r, s in zip(ranks_k, scores_k, strict=True)]
+        ranked = [(ranked_ids[int(r)], s) for r, s in zip(ranks_k, scores_k, strict=True)]
         run[query] = dict([(d, s) for d, s in ranked if d not in removed[query]][:k])
     return run
 
@@ -392,7 +393,7 @@ def search(
         query_embeddings,
         read,
         query_ids,
-        [doc_ids[i] for i in order_C],
+        [doc_ids[int(i)] for i in order_C],
         k,
         excluded,
         code=code,
