@@ -117,6 +117,15 @@ def _parse_metric(name: str) -> tuple[Callable[[_JudgedRanking, int], float], in
     return _METRICS[match[1]], int(match[2])
 
 
+def cutoff_of(metric: str) -> int:
+    """How many documents of a ranking a metric looks at.
+
+    Raises:
+        ValueError: on an unknown metric.
+    """
+    return _parse_metric(metric)[1]
+
+
 def evaluate_run(
     run: Mapping[str, Mapping[str, float]],
     qrels: Mapping[str, Mapping[str, int]],

@@ -99,8 +99,8 @@ def permutation_p_value(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values corrected for being several (Holm 1979): at most alpha of them below alpha means
-    that all those differences are real with probability 1 - alpha."""
+    """The p-values corrected for being several (Holm 1979): whoever calls all those below alpha
+    real makes a single false claim or more with a probability of at most alpha."""
     order = np.argsort(p_values, kind="stable")
     corrected = [0.0] * len(p_values)
     largest = 0.0
