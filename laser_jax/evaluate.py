@@ -3,9 +3,9 @@
     python -m laser_jax.evaluate --run RUN[.gz] --qrels QRELS [--excluded FILE] [--metrics ...]
     python -m laser_jax.evaluate --model DIR --data BEIR_DIR --output DIR [--split test]
 
-The first scores any TREC run as trec_eval does. The second encodes a BEIR directory and compares the
-query alone, the latent view at every K, and the explicit view with the given reasoning and, as a
-control, with that of another query.
+The first scores any TREC run as trec_eval does. The second encodes a BEIR directory and compares
+the query alone, the latent view at every K, and the explicit view with the given reasoning and, as
+a control, with that of another query.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class RunOptions:
     complete: bool = False
     """Judged queries that the run lacks count as 0 (trec_eval -c); otherwise they are left out."""
     original_run: str | None = None
-    """For p-MRR: the run under the original instructions, where `run` is that under changed ones."""
+    """For p-MRR: the run under the original instructions; `run` is that under the changed ones."""
     original_qrels: str | None = None
     """For p-MRR: the judgements under the original instructions."""
     json: str | None = None
