@@ -28,7 +28,7 @@ from laser_jax.evaluation.results import (
     read_evaluation,
     read_per_query,
 )
-from laser_jax.evaluation.retrieval import EXPLICIT, latent
+from laser_jax.evaluation.retrieval import CONTROL, EXPLICIT, latent
 from laser_jax.evaluation.significance import holm, permutation_p_value
 from laser_jax.files import write_atomically
 from laser_jax.search.trec import DatasetError
@@ -247,28 +247,31 @@ def format_report(report: Report) -> str:
     )
 
 
-def _points(
-    directories: Sequence[str], report: Report
+def _series(
+    directories: Sequence[str], metric: str
 ) -> tuple[dict[str, list[LatencyPoint]], list[str]]:
-    """The points of every model that was timed, over the data sets on which it was, and the
-    directories that hold no times."""
-    by_run: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    """What the plot shows: a line a model over its K, a point for its explicit view, each a mean
+    over the data sets on which it was timed; and the directories that hold no times."""
+    timed: dict[str, dict[str, list[tuple[float, float]]]] = {}
     untimed = []
     for directory in directories:
         evaluation = read_evaluation(directory)
         if not evaluation.milliseconds_per_query:
             untimed.append(directory)
         for run, milliseconds in evaluation.milliseconds_per_query.items():
-            by_run.setdefault((evaluation.model, run), []).append(
-                (milliseconds, evaluation.scores[run][report.metric])
+            pair = milliseconds, evaluation.scores[run][metric]
+            timed.setdefault(evaluation.model, {}).setdefault(run, []).append(pair)
+    series: dict[str, list[LatencyPoint]] = {}
+    for model, runs in timed.items():
+        for run, pairs in runs.items():
+            point = LatencyPoint(
+                *np.mean(pairs, axis=0).tolist(), label=run.removeprefix("latent ")
             )
-    points: dict[str, list[LatencyPoint]] = {}
-    for (model, run), pairs in by_run.items():
-        milliseconds, quality = np.mean(pairs, axis=0).tolist()
-        # what a reading of a given text takes; the time to write it is not in it
-        label = run.removeprefix("latent ") if run.startswith("latent") else f"{run} (read only)"
-        points.setdefault(model, []).append(LatencyPoint(milliseconds, quality, label))
-    return points, untimed
+            if run == EXPLICIT:  # the text is read here; the time to write it is not in it
+                series[f"{model}, explicit (reading alone)"] = [point]
+            elif run != CONTROL:
+                series.setdefault(f"{model}, latent view", []).append(point)
+    return series, untimed
 
 
 def write_report(directories: Sequence[str], report: Report, options: ReportOptions) -> None:
@@ -277,9 +280,9 @@ def write_report(directories: Sequence[str], report: Report, options: ReportOpti
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
     if options.plot:
-        points, untimed = _points(directories, report)
-        if points:
-            plot_latency_quality(points, report.metric, output / PLOT_STEM)
+        series, untimed = _series(directories, report.metric)
+        if series:
+            plot_latency_quality(series, report.metric, output / PLOT_STEM)
         if untimed:
             print(
                 f"not in the plot, as evaluated without --measure_time true: {', '.join(untimed)}"

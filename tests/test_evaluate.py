@@ -102,8 +102,8 @@ def test_reference_runs_reach_their_reference(shared_data: Path, tmp_path: Path)
     assert scores["Recall@100"] == pytest.approx(reference["recall_100"], abs=1e-6)
 
 
-def spoil(name: str, content: bytes) -> Callable[[Path], None]:
-    return lambda files: (files / name).write_bytes(content) and None
+def spoil(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda files: (files / name).write_bytes(content)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def spoil(name: str, content: bytes) -> Callable[[Path], None]:
     ],
 )
 def test_bad_files_end_the_program_with_their_name(
-    files: Path, harm: Callable[[Path], None], message: str
+    files: Path, harm: Callable[[Path], object], message: str
 ) -> None:
     (files / "run.trec").write_text("q1 Q0 a 1 0.9 t\n")
     (files / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq1\ta\t1\n")
@@ -283,7 +283,7 @@ def test_bad_lines_stop_the_program_or_are_counted(
     assert read_evaluation(tmp_path / "out").bad_lines == 1
 
 
-def drop(name: str) -> Callable[[Path], None]:
+def drop(name: str) -> Callable[[Path], object]:
     return lambda data: (data / name).unlink()
 
 
@@ -304,7 +304,7 @@ def drop(name: str) -> Callable[[Path], None]:
     ],
 )
 def test_bad_data_ends_the_program_before_anything_is_written(
-    model: Path, tmp_path: Path, harm: Callable[[Path], None], message: str
+    model: Path, tmp_path: Path, harm: Callable[[Path], object], message: str
 ) -> None:
     data = write_data(tmp_path / "data")
     harm(data)

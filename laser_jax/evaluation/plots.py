@@ -74,24 +74,28 @@ class LatencyPoint:
 
 
 def plot_latency_quality(
-    models: Mapping[str, Sequence[LatencyPoint]], metric: str, stem: Path
+    series: Mapping[str, Sequence[LatencyPoint]], metric: str, stem: Path
 ) -> None:
-    """Draws a metric against the time of a query, a line a model.
+    """Draws a metric against the time of a query.
 
     Args:
-        models: name -> its points.
+        series: name -> its points, joined in the order given. A point alone is a square, which the
+            legend names.
         stem: the files are this with .png and .svg.
     """
     figure, axes = _figure()
-    for name, points in models.items():
-        ordered = sorted(points, key=lambda point: point.milliseconds)
+    from matplotlib.ticker import LogFormatter
+
+    for name, points in series.items():
+        alone = len(points) == 1
         axes.plot(
-            [point.milliseconds for point in ordered],
-            [point.quality for point in ordered],
-            marker="o",
+            [point.milliseconds for point in points],
+            [point.quality for point in points],
+            marker="s" if alone else "o",
+            linestyle="none" if alone else "-",
             label=name,
         )
-        for point in ordered:
+        for point in () if alone else points:
             axes.annotate(
                 point.label,
                 (point.milliseconds, point.quality),
@@ -100,6 +104,8 @@ def plot_latency_quality(
                 fontsize=7,
             )
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(LogFormatter())
+    axes.xaxis.set_minor_formatter(LogFormatter())  # figures where less than a decade is shown
     axes.set_xlabel("milliseconds a query")
     axes.set_ylabel(metric)
     axes.legend()
