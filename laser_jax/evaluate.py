@@ -221,18 +221,21 @@ class ModelOptions:
 
 
 def _claim_output(options: ModelOptions) -> Path:
-    """Makes the output directory; refuses one that holds an evaluation, or removes that."""
+    """Makes the output directory, or says now, not after the work, why it cannot be had."""
     output = Path(options.output)
-    old = [output / RESULTS_FILE, output / PER_QUERY_FILE, *(output / "runs").glob("*.trec")]
-    old += output.glob(f"{PLOT_STEM}.*")
     if (output / RESULTS_FILE).exists() and not options.overwrite:
         raise ConfigError(
             f"{output} holds an evaluation: choose another --output, or --overwrite true"
         )
-    for file in old:
-        file.unlink(missing_ok=True)
-    (output / "runs").mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     return output
+
+
+def _remove_evaluation(output: Path) -> None:
+    """Removes an older evaluation, whose runs need not be those of this one."""
+    old = [output / RESULTS_FILE, output / PER_QUERY_FILE, *output.glob(f"{PLOT_STEM}.*")]
+    for file in (*old, *(output / "runs").glob("*.trec")):
+        file.unlink(missing_ok=True)
 
 
 def _read_data(options: ModelOptions) -> tuple[BeirDataset, int]:
@@ -312,6 +315,8 @@ def evaluate_model(options: ModelOptions) -> Evaluation:
         seed=options.seed,
         milliseconds_per_query=milliseconds,
     )
+    _remove_evaluation(output)
+    (output / "runs").mkdir(exist_ok=True)
     for name, run in runs.items():
         slug = re.sub(r"[^A-Za-z0-9]+", "-", name)
         write_trec_run(run, output / "runs" / f"{slug}.trec", slug)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,19 @@ def test_the_same_command_gives_the_same_files(model: Path, evaluated: Path) -> 
     (evaluated / "runs" / "latent-K-8.trec").write_text("of an evaluation with more steps")
     main(arguments(model, data, evaluated, "--measure_time", "true", "--overwrite", "true"))
     assert {p: p.read_bytes() for p in evaluated.rglob("*.*") if p.name != "results.json"} == old
+
+
+def test_a_full_disk_is_named_and_leaves_no_results(
+    model: Path, evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    output = tmp_path / "out"
+    with pytest.raises(SystemExit, match=r"error: .*No space left on device: '.*latent-K-1\.trec'"):
+        main(arguments(model, evaluated.parent / "towns", output, "--plot", "false"))
+    assert [path.name for path in output.rglob("*")] == ["runs"]
 
 
 def test_queries_without_reasoning_or_instruction(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from laser_jax.search import topk
 from laser_jax.search.codes import Code, decode_vectors, encode_vectors
 from laser_jax.search.topk import Chunk, device_mesh, exact_top_k, rescored, search
 from laser_jax.search.trec import rank_documents
@@ -117,6 +120,39 @@ def test_one_program_serves_chunks_of_every_length(caplog: pytest.LogCaptureFixt
         exact_top_k(queries_QD, corpus(documents_CD, 1, 33, 34), 7, chunk=16)
     compiled = [r.message for r in caplog.records if "Finished XLA compilation" in r.message]
     assert sum("_add_chunk" in message for message in compiled) == 1
+
+
+def test_chunks_are_given_up_as_the_search_goes_on() -> None:
+    queries_QD, documents_CD = integers(0, 3, 5), integers(1, 160, 5)
+    held = []
+
+    def watched() -> Iterator[Chunk]:
+        for chunk in corpus(documents_CD, *range(16, 160, 16)):
+            held.append(sum(array.shape == (16, 5) for array in jax.live_arrays()))
+            yield chunk
+
+    exact_top_k(queries_QD, watched(), 7, chunk=16)
+    assert len(held) == 10
+    assert max(held) <= 2
+
+
+def test_devices_exchange_nothing_but_their_top_k() -> None:
+    mesh = device_mesh(jax.devices())
+    split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+    def compiled(function: Any, *shapes: tuple[tuple[int, ...], Any, bool], **static: Any) -> str:
+        whole = NamedSharding(mesh, PartitionSpec())
+        arguments = [
+            jax.ShapeDtypeStruct(shape, dtype, sharding=split if is_split else whole)
+            for shape, dtype, is_split in shapes
+        ]
+        return function.lower(*arguments, **static, mesh=mesh).compile().as_text()
+
+    lists = ((8, 3, 7), np.float32, True), ((8, 3, 7), np.int32, True)
+    rows = ((3, 5), np.float32, False), ((64, 5), np.float32, True), ((64,), np.int32, True)
+    collectives = re.compile(r"= \S+ (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(")
+    assert collectives.findall(compiled(topk._add_chunk, *lists, *rows, code="float32")) == []
+    assert set(collectives.findall(compiled(topk._merge_devices, *lists))) == {"all-gather"}
 
 
 @pytest.mark.parametrize(
