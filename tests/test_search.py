@@ -109,6 +109,15 @@ def test_negative_zero_ties_with_zero() -> None:
         assert ranks_Qk.tolist() == [[0, 1, 2, 3]]
 
 
+def test_a_search_inside_a_program_with_a_mesh_keeps_its_own(mesh: Mesh | None) -> None:
+    queries_QD, documents_CD = integers(0, 5, 4), integers(1, 100, 4)
+    training = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    with jax.set_mesh(training):
+        _, ranks_Qk = exact_top_k(queries_QD, corpus(documents_CD), 10, mesh=mesh, chunk=32)
+        assert jax.sharding.get_abstract_mesh().axis_names == ("data", "fsdp")
+    np.testing.assert_array_equal(ranks_Qk, brute_force(queries_QD, documents_CD, 10)[1])
+
+
 def test_no_query_gives_no_row() -> None:
     scores_Qk, ranks_Qk = exact_top_k(np.ones((0, 2), np.float32), corpus(integers(1, 9, 2)), 3)
     assert scores_Qk.shape == ranks_Qk.shape == (0, 3)

@@ -208,27 +208,27 @@ def exact_top_k(
         for _ in blocks
     ]
     count = 0
-    for piece in _pieces(chunks, rows):
-        if piece[0].dtype != storage_dtype(code) or piece[0].shape[1:] != (width,):
-            raise ValueError(
-                f"documents must be {storage_dtype(code)} of width {width} ({code}, queries of "
-                f"width {D}), got {piece[0].dtype} of shape {piece[0].shape}"
-            )
-        count += len(piece[0])
-        codes_MW, ranks_M = jax.device_put(_filled(piece, rows), split)
-        # or the host would run ahead and put the whole corpus on the devices
-        jax.block_until_ready(best)
-        best = [
-            _add_chunk(*lists, queries_QD, codes_MW, ranks_M, code=code, mesh=mesh)
-            for lists, queries_QD in zip(best, blocks, strict=True)
-        ]
-    if count == 0:
-        raise ValueError("there is no document to search")
-    merged = [_merge_devices(*lists, mesh=mesh) for lists in best]
-    k = min(k, count)
-    scores_Qk = np.concatenate([np.zeros((0, k), np.float32), *(m[0][:, :k] for m in merged)])[:Q]
-    ranks_Qk = np.concatenate([np.zeros((0, k), np.int32), *(m[1][:, :k] for m in merged)])[:Q]
-    return scores_Qk, ranks_Qk
+    with jax.set_mesh(mesh):  # the caller's program may have set another
+        for piece in _pieces(chunks, rows):
+            if piece[0].dtype != storage_dtype(code) or piece[0].shape[1:] != (width,):
+                raise ValueError(
+                    f"documents must be {storage_dtype(code)} of width {width} ({code}, queries of "
+                    f"width {D}), got {piece[0].dtype} of shape {piece[0].shape}"
+                )
+            count += len(piece[0])
+            codes_MW, ranks_M = jax.device_put(_filled(piece, rows), split)
+            # or the host would run ahead and put the whole corpus on the devices
+            jax.block_until_ready(best)
+            best = [
+                _add_chunk(*lists, block_QD, codes_MW, ranks_M, code=code, mesh=mesh)
+                for lists, block_QD in zip(best, blocks, strict=True)
+            ]
+        if count == 0:
+            raise ValueError("there is no document to search")
+        merged = jax.device_get([_merge_devices(*lists, mesh=mesh) for lists in best])
+    scores_Qk = np.concatenate([np.zeros((0, k), np.float32), *(scores for scores, _ in merged)])
+    ranks_Qk = np.concatenate([np.zeros((0, k), np.int32), *(ranks for _, ranks in merged)])
+    return scores_Qk[:Q, :count], ranks_Qk[:Q, :count]
 
 
 def rescored(
@@ -379,6 +379,7 @@ def search(
     _check_rows("query", query_embeddings, query_ids)
     _check_rows("document", doc_embeddings, doc_ids)
     order_C = trec_order(doc_ids)
+    chunk = min(chunk, max(len(order_C), 1))  # a small corpus is not filled up
 
     def read() -> Iterator[Chunk]:
         # in pieces, so that the permuted corpus is never a second copy
