@@ -19,9 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from laser_jax.batch_encoder import LatentEncoder
 from laser_jax.config import ConfigError, parse_command_line
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
-from laser_jax.encoder import LatentEncoder, load_pretrained
+from laser_jax.encoder import load_pretrained
 from laser_jax.evaluation.beir import BeirDataset, read_beir, read_qrels_file
 from laser_jax.evaluation.metrics import (
     changed_documents,

@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from laser_jax.config import ConfigError, as_dict, from_dict
+import jsonargparse
+
+from laser_jax.config import as_dict
 from laser_jax.files import write_atomically
 from laser_jax.search.trec import DatasetError, text_lines
 
@@ -119,10 +121,13 @@ def read_evaluation(directory: str | Path) -> Evaluation:
         raise FileNotFoundError(
             f"{path} is missing: wanted a directory that python -m laser_jax.evaluate --model wrote"
         )
+    # not `from_dict`, which would take the names of runs and metrics for keys
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Evaluation, "value")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return from_dict(Evaluation, values, source=str(path))
-    except (ConfigError, json.JSONDecodeError) as error:
+        return parser.instantiate(parser.parse_object({"value": values}))["value"]
+    except (jsonargparse.ArgumentError, json.JSONDecodeError) as error:
         raise DatasetError(f"{path}: no results of laser_jax.evaluate: {error}") from error
 
 
