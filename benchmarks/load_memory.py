@@ -37,10 +37,10 @@ from flax import linen as nn
 from jax.sharding import AxisType
 
 from laser_jax.config import BackboneConfig
+from laser_jax.files import write_atomically
 from laser_jax.hf import load_params, load_sharded_params, read_backbone_config, save_params
 from laser_jax.modeling.backbone import Backbone
 from laser_jax.sharding import MESH_AXES, shardings
-from laser_jax.training.output import write_atomically
 
 WAYS = ("load_params", "load_params and device_put", "load_sharded_params", "save_params")
 """The first two are the whole model on the host, alone and then laid out on the devices."""

@@ -25,7 +25,8 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from laser_jax.training.output import code_version, write_atomically
+from laser_jax.files import write_atomically
+from laser_jax.training.output import code_version
 
 PACKAGES = ("laser-jax", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "peft")
 REST_SECONDS = 0.05

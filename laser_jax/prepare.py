@@ -62,7 +62,7 @@ from laser_jax.data.sources import (
     open_unchecked,
 )
 from laser_jax.data.tokenization import PromptTokenizer, TokenizationError, load_tokenizer
-from laser_jax.training.output import write_atomically
+from laser_jax.files import write_atomically
 
 REPORT_FILE = "report.json"
 _TALLIES = "tallies"

@@ -54,6 +54,7 @@ from laser_jax.evaluation.retrieval import (
     retrieval_runs,
     score_runs,
 )
+from laser_jax.files import write_atomically
 from laser_jax.hf import (
     load_sharded_params,
     read_backbone_config,
@@ -73,7 +74,7 @@ from laser_jax.step import (
 )
 from laser_jax.training.dry_run import dry_run
 from laser_jax.training.layout import Layout, describe_mesh, lay_out, number_of_steps
-from laser_jax.training.output import OutputDirectory, StepLog, code_version, write_atomically
+from laser_jax.training.output import OutputDirectory, StepLog, code_version
 from laser_jax.training.processes import is_first, join_processes, local_rows, place_batch, say
 from laser_jax.training.programs import StepPrograms
 from laser_jax.training.selection import best_step, is_evaluated, is_out_of_patience, score_dev

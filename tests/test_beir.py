@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gzip
 import json
 import re
 from pathlib import Path
@@ -8,16 +7,15 @@ from pathlib import Path
 import pytest
 
 from laser_jax.evaluation.beir import (
-    DatasetError,
     Document,
     EvalQuery,
     read_beir,
     read_corpus,
     read_qrels,
+    read_qrels_file,
     read_queries,
-    read_trec_run,
-    write_trec_run,
 )
+from laser_jax.search.trec import DatasetError
 
 HEADER = "query-id\tcorpus-id\tscore\n"
 
@@ -140,7 +138,7 @@ def test_the_same_judgement_twice_is_one_judgement(beir: Path) -> None:
         ("[]", "wanted a JSON object, got list"),
         ('{"text": "t"}', r"no field '_id'; the fields are \['text'\]"),
         ('{"_id": 7, "text": "t"}', "field '_id' must be a string, got 7"),
-        ('{"_id": "d1", "text": "t"}', "document id 'd1' stands here for the second time"),
+        ('{"_id": "d1", "text": "t"}', "document id 'd1' stands here a second time"),
         ('{"_id": "d9", "text": "t", "title": 1}', "field 'title' must be a string"),
     ],
 )
@@ -154,7 +152,7 @@ def test_a_faulty_document_is_refused_with_its_line(beir: Path, line: str, messa
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"_id": "q1", "text": "t"}, "query id 'q1' stands here for the second time"),
+        ({"_id": "q1", "text": "t"}, "query id 'q1' stands here a second time"),
         ({"_id": "q9"}, "no field 'text'"),
         ({"_id": "q9", "text": "t", "reasoning": ["a"]}, "field 'reasoning' must be a string"),
         ({"_id": "q9", "text": "t", "excluded_ids": "d1"}, "must be a list of strings, got 'd1'"),
@@ -175,60 +173,53 @@ def test_an_empty_corpus_is_refused(beir: Path) -> None:
         read_corpus(beir)
 
 
-def test_a_run_survives_writing_and_reading(tmp_path: Path) -> None:
-    run = {
-        "q1": {"plain": 0.1, "with  two blanks.txt": 1 / 3, "no-break\u00a0space": -2.5e-8},
-        "q2": {"line\u2028separator": 1e30, "7": 0.0},
-    }
-    write_trec_run(run, tmp_path / "run.trec", "laser")
-    assert read_trec_run(tmp_path / "run.trec") == run
+def test_bad_lines_are_left_out_and_told_on_request(beir: Path) -> None:
+    corpus, queries = beir / "corpus.jsonl", beir / "queries.jsonl"
+    corpus.write_text(corpus.read_text() + '{"_id": "d4"\n{"_id": "d5"}\n')
+    queries.write_text(queries.read_text().replace('"text": "plain"', '"text": 7'))
+    with pytest.raises(DatasetError, match=r"queries\.jsonl:1: field 'text' must be a string"):
+        read_beir(beir, "test")
+    skipped: list[str] = []
+    dataset = read_beir(beir, "test", skipped=skipped)
+    assert [re.sub(r".*/|: .*", "", message) for message in skipped] == [
+        "queries.jsonl:1",
+        "corpus.jsonl:4",
+        "corpus.jsonl:5",
+    ]
+    assert len(dataset.documents) == 3
+    assert list(dataset.queries) == list(dataset.qrels) == ["q2"]
 
 
-def test_a_run_is_written_in_the_order_of_trec_eval(tmp_path: Path) -> None:
-    write_trec_run({"q": {"a": 0.5, "c": 0.25, "b": 0.5}}, tmp_path / "run.trec", "tag")
-    assert (tmp_path / "run.trec").read_text() == (
-        "q Q0 b 1 0.5 tag\nq Q0 a 2 0.5 tag\nq Q0 c 3 0.25 tag\n"
-    )
-
-
-def test_a_run_is_read_from_both_ends(tmp_path: Path) -> None:
-    path = tmp_path / "run.txt.gz"
-    with gzip.open(path, "wt") as file:
-        file.write("0 Q0 a/file 1 .txt 1 0.5 t\n\n0\tQ0\tb\t2\t0.25\tt\r\n")
-    assert read_trec_run(path) == {"0": {"a/file 1 .txt": 0.5, "b": 0.25}}
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("q Q0 d 1 0.5", "wanted 'qid Q0 docid rank score tag'"),
-        ("q Q0 d first 0.5 t", "wanted 'qid Q0 docid rank score tag'"),
-        ("q Q0 d 1 high t", "the score must be a number, got 'high'"),
-        ("q Q0 a 2 0.5 t", "query 'q' ranks 'a' a second time"),
-    ],
-)
-def test_a_faulty_run_is_refused_with_its_line(tmp_path: Path, line: str, message: str) -> None:
-    path = tmp_path / "run.trec"
-    path.write_text("q Q0 a 1 1.0 t\n" + line + "\n")
-    with pytest.raises(DatasetError, match=re.escape(str(path)) + ":2: " + message):
-        read_trec_run(path)
+def test_an_id_that_stands_twice_is_no_bad_line(beir: Path) -> None:
+    path = beir / "corpus.jsonl"
+    path.write_text(path.read_text() * 2)
+    with pytest.raises(DatasetError, match=r":4: document id 'd1' stands here a second time"):
+        read_corpus(beir, skipped=[])
 
 
 @pytest.mark.parametrize(
-    ("run", "tag"),
-    [
-        ({"q 1": {"d": 1.0}}, "t"),
-        ({"q": {"d": 1.0}}, "two words"),
-        ({"q": {"d": 1.0}}, ""),
-        ({"q": {" d": 1.0}}, "t"),
-        ({"q": {"d\ne": 1.0}}, "t"),
-        ({"q": {"": 1.0}}, "t"),
-        ({"q": {"d": float("nan")}}, "t"),
-    ],
+    ("id_", "fault"),
+    [("a\tb", "holds a tab"), ("", "is empty"), (" a", "begins or ends with a blank")],
 )
-def test_what_could_not_be_read_back_is_not_written(
-    tmp_path: Path, run: dict[str, dict[str, float]], tag: str
-) -> None:
-    with pytest.raises(ValueError, match=r"TREC run|NaN"):
-        write_trec_run(run, tmp_path / "run.trec", tag)
-    assert not (tmp_path / "run.trec").exists()
+def test_a_document_id_that_no_table_holds_is_refused(beir: Path, id_: str, fault: str) -> None:
+    write_lines(beir / "corpus.jsonl", [{"_id": id_, "text": "t"}])
+    with pytest.raises(
+        DatasetError, match=re.escape(f"corpus.jsonl:1: document id {id_!r} {fault}")
+    ):
+        read_corpus(beir)
+
+
+def test_a_line_that_is_not_utf8_is_named(beir: Path) -> None:
+    path = beir / "corpus.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"_id": "d4", "text": "\xff"}\n')
+    with pytest.raises(DatasetError, match=r"corpus\.jsonl:4: cannot be read: 'utf-8'"):
+        read_corpus(beir)
+
+
+def test_judgements_of_trec_eval_are_read_by_their_name(tmp_path: Path) -> None:
+    path = tmp_path / "qrels.txt"
+    path.write_text("q1 0 with two  blanks.txt 2\nq1\t0\td\t-1\n\n")
+    assert read_qrels_file(path) == {"q1": {"with two  blanks.txt": 2, "d": -1}}
+    path.write_text("q1 0 d\n")
+    with pytest.raises(DatasetError, match=r"qrels\.txt:1: wanted 'qid iter docid grade'"):
+        read_qrels_file(path)

@@ -1,14 +1,23 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import pytrec_eval
 
-from laser_jax.evaluation.beir import read_qrels, read_qrels_file, read_trec_run
-from laser_jax.evaluation.metrics import Qrels, Run, evaluate_run, mean, rank_documents
+from laser_jax.evaluation.beir import read_qrels, read_qrels_file
+from laser_jax.evaluation.metrics import (
+    Qrels,
+    changed_documents,
+    evaluate_run,
+    mean,
+    p_mrr,
+    without_excluded,
+)
+from laser_jax.search.trec import Run, rank_documents, read_trec_run
 
 CUTOFFS = (1, 3, 5, 10, 25, 50, 100, 1000)
 TREC_NAMES = {
@@ -18,21 +27,32 @@ TREC_NAMES = {
     "MAP": "map_cut",
     "Hit": "success",
 }
-METRICS = [f"{name}@{cutoff}" for name in TREC_NAMES for cutoff in CUTOFFS] + ["MRR@1000"]
+METRICS = [f"{name}@{cutoff}" for name in (*TREC_NAMES, "nDCG_exp", "MRR") for cutoff in CUTOFFS]
 
 
 def pytrec_metrics(run: Run, qrels: Qrels) -> dict[str, dict[str, float]]:
-    """pytrec_eval's values under our names; its recip_rank has no cutoff, runs here are < 1000."""
+    """pytrec_eval's values under our names.
+
+    It has no exponential gain and no cut reciprocal rank, but both are what it has on other input:
+    linear gain of grades 2^g - 1, and the reciprocal rank of a run that was cut.
+    """
     cutoffs = ",".join(map(str, CUTOFFS))
-    measures = {f"{name}.{cutoffs}" for name in TREC_NAMES.values()} | {"recip_rank"}
+    measures = {f"{name}.{cutoffs}" for name in TREC_NAMES.values()}
     results = pytrec_eval.RelevanceEvaluator(qrels, measures).evaluate(run)
+    raised = {q: {d: 2 ** max(g, 0) - 1 for d, g in grades.items()} for q, grades in qrels.items()}
+    exponential = pytrec_eval.RelevanceEvaluator(raised, {f"ndcg_cut.{cutoffs}"}).evaluate(run)
+    reciprocal = {}
+    for cutoff in CUTOFFS:
+        cut = {q: {d: s[d] for d in rank_documents(s)[:cutoff]} for q, s in run.items()}
+        reciprocal[cutoff] = pytrec_eval.RelevanceEvaluator(qrels, {"recip_rank"}).evaluate(cut)
     return {
         query: {
             f"{ours}@{cutoff}": values[f"{theirs}_{cutoff}"]
             for ours, theirs in TREC_NAMES.items()
             for cutoff in CUTOFFS
         }
-        | {"MRR@1000": values["recip_rank"]}
+        | {f"nDCG_exp@{cutoff}": exponential[query][f"ndcg_cut_{cutoff}"] for cutoff in CUTOFFS}
+        | {f"MRR@{cutoff}": reciprocal[cutoff][query]["recip_rank"] for cutoff in CUTOFFS}
         for query, values in results.items()
     }
 
@@ -77,7 +97,7 @@ def test_bright_runs_equal_pytrec_eval_and_the_reference(shared_data: Path, task
                 assert means[f"{name}@{cutoff}"] == pytest.approx(
                     reference["all"][f"{theirs}_{cutoff}"], abs=1e-6
                 )
-    assert means["MRR@1000"] == pytest.approx(reference["all"]["recip_rank"], abs=1e-6)
+    assert means["MRR@100"] == pytest.approx(reference["all"]["recip_rank"], abs=1e-6)
     for query, values in reference["per_query"].items():
         assert ours[query]["nDCG@10"] == pytest.approx(values["ndcg_cut_10"], abs=1e-6)
 
@@ -102,13 +122,13 @@ def test_ties_are_broken_by_the_larger_document_id() -> None:
 def test_scores_that_agree_in_float32_are_a_tie() -> None:
     run, qrels = {"q": {"a": 1.0 + 1e-10, "b": 1.0}}, {"q": {"a": 1}}
     assert evaluate_run(run, qrels, ["MRR@10"]) == {"q": {"MRR@10": 0.5}}
-    assert pytrec_metrics(run, qrels)["q"]["MRR@1000"] == 0.5
+    assert pytrec_metrics(run, qrels)["q"]["MRR@10"] == 0.5
 
 
 def test_scores_beyond_float32_tie_at_infinity() -> None:
     run, qrels = {"q": {"a": 1e300, "b": 1e299}}, {"q": {"a": 1}}
     assert evaluate_run(run, qrels, ["MRR@10"]) == {"q": {"MRR@10": 0.5}}
-    assert pytrec_metrics(run, qrels)["q"]["MRR@1000"] == 0.5
+    assert pytrec_metrics(run, qrels)["q"]["MRR@10"] == 0.5
 
 
 def test_mrr_is_zero_beyond_its_cutoff() -> None:
@@ -127,8 +147,68 @@ def test_a_query_without_relevant_documents_scores_zero_and_counts() -> None:
 
 @pytest.mark.parametrize("name", ["ndcg@10", "nDCG", "nDCG@0", "nDCG@", "F1@10"])
 def test_an_unknown_metric_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="nDCG, Recall, P, MRR, MAP, Hit"):
+    with pytest.raises(ValueError, match="nDCG, nDCG_exp, Recall, P, MRR, MAP, Hit"):
         evaluate_run({}, {}, [name])
+
+
+def test_exponential_gain_by_hand() -> None:
+    run, qrels = {"q": {"a": 2.0, "b": 1.0}}, {"q": {"a": 1, "b": 3, "c": -2}}
+    wanted = (1 + 7 / math.log2(3)) / (7 + 1 / math.log2(3))
+    assert evaluate_run(run, qrels, ["nDCG_exp@10"])["q"]["nDCG_exp@10"] == pytest.approx(wanted)
+
+
+def test_excluded_documents_leave_the_run_before_it_is_cut() -> None:
+    run, qrels = {"q": {"a": 3.0, "b": 2.0}, "r": {"a": 1.0}}, {"q": {"b": 1}, "r": {"a": 1}}
+    kept = without_excluded(run, {"q": ["a", "not retrieved"]})
+    assert kept == {"q": {"b": 2.0}, "r": {"a": 1.0}}
+    assert evaluate_run(kept, qrels, ["Hit@1"]) == {"q": {"Hit@1": 1.0}, "r": {"Hit@1": 1.0}}
+
+
+# --- p-MRR -------------------------------------------------------------------------------------
+
+
+def places(*documents: str) -> dict[str, float]:
+    return {document: -float(rank) for rank, document in enumerate(documents)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "wanted"),
+    [
+        (("a", "b", "c", "d"), 0.0),  # nothing moved
+        (("b", "c", "d", "a"), 1 - 1 / 4),  # a fell from 1 to 4, as it should
+        (("c", "d"), 1 - 1 / 3),  # a is gone: it stands behind the last
+    ],
+)
+def test_p_mrr_of_one_document(changed: tuple[str, ...], wanted: float) -> None:
+    original = {"q": places("a", "b", "c", "d")}
+    assert p_mrr(original, {"q": places(*changed)}, {"q": ["a"]}) == {"q": pytest.approx(wanted)}
+
+
+def test_p_mrr_is_negative_where_documents_rise_and_a_mean_over_documents_then_queries() -> None:
+    original = {"q": places("a", "b", "c", "d"), "r": places("a", "b")}
+    changed = {"q": places("d", "a", "b", "c"), "r": places("a", "b")}
+    scores = p_mrr(original, changed, {"q": ["d", "a"], "r": ["a"]})
+    assert scores["q"] == pytest.approx(((1 / 4 - 1) + (1 - 1 / 2)) / 2)
+    assert mean({q: {"p-MRR": s} for q, s in scores.items()})["p-MRR"] == scores["q"] / 2
+
+
+def test_p_mrr_breaks_ties_as_trec_eval_does() -> None:
+    tied = {"q": {"a": 1.0, "b": 1.0}}  # b, then a
+    assert p_mrr(tied, {"q": places("a", "b")}, {"q": ["b"]}) == {"q": pytest.approx(1 / 2)}
+
+
+def test_documents_change_where_they_were_relevant_and_are_no_more() -> None:
+    original = {"q": {"a": 1, "b": 2, "c": 0}, "r": {"a": 1}, "s": {"a": 1}}
+    changed = {"q": {"a": 0, "b": 1, "c": 0}, "r": {"b": 1}, "s": {"a": 1}}
+    assert changed_documents(original, changed) == {"q": ["a"], "r": ["a"]}
+
+
+def test_p_mrr_names_what_it_lacks() -> None:
+    run = {"q": places("a")}
+    with pytest.raises(ValueError, match="the changed run lacks query 'r'"):
+        p_mrr(run | {"r": places("a")}, run, {"r": ["a"]})
+    with pytest.raises(ValueError, match="query 'q' has no document"):
+        p_mrr(run, run, {"q": []})
 
 
 def test_a_nan_score_is_refused() -> None:

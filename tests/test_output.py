@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from laser_jax.config import Config, DataConfig, MeshConfig, ModelConfig, ScratchConfig, TrainConfig
-from laser_jax.training.output import OutputDirectory, OutputError, StepLog, write_atomically
+from laser_jax.training.output import OutputDirectory, OutputError, StepLog
 
 
 def config(output: Path | str, **train: Any) -> Config:
@@ -160,26 +160,7 @@ def test_a_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         OutputDirectory(config(tmp_path))
 
 
-# --- files -------------------------------------------------------------------------------------
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "results.json"
-    write_atomically(path, "old")
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="No space left"):
-            write_atomically(path, "new")
-    assert path.read_text() == "old"
-    write_atomically(path, "new")
-    assert path.read_text() == "new"
-    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+# --- the log -----------------------------------------------------------------------------------
 
 
 def written(path: Path) -> list[int]:

@@ -14,7 +14,7 @@ from flax import linen as nn
 from laser_jax.batch_encoder import LatentEncoder
 from laser_jax.config import PromptConfig, RetrieverConfig, ScratchConfig
 from laser_jax.data.tokenization import PromptTokenizer, train_tokenizer
-from laser_jax.evaluation.beir import BeirDataset, DatasetError, Document, EvalQuery
+from laser_jax.evaluation.beir import BeirDataset, Document, EvalQuery
 from laser_jax.evaluation.retrieval import (
     format_table,
     require_instructions,
@@ -22,6 +22,7 @@ from laser_jax.evaluation.retrieval import (
     score_runs,
 )
 from laser_jax.modeling.backbone import Backbone
+from laser_jax.search.trec import DatasetError
 
 SCRATCH = ScratchConfig(
     hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=16

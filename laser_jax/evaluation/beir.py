@@ -1,4 +1,4 @@
-"""BEIR directories and TREC runs.
+"""BEIR directories, and judgements in the forms of BEIR and TREC.
 
 A BEIR directory holds `corpus.jsonl` (`_id`, `title`, `text`), `queries.jsonl` (`_id`, `text`) and
 `qrels/<split>.tsv` (a header, then query id, document id, grade). Queries may carry three fields
@@ -7,22 +7,20 @@ more: `instruction`, `reasoning` (a chain of thought) and BRIGHT's `excluded_ids
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TypeVar
 
-from laser_jax.evaluation.metrics import Qrels, Run, rank_documents
+from laser_jax.evaluation.metrics import Qrels
+from laser_jax.search.trec import DatasetError, document_id_fault, excluded_ids, text_lines
 
-# Parsed from both ends, as BRIGHT's document ids hold blanks; ASCII, as ids may hold other spaces.
-_TREC_LINE = re.compile(r"\s*(\S+)\s+\S+\s+(\S.*?)\s+([0-9]+)\s+(\S+)\s+\S+\s*", re.ASCII)
+T = TypeVar("T")
 
-
-class DatasetError(ValueError):
-    """A file of a dataset or run that cannot be used. The message names file and line."""
+# `qid iter docid grade`, parsed from both ends, as BRIGHT's document ids hold blanks.
+_TREC_JUDGEMENT = re.compile(r"\s*(\S+)\s+\S+\s+(\S.*?)\s+(\S+)\s*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -54,25 +52,40 @@ class BeirDataset:
     qrels: Qrels
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields ("file:line", object) for every line that is not blank."""
+def _read_json_lines(
+    path: Path,
+    parse: Callable[[dict[str, Any], str], T],
+    skipped: list[str] | None,
+) -> list[tuple[str, T]]:
+    """("file:line", parsed row) of every line that is not blank.
+
+    Args:
+        parse: makes something of an object and its "file:line", or raises a DatasetError.
+        skipped: None for the first bad line to raise; a list to leave bad lines out and to have
+            their messages appended to it.
+    """
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing: a BEIR directory holds corpus.jsonl, queries.jsonl and "
             "qrels/<split>.tsv"
         )
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{path}:{number}"
-            if not line.strip():
-                continue
+    rows = []
+    for where, line in text_lines(path):
+        if not line.strip():
+            continue
+        try:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise DatasetError(f"{where}: not valid JSON: {error}") from error
             if not isinstance(row, dict):
                 raise DatasetError(f"{where}: wanted a JSON object, got {type(row).__name__}")
-            yield where, row
+            rows.append((where, parse(row, where)))
+        except DatasetError as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
+    return rows
 
 
 def _text(row: dict[str, Any], key: str, where: str) -> str:
@@ -87,17 +100,33 @@ def _optional_text(row: dict[str, Any], key: str, where: str) -> str | None:
     return None if row.get(key) is None else _text(row, key, where)
 
 
-def _excluded_ids(row: dict[str, Any], where: str) -> tuple[str, ...]:
-    ids = row.get("excluded_ids")
-    if ids is None:
-        return ()
-    if not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
-        raise DatasetError(f"{where}: field 'excluded_ids' must be a list of strings, got {ids!r}")
-    return tuple(ids)
+def _document(row: dict[str, Any], where: str) -> Document:
+    id_, text = _text(row, "_id", where), _text(row, "text", where)
+    title = _optional_text(row, "title", where)
+    if fault := document_id_fault(id_):
+        raise DatasetError(f"{where}: document id {id_!r} {fault}")
+    return Document(id_, f"{title} {text}" if title else text)
 
 
-def read_corpus(directory: str | Path) -> list[Document]:
+def _query(row: dict[str, Any], where: str) -> EvalQuery:
+    id_ = _text(row, "_id", where)
+    if re.fullmatch(r"\S+", id_, re.ASCII) is None:
+        raise DatasetError(f"{where}: query id {id_!r} is empty or holds blanks")
+    return EvalQuery(
+        id=id_,
+        text=_text(row, "text", where),
+        instruction=_optional_text(row, "instruction", where),
+        reasoning=_optional_text(row, "reasoning", where),
+        excluded_ids=excluded_ids(row, where),
+    )
+
+
+def read_corpus(directory: str | Path, *, skipped: list[str] | None = None) -> list[Document]:
     """Reads `corpus.jsonl`, in its order. Fields other than _id, title and text are ignored.
+
+    Args:
+        skipped: as None, a bad line is an error; a list gets a message for every line that is
+            left out instead. An id that stands twice is an error in either case.
 
     Raises:
         FileNotFoundError: when the file is missing.
@@ -105,36 +134,33 @@ def read_corpus(directory: str | Path) -> list[Document]:
     """
     path = Path(directory) / "corpus.jsonl"
     documents: dict[str, Document] = {}
-    for where, row in _json_lines(path):
-        id_, text = _text(row, "_id", where), _text(row, "text", where)
-        title = _optional_text(row, "title", where)
-        if id_ in documents:
-            raise DatasetError(f"{where}: document id {id_!r} stands here for the second time")
-        documents[id_] = Document(id_, f"{title} {text}" if title else text)
+    for where, document in _read_json_lines(path, _document, skipped):
+        if document.id in documents:
+            raise DatasetError(f"{where}: document id {document.id!r} stands here a second time")
+        documents[document.id] = document
     if not documents:
         raise DatasetError(f"{path}: holds no document")
     return list(documents.values())
 
 
-def read_queries(directory: str | Path) -> dict[str, EvalQuery]:
+def read_queries(
+    directory: str | Path, *, skipped: list[str] | None = None
+) -> dict[str, EvalQuery]:
     """Reads `queries.jsonl`, in its order: query id -> query. Unknown fields are ignored.
+
+    Args:
+        skipped: as in `read_corpus`.
 
     Raises:
         FileNotFoundError: when the file is missing.
         DatasetError: on a line that is no query, or an id that stands twice.
     """
     queries: dict[str, EvalQuery] = {}
-    for where, row in _json_lines(Path(directory) / "queries.jsonl"):
-        id_ = _text(row, "_id", where)
-        if id_ in queries:
-            raise DatasetError(f"{where}: query id {id_!r} stands here for the second time")
-        queries[id_] = EvalQuery(
-            id=id_,
-            text=_text(row, "text", where),
-            instruction=_optional_text(row, "instruction", where),
-            reasoning=_optional_text(row, "reasoning", where),
-            excluded_ids=_excluded_ids(row, where),
-        )
+    path = Path(directory) / "queries.jsonl"
+    for where, query in _read_json_lines(path, _query, skipped):
+        if query.id in queries:
+            raise DatasetError(f"{where}: query id {query.id!r} stands here a second time")
+        queries[query.id] = query
     return queries
 
 
@@ -142,40 +168,51 @@ def _is_integer(text: str) -> bool:
     return re.fullmatch(r"[+-]?[0-9]+", text) is not None
 
 
+def _add_judgement(qrels: Qrels, query: str, document: str, grade: str, where: str) -> None:
+    if not _is_integer(grade):
+        raise DatasetError(f"{where}: the score must be an integer, got {grade!r}")
+    grades = qrels.setdefault(query, {})
+    if grades.setdefault(document, int(grade)) != int(grade):
+        raise DatasetError(
+            f"{where}: query {query!r} and document {document!r} have score "
+            f"{grades[document]} above and {grade} here"
+        )
+
+
 def read_qrels_file(path: str | Path) -> Qrels:
-    """Reads a BEIR qrels file: a header, then query id, document id and grade between tabs.
+    """Reads judgements, plain or .gz. A name that ends in `.tsv` or `.tsv.gz` is BEIR's form: a
+    header, then query id, document id and grade between tabs. Any other is trec_eval's:
+    `qid iter docid grade`, without a header; docid may hold blanks.
 
     Raises:
         FileNotFoundError: when the file is missing.
-        DatasetError: on a missing header, a line without three fields, a grade that is no integer,
-            or two grades for one pair (the same line twice is accepted).
+        DatasetError: on a missing header, a line of another form, a grade that is no integer, or
+            two grades for one pair (the same line twice is accepted).
     """
+    beir = Path(path).name.removesuffix(".gz").endswith(".tsv")
     qrels: Qrels = {}
-    with Path(path).open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{path}:{number}"
-            fields = line.rstrip("\n").split("\t")
-            if number > 1 and not line.strip():
-                continue
-            if len(fields) != 3:
-                raise DatasetError(
-                    f"{where}: wanted query-id, corpus-id and score between tabs, got {line!r}"
-                )
-            query, document, grade = fields
-            if number == 1:
-                if _is_integer(grade):
-                    raise DatasetError(
-                        f"{where}: the header is missing; put 'query-id\\tcorpus-id\\tscore' above"
-                    )
-                continue
-            if not _is_integer(grade):
-                raise DatasetError(f"{where}: the score must be an integer, got {grade!r}")
-            grades = qrels.setdefault(query, {})
-            if grades.setdefault(document, int(grade)) != int(grade):
-                raise DatasetError(
-                    f"{where}: query {query!r} and document {document!r} have score "
-                    f"{grades[document]} above and {grade} here"
-                )
+    for number, (where, line) in enumerate(text_lines(path), start=1):
+        if number > 1 and not line.strip():
+            continue
+        if not beir:
+            match = _TREC_JUDGEMENT.fullmatch(line)
+            if match is None:
+                raise DatasetError(f"{where}: wanted 'qid iter docid grade', got {line!r}")
+            query, document, grade = match.groups()
+            _add_judgement(qrels, query, document, grade, where)
+            continue
+        fields = line.rstrip("\r\n").split("\t")
+        if len(fields) != 3:
+            raise DatasetError(
+                f"{where}: wanted query-id, corpus-id and score between tabs, got {line!r}"
+            )
+        query, document, grade = fields
+        if number > 1:
+            _add_judgement(qrels, query, document, grade, where)
+        elif _is_integer(grade):
+            raise DatasetError(
+                f"{where}: the header is missing; put 'query-id\\tcorpus-id\\tscore' above"
+            )
     if not qrels:
         raise DatasetError(f"{path}: holds no judgement")
     return qrels
@@ -198,90 +235,35 @@ def read_qrels(directory: str | Path, split: str) -> Qrels:
     return read_qrels_file(path)
 
 
-def read_beir(directory: str | Path, split: str) -> BeirDataset:
+def read_beir(
+    directory: str | Path, split: str, *, skipped: list[str] | None = None
+) -> BeirDataset:
     """Reads one split of a BEIR directory; of the queries, those that have qrels in it.
 
     A judged document that the corpus lacks (ArguAna has some) stays in the qrels, as it does for
     trec_eval, and counts as never retrieved.
+
+    Args:
+        skipped: as in `read_corpus`. A judged query whose line was left out is left out too.
 
     Raises:
         FileNotFoundError: when a file is missing.
         DatasetError: when a file cannot be used, or a judged query is not in queries.jsonl.
     """
     qrels = read_qrels(directory, split)
-    queries = read_queries(directory)
+    bad: list[str] | None = None if skipped is None else []
+    queries = read_queries(directory, skipped=bad)
     unknown = [id_ for id_ in qrels if id_ not in queries]
-    if unknown:
+    if len(unknown) > len(bad or ()):  # more than the lines that were left out can explain
         raise DatasetError(
             f"{Path(directory) / 'qrels' / split}.tsv judges {len(unknown)} queries that "
             f"queries.jsonl lacks, the first is {unknown[0]!r}"
         )
+    documents = read_corpus(directory, skipped=bad)
+    if skipped is not None:
+        skipped += bad or ()
     return BeirDataset(
-        documents=read_corpus(directory),
+        documents=documents,
         queries={id_: query for id_, query in queries.items() if id_ in qrels},
-        qrels=qrels,
+        qrels={id_: grades for id_, grades in qrels.items() if id_ in queries},
     )
-
-
-def _open_text(path: Path) -> TextIO:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    return path.open(encoding="utf-8")
-
-
-def read_trec_run(path: str | Path) -> Run:
-    """Reads a TREC run, plain or .gz: `qid Q0 docid rank score tag`, where docid may hold blanks.
-
-    The rank is not used: trec_eval orders by the score.
-
-    Raises:
-        FileNotFoundError: when the file is missing.
-        DatasetError: on a line of another form, or a document that a query ranks twice.
-    """
-    run: Run = {}
-    with _open_text(Path(path)) as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{path}:{number}"
-            if not line.strip():
-                continue
-            match = _TREC_LINE.fullmatch(line)
-            if match is None:
-                raise DatasetError(f"{where}: wanted 'qid Q0 docid rank score tag', got {line!r}")
-            query, document, _, score = match.groups()
-            try:
-                value = float(score)
-            except ValueError as error:
-                raise DatasetError(f"{where}: the score must be a number, got {score!r}") from error
-            scores = run.setdefault(query, {})
-            if document in scores:
-                raise DatasetError(f"{where}: query {query!r} ranks {document!r} a second time")
-            scores[document] = value
-    return run
-
-
-def write_trec_run(run: Run, path: str | Path, tag: str) -> None:
-    """Writes a TREC run in trec_eval's order, ranks from 1, scores with all their digits.
-
-    A query without documents leaves no line, so it is not in the run that is read back.
-
-    Raises:
-        ValueError: on a query id or tag with a blank, a document id that would not be read back
-            (empty, a line break in it, or a blank at an end) or a NaN score; nothing is written.
-    """
-    for name in (*run, tag):
-        if re.fullmatch(r"\S+", name, re.ASCII) is None:
-            raise ValueError(f"{name!r} cannot stand in a TREC run: it is empty or holds blanks")
-    for query, scores in run.items():
-        for document in scores:
-            if re.fullmatch(r"\S([^\r\n]*\S)?", document, re.ASCII) is None:
-                raise ValueError(
-                    f"document id {document!r} of query {query!r} cannot stand in a TREC run: it "
-                    "is empty, holds a line break, or begins or ends with a blank"
-                )
-    rankings = {query: rank_documents(scores) for query, scores in run.items()}
-    with Path(path).open("w", encoding="utf-8", newline="\n") as file:
-        for query, ranking in rankings.items():
-            for rank, document in enumerate(ranking, start=1):
-                # repr of a float is the shortest text that reads back as the same double
-                score = repr(float(run[query][document]))
-                file.write(f"{query} Q0 {document} {rank} {score} {tag}\n")

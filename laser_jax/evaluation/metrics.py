@@ -1,8 +1,7 @@
 """Retrieval metrics with the semantics of trec_eval.
 
-A ranking is ordered by score, descending, then by document id, descending. trec_eval stores scores
-as C floats, so two scores that agree in float32 are a tie. Every value equals that of pytrec_eval
-to the last digit: sums run in rank order in double precision.
+Documents are ranked by `laser_jax.search.trec.rank_documents`, ties included. Every value equals
+that of pytrec_eval to the last digit: sums run in rank order in double precision.
 
 Which queries count is pytrec_eval's rule too: those that are in the run and have judgements. A
 judged query without any relevant document scores 0; a query that the run lacks is left out, so a
@@ -13,30 +12,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-Run = dict[str, dict[str, float]]
-"""Query id -> document id -> score."""
+from laser_jax.search.trec import Run, rank_documents
+
 Qrels = dict[str, dict[str, int]]
 """Query id -> document id -> graded relevance; 1 and above is relevant."""
-
-
-def rank_documents(scores: Mapping[str, float]) -> list[str]:
-    """The documents of one query in trec_eval's order.
-
-    Raises:
-        ValueError: when a score is NaN, which has no place in any order.
-    """
-    with np.errstate(over="ignore"):  # a C float overflows to infinity as well
-        values = np.fromiter(scores.values(), np.float64, len(scores)).astype(np.float32)
-    if np.isnan(values).any():
-        document = list(scores)[int(np.isnan(values).argmax())]
-        raise ValueError(f"the score of document {document!r} is NaN; a ranking needs numbers")
-    ranked = sorted(zip(values.tolist(), scores, strict=True), reverse=True)
-    return [document for _, document in ranked]
 
 
 @dataclass(frozen=True)
@@ -51,12 +35,12 @@ class _JudgedRanking:
         return sum(grade >= 1 for grade in self.judged)
 
 
-def _discounted_gain(grades: Sequence[int]) -> float:
+def _discounted_gain(gains: Sequence[int]) -> float:
     # math.log2 is C's, as in trec_eval; numpy's vectorised one may differ in the last digit.
     total = 0.0
-    for index, grade in enumerate(grades):
-        if grade > 0:
-            total += grade / math.log2(index + 2)
+    for index, gain in enumerate(gains):
+        if gain > 0:
+            total += gain / math.log2(index + 2)
     return total
 
 
@@ -64,6 +48,15 @@ def _ndcg(ranking: _JudgedRanking, cutoff: int) -> float:
     """trec_eval's ndcg_cut: gain = grade, discount = log2(rank + 1), ideal over all judgements."""
     ideal = _discounted_gain(sorted(ranking.judged, reverse=True)[:cutoff])
     return _discounted_gain(ranking.retrieved[:cutoff]) / ideal if ideal > 0 else 0.0
+
+
+def _exponential_ndcg(ranking: _JudgedRanking, cutoff: int) -> float:
+    """nDCG with gain = 2^grade - 1 (Burges et al. 2005); the same as `_ndcg` on grades 0 and 1."""
+
+    def gains(grades: list[int]) -> list[int]:
+        return [2 ** max(grade, 0) - 1 for grade in grades]
+
+    return _ndcg(_JudgedRanking(gains(ranking.retrieved), gains(ranking.judged)), cutoff)
 
 
 def _recall(ranking: _JudgedRanking, cutoff: int) -> float:
@@ -105,6 +98,7 @@ def _hit(ranking: _JudgedRanking, cutoff: int) -> float:
 
 _METRICS: dict[str, Callable[[_JudgedRanking, int], float]] = {
     "nDCG": _ndcg,
+    "nDCG_exp": _exponential_ndcg,
     "Recall": _recall,
     "P": _precision,
     "MRR": _reciprocal_rank,
@@ -114,13 +108,22 @@ _METRICS: dict[str, Callable[[_JudgedRanking, int], float]] = {
 
 
 def _parse_metric(name: str) -> tuple[Callable[[_JudgedRanking, int], float], int]:
-    match = re.fullmatch(r"([A-Za-z]+)@([1-9][0-9]*)", name)
+    match = re.fullmatch(r"([A-Za-z_]+)@([1-9][0-9]*)", name)
     if match is None or match[1] not in _METRICS:
         raise ValueError(
             f"unknown metric {name!r}: wanted NAME@CUTOFF, for example nDCG@10, with NAME one of "
             f"{', '.join(_METRICS)}"
         )
     return _METRICS[match[1]], int(match[2])
+
+
+def cutoff_of(metric: str) -> int:
+    """How many documents of a ranking a metric looks at.
+
+    Raises:
+        ValueError: on an unknown metric.
+    """
+    return _parse_metric(metric)[1]
 
 
 def evaluate_run(
@@ -133,7 +136,8 @@ def evaluate_run(
     Args:
         run: query id -> document id -> score.
         qrels: query id -> document id -> graded relevance. Documents without one count as 0.
-        metrics: NAME@CUTOFF with NAME one of nDCG (linear gain), Recall, P, MRR, MAP, Hit.
+        metrics: NAME@CUTOFF with NAME one of nDCG (linear gain), nDCG_exp (gain 2^grade - 1),
+            Recall, P, MRR, MAP, Hit.
 
     Returns:
         Query id, in the order of the run -> metric as named in `metrics` -> value in [0, 1].
@@ -153,6 +157,67 @@ def evaluate_run(
         )
         per_query[query] = {name: metric(ranking, cut) for name, (metric, cut) in parsed.items()}
     return per_query
+
+
+def without_excluded(run: Run, excluded: Mapping[str, Collection[str]]) -> Run:
+    """The run without the documents that a query must not be given (BRIGHT)."""
+    removed = {query: set(excluded.get(query, ())) for query in run}
+    return {
+        query: {d: score for d, score in scores.items() if d not in removed[query]}
+        for query, scores in run.items()
+    }
+
+
+def changed_documents(original: Qrels, changed: Qrels) -> dict[str, list[str]]:
+    """The documents that a changed instruction makes irrelevant: query id -> document ids.
+
+    They are relevant (grade 1 or above) in `original` and not in `changed`. Queries without one
+    are left out, as they are by FollowIR.
+    """
+    lost = {
+        query: [d for d, g in grades.items() if g >= 1 and changed.get(query, {}).get(d, 0) < 1]
+        for query, grades in original.items()
+    }
+    return {query: documents for query, documents in lost.items() if documents}
+
+
+def p_mrr(original: Run, changed: Run, documents: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """Pairwise MRR of every query: whether documents fall that a changed instruction rules out.
+
+    For a document of rank R under the original instruction and R' under the changed one,
+
+        p-MRR = R'/R - 1 if R >= R' (it rose or stayed), else 1 - R/R'
+
+    which is FollowIR's equation 1 (arXiv 2403.15246) with MRR = 1 / rank; the mean over a query's
+    documents, here, and over queries, by `mean`. In (-1, 1); 0 when the instruction changes
+    nothing, positive when it is followed. A document that a run lacks stands behind its last one,
+    as in FollowIR's code and in mteb.
+
+    Args:
+        original, changed: the runs under the two instructions, with the same query ids.
+        documents: query id -> documents that the change makes irrelevant (`changed_documents`).
+
+    Raises:
+        ValueError: when a run lacks a query, or a query has no document.
+    """
+    scores = {}
+    for query, ids in documents.items():
+        for name, run in (("original", original), ("changed", changed)):
+            if query not in run:
+                raise ValueError(f"p-MRR: the {name} run lacks query {query!r}")
+        if not ids:
+            raise ValueError(f"p-MRR: query {query!r} has no document whose relevance changes")
+        before, after = rank_documents(original[query]), rank_documents(changed[query])
+        scores[query] = float(np.mean([_rank_change(before, after, d) for d in ids]))
+    return scores
+
+
+def _rank_change(before: list[str], after: list[str], document: str) -> float:
+    def rank(ranking: list[str]) -> int:
+        return (ranking.index(document) if document in ranking else len(ranking)) + 1
+
+    was, is_now = rank(before), rank(after)
+    return is_now / was - 1 if was >= is_now else 1 - was / is_now
 
 
 def mean(per_query: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from laser_jax.batch_encoder import LatentEncoder
+from laser_jax.config import RetrieverConfig
 from laser_jax.data.tokenization import PromptTokenizer
-from laser_jax.evaluation.beir import BeirDataset, DatasetError
-from laser_jax.evaluation.metrics import Run, evaluate_run, mean
-from laser_jax.search import search, trec_order
+from laser_jax.evaluation.beir import BeirDataset
+from laser_jax.evaluation.metrics import evaluate_run, mean
+from laser_jax.search.topk import search
+from laser_jax.search.trec import DatasetError, Run, trec_order
 
 DEPTH = 100
 METRICS = ("nDCG@10", "Recall@100", "Hit@1")
+EXPLICIT = "explicit"
+CONTROL = "explicit of another query"
+
+
+def latent(steps: int) -> str:
+    """The name of the latent view's run at K = `steps`; K = 1 reads the query alone."""
+    return f"latent K={steps}"
 
 
 def require_instructions(dataset: BeirDataset) -> None:
@@ -26,18 +36,95 @@ def require_instructions(dataset: BeirDataset) -> None:
             )
 
 
+def with_instruction(dataset: BeirDataset, instruction: str) -> BeirDataset:
+    """The dataset with one instruction for every query."""
+    queries = {id_: replace(q, instruction=instruction) for id_, q in dataset.queries.items()}
+    return replace(dataset, queries=queries)
+
+
+def other_queries(count: int, seed: int) -> np.ndarray:
+    """For each of `count` queries another one, drawn by `seed`: [count] int64, no i at place i.
+
+    Raises:
+        ValueError: when there is only one.
+    """
+    if count < 2:
+        raise ValueError("the control gives every query the reasoning of another: it wants two")
+    order = np.random.default_rng(seed).permutation(count)
+    other = np.empty(count, np.int64)
+    other[order] = np.roll(order, 1)  # one cycle through all of them
+    return other
+
+
+@dataclass(frozen=True)
+class QueryTokens:
+    """The token rows of one way of putting the queries to the model."""
+
+    rows: list[list[int]]
+    steps: tuple[int, ...]
+    """Every K at which they are embedded."""
+
+
+def query_ways(
+    prompts: PromptTokenizer,
+    dataset: BeirDataset,
+    config: RetrieverConfig,
+    steps: Sequence[int],
+    control_seed: int | None = None,
+) -> dict[str, QueryTokens]:
+    """The queries as tokens: "latent" always; `EXPLICIT` and, with a seed, `CONTROL` where
+    `explicit_view_fault` finds none.
+
+    Raises:
+        DatasetError: a query without an instruction.
+    """
+    require_instructions(dataset)
+    queries = list(dataset.queries.values())
+    prompt_rows = [prompts.query(q.text, q.instruction or "") for q in queries]
+    ways = {"latent": QueryTokens(prompt_rows, tuple(sorted(set(steps))))}
+    if explicit_view_fault(dataset, config) is not None:
+        return ways
+
+    def explicit(donors: Iterable[int]) -> QueryTokens:
+        rows = [
+            prompts.explicit(q.text, q.instruction or "", queries[donor].reasoning or "").ids
+            for q, donor in zip(queries, donors, strict=True)
+        ]
+        return QueryTokens(rows, (1,))  # the state at EOS is what one thinking step reads
+
+    ways[EXPLICIT] = explicit(range(len(queries)))
+    if control_seed is not None:
+        ways[CONTROL] = explicit(other_queries(len(queries), control_seed).tolist())
+    return ways
+
+
+def explicit_view_fault(dataset: BeirDataset, config: RetrieverConfig) -> str | None:
+    """Why there is no explicit view of the queries, None where there is."""
+    if config.pooling != "prompt_and_thoughts":
+        return f"a model with pooling {config.pooling} has no explicit view"
+    lacking = sum(not query.reasoning for query in dataset.queries.values())
+    if lacking:
+        return f"{lacking} of {len(dataset.queries)} queries have no reasoning"
+    return None
+
+
 def retrieval_runs(
     encoder: LatentEncoder,
     prompts: PromptTokenizer,
     dataset: BeirDataset,
     steps: Sequence[int],
     *,
+    depth: int = DEPTH,
+    control_seed: int | None = None,
     progress: bool = False,
 ) -> dict[str, Run]:
-    """Ranks the corpus for every query, the first 100 documents each.
+    """Ranks the corpus for every query.
 
     Args:
         steps: values of K. Queries and documents think equally long, as `encode` would.
+        depth: documents kept of each ranking.
+        control_seed: with it, and where there is an "explicit" run, a run `CONTROL` as well, in
+            which each query reads the reasoning of another, drawn by this seed.
 
     Returns:
         A run for "latent K=k" at every k; and "explicit", the queries with their written reasoning
@@ -47,44 +134,36 @@ def retrieval_runs(
     Raises:
         DatasetError: a query without an instruction.
     """
-    require_instructions(dataset)
-    queries = list(dataset.queries.values())
-    instructions = [query.instruction or "" for query in queries]
+    ways = query_ways(prompts, dataset, encoder.config, steps, control_seed)
     order = trec_order([document.id for document in dataset.documents])
     documents = [dataset.documents[i] for i in order]
     own = encoder.config.num_thinking_steps
-    wanted = sorted({*steps, own})
 
     def embed(rows: list[list[int]], what: str, wanted: Sequence[int]) -> dict[int, np.ndarray]:
         label = f"encode {what}" if progress else None
         return dict(zip(wanted, encoder.encode_tokens(rows, wanted, progress=label), strict=True))
 
-    document_vectors = embed([prompts.document(d.text) for d in documents], "documents", wanted)
-    query_rows = [
-        prompts.query(q.text, instruction)
-        for q, instruction in zip(queries, instructions, strict=True)
-    ]
-    query_vectors = embed(query_rows, "queries", sorted(set(steps)))
+    document_vectors = embed(
+        [prompts.document(d.text) for d in documents], "documents", sorted({*steps, own})
+    )
 
     def run(vectors: np.ndarray, documents_at: int) -> Run:
         return search(
             vectors,
             document_vectors[documents_at],
-            [query.id for query in queries],
+            list(dataset.queries),
             [document.id for document in documents],
-            DEPTH,
-            {query.id: query.excluded_ids for query in queries},
+            depth,
+            {query.id: query.excluded_ids for query in dataset.queries.values()},
         )
 
-    runs = {f"latent K={k}": run(vectors, k) for k, vectors in query_vectors.items()}
-    written = [query.reasoning for query in queries]
-    if encoder.config.pooling == "prompt_and_thoughts" and all(written):
-        explicit_rows = [
-            prompts.explicit(q.text, instruction, reasoning or "").ids
-            for q, instruction, reasoning in zip(queries, instructions, written, strict=True)
-        ]
-        # the state at EOS is what one thinking step reads
-        runs["explicit"] = run(embed(explicit_rows, "queries with reasoning", [1])[1], own)
+    runs: dict[str, Run] = {}
+    for name, way in ways.items():
+        for k, vectors in embed(way.rows, f"queries, {name}", way.steps).items():
+            if name == "latent":
+                runs[latent(k)] = run(vectors, k)
+            else:
+                runs[name] = run(vectors, own)
     return runs
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from laser_jax.config import Config, as_dict
+from laser_jax.files import write_atomically
 
 # What a resumed run may change. The rest decides on what is trained or on which model is exported.
 CHANGEABLE = (
@@ -202,16 +203,6 @@ def code_version() -> dict[str, str]:
         changes = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
         found["commit"] = f"{git('rev-parse', 'HEAD') or ''}".strip() + changes
     return found
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that is seen either whole or not at all, even after a power cut."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 class StepLog:

@@ -1,0 +1,417 @@
+"""Evaluates a run or a model.
+
+    python -m laser_jax.evaluate --run RUN[.gz] --qrels QRELS [--excluded FILE] [--metrics ...]
+    python -m laser_jax.evaluate --model DIR --data BEIR_DIR --output DIR [--split test]
+
+The first scores any TREC run as trec_eval does. The second encodes a BEIR directory and compares
+the query alone, the latent view at every K, and the explicit view with the given reasoning and, as
+a control, with that of another query.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from laser_jax.batch_encoder import LatentEncoder
+from laser_jax.config import ConfigError, parse_command_line
+from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
+from laser_jax.encoder import load_pretrained
+from laser_jax.evaluation.beir import BeirDataset, read_beir, read_qrels_file
+from laser_jax.evaluation.metrics import (
+    changed_documents,
+    cutoff_of,
+    evaluate_run,
+    mean,
+    p_mrr,
+    without_excluded,
+)
+from laser_jax.evaluation.plots import plot_quality_by_steps, require_matplotlib
+from laser_jax.evaluation.results import (
+    PER_QUERY_FILE,
+    RESULTS_FILE,
+    Difference,
+    Evaluation,
+    QueryScores,
+    markdown_table,
+    write_evaluation,
+    write_per_query,
+)
+from laser_jax.evaluation.retrieval import (
+    CONTROL,
+    DEPTH,
+    EXPLICIT,
+    explicit_view_fault,
+    latent,
+    query_ways,
+    retrieval_runs,
+    with_instruction,
+)
+from laser_jax.evaluation.significance import paired_bootstrap
+from laser_jax.files import write_atomically
+from laser_jax.search.trec import DatasetError, read_excluded, read_trec_run, write_trec_run
+
+METRICS = ("nDCG@10", "Recall@100", "MRR@10")
+P_MRR = "p-MRR"
+PLOT_STEM = "quality_by_steps"
+SHOWN_BAD_LINES = 5
+
+
+# --- a run -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Scores a TREC run. (`--model` instead of `--run` evaluates a model: `--model x --help`.)"""
+
+    run: str
+    """`qid Q0 docid rank score tag`, plain or .gz; document ids may hold blanks."""
+    qrels: str
+    """Judgements: a .tsv is BEIR's form, any other name trec_eval's; plain or .gz."""
+    excluded: str | None = None
+    """Documents to take out of the ranking first: a queries.jsonl with `excluded_ids`, or a .tsv
+    of query and document id."""
+    metrics: tuple[str, ...] = METRICS
+    """NAME@CUTOFF with NAME one of nDCG, nDCG_exp, Recall, P, MRR, MAP, Hit."""
+    complete: bool = False
+    """Judged queries that the run lacks count as 0 (trec_eval -c); otherwise they are left out."""
+    original_run: str | None = None
+    """For p-MRR: the run under the original instructions; `run` is that under the changed ones."""
+    original_qrels: str | None = None
+    """For p-MRR: the judgements under the original instructions."""
+    json: str | None = None
+    """A file for the result."""
+    per_query: str | None = None
+    """A .tsv file for the values of every query."""
+
+    def __post_init__(self) -> None:
+        _check_metrics(self.metrics)
+        if (self.original_run is None) != (self.original_qrels is None):
+            raise ConfigError("p-MRR wants both --original_run and --original_qrels")
+
+
+def _check_metrics(metrics: Sequence[str], depth: int | None = None) -> None:
+    if not metrics:
+        raise ConfigError("metrics must name one metric at least")
+    for name in metrics:
+        try:
+            cutoff = cutoff_of(name)
+        except ValueError as error:
+            raise ConfigError(f"metrics: {error}") from error
+        if depth is not None and cutoff > depth:
+            raise ConfigError(f"metrics: {name} looks deeper than --depth {depth}")
+
+
+def evaluate_trec_run(options: RunOptions) -> dict[str, Any]:
+    """Scores a run and writes what `options` ask for.
+
+    Returns:
+        What the JSON file holds: the files, the counts and the mean scores.
+
+    Raises:
+        FileNotFoundError, DatasetError, ValueError: bad input; the message names it.
+    """
+    run, qrels = read_trec_run(options.run), read_qrels_file(options.qrels)
+    counts = {
+        "queries in the run": len(run),
+        "queries judged": len(qrels),
+        "of the run, not judged": len(run.keys() - qrels.keys()),
+        "judged, not in the run": len(qrels.keys() - run.keys()),
+        "judged, without a relevant document": _without_relevant(qrels),
+    }
+    if options.excluded:
+        run = without_excluded(run, read_excluded(options.excluded))
+    if options.complete:
+        run |= {query: {} for query in qrels if query not in run}
+    per_query = evaluate_run(run, qrels, options.metrics)
+    if not per_query:
+        raise DatasetError(
+            f"no query of {options.run} is judged in {options.qrels}; their first queries are "
+            f"{next(iter(run))!r} and {next(iter(qrels))!r}"
+        )
+    scores = mean(per_query)
+    if options.original_run and options.original_qrels:
+        changes = changed_documents(read_qrels_file(options.original_qrels), qrels)
+        changes_of = p_mrr(read_trec_run(options.original_run), run, changes)
+        scores |= mean({query: {P_MRR: value} for query, value in changes_of.items()})
+        counts["queries with a changed document"] = len(changes_of)
+    result = {
+        "run": options.run,
+        "qrels": options.qrels,
+        "excluded": options.excluded,
+        "queries": len(per_query),
+        "counts": counts,
+        "scores": scores,
+    }
+    if options.per_query:
+        write_per_query(Path(options.per_query), {Path(options.run).name: per_query})
+    if options.json:
+        write_atomically(Path(options.json), json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def _without_relevant(qrels: Mapping[str, Mapping[str, int]]) -> int:
+    return sum(max(grades.values()) < 1 for grades in qrels.values())
+
+
+def _print_run(result: dict[str, Any]) -> None:
+    for what, count in result["counts"].items():
+        print(f"{what}: {count}")
+    print(f"mean over {result['queries']} queries:")
+    for name, value in result["scores"].items():
+        print(f"  {name:<12} {value:.5f}")
+
+
+# --- a model -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Evaluates a model on a BEIR directory at every K, and its explicit view with a control."""
+
+    model: str
+    """A directory that laser_jax.train exported."""
+    data: str
+    """A BEIR directory."""
+    output: str
+    """The directory to write: tables, runs, values of every query, plot."""
+    split: str = "test"
+    name: str | None = None
+    """What tables call the model; by default its directory, less a last part `model`."""
+    adapter: str | None = None
+    """A directory with a PEFT LoRA adapter for the model."""
+    instruction: str | None = None
+    """One task description for all queries, instead of their own field `instruction`."""
+    thinking_steps: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
+    """Values of K, all from one pass; K = 1 is the query alone."""
+    metrics: tuple[str, ...] = METRICS
+    """NAME@CUTOFF; the first is the one of the plot."""
+    depth: int = DEPTH
+    """Documents kept of each ranking."""
+    batch_size: int = 64
+    length_multiple: int = 32
+    skip_bad_lines: bool = False
+    """Leave bad lines of the data out and count them, instead of stopping at the first."""
+    seed: int = 0
+    """Of the control and of the resamples."""
+    resamples: int = 10_000
+    confidence: float = 0.95
+    """Of the intervals of the differences."""
+    measure_time: bool = False
+    """Encode the queries again for every run by itself and time it (no compilation, no search)."""
+    plot: bool = True
+    """Draw the first metric against K."""
+    overwrite: bool = False
+    """Replace an evaluation that stands in the output directory."""
+
+    def __post_init__(self) -> None:
+        if not self.thinking_steps or min(self.thinking_steps) < 1:
+            raise ConfigError(f"thinking_steps must each be at least 1, got {self.thinking_steps}")
+        for key in ("depth", "batch_size", "length_multiple", "resamples"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key} must be at least 1, got {getattr(self, key)}")
+        if not 0 < self.confidence < 1:
+            raise ConfigError(f"confidence must lie between 0 and 1, got {self.confidence}")
+        _check_metrics(self.metrics, self.depth)
+
+
+def _claim_output(options: ModelOptions) -> Path:
+    """Makes the output directory, or says now, not after the work, why it cannot be had."""
+    output = Path(options.output)
+    if (output / RESULTS_FILE).exists() and not options.overwrite:
+        raise ConfigError(
+            f"{output} holds an evaluation: choose another --output, or --overwrite true"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    return output
+
+
+def _remove_evaluation(output: Path) -> None:
+    """Removes an older evaluation, whose runs need not be those of this one."""
+    old = [output / RESULTS_FILE, output / PER_QUERY_FILE, *output.glob(f"{PLOT_STEM}.*")]
+    for file in (*old, *(output / "runs").glob("*.trec")):
+        file.unlink(missing_ok=True)
+
+
+def _read_data(options: ModelOptions) -> tuple[BeirDataset, int]:
+    skipped: list[str] | None = [] if options.skip_bad_lines else None
+    dataset = read_beir(options.data, options.split, skipped=skipped)
+    if skipped:
+        print(f"left out {len(skipped)} bad lines:", *skipped[:SHOWN_BAD_LINES], sep="\n  ")
+    if options.instruction is not None:
+        dataset = with_instruction(dataset, options.instruction)
+    return dataset, len(skipped or ())
+
+
+def _comparisons(runs: Sequence[str], own: int) -> list[tuple[str, str]]:
+    """Which runs are compared: each with the query alone; the explicit view also with its control
+    and with the latent view at the model's own K."""
+    pairs = [(run, latent(1)) for run in runs if run != latent(1)]
+    pairs += [(EXPLICIT, other) for other in (CONTROL, latent(own)) if own > 1 or other == CONTROL]
+    return [(a, b) for a, b in pairs if a in runs and b in runs]
+
+
+def evaluate_model(options: ModelOptions) -> Evaluation:
+    """Evaluates a model and writes the output directory.
+
+    Raises:
+        ConfigError, DatasetError, HFError, TokenizationError, FileNotFoundError: bad input; the
+            message names it.
+        ImportError: a plot is asked for without matplotlib.
+    """
+    if options.plot:
+        require_matplotlib()
+    dataset, bad_lines = _read_data(options)
+    variables, config = load_pretrained(options.model, adapter=options.adapter)
+    prompts = PromptTokenizer(load_tokenizer(options.model), config.prompt)
+    encoder = LatentEncoder(
+        variables, config, batch_size=options.batch_size, length_multiple=options.length_multiple
+    )
+    # the tokens are made before the directory is: they show what is wrong with the queries
+    ways = query_ways(prompts, dataset, config, options.thinking_steps, options.seed)
+    output = _claim_output(options)
+    if fault := explicit_view_fault(dataset, config):
+        print(f"no explicit view: {fault}")
+
+    runs = retrieval_runs(
+        encoder,
+        prompts,
+        dataset,
+        options.thinking_steps,
+        depth=options.depth,
+        control_seed=options.seed,
+        progress=True,
+    )
+    per_query = {
+        name: evaluate_run(run, dataset.qrels, options.metrics) for name, run in runs.items()
+    }
+    milliseconds: dict[str, float] = {}
+    if options.measure_time:
+        for name, way in ways.items():
+            for k in way.steps:
+                run = latent(k) if name == "latent" else name
+                milliseconds[run] = _milliseconds_per_query(encoder, way.rows, k)
+
+    own = config.num_thinking_steps
+    evaluation = Evaluation(
+        model=options.name or _name_of(Path(options.model)),
+        data=options.data,
+        split=options.split,
+        num_thinking_steps=own,
+        metrics=list(options.metrics),
+        documents=len(dataset.documents),
+        queries=len(dataset.queries),
+        queries_without_relevant=_without_relevant(dataset.qrels),
+        bad_lines=bad_lines,
+        scores={name: mean(queries) for name, queries in per_query.items()},
+        differences=_differences(per_query, own, options),
+        confidence=options.confidence,
+        resamples=options.resamples,
+        seed=options.seed,
+        milliseconds_per_query=milliseconds,
+    )
+    _remove_evaluation(output)
+    (output / "runs").mkdir(exist_ok=True)
+    for name, run in runs.items():
+        slug = re.sub(r"[^A-Za-z0-9]+", "-", name)
+        write_trec_run(run, output / "runs" / f"{slug}.trec", slug)
+    write_per_query(output / PER_QUERY_FILE, per_query)
+    if options.plot:
+        metric = options.metrics[0]
+        plot_quality_by_steps(
+            {k: evaluation.scores[latent(k)][metric] for k in ways["latent"].steps},
+            {n: evaluation.scores[n][metric] for n in (EXPLICIT, CONTROL) if n in runs},
+            metric,
+            output / PLOT_STEM,
+        )
+    write_evaluation(output, evaluation)
+    return evaluation
+
+
+def _name_of(model: Path) -> str:
+    return str(model.parent if model.name == "model" and model.parent.name else model)
+
+
+def _milliseconds_per_query(encoder: LatentEncoder, rows: list[list[int]], k: int) -> float:
+    encoder.encode_tokens(rows, [k])  # compiles what is not compiled yet
+    began = time.perf_counter()
+    encoder.encode_tokens(rows, [k])
+    return 1000 * (time.perf_counter() - began) / len(rows)
+
+
+def _differences(
+    per_query: Mapping[str, QueryScores], own: int, options: ModelOptions
+) -> list[Difference]:
+    differences = []
+    for run, against in _comparisons(list(per_query), own):
+        for metric in options.metrics:
+            interval = paired_bootstrap(
+                [values[metric] for values in per_query[run].values()],
+                [values[metric] for values in per_query[against].values()],
+                resamples=options.resamples,
+                confidence=options.confidence,
+                seed=options.seed,
+            )
+            differences.append(Difference(run, against, metric, **asdict(interval)))
+    return differences
+
+
+def _print_model(evaluation: Evaluation) -> None:
+    print(
+        f"{evaluation.model} on {evaluation.data} ({evaluation.split}): {evaluation.queries} "
+        f"queries ({evaluation.queries_without_relevant} without a relevant document), "
+        f"{evaluation.documents} documents; the model's own K is {evaluation.num_thinking_steps}\n"
+    )
+
+    def title(run: str) -> str:
+        return f"{run} (query alone)" if run == latent(1) else run
+
+    timed = evaluation.milliseconds_per_query
+    header = ["run", *evaluation.metrics, *(["ms a query"] if timed else [])]
+    rows = [
+        [title(run), *(f"{scores[m]:.4f}" for m in evaluation.metrics)]
+        + ([f"{timed[run]:.2f}"] if timed else [])
+        for run, scores in evaluation.scores.items()
+    ]
+    print(markdown_table(header, rows))
+    metric = evaluation.metrics[0]
+    shown = [
+        [
+            f"{title(d.run)} less {title(d.against)}",
+            f"{d.difference:+.4f}",
+            f"{d.low:+.4f} to {d.high:+.4f}",
+        ]
+        for d in evaluation.differences
+        if d.metric == metric
+    ]
+    if shown:
+        interval = f"{evaluation.confidence:.0%} interval"
+        print("\n" + markdown_table(["difference", metric, interval], shown))
+
+
+# --- the command line --------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: `--model` evaluates a model, otherwise a run is scored."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    program = "python -m laser_jax.evaluate"
+    try:
+        if any(argument.split("=")[0] == "--model" for argument in given):
+            options = parse_command_line(ModelOptions, program, given)
+            _print_model(evaluate_model(options))
+            print(f"\nwritten to {options.output}")
+        else:
+            _print_run(evaluate_trec_run(parse_command_line(RunOptions, program, given)))
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The two plots, each as PNG and SVG. matplotlib is the extra `bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from laser_jax.files import written_whole
+
+FORMATS = ("png", "svg")
+
+
+def require_matplotlib() -> Any:
+    """The module, or an ImportError that names the extra; to be called before long work."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError(
+            "plots need matplotlib: pip install laser-jax[bench], or go without by --plot false"
+        ) from error
+    return matplotlib
+
+
+def _figure() -> tuple[Any, Any]:
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _save(figure: Any, stem: Path) -> None:
+    matplotlib = require_matplotlib()
+    # neither a date nor random ids: the same numbers give the same file
+    with matplotlib.rc_context({"svg.hashsalt": "laser_jax"}):
+        for form in FORMATS:
+            with written_whole(stem.with_suffix(f".{form}")) as part:
+                metadata = {"Date": None} if form == "svg" else None
+                figure.savefig(part, format=form, dpi=150, metadata=metadata)
+
+
+def plot_quality_by_steps(
+    by_steps: Mapping[int, float], levels: Mapping[str, float], metric: str, stem: Path
+) -> None:
+    """Draws a metric against K, with other runs as level lines.
+
+    Args:
+        by_steps: K -> value of the latent view.
+        levels: name -> value, of runs without a K (the explicit view and its control).
+        stem: the files are this with .png and .svg.
+    """
+    figure, axes = _figure()
+    steps = sorted(by_steps)
+    axes.plot(steps, [by_steps[k] for k in steps], marker="o", label="latent view")
+    for number, (name, value) in enumerate(levels.items(), start=1):
+        axes.axhline(value, color=f"C{number}", linestyle="--", label=name)
+    axes.set_xticks(steps)
+    axes.set_xlabel("K, number of thinking steps")
+    axes.set_ylabel(metric)
+    axes.legend()
+    _save(figure, stem)
+
+
+@dataclass(frozen=True)
+class LatencyPoint:
+    """A run of a model: how long a query takes, and how good it is."""
+
+    milliseconds: float
+    quality: float
+    label: str
+    """Written beside the point."""
+
+
+def plot_latency_quality(
+    series: Mapping[str, Sequence[LatencyPoint]], metric: str, stem: Path
+) -> None:
+    """Draws a metric against the time of a query.
+
+    Args:
+        series: name -> its points, joined in the order given. A point alone is a square, which the
+            legend names.
+        stem: the files are this with .png and .svg.
+    """
+    figure, axes = _figure()
+    from matplotlib.ticker import LogFormatter
+
+    for name, points in series.items():
+        alone = len(points) == 1
+        axes.plot(
+            [point.milliseconds for point in points],
+            [point.quality for point in points],
+            marker="s" if alone else "o",
+            linestyle="none" if alone else "-",
+            label=name,
+        )
+        for point in () if alone else points:
+            axes.annotate(
+                point.label,
+                (point.milliseconds, point.quality),
+                textcoords="offset points",
+                xytext=(4, 4),
+                fontsize=7,
+            )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(LogFormatter())
+    axes.xaxis.set_minor_formatter(LogFormatter())  # figures where less than a decade is shown
+    axes.set_xlabel("milliseconds a query")
+    axes.set_ylabel(metric)
+    axes.legend()
+    _save(figure, stem)

@@ -1,0 +1,37 @@
+"""Files that are seen either whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Gives the name of a temporary file beside `path`, which takes its place when the block ends.
+
+    If the block or the move fails, the temporary file is removed and what stood at `path` stays. A
+    file that was moved is on the disk, so it outlives a power cut.
+
+    Raises:
+        OSError: as in the block, and where it named no file (a full disk), naming `path`.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file that is seen either whole or not at all, even after a power cut."""
+    with written_whole(path) as part:
+        part.write_text(text, encoding="utf-8", newline="\n")

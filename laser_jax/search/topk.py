@@ -1,0 +1,404 @@
+"""Exact top-k search on the devices of a mesh, chunk by chunk.
+
+Letters: Q queries, C documents, M documents of a chunk, B documents of a block, D model, W stored
+width of a document (`laser_jax.search.codes`), k results, P devices.
+
+Every document has a rank: its place in `trec_order` of the whole corpus. A ranking goes by score,
+descending, then by rank. Every device scores its own rows of each chunk and keeps a running top k;
+the lists are gathered and merged once, at the end. The top k of the parts is taken inside
+`shard_map`, since a top_k over a sharded axis has been wrong (jax#19271) and slow (xla#25487).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from laser_jax.search.codes import Code, decode_vectors, encode_vectors, storage_dtype
+from laser_jax.search.trec import Run, trec_order
+
+DEFAULT_CHUNK = 16_384
+DEFAULT_QUERY_BLOCK = 1_024
+NO_RANK = np.iinfo(np.int32).max
+"""The rank of a row that only fills a chunk up."""
+
+Chunk = tuple[np.ndarray, np.ndarray]
+"""Rows of documents [M, W] and their ranks [M] int32, ascending."""
+
+
+def device_mesh(devices: Sequence[Any] | None = None) -> Mesh:
+    """One axis over `devices`; None takes all of this process."""
+    chosen = np.array(jax.local_devices() if devices is None else devices)
+    return Mesh(chosen, ("documents",), axis_types=(AxisType.Auto,))
+
+
+# --- on the devices ----------------------------------------------------------------------------
+
+
+def _first_k(scores_Qm: jax.Array, ranks_Qm: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The first k of lists in any order, by score and then by rank."""
+    negated_Qm, ranks_Qm = jax.lax.sort((-scores_Qm, ranks_Qm), num_keys=2, dimension=1)
+    return -negated_Qm[:, :k], ranks_Qm[:, :k]
+
+
+def _top_of_chunk(scores_QM: jax.Array, ranks_M: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The top k of rows whose ranks ascend, so that ties go to the lower position.
+
+    Long chunks are cut into blocks, of which only the k with the largest maxima are looked into:
+    the top k lie in them, since each block before another holds a document before any of its own.
+    """
+    Q, M = scores_QM.shape
+    k = min(k, M)
+    B = 1 << max((M // k).bit_length() // 2, 0)  # about sqrt(M / k): both selections are as long
+    if B == 1 or M % B:
+        best_Qk, position_Qk = jax.lax.top_k(scores_QM, k)
+        return best_Qk, ranks_M[position_Qk]
+    blocks_QnB = scores_QM.reshape(Q, M // B, B)
+    _, chosen_Qk = jax.lax.top_k(blocks_QnB.max(axis=2), k)
+    chosen_Qk = jnp.sort(chosen_Qk, axis=1)  # back to the order of positions
+    candidates_Qm = jnp.take_along_axis(blocks_QnB, chosen_Qk[:, :, None], axis=1).reshape(Q, k * B)
+    best_Qk, place_Qk = jax.lax.top_k(candidates_Qm, k)
+    position_Qk = jnp.take_along_axis(chosen_Qk, place_Qk // B, axis=1) * B + place_Qk % B
+    return best_Qk, ranks_M[position_Qk]
+
+
+@partial(jax.jit, static_argnames=("code", "mesh"), donate_argnums=(0, 1))
+def _add_chunk(
+    best_PQk: jax.Array,
+    ranks_PQk: jax.Array,
+    queries_QD: jax.Array,
+    codes_MW: jax.Array,
+    ranks_M: jax.Array,
+    *,
+    code: Code,
+    mesh: Mesh,
+) -> tuple[jax.Array, jax.Array]:
+    """Merges a chunk, whose rows are split over the devices, into each device's own top k."""
+
+    def on_device(best_1Qk, ranks_1Qk, queries_QD, codes_mW, ranks_m):
+        documents_mD = decode_vectors(codes_mW, code)
+        # HIGHEST: a TPU or an Ampere GPU would otherwise multiply float32 in bfloat16 or TF32.
+        scores_Qm = jnp.einsum(
+            "qd,md->qm", queries_QD, documents_mD, precision=jax.lax.Precision.HIGHEST
+        )
+        # top_k orders -0.0 below 0.0, which would break that tie by sign instead of by rank
+        scores_Qm = jnp.where(scores_Qm == 0, 0.0, scores_Qm)
+        scores_Qm = jnp.where(ranks_m[None, :] == NO_RANK, -jnp.inf, scores_Qm)
+        k = best_1Qk.shape[2]
+        new_Qk, new_ranks_Qk = _top_of_chunk(scores_Qm, ranks_m, k)
+        best_Qk, ranks_Qk = _first_k(
+            jnp.concatenate([best_1Qk[0], new_Qk], axis=1),
+            jnp.concatenate([ranks_1Qk[0], new_ranks_Qk], axis=1),
+            k,
+        )
+        return best_Qk[None], ranks_Qk[None]
+
+    split, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(split, split, whole, split, split),
+        out_specs=(split, split),
+    )(best_PQk, ranks_PQk, queries_QD, codes_MW, ranks_M)
+
+
+@partial(jax.jit, static_argnames="mesh")
+def _merge_devices(
+    best_PQk: jax.Array, ranks_PQk: jax.Array, *, mesh: Mesh
+) -> tuple[jax.Array, jax.Array]:
+    P, Q, k = best_PQk.shape
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def lists(x_PQk: jax.Array) -> jax.Array:
+        gathered = jax.lax.with_sharding_constraint(x_PQk, everywhere)
+        return gathered.transpose(1, 0, 2).reshape(Q, P * k)
+
+    return _first_k(lists(best_PQk), lists(ranks_PQk), k)
+
+
+# --- on the host -------------------------------------------------------------------------------
+
+
+def _filled(chunk: Chunk, rows: int) -> Chunk:
+    """The chunk with rows of zeros behind it that have no rank."""
+    codes_MW, ranks_M = chunk
+    spare = rows - len(codes_MW)
+    if spare == 0:
+        return chunk
+    return (
+        np.concatenate([codes_MW, np.zeros((spare, codes_MW.shape[1]), codes_MW.dtype)]),
+        np.concatenate([ranks_M, np.full(spare, NO_RANK, np.int32)]),
+    )
+
+
+def _pieces(chunks: Iterable[Chunk], rows: int) -> Iterator[Chunk]:
+    for codes_MW, ranks_M in chunks:
+        for start in range(0, len(codes_MW), rows):
+            yield codes_MW[start : start + rows], ranks_M[start : start + rows]
+
+
+def exact_top_k(
+    queries_QD: np.ndarray | jax.Array,
+    chunks: Iterable[Chunk],
+    k: int,
+    *,
+    code: Code = "float32",
+    mesh: Mesh | None = None,
+    chunk: int = DEFAULT_CHUNK,
+    query_block: int = DEFAULT_QUERY_BLOCK,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k documents of largest dot product for every query, exactly; ties by the lower rank.
+
+    Documents stream from the host: at most two pieces of `chunk` rows and [query_block, chunk]
+    scores are on the devices at a time, however long the corpus is. One program serves all pieces.
+
+    Equal scores are those that are equal in float32 as computed. Two equal documents may get scores
+    that differ in the last digit where a matrix product rounds differently at another place.
+
+    Args:
+        queries_QD: float32.
+        chunks: the corpus, coded as `code`; every rank from 0 to C - 1 once.
+        k: how many.
+        code: how the rows are stored; scores are those of the decoded rows.
+        mesh: any mesh of this process; the rows of a piece are split over all its devices. None
+            takes the first device.
+        chunk: documents scored at a time, by all devices together.
+        query_block: queries scored at a time.
+
+    Returns:
+        scores float32 and ranks int32, each [Q, min(k, C)], best first.
+
+    Raises:
+        ValueError: on queries or documents of another type or width, on no document, or on k,
+            chunk or query_block below 1.
+    """
+    queries_QD = np.asarray(queries_QD)
+    if queries_QD.ndim != 2 or queries_QD.dtype != np.float32:
+        raise ValueError(
+            f"queries must be a float32 matrix, got {queries_QD.dtype} of shape {queries_QD.shape}"
+        )
+    if min(k, chunk, query_block) < 1:
+        raise ValueError(
+            f"k, chunk and query_block must be at least 1, got {k}, {chunk} and {query_block}"
+        )
+    mesh = device_mesh(jax.local_devices()[:1]) if mesh is None else mesh
+    Q, D = queries_QD.shape
+    P = mesh.size
+    rows = -(-chunk // P) * P
+    width = D // 8 if code == "binary" else D
+    split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    block = min(query_block, Q) or 1
+    spare = -Q % block
+    filled_QD = np.concatenate([queries_QD, np.zeros((spare, D), np.float32)])
+    blocks = [jax.device_put(filled_QD[s : s + block], whole) for s in range(0, Q, block)]
+    best = [
+        (
+            jax.device_put(np.full((P, block, k), -np.inf, np.float32), split),
+            jax.device_put(np.full((P, block, k), NO_RANK, np.int32), split),
+        )
+        for _ in blocks
+    ]
+    count = 0
+    with jax.set_mesh(mesh):  # the caller's program may have set another
+        for piece in _pieces(chunks, rows):
+            if piece[0].dtype != storage_dtype(code) or piece[0].shape[1:] != (width,):
+                raise ValueError(
+                    f"documents must be {storage_dtype(code)} of width {width} ({code}, queries of "
+                    f"width {D}), got {piece[0].dtype} of shape {piece[0].shape}"
+                )
+            count += len(piece[0])
+            codes_MW, ranks_M = jax.device_put(_filled(piece, rows), split)
+            # or the host would run ahead and put the whole corpus on the devices
+            jax.block_until_ready(best)
+            best = [
+                _add_chunk(*lists, block_QD, codes_MW, ranks_M, code=code, mesh=mesh)
+                for lists, block_QD in zip(best, blocks, strict=True)
+            ]
+        if count == 0:
+            raise ValueError("there is no document to search")
+        merged = jax.device_get([_merge_devices(*lists, mesh=mesh) for lists in best])
+    scores_Qk = np.concatenate([np.zeros((0, k), np.float32), *(scores for scores, _ in merged)])
+    ranks_Qk = np.concatenate([np.zeros((0, k), np.int32), *(ranks for _, ranks in merged)])
+    return scores_Qk[:Q, :count], ranks_Qk[:Q, :count]
+
+
+def rescored(
+    queries_QD: np.ndarray,
+    chunks: Iterable[Chunk],
+    ranks_Qn: np.ndarray,
+    k: int,
+    *,
+    code: Code = "float32",
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first k of each query's candidates, by scores of better vectors. Runs on the host.
+
+    Args:
+        queries_QD: float32.
+        chunks: the corpus again, coded as `code`.
+        ranks_Qn: the candidates, as `exact_top_k` gives them.
+
+    Returns:
+        scores float32 and ranks int32, each [Q, min(k, n)], best first, ties by the lower rank.
+    """
+    scores_Qn = np.full(ranks_Qn.shape, -np.inf, np.float32)
+    for codes_MW, ranks_M in chunks:
+        place_Qn = np.minimum(np.searchsorted(ranks_M, ranks_Qn), len(ranks_M) - 1)
+        for query, here_n in enumerate(ranks_M[place_Qn] == ranks_Qn):
+            rows_iW = codes_MW[place_Qn[query, here_n]]
+            if len(rows_iW):
+                rows_iD = decode_vectors(rows_iW, code)
+                scores_Qn[query, here_n] = rows_iD @ queries_QD[query]
+    order_Qn = np.lexsort((ranks_Qn, -scores_Qn), axis=1)[:, :k]
+    return (
+        np.take_along_axis(scores_Qn, order_Qn, axis=1),
+        np.take_along_axis(ranks_Qn, order_Qn, axis=1),
+    )
+
+
+def _check_rows(name: str, embeddings: np.ndarray, ids: Sequence[str]) -> None:
+    if len(embeddings) != len(ids):
+        raise ValueError(f"{len(embeddings)} {name} embeddings for {len(ids)} {name} ids")
+    if len(set(ids)) != len(ids):
+        repeated = next(id_ for id_, times in Counter(ids).items() if times > 1)
+        raise ValueError(f"{name} id {repeated!r} stands twice")
+    broken = ~np.isfinite(embeddings).all(axis=-1)
+    if broken.any():
+        raise ValueError(
+            f"the embeddings of {broken.sum()} of {len(ids)} {name} ids are not finite, the first "
+            f"is {ids[int(broken.argmax())]!r}"
+        )
+
+
+def search_chunks(
+    queries_QD: np.ndarray,
+    read: Callable[[], Iterable[Chunk]],
+    query_ids: Sequence[str],
+    ranked_ids: Sequence[str],
+    k: int,
+    excluded: Mapping[str, Collection[str]],
+    *,
+    stored: Code = "float32",
+    code: Code | None = None,
+    oversample: int = 0,
+    mesh: Mesh | None = None,
+    chunk: int = DEFAULT_CHUNK,
+) -> Run:
+    """`search` over a corpus that need not fit into memory.
+
+    Args:
+        read: begins a pass over the corpus; its rows are coded as `stored`.
+        ranked_ids: the C ids in trec_eval's order, so that a document's rank is its index.
+        code: what to search with, where it is coarser than `stored`.
+        oversample: 0, or m >= 1: the best m k documents by `code` are scored again with the vectors
+            as stored, in a second pass.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    wanted = {document for ids in excluded.values() for document in ids}
+    corpus = wanted.intersection(ranked_ids)
+    removed = {query: corpus.intersection(excluded.get(query, ())) for query in query_ids}
+    depth = k + max(map(len, removed.values()), default=0)
+
+    def coded() -> Iterator[Chunk]:
+        for rows_MW, ranks_M in read():
+            yield encode_vectors(decode_vectors(rows_MW, stored), code or stored), ranks_M
+
+    scores_Qk, ranks_Qk = exact_top_k(
+        queries_QD,
+        read() if code in (None, stored) else coded(),
+        depth * max(oversample, 1),
+        code=code or stored,
+        mesh=mesh,
+        chunk=chunk,
+    )
+    if oversample:
+        scores_Qk, ranks_Qk = rescored(queries_QD, read(), ranks_Qk, depth, code=stored)
+    run: Run = {}
+    for query, scores_k, ranks_k in zip(
+        query_ids, scores_Qk.tolist(), ranks_Qk.tolist(), strict=True
+    ):
+        ranked = [(ranked_ids[int(r)], s) for r, s in zip(ranks_k, scores_k, strict=True)]
+        run[query] = dict([(d, s) for d, s in ranked if d not in removed[query]][:k])
+    return run
+
+
+def search(
+    query_embeddings: np.ndarray | jax.Array,
+    doc_embeddings: np.ndarray | jax.Array,
+    query_ids: Sequence[str],
+    doc_ids: Sequence[str],
+    k: int,
+    excluded: Mapping[str, Collection[str]],
+    *,
+    code: Code = "float32",
+    oversample: int = 0,
+    mesh: Mesh | None = None,
+    chunk: int = DEFAULT_CHUNK,
+) -> Run:
+    """The top k documents of every query, without the excluded ones.
+
+    Exclusions are taken out before the cut, so a query still gets k documents where there are k.
+
+    Args:
+        query_embeddings: [Q, D] float32.
+        doc_embeddings: [C, D] float32, in any order.
+        query_ids: the Q ids of the queries.
+        doc_ids: the C ids of the documents.
+        k: documents per query.
+        excluded: query id -> ids of documents it must not be given (BRIGHT); ids that are not in
+            the corpus are ignored.
+        code: search with documents coded so; other than float32 it is an approximation.
+        oversample: 0, or m >= 1: the best m k documents by `code` are scored again with the float
+            vectors.
+        mesh: devices to spread the documents over; None takes the first one.
+        chunk: documents scored at a time.
+
+    Returns:
+        A run for `laser_jax.evaluation.metrics`: query id -> document id -> score, best first, ties
+        in trec_eval's order.
+
+    Raises:
+        ValueError: on ids that stand twice or do not match the rows, on embeddings that are not
+            finite, and as `exact_top_k` and `encode_vectors` do.
+    """
+    query_embeddings, doc_embeddings = np.asarray(query_embeddings), np.asarray(doc_embeddings)
+    if doc_embeddings.ndim != 2 or doc_embeddings.dtype != np.float32:
+        raise ValueError(
+            f"documents must be a float32 matrix, got {doc_embeddings.dtype} of shape "
+            f"{doc_embeddings.shape}"
+        )
+    _check_rows("query", query_embeddings, query_ids)
+    _check_rows("document", doc_embeddings, doc_ids)
+    order_C = trec_order(doc_ids)
+    chunk = min(chunk, max(len(order_C), 1))  # a small corpus is not filled up
+
+    def read() -> Iterator[Chunk]:
+        # in pieces, so that the permuted corpus is never a second copy
+        for start in range(0, len(order_C), chunk):
+            indices_M = order_C[start : start + chunk]
+            yield (
+                doc_embeddings[indices_M],
+                np.arange(start, start + len(indices_M), dtype=np.int32),
+            )
+
+    return search_chunks(
+        query_embeddings,
+        read,
+        query_ids,
+        [doc_ids[int(i)] for i in order_C],
+        k,
+        excluded,
+        code=code,
+        oversample=oversample,
+        mesh=mesh,
+        chunk=chunk,
+    )

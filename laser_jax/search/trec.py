@@ -1,0 +1,200 @@
+"""TREC runs: their order of documents, and the files that hold them.
+
+trec_eval orders the documents of a query by score, descending, and documents of equal score by id,
+descending. It stores scores as C floats, so two scores that agree in float32 are equal.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from laser_jax.files import written_whole
+
+Run = dict[str, dict[str, float]]
+"""Query id -> document id -> score."""
+
+# Parsed from both ends, as BRIGHT's document ids hold blanks; ASCII, as ids may hold other spaces.
+_LINE = re.compile(r"\s*(\S+)\s+\S+\s+(\S.*?)\s+([0-9]+)\s+(\S+)\s+\S+\s*", re.ASCII)
+
+
+class DatasetError(ValueError):
+    """A file of a dataset or run that cannot be used. The message names file and line."""
+
+
+def rank_documents(scores: Mapping[str, float]) -> list[str]:
+    """The documents of one query in trec_eval's order.
+
+    Raises:
+        ValueError: when a score is NaN, which has no place in any order.
+    """
+    with np.errstate(over="ignore"):  # a C float overflows to infinity as well
+        values = np.fromiter(scores.values(), np.float64, len(scores)).astype(np.float32)
+    if np.isnan(values).any():
+        document = list(scores)[int(np.isnan(values).argmax())]
+        raise ValueError(f"the score of document {document!r} is NaN; a ranking needs numbers")
+    ranked = sorted(zip(values.tolist(), scores, strict=True), reverse=True)
+    return [document for _, document in ranked]
+
+
+def trec_order(doc_ids: Sequence[str]) -> np.ndarray:
+    """The permutation [C] int64 that puts documents in descending order of their ids.
+
+    trec_eval breaks ties by the larger id. On documents in this order, breaking them by the lower
+    index is the same, also where the tie straddles the cut.
+    """
+    return np.array(sorted(range(len(doc_ids)), key=doc_ids.__getitem__, reverse=True), np.int64)
+
+
+def document_id_fault(document: str) -> str | None:
+    """Why an id cannot stand in a TREC run or a table of judgements; None when it can.
+
+    Blanks inside an id are allowed (BRIGHT has them); tabs separate columns.
+    """
+    if not document:
+        return "is empty"
+    if re.search(r"[\t\r\n]", document):
+        return "holds a tab or a line break"
+    if re.fullmatch(r"\S(.*\S)?", document, re.ASCII) is None:
+        return "begins or ends with a blank"
+    return None
+
+
+def text_lines(path: str | Path) -> Iterator[tuple[str, str]]:
+    """Yields ("file:line", line) of a UTF-8 file, plain or .gz, line ends kept.
+
+    Raises:
+        FileNotFoundError: when the file is missing.
+        DatasetError: where a line is not UTF-8, or the compressed file is damaged.
+    """
+    path = Path(path)
+    number = 0
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+        try:
+            for number, line in enumerate(lines, start=1):
+                yield f"{path}:{number}", line.decode("utf-8")
+        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+            where = number if isinstance(error, UnicodeDecodeError) else number + 1
+            raise DatasetError(f"{path}:{where}: cannot be read: {error}") from error
+
+
+def read_trec_run(path: str | Path) -> Run:
+    """Reads a TREC run, plain or .gz: `qid Q0 docid rank score tag`, where docid may hold blanks.
+
+    The rank is not used: trec_eval orders by the score.
+
+    Raises:
+        FileNotFoundError: when the file is missing.
+        DatasetError: on a line of another form, a document that a query ranks twice, or a file
+            without any line.
+    """
+    run: Run = {}
+    for where, line in text_lines(path):
+        if not line.strip():
+            continue
+        match = _LINE.fullmatch(line)
+        if match is None:
+            raise DatasetError(f"{where}: wanted 'qid Q0 docid rank score tag', got {line!r}")
+        query, document, _, score = match.groups()
+        try:
+            value = float(score)
+        except ValueError as error:
+            raise DatasetError(f"{where}: the score must be a number, got {score!r}") from error
+        scores = run.setdefault(query, {})
+        if document in scores:
+            raise DatasetError(f"{where}: query {query!r} ranks {document!r} a second time")
+        scores[document] = value
+    if not run:
+        raise DatasetError(f"{path}: holds no ranked document")
+    return run
+
+
+def write_trec_run(run: Run, path: str | Path, tag: str) -> None:
+    """Writes a TREC run in trec_eval's order, ranks from 1, scores with all their digits.
+
+    A query without documents leaves no line, so it is not in the run that is read back.
+
+    Raises:
+        ValueError: on a query id or tag with a blank, a document id that would not be read back
+            (`document_id_fault`) or a NaN score; nothing is written.
+        OSError: the file cannot be written; what stood there stays.
+    """
+    for name in (*run, tag):
+        if re.fullmatch(r"\S+", name, re.ASCII) is None:
+            raise ValueError(f"{name!r} cannot stand in a TREC run: it is empty or holds blanks")
+    for query, scores in run.items():
+        for document in scores:
+            if fault := document_id_fault(document):
+                raise ValueError(
+                    f"document id {document!r} of query {query!r} cannot stand in a TREC run: it "
+                    f"{fault}"
+                )
+    rankings = {query: rank_documents(scores) for query, scores in run.items()}
+    with (
+        written_whole(Path(path)) as part,
+        part.open("w", encoding="utf-8", newline="\n") as file,
+    ):
+        for query, ranking in rankings.items():
+            for rank, document in enumerate(ranking, start=1):
+                # repr of a float is the shortest text that reads back as the same double
+                score = repr(float(run[query][document]))
+                file.write(f"{query} Q0 {document} {rank} {score} {tag}\n")
+
+
+def read_excluded(path: str | Path) -> dict[str, tuple[str, ...]]:
+    """Reads which documents a query must not be given: query id -> document ids.
+
+    Args:
+        path: where the name ends in `.jsonl`, a BEIR `queries.jsonl` with BRIGHT's field
+            `excluded_ids`; where it ends in `.tsv`, lines of a query id and a document id with a
+            tab between, without a header.
+
+    Raises:
+        FileNotFoundError: when the file is missing.
+        DatasetError: on another name, or a line of another form.
+    """
+    path = Path(path)
+    if path.suffix not in (".jsonl", ".tsv"):
+        raise DatasetError(f"{path}: excluded documents are read from a .jsonl or a .tsv file")
+    excluded: dict[str, tuple[str, ...]] = {}
+    for where, line in text_lines(path):
+        if not line.strip():
+            continue
+        if path.suffix == ".jsonl":
+            query, documents = _excluded_of(line, where)
+        else:
+            fields = line.rstrip("\r\n").split("\t")
+            if len(fields) != 2:
+                raise DatasetError(
+                    f"{where}: wanted query-id and corpus-id with a tab between, got {line!r}"
+                )
+            query, documents = fields[0], (fields[1],)
+        excluded[query] = (*excluded.get(query, ()), *documents)
+    return excluded
+
+
+def _excluded_of(line: str, where: str) -> tuple[str, tuple[str, ...]]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DatasetError(f"{where}: not valid JSON: {error}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("_id"), str):
+        raise DatasetError(f"{where}: wanted an object with a string '_id', got {line!r}")
+    return row["_id"], excluded_ids(row, where)
+
+
+def excluded_ids(row: dict[str, Any], where: str) -> tuple[str, ...]:
+    """The field `excluded_ids` of a row of queries; () where there is none."""
+    ids = row.get("excluded_ids")
+    if ids is None:
+        return ()
+    if not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
+        raise DatasetError(f"{where}: field 'excluded_ids' must be a list of strings, got {ids!r}")
+    return tuple(ids)

@@ -1,0 +1,328 @@
+"""Directories of vectors: Parquet shards and a manifest.
+
+    manifest.json           what the vectors are; every shard's name, row count and sha256
+    shard-00000.parquet     columns `id` (string) and `vector` (fixed-size list of a dtype)
+    shard-00001.parquet     ...
+
+A shard's rows are coded as in `laser_jax.search.codes`. Every shard carries its `VectorsInfo` as
+well, in the metadata of its schema, so that one of another model cannot be mixed in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from laser_jax.config import ConfigError, as_dict, from_dict
+from laser_jax.files import write_atomically, written_whole
+from laser_jax.search.trec import document_id_fault
+
+FORMAT = "laser_jax vectors"
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+_SCHEMA_KEY = b"laser_jax.vectors"
+
+
+class VectorsError(ValueError):
+    """A directory of vectors that cannot be used. Names the shard, and the id or field."""
+
+
+@dataclass(frozen=True)
+class VectorsInfo:
+    """What all vectors of a directory have in common."""
+
+    model_hash: str
+    """Of the weights and config that made the vectors."""
+    prompt_hash: str
+    """Of the prompt settings and chat template."""
+    num_thinking_steps: int
+    dtype: Literal["float32", "float16", "int8"]
+    dimension: int
+
+    def __post_init__(self) -> None:
+        if self.num_thinking_steps < 1 or self.dimension < 1:
+            raise ConfigError(
+                "num_thinking_steps and dimension must be at least 1, got "
+                f"{self.num_thinking_steps} and {self.dimension}"
+            )
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file of a directory."""
+
+    file: str
+    """Its name, without a folder."""
+    count: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` says. The order of the shards is the order of the vectors."""
+
+    info: VectorsInfo
+    shards: tuple[Shard, ...]
+
+    @property
+    def count(self) -> int:
+        return sum(shard.count for shard in self.shards)
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(
+            "directories of vectors are Parquet, which needs pyarrow: pip install "
+            "laser-jax[parquet]"
+        ) from error
+    return pyarrow
+
+
+def shard_name(number: int) -> str:
+    """`shard-00042.parquet`."""
+    return f"shard-{number:05d}.parquet"
+
+
+# --- writing -----------------------------------------------------------------------------------
+
+
+def _check_shard(where: Path, ids: Sequence[str], vectors_CD: np.ndarray) -> None:
+    """Raises a VectorsError on ids that stand twice or cannot stand in a run, and on vectors that
+    are not finite or all zero."""
+    seen = set()
+    for id_ in ids:
+        if fault := document_id_fault(id_):
+            raise VectorsError(f"{where}: id {id_!r} {fault}")
+        if id_ in seen:
+            raise VectorsError(f"{where}: id {id_!r} stands twice")
+        seen.add(id_)
+    for broken_C, what in (
+        (~np.isfinite(vectors_CD).all(axis=1), "not finite"),
+        (~vectors_CD.any(axis=1), "all zero, which has no direction"),
+    ):
+        if broken_C.any():
+            first = ids[int(broken_C.argmax())]
+            raise VectorsError(
+                f"{where}: the vectors of {broken_C.sum()} of {len(ids)} ids are {what}, the first "
+                f"is that of {first!r}"
+            )
+
+
+def write_shard(
+    directory: str | Path, file: str, ids: Sequence[str], vectors_CD: np.ndarray, info: VectorsInfo
+) -> Shard:
+    """Writes one shard, under a temporary name until it is whole. The same rows give the same bytes
+    (with the same pyarrow).
+
+    Args:
+        vectors_CD: coded by `encode_vectors` as `info.dtype`.
+
+    Returns:
+        The shard's entry for `write_manifest`.
+
+    Raises:
+        VectorsError: on ids or vectors that cannot be used, names the shard and the id.
+        OSError: the disk is full or the like; no part of the shard is left.
+    """
+    pyarrow = _pyarrow()
+    path = Path(directory) / file
+    if vectors_CD.dtype != info.dtype or vectors_CD.shape != (len(ids), info.dimension):
+        raise VectorsError(
+            f"{path}: wanted {info.dtype} of shape {(len(ids), info.dimension)}, got "
+            f"{vectors_CD.dtype} of shape {vectors_CD.shape}"
+        )
+    _check_shard(path, ids, vectors_CD)
+    values = pyarrow.array(np.ascontiguousarray(vectors_CD).reshape(-1))
+    table = pyarrow.table(
+        {
+            "id": pyarrow.array(ids, pyarrow.string()),
+            "vector": pyarrow.FixedSizeListArray.from_arrays(values, info.dimension),
+        }
+    ).replace_schema_metadata({_SCHEMA_KEY: json.dumps(as_dict(info), sort_keys=True)})
+    buffer = io.BytesIO()
+    # vectors do not compress; a dictionary of them would only be built and thrown away
+    pyarrow.parquet.write_table(table, buffer, compression="none", use_dictionary=False)
+    content = buffer.getvalue()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as part:
+        part.write_bytes(content)
+    return Shard(file, len(ids), hashlib.sha256(content).hexdigest())
+
+
+def write_manifest(directory: str | Path, manifest: Manifest) -> None:
+    """Writes `manifest.json`, which makes the directory a finished one."""
+    values = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        **as_dict(manifest.info),
+        "count": manifest.count,
+        "shards": as_dict(manifest)["shards"],
+    }
+    write_atomically(Path(directory) / MANIFEST_FILE, json.dumps(values, indent=1) + "\n")
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+def read_manifest(directory: str | Path) -> Manifest:
+    """Reads `manifest.json`.
+
+    Raises:
+        FileNotFoundError: when there is none.
+        VectorsError: when it is no manifest of this version, or its parts do not fit together.
+    """
+    path = Path(directory) / MANIFEST_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: {directory} is no finished directory of vectors"
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise VectorsError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+        raise VectorsError(f"{path}: no manifest of vectors: 'format' must be {FORMAT!r}")
+    if (version := values.pop("version", None)) != FORMAT_VERSION:
+        raise VectorsError(f"{path}: version {version}, this program reads {FORMAT_VERSION}")
+    count, shards = values.pop("count", None), values.pop("shards", None)
+    if not isinstance(shards, list) or not all(isinstance(s, dict) for s in shards):
+        raise VectorsError(f"{path}: 'shards' must be a list of objects")
+    try:
+        manifest = Manifest(
+            from_dict(VectorsInfo, values, source=str(path)),
+            tuple(from_dict(Shard, s, source=f"{path}: shards[{n}]") for n, s in enumerate(shards)),
+        )
+    except ConfigError as error:
+        raise VectorsError(str(error)) from error
+    for shard in manifest.shards:
+        if re.fullmatch(r"[\w.-]+\.parquet", shard.file) is None:
+            raise VectorsError(f"{path}: shard name {shard.file!r} is no file name.parquet")
+    if manifest.count != count:
+        raise VectorsError(f"{path}: the shards hold {manifest.count} vectors, 'count' is {count}")
+    return manifest
+
+
+def read_shard(
+    directory: str | Path, shard: Shard, info: VectorsInfo
+) -> tuple[list[str], np.ndarray]:
+    """Reads one shard and checks all of it: checksum, model, ids and vectors.
+
+    Returns:
+        The ids, and the vectors [C, D] coded as `info.dtype`.
+
+    Raises:
+        FileNotFoundError: when the shard is missing.
+        VectorsError: when it is damaged or not what the manifest says.
+    """
+    pyarrow = _pyarrow()
+    path = Path(directory) / shard.file
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing, and {MANIFEST_FILE} names it")
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != shard.sha256:
+        raise VectorsError(
+            f"{path}: damaged: its sha256 is not that of {MANIFEST_FILE}. Encode this shard again"
+        )
+    try:
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
+        stored = json.loads((table.schema.metadata or {}).get(_SCHEMA_KEY, b"{}"))
+        ids = table["id"].to_pylist()
+        column = table["vector"].combine_chunks()
+    except (pyarrow.ArrowException, KeyError, ValueError) as error:
+        raise VectorsError(f"{path}: no shard of vectors: {error}") from error
+    for key, value in as_dict(info).items():
+        if stored.get(key) != value:
+            raise VectorsError(
+                f"{path}: {key} is {stored.get(key)!r}, and {MANIFEST_FILE} says {value!r}"
+            )
+    vector_type = pyarrow.list_(pyarrow.from_numpy_dtype(np.dtype(info.dtype)), info.dimension)
+    if column.type != vector_type or table.schema.field("id").type != pyarrow.string():
+        raise VectorsError(
+            f"{path}: wanted columns id: string and vector: {vector_type}, got {table.schema}"
+        )
+    if len(ids) != shard.count or column.null_count or table["id"].null_count:
+        raise VectorsError(f"{path}: wanted {shard.count} rows without nulls, got {len(ids)}")
+    vectors_CD = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, info.dimension)
+    _check_shard(path, ids, vectors_CD)
+    return ids, vectors_CD
+
+
+def read_shards(
+    directory: str | Path, manifest: Manifest
+) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Yields what `read_shard` gives, shard by shard; one of them is in memory at a time."""
+    for shard in manifest.shards:
+        yield read_shard(directory, shard, manifest.info)
+
+
+def read_ids(directory: str | Path, manifest: Manifest) -> list[str]:
+    """The ids of all vectors, in order. Reads no vector.
+
+    Raises:
+        FileNotFoundError, VectorsError: a shard is missing or is no Parquet; an id stands twice,
+            names both shards.
+    """
+    pyarrow = _pyarrow()
+    ids: list[str] = []
+    first_shard: dict[str, str] = {}
+    for shard in manifest.shards:
+        path = Path(directory) / shard.file
+        try:
+            column = pyarrow.parquet.read_table(path, columns=["id"])["id"].to_pylist()
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{path} is missing, and {MANIFEST_FILE} names it") from error
+        except (pyarrow.ArrowException, OSError) as error:
+            raise VectorsError(f"{path}: no shard of vectors: {error}") from error
+        for id_ in column:
+            if id_ in first_shard:
+                raise VectorsError(
+                    f"{path}: id {id_!r} stands twice, it is in {first_shard[id_]} too"
+                )
+            first_shard[id_] = shard.file
+        ids += column
+    return ids
+
+
+def verify(directory: str | Path) -> list[str]:
+    """Checks a finished directory: every byte of every shard.
+
+    Returns:
+        What is wrong, a message a shard (and per repeated id); empty when all is well.
+
+    Raises:
+        FileNotFoundError, VectorsError: the manifest cannot be read.
+    """
+    manifest = read_manifest(directory)
+    faults: list[str] = []
+    first_shard: dict[str, str] = {}
+    for shard in manifest.shards:
+        try:
+            ids, _ = read_shard(directory, shard, manifest.info)
+        except (VectorsError, OSError) as error:
+            faults.append(str(error))
+            continue
+        faults += [
+            f"{Path(directory) / shard.file}: id {id_!r} stands twice, it is in "
+            f"{first_shard[id_]} too"
+            for id_ in ids
+            if id_ in first_shard
+        ]
+        first_shard |= dict.fromkeys(ids, shard.file)
+    named = {shard.file for shard in manifest.shards}
+    faults += [
+        f"{file}: not named by {MANIFEST_FILE}"
+        for file in sorted(Path(directory).glob("*.parquet"))
+        if file.name not in named
+    ]
+    return faults

@@ -1,0 +1,349 @@
+"""The evaluation program: a run against pytrec_eval, a model against its own encoder."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from laser_jax.config import RetrieverConfig, ScratchConfig, save_retriever_config
+from laser_jax.data.tokenization import special_token_ids, train_tokenizer
+from laser_jax.evaluate import main
+from laser_jax.evaluation.metrics import evaluate_run
+from laser_jax.evaluation.results import read_evaluation, read_per_query
+from laser_jax.evaluation.retrieval import CONTROL, EXPLICIT, latent
+from laser_jax.evaluation.significance import paired_bootstrap
+from laser_jax.hf import save_params
+from laser_jax.modeling.backbone import Backbone
+from laser_jax.search.trec import read_trec_run
+
+SCRATCH = ScratchConfig(
+    hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=16
+)
+TOWNS = ["Ulm", "Kiel", "Jena", "Bonn", "Hof", "Trier"]
+
+
+# --- a run -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    (tmp_path / "run.trec").write_text(
+        "q1 Q0 a file.txt 1 0.9 t\nq1 Q0 b 2 0.8 t\nq2 Q0 b 1 0.5 t\nextra Q0 b 1 0.5 t\n"
+    )
+    (tmp_path / "qrels.tsv").write_text(
+        "query-id\tcorpus-id\tscore\nq1\tb\t2\nq2\tb\t0\nq3\ta file.txt\t1\n"
+    )
+    return tmp_path
+
+
+def score(files: Path, *more: str) -> dict[str, Any]:
+    output = files / "out.json"
+    where = ["--run", str(files / "run.trec"), "--qrels", str(files / "qrels.tsv")]
+    main([*where, "--json", str(output), "--metrics", "[MRR@10, Hit@1]", *more])
+    return json.loads(output.read_text())
+
+
+def test_a_run_is_scored_and_counted(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = score(files, "--per_query", str(files / "out.tsv"))
+    assert result["scores"] == {"MRR@10": 0.25, "Hit@1": 0.0}
+    assert result["queries"] == 2
+    assert list(result["counts"].values()) == [3, 3, 1, 1, 1]
+    assert read_per_query(files / "out.tsv") == {
+        "run.trec": {"q1": {"MRR@10": 0.5, "Hit@1": 0.0}, "q2": {"MRR@10": 0.0, "Hit@1": 0.0}}
+    }
+    out = capsys.readouterr().out
+    assert "judged, without a relevant document: 1" in out
+    assert "mean over 2 queries" in out
+
+
+def test_excluded_documents_leave_the_run_first(files: Path) -> None:
+    (files / "excluded.tsv").write_text("q1\ta file.txt\n")
+    result = score(files, "--excluded", str(files / "excluded.tsv"))
+    assert result["scores"] == {"MRR@10": 0.5, "Hit@1": 0.5}
+
+
+def test_a_complete_mean_counts_judged_queries_that_the_run_lacks(files: Path) -> None:
+    result = score(files, "--complete", "true")
+    assert result["scores"]["MRR@10"] == pytest.approx(0.5 / 3)
+    assert result["queries"] == 3
+
+
+def test_p_mrr_is_scored_beside_the_rest(files: Path) -> None:
+    (files / "original.trec").write_text("q1 Q0 b 1 0.9 t\nq1 Q0 a file.txt 2 0.8 t\n")
+    (files / "original.txt").write_text("q1 0 b 1\nq1 0 a file.txt 1\nq2 0 b 0\n")
+    original = ["--original_run", str(files / "original.trec")]
+    result = score(files, *original, "--original_qrels", str(files / "original.txt"))
+    # "a file.txt" is relevant no more, and rose from 2 to 1
+    assert result["scores"]["p-MRR"] == pytest.approx(1 / 2 - 1)
+    with pytest.raises(SystemExit, match="wants both"):
+        score(files, *original)
+
+
+def test_reference_runs_reach_their_reference(shared_data: Path, tmp_path: Path) -> None:
+    folder = shared_data / "bright_runs_a"
+    reference = json.loads((folder / "reference_metrics.json").read_text())["pony"]["all"]
+    main(
+        [
+            *("--run", str(folder / "pony" / "reasonir_gpt4cot_top100.txt.gz")),
+            *("--qrels", str(folder / "pony" / "qrels.tsv"), "--json", str(tmp_path / "out.json")),
+        ]
+    )
+    scores = json.loads((tmp_path / "out.json").read_text())["scores"]
+    assert scores["nDCG@10"] == pytest.approx(reference["ndcg_cut_10"], abs=1e-6)
+    assert scores["Recall@100"] == pytest.approx(reference["recall_100"], abs=1e-6)
+
+
+def spoil(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda files: (files / name).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda files: (files / "qrels.tsv").unlink(), r"No such file.*qrels\.tsv"),
+        (lambda files: (files / "run.trec").unlink(), r"No such file.*run\.trec"),
+        (spoil("run.trec", b"q1 Q0 a\n"), r"run\.trec:1: wanted 'qid Q0 docid rank score tag'"),
+        (spoil("run.trec", b"q1 Q0 a 1 nan t\n"), "score of document 'a' is NaN"),
+        (spoil("run.trec", b""), "holds no ranked document"),
+        (spoil("run.trec", b"q9 Q0 a 1 1 t\n"), "no query of .* is judged in"),
+        (spoil("qrels.tsv", b"q1\ta\t1\n"), r"qrels\.tsv:1: the header is missing"),
+    ],
+)
+def test_bad_files_end_the_program_with_their_name(
+    files: Path, harm: Callable[[Path], object], message: str
+) -> None:
+    (files / "run.trec").write_text("q1 Q0 a 1 0.9 t\n")
+    (files / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq1\ta\t1\n")
+    harm(files)
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        score(files)
+    assert not (files / "out.json").exists()
+
+
+def test_an_unknown_metric_ends_the_program_at_once(files: Path) -> None:
+    with pytest.raises(SystemExit, match="error: metrics: unknown metric 'nDCG'"):
+        main(["--run", "absent", "--qrels", "absent", "--metrics", "[nDCG]"])
+
+
+# --- a model -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("run") / "model"
+    tokenizer = train_tokenizer([f"{town} lies on a river." for town in TOWNS], 280)
+    backbone = SCRATCH.backbone(len(tokenizer))
+    init = jax.jit(Backbone(backbone).init)
+    variables = nn.meta.unbox(init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
+    save_params(
+        directory,
+        jax.device_get(variables),
+        backbone,
+        dtype=np.float32,
+        lora=None,
+        **special_token_ids(tokenizer),
+    )
+    tokenizer.save_pretrained(directory)
+    save_retriever_config(RetrieverConfig(backbone, num_thinking_steps=2), directory)
+    return directory
+
+
+def lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_data(directory: Path, *, reasoning: bool = True, instruction: bool = True) -> Path:
+    (directory / "qrels").mkdir(parents=True)
+    lines(
+        directory / "corpus.jsonl",
+        [{"_id": f"{t} 1.txt", "title": t, "text": "lies on a river."} for t in TOWNS],
+    )
+    queries = [
+        {"_id": f"q{i}", "text": f"Where is {t}?"}
+        | ({"reasoning": f"{t} is a town.\n\nSo: {t}."} if reasoning else {})
+        | ({"instruction": "Find"} if instruction else {})
+        for i, t in enumerate(TOWNS)
+    ]
+    lines(directory / "queries.jsonl", queries)
+    judged = [f"q{i}\t{t} 1.txt\t{int(i > 0)}\n" for i, t in enumerate(TOWNS)]
+    (directory / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(judged))
+    return directory
+
+
+def arguments(model: Path, data: Path, output: Path, *more: str) -> list[str]:
+    where = ["--model", str(model), "--data", str(data), "--output", str(output)]
+    shapes = ["--length_multiple", "128", "--batch_size", "8", "--thinking_steps", "[1,2,3]"]
+    return [*where, *shapes, "--resamples", "200", *more]
+
+
+@pytest.fixture(scope="module")
+def evaluated(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    data = write_data(tmp_path_factory.mktemp("data") / "towns")
+    main(arguments(model, data, data.parent / "out", "--measure_time", "true"))
+    return data.parent / "out"
+
+
+RUNS = [latent(1), latent(2), latent(3), EXPLICIT, CONTROL]
+
+
+def test_the_directory_holds_every_view(evaluated: Path) -> None:
+    names = {path.relative_to(evaluated).as_posix() for path in evaluated.rglob("*.*")}
+    slugs = ("latent-K-1", "latent-K-2", "latent-K-3", "explicit", "explicit-of-another-query")
+    assert names == {
+        *("results.json", "per_query.tsv", "quality_by_steps.png", "quality_by_steps.svg"),
+        *(f"runs/{slug}.trec" for slug in slugs),
+    }
+    evaluation = read_evaluation(evaluated)
+    assert list(evaluation.scores) == RUNS
+    assert (evaluation.documents, evaluation.queries) == (6, 6)
+    assert evaluation.queries_without_relevant == 1
+    assert evaluation.num_thinking_steps == 2
+    assert evaluation.model == str(Path(evaluation.model))  # the run's directory, not its model/
+    assert not evaluation.model.endswith("model")
+    assert set(evaluation.milliseconds_per_query) == set(RUNS)
+
+
+def test_scores_are_those_of_the_runs_beside_them(evaluated: Path) -> None:
+    evaluation, per_query = read_evaluation(evaluated), read_per_query(evaluated / "per_query.tsv")
+    qrels = {f"q{i}": {f"{t} 1.txt": int(i > 0)} for i, t in enumerate(TOWNS)}
+    for name, slug in ((latent(3), "latent-K-3"), (CONTROL, "explicit-of-another-query")):
+        run = read_trec_run(evaluated / "runs" / f"{slug}.trec")
+        assert all(len(ranking) == 6 for ranking in run.values())
+        assert evaluate_run(run, qrels, evaluation.metrics) == per_query[name]
+        for metric in evaluation.metrics:
+            mean = np.mean([values[metric] for values in per_query[name].values()])
+            assert evaluation.scores[name][metric] == pytest.approx(mean, abs=1e-12)
+
+
+def test_every_difference_comes_with_its_interval(evaluated: Path) -> None:
+    evaluation, per_query = read_evaluation(evaluated), read_per_query(evaluated / "per_query.tsv")
+    pairs = [(d.run, d.against) for d in evaluation.differences if d.metric == "nDCG@10"]
+    assert pairs == [
+        *((run, latent(1)) for run in RUNS[1:]),
+        *((EXPLICIT, CONTROL), (EXPLICIT, latent(2))),
+    ]
+    for found in evaluation.differences:
+        a, b = (
+            [v[found.metric] for v in per_query[r].values()] for r in (found.run, found.against)
+        )
+        wanted = paired_bootstrap(a, b, resamples=200, seed=0)
+        assert (found.difference, found.low, found.high) == (
+            wanted.difference,
+            wanted.low,
+            wanted.high,
+        )
+
+
+def test_the_same_command_gives_the_same_files(model: Path, evaluated: Path) -> None:
+    old = {p: p.read_bytes() for p in evaluated.rglob("*.*") if p.name != "results.json"}
+    data = evaluated.parent / "towns"
+    with pytest.raises(SystemExit, match="holds an evaluation: choose another --output"):
+        main(arguments(model, data, evaluated))
+    (evaluated / "runs" / "latent-K-8.trec").write_text("of an evaluation with more steps")
+    main(arguments(model, data, evaluated, "--measure_time", "true", "--overwrite", "true"))
+    assert {p: p.read_bytes() for p in evaluated.rglob("*.*") if p.name != "results.json"} == old
+
+
+def test_a_full_disk_is_named_and_leaves_no_results(
+    model: Path, evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    output = tmp_path / "out"
+    with pytest.raises(SystemExit, match=r"error: .*No space left on device: '.*latent-K-1\.trec'"):
+        main(arguments(model, evaluated.parent / "towns", output, "--plot", "false"))
+    assert [path.name for path in output.rglob("*")] == ["runs"]
+
+
+def test_queries_without_reasoning_or_instruction(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_data(tmp_path / "plain", reasoning=False, instruction=False)
+    with pytest.raises(SystemExit, match="query q0 has no instruction"):
+        main(arguments(model, data, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    more = ["--instruction", "Find the town", "--plot", "false", "--name", "tiny"]
+    main(arguments(model, data, tmp_path / "out", *more))
+    assert "no explicit view: 6 of 6 queries have no reasoning" in capsys.readouterr().out
+    evaluation = read_evaluation(tmp_path / "out")
+    assert list(evaluation.scores) == RUNS[:3]
+    assert evaluation.model == "tiny"
+    assert not list((tmp_path / "out").glob("quality*"))
+
+
+def test_bad_lines_stop_the_program_or_are_counted(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_data(tmp_path / "data", reasoning=False)
+    corpus = data / "corpus.jsonl"
+    corpus.write_text(corpus.read_text() + "{torn\n")
+    with pytest.raises(SystemExit, match=r"error: .*corpus\.jsonl:7: not valid JSON"):
+        main(arguments(model, data, tmp_path / "out"))
+    more = ["--skip_bad_lines", "true", "--plot", "false"]
+    main(arguments(model, data, tmp_path / "out", *more))
+    assert "left out 1 bad lines" in capsys.readouterr().out
+    assert read_evaluation(tmp_path / "out").bad_lines == 1
+
+
+def drop(name: str) -> Callable[[Path], object]:
+    return lambda data: (data / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (drop("qrels/test.tsv"), r"test\.tsv is missing; splits present: none"),
+        (drop("corpus.jsonl"), r"corpus\.jsonl is missing"),
+        (spoil("corpus.jsonl", b"\n"), r"corpus\.jsonl: holds no document"),
+        (
+            spoil("corpus.jsonl", b'{"_id": "a\\tb", "text": "t"}\n'),
+            r"corpus\.jsonl:1: document id 'a\\tb' holds a tab",
+        ),
+        (
+            spoil("corpus.jsonl", b'{"_id": "a", "text": "t"}\n' * 2),
+            r"corpus\.jsonl:2: document id 'a' stands here a second time",
+        ),
+    ],
+)
+def test_bad_data_ends_the_program_before_anything_is_written(
+    model: Path, tmp_path: Path, harm: Callable[[Path], object], message: str
+) -> None:
+    data = write_data(tmp_path / "data")
+    harm(data)
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        main(arguments(model, data, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--thinking_steps", "[0]"), "thinking_steps must each be at least 1"),
+        (("--depth", "5"), "nDCG@10 looks deeper than --depth 5"),
+        (("--confidence", "1"), "confidence must lie between"),
+        (("--metrics", "[]"), "must name one metric"),
+    ],
+)
+def test_impossible_options_are_refused(
+    model: Path, tmp_path: Path, more: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(SystemExit, match=message):
+        main(arguments(model, tmp_path / "absent", tmp_path / "out", *more))
+
+
+def test_a_gzipped_run_is_scored_too(files: Path) -> None:
+    packed = files / "run.trec.gz"
+    packed.write_bytes(gzip.compress((files / "run.trec").read_bytes()))
+    main(["--run", str(packed), "--qrels", str(files / "qrels.tsv"), "--metrics", "[MRR@10]"])
