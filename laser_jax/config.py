@@ -743,8 +743,9 @@ def _keys(cls: type) -> Iterator[str]:
     """The dotted names of a config dataclass's fields, those of its groups included."""
     for name, kind in get_type_hints(cls).items():
         yield name
-        for group in filter(dataclasses.is_dataclass, (kind, *get_args(kind))):
-            yield from (f"{name}.{key}" for key in _keys(group))
+        for group in (kind, *get_args(kind)):
+            if isinstance(group, type) and dataclasses.is_dataclass(group):
+                yield from (f"{name}.{key}" for key in _keys(group))
 
 
 def _names(values: Any) -> Iterator[str]:

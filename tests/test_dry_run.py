@@ -261,7 +261,7 @@ def test_the_8b_model_is_compiled_as_a_command_from_its_name_alone(tmp_path: Pat
     expected = 2 * 8_190_735_360 / 8 + 16 * (split / 8 + trained - split)
     assert state == pytest.approx(expected / 2**30, rel=0.01)
     peak = float(re.search(r"memory +([\d.]+) GiB a device at most", said)[1])  # pyright: ignore
-    assert state < peak < 4 * state
+    assert peak > state - 4 * trained / 2**30  # the gradient is no argument
 
 
 # --- what cannot be had ------------------------------------------------------------------------

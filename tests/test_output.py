@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import laser_jax.training.output as module
 from laser_jax.config import Config, DataConfig, MeshConfig, ModelConfig, ScratchConfig, TrainConfig
-from laser_jax.training.output import OutputDirectory, OutputError, StepLog
+from laser_jax.training.output import OutputDirectory, OutputError, StepLog, code_version
 
 
 def config(output: Path | str, **train: Any) -> Config:
@@ -160,6 +162,42 @@ def test_a_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         OutputDirectory(config(tmp_path))
 
 
+# --- the version of the code -------------------------------------------------------------------
+
+
+def git(directory: Path, *arguments: str) -> str:
+    identity = ("-c", "user.name=A", "-c", "user.email=a@example.org")
+    command = ["git", "-C", str(directory), *identity, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_the_commit_is_named_where_the_package_is_a_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "laser_jax" / "training" / "output.py"
+    own.parent.mkdir(parents=True)
+    own.write_text("first")
+    monkeypatch.setattr(module, "__file__", str(own))
+    package = {"version": version("laser-jax")}
+    assert code_version() == package  # no checkout
+    git(tmp_path, "init")
+    assert code_version() == package  # a checkout of something else, as around site-packages
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "first")
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    assert code_version() == package | {"commit": commit}
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "log").write_text("what git does not follow changes no code")
+    assert code_version() == package | {"commit": commit}
+    own.write_text("second")
+    assert code_version() == package | {"commit": f"{commit}+changes"}
+
+
+def test_without_git_the_version_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert code_version() == {"version": version("laser-jax")}
+
+
 # --- the log -----------------------------------------------------------------------------------
 
 
@@ -178,6 +216,7 @@ def test_a_resumed_log_drops_what_comes_after_its_start_and_what_was_torn(tmp_pa
         file.write('{"step": 5, "lo')
     resumed = StepLog(path, 2)
     assert resumed.last == {"step": 2, "loss": 0.75}
+    assert resumed.lines == [{"step": 1, "loss": 1.5}, {"step": 2, "loss": 0.75}]
     resumed.write({"step": 3, "loss": 0.5})
     resumed.close()
     assert written(path) == [1, 2, 3]

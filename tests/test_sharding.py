@@ -99,6 +99,32 @@ def test_minus_one_takes_the_devices_that_are_left() -> None:
     assert make_mesh(MeshConfig()).axis_types == (AxisType.Auto,) * 3
 
 
+@pytest.mark.parametrize(
+    ("config", "state", "room", "sizes"),
+    [
+        (MeshConfig(), 100, None, (8, 1, 1)),  # memory that is not known
+        (MeshConfig(), 50, 100, (8, 1, 1)),  # half of a device
+        (MeshConfig(), 51, 100, (4, 2, 1)),
+        (MeshConfig(), 101, 100, (2, 4, 1)),
+        (MeshConfig(), 10**9, 100, (1, 8, 1)),  # all there are
+        (MeshConfig(tensor=2), 100, 100, (4, 1, 2)),  # split by tensor already
+        (MeshConfig(tensor=2), 101, 100, (2, 2, 2)),
+        (MeshConfig(tensor=8), 10**9, 100, (1, 1, 8)),
+        (MeshConfig(data=2), 1, 100, (2, 4, 1)),  # what a given axis leaves
+        (MeshConfig(data=8), 10**9, 100, (8, 1, 1)),
+        (MeshConfig(fsdp=2), 10**9, 100, (4, 2, 1)),  # not auto
+    ],
+)
+def test_auto_takes_as_few_devices_as_hold_the_state_in_half(config, state, room, sizes) -> None:
+    mesh = make_mesh(config, state_bytes=state, device_bytes=room)
+    assert tuple(mesh.shape.values()) == sizes
+
+
+def test_auto_splits_only_into_parts_that_divide_the_devices() -> None:
+    mesh = make_mesh(MeshConfig(), jax.devices()[:6], state_bytes=10**9, device_bytes=100)
+    assert tuple(mesh.shape.values()) == (3, 2, 1)
+
+
 @pytest.mark.parametrize("config", [MeshConfig(data=3), MeshConfig(fsdp=3), MeshConfig(fsdp=16)])
 def test_axes_that_do_not_multiply_to_the_devices_are_refused(config) -> None:
     with pytest.raises(ConfigError, match="does not multiply to the 8 devices"):

@@ -45,7 +45,7 @@ from laser_jax.training.throughput import (
 # counts norms, RoPE and softmax, which the formula leaves out: they grow with the widths, matmuls
 # with their products, and at these sizes they are below a hundredth of the whole.
 B, T, P = 2, 32, 3
-ABOVE_THE_FORMULA = 0.02
+ABOVE_THE_FORMULA = 0.01
 QWEN3 = ScratchConfig(
     hidden_size=512,
     num_layers=3,
@@ -133,7 +133,7 @@ def test_the_backward_pass_costs_about_what_the_factor_says(lora, factor: int) -
     xla = counted(jax.value_and_grad(loss), variables[trained], variables, *prompts)
     formula = step_flops(QWEN3, PROMPTS, trains_base=lora is None)
     assert formula == factor * forward_flops(QWEN3, PROMPTS)
-    assert 0.85 < xla / formula < 1.05
+    assert 0.95 < xla / formula < 1.02
 
 
 def test_a_whole_layer_more_costs_a_whole_layer_more() -> None:

@@ -3,6 +3,7 @@ they refuse."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -36,6 +37,7 @@ REASONINGS = [
 PASSAGES = [f"River number {n} rises near {place}." for n, place in enumerate(PLACES)]
 LORA = ("--lora.rank", "2", "--optimizer.learning_rate", "1e-2")
 NO_EVAL = ("--data.eval", "null")
+NO_TABLE = ("--train.eval_thinking_steps", "[2]")
 STEPS = 4
 
 
@@ -104,7 +106,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / "qrels").mkdir()
     lines = ["query-id\tcorpus-id\tscore", *(f"q{n}\td{n}\t1" for n in range(3))]
-    (folder / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n")
+    for split in ("dev", "test"):
+        (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
     return folder
 
 
@@ -329,6 +332,150 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(
     assert [p for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()] == []
 
 
+# --- choosing a checkpoint -----------------------------------------------------------------------
+
+CHOSEN = {1: 0.25, 2: 0.75, 3: 0.75, 4: 0.5}
+EVERY_STEP = ("--train.eval_every", "1", "--train.keep_checkpoints", "1")
+
+
+def score_as_chosen(
+    patch: pytest.MonkeyPatch, *, first: int = 1, stop_at: int | None = None
+) -> list[int]:
+    """Gives the dev split the scores above, from step `first` on, and sends this process a SIGTERM
+    while step `stop_at` is ranked. The list fills with the steps."""
+    ranked: list[int] = []
+
+    def score_dev(*_: Any) -> dict[str, float]:
+        step = first + len(ranked)
+        ranked.append(step)
+        if step == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"nDCG@10": CHOSEN[step], "Recall@100": 1.0, "Hit@1": 0.0}
+
+    patch.setattr(program, "score_dev", score_dev)
+    return ranked
+
+
+def evaluations_of(output: Path) -> list[tuple[int, float]]:
+    lines = (output / "evaluations.jsonl").read_text().splitlines()
+    return [(line["step"], line["nDCG@10"]) for line in map(json.loads, lines)]
+
+
+def checkpoints_of(output: Path) -> set[str]:
+    return {path.name for path in (output / "checkpoints").iterdir() if path.name.isdigit()}
+
+
+@pytest.fixture(scope="module")
+def best(run, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A run that is ranked after every step and exports the best."""
+    output = tmp_path_factory.mktemp("best") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        score_as_chosen(patch)
+        return finish(run, output, *EVERY_STEP, "--train.export", "best")
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(best: Finished) -> None:
+    assert evaluations_of(best.output) == list(CHOSEN.items())
+    assert checkpoints_of(best.output) == {"2", "4"}
+    assert [line["nDCG@10"] for line in best.results["dev"]] == list(CHOSEN.values())
+
+
+def test_the_best_step_is_exported_and_evaluated(best: Finished) -> None:
+    assert (best.results["steps"], best.results["exported_step"]) == (4, 2)
+    exported, _ = load_pretrained(best.output / "model")
+    trained = {step: saved_state(best.output, step)["trained"] for step in (2, 4)}
+    jax.tree.map(np.testing.assert_array_equal, exported["params"], trained[2])
+    last = trained[4]["norm"]["scale"]
+    assert not np.array_equal(exported["params"]["norm"]["scale"], last)
+    ranked_with = best.encoder._variables["params"]["norm"]["scale"]
+    np.testing.assert_array_equal(ranked_with, trained[2]["norm"]["scale"])
+
+
+def test_ranking_changes_nothing_of_what_is_trained(best: Finished, full: Finished) -> None:
+    assert metrics_of(best.output) == metrics_of(full.output)
+    pairs = [saved_state(folder, STEPS) for folder in (best.output, full.output)]
+    jax.tree.map(np.testing.assert_array_equal, *pairs)
+
+
+@pytest.mark.parametrize("stop_at", [2, 4])
+def test_a_run_that_is_stopped_while_it_ranks_ranks_that_step_first(
+    stop_at: int, best: Finished, run, tmp_path, capsys
+) -> None:
+    output, flags = tmp_path / "run", (*EVERY_STEP, "--train.export", "best")
+    with pytest.MonkeyPatch.context() as patch:
+        ranked = score_as_chosen(patch, stop_at=stop_at)
+        with pytest.raises(SystemExit) as caught:
+            run(output, *flags)
+    assert caught.value.code == 0
+    assert "SIGTERM: stopped outside the steps" in capsys.readouterr().out
+    assert ranked == list(range(1, stop_at + 1))
+    assert str(stop_at) in checkpoints_of(output)
+    assert evaluations_of(output) == list(CHOSEN.items())[: stop_at - 1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        ranked = score_as_chosen(patch, first=stop_at)
+        results = run(output, *flags)
+    assert f"resumed at step {stop_at}" in capsys.readouterr().out
+    assert ranked == list(range(stop_at, STEPS + 1))
+    for name in ("evaluations.jsonl", "model/model.safetensors"):
+        assert (output / name).read_bytes() == (best.output / name).read_bytes(), name
+    assert metrics_of(output) == metrics_of(best.output)
+    assert checkpoints_of(output) == checkpoints_of(best.output)
+    assert results["scores"] == best.results["scores"]
+
+
+def test_patience_ends_a_run_for_good(best: Finished, run, tmp_path, capsys) -> None:
+    output, flags = tmp_path / "run", (*EVERY_STEP, *NO_TABLE, "--train.patience", "1")
+    with pytest.MonkeyPatch.context() as patch:
+        ranked = score_as_chosen(patch)
+        results = run(output, *flags)
+        # step 3 is as good as step 2, and no better
+        assert evaluations_of(output) == list(CHOSEN.items())[:3]
+        assert (results["steps"], results["exported_step"]) == (3, 3)
+        before = (output / "model" / "model.safetensors").read_bytes()
+        again = run(output, *flags)
+    assert ranked == [1, 2, 3]
+    assert "resumed at step 3" in capsys.readouterr().out
+    assert again["metrics"] == results["metrics"]
+    assert again["compile_seconds"] == {}
+    assert metrics_of(output) == metrics_of(best.output)[:3]
+    assert (output / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_the_second_ranking_compiles_nothing(run, tmp_path, monkeypatch) -> None:
+    compiled: list[str] = []
+
+    def record(event: str, *_: Any, **__: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    score_dev, counts = program.score_dev, []
+
+    def counting(*arguments: Any) -> dict[str, float]:
+        before = len(compiled)
+        scores = score_dev(*arguments)
+        counts.append(len(compiled) - before)
+        return scores
+
+    monkeypatch.setattr(program, "score_dev", counting)
+    jax.monitoring.register_event_duration_secs_listener(record)
+    try:
+        results = run(tmp_path / "run", "--train.eval_every", "2", *NO_TABLE)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(record)
+    assert counts[0] > 0
+    assert counts[1:] == [0]
+    assert len(results["dev"]) == 2
+    assert set(results["dev"][0]) == {"step", "nDCG@10", "Recall@100", "Hit@1"}
+
+
+def test_a_run_leaves_scalars_and_a_trace_where_it_is_asked_to(run, tmp_path) -> None:
+    flags = ("--train.tensorboard", "true", "--train.profile_steps", "[4, 9]", *NO_EVAL)
+    run(tmp_path / "run", *flags)
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+    assert len(list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))) == 1
+
+
 # --- other objectives ---------------------------------------------------------------------------
 
 TERMS = {
@@ -381,18 +528,24 @@ def refusal(arguments: list[str], capsys) -> str:
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (("--objective.temprature", "1"), ["objective.temprature"]),
+        (("--objective.temprature", "1"), ["did you mean objective.temperature?"]),
         (("--train.seed", "soon"), ["train.seed", "soon"]),
         (("--objective.num_thinking_steps", "0"), ["objective.num_thinking_steps", "got 0"]),
         (("--config", "absent.yaml"), ["absent.yaml"]),
         (("--data.train", "absent.jsonl"), ["absent.jsonl", "no such file"]),
         (("--data.eval", "absent"), ["absent/qrels/test.tsv"]),
-        (("--data.eval_split", "dev"), ["dev.tsv", "splits present: test"]),
+        (("--data.eval_split", "train"), ["train.tsv", "splits present: dev, test"]),
+        (("--train.eval_every", "2", "--data.dev_split", "train"), ["train.tsv", "dev, test"]),
+        (("--train.eval_every", "2", *NO_EVAL), ["train.eval_every wants data.eval"]),
         (("--model.scratch", "null", "--model.path", "absent"), ["absent"]),
         (("--model.path", "absent"), ["exactly one of model.path", "model.scratch"]),
         (("--objective.teacher", "absent"), ["absent/laser_config.json"]),
         (("--train.batch_size", "12"), ["train.batch_size 12", "8 devices"]),
         (("--mesh.fsdp", "3"), ["mesh", "8 devices"]),
+        (
+            ("--prompt.explicit_max_length", "4096"),
+            ["prompt.explicit_max_length and 2 thinking steps take 4098 positions", "has 4096"],
+        ),
         (("--prompt.query_max_length", "4"), ["prompt.query_max_length"]),
         (("--prompt.document_max_length", "4"), ["prompt.document_max_length"]),
         (("--prompt.explicit_max_length", "128"), ["prompt.explicit_max_length 128"]),
@@ -421,11 +574,18 @@ def without(key: str) -> str:
         (without("positive_passages"), "field 'positive_passages' is missing"),
         (json.dumps(training_row(1) | {"query": 3}), "'query' must be a string, got int"),
         (json.dumps(training_row(1) | {"positive_passages": []}), "'positive_passages' is empty"),
+        (json.dumps(training_row(1) | {"query": " \n\t"}), "'query' is empty"),
+        (
+            json.dumps(training_row(1) | {"positive_passages": ["a", "\u3000 "]}),
+            "item 1 of 'positive_passages' is empty",
+        ),
+        (b'{"query": "\xff"}', "not UTF-8"),
     ],
 )
 def test_a_bad_row_is_named_by_its_line(line, named, arguments, tmp_path, capsys) -> None:
     file = tmp_path / "rows.jsonl"
-    file.write_text(f"{json.dumps(training_row(0))}\n{line}\n")
+    line = line if isinstance(line, bytes) else line.encode()
+    file.write_bytes(json.dumps(training_row(0)).encode() + b"\n" + line + b"\n")
     message = refusal(arguments(tmp_path / "run", "--data.train", str(file)), capsys)
     assert f"{file}:2: {named}" in message
     assert not (tmp_path / "run").exists()
@@ -438,6 +598,20 @@ def test_a_row_without_negatives_is_named(arguments, tmp_path, capsys) -> None:
     assert "rows.jsonl:2" in message
     assert "data.group_size" in message
     assert not (tmp_path / "run").exists()
+
+
+def test_an_absent_tensorboard_is_named_before_anything_is_written(
+    arguments, tmp_path, monkeypatch, capsys
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: None if name == "tensorboardX" else find_spec(name),
+    )
+    message = refusal(arguments(tmp_path / "run", "--train.tensorboard", "true"), capsys)
+    assert "pip install laser-jax[tensorboard]" in message
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_query_without_instruction_is_named_before_training(
@@ -465,7 +639,7 @@ def truncate(path: Path) -> None:
         (lambda d: (d / "model.safetensors").unlink(), "model.safetensors"),
         (lambda d: (d / "tokenizer.json").unlink(), "holds no tokenizer"),
         (lambda d: (d / "chat_template.jinja").unlink(), "no chat template"),
-        (lambda d: (d / "config.json").unlink(), "config.json is missing"),
+        (lambda d: (d / "config.json").unlink(), "model/config.json"),
         (lambda d: edit_json(d / "config.json", model_type="gpt2"), "'gpt2' is not supported"),
         (lambda d: edit_json(d / "config.json", num_hidden_layers=3), "missing: model.layers.2"),
     ],
@@ -476,6 +650,15 @@ def test_a_bad_model_is_named(full, spoil, named, arguments, tmp_path, capsys) -
     flags = ("--model.scratch", "null", "--model.path", str(model))
     message = refusal(arguments(tmp_path / "run", *flags), capsys)
     assert named in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_of_another_name_is_refused(full, arguments, tmp_path, capsys) -> None:
+    model = ("--model.scratch", "null", "--model.path", str(full.output / "model"))
+    named = ("--model.backbone", "qwen3-0.6b")
+    message = refusal(arguments(tmp_path / "run", *model, *named), capsys)
+    assert f"model.path {model[-1]} is no qwen3-0.6b: " in message
+    assert "hidden_size is 16, not 1024" in message
     assert not (tmp_path / "run").exists()
 
 
