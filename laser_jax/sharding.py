@@ -56,17 +56,15 @@ def make_mesh(
     count = jax.device_count() if devices is None else len(devices)
     data, fsdp, tensor = config.data, config.fsdp, config.tensor
     if fsdp == "auto":
-        left = count // max(tensor, 1)
+        left = count // abs(tensor)
         fsdp = max(left // data, 1) if data != -1 else 1
-        while data == -1 and device_bytes and left % (2 * fsdp) == 0:
-            if state_bytes <= device_bytes // 2 * fsdp * max(tensor, 1):
-                break
+        room = (device_bytes or 2 * state_bytes) // 2 * abs(tensor)
+        while data == -1 and state_bytes > room * fsdp and left % (2 * fsdp) == 0:
             fsdp *= 2
     sizes = [data, fsdp, tensor]
     if -1 in sizes:
-        known = -1 * sizes[0] * sizes[1] * sizes[2]
-        sizes[sizes.index(-1)] = count // known
-    if sizes[0] * sizes[1] * sizes[2] != count:
+        sizes[sizes.index(-1)] = count // -math.prod(sizes)
+    if math.prod(sizes) != count:
         raise ConfigError(
             f"mesh (data, fsdp, tensor) = {tuple(sizes)} does not multiply to the {count} "
             "devices; set one axis to -1 to let it take what is left"

@@ -130,16 +130,16 @@ def _load_teacher(
     return FrozenTeacher(backbone, retriever.num_thinking_steps), variables
 
 
-def _retriever_config(
-    config: Config, backbone: BackboneConfig, lora: LoraConfig | None
-) -> RetrieverConfig:
+def _retriever_config(run: _Run, lora: LoraConfig | None) -> RetrieverConfig:
+    config = run.config
     return RetrieverConfig(
-        backbone=backbone,
+        backbone=run.layout.backbone.config,
         num_thinking_steps=config.objective.num_thinking_steps,
         pooling=config.objective.pooling,
         prompt=config.prompt,
         dtype=config.model.dtype,
         lora=lora,
+        prompt_checksum=run.prompts.checksum(),
     )
 
 
@@ -157,7 +157,7 @@ def export_model(run: _Run) -> None:
     )
     if is_first():
         run.tokenizer.save_pretrained(output / "model")
-        save_retriever_config(_retriever_config(config, backbone, None), output / "model")
+        save_retriever_config(_retriever_config(run, None), output / "model")
     if config.lora is not None:
         save_adapter(
             output / "adapter",
@@ -435,7 +435,7 @@ def _encoder(run: _Run) -> LatentEncoder:
     if run.encoder is None:
         run.encoder = LatentEncoder(
             run.state.variables,
-            _retriever_config(config, run.layout.backbone.config, config.lora),
+            _retriever_config(run, config.lora),
             batch_size=config.train.eval_batch_size,
             length_multiple=config.data.length_multiple,
             # one device alone runs faster over separate layers, which the encoder then makes

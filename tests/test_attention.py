@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from laser_jax.config import ConfigError
 from laser_jax.modeling.attention import (
     KeyValues,
+    _blockwise_attention,
     _splash_attention,
     causal_attention,
     choose_kernel,
@@ -41,6 +44,32 @@ def test_a_named_kernel_that_cannot_run_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"model\.attention: cudnn cannot run here: .*NVIDIA"):
         choose_kernel("cudnn", "cpu", jnp.bfloat16, 128)
     assert choose_kernel("xla", "tpu", jnp.bfloat16, 128)[0] == "xla"
+
+
+@pytest.mark.parametrize("T", [1, 64, 65, 200, 1030])  # one block, two, many, longer ones
+def test_attention_in_blocks_is_attention_with_its_gradients(T: int) -> None:
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (
+        jax.random.normal(key, (2, T, heads, 8), jnp.float32)
+        for key, heads in zip(keys, (4, 2, 2), strict=True)
+    )
+
+    def blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return _blockwise_attention(q, KeyValues(k, v))
+
+    def whole(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+    def gradients(f: Callable[..., jax.Array]) -> tuple[jax.Array, ...]:
+        return jax.jit(jax.grad(lambda *a: jnp.square(f(*a)).sum(), argnums=(0, 1, 2)))(q, k, v)
+
+    np.testing.assert_allclose(blocks(q, k, v), whole(q, k, v), atol=2e-6)
+    for ours, theirs in zip(gradients(blocks), gradients(whole), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    half = (x.astype(jnp.bfloat16) for x in (q, k, v))
+    in_half = blocks(*half)
+    assert in_half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(in_half.astype(jnp.float32), whole(q, k, v), atol=0.05)
 
 
 def test_splash_attention_gives_what_xla_gives_with_its_gradients() -> None:

@@ -105,7 +105,36 @@ def causal_attention(q_BTNH: jax.Array, kv: KeyValues, kernel: AttentionKernel) 
         return shard_mapped(_splash_attention, (heads, kv_heads, kv_heads), heads)(
             q_BTNH, kv.k, kv.v
         )
-    return jax.nn.dot_product_attention(q_BTNH, kv.k, kv.v, is_causal=True, implementation=kernel)
+    if kernel == "cudnn":
+        attend = jax.nn.dot_product_attention
+        return attend(q_BTNH, kv.k, kv.v, is_causal=True, implementation=kernel)
+    return _blockwise_attention(q_BTNH, kv)
+
+
+MAX_BLOCKS = 16  # each is laid out in the program
+
+
+def _blockwise_attention(q_BTNH: jax.Array, kv: KeyValues) -> jax.Array:
+    """Plain XLA. Blocks of queries meet only the keys up to their own end, so that nearly half of
+    the scores are never computed, and the heads of a group are rows of one matmul."""
+    B, T, N, H = q_BTNH.shape
+    G, wide = kv.k.shape[2], accumulation_dtype(q_BTNH.dtype)
+    block = max(64, -(-T // MAX_BLOCKS))
+    q_BGMTH = jnp.transpose(q_BTNH.reshape(B, T, G, N // G, H), (0, 2, 3, 1, 4))
+    k_BGHT = jnp.transpose(kv.k, (0, 2, 3, 1))
+    v_BGTH = jnp.swapaxes(kv.v, 1, 2)
+    blocks = []
+    for start in range(0, T, block):
+        end = min(start + block, T)
+        seen = np.arange(end) <= np.tile(np.arange(start, end), N // G)[:, None]
+        rows_BGRH = q_BGMTH[:, :, :, start:end].reshape(B, G, -1, H)
+        scores = jnp.matmul(rows_BGRH, k_BGHT[..., :end], preferred_element_type=wide) * H**-0.5
+        scores = jnp.where(seen[None, None], scores, jnp.finfo(wide).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(q_BTNH.dtype)
+        out = jnp.matmul(weights, v_BGTH[:, :, :end], preferred_element_type=wide)
+        blocks.append(out.astype(q_BTNH.dtype).reshape(B, G, N // G, -1, H))
+    out_BGMTH = jnp.concatenate(blocks, axis=3)
+    return jnp.transpose(out_BGMTH, (0, 3, 1, 2, 4)).reshape(B, T, N, H)
 
 
 def _splash_attention(

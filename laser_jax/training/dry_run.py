@@ -301,10 +301,16 @@ def _compile(config: Config, layout: Layout, batch: Batch) -> dict[str, Any]:
         "compile_seconds": time.monotonic() - began,
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
-        "peak_bytes": memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes,
+        "peak_bytes": (
+            # the CPU's compiler leaves its temporaries out of the peak
+            memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            + memory.temp_size_in_bytes
+            - memory.alias_size_in_bytes
+            if layout.platform == "cpu"
+            # others count those that never live together once, and the sum of the parts is too much
+            else memory.peak_memory_in_bytes
+        ),
     }
 
 
