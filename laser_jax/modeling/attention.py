@@ -111,15 +111,12 @@ def causal_attention(q_BTNH: jax.Array, kv: KeyValues, kernel: AttentionKernel) 
     return _blockwise_attention(q_BTNH, kv)
 
 
-MAX_BLOCKS = 16  # each is laid out in the program
-
-
 def _blockwise_attention(q_BTNH: jax.Array, kv: KeyValues) -> jax.Array:
     """Plain XLA. Blocks of queries meet only the keys up to their own end, so that nearly half of
     the scores are never computed, and the heads of a group are rows of one matmul."""
     B, T, N, H = q_BTNH.shape
     G, wide = kv.k.shape[2], accumulation_dtype(q_BTNH.dtype)
-    block = max(64, -(-T // MAX_BLOCKS))
+    block = max(64, -(-T // 16))  # each is laid out in the program: no more than 16
     q_BGMTH = jnp.transpose(q_BTNH.reshape(B, T, G, N // G, H), (0, 2, 3, 1, 4))
     k_BGHT = jnp.transpose(kv.k, (0, 2, 3, 1))
     v_BGTH = jnp.swapaxes(kv.v, 1, 2)
