@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import runpy
 import shutil
+import subprocess
 import sys
 import threading
 import warnings
@@ -17,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax.experimental.compilation_cache import compilation_cache
 
 import laser_jax
 from laser_jax.config import (
@@ -148,29 +149,30 @@ def test_nothing_is_compiled_after_warming_up(retriever, compilations) -> None:
     assert len(compiled) == 1
 
 
+PROGRAM = """
+import sys, jax
+hits = []
+jax.monitoring.register_event_listener(
+    lambda event, **_: hits.append(event) if event.endswith("/cache_hits") else None
+)
+from laser_jax import LatentRetriever
+LatentRetriever.from_pretrained(sys.argv[1]).encode_document("Jena.")
+print(len(hits))
+"""
+
+
 def test_another_process_finds_its_programs_in_jaxs_cache(model, tmp_path: Path) -> None:
-    hits: list[str] = []
-
-    def listen(event: str, **_: object) -> None:
-        if event == "/jax/compilation_cache/cache_hits":
-            hits.append(event)
-
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, name) for name in names]
-    jax.monitoring.register_event_listener(listen)
-    try:
-        for name, value in zip(names, (str(tmp_path), 0.0), strict=True):
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        for expected in (0, 1):
-            fresh = LatentRetriever.from_pretrained(model)
-            fresh.encode_document("Jena.")
-            assert len(hits) >= expected
-    finally:
-        jax.monitoring.unregister_event_listener(listen)
-        for name, value in zip(names, before, strict=True):
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    hits = []
+    for _ in range(2):
+        command = [sys.executable, "-c", PROGRAM, str(model)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        hits.append(int(done.stdout.splitlines()[-1]))
+    assert hits[1] > hits[0]
 
 
 def test_fewer_dimensions_are_unit_length_again(retriever, vectors) -> None:
