@@ -1,5 +1,6 @@
 """Real runs that are hurt: stopped, killed, robbed of their files or of their disk. What follows is
-the same run, to the last bit, as the one that nothing happened to."""
+the same run, to the last bit, as the one that nothing happened to. It is cut into micro-batches
+(GradCache), and it is hurt in the middle of epochs of two and a half steps."""
 
 from __future__ import annotations
 
@@ -36,6 +37,7 @@ SETTINGS = {
     "lora.rank": 2,
     "mesh.fsdp": 1,
     "train.batch_size": 4,
+    "train.micro_batch_size": 2,  # GradCache
     "train.steps": STEPS,
     "train.log_every": 1,
     "train.checkpoint_every": 3,

@@ -273,9 +273,11 @@ def test_a_given_base_is_kept_in_its_dtype_under_adapters_and_trained_in_float32
 
 
 @functools.cache
-def stepped(**changes: Any) -> tuple[Any, dict[str, float]]:
-    """Adapters after a step on the same batch, and the metrics, under other settings."""
-    lora = dataclasses.replace(LORA, dropout=changes.pop("dropout", 0.0))
+def stepped(*, full: bool = False, **changes: Any) -> tuple[TrainState, dict[str, float]]:
+    """The state after a step on the same batch, and the metrics, under other settings.
+
+    With `full` everything is trained, so that no gradient is zero."""
+    lora = None if full else dataclasses.replace(LORA, dropout=changes.pop("dropout", 0.0))
     remat = changes.pop("remat", "none")
     settings = config(lora=lora)
     settings = dataclasses.replace(settings, train=TrainConfig(batch_size=B, **changes))
@@ -286,7 +288,7 @@ def stepped(**changes: Any) -> tuple[Any, dict[str, float]]:
     with jax.numpy_dtype_promotion("standard"), jax.set_mesh(mesh):
         step = jax.jit(make_train_step(backbone, settings, optimizer(), schedule))
         state, metrics = step(state, batch(0), None)
-    return host(state.trained), {name: float(value) for name, value in metrics.items()}
+    return host(state), {name: float(value) for name, value in metrics.items()}
 
 
 def assert_same_terms(got: dict[str, float], wanted: dict[str, float]) -> None:
@@ -295,8 +297,9 @@ def assert_same_terms(got: dict[str, float], wanted: dict[str, float]) -> None:
 
 
 def test_gradcache_is_the_loss_and_the_gradient_of_the_whole_batch() -> None:
-    (_, whole), (_, cut) = stepped(), stepped(micro_batch_size=B // 4)
+    (at_once, whole), (in_parts, cut) = stepped(full=True), stepped(full=True, micro_batch_size=2)
     assert_same_terms(cut, whole)
+    assert_same_gradients(in_parts, at_once)
     assert cut["documents"] == whole["documents"] == B * G
 
 
