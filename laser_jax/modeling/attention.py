@@ -105,7 +105,8 @@ def causal_attention(q_BTNH: jax.Array, kv: KeyValues, kernel: AttentionKernel) 
         return shard_mapped(_splash_attention, (heads, kv_heads, kv_heads), heads)(
             q_BTNH, kv.k, kv.v
         )
-    if kernel == "cudnn":
+    # a length that `jax.export` leaves open cannot be cut into blocks
+    if kernel == "cudnn" or not isinstance(q_BTNH.shape[1], int):
         attend = jax.nn.dot_product_attention
         return attend(q_BTNH, kv.k, kv.v, is_causal=True, implementation=kernel)
     return _blockwise_attention(q_BTNH, kv)
