@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -271,14 +270,6 @@ def test_devices_are_asked_for_before_jax_makes_its_own() -> None:
     jax.devices()
     with pytest.raises(ConfigError, match="--devices 4: jax has already made its devices"):
         dry_run(config("absent.jsonl"), Invocation(dry_run=True, devices=4))
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed: it would compile"
-)
-def test_a_topology_wants_libtpu() -> None:
-    with pytest.raises(ConfigError, match=r"--topology v5e:4x4: .*pip install laser-jax\[tpu\]"):
-        dry_run(config("absent.jsonl"), Invocation(dry_run=True, topology="v5e:4x4"))
 
 
 def test_what_a_run_refuses_is_refused_here(directory: Path) -> None:

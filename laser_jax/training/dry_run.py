@@ -6,7 +6,6 @@ Nothing is loaded, drawn or written. Of the model only `config.json` is read, or
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -43,6 +42,7 @@ from laser_jax.training.throughput import (
     reading_of,
     step_flops,
 )
+from laser_jax.training.topologies import devices_to_compile_for
 
 BATCHES_LOOKED_AT = 64
 
@@ -144,24 +144,7 @@ def _devices(invocation: Invocation) -> Sequence[Device]:
         return jax.devices("cpu")
     if invocation.topology is None:
         return jax.devices()
-    from jax.experimental import topologies
-
-    # no question to a cloud's metadata server, and two dry runs may be under way at once
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    name, _, chips = invocation.topology.partition(":")
-    options: dict[str, Any] = {}
-    if name == "v4":
-        options["chip_config_name"] = "megacore"  # else a chip counts as two devices
-    if chips == "1x1":
-        options["chips_per_host_bounds"] = (1, 1, 1)
-    try:
-        return topologies.get_topology_desc(invocation.topology, "tpu", **options).devices
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"--topology {invocation.topology}: {error}. Names are such as v5e:4x4, v6e:2x4, "
-            "v4:2x2x2 and v5p:2x2x2, in chips; `pip install laser-jax[tpu]` brings the compiler"
-        ) from error
+    return devices_to_compile_for(invocation.topology)
 
 
 def _backbone(config: Config) -> BackboneConfig:
