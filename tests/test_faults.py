@@ -239,7 +239,7 @@ def stop(run: Run) -> str:
     """Sends SIGTERM; what the process says at last."""
     run.send(signal.SIGTERM)
     assert run.wait() == 0, run.text()
-    assert "Traceback" not in run.text()
+    assert "Traceback" not in run.text(), run.text()
     assert not (run.output / "results.json").exists()
     return next(line for line in reversed(run.said) if line.startswith("SIGTERM: "))
 

@@ -40,6 +40,7 @@ from laser_jax.encoder import encode, load_pretrained, right_padded
 from laser_jax.hf import load_adapter, load_params, merge_lora, read_backbone_config
 from laser_jax.losses import gircse_loss, laser_loss, normalize, pool
 from laser_jax.modeling.backbone import Backbone, Variables, unstack_layers
+from laser_jax.modeling.rope import rope_at
 from laser_jax.step import (
     TrainState,
     learning_rate_schedule,
@@ -225,6 +226,17 @@ def test_states_in_a_batch_and_rows_alone(case: Path) -> None:
         assert_embeddings(pool(alone_BKD[:, :K]), golden[alone])
 
 
+def layer_states(backbone: Backbone, ids_BT: jax.Array) -> list[jax.Array]:
+    """The embeddings and the states after each layer, the last ones after the final norm."""
+    x = backbone.embed(ids_BT)
+    rope = rope_at(jnp.arange(ids_BT.shape[1])[None, :], backbone.config)
+    states = [x]
+    for layer in [*backbone.layers, backbone.last_layer]:
+        x, _ = layer.read(x, rope)
+        states.append(x)
+    return [*states[:-1], backbone.norm(x)]
+
+
 @each("encode_*.npz")
 def test_trace(case: Path) -> None:
     golden, name = np.load(case), model_of(case)
@@ -234,7 +246,7 @@ def test_trace(case: Path) -> None:
     variables = unstack_layers(variables_of(name))
     backbone = Backbone(backbone_of(name), scan_layers=False)
     for K in traced:
-        states = backbone.apply(variables, ids_BT, method="layer_states")
+        states = backbone.apply(variables, ids_BT, method=layer_states)
         wanted = golden[f"trace_K{K}_layer_hiddens"]
         assert len(states) == len(wanted)
         for got_BTD, wanted_BTD in zip(states, wanted, strict=True):

@@ -333,18 +333,6 @@ class Backbone(nn.Module):
         t_BD = jnp.einsum("bv,vd->bd", p_BV, table, preferred_element_type=accumulate)
         return constrain(t_BD.astype(self.dtype), "batch", None)
 
-    def layer_states(self, ids_BT: jax.Array) -> jax.Array:
-        """[L + 1, B, T, D]: embeddings, after each layer; the last entry after the final norm."""
-        if isinstance(self.layers, Layer):
-            raise ValueError("layer_states wants unstacked layers; see unstack_layers")
-        x = self.embed(ids_BT)
-        rope = rope_at(jnp.arange(ids_BT.shape[1])[None, :], self.config)
-        states = [x]
-        for layer in [*self.layers, self.last_layer]:
-            x, _ = layer.read(x, rope)
-            states.append(x)
-        return jnp.stack([*states[:-1], self.norm(states[-1])])
-
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
         """Logits at every position, [B, T, V] float32: for causal-LM training and for init."""
         h_BTD, _ = self.read(ids_BT, None)

@@ -11,6 +11,23 @@ from laser_jax.config import LoraConfig
 from laser_jax.sharding import with_axes
 
 
+@jax.custom_vjp
+def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x @ w for x [..., I] and w [I, O]. XLA's CPU compiler copies the first operand of a weight's
+    gradient into its transpose; jax puts the output's gradient there, this the narrower one."""
+    return x @ w
+
+
+def _backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, w = saved
+    rows = (tuple(range(x.ndim - 1)),) * 2
+    wide = w.shape[0] > w.shape[1]
+    return g @ w.T, jnp.tensordot(g, x, rows).T if wide else jnp.tensordot(x, g, rows)
+
+
+matmul.defvjp(lambda x, w: (x @ w, (x, w)), _backward)
+
+
 class Projection(nn.Module):
     """y = x W + scale (x A) B, without bias. W is `[in, out]`; A and B are kept in float32.
 
@@ -33,16 +50,15 @@ class Projection(nn.Module):
             (in_features, self.features),
             self.param_dtype,
         )
+        if self.lora is None:
+            return matmul(x, kernel.astype(self.dtype))
         y = x @ kernel.astype(self.dtype)
-        if self.lora is None or self.name not in self.lora.targets:
+        if self.name not in self.lora.targets:
             return y
 
         def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
             bound = in_features**-0.5
             return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-
-        def zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-            return jnp.zeros(shape, jnp.float32)
 
         def adapter(name: str, init, shape: tuple[int, int], axes: tuple[str, str]) -> jax.Array:
             boxed = with_axes(init, axes)
@@ -51,7 +67,9 @@ class Projection(nn.Module):
 
         rank = self.lora.rank
         a = adapter("lora_a", uniform, (in_features, rank), (self.axes[0], "lora_rank"))
+        zeros = nn.initializers.constant(0, jnp.float32)
         b = adapter("lora_b", zeros, (rank, self.features), ("lora_rank", self.axes[1]))
         if self.lora.dropout and self.has_rng("dropout"):
             x = nn.Dropout(self.lora.dropout, deterministic=False)(x)
-        return y + (x @ a) @ b * jnp.asarray(self.lora.scale, self.dtype)
+        # the scale meets the narrow product
+        return y + matmul(matmul(x, a) * jnp.asarray(self.lora.scale, self.dtype), b)
