@@ -44,6 +44,7 @@ from laser_jax.evaluation.results import (
     Evaluation,
     QueryScores,
     markdown_table,
+    model_name,
     write_evaluation,
     write_per_query,
 )
@@ -267,7 +268,8 @@ class _Data:
     dataset: BeirDataset
     name: str
     split: str
-    bad_lines: int
+    bad_lines: list[str]
+    """What is wrong with the lines that were left out."""
 
 
 def _data(
@@ -275,11 +277,9 @@ def _data(
 ) -> _Data:
     skipped: list[str] | None = [] if options.skip_bad_lines else None
     dataset = read(skipped)
-    if skipped:
-        print(f"left out {len(skipped)} bad lines:", *skipped[:SHOWN_BAD_LINES], sep="\n  ")
     if options.instruction is not None:
         dataset = with_instruction(dataset, options.instruction)
-    return _Data(dataset, name, split, len(skipped or ()))
+    return _Data(dataset, name, split, skipped or [])
 
 
 def _beir(options: ModelOptions) -> _Data:
@@ -386,6 +386,9 @@ def _evaluate(
     options: ModelOptions,
 ) -> Evaluation:
     dataset, config = data.dataset, encoder.config
+    if data.bad_lines:
+        shown = data.bad_lines[:SHOWN_BAD_LINES]
+        print(f"left out {len(data.bad_lines)} bad lines:", *shown, sep="\n  ")
     if fault := explicit_view_fault(dataset, config):
         print(f"no explicit view: {fault}")
     runs = retrieval_runs(
@@ -410,7 +413,7 @@ def _evaluate(
 
     own = config.num_thinking_steps
     evaluation = Evaluation(
-        model=options.name or _name_of(Path(options.model)),
+        model=options.name or model_name(options.model),
         data=data.name,
         split=data.split,
         num_thinking_steps=own,
@@ -418,7 +421,7 @@ def _evaluate(
         documents=len(dataset.documents),
         queries=len(dataset.queries),
         queries_without_relevant=_without_relevant(dataset.qrels),
-        bad_lines=data.bad_lines,
+        bad_lines=len(data.bad_lines),
         scores={name: mean(queries) for name, queries in per_query.items()},
         differences=_differences(per_query, own, options),
         confidence=options.confidence,
@@ -442,10 +445,6 @@ def _evaluate(
         )
     write_evaluation(output, evaluation)
     return evaluation
-
-
-def _name_of(model: Path) -> str:
-    return str(model.parent if model.name == "model" and model.parent.name else model)
 
 
 def _milliseconds_per_query(encoder: LatentEncoder, rows: list[list[int]], k: int) -> float:
