@@ -506,14 +506,14 @@ def _print_model(evaluation: Evaluation) -> None:
 
 def domain_table(evaluations: Mapping[str, Evaluation]) -> str:
     """The first metric, a row a domain and their mean: of the query alone, the model's own K and
-    the explicit view, each with the excluded documents removed and with nothing excluded."""
+    the explicit view (or every K, where none of these was evaluated), each with the excluded
+    documents removed and with nothing excluded."""
     first, *_ = evaluations.values()
-    metric, own = first.metrics[0], latent(first.num_thinking_steps)
-    runs = [
-        run
-        for run in dict.fromkeys([latent(1), own, EXPLICIT])
-        if all(run in evaluation.scores for evaluation in evaluations.values())
-    ]
+    metric = first.metrics[0]
+    wanted = [latent(1), latent(first.num_thinking_steps), EXPLICIT]
+    everywhere = [r for r in first.scores if all(r in e.scores for e in evaluations.values())]
+    free = {unrestricted(run) for run in everywhere}
+    runs = [run for run in everywhere if run in wanted] or [r for r in everywhere if r not in free]
 
     def values(evaluation: Evaluation) -> list[float]:
         scores = evaluation.scores
