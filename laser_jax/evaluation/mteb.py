@@ -261,7 +261,7 @@ def evaluate_task(
             task,
             cache=mteb.ResultCache(output),
             overwrite_strategy="always" if overwrite else "only-missing",
-            encode_kwargs={"batch_size": batch_size},
+            encode_kwargs={"batch_size": batch_size, "show_progress_bar": True},
             prediction_folder=predictions,
             show_progress_bar=False,
             co2_tracker=False,
