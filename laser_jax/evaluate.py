@@ -2,10 +2,11 @@
 
     python -m laser_jax.evaluate --run RUN[.gz] --qrels QRELS [--excluded FILE] [--metrics ...]
     python -m laser_jax.evaluate --model DIR --data BEIR_DIR --output DIR [--split test]
+    python -m laser_jax.evaluate --model DIR --data BRIGHT_DIR --output DIR [--domains all]
 
 The first scores any TREC run as trec_eval does. The second encodes a BEIR directory and compares
 the query alone, the latent view at every K, and the explicit view with the given reasoning and, as
-a control, with that of another query.
+a control, with that of another query. The third does so for the domains of BRIGHT.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ import json
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from laser_jax.batch_encoder import LatentEncoder
-from laser_jax.config import ConfigError, parse_command_line
+from laser_jax.config import ConfigError, load_retriever_config, parse_command_line
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
 from laser_jax.encoder import load_pretrained
 from laser_jax.evaluation.beir import BeirDataset, read_beir, read_qrels_file
+from laser_jax.evaluation.bright import ALL, EXAMPLES, choose_domains, is_bright, read_bright
 from laser_jax.evaluation.metrics import (
     changed_documents,
     cutoff_of,
@@ -40,6 +44,7 @@ from laser_jax.evaluation.results import (
     Evaluation,
     QueryScores,
     markdown_table,
+    model_name,
     write_evaluation,
     write_per_query,
 )
@@ -47,11 +52,14 @@ from laser_jax.evaluation.retrieval import (
     CONTROL,
     DEPTH,
     EXPLICIT,
+    QueryTokens,
     explicit_view_fault,
     latent,
     query_ways,
     retrieval_runs,
+    unrestricted,
     with_instruction,
+    with_max_length,
 )
 from laser_jax.evaluation.significance import paired_bootstrap
 from laser_jax.files import write_atomically
@@ -60,6 +68,7 @@ from laser_jax.search.trec import DatasetError, read_excluded, read_trec_run, wr
 METRICS = ("nDCG@10", "Recall@100", "MRR@10")
 P_MRR = "p-MRR"
 PLOT_STEM = "quality_by_steps"
+DOMAINS_FILE = "domains.md"
 SHOWN_BAD_LINES = 5
 
 
@@ -173,21 +182,34 @@ def _print_run(result: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Evaluates a model on a BEIR directory at every K, and its explicit view with a control."""
+    """Evaluates a model on a BEIR directory or on BRIGHT at every K, and its explicit view with a
+    control."""
 
     model: str
     """A directory that laser_jax.train exported."""
     data: str
-    """A BEIR directory."""
+    """A BEIR directory, or a local copy of BRIGHT."""
     output: str
-    """The directory to write: tables, runs, values of every query, plot."""
+    """The directory to write: tables, runs, values of every query, plot; of BRIGHT in a directory
+    each domain."""
     split: str = "test"
+    """Of a BEIR directory."""
+    domains: str = ALL
+    """Of BRIGHT: names with commas between, or `all` that the copy holds."""
+    long_documents: bool = False
+    """Of BRIGHT: search whole web pages instead of passages."""
+    rewrites: str | None = None
+    """Of BRIGHT: the folder of rewritten queries to take, such as `gpt4_reason`."""
     name: str | None = None
     """What tables call the model; by default its directory, less a last part `model`."""
     adapter: str | None = None
     """A directory with a PEFT LoRA adapter for the model."""
     instruction: str | None = None
-    """One task description for all queries, instead of their own field `instruction`."""
+    """One task description for all queries, instead of their own field `instruction`, or of the
+    domain's."""
+    max_length: int | None = None
+    """Tokens of a query and of a document; None takes the model's limits (the paper trains at 512
+    and evaluates at 8192)."""
     thinking_steps: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
     """Values of K, all from one pass; K = 1 is the query alone."""
     metrics: tuple[str, ...] = METRICS
@@ -216,20 +238,20 @@ class ModelOptions:
         for key in ("depth", "batch_size", "length_multiple", "resamples"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key} must be at least 1, got {getattr(self, key)}")
+        if self.max_length is not None and self.max_length < 1:
+            raise ConfigError(f"max_length must be at least 1, got {self.max_length}")
         if not 0 < self.confidence < 1:
             raise ConfigError(f"confidence must lie between 0 and 1, got {self.confidence}")
         _check_metrics(self.metrics, self.depth)
 
 
-def _claim_output(options: ModelOptions) -> Path:
-    """Makes the output directory, or says now, not after the work, why it cannot be had."""
-    output = Path(options.output)
-    if (output / RESULTS_FILE).exists() and not options.overwrite:
+def _claim_output(output: Path, overwrite: bool) -> None:
+    """Makes an output directory, or says now, not after the work, why it cannot be had."""
+    if (output / RESULTS_FILE).exists() and not overwrite:
         raise ConfigError(
             f"{output} holds an evaluation: choose another --output, or --overwrite true"
         )
     output.mkdir(parents=True, exist_ok=True)
-    return output
 
 
 def _remove_evaluation(output: Path) -> None:
@@ -239,26 +261,69 @@ def _remove_evaluation(output: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def _read_data(options: ModelOptions) -> tuple[BeirDataset, int]:
+@dataclass(frozen=True)
+class _Data:
+    """What is evaluated in one go."""
+
+    dataset: BeirDataset
+    name: str
+    split: str
+    bad_lines: list[str]
+    """What is wrong with the lines that were left out."""
+
+
+def _data(
+    read: Callable[[list[str] | None], BeirDataset], name: str, split: str, options: ModelOptions
+) -> _Data:
     skipped: list[str] | None = [] if options.skip_bad_lines else None
-    dataset = read_beir(options.data, options.split, skipped=skipped)
-    if skipped:
-        print(f"left out {len(skipped)} bad lines:", *skipped[:SHOWN_BAD_LINES], sep="\n  ")
+    dataset = read(skipped)
     if options.instruction is not None:
         dataset = with_instruction(dataset, options.instruction)
-    return dataset, len(skipped or ())
+    return _Data(dataset, name, split, skipped or [])
+
+
+def _beir(options: ModelOptions) -> _Data:
+    def read(skipped: list[str] | None) -> BeirDataset:
+        return read_beir(options.data, options.split, skipped=skipped)
+
+    return _data(read, options.data, options.split, options)
+
+
+def _domain(domain: str, options: ModelOptions) -> _Data:
+    long_documents, rewrites = options.long_documents, options.rewrites
+
+    def read(skipped: list[str] | None) -> BeirDataset:
+        return read_bright(
+            options.data, domain, long_documents=long_documents, rewrites=rewrites, skipped=skipped
+        )
+
+    split = (rewrites or EXAMPLES) + (", long documents" if long_documents else "")
+    return _data(read, str(Path(options.data) / domain), split, options)
 
 
 def _comparisons(runs: Sequence[str], own: int) -> list[tuple[str, str]]:
     """Which runs are compared: each with the query alone; the explicit view also with its control
-    and with the latent view at the model's own K."""
-    pairs = [(run, latent(1)) for run in runs if run != latent(1)]
+    and with the latent view at the model's own K. What excludes nothing is compared with none."""
+    compared = set(runs) - {latent(1)} - {unrestricted(run) for run in runs}
+    pairs = [(run, latent(1)) for run in runs if run in compared]
     pairs += [(EXPLICIT, other) for other in (CONTROL, latent(own)) if own > 1 or other == CONTROL]
     return [(a, b) for a, b in pairs if a in runs and b in runs]
 
 
+def _load(options: ModelOptions) -> tuple[LatentEncoder, PromptTokenizer]:
+    config = load_retriever_config(options.model)
+    if options.max_length is not None:
+        config = with_max_length(config, options.max_length)
+    variables, config = load_pretrained(options.model, config=config, adapter=options.adapter)
+    prompts = PromptTokenizer(load_tokenizer(options.model), config.prompt)
+    encoder = LatentEncoder(
+        variables, config, batch_size=options.batch_size, length_multiple=options.length_multiple
+    )
+    return encoder, prompts
+
+
 def evaluate_model(options: ModelOptions) -> Evaluation:
-    """Evaluates a model and writes the output directory.
+    """Evaluates a model on a BEIR directory and writes the output directory.
 
     Raises:
         ConfigError, DatasetError, HFError, TokenizationError, FileNotFoundError: bad input; the
@@ -267,18 +332,65 @@ def evaluate_model(options: ModelOptions) -> Evaluation:
     """
     if options.plot:
         require_matplotlib()
-    dataset, bad_lines = _read_data(options)
-    variables, config = load_pretrained(options.model, adapter=options.adapter)
-    prompts = PromptTokenizer(load_tokenizer(options.model), config.prompt)
-    encoder = LatentEncoder(
-        variables, config, batch_size=options.batch_size, length_multiple=options.length_multiple
-    )
+    data = _beir(options)
+    encoder, prompts = _load(options)
     # the tokens are made before the directory is: they show what is wrong with the queries
-    ways = query_ways(prompts, dataset, config, options.thinking_steps, options.seed)
-    output = _claim_output(options)
+    ways = query_ways(prompts, data.dataset, encoder.config, options.thinking_steps, options.seed)
+    output = Path(options.output)
+    _claim_output(output, options.overwrite)
+    return _evaluate(data, ways, encoder, prompts, output, options)
+
+
+def evaluate_domains(options: ModelOptions) -> dict[str, Evaluation]:
+    """Evaluates a model on domains of BRIGHT and writes a directory each, and the table of all.
+
+    Returns:
+        Domain -> evaluation, in BRIGHT's order.
+
+    Raises:
+        As `evaluate_model`.
+    """
+    if options.plot:
+        require_matplotlib()
+    domains = choose_domains(
+        options.data,
+        options.domains,
+        long_documents=options.long_documents,
+        rewrites=options.rewrites,
+    )
+    for domain in domains:  # and not after hours, when its turn comes
+        _domain(domain, options)
+    encoder, prompts = _load(options)
+    outputs = {domain: Path(options.output) / domain for domain in domains}
+    for output in outputs.values():
+        _claim_output(output, options.overwrite)
+    evaluations = {}
+    for domain, output in outputs.items():
+        print(f"{domain}, {len(evaluations) + 1} of {len(domains)}")
+        data = _domain(domain, options)
+        ways = query_ways(
+            prompts, data.dataset, encoder.config, options.thinking_steps, options.seed
+        )
+        evaluations[domain] = _evaluate(data, ways, encoder, prompts, output, options)
+    table = domain_table(evaluations)
+    write_atomically(Path(options.output) / DOMAINS_FILE, table + "\n")
+    return evaluations
+
+
+def _evaluate(
+    data: _Data,
+    ways: Mapping[str, QueryTokens],
+    encoder: LatentEncoder,
+    prompts: PromptTokenizer,
+    output: Path,
+    options: ModelOptions,
+) -> Evaluation:
+    dataset, config = data.dataset, encoder.config
+    if data.bad_lines:
+        shown = data.bad_lines[:SHOWN_BAD_LINES]
+        print(f"left out {len(data.bad_lines)} bad lines:", *shown, sep="\n  ")
     if fault := explicit_view_fault(dataset, config):
         print(f"no explicit view: {fault}")
-
     runs = retrieval_runs(
         encoder,
         prompts,
@@ -286,6 +398,7 @@ def evaluate_model(options: ModelOptions) -> Evaluation:
         options.thinking_steps,
         depth=options.depth,
         control_seed=options.seed,
+        nothing_excluded=any(query.excluded_ids for query in dataset.queries.values()),
         progress=True,
     )
     per_query = {
@@ -300,15 +413,15 @@ def evaluate_model(options: ModelOptions) -> Evaluation:
 
     own = config.num_thinking_steps
     evaluation = Evaluation(
-        model=options.name or _name_of(Path(options.model)),
-        data=options.data,
-        split=options.split,
+        model=options.name or model_name(options.model),
+        data=data.name,
+        split=data.split,
         num_thinking_steps=own,
         metrics=list(options.metrics),
         documents=len(dataset.documents),
         queries=len(dataset.queries),
         queries_without_relevant=_without_relevant(dataset.qrels),
-        bad_lines=bad_lines,
+        bad_lines=len(data.bad_lines),
         scores={name: mean(queries) for name, queries in per_query.items()},
         differences=_differences(per_query, own, options),
         confidence=options.confidence,
@@ -332,10 +445,6 @@ def evaluate_model(options: ModelOptions) -> Evaluation:
         )
     write_evaluation(output, evaluation)
     return evaluation
-
-
-def _name_of(model: Path) -> str:
-    return str(model.parent if model.name == "model" and model.parent.name else model)
 
 
 def _milliseconds_per_query(encoder: LatentEncoder, rows: list[list[int]], k: int) -> float:
@@ -395,7 +504,44 @@ def _print_model(evaluation: Evaluation) -> None:
         print("\n" + markdown_table(["difference", metric, interval], shown))
 
 
+def domain_table(evaluations: Mapping[str, Evaluation]) -> str:
+    """The first metric, a row a domain and their mean: of the query alone, the model's own K and
+    the explicit view (or every K, where none of these was evaluated), each with the excluded
+    documents removed and with nothing excluded."""
+    first, *_ = evaluations.values()
+    metric = first.metrics[0]
+    wanted = [latent(1), latent(first.num_thinking_steps), EXPLICIT]
+    everywhere = [r for r in first.scores if all(r in e.scores for e in evaluations.values())]
+    free = {unrestricted(run) for run in everywhere}
+    runs = [run for run in everywhere if run in wanted] or [r for r in everywhere if r not in free]
+
+    def values(evaluation: Evaluation) -> list[float]:
+        scores = evaluation.scores
+        both = [(scores[run], scores.get(unrestricted(run), scores[run])) for run in runs]
+        return [score[metric] for pair in both for score in pair]
+
+    rows = {domain: values(evaluation) for domain, evaluation in evaluations.items()}
+    rows[f"mean of {len(evaluations)}"] = np.mean(list(rows.values()), axis=0).tolist()
+    header = [metric, *(name for run in runs for name in (run, "nothing excluded"))]
+    return markdown_table(
+        header, [[name, *(f"{value:.4f}" for value in row)] for name, row in rows.items()]
+    )
+
+
 # --- the command line --------------------------------------------------------------------------
+
+
+def _is_bright(options: ModelOptions) -> bool:
+    bright = is_bright(options.data)
+    given = options.domains != ALL or options.long_documents or options.rewrites is not None
+    if given and not bright:
+        raise ConfigError(
+            f"domains, long_documents and rewrites are BRIGHT's, and {options.data} has no folder "
+            f"{EXAMPLES}"
+        )
+    if bright and options.split != "test":
+        raise ConfigError("BRIGHT has no splits: take --split away, or choose --domains")
+    return bright
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -405,7 +551,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if any(argument.split("=")[0] == "--model" for argument in given):
             options = parse_command_line(ModelOptions, program, given)
-            _print_model(evaluate_model(options))
+            if _is_bright(options):
+                print("\n" + domain_table(evaluate_domains(options)))
+            else:
+                _print_model(evaluate_model(options))
             print(f"\nwritten to {options.output}")
         else:
             _print_run(evaluate_trec_run(parse_command_line(RunOptions, program, given)))

@@ -19,6 +19,7 @@ import jsonargparse
 import numpy as np
 
 from laser_jax.config import ConfigError
+from laser_jax.evaluation.bright import EXAMPLES
 from laser_jax.evaluation.plots import LatencyPoint, plot_latency_quality, require_matplotlib
 from laser_jax.evaluation.results import (
     PER_QUERY_FILE,
@@ -122,7 +123,7 @@ def _read(directory: str, metric: str) -> _Evaluated:
     if set(per_query) != set(evaluation.scores):
         raise DatasetError(f"{directory}: {PER_QUERY_FILE} and results.json hold other runs")
     data = Path(evaluation.data).name
-    column = data if evaluation.split == "test" else f"{data} ({evaluation.split})"
+    column = data if evaluation.split in ("test", EXAMPLES) else f"{data} ({evaluation.split})"
     return _Evaluated(directory, column, evaluation, per_query)
 
 

@@ -1,7 +1,7 @@
 """Eight CPU devices, strict dtypes and ranks, and fixtures for what lies outside the repository.
 
 With LASER_REQUIRE_SHARED=1, as in .ci/run, a session does not start without the golden numbers, the
-data, torch and peft, so no test that needs them can be skipped unnoticed.
+data, torch, peft and mteb, so no test that needs them can be skipped unnoticed.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ def _folder_absent(path: Path) -> str | None:
     return None if path.is_dir() else f"{path} is absent"
 
 
-def _torch_absent() -> str | None:
-    missing = [name for name in ("torch", "peft") if importlib.util.find_spec(name) is None]
+def _absent(*names: str) -> str | None:
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
     return f"{' and '.join(missing)} absent: pip install laser-jax[parity]" if missing else None
 
 
 def pytest_configure() -> None:
-    absent = [_folder_absent(_GOLDEN), _folder_absent(_DATA), _torch_absent()]
+    absent = [_folder_absent(_GOLDEN), _folder_absent(_DATA), _absent("torch", "peft", "mteb")]
     reasons = [reason for reason in absent if reason is not None]
     if os.environ.get("LASER_REQUIRE_SHARED") == "1" and reasons:
         raise pytest.UsageError("LASER_REQUIRE_SHARED=1, but " + "; ".join(reasons))
@@ -71,7 +71,7 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def require_torch() -> None:
     """Skips where torch or peft is not installed."""
-    if reason := _torch_absent():
+    if reason := _absent("torch", "peft"):
         pytest.skip(reason)
 
 

@@ -14,16 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from test_bright import DOCUMENTS, EXAMPLES, write_copy
 
 from laser_jax.config import RetrieverConfig, ScratchConfig, save_retriever_config
 from laser_jax.data.tokenization import special_token_ids, train_tokenizer
 from laser_jax.evaluate import main
-from laser_jax.evaluation.metrics import evaluate_run
+from laser_jax.evaluation.metrics import evaluate_run, without_excluded
 from laser_jax.evaluation.results import read_evaluation, read_per_query
-from laser_jax.evaluation.retrieval import CONTROL, EXPLICIT, latent
+from laser_jax.evaluation.retrieval import CONTROL, EXPLICIT, latent, unrestricted
 from laser_jax.evaluation.significance import paired_bootstrap
 from laser_jax.hf import save_params
 from laser_jax.modeling.backbone import Backbone
+from laser_jax.report import main as report
 from laser_jax.search.trec import read_trec_run
 
 SCRATCH = ScratchConfig(
@@ -324,6 +326,107 @@ def test_bad_data_ends_the_program_before_anything_is_written(
     harm(data)
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
         main(arguments(model, data, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+# --- BRIGHT ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bright(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The evaluation of two domains, beside the copy in `bright`."""
+    directory = tmp_path_factory.mktemp("bright")
+    write_copy(directory / "bright", domains=("pony", "biology"))
+    examples = [{**row, "excluded_ids": ["N/A"]} for row in EXAMPLES]
+    lines(directory / "bright" / "examples" / "biology.jsonl", examples)
+    main(arguments(model, directory / "bright", directory / "out", "--plot", "false"))
+    return directory / "out"
+
+
+def test_every_domain_has_an_evaluation_and_the_table_their_mean(bright: Path) -> None:
+    biology, pony = (read_evaluation(bright / name) for name in ("biology", "pony"))
+    assert (Path(pony.data).name, pony.split) == ("pony", "examples")
+    assert list(biology.scores) == RUNS[:3]
+    assert list(pony.scores) == [name for run in RUNS[:3] for name in (run, unrestricted(run))]
+    assert {difference.run for difference in pony.differences} == {latent(2), latent(3)}
+    header, _, *rows, means = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (bright / "domains.md").read_text().splitlines()
+    )
+    assert header == ["nDCG@10", *[latent(1), "nothing excluded", latent(2), "nothing excluded"]]
+    shown = {row[0]: [float(cell) for cell in row[1:]] for row in rows}
+    scores = {name: values["nDCG@10"] for name, values in pony.scores.items()}
+    names = [latent(1), unrestricted(latent(1)), latent(2), unrestricted(latent(2))]
+    assert shown["pony"] == pytest.approx([scores[name] for name in names], abs=5e-5)
+    assert shown["biology"][0] == shown["biology"][1]
+    mean = np.mean([shown["biology"], shown["pony"]], axis=0)
+    assert means[0] == "mean of 2"
+    assert [float(cell) for cell in means[1:]] == pytest.approx(mean.tolist(), abs=1e-4)
+
+
+def test_excluded_documents_are_only_in_the_runs_that_exclude_nothing(bright: Path) -> None:
+    runs = bright / "pony" / "runs"
+    ranked = {path.stem: read_trec_run(path) for path in runs.glob("*.trec")}
+    assert len(ranked) == 6
+    for name, run in ranked.items():
+        assert set(run["0"]) == {document["id"] for document in DOCUMENTS}
+        assert ("light/Moth_0.txt" in run["1"]) == name.endswith("-nothing-excluded")
+    kept, all_of_them = ranked["latent-K-2"], ranked["latent-K-2-nothing-excluded"]
+    assert kept == without_excluded(all_of_them, {"1": ["light/Moth_0.txt"]})
+
+
+def test_reports_take_domains_as_columns(bright: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report([str(bright / "biology"), str(bright / "pony"), "--resamples", "100"])
+    assert "| biology | pony | Avg. |" in " ".join(capsys.readouterr().out.split())
+
+
+def test_rewrites_and_long_documents_are_evaluated_by_name(model: Path, bright: Path) -> None:
+    output = bright.parent / "long"
+    more = ["--rewrites", "gpt4_reason", "--long_documents", "true", "--domains", "pony"]
+    rest = ["--plot", "false", "--max_length", "90", "--instruction", "Find"]
+    main(arguments(model, bright.parent / "bright", output, *more, *rest))
+    evaluation = read_evaluation(output / "pony")
+    assert evaluation.split == "gpt4_reason, long documents"
+    assert (evaluation.documents, evaluation.queries) == (2, 2)
+    assert not (output / "biology").exists()
+
+
+def test_a_fault_in_the_last_domain_stops_the_program_before_anything_is_written(
+    model: Path, bright: Path, tmp_path: Path
+) -> None:
+    copy = write_copy(tmp_path / "copy", domains=("biology", "pony"))
+    lines(copy / "examples" / "pony.jsonl", [{**EXAMPLES[0], "gold_ids": ["gone"]}])
+    with pytest.raises(SystemExit, match=r"error: .*pony\.jsonl:1: gold document 'gone' is not"):
+        main(arguments(model, copy, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    before = {path: path.read_bytes() for path in bright.rglob("*.*")}
+    with pytest.raises(SystemExit, match=r"biology holds an evaluation: choose another --output"):
+        main(arguments(model, bright.parent / "bright", bright))
+    assert {path: path.read_bytes() for path in bright.rglob("*.*")} == before
+
+
+@pytest.mark.parametrize(
+    ("data", "more", "message"),
+    [
+        ("towns", ("--domains", "biology"), "are BRIGHT's, and .* has no folder examples"),
+        ("towns", ("--long_documents", "true"), "are BRIGHT's, and .* has no folder examples"),
+        ("bright", ("--split", "dev"), "BRIGHT has no splits"),
+        ("bright", ("--max_length", "0"), "max_length must be at least 1, got 0"),
+        ("bright", ("--max_length", "99999"), "more than the model's [0-9]+ positions"),
+    ],
+)
+def test_options_of_the_other_kind_of_data_are_refused(
+    model: Path,
+    evaluated: Path,
+    bright: Path,
+    tmp_path: Path,
+    data: str,
+    more: tuple[str, ...],
+    message: str,
+) -> None:
+    directory = {"towns": evaluated.parent / "towns", "bright": bright.parent / "bright"}[data]
+    with pytest.raises(SystemExit, match=message):
+        main(arguments(model, directory, tmp_path / "out", *more))
     assert not (tmp_path / "out").exists()
 
 

@@ -30,7 +30,18 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"checkpoint"}),
     frozenset({"training"}),
 )
-PROGRAMS = frozenset({"train", "pretrain", "prepare", "think", "quickstart", "evaluate", "report"})
+PROGRAMS = frozenset(
+    {
+        "train",
+        "pretrain",
+        "prepare",
+        "think",
+        "quickstart",
+        "evaluate",
+        "evaluate_mteb",
+        "report",
+    }
+)
 # `config` is a table of settings, which one looks up rather than reads. `batch_encoder` and
 # `retriever` make the pure `encode` quick and handy for many texts; what it computes stands above.
 OUTSIDE_CORE = frozenset(
@@ -45,6 +56,7 @@ CONFINED: dict[str, frozenset[str]] = {
     "orbax": frozenset({"checkpoint.py"}),
     "faiss": frozenset({"search/faiss_index.py"}),
     "matplotlib": frozenset({"evaluation/plots.py"}),
+    "mteb": frozenset({"evaluation/mteb.py"}),
     "torch": frozenset(),
     "tensorflow": frozenset(),
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from laser_jax.evaluation.metrics import Qrels
 from laser_jax.search.trec import DatasetError, document_id_fault, excluded_ids, text_lines
 
+R = TypeVar("R")
 T = TypeVar("T")
 
 # `qid iter docid grade`, parsed from both ends, as BRIGHT's document ids hold blanks.
@@ -43,6 +44,9 @@ class EvalQuery:
     """Documents to be removed from the ranking before it is cut (BRIGHT)."""
 
 
+D = TypeVar("D", Document, EvalQuery)
+
+
 @dataclass(frozen=True)
 class BeirDataset:
     """One split: the whole corpus, and the queries that are judged in the split."""
@@ -52,43 +56,67 @@ class BeirDataset:
     qrels: Qrels
 
 
-def _read_json_lines(
-    path: Path,
-    parse: Callable[[dict[str, Any], str], T],
-    skipped: list[str] | None,
+def parse_rows(
+    rows: Iterable[tuple[str, R]], parse: Callable[[R, str], T], skipped: list[str] | None
 ) -> list[tuple[str, T]]:
-    """("file:line", parsed row) of every line that is not blank.
+    """("file:line", parsed row) of every row.
 
     Args:
-        parse: makes something of an object and its "file:line", or raises a DatasetError.
-        skipped: None for the first bad line to raise; a list to leave bad lines out and to have
+        rows: ("file:line", row).
+        parse: makes something of a row and its "file:line", or raises a DatasetError.
+        skipped: None for the first bad row to raise; a list to leave bad rows out and to have
             their messages appended to it.
     """
+    parsed = []
+    for where, row in rows:
+        try:
+            parsed.append((where, parse(row, where)))
+        except DatasetError as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
+    return parsed
+
+
+def json_object(line: str, where: str) -> dict[str, Any]:
+    """The JSON object of a line.
+
+    Raises:
+        DatasetError: where it holds something else.
+    """
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DatasetError(f"{where}: not valid JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise DatasetError(f"{where}: wanted a JSON object, got {type(row).__name__}")
+    return row
+
+
+def json_lines(path: str | Path) -> Iterator[tuple[str, str]]:
+    """("file:line", line) of the lines of a file that are not blank."""
+    return ((where, line) for where, line in text_lines(path) if line.strip())
+
+
+def _read_json_lines(
+    path: Path, parse: Callable[[dict[str, Any], str], T], skipped: list[str] | None
+) -> list[tuple[str, T]]:
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing: a BEIR directory holds corpus.jsonl, queries.jsonl and "
             "qrels/<split>.tsv"
         )
-    rows = []
-    for where, line in text_lines(path):
-        if not line.strip():
-            continue
-        try:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DatasetError(f"{where}: not valid JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise DatasetError(f"{where}: wanted a JSON object, got {type(row).__name__}")
-            rows.append((where, parse(row, where)))
-        except DatasetError as error:
-            if skipped is None:
-                raise
-            skipped.append(str(error))
-    return rows
+    return parse_rows(
+        json_lines(path), lambda line, where: parse(json_object(line, where), where), skipped
+    )
 
 
-def _text(row: dict[str, Any], key: str, where: str) -> str:
+def text_field(row: dict[str, Any], key: str, where: str) -> str:
+    """The string `row[key]`.
+
+    Raises:
+        DatasetError: where it is missing or no string.
+    """
     if key not in row:
         raise DatasetError(f"{where}: no field {key!r}; the fields are {sorted(row)}")
     if not isinstance(row[key], str):
@@ -97,28 +125,56 @@ def _text(row: dict[str, Any], key: str, where: str) -> str:
 
 
 def _optional_text(row: dict[str, Any], key: str, where: str) -> str | None:
-    return None if row.get(key) is None else _text(row, key, where)
+    return None if row.get(key) is None else text_field(row, key, where)
 
 
 def _document(row: dict[str, Any], where: str) -> Document:
-    id_, text = _text(row, "_id", where), _text(row, "text", where)
+    id_, text = text_field(row, "_id", where), text_field(row, "text", where)
     title = _optional_text(row, "title", where)
-    if fault := document_id_fault(id_):
-        raise DatasetError(f"{where}: document id {id_!r} {fault}")
+    require_document_id(id_, where)
     return Document(id_, f"{title} {text}" if title else text)
 
 
-def _query(row: dict[str, Any], where: str) -> EvalQuery:
-    id_ = _text(row, "_id", where)
+def require_document_id(id_: str, where: str) -> None:
+    """Raises a DatasetError where the id cannot stand in a TREC run."""
+    if fault := document_id_fault(id_):
+        raise DatasetError(f"{where}: document id {id_!r} {fault}")
+
+
+def require_query_id(id_: str, where: str) -> None:
+    """Raises a DatasetError where the id cannot stand in a TREC run."""
     if re.fullmatch(r"\S+", id_, re.ASCII) is None:
         raise DatasetError(f"{where}: query id {id_!r} is empty or holds blanks")
+
+
+def _query(row: dict[str, Any], where: str) -> EvalQuery:
+    id_ = text_field(row, "_id", where)
+    require_query_id(id_, where)
     return EvalQuery(
         id=id_,
-        text=_text(row, "text", where),
+        text=text_field(row, "text", where),
         instruction=_optional_text(row, "instruction", where),
         reasoning=_optional_text(row, "reasoning", where),
         excluded_ids=excluded_ids(row, where),
     )
+
+
+def unique(rows: Iterable[tuple[str, D]], kind: str) -> dict[str, D]:
+    """Documents or queries by their id, in their order.
+
+    Args:
+        rows: ("file:line", document or query).
+        kind: what the message calls them.
+
+    Raises:
+        DatasetError: an id stands twice.
+    """
+    by_id: dict[str, D] = {}
+    for where, row in rows:
+        if row.id in by_id:
+            raise DatasetError(f"{where}: {kind} id {row.id!r} stands here a second time")
+        by_id[row.id] = row
+    return by_id
 
 
 def read_corpus(directory: str | Path, *, skipped: list[str] | None = None) -> list[Document]:
@@ -133,11 +189,7 @@ def read_corpus(directory: str | Path, *, skipped: list[str] | None = None) -> l
         DatasetError: on a line that is no document, an id that stands twice, or an empty file.
     """
     path = Path(directory) / "corpus.jsonl"
-    documents: dict[str, Document] = {}
-    for where, document in _read_json_lines(path, _document, skipped):
-        if document.id in documents:
-            raise DatasetError(f"{where}: document id {document.id!r} stands here a second time")
-        documents[document.id] = document
+    documents = unique(_read_json_lines(path, _document, skipped), "document")
     if not documents:
         raise DatasetError(f"{path}: holds no document")
     return list(documents.values())
@@ -155,13 +207,7 @@ def read_queries(
         FileNotFoundError: when the file is missing.
         DatasetError: on a line that is no query, or an id that stands twice.
     """
-    queries: dict[str, EvalQuery] = {}
-    path = Path(directory) / "queries.jsonl"
-    for where, query in _read_json_lines(path, _query, skipped):
-        if query.id in queries:
-            raise DatasetError(f"{where}: query id {query.id!r} stands here a second time")
-        queries[query.id] = query
-    return queries
+    return unique(_read_json_lines(Path(directory) / "queries.jsonl", _query, skipped), "query")
 
 
 def _is_integer(text: str) -> bool:

@@ -64,6 +64,12 @@ class Evaluation:
     """Run -> time to embed a query; empty where it was not measured."""
 
 
+def model_name(directory: str | Path) -> str:
+    """What a model is called: its directory, less a last part `model`."""
+    path = Path(directory)
+    return str(path.parent if path.name == "model" and path.parent.name else path)
+
+
 def write_per_query(path: Path, per_query: Mapping[str, QueryScores]) -> None:
     """Writes run -> query -> metric -> value as a table: query_id, run, the metrics."""
     metrics = list(next(iter(next(iter(per_query.values())).values())))

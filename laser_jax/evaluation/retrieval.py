@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from laser_jax.batch_encoder import LatentEncoder
-from laser_jax.config import RetrieverConfig
+from laser_jax.config import ConfigError, RetrieverConfig
 from laser_jax.data.tokenization import PromptTokenizer
 from laser_jax.evaluation.beir import BeirDataset
 from laser_jax.evaluation.metrics import evaluate_run, mean
@@ -26,6 +26,11 @@ def latent(steps: int) -> str:
     return f"latent K={steps}"
 
 
+def unrestricted(run: str) -> str:
+    """The name of a run in which nothing was excluded."""
+    return f"{run}, nothing excluded"
+
+
 def require_instructions(dataset: BeirDataset) -> None:
     """Raises a DatasetError that names the first query without an instruction."""
     for query in dataset.queries.values():
@@ -40,6 +45,24 @@ def with_instruction(dataset: BeirDataset, instruction: str) -> BeirDataset:
     """The dataset with one instruction for every query."""
     queries = {id_: replace(q, instruction=instruction) for id_, q in dataset.queries.items()}
     return replace(dataset, queries=queries)
+
+
+def with_max_length(config: RetrieverConfig, tokens: int) -> RetrieverConfig:
+    """The config with `tokens` as the limit of queries and of documents; the explicit view keeps
+    its room for the reasoning.
+
+    Raises:
+        ConfigError: the model has fewer positions.
+    """
+    prompt, positions = config.prompt, config.backbone.max_position_embeddings
+    explicit = tokens + max(prompt.explicit_max_length - prompt.query_max_length, 0)
+    if max(tokens + config.num_thinking_steps, explicit) > positions:
+        raise ConfigError(
+            f"max_length {tokens}, and as much for thinking or reasoning as before, is more than "
+            f"the model's {positions} positions"
+        )
+    limits = {"query_max_length": tokens, "document_max_length": tokens}
+    return replace(config, prompt=replace(prompt, **limits, explicit_max_length=explicit))
 
 
 def other_queries(count: int, seed: int) -> np.ndarray:
@@ -116,6 +139,7 @@ def retrieval_runs(
     *,
     depth: int = DEPTH,
     control_seed: int | None = None,
+    nothing_excluded: bool = False,
     progress: bool = False,
 ) -> dict[str, Run]:
     """Ranks the corpus for every query.
@@ -125,6 +149,8 @@ def retrieval_runs(
         depth: documents kept of each ranking.
         control_seed: with it, and where there is an "explicit" run, a run `CONTROL` as well, in
             which each query reads the reasoning of another, drawn by this seed.
+        nothing_excluded: adds every run once more, named by `unrestricted`, with the documents
+            that queries exclude.
 
     Returns:
         A run for "latent K=k" at every k; and "explicit", the queries with their written reasoning
@@ -147,23 +173,21 @@ def retrieval_runs(
         [prompts.document(d.text) for d in documents], "documents", sorted({*steps, own})
     )
 
-    def run(vectors: np.ndarray, documents_at: int) -> Run:
-        return search(
-            vectors,
-            document_vectors[documents_at],
-            list(dataset.queries),
-            [document.id for document in documents],
-            depth,
-            {query.id: query.excluded_ids for query in dataset.queries.values()},
-        )
-
+    excluded = {query.id: query.excluded_ids for query in dataset.queries.values()}
     runs: dict[str, Run] = {}
-    for name, way in ways.items():
-        for k, vectors in embed(way.rows, f"queries, {name}", way.steps).items():
-            if name == "latent":
-                runs[latent(k)] = run(vectors, k)
-            else:
-                runs[name] = run(vectors, own)
+    for way_name, way in ways.items():
+        for k, vectors in embed(way.rows, f"queries, {way_name}", way.steps).items():
+            name, documents_at = (latent(k), k) if way_name == "latent" else (way_name, own)
+            rankings = {name: excluded} | ({unrestricted(name): {}} if nothing_excluded else {})
+            for run, removed in rankings.items():
+                runs[run] = search(
+                    vectors,
+                    document_vectors[documents_at],
+                    list(dataset.queries),
+                    [document.id for document in documents],
+                    depth,
+                    removed,
+                )
     return runs
 
 
