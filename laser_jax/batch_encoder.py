@@ -29,6 +29,13 @@ from laser_jax.sharding import batch_sharding
 from laser_jax.views import latent_view
 
 
+def for_inference(variables: Variables) -> Variables:
+    """The weights on the default device, their layers as they run fastest there: unstacked on CPU
+    and GPU, scanned on TPU."""
+    unstack = is_stacked(variables) and jax.default_backend() != "tpu"
+    return jax.device_put(unstack_layers(variables) if unstack else variables)
+
+
 class LatentEncoder:
     """Embeds many token rows, in batches of few shapes, each compiled once ahead of time.
 
@@ -96,10 +103,7 @@ class LatentEncoder:
         return other
 
     def _placed(self, variables: Variables) -> Variables:
-        if self._mesh is not None:
-            return variables
-        unstack = is_stacked(variables) and jax.default_backend() != "tpu"
-        return jax.device_put(unstack_layers(variables) if unstack else variables)
+        return variables if self._mesh is not None else for_inference(variables)
 
     def _embed(
         self, variables: Variables, ids_BT: jax.Array, lengths_B: jax.Array, steps: tuple[int, ...]
