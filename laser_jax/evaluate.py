@@ -6,7 +6,7 @@
 
 The first scores any TREC run as trec_eval does. The second encodes a BEIR directory and compares
 the query alone, the latent view at every K, and the explicit view with the given reasoning and, as
-a control, with that of another query. The third does so for the domains of BRIGHT.
+a control, with that of another query; `--rewrites FILE` adds rewrite-then-retrieve. The third does so for the domains of BRIGHT.
 """
 
 from __future__ import annotations
@@ -16,14 +16,19 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from laser_jax.batch_encoder import LatentEncoder
-from laser_jax.config import ConfigError, load_retriever_config, parse_command_line
+from laser_jax.config import (
+    ConfigError,
+    RetrieverConfig,
+    load_retriever_config,
+    parse_command_line,
+)
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
 from laser_jax.encoder import load_pretrained
 from laser_jax.evaluation.beir import BeirDataset, read_beir, read_qrels_file
@@ -52,14 +57,22 @@ from laser_jax.evaluation.retrieval import (
     CONTROL,
     DEPTH,
     EXPLICIT,
+    REWRITES,
     QueryTokens,
     explicit_view_fault,
     latent,
     query_ways,
     retrieval_runs,
+    rewrite_ways,
     unrestricted,
     with_instruction,
     with_max_length,
+)
+from laser_jax.evaluation.rewrites import (
+    Rewrite,
+    milliseconds_per_query,
+    read_rewrites,
+    require_rewrites_of,
 )
 from laser_jax.evaluation.significance import paired_bootstrap
 from laser_jax.files import write_atomically
@@ -199,7 +212,8 @@ class ModelOptions:
     long_documents: bool = False
     """Of BRIGHT: search whole web pages instead of passages."""
     rewrites: str | None = None
-    """Of BRIGHT: the folder of rewritten queries to take, such as `gpt4_reason`."""
+    """For a BEIR directory: a file that laser_jax.rewrite wrote, which adds rewrite-then-retrieve.
+    Of BRIGHT: the folder of rewritten queries to take, such as `gpt4_reason`."""
     name: str | None = None
     """What tables call the model; by default its directory, less a last part `model`."""
     adapter: str | None = None
@@ -270,6 +284,30 @@ class _Data:
     split: str
     bad_lines: list[str]
     """What is wrong with the lines that were left out."""
+    rewrites: dict[str, Rewrite] | None = None
+    """Of its queries."""
+
+    def ways(
+        self, prompts: PromptTokenizer, config: RetrieverConfig, options: ModelOptions
+    ) -> dict[str, QueryTokens]:
+        """The queries as tokens, in every way in which the model reads them."""
+        steps, seed = options.thinking_steps, options.seed
+        ways = query_ways(prompts, self.dataset, config, steps, seed)
+        if self.texts is not None:
+            ways |= rewrite_ways(prompts, self.dataset, config, self.texts)
+        return ways
+
+    @property
+    def texts(self) -> dict[str, str] | None:
+        """Query id -> rewrite."""
+        if self.rewrites is None:
+            return None
+        return {id_: rewrite.text for id_, rewrite in self.rewrites.items()}
+
+    def writing_milliseconds(self) -> dict[str, float]:
+        """The mean time to write a rewrite, by run; empty where nobody knows."""
+        shares = milliseconds_per_query(self.rewrites or {})
+        return {} if shares is None else dict.fromkeys(REWRITES, float(shares.sum(axis=1).mean()))
 
 
 def _data(
@@ -286,7 +324,12 @@ def _beir(options: ModelOptions) -> _Data:
     def read(skipped: list[str] | None) -> BeirDataset:
         return read_beir(options.data, options.split, skipped=skipped)
 
-    return _data(read, options.data, options.split, options)
+    data = _data(read, options.data, options.split, options)
+    if options.rewrites is None:
+        return data
+    rewrites = read_rewrites(options.rewrites)
+    require_rewrites_of(data.dataset.queries, rewrites, options.rewrites)
+    return replace(data, rewrites={id_: rewrites[id_] for id_ in data.dataset.queries})
 
 
 def _domain(domain: str, options: ModelOptions) -> _Data:
@@ -303,10 +346,11 @@ def _domain(domain: str, options: ModelOptions) -> _Data:
 
 def _comparisons(runs: Sequence[str], own: int) -> list[tuple[str, str]]:
     """Which runs are compared: each with the query alone; the explicit view also with its control
-    and with the latent view at the model's own K. What excludes nothing is compared with none."""
+    and, as rewrite-then-retrieve, with the latent view at the model's own K. What excludes nothing is compared with none."""
     compared = set(runs) - {latent(1)} - {unrestricted(run) for run in runs}
     pairs = [(run, latent(1)) for run in runs if run in compared]
     pairs += [(EXPLICIT, other) for other in (CONTROL, latent(own)) if own > 1 or other == CONTROL]
+    pairs += [(run, latent(own)) for run in REWRITES if own > 1]
     return [(a, b) for a, b in pairs if a in runs and b in runs]
 
 
@@ -335,7 +379,7 @@ def evaluate_model(options: ModelOptions) -> Evaluation:
     data = _beir(options)
     encoder, prompts = _load(options)
     # the tokens are made before the directory is: they show what is wrong with the queries
-    ways = query_ways(prompts, data.dataset, encoder.config, options.thinking_steps, options.seed)
+    ways = data.ways(prompts, encoder.config, options)
     output = Path(options.output)
     _claim_output(output, options.overwrite)
     return _evaluate(data, ways, encoder, prompts, output, options)
@@ -368,9 +412,7 @@ def evaluate_domains(options: ModelOptions) -> dict[str, Evaluation]:
     for domain, output in outputs.items():
         print(f"{domain}, {len(evaluations) + 1} of {len(domains)}")
         data = _domain(domain, options)
-        ways = query_ways(
-            prompts, data.dataset, encoder.config, options.thinking_steps, options.seed
-        )
+        ways = data.ways(prompts, encoder.config, options)
         evaluations[domain] = _evaluate(data, ways, encoder, prompts, output, options)
     table = domain_table(evaluations)
     write_atomically(Path(options.output) / DOMAINS_FILE, table + "\n")
@@ -398,6 +440,7 @@ def _evaluate(
         options.thinking_steps,
         depth=options.depth,
         control_seed=options.seed,
+        rewrites=data.texts,
         nothing_excluded=any(query.excluded_ids for query in dataset.queries.values()),
         progress=True,
     )
@@ -428,6 +471,9 @@ def _evaluate(
         resamples=options.resamples,
         seed=options.seed,
         milliseconds_per_query=milliseconds,
+        writing_milliseconds_per_query={
+            run: time for run, time in data.writing_milliseconds().items() if run in runs
+        },
     )
     _remove_evaluation(output)
     (output / "runs").mkdir(exist_ok=True)
@@ -439,7 +485,7 @@ def _evaluate(
         metric = options.metrics[0]
         plot_quality_by_steps(
             {k: evaluation.scores[latent(k)][metric] for k in ways["latent"].steps},
-            {n: evaluation.scores[n][metric] for n in (EXPLICIT, CONTROL) if n in runs},
+            {n: evaluation.scores[n][metric] for n in ways if n != "latent"},
             metric,
             output / PLOT_STEM,
         )
@@ -481,11 +527,15 @@ def _print_model(evaluation: Evaluation) -> None:
     def title(run: str) -> str:
         return f"{run} (query alone)" if run == latent(1) else run
 
-    timed = evaluation.milliseconds_per_query
-    header = ["run", *evaluation.metrics, *(["ms a query"] if timed else [])]
+    times = {
+        "ms a query": evaluation.milliseconds_per_query,
+        "ms to write": evaluation.writing_milliseconds_per_query,
+    }
+    times = {what: by_run for what, by_run in times.items() if by_run}
+    header = ["run", *evaluation.metrics, *times]
     rows = [
         [title(run), *(f"{scores[m]:.4f}" for m in evaluation.metrics)]
-        + ([f"{timed[run]:.2f}"] if timed else [])
+        + [f"{by_run[run]:.2f}" if run in by_run else "" for by_run in times.values()]
         for run, scores in evaluation.scores.items()
     ]
     print(markdown_table(header, rows))
@@ -533,11 +583,9 @@ def domain_table(evaluations: Mapping[str, Evaluation]) -> str:
 
 def _is_bright(options: ModelOptions) -> bool:
     bright = is_bright(options.data)
-    given = options.domains != ALL or options.long_documents or options.rewrites is not None
-    if given and not bright:
+    if (options.domains != ALL or options.long_documents) and not bright:
         raise ConfigError(
-            f"domains, long_documents and rewrites are BRIGHT's, and {options.data} has no folder "
-            f"{EXAMPLES}"
+            f"domains and long_documents are BRIGHT's, and {options.data} has no folder {EXAMPLES}"
         )
     if bright and options.split != "test":
         raise ConfigError("BRIGHT has no splits: take --split away, or choose --domains")

@@ -29,7 +29,7 @@ from laser_jax.evaluation.results import (
     read_evaluation,
     read_per_query,
 )
-from laser_jax.evaluation.retrieval import CONTROL, EXPLICIT, latent
+from laser_jax.evaluation.retrieval import CONTROL, EXPLICIT, REWRITES, latent
 from laser_jax.evaluation.significance import holm, permutation_p_value
 from laser_jax.files import write_atomically
 from laser_jax.search.trec import DatasetError
@@ -46,8 +46,8 @@ class ReportOptions:
     """A directory for report.md, report.json and the plot; None prints the table alone."""
     metric: str = "nDCG@10"
     runs: Literal["main", "all"] = "main"
-    """`main`: the query alone, the latent view at the model's own K, the explicit view; `all` every
-    run of the evaluations."""
+    """`main`: the query alone, the latent view at the model's own K, the explicit view and
+    rewrite-then-retrieve; `all` every run of the evaluations."""
     baseline: str | None = None
     """The name of the model that the others are tested against, at its own K; by default that of
     the first directory."""
@@ -130,7 +130,8 @@ def _read(directory: str, metric: str) -> _Evaluated:
 def _shown_runs(evaluation: Evaluation, runs: str) -> list[str]:
     if runs == "all":
         return list(evaluation.scores)
-    wanted = dict.fromkeys([latent(1), latent(evaluation.num_thinking_steps), EXPLICIT])
+    own = latent(evaluation.num_thinking_steps)
+    wanted = dict.fromkeys([latent(1), own, EXPLICIT, *REWRITES])
     return [run for run in wanted if run in evaluation.scores]
 
 
@@ -251,16 +252,20 @@ def format_report(report: Report) -> str:
 def _series(
     directories: Sequence[str], metric: str
 ) -> tuple[dict[str, list[LatencyPoint]], list[str]]:
-    """What the plot shows: a line a model over its K, a point for its explicit view, each a mean
-    over the data sets on which it was timed; and the directories that hold no times."""
+    """What the plot shows: a line a model over its K, points for its explicit view and for
+    rewrite-then-retrieve, each a mean over the data sets on which it was timed; and the directories
+    that hold no times."""
     timed: dict[str, dict[str, list[tuple[float, float]]]] = {}
     untimed = []
     for directory in directories:
         evaluation = read_evaluation(directory)
         if not evaluation.milliseconds_per_query:
             untimed.append(directory)
+        writing = evaluation.writing_milliseconds_per_query
         for run, milliseconds in evaluation.milliseconds_per_query.items():
-            pair = milliseconds, evaluation.scores[run][metric]
+            if run in REWRITES and run not in writing:  # most of its time is unknown
+                continue
+            pair = milliseconds + writing.get(run, 0.0), evaluation.scores[run][metric]
             timed.setdefault(evaluation.model, {}).setdefault(run, []).append(pair)
     series: dict[str, list[LatencyPoint]] = {}
     for model, runs in timed.items():
@@ -270,6 +275,8 @@ def _series(
             )
             if run == EXPLICIT:  # the text is read here; the time to write it is not in it
                 series[f"{model}, explicit (reading alone)"] = [point]
+            elif run in REWRITES:
+                series[f"{model}, {run} (writing and reading)"] = [point]
             elif run != CONTROL:
                 series.setdefault(f"{model}, latent view", []).append(point)
     return series, untimed

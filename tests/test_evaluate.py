@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,14 @@ from laser_jax.data.tokenization import special_token_ids, train_tokenizer
 from laser_jax.evaluate import main
 from laser_jax.evaluation.metrics import evaluate_run, without_excluded
 from laser_jax.evaluation.results import read_evaluation, read_per_query
-from laser_jax.evaluation.retrieval import CONTROL, EXPLICIT, latent, unrestricted
+from laser_jax.evaluation.retrieval import (
+    CONTROL,
+    EXPLICIT,
+    REWRITES,
+    latent,
+    unrestricted,
+)
+from laser_jax.evaluation.rewrites import Rewrite, WritingCost
 from laser_jax.evaluation.significance import paired_bootstrap
 from laser_jax.hf import save_params
 from laser_jax.modeling.backbone import Backbone
@@ -283,6 +291,80 @@ def test_queries_without_reasoning_or_instruction(
     assert list(evaluation.scores) == RUNS[:3]
     assert evaluation.model == "tiny"
     assert not list((tmp_path / "out").glob("quality*"))
+
+
+# --- rewrite-then-retrieve -----------------------------------------------------------------------
+
+
+def write_rewrites(path: Path, *, timed: bool = True, count: int = 6) -> Path:
+    cost = WritingCost(20, 30, rows=2, prefill_seconds=0.5, decode_seconds=1.5) if timed else None
+    rows = [
+        Rewrite(f"{t} is a town.\n\nSo: {t}.", f"Where is {t}?", True, cost).as_row(f"q{i}")
+        for i, t in enumerate(TOWNS[:count])
+    ]
+    lines(path, rows)
+    return path
+
+
+def test_rewrites_are_read_as_reasonings_and_as_longer_queries(
+    model: Path, evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # the queries have no reasoning of their own, and the rewrites are those that `evaluated` had
+    data = write_data(tmp_path / "towns", reasoning=False)
+    rewrites = write_rewrites(tmp_path / "rewrites.jsonl")
+    main(arguments(model, data, tmp_path / "out", "--rewrites", str(rewrites), "--plot", "false"))
+    evaluation = read_evaluation(tmp_path / "out")
+    assert list(evaluation.scores) == [*RUNS[:3], *REWRITES]
+    wanted = read_trec_run(evaluated / "runs" / "explicit.trec")
+    assert read_trec_run(tmp_path / "out" / "runs" / "rewrite-explicit.trec") == wanted
+
+    pairs = {(d.run, d.against) for d in evaluation.differences}
+    assert {(run, latent(k)) for run in REWRITES for k in (1, 2)} <= pairs
+    assert evaluation.writing_milliseconds_per_query == dict.fromkeys(REWRITES, 1000.0)
+    table = capsys.readouterr().out
+    assert "ms to write" in table
+    assert "ms a query" not in table
+    assert re.search(r"rewrite, in the query +\|.* 1000\.00 \|", table)
+
+    longer = write_data(tmp_path / "longer", reasoning=False)
+    rows = [json.loads(line) for line in (longer / "queries.jsonl").read_text().splitlines()]
+    texts = [json.loads(line)["rewrite"] for line in rewrites.read_text().splitlines()]
+    pairs = zip(rows, texts, strict=True)
+    lines(
+        longer / "queries.jsonl",
+        [row | {"text": f"{row['text']}\n\n{text}"} for row, text in pairs],
+    )
+    main(arguments(model, longer, tmp_path / "alone", "--plot", "false"))
+    wanted = read_trec_run(tmp_path / "alone" / "runs" / "latent-K-1.trec")
+    assert read_trec_run(tmp_path / "out" / "runs" / "rewrite-in-the-query.trec") == wanted
+
+
+def test_rewrites_without_times_are_of_another_program(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_data(tmp_path / "towns")
+    rewrites = write_rewrites(tmp_path / "rewrites.jsonl", timed=False)
+    more = ["--rewrites", str(rewrites), "--plot", "true"]
+    main(arguments(model, data, tmp_path / "out", *more))
+    evaluation = read_evaluation(tmp_path / "out")
+    assert list(evaluation.scores) == [*RUNS, *REWRITES]
+    assert evaluation.writing_milliseconds_per_query == {}
+    assert "ms to write" not in capsys.readouterr().out
+
+
+def test_rewrites_that_are_not_of_these_queries_stop_the_program(
+    model: Path, tmp_path: Path
+) -> None:
+    data, output = write_data(tmp_path / "towns"), tmp_path / "out"
+    rewrites = write_rewrites(tmp_path / "rewrites.jsonl", count=5)
+    with pytest.raises(SystemExit, match=r"1 of 6 queries have no rewrite, the first is 'q5'"):
+        main(arguments(model, data, output, "--rewrites", str(rewrites)))
+    with pytest.raises(SystemExit, match=r"error: .*absent\.jsonl is missing"):
+        main(arguments(model, data, output, "--rewrites", "absent.jsonl"))
+    assert not output.exists()
+
+
+# --- bad input -----------------------------------------------------------------------------------
 
 
 def test_bad_lines_stop_the_program_or_are_counted(

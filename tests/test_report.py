@@ -15,7 +15,13 @@ from laser_jax.evaluation.results import (
     write_evaluation,
     write_per_query,
 )
-from laser_jax.evaluation.retrieval import EXPLICIT, latent
+from laser_jax.evaluation.retrieval import (
+    EXPLICIT,
+    REWRITE,
+    REWRITE_AS_QUERY,
+    REWRITES,
+    latent,
+)
 from laser_jax.evaluation.significance import permutation_p_value
 from laser_jax.report import ReportOptions, compare, format_report, main
 
@@ -73,6 +79,28 @@ def directories(tmp_path: Path) -> list[str]:
         write(tmp_path / "d", views(EASY + 0.1 + noise), model="better", data="/data/rivers"),
         write(tmp_path / "e", views(EASY - 0.1 + noise), model="worse"),
     ]
+
+
+def test_rewrite_then_retrieve_is_plotted_with_the_time_to_write_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = dict.fromkeys((latent(1), latent(3), *REWRITES), EASY)
+    timed = {"milliseconds_per_query": {latent(1): 1.0, REWRITE: 2.0, REWRITE_AS_QUERY: 3.0}}
+    untold = write(tmp_path / "untold", values, **timed)
+    timed["writing_milliseconds_per_query"] = {REWRITE: 40.0, REWRITE_AS_QUERY: 50.0}
+    told = write(tmp_path / "told", values, model="told", **timed)
+    drawn = {}
+    monkeypatch.setattr("laser_jax.report.plot_latency_quality", lambda s, *_: drawn.update(s))
+    main([told, untold, "--output", str(tmp_path / "out")])
+    times = {name: [point.milliseconds for point in points] for name, points in drawn.items()}
+    assert times == {
+        "told, latent view": [1.0],
+        f"told, {REWRITE} (writing and reading)": [42.0],
+        f"told, {REWRITE_AS_QUERY} (writing and reading)": [53.0],
+        "base, latent view": [1.0],
+    }
+    rows = compare([told], ReportOptions()).rows
+    assert [row.run for row in rows] == [latent(1), latent(3), *REWRITES]
 
 
 def test_rows_are_models_and_views_and_columns_are_data_sets(directories: list[str]) -> None:

@@ -16,9 +16,13 @@ from laser_jax.config import PromptConfig, RetrieverConfig, ScratchConfig
 from laser_jax.data.tokenization import PromptTokenizer, train_tokenizer
 from laser_jax.evaluation.beir import BeirDataset, Document, EvalQuery
 from laser_jax.evaluation.retrieval import (
+    REWRITE,
+    REWRITE_AS_QUERY,
+    REWRITES,
     format_table,
     require_instructions,
     retrieval_runs,
+    rewrite_ways,
     score_runs,
 )
 from laser_jax.modeling.backbone import Backbone
@@ -150,3 +154,26 @@ def test_scores_are_means_over_queries_and_the_table_shows_them() -> None:
         ["first", "1.0000", "1.0000", "1.0000"],
         ["second", "0.8155", "1.0000", "0.5000"],
     ]
+
+
+def test_a_rewrite_is_a_reasoning_or_a_part_of_a_longer_query(prompts: PromptTokenizer) -> None:
+    config = RetrieverConfig(SCRATCH.backbone(len(prompts.tokenizer)), num_thinking_steps=2)
+    rewrites = {"q0": "The river. " * 90, "q1": "No."}  # too long for a query; too short for any
+    ways = rewrite_ways(prompts, DATASET, config, rewrites)
+    assert set(ways) == set(REWRITES)
+    written = prompts.explicit("Where is Ulm?", "Find", rewrites["q0"])
+    assert ways[REWRITE].rows == [
+        written.ids,
+        prompts.explicit("Where is Kiel?", "", "Where is Kiel?").ids,
+    ]
+    assert (ways[REWRITE].steps, ways[REWRITE].documents_at) == ((1,), 2)
+    longer, alone = ways[REWRITE_AS_QUERY].rows
+    assert prompts.config.query_max_length < len(longer) <= prompts.config.explicit_max_length
+    text = prompts.tokenizer.decode(longer)
+    assert "Query: Where is Ulm?\n\nThe river. The river. " in text
+    assert text.endswith("</think>\n\n")
+    assert alone == prompts.query("Where is Kiel?", "")
+    assert (ways[REWRITE_AS_QUERY].steps, ways[REWRITE_AS_QUERY].documents_at) == ((1,), 1)
+
+    gircse = dataclasses.replace(config, pooling="thoughts")
+    assert set(rewrite_ways(prompts, DATASET, gircse, rewrites)) == {REWRITE_AS_QUERY}

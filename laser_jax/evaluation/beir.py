@@ -98,7 +98,7 @@ def json_lines(path: str | Path) -> Iterator[tuple[str, str]]:
     return ((where, line) for where, line in text_lines(path) if line.strip())
 
 
-def read_json_lines(
+def _read_json_lines(
     path: Path, parse: Callable[[dict[str, Any], str], T], skipped: list[str] | None
 ) -> list[tuple[str, T]]:
     if not path.is_file():
@@ -189,7 +189,7 @@ def read_corpus(directory: str | Path, *, skipped: list[str] | None = None) -> l
         DatasetError: on a line that is no document, an id that stands twice, or an empty file.
     """
     path = Path(directory) / "corpus.jsonl"
-    documents = unique(read_json_lines(path, _document, skipped), "document")
+    documents = unique(_read_json_lines(path, _document, skipped), "document")
     if not documents:
         raise DatasetError(f"{path}: holds no document")
     return list(documents.values())
@@ -211,7 +211,7 @@ def read_queries(
     path = Path(directory)
     if not path.is_file():
         path /= "queries.jsonl"
-    return unique(read_json_lines(path, _query, skipped), "query")
+    return unique(_read_json_lines(path, _query, skipped), "query")
 
 
 def _is_integer(text: str) -> bool:

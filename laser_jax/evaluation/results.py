@@ -62,6 +62,8 @@ class Evaluation:
     seed: int
     milliseconds_per_query: dict[str, float] = field(default_factory=dict)
     """Run -> time to embed a query; empty where it was not measured."""
+    writing_milliseconds_per_query: dict[str, float] = field(default_factory=dict)
+    """Run -> time to write the text that a query is read with, where the file of rewrites says."""
 
 
 def model_name(directory: str | Path) -> str:

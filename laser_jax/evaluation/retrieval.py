@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,6 +19,9 @@ DEPTH = 100
 METRICS = ("nDCG@10", "Recall@100", "Hit@1")
 EXPLICIT = "explicit"
 CONTROL = "explicit of another query"
+REWRITE = "rewrite, explicit"
+REWRITE_AS_QUERY = "rewrite, in the query"
+REWRITES = (REWRITE_AS_QUERY, REWRITE)
 
 
 def latent(steps: int) -> str:
@@ -86,6 +89,8 @@ class QueryTokens:
     rows: list[list[int]]
     steps: tuple[int, ...]
     """Every K at which they are embedded."""
+    documents_at: int | None = None
+    """K of the documents; None where it is the queries' own."""
 
 
 def query_ways(
@@ -113,11 +118,47 @@ def query_ways(
             prompts.explicit(q.text, q.instruction or "", queries[donor].reasoning or "").ids
             for q, donor in zip(queries, donors, strict=True)
         ]
-        return QueryTokens(rows, (1,))  # the state at EOS is what one thinking step reads
+        # the state at EOS is what one thinking step reads
+        return QueryTokens(rows, (1,), config.num_thinking_steps)
 
     ways[EXPLICIT] = explicit(range(len(queries)))
     if control_seed is not None:
         ways[CONTROL] = explicit(other_queries(len(queries), control_seed).tolist())
+    return ways
+
+
+def rewrite_ways(
+    prompts: PromptTokenizer,
+    dataset: BeirDataset,
+    config: RetrieverConfig,
+    rewrites: Mapping[str, str],
+) -> dict[str, QueryTokens]:
+    """Rewrite-then-retrieve. `REWRITE` reads the rewrite as the explicit view reads a reasoning;
+    `REWRITE_AS_QUERY` has it behind the query's text, as with a retriever that knows no reasoning
+    (K = 1, also of the documents). Both read as many tokens as the explicit view. The query stands
+    for a rewrite that is shorter than the shortest reasoning of training, as there.
+
+    Args:
+        rewrites: of every query, by its id.
+
+    Raises:
+        DatasetError: a query without an instruction.
+    """
+    require_instructions(dataset)
+    room = config.prompt.explicit_max_length
+    wide = PromptTokenizer(prompts.tokenizer, replace(config.prompt, query_max_length=room))
+    explicit, in_query = [], []
+    for query in dataset.queries.values():
+        written, instruction = rewrites[query.id], query.instruction or ""
+        if len(written) < config.prompt.min_reasoning_characters:
+            reasoning, longer = query.text, query.text
+        else:
+            reasoning, longer = written, f"{query.text}\n\n{written}"
+        explicit.append(prompts.explicit(query.text, instruction, reasoning).ids)
+        in_query.append(wide.query(longer, instruction))
+    ways = {REWRITE_AS_QUERY: QueryTokens(in_query, (1,), 1)}
+    if config.pooling == "prompt_and_thoughts":
+        ways[REWRITE] = QueryTokens(explicit, (1,), config.num_thinking_steps)
     return ways
 
 
@@ -139,6 +180,7 @@ def retrieval_runs(
     *,
     depth: int = DEPTH,
     control_seed: int | None = None,
+    rewrites: Mapping[str, str] | None = None,
     nothing_excluded: bool = False,
     progress: bool = False,
 ) -> dict[str, Run]:
@@ -149,6 +191,7 @@ def retrieval_runs(
         depth: documents kept of each ranking.
         control_seed: with it, and where there is an "explicit" run, a run `CONTROL` as well, in
             which each query reads the reasoning of another, drawn by this seed.
+        rewrites: with them, by query id, the runs of `rewrite_ways` as well.
         nothing_excluded: adds every run once more, named by `unrestricted`, with the documents
             that queries exclude.
 
@@ -161,28 +204,30 @@ def retrieval_runs(
         DatasetError: a query without an instruction.
     """
     ways = query_ways(prompts, dataset, encoder.config, steps, control_seed)
+    if rewrites is not None:
+        ways |= rewrite_ways(prompts, dataset, encoder.config, rewrites)
     order = trec_order([document.id for document in dataset.documents])
     documents = [dataset.documents[i] for i in order]
-    own = encoder.config.num_thinking_steps
 
     def embed(rows: list[list[int]], what: str, wanted: Sequence[int]) -> dict[int, np.ndarray]:
         label = f"encode {what}" if progress else None
         return dict(zip(wanted, encoder.encode_tokens(rows, wanted, progress=label), strict=True))
 
+    read_at = {way.documents_at or k for way in ways.values() for k in way.steps}
     document_vectors = embed(
-        [prompts.document(d.text) for d in documents], "documents", sorted({*steps, own})
+        [prompts.document(d.text) for d in documents], "documents", sorted(read_at)
     )
 
     excluded = {query.id: query.excluded_ids for query in dataset.queries.values()}
     runs: dict[str, Run] = {}
     for way_name, way in ways.items():
         for k, vectors in embed(way.rows, f"queries, {way_name}", way.steps).items():
-            name, documents_at = (latent(k), k) if way_name == "latent" else (way_name, own)
+            name = latent(k) if way_name == "latent" else way_name
             rankings = {name: excluded} | ({unrestricted(name): {}} if nothing_excluded else {})
             for run, removed in rankings.items():
                 runs[run] = search(
                     vectors,
-                    document_vectors[documents_at],
+                    document_vectors[way.documents_at or k],
                     list(dataset.queries),
                     [document.id for document in documents],
                     depth,

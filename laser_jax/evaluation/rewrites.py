@@ -1,7 +1,7 @@
 """Rewritten queries in a file: a JSON object a line, of `laser_jax.rewrite` or of another program.
 
-Every line holds `_id` and `rewrite`. `laser_jax.rewrite` adds the `query` it read, counts of tokens,
-and the seconds and rows of the batch that wrote it.
+Every line holds `_id` and `rewrite`. `laser_jax.rewrite` adds the `query` it read, counts of
+tokens, and the seconds and rows of the batch that wrote it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from laser_jax.evaluation.beir import EvalQuery, read_json_lines
+from laser_jax.evaluation.beir import EvalQuery, json_lines, json_object
 from laser_jax.search.trec import DatasetError
 
 _NUMBERS = ("prompt_tokens", "tokens", "rows", "prefill_seconds", "decode_seconds")
@@ -81,7 +81,8 @@ def read_rewrites(path: str | Path) -> dict[str, Rewrite]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing: a file that laser_jax.rewrite wrote is wanted")
     rewrites: dict[str, Rewrite] = {}
-    for where, (id_, rewrite) in read_json_lines(Path(path), _rewrite, None):
+    for where, line in json_lines(path):
+        id_, rewrite = _rewrite(json_object(line, where), where)
         if id_ in rewrites:
             raise DatasetError(f"{where}: query {id_!r} stands here a second time")
         rewrites[id_] = rewrite
