@@ -6,7 +6,8 @@
 
 The first scores any TREC run as trec_eval does. The second encodes a BEIR directory and compares
 the query alone, the latent view at every K, and the explicit view with the given reasoning and, as
-a control, with that of another query; `--rewrites FILE` adds rewrite-then-retrieve. The third does so for the domains of BRIGHT.
+a control, with that of another query; `--rewrites FILE` adds rewrite-then-retrieve. The third does
+so for the domains of BRIGHT.
 """
 
 from __future__ import annotations
@@ -346,7 +347,8 @@ def _domain(domain: str, options: ModelOptions) -> _Data:
 
 def _comparisons(runs: Sequence[str], own: int) -> list[tuple[str, str]]:
     """Which runs are compared: each with the query alone; the explicit view also with its control
-    and, as rewrite-then-retrieve, with the latent view at the model's own K. What excludes nothing is compared with none."""
+    and, as rewrite-then-retrieve, with the latent view at the model's own K. What excludes nothing
+    is compared with none."""
     compared = set(runs) - {latent(1)} - {unrestricted(run) for run in runs}
     pairs = [(run, latent(1)) for run in runs if run in compared]
     pairs += [(EXPLICIT, other) for other in (CONTROL, latent(own)) if own > 1 or other == CONTROL]

@@ -382,7 +382,7 @@ def _as_rewrite(
         written.prefill_seconds,
         written.decode_seconds,
     )
-    return Rewrite(str(text).strip(), query.text, written.finished, cost)
+    return Rewrite(str(text), query.text, written.finished, cost)
 
 
 def _statistics(rewrites: dict[str, Rewrite]) -> dict[str, Any]:
@@ -396,7 +396,7 @@ def _statistics(rewrites: dict[str, Rewrite]) -> dict[str, Any]:
     return {
         "queries": len(rewrites),
         "cut_by_max_new_tokens": sum(not rewrite.finished for rewrite in rewrites.values()),
-        "empty": sum(not rewrite.text for rewrite in rewrites.values()),
+        "empty": sum(not rewrite.text.strip() for rewrite in rewrites.values()),
         "prompt_tokens": sum(cost.prompt_tokens for cost in costs),
         "tokens": sum(cost.tokens for cost in costs),
         "largest_batch": max(cost.rows for cost in costs),

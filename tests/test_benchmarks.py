@@ -15,7 +15,13 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import compile_time, encode_latency, thinking_overhead, train_step
+from benchmarks import (
+    compile_time,
+    encode_latency,
+    rewrite_latency,
+    thinking_overhead,
+    train_step,
+)
 from benchmarks.encode_contenders import require_same_vectors
 from benchmarks.flops import matmul_flops
 from benchmarks.measure import (
@@ -127,6 +133,29 @@ def test_thinking_overhead_compares_an_encoder_with_its_own_first_step_also_with
         assert_spread(row["seconds"], repeats=2)
         assert_spread(row["ratio"])
     assert rows["ours", 1]["ratio"]["minimum"] == rows["ours", 1]["ratio"]["maximum"] == 1.0
+
+
+def test_rewrite_latency_compares_three_methods_and_says_what_was_scaled(tmp_path: Path) -> None:
+    report = run(rewrite_latency.main, "rewrite_latency", tmp_path)
+    methods = ["standard retriever", "latent, K = 3", "rewrite-then-retrieve"]
+    assert [(row["method"], row["rows"]) for row in report["rows"]] == [
+        (method, rows) for rows in (1, 2) for method in methods
+    ]
+    for row in report["rows"]:
+        assert_spread(row["seconds"], repeats=2)
+        assert_spread(row["ratio"])
+        assert_spread(row["of_rewrite"])
+    rewrite = report["rows"][5]
+    assert rewrite["of_rewrite"]["median"] == 1
+    assert_spread(rewrite["prefill_seconds"])
+    assert_spread(rewrite["decode_seconds"])
+    assert rewrite["decode_seconds"]["maximum"] < rewrite["seconds"]["maximum"]
+    median = rewrite["decode_seconds"]["median"]
+    assert rewrite["tokens_per_second"] == pytest.approx(2 * 5 / median)
+    # 4 of 6 tokens were written, and the first belongs to prefill
+    assert "scaled by 1.667" in report["notes"][1]
+    whole = run(rewrite_latency.main, "rewrite_latency", tmp_path, "--measured_tokens", "6")
+    assert len(whole["notes"]) == 1
 
 
 def test_compile_time_is_cold_and_then_warm(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def directories(tmp_path: Path) -> list[str]:
     def views(values: np.ndarray) -> dict[str, np.ndarray]:
         return {latent(1): EASY + noise, latent(2): EASY, latent(3): values, EXPLICIT: values + 0.3}
 
-    timed = {"milliseconds_per_query": {latent(1): 1.0, latent(3): 2.0, EXPLICIT: 9.0}}
+    timed: Any = {"milliseconds_per_query": {latent(1): 1.0, latent(3): 2.0, EXPLICIT: 9.0}}
     return [
         write(tmp_path / "a", views(EASY), **timed),
         write(tmp_path / "b", views(EASY), data="/data/rivers"),
@@ -85,7 +86,7 @@ def test_rewrite_then_retrieve_is_plotted_with_the_time_to_write_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = dict.fromkeys((latent(1), latent(3), *REWRITES), EASY)
-    timed = {"milliseconds_per_query": {latent(1): 1.0, REWRITE: 2.0, REWRITE_AS_QUERY: 3.0}}
+    timed: Any = {"milliseconds_per_query": {latent(1): 1.0, REWRITE: 2.0, REWRITE_AS_QUERY: 3.0}}
     untold = write(tmp_path / "untold", values, **timed)
     timed["writing_milliseconds_per_query"] = {REWRITE: 40.0, REWRITE_AS_QUERY: 50.0}
     told = write(tmp_path / "told", values, model="told", **timed)

@@ -169,7 +169,7 @@ def test_a_rewrite_is_a_reasoning_or_a_part_of_a_longer_query(prompts: PromptTok
     assert (ways[REWRITE].steps, ways[REWRITE].documents_at) == ((1,), 2)
     longer, alone = ways[REWRITE_AS_QUERY].rows
     assert prompts.config.query_max_length < len(longer) <= prompts.config.explicit_max_length
-    text = prompts.tokenizer.decode(longer)
+    text = str(prompts.tokenizer.decode(longer))
     assert "Query: Where is Ulm?\n\nThe river. The river. " in text
     assert text.endswith("</think>\n\n")
     assert alone == prompts.query("Where is Kiel?", "")

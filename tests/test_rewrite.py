@@ -78,7 +78,7 @@ def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
         turn = f"<|im_start|>user\nWhere is {town}?\nThink.<|im_end|>\n<|im_start|>assistant\n"
         ids = tokenizer(f"{turn}<think>\n\n</think>\n\n")["input_ids"]
         found = generator.write([ids])[0]
-        written[f"q{i}"] = str(tokenizer.decode(found.ids, skip_special_tokens=True)).strip()
+        written[f"q{i}"] = str(tokenizer.decode(found.ids, skip_special_tokens=True))
     assert len({*written.values()}) > 1
     return written
 
