@@ -44,7 +44,7 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 _SHORT_BATCHES = (1,)
 _NOT_WRITTEN = -1
 # Tokens are written into a small cache of so many slots, and moved to the prompt's when it is full:
-# XLA on CPU copies the cache that a loop writes at every turn, and only reads one that it does not.
+# what a loop itself writes, XLA on CPU copies and transposes at every token.
 _BLOCK = 32
 
 
