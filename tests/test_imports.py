@@ -26,6 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"retriever"}),
     frozenset({"search"}),
     frozenset({"evaluation"}),
+    frozenset({"corpus"}),
     frozenset({"step"}),
     frozenset({"checkpoint"}),
     frozenset({"training"}),
@@ -40,12 +41,16 @@ PROGRAMS = frozenset(
         "evaluate",
         "evaluate_mteb",
         "report",
+        "encode_corpus",
     }
 )
 # `config` is a table of settings, which one looks up rather than reads. `batch_encoder` and
 # `retriever` make the pure `encode` quick and handy for many texts; what it computes stands above.
 OUTSIDE_CORE = frozenset(
-    {"config", "files", "data", "batch_encoder", "retriever", "search", "evaluation", "training"}
+    {
+        *("config", "files", "data", "batch_encoder", "retriever", "search", "evaluation"),
+        *("corpus", "training"),
+    }
 )
 CORE_LINES = 2_000
 
@@ -57,6 +62,7 @@ CONFINED: dict[str, frozenset[str]] = {
     "faiss": frozenset({"search/faiss_index.py"}),
     "matplotlib": frozenset({"evaluation/plots.py"}),
     "mteb": frozenset({"evaluation/mteb.py"}),
+    "ray": frozenset({"corpus/on_ray.py"}),
     "torch": frozenset(),
     "tensorflow": frozenset(),
 }
