@@ -9,7 +9,7 @@ import contextlib
 import copy
 import dataclasses
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -172,9 +172,11 @@ class LatentEncoder:
         steps: Sequence[int],
         *,
         progress: str | None = None,
+        advance: Callable[[Sequence[IndexedRow]], object] | None = None,
     ) -> np.ndarray:
         """`encode_tokens` for `count` rows that arrive in blocks, each with its place in the
-        result: a block can be tokenised while the one before it is on the device."""
+        result: a block can be tokenised while the one before it is on the device. `advance` is
+        called with every batch whose vectors have come."""
         steps = tuple(steps)
         if not steps or min(steps) < 1:
             raise ValueError(f"every number of thinking steps must be at least 1, got {steps}")
@@ -182,18 +184,19 @@ class LatentEncoder:
         # The device computes the next batch while one is copied to the host. Processes on a mesh
         # wait for each: two programs with collectives in flight were seen to hang on CPU (gloo).
         ahead = 1 if jax.process_count() == 1 else 0
-        started: deque[tuple[list[int], jax.Array]] = deque()
+        started: deque[tuple[list[IndexedRow], jax.Array]] = deque()
         bar = tqdm(total=count, desc=progress, disable=None if progress else True, leave=False)
         with bar:
 
             def finish() -> None:
-                places, embeddings = started.popleft()
-                out[:, places] = np.asarray(embeddings)[:, : len(places)]
-                bar.update(len(places))
+                batch, embeddings = started.popleft()
+                out[:, [place for place, _ in batch]] = np.asarray(embeddings)[:, : len(batch)]
+                bar.update(len(batch))
+                if advance is not None:
+                    advance(batch)
 
             for batch in self.buckets.batches(blocks):
-                rows = [row for _, row in batch]
-                started.append(([place for place, _ in batch], self._start(rows, steps)))
+                started.append((batch, self._start([row for _, row in batch], steps)))
                 if len(started) > ahead:
                     finish()
             while started:

@@ -6,7 +6,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -40,6 +40,19 @@ Overflow = Literal["truncate", "error"]
 
 class OverlongTextError(ValueError):
     """A text that does not fit, under `on_overflow="error"`."""
+
+
+@dataclass
+class Tally:
+    """What calls that were given it have embedded, counted batch by batch."""
+
+    texts: int = 0
+    tokens: int = 0
+    """As read by the model, without padding."""
+    truncated: int = 0
+    """Texts that were shortened."""
+    watch: Callable[[Tally], object] | None = None
+    """Called after every batch."""
 
 
 class LatentRetriever:
@@ -138,6 +151,7 @@ class LatentRetriever:
         truncate_dim: int | None = None,
         num_thinking_steps: int | None = None,
         on_overflow: Overflow = "truncate",
+        tally: Tally | None = None,
     ) -> np.ndarray:
         """Embeds queries.
 
@@ -152,6 +166,7 @@ class LatentRetriever:
             num_thinking_steps: K; None takes the model's.
             on_overflow: `truncate` shortens a text that does not fit (its content, never the
                 closing part of the prompt) and warns once a call; `error` refuses it.
+            tally: counts what is embedded. Then nothing is warned of, as it has the number.
 
         Returns:
             [N, D] float32 unit rows in the order given, [0, D] for no texts; [D] for a string.
@@ -183,6 +198,7 @@ class LatentRetriever:
             truncate_dim,
             num_thinking_steps,
             on_overflow,
+            tally,
         )
 
     def encode_document(
@@ -194,6 +210,7 @@ class LatentRetriever:
         truncate_dim: int | None = None,
         num_thinking_steps: int | None = None,
         on_overflow: Overflow = "truncate",
+        tally: Tally | None = None,
     ) -> np.ndarray:
         """Embeds documents. Arguments, result and errors as for `encode_query`."""
         return self._encode(
@@ -205,6 +222,7 @@ class LatentRetriever:
             truncate_dim,
             num_thinking_steps,
             on_overflow,
+            tally,
         )
 
     @staticmethod
@@ -248,6 +266,7 @@ class LatentRetriever:
         truncate_dim: int | None,
         num_thinking_steps: int | None,
         on_overflow: Overflow,
+        tally: Tally | None,
     ) -> np.ndarray:
         config = self.encoder.config
         listed = [texts] if isinstance(texts, str) else list(texts)
@@ -267,15 +286,14 @@ class LatentRetriever:
                 f"prompt.{limit_key} {limit} and {steps} thinking steps take {limit + steps} "
                 f"positions, and the model has {positions}"
             )
-        cut = 0
+        cut: set[int] = set()
 
         def tokenise_block(places: Sequence[int]) -> list[IndexedRow]:
-            nonlocal cut
             block = []
             for place in places:
                 tokens = tokenise(place, listed[place])
                 if tokens.truncated:
-                    cut += 1
+                    cut.add(place)
                     if on_overflow == "error":
                         raise OverlongTextError(
                             f"text {place} takes {tokens.whole_length} tokens, and "
@@ -285,6 +303,14 @@ class LatentRetriever:
                 block.append((place, tokens.ids))
             return block
 
+        def count(batch: Sequence[IndexedRow]) -> None:
+            assert tally is not None
+            tally.texts += len(batch)
+            tally.tokens += sum(len(row) for _, row in batch)
+            tally.truncated += sum(place in cut for place, _ in batch)
+            if tally.watch is not None:
+                tally.watch(tally)
+
         encoder = self.encoder if batch_size is None else self.encoder.with_batch_size(batch_size)
         # Long texts first, by characters, so that a block holds rows of like length.
         places = sorted(range(len(listed)), key=lambda place: len(listed[place]), reverse=True)
@@ -292,11 +318,15 @@ class LatentRetriever:
         blocks = [places[start : start + size] for start in range(0, len(places), size)]
         label = "encode" if show_progress_bar else None
         vectors = encoder.encode_blocks(
-            _ahead(tokenise_block, blocks), len(listed), [steps], progress=label
+            _ahead(tokenise_block, blocks),
+            len(listed),
+            [steps],
+            progress=label,
+            advance=count if tally is not None else None,
         )[0]
-        if cut:
+        if cut and tally is None:
             warnings.warn(
-                f"{cut} of {len(listed)} texts ({cut / len(listed):.1%}) are longer than "
+                f"{len(cut)} of {len(listed)} texts ({len(cut) / len(listed):.1%}) are longer than "
                 f"prompt.{limit_key} {limit} and were shortened",
                 stacklevel=3,
             )

@@ -214,6 +214,9 @@ def test_a_line_that_is_not_utf8_is_named(beir: Path) -> None:
     path.write_bytes(path.read_bytes() + b'{"_id": "d4", "text": "\xff"}\n')
     with pytest.raises(DatasetError, match=r"corpus\.jsonl:4: cannot be read: 'utf-8'"):
         read_corpus(beir)
+    skipped: list[str] = []
+    assert len(read_corpus(beir, skipped=skipped)) == 3
+    assert skipped[0].startswith(f"{path}:4: cannot be read")
 
 
 def test_judgements_of_trec_eval_are_read_by_their_name(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from benchmarks import (
     compile_time,
+    corpus_cost,
     encode_latency,
     rewrite_latency,
     thinking_overhead,
@@ -167,6 +168,21 @@ def test_compile_time_is_cold_and_then_warm(tmp_path: Path) -> None:
         for key in ("trace", "cold", "warm"):
             assert_spread(row[key], repeats=1)
         assert_spread(row["ratio"])
+
+
+def test_corpus_cost_measures_one_row_and_estimates_the_others(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    rows = [{"_id": str(n), "text": f"Ulm lies on the Danube, {n}."} for n in range(32)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    report = run(corpus_cost.main, "corpus_cost", tmp_path, "--data", str(tmp_path))
+    first, *others = report["rows"]
+    assert first["basis"] == "measured"
+    assert_spread(first["documents_per_second"])
+    assert {row["basis"] for row in others} == {"estimate"}
+    teraflops = {"A100": 312, "H100": 989, "TPU v5 lite": 197, "TPU v6 lite": 918}
+    for row in others:
+        speed = row["documents_per_second"]["median"] * row["flops"]
+        assert speed == pytest.approx(0.4e12 * teraflops[row["device"]])
 
 
 def test_unscanned_layers_leave_no_loop_in_a_step_that_does_not_think() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from laser_jax.files import write_atomically, written_whole
+from laser_jax.files import parts_of, write_atomically, written_whole
 
 
 @pytest.fixture
@@ -60,3 +60,13 @@ def test_a_block_that_fails_leaves_no_part(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_writers_with_tags_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    with written_whole(path, "a") as first, written_whole(path, "b") as second:
+        first.write_text("first")
+        second.write_text("second")
+        assert parts_of(tmp_path) == [first, second]
+    assert path.read_text() == "first"  # the last to end
+    assert parts_of(tmp_path) == []

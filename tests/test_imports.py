@@ -26,6 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"retriever", "generation"}),
     frozenset({"search"}),
     frozenset({"evaluation"}),
+    frozenset({"corpus"}),
     frozenset({"step"}),
     frozenset({"checkpoint"}),
     frozenset({"training"}),
@@ -41,6 +42,7 @@ PROGRAMS = frozenset(
         "evaluate_mteb",
         "report",
         "rewrite",
+        "encode_corpus",
     }
 )
 # `config` is a table of settings, which one looks up rather than reads. `batch_encoder` and
@@ -48,7 +50,7 @@ PROGRAMS = frozenset(
 # `generation` writes the texts of the baseline that the method does without.
 OUTSIDE_CORE = frozenset(
     {"config", "files", "data", "batch_encoder", "retriever", "generation", "search"}
-    | {"evaluation", "training"}
+    | {"evaluation", "corpus", "training"}
 )
 CORE_LINES = 2_000
 
@@ -60,6 +62,7 @@ CONFINED: dict[str, frozenset[str]] = {
     "faiss": frozenset({"search/faiss_index.py"}),
     "matplotlib": frozenset({"evaluation/plots.py"}),
     "mteb": frozenset({"evaluation/mteb.py"}),
+    "ray": frozenset({"corpus/on_ray.py"}),
     "torch": frozenset(),
     "tensorflow": frozenset(),
 }

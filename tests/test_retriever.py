@@ -37,7 +37,7 @@ from laser_jax.data.tokenization import (
 from laser_jax.encoder import encode
 from laser_jax.hf import save_params
 from laser_jax.modeling.backbone import Backbone
-from laser_jax.retriever import LatentRetriever, OverlongTextError
+from laser_jax.retriever import LatentRetriever, OverlongTextError, Tally
 from laser_jax.sharding import make_mesh
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -215,6 +215,17 @@ def test_overlong_texts_are_shortened_and_counted_in_one_warning(retriever) -> N
         "2 of 8 texts (25.0%) are longer than prompt.document_max_length 64 and were shortened"
     ]
     assert caught[0].filename == __file__
+
+
+def test_a_tally_counts_over_calls_and_replaces_the_warning(retriever) -> None:
+    seen: list[int] = []
+    tally = Tally(watch=lambda t: seen.append(t.texts))
+    retriever.encode_document([*DOCUMENTS, LONG], tally=tally)
+    retriever.encode_query(LONG, instruction=TASK, tally=tally)
+    tokens = [len(retriever.prompts.document(text)) for text in [*DOCUMENTS, LONG]]
+    tokens.append(len(retriever.prompts.query(LONG, TASK)))
+    assert (tally.texts, tally.tokens, tally.truncated) == (7, sum(tokens), 2)
+    assert seen == [4, 6, 7]  # batch by batch
 
 
 def test_the_closing_suffix_survives_the_shortening(model, retriever) -> None:

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from laser_jax.evaluation.metrics import Qrels
-from laser_jax.search.trec import DatasetError, document_id_fault, excluded_ids, text_lines
+from laser_jax.search.trec import (
+    DatasetError,
+    document_id_fault,
+    excluded_ids,
+    open_lines,
+    raw_lines,
+    text_lines,
+)
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -78,24 +85,30 @@ def parse_rows(
     return parsed
 
 
-def json_object(line: str, where: str) -> dict[str, Any]:
+def json_object(line: bytes, where: str) -> dict[str, Any]:
     """The JSON object of a line.
 
     Raises:
-        DatasetError: where it holds something else.
+        DatasetError: where it holds something else, or is not UTF-8.
     """
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{where}: cannot be read: {error}") from error
+    except ValueError as error:
         raise DatasetError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(row, dict):
         raise DatasetError(f"{where}: wanted a JSON object, got {type(row).__name__}")
     return row
 
 
-def json_lines(path: str | Path) -> Iterator[tuple[str, str]]:
-    """("file:line", line) of the lines of a file that are not blank."""
-    return ((where, line) for where, line in text_lines(path) if line.strip())
+def json_lines(path: str | Path) -> Iterator[tuple[str, bytes]]:
+    """("file:line", line) of the lines of a file, plain or .gz, that are not blank."""
+    path = Path(path)
+    with open_lines(path) as file:
+        for number, line in raw_lines(path, file):
+            if not line.isspace():
+                yield f"{path}:{number}", line
 
 
 def _read_json_lines(
@@ -115,12 +128,16 @@ def text_field(row: dict[str, Any], key: str, where: str) -> str:
     """The string `row[key]`.
 
     Raises:
-        DatasetError: where it is missing or no string.
+        DatasetError: where it is missing, no string or not Unicode (a lone surrogate).
     """
     if key not in row:
         raise DatasetError(f"{where}: no field {key!r}; the fields are {sorted(row)}")
     if not isinstance(row[key], str):
         raise DatasetError(f"{where}: field {key!r} must be a string, got {row[key]!r}")
+    try:
+        row[key].encode()
+    except UnicodeEncodeError as error:
+        raise DatasetError(f"{where}: field {key!r} is no Unicode text: {error}") from error
     return row[key]
 
 
@@ -128,9 +145,21 @@ def _optional_text(row: dict[str, Any], key: str, where: str) -> str | None:
     return None if row.get(key) is None else text_field(row, key, where)
 
 
-def _document(row: dict[str, Any], where: str) -> Document:
-    id_, text = text_field(row, "_id", where), text_field(row, "text", where)
-    title = _optional_text(row, "title", where)
+def parse_document(
+    row: dict[str, Any],
+    where: str,
+    *,
+    id_key: str = "_id",
+    text_key: str = "text",
+    title_key: str = "title",
+) -> Document:
+    """A row as a document. The title may be absent.
+
+    Raises:
+        DatasetError: it is none; the message begins with `where`.
+    """
+    id_, text = text_field(row, id_key, where), text_field(row, text_key, where)
+    title = _optional_text(row, title_key, where)
     require_document_id(id_, where)
     return Document(id_, f"{title} {text}" if title else text)
 
@@ -147,7 +176,8 @@ def require_query_id(id_: str, where: str) -> None:
         raise DatasetError(f"{where}: query id {id_!r} is empty or holds blanks")
 
 
-def _query(row: dict[str, Any], where: str) -> EvalQuery:
+def parse_query(row: dict[str, Any], where: str) -> EvalQuery:
+    """A row as a query. Raises as `parse_document` does."""
     id_ = text_field(row, "_id", where)
     require_query_id(id_, where)
     return EvalQuery(
@@ -189,7 +219,7 @@ def read_corpus(directory: str | Path, *, skipped: list[str] | None = None) -> l
         DatasetError: on a line that is no document, an id that stands twice, or an empty file.
     """
     path = Path(directory) / "corpus.jsonl"
-    documents = unique(_read_json_lines(path, _document, skipped), "document")
+    documents = unique(_read_json_lines(path, parse_document, skipped), "document")
     if not documents:
         raise DatasetError(f"{path}: holds no document")
     return list(documents.values())
@@ -211,7 +241,7 @@ def read_queries(
     path = Path(directory)
     if not path.is_file():
         path /= "queries.jsonl"
-    return unique(_read_json_lines(path, _query, skipped), "query")
+    return unique(_read_json_lines(path, parse_query, skipped), "query")
 
 
 def _is_integer(text: str) -> bool:

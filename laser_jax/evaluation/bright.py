@@ -72,7 +72,7 @@ _FILE = re.compile(
 )
 _NO_EXCLUSION = "N/A"
 
-_Row = dict[str, Any] | str
+_Row = dict[str, Any] | bytes
 """An object, or the line that should hold one."""
 
 
@@ -246,7 +246,7 @@ def _read(
     skipped: list[str] | None,
 ) -> list[tuple[str, Any]]:
     def parse_row(row: _Row, where: str) -> Any:
-        return parse(json_object(row, where) if isinstance(row, str) else row, where)
+        return parse(json_object(row, where) if isinstance(row, bytes) else row, where)
 
     files = _files(directory, folder, domain)
     rows = (row for file in files for row in _rows(file, columns))
@@ -275,7 +275,7 @@ def _list_rows(file: Path) -> Iterator[tuple[str, _Row]]:
         raise DatasetError(f"{file}: not valid JSON: {error}") from error
     for number, row in enumerate(rows, start=1):
         # what is no object goes on as a line, whose parser says so
-        yield f"{file}, row {number}", row if isinstance(row, dict) else json.dumps(row)
+        yield f"{file}, row {number}", row if isinstance(row, dict) else json.dumps(row).encode()
 
 
 def _parquet_rows(file: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, _Row]]:

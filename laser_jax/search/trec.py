@@ -12,7 +12,7 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -75,14 +75,37 @@ def text_lines(path: str | Path) -> Iterator[tuple[str, str]]:
         DatasetError: where a line is not UTF-8, or the compressed file is damaged.
     """
     path = Path(path)
-    number = 0
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-        try:
-            for number, line in enumerate(lines, start=1):
+    with open_lines(path) as file:
+        for number, line in raw_lines(path, file):
+            try:
                 yield f"{path}:{number}", line.decode("utf-8")
-        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-            where = number if isinstance(error, UnicodeDecodeError) else number + 1
-            raise DatasetError(f"{path}:{where}: cannot be read: {error}") from error
+            except UnicodeDecodeError as error:
+                raise DatasetError(f"{path}:{number}: cannot be read: {error}") from error
+
+
+def open_lines(path: Path) -> BinaryIO:
+    """A file of lines, plain or .gz."""
+    return cast("BinaryIO", gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+
+
+def raw_lines(
+    path: Path, file: BinaryIO, offset: int = 0, number: int = 0
+) -> Iterator[tuple[int, bytes]]:
+    """Yields (line number, line) of a file that `open_lines` opened, line ends kept.
+
+    Args:
+        offset: bytes (of a .gz, unpacked) to pass over first, and `number` the lines in them.
+
+    Raises:
+        DatasetError: where a compressed file is damaged.
+    """
+    try:
+        file.seek(offset)
+        for line in file:
+            number += 1
+            yield number, line
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DatasetError(f"{path}:{number + 1}: cannot be read: {error}") from error
 
 
 def read_trec_run(path: str | Path) -> Run:

@@ -23,6 +23,7 @@ import numpy as np
 
 from laser_jax.config import ConfigError, as_dict, from_dict
 from laser_jax.files import write_atomically, written_whole
+from laser_jax.search.repeated_ids import RepeatedIds, id_hash
 from laser_jax.search.trec import document_id_fault
 
 FORMAT = "laser_jax vectors"
@@ -120,13 +121,19 @@ def _check_shard(where: Path, ids: Sequence[str], vectors_CD: np.ndarray) -> Non
 
 
 def write_shard(
-    directory: str | Path, file: str, ids: Sequence[str], vectors_CD: np.ndarray, info: VectorsInfo
+    directory: str | Path,
+    file: str,
+    ids: Sequence[str],
+    vectors_CD: np.ndarray,
+    info: VectorsInfo,
+    tag: str = "",
 ) -> Shard:
     """Writes one shard, under a temporary name until it is whole. The same rows give the same bytes
     (with the same pyarrow).
 
     Args:
         vectors_CD: coded by `encode_vectors` as `info.dtype`.
+        tag: as in `files.written_whole`, where several processes may write one shard at once.
 
     Returns:
         The shard's entry for `write_manifest`.
@@ -155,13 +162,14 @@ def write_shard(
     pyarrow.parquet.write_table(table, buffer, compression="none", use_dictionary=False)
     content = buffer.getvalue()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as part:
+    with written_whole(path, tag) as part:
         part.write_bytes(content)
     return Shard(file, len(ids), hashlib.sha256(content).hexdigest())
 
 
-def write_manifest(directory: str | Path, manifest: Manifest) -> None:
-    """Writes `manifest.json`, which makes the directory a finished one."""
+def write_manifest(directory: str | Path, manifest: Manifest, tag: str = "") -> None:
+    """Writes `manifest.json`, which makes the directory a finished one. `tag` is as in
+    `write_shard`."""
     values = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -169,7 +177,7 @@ def write_manifest(directory: str | Path, manifest: Manifest) -> None:
         "count": manifest.count,
         "shards": as_dict(manifest)["shards"],
     }
-    write_atomically(Path(directory) / MANIFEST_FILE, json.dumps(values, indent=1) + "\n")
+    write_atomically(Path(directory) / MANIFEST_FILE, json.dumps(values, indent=1) + "\n", tag)
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -201,7 +209,7 @@ def read_manifest(directory: str | Path) -> Manifest:
     try:
         manifest = Manifest(
             from_dict(VectorsInfo, values, source=str(path)),
-            tuple(from_dict(Shard, s, source=f"{path}: shards[{n}]") for n, s in enumerate(shards)),
+            tuple(_shard(values, f"{path}: shards[{n}]") for n, values in enumerate(shards)),
         )
     except ConfigError as error:
         raise VectorsError(str(error)) from error
@@ -211,6 +219,23 @@ def read_manifest(directory: str | Path) -> Manifest:
     if manifest.count != count:
         raise VectorsError(f"{path}: the shards hold {manifest.count} vectors, 'count' is {count}")
     return manifest
+
+
+def _shard(values: dict[str, Any], where: str) -> Shard:
+    """An entry of a manifest. (`from_dict` takes milliseconds, and there may be 30,000.)"""
+    kinds = {"file": str, "count": int, "sha256": str}
+    if {key: type(value) for key, value in values.items()} != kinds:
+        raise VectorsError(f"{where}: wanted file, count and sha256, got {values}")
+    return Shard(**values)
+
+
+def is_intact(directory: str | Path, shard: Shard) -> bool:
+    """Whether the shard's file is there and has the bytes that it was written with."""
+    try:
+        with (Path(directory) / shard.file).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
+    except FileNotFoundError:
+        return False
 
 
 def read_shard(
@@ -273,52 +298,64 @@ def read_ids(directory: str | Path, manifest: Manifest) -> list[str]:
         FileNotFoundError, VectorsError: a shard is missing or is no Parquet; an id stands twice,
             names both shards.
     """
-    pyarrow = _pyarrow()
     ids: list[str] = []
     first_shard: dict[str, str] = {}
     for shard in manifest.shards:
-        path = Path(directory) / shard.file
-        try:
-            column = pyarrow.parquet.read_table(path, columns=["id"])["id"].to_pylist()
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{path} is missing, and {MANIFEST_FILE} names it") from error
-        except (pyarrow.ArrowException, OSError) as error:
-            raise VectorsError(f"{path}: no shard of vectors: {error}") from error
+        column = _read_ids(directory, shard)
         for id_ in column:
             if id_ in first_shard:
-                raise VectorsError(
-                    f"{path}: id {id_!r} stands twice, it is in {first_shard[id_]} too"
-                )
+                raise VectorsError(_twice(directory, shard.file, id_, first_shard[id_]))
             first_shard[id_] = shard.file
         ids += column
     return ids
 
 
+def _read_ids(directory: str | Path, shard: Shard) -> list[str]:
+    pyarrow = _pyarrow()
+    path = Path(directory) / shard.file
+    try:
+        return pyarrow.parquet.read_table(path, columns=["id"])["id"].to_pylist()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is missing, and {MANIFEST_FILE} names it") from error
+    except (pyarrow.ArrowException, OSError) as error:
+        raise VectorsError(f"{path}: no shard of vectors: {error}") from error
+
+
+def _twice(directory: str | Path, file: str, id_: str, first: str) -> str:
+    return f"{Path(directory) / file}: id {id_!r} stands twice, it is in {first} too"
+
+
 def verify(directory: str | Path) -> list[str]:
-    """Checks a finished directory: every byte of every shard.
+    """Checks a finished directory: every byte of every shard. One shard is in memory at a time.
 
     Returns:
-        What is wrong, a message a shard (and per repeated id); empty when all is well.
+        What is wrong, a message a shard, and one for each of the first hundred repeated ids; empty
+        when all is well.
 
     Raises:
         FileNotFoundError, VectorsError: the manifest cannot be read.
     """
     manifest = read_manifest(directory)
     faults: list[str] = []
+    readable: list[Shard] = []
+    with RepeatedIds() as repeated:
+        for shard in manifest.shards:
+            try:
+                ids, _ = read_shard(directory, shard, manifest.info)
+            except (VectorsError, OSError) as error:
+                faults.append(str(error))
+                continue
+            readable.append(shard)
+            for id_ in ids:
+                repeated.add(id_)
+        suspects = repeated.hashes()
     first_shard: dict[str, str] = {}
-    for shard in manifest.shards:
-        try:
-            ids, _ = read_shard(directory, shard, manifest.info)
-        except (VectorsError, OSError) as error:
-            faults.append(str(error))
-            continue
+    for shard in readable if suspects else ():
         faults += [
-            f"{Path(directory) / shard.file}: id {id_!r} stands twice, it is in "
-            f"{first_shard[id_]} too"
-            for id_ in ids
-            if id_ in first_shard
+            _twice(directory, shard.file, id_, first_shard[id_])
+            for id_ in _read_ids(directory, shard)
+            if id_hash(id_) in suspects and first_shard.setdefault(id_, shard.file) != shard.file
         ]
-        first_shard |= dict.fromkeys(ids, shard.file)
     named = {shard.file for shard in manifest.shards}
     faults += [
         f"{file}: not named by {MANIFEST_FILE}"
