@@ -12,12 +12,14 @@ import datetime
 import importlib.metadata
 import importlib.util
 import json
+import multiprocessing
 import os
 import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +30,10 @@ import numpy as np
 from laser_jax.files import write_atomically
 from laser_jax.training.output import code_version
 
-PACKAGES = ("laser-jax", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "peft")
+PACKAGES = (
+    *("laser-jax", "jax", "jaxlib", "flax", "optax", "numpy", "grain", "tokenizers"),
+    *("torch", "transformers", "peft", "faiss-cpu"),
+)
 REST_SECONDS = 0.05
 """Pause before each timing: the threads of PyTorch's OpenMP spin for some milliseconds after their
 work, on the cores of whoever comes next."""
@@ -39,6 +44,8 @@ Run = Callable[[], Any]
 
 Name = TypeVar("Name", str, tuple[str, int])
 """Of a contender."""
+
+T = TypeVar("T")
 
 
 class BenchmarkError(RuntimeError):
@@ -75,23 +82,39 @@ def time_alternating(
     Raises:
         ValueError: when there is nothing to time or no repeat.
     """
-    if not contenders or repeats < 1 or warmup < 0:
+    seconds: dict[Name, list[float]] = {name: [] for name in contenders}
+    for name, counts in in_turn(list(contenders), repeats=repeats, warmup=warmup):
+        began = time.perf_counter()
+        jax.block_until_ready(contenders[name]())
+        taken = time.perf_counter() - began
+        if counts:
+            seconds[name].append(taken)
+    return seconds
+
+
+def in_turn(names: Sequence[Name], *, repeats: int, warmup: int) -> Iterator[tuple[Name, bool]]:
+    """Whose turn it is, after a rest, and whether the round counts: `time_alternating`'s order.
+
+    Raises:
+        ValueError: as `time_alternating`.
+    """
+    if not names or repeats < 1 or warmup < 0:
         raise ValueError(
-            f"at least one contender and one repeat are wanted, got {list(contenders)}, "
+            f"at least one contender and one repeat are wanted, got {list(names)}, "
             f"{repeats} repeats and {warmup} warm-up rounds"
         )
-    names = list(contenders)
-    seconds: dict[Name, list[float]] = {name: [] for name in names}
     for round_ in range(warmup + repeats):
         first = round_ % len(names)
-        for name in names[first:] + names[:first]:
+        for name in [*names[first:], *names[:first]]:
             time.sleep(REST_SECONDS)
-            began = time.perf_counter()
-            jax.block_until_ready(contenders[name]())
-            taken = time.perf_counter() - began
-            if round_ >= warmup:
-                seconds[name].append(taken)
-    return seconds
+            yield name, round_ >= warmup
+
+
+def in_new_process(function: Callable[..., T], *args: Any) -> T:
+    """`function(*args)`, computed by a process that ends with it."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(function, *args).result()
 
 
 def paired_ratio(seconds: Sequence[float], base: Sequence[float]) -> Spread:
