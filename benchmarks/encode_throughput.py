@@ -55,7 +55,7 @@ from laser_jax.evaluation.beir import read_corpus
 from laser_jax.training.throughput import forward_flops
 
 FULL = [(8, 128), (8, 512)]
-DATA = Path("../shared/data")
+DATA = ("../shared/data", "shared/data")
 SETS = ("entailmentbank", "scifact")
 VOCABULARY = 16_000
 """Of the tokenizer that is trained on the two corpora."""
@@ -272,7 +272,8 @@ def main(arguments: Sequence[str]) -> None:
         "--full", type=rows_by_tokens, nargs="*", default=FULL, help=f"default {shapes}"
     )
     parser.add_argument("--batches", type=positive, default=2, help="of each full shape; default 2")
-    parser.add_argument("--data", type=Path, default=DATA, help=f"default {DATA}")
+    there = Path(next((folder for folder in DATA if Path(folder).is_dir()), DATA[0]))
+    parser.add_argument("--data", type=Path, default=there, help=f"default {' or '.join(DATA)}")
     for name, value, what in (
         ("thinking_steps", 3, "K"),
         ("longest", 512, "tokens of the longest prompt of the mix"),

@@ -38,6 +38,9 @@ REST_SECONDS = 0.05
 """Pause before each timing: the threads of PyTorch's OpenMP spin for some milliseconds after their
 work, on the cores of whoever comes next."""
 
+Columns = Mapping[str, Callable[[dict[str, Any]], str]]
+"""From a heading to the text of a row's cell."""
+
 Run = Callable[[], Any]
 """One whole piece of work. What it returns is waited for; PyTorch contenders wait by themselves."""
 
@@ -137,7 +140,7 @@ def environment() -> dict[str, Any]:
     """Machine, versions, date and commit of this run, and how busy the machine is as it begins."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": code_version().get("commit"),
+        "commit": code_version().get("commit", os.environ.get("LASER_COMMIT")),
         "python": platform.python_version(),
         "versions": {name: version_of(name) for name in PACKAGES},
         "platform": platform.platform(),
@@ -230,33 +233,31 @@ class Report:
             "rows": self.rows,
         }
 
-    def markdown(self, columns: Mapping[str, Callable[[dict[str, Any]], str]]) -> str:
-        """Command, machine and table.
-
-        Args:
-            columns: from a heading to the text of a row's cell.
-        """
-        e = self.environment
-        load = ", ".join(f"{value:.2f}" for value in e["load_average_at_start"])
-        versions = ", ".join(f"{name} {v}" for name, v in e["versions"].items() if v is not None)
-        where = (
-            f"{e['date']}, commit {e['commit'] or 'unknown'}. {e['processor']}, {e['cores']} cores,"
-            f" load average at start {load}; {e['device_count']} × {e['device']} ({e['backend']}). "
-            f"Python {e['python']}, {versions}."
-        )
-        table = markdown_table(
-            list(columns), [[cell(row) for cell in columns.values()] for row in self.rows]
-        )
-        return "\n\n".join([f"    {self.command}", where, table, *self.notes])
-
-    def finish(
-        self, columns: Mapping[str, Callable[[dict[str, Any]], str]], output: Path | None
-    ) -> None:
+    def finish(self, columns: Columns, output: Path | None) -> None:
         """Prints the table and, with `output`, writes the JSON file."""
-        print(self.markdown(columns))
+        print(as_markdown(self.as_dict(), columns))
         if output is not None:
-            write_atomically(output, json.dumps(self.as_dict(), indent=1) + "\n")
+            self.write(output)
             print(f"\n{output}", file=sys.stderr)
+
+    def write(self, output: Path) -> None:
+        """Writes the JSON file."""
+        write_atomically(output, json.dumps(self.as_dict(), indent=1) + "\n")
+
+
+def as_markdown(report: Mapping[str, Any], columns: Columns) -> str:
+    """Command, machine, table and notes of what `Report.as_dict` gave."""
+    e = report["environment"]
+    load = ", ".join(f"{value:.2f}" for value in e["load_average_at_start"])
+    versions = ", ".join(f"{name} {v}" for name, v in e["versions"].items() if v is not None)
+    where = (
+        f"{e['date']}, commit {e['commit'] or 'unknown'}. {e['processor']}, {e['cores']} cores,"
+        f" load average at start {load}; {e['device_count']} × {e['device']} ({e['backend']}). "
+        f"Python {e['python']}, {versions}."
+    )
+    rows = [[cell(row) for cell in columns.values()] for row in report["rows"]]
+    table = markdown_table(list(columns), rows)
+    return "\n\n".join([f"    {report['command']}", where, table, *report["notes"]])
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

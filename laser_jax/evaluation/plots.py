@@ -1,4 +1,4 @@
-"""The two plots, each as PNG and SVG. matplotlib is the extra `bench`."""
+"""The plots, each as PNG and SVG. matplotlib is the extra `bench`."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def require_matplotlib() -> Any:
     return matplotlib
 
 
-def _figure() -> tuple[Any, Any]:
+def _figure(height: float = 4.0) -> tuple[Any, Any]:
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    figure = Figure(figsize=(6.4, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
@@ -109,4 +109,47 @@ def plot_latency_quality(
     axes.set_xlabel("milliseconds a query")
     axes.set_ylabel(metric)
     axes.legend()
+    _save(figure, stem)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A measured value with its quartiles."""
+
+    label: str
+    kind: str
+    """Values of one kind have one colour, and the legend names it."""
+    q1: float
+    median: float
+    q3: float
+
+
+def plot_intervals(intervals: Sequence[Interval], quantity: str, stem: Path) -> None:
+    """Draws a line of quartiles with a point at the median for each value, the first on top, on a
+    logarithmic axis.
+
+    Args:
+        quantity: what the axis shows.
+        stem: the files are this with .png and .svg.
+    """
+    figure, axes = _figure(1.0 + 0.24 * len(intervals))
+    from matplotlib.ticker import LogFormatter
+
+    kinds = {kind: f"C{i}" for i, kind in enumerate(dict.fromkeys(i.kind for i in intervals))}
+    named: set[str] = set()
+    for place, value in enumerate(intervals):
+        color = kinds[value.kind]
+        axes.hlines(place, value.q1, value.q3, color=color, linewidth=3, alpha=0.5)
+        label = None if value.kind in named else value.kind
+        axes.plot(value.median, place, marker="o", linestyle="none", color=color, label=label)
+        named.add(value.kind)
+    axes.set_yticks(range(len(intervals)), [value.label for value in intervals], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(LogFormatter())
+    axes.xaxis.set_minor_formatter(LogFormatter())
+    axes.grid(axis="x", which="both", alpha=0.3)
+    axes.set_xlabel(quantity)
+    if len(kinds) > 1:
+        figure.legend(loc="outside upper right", fontsize=8, ncols=min(len(kinds), 4))
     _save(figure, stem)
