@@ -59,6 +59,8 @@ DATA = ("../shared/data", "shared/data")
 SETS = ("entailmentbank", "scifact")
 VOCABULARY = 16_000
 """Of the tokenizer that is trained on the two corpora."""
+SHORT_BATCHES = (1, 8)
+"""Of ours, for what is left over; those of `LatentRetriever`."""
 AS_PUBLISHED, SORTED = "tuned, as published", "tuned, sorted"
 
 
@@ -124,6 +126,7 @@ class Contenders:
             encoders.config,
             batch_size=workload.our_batch_size,
             batch_tokens=workload.our_batch_tokens,
+            short_batches=SHORT_BATCHES,
             attention=encoders.kernel,
         )
         sorted_batches = list(encoder.buckets.batches([list(enumerate(workload.rows))]))
@@ -171,7 +174,7 @@ class Contenders:
 def workloads(options: argparse.Namespace, vocab_size: int, report: Report) -> Iterator[Workload]:
     """The full batches, and the mix where its data are there."""
     rng = np.random.default_rng(0)
-    for rows, width in [(2, 8)] if options.quick else options.full:
+    for rows, width in [(2, 32)] if options.quick else options.full:
         yield full_workload(rng, 2 if options.quick else options.batches, rows, width, vocab_size)
     if options.documents == 0:
         return
@@ -189,8 +192,8 @@ def workloads(options: argparse.Namespace, vocab_size: int, report: Report) -> I
         f"{longest}), by a BPE of {vocabulary:,} tokens trained on the two corpora."
     )
     rows = [rng.integers(0, vocab_size, length).tolist() for length in lengths]
-    size, tokens = options.our_batch_size, options.batch_tokens
-    yield Workload("mix", rows, 4 if options.quick else options.batch_size, size, tokens, True)
+    theirs, size = (4, 4) if options.quick else (options.batch_size, options.our_batch_size)
+    yield Workload("mix", rows, theirs, size, options.batch_tokens, True)
 
 
 def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:

@@ -180,6 +180,22 @@ def device_peak(case: Case) -> dict[str, Any]:
     return {"device_peak_bytes": stats["peak_bytes_in_use"]}
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """What is known of the machine."""
+
+    environment: dict[str, Any]
+    torch_threads: int | None
+    why_no_torch: dict[str, str | None]
+    """By program; None where PyTorch can run it."""
+
+
+def surroundings(dtype: Dtype, lora: LoraConfig | None) -> Surroundings:
+    """To be called in a new process: it takes the device."""
+    absent = {"encode": torch_unusable(), "train_step": why_no_torch(dtype, lora)}
+    return Surroundings(environment(), torch_threads(), absent)
+
+
 def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
     """Runs every case in a process of its own, one after the other."""
     backbone = TINY if options.quick else options.backbone
@@ -188,6 +204,8 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
     (rows, width), shape = options.batch, train_shape(options)
     if options.quick:
         (rows, width), gradcache, remat = (2, 8), [], []
+    # on a GPU this process must not take the memory of those that are measured
+    around = in_new_process(surroundings, options.dtype, lora)
     settings = {
         "backbone": as_dict(SHAPES[backbone]),
         "dtype": options.dtype,
@@ -195,21 +213,16 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
         "thinking_steps": options.thinking_steps,
         "shape": vars(shape),
         "lora": None if lora is None else as_dict(lora),
-        # on a GPU this process must not take the memory of those that are measured
-        "torch_threads": in_new_process(torch_threads),
+        "torch_threads": around.torch_threads,
     }
-    report = Report("memory", arguments, settings, in_new_process(environment))
+    report = Report("memory", arguments, settings, around.environment)
     base = base_config(shape, options.dtype, lora)
     wanted: dict[Any, list[str]] = {
         "encode": [OURS],
         "train_step": list(variants(base, gradcache, [], remat)),
     }
-    absent = {
-        "encode": in_new_process(torch_unusable),
-        "train_step": in_new_process(why_no_torch, options.dtype, lora),
-    }
     for program in programs:
-        reason = "--no_torch" if options.no_torch else absent[program]
+        reason = "--no_torch" if options.no_torch else around.why_no_torch[program]
         if reason is None:
             wanted[program] += PYTORCH
         else:

@@ -41,9 +41,9 @@ backbones with their pretrained weights, 81,659 training rows and a node of GPUs
 This repository was written where none of them was at hand: it trains small models from scratch
 and measures speed on random weights of the real shapes. With the weights and the rows:
 
-    python -m laser_jax.train --config configs/paper.yaml --config configs/backbones/qwen3-0.6b.yaml \\
-      --config configs/hardware/h100-small.yaml --config configs/batch/paper.yaml \\
-      --data.train train.jsonl --output runs/qwen3-0.6b
+    python -m laser_jax.train --config configs/paper.yaml \\
+      --config configs/backbones/qwen3-0.6b.yaml --config configs/hardware/h100-small.yaml \\
+      --config configs/batch/paper.yaml --data.train train.jsonl --output runs/qwen3-0.6b
     python -m laser_jax.evaluate --model runs/qwen3-0.6b/model --data BRIGHT_DIR --output scores
 
 (other backbones and machines: [scale.md](scale.md); scoring: [evaluation.md](evaluation.md)). And
