@@ -146,6 +146,19 @@ def variants(
     }
 
 
+def chosen(configs: Mapping[str, Config], only: Sequence[str] | None) -> dict[str, Config]:
+    """`fast`, with which all others are compared, and those of the names in `only`.
+
+    Raises:
+        BenchmarkError: there is no contender of a name.
+    """
+    if only is None:
+        return dict(configs)
+    if unknown := set(only) - set(configs):
+        raise BenchmarkError(f"--only {sorted(unknown)}: the contenders are {list(configs)}")
+    return {name: config for name, config in configs.items() if name in {"fast", *only}}
+
+
 def same_function(config: Config) -> bool:
     """Whether a variant computes the loss of `fast`."""
     return config.train.accumulation != "plain" or config.train.num_micro_batches == 1
@@ -228,15 +241,18 @@ def compile_variant(config: Config, setup: Setup) -> Compiled:
     traced = time.perf_counter()
     program = lowered.compile()
     compiled = time.perf_counter()
-    cost, memory = program.cost_analysis(), program.memory_analysis()
+    cost, memory = program.cost_analysis() or {}, program.memory_analysis()
     return Compiled(
         program,
         {
             "trace_seconds": traced - began,
             "compile_seconds": compiled - traced,
             "matmul_flops": matmul_flops(step, abstract, batch, None),
-            "xla_flops_loops_once": cost["flops"],
-            "xla_bytes_loops_once": cost["bytes accessed"],
+            **{
+                f"xla_{name}_loops_once": cost[key]
+                for name, key in (("flops", "flops"), ("bytes", "bytes accessed"))
+                if key in cost
+            },
             "temp_bytes": memory.temp_size_in_bytes,
             "argument_bytes": memory.argument_size_in_bytes,
         },
@@ -343,7 +359,7 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
         environment(),
     )
     base = base_config(shape, options.dtype, lora, kernel)
-    configs = variants(base, gradcache, plain, remat)
+    configs = chosen(variants(base, gradcache, plain, remat), options.only)
     setup = set_up(backbone_config, shape, options.dtype, lora)
     trainings = dict.fromkeys(configs, OurTraining(setup))
     setups = dict.fromkeys(configs, setup)
@@ -423,6 +439,7 @@ def main(arguments: Sequence[str]) -> None:
         "--plain", type=positive, nargs="*", default=[4], help="numbers of micro-batches"
     )
     parser.add_argument("--remat", choices=("dots", "full"), nargs="*", default=["dots", "full"])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of ours: fast and these")
     parser.add_argument("--unscanned", action="store_true", help="also with every layer apart")
     options = parser.parse_args(arguments)
     jax.config.update("jax_enable_compilation_cache", False)  # the compile times are to be real

@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -324,7 +325,7 @@ def test_a_gpu_run_records_what_fails_and_goes_on(tmp_path: Path, monkeypatch) -
     [*all_benchmarks.RUNS.values(), *(f"{part.program} {part.arguments}" for part in gpu.PARTS)],
 )
 def test_the_long_runs_ask_for_what_the_programs_can_do(command: str, monkeypatch) -> None:
-    name, *arguments = command.split()
+    name, *arguments = shlex.split(command)
     program = importlib.import_module(f"benchmarks.{name}")
     asked: list[Any] = []
 
@@ -402,6 +403,18 @@ def test_transcriptions_give_our_loss_gradients_and_embeddings_on_rows_of_all_le
             step = TorchTraining(transcription, model, batch, objective, OptimizerConfig())
             train_step.require_agreement(transcription.name, step(), wanted, "float32")
             assert step()["loss"] != wanted["loss"]  # it has learned
+
+
+def test_chosen_contenders_are_compared_with_fast() -> None:
+    base = train_step.base_config(TINY_TRAIN_SHAPE, "float32", None)
+    configs = train_step.variants(base, [2], [], ["dots"])
+    assert list(train_step.chosen(configs, None)) == list(configs)
+    assert list(train_step.chosen(configs, ["remat dots"])) == ["fast", "remat dots"]
+    with pytest.raises(BenchmarkError, match=r"--only \['gradcache / 3'\]"):
+        train_step.chosen(configs, ["gradcache / 3"])
+    assert "xla attention" not in configs
+    on_gpu = train_step.base_config(TINY_TRAIN_SHAPE, "bfloat16", None, "cudnn")
+    assert train_step.variants(on_gpu, [], [], [])["xla attention"].model.attention == "xla"
 
 
 def test_contenders_that_disagree_are_not_timed() -> None:
