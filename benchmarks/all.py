@@ -23,15 +23,15 @@ RUNS = {
     ),
     "thinking_overhead-8x128": "thinking_overhead --batch 8x128",
     "thinking_overhead-8x512": "thinking_overhead --batch 8x512 --steps 1 3 --repeats 5",
-    "encode_throughput": "encode_throughput",
+    "encode_throughput": "encode_throughput --repeats 3",
     "encode_variants": "encode_variants --repeats 5",
-    "train_step": "train_step --repeats 5",
-    "train_step-full": "train_step --full --gradcache 4 --plain --remat --repeats 5",
+    "train_step": "train_step --gradcache 2 4 --repeats 5",
+    "train_step-full": "train_step --full --gradcache 4 --plain --remat --repeats 3",
     "search": "search",
     "data_pipeline": "data_pipeline",
     "memory": "memory",
     "roofline": "roofline",
-    "compile_time": "compile_time",
+    "compile_time": "compile_time --repeats 2",
 }
 """Command lines by the file that they write."""
 

@@ -86,12 +86,12 @@ def _thinking(tokens: int, backbone: str, backend: str, at_most: float) -> Targe
     )
 
 
-def _step(backbone: str, backend: str, contender: str, at_least: float) -> Target:
+def _step(backbone: str, backend: str, queries: int, contender: str, at_least: float) -> Target:
     return Target(
-        f"LoRA training step, {backbone}: {contender} / fast",
+        f"LoRA training step, {queries} queries, {backbone}: {contender} / fast",
         "train_step",
         backend,
-        {"backbone": backbone, "full": False, "contender": contender},
+        {"backbone": backbone, "queries": queries, "full": False, "contender": contender},
         _ratio,
         at_least=at_least,
         unit=" ×",
@@ -118,7 +118,7 @@ TARGETS: Sequence[Target] = (
         at_least=2.5,
         unit=" ×",
     ),
-    _step("small-42m", "cpu", PUBLISHED, 3),
+    _step("small-42m", "cpu", 8, PUBLISHED, 3),
     Target(
         "encode 8×512, K = 3, qwen3-0.6b in bfloat16 on an H200",
         "thinking_overhead",
@@ -147,12 +147,12 @@ TARGETS: Sequence[Target] = (
         "LoRA training, qwen3-0.6b in bfloat16 on an H200, queries a second",
         "train_step",
         "gpu",
-        {"backbone": GPU_BACKBONE, "full": False, "contender": "fast"},
+        {"backbone": GPU_BACKBONE, "queries": 8, "full": False, "contender": "fast"},
         lambda values: values["queries_per_second"],
         at_least=55,
     ),
-    _step(GPU_BACKBONE, "gpu", PUBLISHED, 4),
-    _step(GPU_BACKBONE, "gpu", TUNED, 1),
+    _step(GPU_BACKBONE, "gpu", 4, PUBLISHED, 4),
+    _step(GPU_BACKBONE, "gpu", 4, TUNED, 1),
     Target(
         "exact top 100 of 1.145 M × 1,024 for 1,384 queries on an H200",
         "search",
@@ -181,7 +181,7 @@ def values_of(report: Mapping[str, Any], row: Mapping[str, Any]) -> Values:
     named = [n for n, config in SHAPES.items() if as_dict(config) == settings.get("backbone")]
     settings["backbone"] = named[0] if named else None
     settings["full"] = settings.get("lora") is None
-    return settings | dict(row)
+    return settings | settings.get("shape", {}) | dict(row)
 
 
 def reached(target: Target, reports: Sequence[Mapping[str, Any]]) -> Reached | None:
