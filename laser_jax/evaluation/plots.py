@@ -125,8 +125,8 @@ class Interval:
 
 
 def plot_intervals(intervals: Sequence[Interval], quantity: str, stem: Path) -> None:
-    """Draws a line of quartiles with a point at the median for each value, the first on top, on a
-    logarithmic axis.
+    """Draws a line of quartiles with a point at the median for each value, the first on top. The
+    axis begins at 0, or is logarithmic where the medians are more than tenfold apart.
 
     Args:
         quantity: what the axis shows.
@@ -135,21 +135,30 @@ def plot_intervals(intervals: Sequence[Interval], quantity: str, stem: Path) -> 
     figure, axes = _figure(1.0 + 0.24 * len(intervals))
     from matplotlib.ticker import LogFormatter
 
-    kinds = {kind: f"C{i}" for i, kind in enumerate(dict.fromkeys(i.kind for i in intervals))}
-    named: set[str] = set()
+    kinds = list(dict.fromkeys(value.kind for value in intervals))
+    told_apart = 1 < len(kinds) < len(intervals)  # else the labels say it all
     for place, value in enumerate(intervals):
-        color = kinds[value.kind]
+        color = f"C{kinds.index(value.kind)}" if told_apart else "C0"
+        first = [other.kind for other in intervals].index(value.kind) == place
         axes.hlines(place, value.q1, value.q3, color=color, linewidth=3, alpha=0.5)
-        label = None if value.kind in named else value.kind
-        axes.plot(value.median, place, marker="o", linestyle="none", color=color, label=label)
-        named.add(value.kind)
+        axes.plot(
+            value.median,
+            place,
+            marker="o",
+            linestyle="none",
+            color=color,
+            label=value.kind if first else None,
+        )
     axes.set_yticks(range(len(intervals)), [value.label for value in intervals], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(LogFormatter())
-    axes.xaxis.set_minor_formatter(LogFormatter())
+    medians = [value.median for value in intervals]
+    if max(medians) > 10 * min(medians):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(LogFormatter())
+    else:
+        axes.set_xlim(left=0)
     axes.grid(axis="x", which="both", alpha=0.3)
     axes.set_xlabel(quantity)
-    if len(kinds) > 1:
+    if told_apart:
         figure.legend(loc="outside upper right", fontsize=8, ncols=min(len(kinds), 4))
     _save(figure, stem)
