@@ -99,17 +99,23 @@ def inner_results(name: str, report: Mapping[str, Any]) -> Iterator[Result]:
             yield Result(f"{name}-{number}-{row['report']['benchmark']}", row["report"])
 
 
-def columns_of(result: Result) -> Columns:
-    """The columns of the program that wrote a report. Raises a ResultsError where it has none."""
+def program_of(result: Result) -> Any:
+    """The module that wrote a report. Raises a ResultsError where it is not to be had."""
     name = result.report["benchmark"]
     try:
         program = importlib.import_module(f"benchmarks.{name}")
-        return program.COLUMNS
-    except (ModuleNotFoundError, AttributeError) as error:
+    except ModuleNotFoundError as error:
         raise ResultsError(
-            f"{result.name}: benchmarks/{name}.py, which wrote it, is absent or has no COLUMNS: "
-            f"{error}"
+            f"{result.name}: benchmarks/{name}.py, which wrote it, is wanted for its table: {error}"
         ) from error
+    if not hasattr(program, "COLUMNS"):
+        raise ResultsError(f"{result.name}: benchmarks/{name}.py has no COLUMNS")
+    return program
+
+
+def columns_of(result: Result) -> Columns:
+    """The columns of the program that wrote a report."""
+    return program_of(result).COLUMNS
 
 
 def intervals(result: Result) -> list[Interval]:
@@ -146,8 +152,7 @@ def targets_table(reports: Sequence[Mapping[str, Any]]) -> str:
 
 def title_of(result: Result) -> str:
     """What the program says of itself."""
-    program = importlib.import_module(f"benchmarks.{result.report['benchmark']}")
-    return (program.__doc__ or "").strip().partition("\n\n")[0].replace("\n", " ")
+    return (program_of(result).__doc__ or "").strip().partition("\n\n")[0].replace("\n", " ")
 
 
 def page(results: Sequence[Result]) -> str:
