@@ -85,10 +85,16 @@ def full_workload(
     return Workload(f"{rows}×{width}", tokens, rows, rows, rows * width, False)
 
 
-def mixed_lengths(data: Path, documents: int, longest: int, vocabulary: int) -> list[int]:
-    """Tokens of the prompts of `documents` documents, in the order of their arrival."""
+def mixed_lengths(
+    data: Path, documents: int, longest: int, vocabulary: int, most: int | None = None
+) -> list[int]:
+    """Tokens of the prompts of `documents` documents, in the order of their arrival.
+
+    Args:
+        most: documents of each corpus that are looked at; None looks at all.
+    """
     rng = np.random.default_rng(0)
-    corpora = [read_corpus(data / name) for name in SETS]
+    corpora = [read_corpus(data / name)[:most] for name in SETS]
     texts = [[document.text for document in corpus] for corpus in corpora]
     tokenizer = train_tokenizer((text for corpus in texts for text in corpus), vocabulary)
     prompts = PromptTokenizer(tokenizer, PromptConfig(document_max_length=longest))
@@ -182,10 +188,10 @@ def workloads(options: argparse.Namespace, vocab_size: int, report: Report) -> I
     if absent:
         report.notes.append(f"The mix is not measured: {options.data} has no {', '.join(absent)}.")
         return
-    documents, longest, vocabulary = options.documents, options.longest, VOCABULARY
+    documents, longest, vocabulary, most = options.documents, options.longest, VOCABULARY, None
     if options.quick:
-        documents, longest, vocabulary = 8, 96, 300
-    lengths = mixed_lengths(options.data, documents, longest, vocabulary)
+        documents, longest, vocabulary, most = 8, 96, 300, 200
+    lengths = mixed_lengths(options.data, documents, longest, vocabulary, most)
     q = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1]).astype(int).tolist()
     report.notes.append(
         f"The mix: {len(lengths)} documents of {sum(lengths):,} tokens (quartiles {q}, at most "

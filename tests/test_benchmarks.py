@@ -258,12 +258,16 @@ def test_memory_tells_the_peak_of_every_contender(tmp_path: Path, monkeypatch) -
         return function(*args)
 
     monkeypatch.setattr(memory, "in_new_process", here)
-    report = run(memory.main, "memory", tmp_path)
-    found = [(row["program"], row["contender"]) for row in report["rows"]]
-    assert found == [("encode", name) for name in ("ours", *PYTORCH)] + [
-        ("train_step", name) for name in ("fast", "parity", *PYTORCH)
+    flags = ("--programs", "encode")
+    rows = run(memory.main, "memory", tmp_path, *flags)["rows"]
+    # a training step is made in the same way, by what `train_step` is made of
+    rows += run(memory.main, "memory", tmp_path, "--programs", "train_step", "--no_torch")["rows"]
+    found = [(row["program"], row["contender"]) for row in rows]
+    assert found == [
+        *(("encode", name) for name in ("ours", *PYTORCH)),
+        *(("train_step", name) for name in ("fast", "parity")),
     ]
-    for row in report["rows"]:
+    for row in rows:
         assert row["host_peak_bytes"] >= row["host_before_bytes"] > 0
         assert ("temp_bytes" in row) == (row["contender"] not in PYTORCH)
 
@@ -278,7 +282,7 @@ def test_a_peak_is_that_of_the_runs_alone(monkeypatch) -> None:
     case: Any = SimpleNamespace(program="encode", contender="ours", repeats=2)
     found = memory.peak_of(case)
     assert found["known"] == 1
-    assert 2**25 <= found["host_working_bytes"] < 2**26
+    assert 0.9 * 2**25 < found["host_working_bytes"] < 1.5 * 2**25  # the kernel counts in lumps
 
 
 def test_gpu_checks_compare_with_the_reference_numbers(tmp_path: Path, golden_dir: Path) -> None:
