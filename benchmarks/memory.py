@@ -44,6 +44,7 @@ from benchmarks.measure import (
 from benchmarks.train_step import (
     OurTraining,
     base_config,
+    chosen,
     compile_variant,
     set_up,
     torch_contenders,
@@ -141,9 +142,9 @@ def train_work(case: Case) -> Work:
     if case.contender in PYTORCH:
         made = torch_contenders(setup, case.dtype, base.objective, [case.contender])
         return made[case.contender], {}
-    chosen = variants(base, case.gradcache, [], case.remat)[case.contender]
+    config_of = variants(base, case.gradcache, [], case.remat)
     with jax.set_mesh(setup.mesh):
-        compiled = compile_variant(chosen, setup).program
+        compiled = compile_variant(config_of[case.contender], setup).program
         training = OurTraining(setup)
         training.restart()
     return functools.partial(training.run, compiled), memory_facts(compiled)
@@ -219,7 +220,7 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
     base = base_config(shape, options.dtype, lora)
     wanted: dict[Any, list[str]] = {
         "encode": [OURS],
-        "train_step": list(variants(base, gradcache, [], remat)),
+        "train_step": list(chosen(variants(base, gradcache, [], remat), options.only)),
     }
     for program in programs:
         reason = "--no_torch" if options.no_torch else around.why_no_torch[program]
@@ -284,6 +285,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--lora_rank", type=positive, default=64, help="default 64")
     parser.add_argument("--gradcache", type=positive, nargs="*", default=[2, 4])
     parser.add_argument("--remat", choices=("dots", "full"), nargs="*", default=["dots", "full"])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of our steps: fast and these")
     parser.add_argument("--programs", choices=WORK, nargs="+", default=[*WORK])
     options = parser.parse_args(arguments)
     measure(options, arguments).finish(COLUMNS, options.output)

@@ -261,11 +261,12 @@ def test_memory_tells_the_peak_of_every_contender(tmp_path: Path, monkeypatch) -
     flags = ("--programs", "encode")
     rows = run(memory.main, "memory", tmp_path, *flags)["rows"]
     # a training step is made in the same way, by what `train_step` is made of
-    rows += run(memory.main, "memory", tmp_path, "--programs", "train_step", "--no_torch")["rows"]
+    flags = ("--programs", "train_step", "--no_torch", "--only", "fast")
+    rows += run(memory.main, "memory", tmp_path, *flags)["rows"]
     found = [(row["program"], row["contender"]) for row in rows]
     assert found == [
         *(("encode", name) for name in ("ours", *PYTORCH)),
-        *(("train_step", name) for name in ("fast", "parity")),
+        ("train_step", "fast"),
     ]
     for row in rows:
         assert row["host_peak_bytes"] >= row["host_before_bytes"] > 0
