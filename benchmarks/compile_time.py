@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import argparse
 import functools
-import multiprocessing
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +30,7 @@ from benchmarks.measure import (
     Spread,
     command_line,
     environment,
+    in_new_process,
     paired_ratio,
     ratio_cell,
     seconds_cell,
@@ -59,8 +58,6 @@ from laser_jax.step import (
     make_optimizer,
     make_train_step,
 )
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -137,13 +134,6 @@ def make_ready(cases: Sequence[Case], cache: Path) -> list[Ready]:
         taken = time.perf_counter() - started
         ready.append(Ready(traced - began, taken, set(cache.glob("*-cache")) == entries))
     return ready
-
-
-def in_new_process(function: Callable[..., T], *args: Any) -> T:
-    """`function(*args)`, computed by a process that ends with it."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        return pool.submit(function, *args).result()
 
 
 def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:

@@ -1,4 +1,4 @@
-"""The encoders that `encode_latency` and `thinking_overhead` time: ours, and PyTorch's two.
+"""The encoders that the `encode_` programs and `thinking_overhead` time: ours, and PyTorch's two.
 
 All of them embed the same rows with the same random weights, and must give the same vectors.
 """
@@ -6,16 +6,21 @@ All of them embed the same rows with the same random weights, and must give the 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.measure import BenchmarkError, Run, torch_unusable
-from benchmarks.workload import make_backbone, random_variables
+from benchmarks.workload import (
+    drawn_unstacked,
+    kernel_for,
+    make_backbone,
+    random_variables,
+)
 from laser_jax import encode
-from laser_jax.config import BackboneConfig, Dtype, RetrieverConfig
+from laser_jax.config import AttentionKernel, BackboneConfig, Dtype, RetrieverConfig
 from laser_jax.data.pipeline import Tokens
 from laser_jax.modeling.backbone import unstack_layers
 
@@ -28,22 +33,36 @@ class EncodeContenders:
     """Ours, and PyTorch's where it can run.
 
     Attributes:
+        config: the model that all of them compute.
+        variables: its weights, with every layer apart.
+        kernel: our attention.
+        torch_models: PyTorch's copies of the model, by their transcription.
         notes: why PyTorch is absent, if it is.
     """
 
-    def __init__(self, backbone: BackboneConfig, dtype: Dtype):
-        self._dtype: Dtype = dtype
-        self._config = RetrieverConfig(backbone, dtype=dtype)
+    def __init__(
+        self,
+        backbone: BackboneConfig,
+        dtype: Dtype,
+        attention: Literal["auto"] | AttentionKernel = "auto",
+        *,
+        with_torch: bool = True,
+    ):
+        self.config = RetrieverConfig(backbone, dtype=dtype)
+        self.kernel = kernel_for(attention, backbone, dtype)
+        self.torch_models: dict[Any, Any] = {}
+        why_not = torch_unusable() if with_torch else "--no_torch"
+        if why_not is not None:  # nobody wants the files, and no second copy need fit
+            self.variables = drawn_unstacked(backbone, dtype)
+            self.notes = [f"PyTorch is not measured: {why_not}."]
+            return
         variables = random_variables(make_backbone(backbone, dtype, lora=None))
-        self._variables = unstack_layers(variables)
-        self._torch_models: dict[Any, Any] = {}
-        why_not = torch_unusable()
-        self.notes = [] if why_not is None else [f"PyTorch is not measured: {why_not}."]
-        if why_not is None:
-            from benchmarks.torch_reference import TRANSCRIPTIONS, exported, load
+        self.variables = unstack_layers(variables)
+        self.notes = []
+        from benchmarks.torch_reference import TRANSCRIPTIONS, exported, load
 
-            with exported(variables, backbone, None, dtype) as export:
-                self._torch_models = {t: load(export, t, train=False) for t in TRANSCRIPTIONS}
+        with exported(variables, backbone, None, dtype) as export:
+            self.torch_models = {t: load(export, t, train=False) for t in TRANSCRIPTIONS}
 
     def on(self, tokens: Tokens, thinking_steps: int) -> dict[str, Run]:
         """The contenders on one batch, by name; each call embeds it.
@@ -52,22 +71,28 @@ class EncodeContenders:
             BenchmarkError: two contenders give different vectors.
         """
         run = jax.jit(
-            functools.partial(encode, config=self._config, num_thinking_steps=thinking_steps)
+            functools.partial(
+                encode,
+                config=self.config,
+                num_thinking_steps=thinking_steps,
+                attention=self.kernel,
+            )
         )
         mask_BT = np.arange(tokens.ids_BT.shape[1]) < tokens.lengths_B[:, None]
         ids_BT, mask_BT = jnp.asarray(tokens.ids_BT), jnp.asarray(mask_BT, jnp.int32)
-        contenders: dict[str, Run] = {OURS: lambda: run(self._variables, ids_BT, mask_BT)}
-        if self._torch_models:
+        contenders: dict[str, Run] = {OURS: lambda: run(self.variables, ids_BT, mask_BT)}
+        if self.torch_models:
             from benchmarks.torch_reference import TorchEncoder, left_padded
 
-            for transcription, model in self._torch_models.items():
+            for transcription, model in self.torch_models.items():
                 rows = left_padded(tokens, str(model.device))
                 contenders[transcription.name] = TorchEncoder(
                     transcription, model, rows, thinking_steps
                 )
         wanted_BD = np.asarray(contenders[OURS]())
         for name in contenders.keys() - {OURS}:
-            require_same_vectors(name, contenders[name]().cpu().numpy(), wanted_BD, self._dtype)
+            got_BD = contenders[name]().cpu().numpy()
+            require_same_vectors(name, got_BD, wanted_BD, self.config.dtype)
         return contenders
 
 

@@ -27,7 +27,7 @@ from benchmarks.measure import (
     timing_fields,
     torch_threads,
 )
-from benchmarks.workload import SHAPES, TINY, add_backbone, random_tokens
+from benchmarks.workload import SHAPES, TINY, add_backbone, add_contenders, random_tokens
 from laser_jax.config import as_dict
 
 BATCHES = [(1, 128), (8, 128), (8, 512)]
@@ -55,8 +55,11 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
         "repeats": options.repeats,
         "torch_threads": torch_threads(),
     }
+    encoders = EncodeContenders(
+        backbone, options.dtype, options.attention, with_torch=not options.no_torch
+    )
+    settings["attention"] = encoders.kernel
     report = Report("encode_latency", arguments, settings, environment())
-    encoders = EncodeContenders(backbone, options.dtype)
     report.notes += encoders.notes
     rng = np.random.default_rng(0)
     for rows, width in batches:
@@ -87,6 +90,7 @@ def main(arguments: Sequence[str]) -> None:
     """The command line."""
     parser = command_line("encode_latency", __doc__)
     add_backbone(parser)
+    add_contenders(parser)
     shapes = " ".join(f"{rows}x{tokens}" for rows, tokens in BATCHES)
     parser.add_argument(
         "--batches", type=rows_by_tokens, nargs="+", default=BATCHES, help=f"default {shapes}"

@@ -12,12 +12,14 @@ import datetime
 import importlib.metadata
 import importlib.util
 import json
+import multiprocessing
 import os
 import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,10 +30,16 @@ import numpy as np
 from laser_jax.files import write_atomically
 from laser_jax.training.output import code_version
 
-PACKAGES = ("laser-jax", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "peft")
+PACKAGES = (
+    *("laser-jax", "jax", "jaxlib", "flax", "optax", "numpy", "grain", "tokenizers"),
+    *("torch", "transformers", "peft", "faiss-cpu"),
+)
 REST_SECONDS = 0.05
 """Pause before each timing: the threads of PyTorch's OpenMP spin for some milliseconds after their
 work, on the cores of whoever comes next."""
+
+Columns = Mapping[str, Callable[[dict[str, Any]], str]]
+"""From a heading to the text of a row's cell."""
 
 Run = Callable[[], Any]
 """One whole piece of work. What it returns is waited for; PyTorch contenders wait by themselves."""
@@ -39,6 +47,8 @@ Run = Callable[[], Any]
 
 Name = TypeVar("Name", str, tuple[str, int])
 """Of a contender."""
+
+T = TypeVar("T")
 
 
 class BenchmarkError(RuntimeError):
@@ -75,23 +85,39 @@ def time_alternating(
     Raises:
         ValueError: when there is nothing to time or no repeat.
     """
-    if not contenders or repeats < 1 or warmup < 0:
+    seconds: dict[Name, list[float]] = {name: [] for name in contenders}
+    for name, counts in in_turn(list(contenders), repeats=repeats, warmup=warmup):
+        began = time.perf_counter()
+        jax.block_until_ready(contenders[name]())
+        taken = time.perf_counter() - began
+        if counts:
+            seconds[name].append(taken)
+    return seconds
+
+
+def in_turn(names: Sequence[Name], *, repeats: int, warmup: int) -> Iterator[tuple[Name, bool]]:
+    """Whose turn it is, after a rest, and whether the round counts: `time_alternating`'s order.
+
+    Raises:
+        ValueError: as `time_alternating`.
+    """
+    if not names or repeats < 1 or warmup < 0:
         raise ValueError(
-            f"at least one contender and one repeat are wanted, got {list(contenders)}, "
+            f"at least one contender and one repeat are wanted, got {list(names)}, "
             f"{repeats} repeats and {warmup} warm-up rounds"
         )
-    names = list(contenders)
-    seconds: dict[Name, list[float]] = {name: [] for name in names}
     for round_ in range(warmup + repeats):
         first = round_ % len(names)
-        for name in names[first:] + names[:first]:
+        for name in [*names[first:], *names[:first]]:
             time.sleep(REST_SECONDS)
-            began = time.perf_counter()
-            jax.block_until_ready(contenders[name]())
-            taken = time.perf_counter() - began
-            if round_ >= warmup:
-                seconds[name].append(taken)
-    return seconds
+            yield name, round_ >= warmup
+
+
+def in_new_process(function: Callable[..., T], *args: Any) -> T:
+    """`function(*args)`, computed by a process that ends with it."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(function, *args).result()
 
 
 def paired_ratio(seconds: Sequence[float], base: Sequence[float]) -> Spread:
@@ -114,7 +140,7 @@ def environment() -> dict[str, Any]:
     """Machine, versions, date and commit of this run, and how busy the machine is as it begins."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": code_version().get("commit"),
+        "commit": code_version().get("commit", os.environ.get("LASER_COMMIT")),
         "python": platform.python_version(),
         "versions": {name: version_of(name) for name in PACKAGES},
         "platform": platform.platform(),
@@ -207,33 +233,31 @@ class Report:
             "rows": self.rows,
         }
 
-    def markdown(self, columns: Mapping[str, Callable[[dict[str, Any]], str]]) -> str:
-        """Command, machine and table.
-
-        Args:
-            columns: from a heading to the text of a row's cell.
-        """
-        e = self.environment
-        load = ", ".join(f"{value:.2f}" for value in e["load_average_at_start"])
-        versions = ", ".join(f"{name} {v}" for name, v in e["versions"].items() if v is not None)
-        where = (
-            f"{e['date']}, commit {e['commit'] or 'unknown'}. {e['processor']}, {e['cores']} cores,"
-            f" load average at start {load}; {e['device_count']} × {e['device']} ({e['backend']}). "
-            f"Python {e['python']}, {versions}."
-        )
-        table = markdown_table(
-            list(columns), [[cell(row) for cell in columns.values()] for row in self.rows]
-        )
-        return "\n\n".join([f"    {self.command}", where, table, *self.notes])
-
-    def finish(
-        self, columns: Mapping[str, Callable[[dict[str, Any]], str]], output: Path | None
-    ) -> None:
+    def finish(self, columns: Columns, output: Path | None) -> None:
         """Prints the table and, with `output`, writes the JSON file."""
-        print(self.markdown(columns))
+        print(as_markdown(self.as_dict(), columns))
         if output is not None:
-            write_atomically(output, json.dumps(self.as_dict(), indent=1) + "\n")
+            self.write(output)
             print(f"\n{output}", file=sys.stderr)
+
+    def write(self, output: Path) -> None:
+        """Writes the JSON file."""
+        write_atomically(output, json.dumps(self.as_dict(), indent=1) + "\n")
+
+
+def as_markdown(report: Mapping[str, Any], columns: Columns) -> str:
+    """Command, machine, table and notes of what `Report.as_dict` gave."""
+    e = report["environment"]
+    load = ", ".join(f"{value:.2f}" for value in e["load_average_at_start"])
+    versions = ", ".join(f"{name} {v}" for name, v in e["versions"].items() if v is not None)
+    where = (
+        f"{e['date']}, commit {e['commit'] or 'unknown'}. {e['processor']}, {e['cores']} cores,"
+        f" load average at start {load}; {e['device_count']} × {e['device']} ({e['backend']}). "
+        f"Python {e['python']}, {versions}."
+    )
+    rows = [[cell(row) for cell in columns.values()] for row in report["rows"]]
+    table = markdown_table(list(columns), rows)
+    return "\n\n".join([f"    {report['command']}", where, table, *report["notes"]])
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

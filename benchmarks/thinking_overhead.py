@@ -28,7 +28,7 @@ from benchmarks.measure import (
     timing_fields,
     torch_threads,
 )
-from benchmarks.workload import SHAPES, TINY, add_backbone, random_tokens
+from benchmarks.workload import SHAPES, TINY, add_backbone, add_contenders, random_tokens
 from laser_jax.config import as_dict
 
 STEPS = [1, 2, 3, 5, 8]
@@ -51,8 +51,11 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
         "repeats": options.repeats,
         "torch_threads": torch_threads(),
     }
+    encoders = EncodeContenders(
+        backbone, options.dtype, options.attention, with_torch=not options.no_torch
+    )
+    settings["attention"] = encoders.kernel
     report = Report("thinking_overhead", arguments, settings, environment())
-    encoders = EncodeContenders(backbone, options.dtype)
     report.notes += encoders.notes
     tokens = random_tokens(np.random.default_rng(0), rows, width, backbone.vocab_size)
     contenders: dict[tuple[str, int], Run] = {
@@ -78,6 +81,7 @@ def main(arguments: Sequence[str]) -> None:
     """The command line."""
     parser = command_line("thinking_overhead", __doc__)
     add_backbone(parser)
+    add_contenders(parser)
     parser.add_argument("--batch", type=rows_by_tokens, default=(8, 128), help="default 8x128")
     parser.add_argument(
         "--steps",

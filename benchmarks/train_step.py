@@ -11,6 +11,8 @@ parity           a pass for each view
 gradcache / n    n micro-batches, the loss over the whole batch, each read twice
 plain / n        n micro-batches, each with a loss over its own documents: another function
 remat dots, full the backward pass recomputes
+xla attention    with XLA's attention kernel, where that is not what `auto` takes
+unscanned        layers laid out one behind the other (--unscanned)
 
 PyTorch's, where it is installed: see benchmarks/torch_reference.py. The contenders share their
 device one at a time; our programs hand one training state on, so that it is held once.
@@ -19,6 +21,7 @@ device one at a time; our programs hand one training state on, so that it is hel
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -50,12 +53,15 @@ from benchmarks.workload import (
     TINY,
     TrainShape,
     add_backbone,
+    add_contenders,
     add_train_shape,
+    kernel_for,
     make_backbone,
     random_batch,
     train_shape,
 )
 from laser_jax.config import (
+    AttentionKernel,
     BackboneConfig,
     Config,
     DataConfig,
@@ -70,7 +76,7 @@ from laser_jax.config import (
     as_dict,
 )
 from laser_jax.data.pipeline import Batch
-from laser_jax.modeling.backbone import Backbone, Variables
+from laser_jax.modeling.backbone import Backbone, unstack_layers
 from laser_jax.sharding import batch_sharding, make_mesh
 from laser_jax.step import (
     TrainState,
@@ -96,10 +102,13 @@ Metrics = Mapping[str, float]
 # --- our contenders --------------------------------------------------------------------------
 
 
-def base_config(shape: TrainShape, dtype: Dtype, lora: LoraConfig | None) -> Config:
-    """The settings of `fast`. The step reads nothing of `model`; its backbone is made apart."""
+def base_config(
+    shape: TrainShape, dtype: Dtype, lora: LoraConfig | None, attention: AttentionKernel = "xla"
+) -> Config:
+    """The settings of `fast`. Of `model` the step takes kernel and remat; its backbone is made
+    apart."""
     return Config(
-        ModelConfig(scratch=ScratchConfig(), dtype=dtype, param_dtype=dtype),
+        ModelConfig(scratch=ScratchConfig(), dtype=dtype, param_dtype=dtype, attention=attention),
         DataConfig(group_size=shape.documents_per_query),
         lora=lora,
         objective=ObjectiveConfig(num_thinking_steps=shape.thinking_steps, views="fast"),
@@ -129,7 +138,25 @@ def variants(
         **{f"gradcache / {n}": chunked("gradcache", n) for n in gradcache},
         **{f"plain / {n}": chunked("plain", n) for n in plain},
         **{f"remat {r}": replace(base, model=replace(base.model, remat=r)) for r in remat},
+        **(
+            {}
+            if base.model.attention == "xla"
+            else {"xla attention": replace(base, model=replace(base.model, attention="xla"))}
+        ),
     }
+
+
+def chosen(configs: Mapping[str, Config], only: Sequence[str] | None) -> dict[str, Config]:
+    """`fast`, with which all others are compared, and those of the names in `only`.
+
+    Raises:
+        BenchmarkError: there is no contender of a name.
+    """
+    if only is None:
+        return dict(configs)
+    if unknown := set(only) - set(configs):
+        raise BenchmarkError(f"--only {sorted(unknown)}: the contenders are {list(configs)}")
+    return {name: config for name, config in configs.items() if name in {"fast", *only}}
 
 
 def same_function(config: Config) -> bool:
@@ -150,32 +177,82 @@ class Compiled:
     facts: dict[str, Any]
 
 
-def compile_variant(
-    config: Config, backbone: Backbone, abstract: TrainState, batch: Batch, mesh: Mesh
-) -> Compiled:
-    """Traces and compiles the step of `config`."""
+@dataclass(frozen=True)
+class Setup:
+    """What contenders share: weights and a batch, on the host."""
+
+    backbone: Backbone
+    abstract: TrainState
+    start: TrainState
+    batch: Batch
+    mesh: Mesh
+
+    def unscanned(self) -> Setup:
+        """The same with every layer apart."""
+        backbone = self.backbone.clone(scan_layers=False)
+        optimizer = make_optimizer(OPTIMIZER, STEPS)
+        frozen = None if self.start.frozen is None else _unstacked(self.start.frozen)
+        trained = _unstacked(self.start.trained)
+        start = replace(
+            self.start,
+            trained=trained,
+            frozen=frozen,
+            opt_state=jax.device_get(optimizer.init(trained)),
+        )
+        dtype = jax.tree.leaves(trained if frozen is None else frozen)[0].dtype
+        abstract = abstract_state(backbone, optimizer, self.mesh, dtype)
+        return replace(self, backbone=backbone, abstract=abstract, start=start)
+
+
+def _unstacked(tree: Any) -> Any:
+    return unstack_layers({"params": tree})["params"]
+
+
+def set_up(
+    config: BackboneConfig, shape: TrainShape, dtype: Dtype, lora: LoraConfig | None
+) -> Setup:
+    """Random weights, adapters that change something, and a random batch."""
+    mesh = one_device_mesh()
+    # what is trained is float32, and `abstract_state` sees to the storage dtype of a frozen base
+    backbone = make_backbone(config, dtype, lora).clone(param_dtype=jnp.float32)
+    optimizer = make_optimizer(OPTIMIZER, STEPS)
+    abstract = abstract_state(backbone, optimizer, mesh, jnp.dtype(dtype))
+    with jax.set_mesh(mesh):
+        start = jax.device_get(init_state(backbone, optimizer, abstract, 0, None))
+    if lora is not None:
+        start = replace(start, trained=nudged(start.trained))
+    return Setup(backbone, abstract, start, random_batch(shape, config.vocab_size), mesh)
+
+
+def compile_variant(config: Config, setup: Setup) -> Compiled:
+    """Traces and compiles the step of `config`, within its mesh."""
     optimizer = make_optimizer(config.optimizer, STEPS)
+    abstract, batch = setup.abstract, setup.batch
+    attention: Any = config.model.attention
     step = make_train_step(
-        backbone.clone(remat=config.model.remat),
+        setup.backbone.clone(remat=config.model.remat, attention=attention),
         config,
         optimizer,
         learning_rate_schedule(config.optimizer, STEPS),
     )
-    jitted = jit_train_step(step, abstract, mesh)
+    jitted = jit_train_step(step, abstract, setup.mesh)
     began = time.perf_counter()
     lowered = jitted.lower(abstract, batch, None)
     traced = time.perf_counter()
     program = lowered.compile()
     compiled = time.perf_counter()
-    cost, memory = program.cost_analysis(), program.memory_analysis()
+    cost, memory = program.cost_analysis() or {}, program.memory_analysis()
     return Compiled(
         program,
         {
             "trace_seconds": traced - began,
             "compile_seconds": compiled - traced,
             "matmul_flops": matmul_flops(step, abstract, batch, None),
-            "xla_flops_loops_once": cost["flops"],
-            "xla_bytes_loops_once": cost["bytes accessed"],
+            **{
+                f"xla_{name}_loops_once": cost[key]
+                for name, key in (("flops", "flops"), ("bytes", "bytes accessed"))
+                if key in cost
+            },
             "temp_bytes": memory.temp_size_in_bytes,
             "argument_bytes": memory.argument_size_in_bytes,
         },
@@ -185,12 +262,15 @@ def compile_variant(
 class OurTraining:
     """The training state that our programs hand on, and the batch that all of them read."""
 
-    def __init__(self, start: Any, layout: Any, batch: Batch):
-        self._start, self._layout, self._batch = start, layout, batch
+    def __init__(self, setup: Setup):
+        self._start = setup.start
+        self._layout = jax.tree.map(lambda a: a.sharding, setup.abstract)
+        self._batch = jax.device_put(setup.batch, batch_sharding(setup.mesh))
         self._state: TrainState | None = None
 
     def restart(self) -> None:
         """Back to the first weights."""
+        self._state = None  # or two of them would be held
         self._state = jax.device_put(self._start, self._layout)
 
     def run(self, program: Any) -> dict[str, jax.Array]:
@@ -219,26 +299,27 @@ def require_agreement(name: str, got: Metrics, wanted: Metrics, dtype: Dtype) ->
 
 
 def torch_contenders(
-    variables: Variables,
-    backbone: BackboneConfig,
-    lora: LoraConfig | None,
-    dtype: Dtype,
-    batch: Batch,
-    objective: ObjectiveConfig,
+    setup: Setup, dtype: Dtype, objective: ObjectiveConfig, names: Sequence[str] | None = None
 ) -> dict[str, Run]:
-    """The transcriptions as callables that take a step and return its metrics."""
+    """The transcriptions as callables that take a step and return its metrics.
+
+    Args:
+        names: which; None takes all.
+    """
     from benchmarks.torch_reference import TRANSCRIPTIONS, TorchTraining, exported, load
 
-    with exported(variables, backbone, lora, dtype) as export:
+    backbone = setup.backbone
+    with exported(setup.start.variables, backbone.config, backbone.lora, dtype) as export:
         return {
             transcription.name: TorchTraining(
                 transcription,
                 load(export, transcription, train=True),
-                batch,
+                setup.batch,
                 objective,
                 OPTIMIZER,
             )
             for transcription in TRANSCRIPTIONS
+            if names is None or transcription.name in names
         }
 
 
@@ -261,6 +342,7 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
     if options.quick:
         gradcache, plain, remat = [2], [2], []
     lora = None if options.full else LoraConfig(rank=options.lora_rank, alpha=options.lora_rank / 2)
+    kernel = kernel_for(options.attention, backbone_config, options.dtype)
     report = Report(
         "train_step",
         arguments,
@@ -269,45 +351,37 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
             "shape": vars(shape),
             "lora": None if lora is None else as_dict(lora),
             "dtype": options.dtype,
+            "attention": kernel,
             "optimizer": as_dict(OPTIMIZER),
             "repeats": options.repeats,
             "torch_threads": torch_threads(),
         },
         environment(),
     )
-    base = base_config(shape, options.dtype, lora)
-    configs = variants(base, gradcache, plain, remat)
-
-    mesh = one_device_mesh()
-    backbone = make_backbone(backbone_config, options.dtype, lora)
-    # what is trained is float32, and `abstract_state` sees to the storage dtype of a frozen base
-    backbone = backbone.clone(param_dtype=jnp.float32)
-    optimizer = make_optimizer(OPTIMIZER, STEPS)
-    abstract = abstract_state(backbone, optimizer, mesh, jnp.dtype(options.dtype))
-    batch = random_batch(shape, backbone_config.vocab_size)
-    with jax.set_mesh(mesh):
-        start = jax.device_get(init_state(backbone, optimizer, abstract, 0, None))
-        if lora is not None:
-            start = replace(start, trained=nudged(start.trained))
-        placed = jax.device_put(batch, batch_sharding(mesh))
-        training = OurTraining(start, jax.tree.map(lambda a: a.sharding, abstract), placed)
-
+    base = base_config(shape, options.dtype, lora, kernel)
+    configs = chosen(variants(base, gradcache, plain, remat), options.only)
+    setup = set_up(backbone_config, shape, options.dtype, lora)
+    trainings = dict.fromkeys(configs, OurTraining(setup))
+    setups = dict.fromkeys(configs, setup)
+    if options.unscanned:
+        configs["unscanned"], setups["unscanned"] = base, setup.unscanned()
+        trainings["unscanned"] = OurTraining(setups["unscanned"])
+    with jax.set_mesh(setup.mesh):
         contenders: dict[str, Run] = {}
         facts: dict[str, dict[str, Any]] = {}
         metrics: dict[str, dict[str, float]] = {}
         for name, config in configs.items():
-            compiled = compile_variant(config, backbone, abstract, placed, mesh)
+            compiled = compile_variant(config, setups[name])
             facts[name] = compiled.facts
-            contenders[name] = lambda program=compiled.program: training.run(program)
-        why_not = why_no_torch(options.dtype, lora)
+            contenders[name] = functools.partial(trainings[name].run, compiled.program)
+        why_not = "--no_torch" if options.no_torch else why_no_torch(options.dtype, lora)
         if why_not is None:
-            contenders |= torch_contenders(
-                start.variables, backbone_config, lora, options.dtype, batch, base.objective
-            )
+            contenders |= torch_contenders(setup, options.dtype, base.objective)
         else:
             report.notes.append(f"PyTorch is not measured: {why_not}.")
         for name, run in contenders.items():
-            training.restart()
+            if name in trainings:
+                trainings[name].restart()
             metrics[name] = {key: float(value) for key, value in run().items()}
             if name not in configs or same_function(configs[name]):
                 require_agreement(name, metrics[name], metrics["fast"], options.dtype)
@@ -354,6 +428,7 @@ def main(arguments: Sequence[str]) -> None:
     """The command line."""
     parser = command_line("train_step", __doc__)
     add_backbone(parser)
+    add_contenders(parser)
     add_train_shape(parser)
     parser.add_argument("--full", action="store_true", help="train all weights, not adapters")
     parser.add_argument("--lora_rank", type=positive, default=64, help="default 64")
@@ -364,6 +439,8 @@ def main(arguments: Sequence[str]) -> None:
         "--plain", type=positive, nargs="*", default=[4], help="numbers of micro-batches"
     )
     parser.add_argument("--remat", choices=("dots", "full"), nargs="*", default=["dots", "full"])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of ours: fast and these")
+    parser.add_argument("--unscanned", action="store_true", help="also with every layer apart")
     options = parser.parse_args(arguments)
     jax.config.update("jax_enable_compilation_cache", False)  # the compile times are to be real
     measure(options, arguments).finish(COLUMNS, options.output)

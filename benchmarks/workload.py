@@ -8,8 +8,9 @@ Dimension letters as in CONTRIBUTING.md, with C = B G documents and G of them fo
 from __future__ import annotations
 
 import argparse
+import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -17,9 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.measure import positive
-from laser_jax.config import BACKBONES, BackboneConfig, Dtype, LoraConfig, ScratchConfig
+from laser_jax.config import (
+    BACKBONES,
+    AttentionKernel,
+    BackboneConfig,
+    Dtype,
+    LoraConfig,
+    ScratchConfig,
+)
 from laser_jax.data.pipeline import Batch, Tokens
-from laser_jax.modeling.backbone import Backbone, Variables
+from laser_jax.modeling.attention import choose_kernel
+from laser_jax.modeling.backbone import Backbone, Variables, unstack_layers
 
 SMALL = "small-42m"
 TINY = "tiny"
@@ -80,6 +89,24 @@ def add_backbone(parser: argparse.ArgumentParser) -> None:
     add_dtype(parser)
 
 
+def add_contenders(parser: argparse.ArgumentParser) -> None:
+    """The flags `--attention` and `--no_torch`."""
+    parser.add_argument("--no_torch", action="store_true", help="time ours alone")
+    parser.add_argument(
+        "--attention",
+        choices=("auto", *get_args(AttentionKernel)),
+        default="auto",
+        help="our kernel for whole sequences; auto, the default, is the fastest that can run",
+    )
+
+
+def kernel_for(
+    wanted: Literal["auto"] | AttentionKernel, backbone: BackboneConfig, dtype: Dtype
+) -> AttentionKernel:
+    """Our attention kernel on jax's default device. Raises a ConfigError where it cannot run."""
+    return choose_kernel(wanted, jax.default_backend(), dtype, backbone.head_dim)[0]
+
+
 def add_dtype(parser: argparse.ArgumentParser) -> None:
     """The flag `--dtype`."""
     parser.add_argument(
@@ -134,6 +161,30 @@ def random_variables(backbone: Backbone, seed: int = 0) -> Variables:
     """Random weights, {"params": ...}, in the backbone's storage dtype."""
     ids = jnp.zeros((1, 8), jnp.int32)
     return nn.meta.unbox(jax.jit(backbone.init)(jax.random.key(seed), ids))
+
+
+def drawn_unstacked(config: BackboneConfig, dtype: Dtype, seed: int = 0) -> Variables:
+    """Random weights with every layer apart, drawn leaf by leaf: never more than one copy, and no
+    program as long as the model."""
+    backbone = make_backbone(config, dtype, lora=None)
+    leaves, tree = jax.tree.flatten(unstacked_shapes(backbone))
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(
+        tree, [_draw(k, a.shape, a.dtype) for k, a in zip(keys, leaves, strict=True)]
+    )
+
+
+def unstacked_shapes(backbone: Backbone) -> Variables:
+    """The weights of `drawn_unstacked` without values."""
+    return jax.eval_shape(lambda: unstack_layers(random_variables(backbone)))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    if len(shape) == 1:  # the scale of a norm
+        return jnp.ones(shape, dtype)
+    # of a kernel [in, out] or a table [V, D], the smaller side is near enough to the fan-in
+    return jax.random.normal(key, shape, dtype) * jnp.asarray(min(shape) ** -0.5, dtype)
 
 
 def make_backbone(config: BackboneConfig, dtype: Dtype, lora: LoraConfig | None) -> Backbone:

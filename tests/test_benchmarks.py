@@ -3,10 +3,16 @@ transcriptions compute what we compute."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib
+import importlib.util
 import json
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -16,10 +22,20 @@ import optax
 import pytest
 
 from benchmarks import (
+    all as all_benchmarks,
+)
+from benchmarks import (
     compile_time,
     corpus_cost,
+    data_pipeline,
     encode_latency,
+    encode_throughput,
+    encode_variants,
+    gpu,
+    gpu_checks,
+    memory,
     rewrite_latency,
+    search,
     thinking_overhead,
     train_step,
 )
@@ -185,6 +201,191 @@ def test_corpus_cost_measures_one_row_and_estimates_the_others(tmp_path: Path) -
         assert speed == pytest.approx(0.4e12 * teraflops[row["device"]])
 
 
+def test_encode_throughput_times_full_batches_and_a_mix_of_lengths(
+    tmp_path: Path, shared_data: Path
+) -> None:
+    flags = ("--data", str(shared_data), "--repeats", "1")
+    report = run(encode_throughput.main, "encode_throughput", tmp_path, *flags)
+    rows = {(row["workload"], row["contender"]): row for row in report["rows"]}
+    ways = ["published PyTorch", "tuned, as published", "tuned, sorted"] if PYTORCH else []
+    assert list(rows) == [("2×32", name) for name in ["ours", *PYTORCH]] + [
+        ("mix", name) for name in ["ours", *ways]
+    ]
+    for (workload, name), row in rows.items():
+        assert_spread(row["seconds"], repeats=1)
+        assert row["documents_per_second"] > 0
+        assert (row["documents"], row["tokens"]) == (
+            (4, 128) if workload == "2×32" else (8, rows["mix", "ours"]["tokens"])
+        )
+        assert workload == "mix" or row["padding_share"] == 0, name
+        assert row["of_matmul"] > 0
+        assert row["flops"] > 0
+    if PYTORCH:
+        shares = {name: rows["mix", name]["padding_share"] for name in ways}
+        assert shares["published PyTorch"] == shares["tuned, as published"]
+        assert 0 <= shares["tuned, sorted"] <= shares["tuned, as published"] < 1
+
+
+def test_a_mix_without_its_data_is_told(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("benchmarks.encode_contenders.torch_unusable", lambda: "torch absent")
+    flags = ("--data", str(tmp_path), "--repeats", "1")
+    report = run(encode_throughput.main, "encode_throughput", tmp_path, *flags)
+    assert [row["workload"] for row in report["rows"]] == ["2×32"]
+    assert "has no entailmentbank, scifact" in report["notes"][1]
+
+
+def test_padding_is_what_batches_in_order_of_arrival_add() -> None:
+    rows = [[1] * n for n in (2, 8, 4, 4)]
+    workload = encode_throughput.Workload("w", rows, 2, 4, 64, True)
+    batches = encode_throughput.arrival_batches(workload)
+    assert [encode_throughput.padded(b).ids_BT.shape for b in batches] == [(2, 8), (2, 4)]
+
+
+def test_encode_variants_agree_and_are_timed(tmp_path: Path) -> None:
+    report = run(encode_variants.main, "encode_variants", tmp_path)
+    names = [row["variant"] for row in report["rows"]]
+    assert names == ["layers apart, xla", "layers scanned, xla"]
+    for row in report["rows"]:
+        assert_spread(row["seconds"], repeats=2)
+        assert row["ready_seconds"] > 0
+
+
+def test_search_times_what_finds_the_same_documents(tmp_path: Path) -> None:
+    report = run(search.main, "search", tmp_path)
+    names = [row["contender"] for row in report["rows"]]
+    faiss = ["FAISS"] if importlib.util.find_spec("faiss") else []
+    assert names == ["ours, from the host", "NumPy", *(["PyTorch"] if PYTORCH else []), *faiss]
+    for row in report["rows"]:
+        assert (row["queries"], row["documents"], row["width"]) == (3, 500, 16)
+        assert_spread(row["seconds"], repeats=2)
+
+
+def test_a_search_that_finds_something_else_is_not_timed() -> None:
+    queries_QD, corpus_CD = search.unit_rows(1, 3, 8), search.unit_rows(2, 50, 8)
+    right = search.numpy_search(queries_QD, corpus_CD, 4, 16)
+    brute_QC = queries_QD @ corpus_CD.T
+    np.testing.assert_array_equal(right[1], np.argsort(-brute_QC, axis=1)[:, :4])
+    search.require_found("other", right, right, queries_QD, corpus_CD)
+    worse = np.argsort(-brute_QC, axis=1)[:, 1:5]
+    lower = (np.take_along_axis(brute_QC, worse, axis=1), worse)
+    with pytest.raises(BenchmarkError, match="other finds other documents"):
+        search.require_found("other", lower, right, queries_QD, corpus_CD)
+    with pytest.raises(BenchmarkError, match="not those of its documents"):
+        search.require_found("other", (right[0], worse), right, queries_QD, corpus_CD)
+
+
+def test_data_pipeline_counts_the_same_tokens_however_batches_are_made(
+    tmp_path: Path, shared_data: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    lines = (shared_data / "entailmentbank/train.jsonl").read_text().splitlines()[:40]
+    rows.write_text("\n".join(lines))
+    flags = ("--rows", str(rows), "--repeats", "1")
+    report = run(data_pipeline.main, "data_pipeline", tmp_path, *flags)
+    found = {row["way"]: row for row in report["rows"]}
+    plain, stored, sorted_ = (
+        found[name] for name in ("1 thread", "stored tokens, 1 thread", "1 thread, bucket_window 4")
+    )
+    assert plain["padding_share"] == stored["padding_share"] > sorted_["padding_share"] > 0
+    for row in found.values():
+        assert_spread(row["tokens_per_second"])
+        assert row["tokens_per_processor_second"] > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_memory_tells_the_peak_of_every_contender(tmp_path: Path, monkeypatch) -> None:
+    def here(function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
+
+    monkeypatch.setattr(memory, "in_new_process", here)
+    flags = ("--programs", "encode")
+    rows = run(memory.main, "memory", tmp_path, *flags)["rows"]
+    # a training step is made in the same way, by what `train_step` is made of
+    flags = ("--programs", "train_step", "--no_torch", "--only", "fast")
+    rows += run(memory.main, "memory", tmp_path, *flags)["rows"]
+    found = [(row["program"], row["contender"]) for row in rows]
+    assert found == [
+        *(("encode", name) for name in ("ours", *PYTORCH)),
+        ("train_step", "fast"),
+    ]
+    for row in rows:
+        assert row["host_peak_bytes"] >= row["host_before_bytes"] > 0
+        assert ("temp_bytes" in row) == (row["contender"] not in PYTORCH)
+
+
+def test_a_peak_is_that_of_the_runs_alone(monkeypatch) -> None:
+    def work(case: Any) -> Any:
+        del case
+        np.ones(2**27, np.uint8)  # made and forgotten before the runs
+        return lambda: np.ones(2**25, np.uint8).sum(), {"known": 1}
+
+    monkeypatch.setitem(memory.WORK, "encode", work)
+    case: Any = SimpleNamespace(program="encode", contender="ours", repeats=2)
+    found = memory.peak_of(case)
+    assert found["known"] == 1
+    assert 0.9 * 2**25 < found["host_working_bytes"] < 1.5 * 2**25  # the kernel counts in lumps
+
+
+def test_gpu_checks_compare_with_the_reference_numbers(tmp_path: Path, golden_dir: Path) -> None:
+    output = tmp_path / "checks.json"
+    with pytest.raises(SystemExit) as ended:
+        gpu_checks.main(["--quick", "--golden", str(golden_dir), "--output", str(output)])
+    report = json.loads(output.read_text())
+    assert ended.value.code == 0, [row for row in report["rows"] if not row["passed"]]
+    checks = " ".join(row["check"] for row in report["rows"])
+    for part in ("float32", "bfloat16", "trajectory", "norm of the gradient", "T = 96, dk"):
+        assert part in checks
+    assert not gpu_checks.row("nothing", float("nan"), 1.0)["passed"]
+
+
+def test_a_gpu_run_records_what_fails_and_goes_on(tmp_path: Path, monkeypatch) -> None:
+    parts = (
+        gpu.Part("absent", "no_such_program", "", 60),
+        gpu.Part("slow", "search", "", 0),
+        gpu.Part("search", "search", "", 100),
+    )
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    monkeypatch.setattr(gpu, "in_new_process", lambda function: function())
+    arguments = ["--quick", "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(arguments)
+    assert ended.value.code == 1
+    report = json.loads((tmp_path / "out/gpu.json").read_text())
+    absent, slow, searched = report["rows"]
+    assert absent["state"] == "failed"
+    assert "no_such_program" in absent["message"]
+    assert slow["state"] == "out of time"
+    assert "report" not in slow
+    assert searched["state"] == "done"
+    assert searched["report"]["benchmark"] == "search"
+
+    with pytest.raises(SystemExit):
+        gpu.main([*arguments, "--minutes", "0.1"])
+    report = json.loads((tmp_path / "out/gpu.json").read_text())
+    assert [row["state"] for row in report["rows"]] == ["not begun"] * 3
+
+
+@pytest.mark.parametrize(
+    "command",
+    [*all_benchmarks.RUNS.values(), *(f"{part.program} {part.arguments}" for part in gpu.PARTS)],
+)
+def test_the_long_runs_ask_for_what_the_programs_can_do(command: str, monkeypatch) -> None:
+    name, *arguments = shlex.split(command)
+    program = importlib.import_module(f"benchmarks.{name}")
+    asked: list[Any] = []
+
+    def measure(options: Any, arguments: Any) -> Any:
+        asked.append(options)
+        return SimpleNamespace(rows=[], finish=lambda columns, output: None)
+
+    monkeypatch.setattr(program, "measure", measure)
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
+    with contextlib.suppress(SystemExit):  # gpu_checks ends with its status
+        program.main(arguments)
+    assert len(asked) == 1
+    assert not asked[0].quick
+
+
 def test_unscanned_layers_leave_no_loop_in_a_step_that_does_not_think() -> None:
     shape = dataclasses.replace(TINY_TRAIN_SHAPE, thinking_steps=1)
     case = compile_time.Case(TINY, "train_step", False, "float32", shape)
@@ -247,6 +448,18 @@ def test_transcriptions_give_our_loss_gradients_and_embeddings_on_rows_of_all_le
             step = TorchTraining(transcription, model, batch, objective, OptimizerConfig())
             train_step.require_agreement(transcription.name, step(), wanted, "float32")
             assert step()["loss"] != wanted["loss"]  # it has learned
+
+
+def test_chosen_contenders_are_compared_with_fast() -> None:
+    base = train_step.base_config(TINY_TRAIN_SHAPE, "float32", None)
+    configs = train_step.variants(base, [2], [], ["dots"])
+    assert list(train_step.chosen(configs, None)) == list(configs)
+    assert list(train_step.chosen(configs, ["remat dots"])) == ["fast", "remat dots"]
+    with pytest.raises(BenchmarkError, match=r"--only \['gradcache / 3'\]"):
+        train_step.chosen(configs, ["gradcache / 3"])
+    assert "xla attention" not in configs
+    on_gpu = train_step.base_config(TINY_TRAIN_SHAPE, "bfloat16", None, "cudnn")
+    assert train_step.variants(on_gpu, [], [], [])["xla attention"].model.attention == "xla"
 
 
 def test_contenders_that_disagree_are_not_timed() -> None:

@@ -1,4 +1,4 @@
-"""The two plots, each as PNG and SVG. matplotlib is the extra `bench`."""
+"""The plots, each as PNG and SVG. matplotlib is the extra `bench`."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def require_matplotlib() -> Any:
     return matplotlib
 
 
-def _figure() -> tuple[Any, Any]:
+def _figure(height: float = 4.0) -> tuple[Any, Any]:
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    figure = Figure(figsize=(6.4, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
@@ -109,4 +109,56 @@ def plot_latency_quality(
     axes.set_xlabel("milliseconds a query")
     axes.set_ylabel(metric)
     axes.legend()
+    _save(figure, stem)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A measured value with its quartiles."""
+
+    label: str
+    kind: str
+    """Values of one kind have one colour, and the legend names it."""
+    q1: float
+    median: float
+    q3: float
+
+
+def plot_intervals(intervals: Sequence[Interval], quantity: str, stem: Path) -> None:
+    """Draws a line of quartiles with a point at the median for each value, the first on top. The
+    axis begins at 0, or is logarithmic where the medians are more than tenfold apart.
+
+    Args:
+        quantity: what the axis shows.
+        stem: the files are this with .png and .svg.
+    """
+    figure, axes = _figure(1.0 + 0.24 * len(intervals))
+    from matplotlib.ticker import LogFormatter
+
+    kinds = list(dict.fromkeys(value.kind for value in intervals))
+    told_apart = 1 < len(kinds) < len(intervals)  # else the labels say it all
+    for place, value in enumerate(intervals):
+        color = f"C{kinds.index(value.kind)}" if told_apart else "C0"
+        first = [other.kind for other in intervals].index(value.kind) == place
+        axes.hlines(place, value.q1, value.q3, color=color, linewidth=3, alpha=0.5)
+        axes.plot(
+            value.median,
+            place,
+            marker="o",
+            linestyle="none",
+            color=color,
+            label=value.kind if first else None,
+        )
+    axes.set_yticks(range(len(intervals)), [value.label for value in intervals], fontsize=8)
+    axes.invert_yaxis()
+    medians = [value.median for value in intervals]
+    if max(medians) > 10 * min(medians):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(LogFormatter())
+    else:
+        axes.set_xlim(left=0)
+    axes.grid(axis="x", which="both", alpha=0.3)
+    axes.set_xlabel(quantity)
+    if told_apart:
+        figure.legend(loc="outside upper right", fontsize=8, ncols=min(len(kinds), 4))
     _save(figure, stem)

@@ -1,0 +1,302 @@
+"""Documents a second: ours, the published PyTorch loop, tuned PyTorch.
+
+    python -m benchmarks.encode_throughput [--backbone NAME] [--full 8x128 8x512] [--data FOLDER]
+
+Full batches: `--batches` batches of rows that are all as long, which nobody gains from by sorting.
+
+The mix: `--documents` documents, half of them of entailmentbank (single facts) and half of scifact
+(abstracts), drawn and shuffled by a fixed seed. Lengths are those of their prompts, chat template
+included, in a byte-level BPE that is trained on the two corpora; the tokens themselves are random,
+as speed depends on lengths alone. All contenders start from tokens. What they do with the lengths
+is the point:
+
+ours                    LatentEncoder: sorted, at most `--batch_tokens` tokens a batch, few widths
+published PyTorch       `--batch_size` rows in the order of arrival, padded to the longest of them
+tuned, as published     tuned PyTorch with those batches
+tuned, sorted           tuned PyTorch with our batches, padded to the longest row and not to a width
+
+See benchmarks/torch_reference.py for what published and tuned mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.ceilings import ceiling_runs, ceilings, sizes
+from benchmarks.encode_contenders import OURS, EncodeContenders, require_same_vectors
+from benchmarks.encode_latency import rows_by_tokens
+from benchmarks.flops import encode_reading
+from benchmarks.measure import (
+    Report,
+    Run,
+    command_line,
+    environment,
+    positive,
+    ratio_cell,
+    seconds_cell,
+    time_alternating,
+    timing_fields,
+    torch_threads,
+)
+from benchmarks.workload import SHAPES, TINY, add_backbone, add_contenders
+from laser_jax.batch_encoder import LatentEncoder
+from laser_jax.config import PromptConfig, as_dict
+from laser_jax.data.buckets import IndexedRow
+from laser_jax.data.pipeline import Tokens
+from laser_jax.data.tokenization import PromptTokenizer, right_pad, train_tokenizer
+from laser_jax.evaluation.beir import read_corpus
+from laser_jax.training.throughput import forward_flops
+
+FULL = [(8, 128), (8, 512)]
+DATA = ("../shared/data", "shared/data")
+SETS = ("entailmentbank", "scifact")
+VOCABULARY = 16_000
+"""Of the tokenizer that is trained on the two corpora."""
+SHORT_BATCHES = (1, 8)
+"""Of ours, for what is left over; those of `LatentRetriever`."""
+AS_PUBLISHED, SORTED = "tuned, as published", "tuned, sorted"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Rows to embed, and how each side cuts them into batches."""
+
+    name: str
+    rows: list[list[int]]
+    batch_size: int
+    """PyTorch's."""
+    our_batch_size: int
+    our_batch_tokens: int
+    sorting_matters: bool
+
+
+def full_workload(
+    rng: np.random.Generator, batches: int, rows: int, width: int, vocab_size: int
+) -> Workload:
+    """Batches of rows that are all as long."""
+    tokens = rng.integers(0, vocab_size, (batches * rows, width)).tolist()
+    return Workload(f"{rows}×{width}", tokens, rows, rows, rows * width, False)
+
+
+def mixed_lengths(
+    data: Path, documents: int, longest: int, vocabulary: int, most: int | None = None
+) -> list[int]:
+    """Tokens of the prompts of `documents` documents, in the order of their arrival.
+
+    Args:
+        most: documents of each corpus that are looked at; None looks at all.
+    """
+    rng = np.random.default_rng(0)
+    corpora = [read_corpus(data / name)[:most] for name in SETS]
+    texts = [[document.text for document in corpus] for corpus in corpora]
+    tokenizer = train_tokenizer((text for corpus in texts for text in corpus), vocabulary)
+    prompts = PromptTokenizer(tokenizer, PromptConfig(document_max_length=longest))
+    drawn = [
+        corpus[int(i)]
+        for corpus in texts
+        for i in rng.choice(len(corpus), documents // len(SETS), replace=False)
+    ]
+    lengths = [len(prompts.document(text)) for text in drawn]
+    return [lengths[int(i)] for i in rng.permutation(len(lengths))]
+
+
+def arrival_batches(workload: Workload) -> list[list[IndexedRow]]:
+    """Cut in the order of arrival."""
+    indexed = list(enumerate(workload.rows))
+    size = workload.batch_size
+    return [indexed[start : start + size] for start in range(0, len(indexed), size)]
+
+
+def padded(batch: Sequence[IndexedRow]) -> Tokens:
+    """To the longest row."""
+    rows = [row for _, row in batch]
+    return Tokens(*right_pad(rows, 0, max(map(len, rows))))
+
+
+class Contenders:
+    """What embeds the whole of a workload, and how much of it was padding."""
+
+    def __init__(self, encoders: EncodeContenders, workload: Workload, thinking_steps: int):
+        self.runs: dict[str, Run] = {}
+        self.padding: dict[str, float] = {}
+        self._real = sum(map(len, workload.rows))
+        encoder = LatentEncoder(
+            encoders.variables,
+            encoders.config,
+            batch_size=workload.our_batch_size,
+            batch_tokens=workload.our_batch_tokens,
+            short_batches=SHORT_BATCHES,
+            attention=encoders.kernel,
+        )
+        sorted_batches = list(encoder.buckets.batches([list(enumerate(workload.rows))]))
+        shapes = [encoder.buckets.shape([row for _, row in b]) for b in sorted_batches]
+        self._add(
+            OURS,
+            lambda: encoder.encode_tokens(workload.rows, [thinking_steps])[0],
+            sum(rows * width for rows, width in shapes),
+        )
+        for transcription, model in encoders.torch_models.items():
+            tuned = transcription.name.startswith("tuned")
+            ways = {transcription.name: arrival_batches(workload)}
+            if tuned and workload.sorting_matters:
+                ways = {AS_PUBLISHED: arrival_batches(workload), SORTED: sorted_batches}
+            for name, batches in ways.items():
+                self._add_torch(name, transcription, model, batches, thinking_steps)
+
+    def _add(self, name: str, run: Run, computed: int) -> None:
+        self.runs[name], self.padding[name] = run, 1 - self._real / computed
+
+    def _add_torch(
+        self,
+        name: str,
+        transcription: Any,
+        model: Any,
+        batches: Sequence[Sequence[IndexedRow]],
+        thinking_steps: int,
+    ) -> None:
+        from benchmarks.torch_reference import TorchEncoder, left_padded
+
+        tokens = [padded(batch) for batch in batches]
+        encoders = [
+            TorchEncoder(transcription, model, left_padded(t, str(model.device)), thinking_steps)
+            for t in tokens
+        ]
+        places = np.argsort([place for batch in batches for place, _ in batch])
+
+        def run() -> np.ndarray:
+            parts = [encode().cpu().numpy() for encode in encoders]
+            return np.concatenate(parts)[places]
+
+        self._add(name, run, sum(t.ids_BT.size for t in tokens))
+
+
+def workloads(options: argparse.Namespace, vocab_size: int, report: Report) -> Iterator[Workload]:
+    """The full batches, and the mix where its data are there."""
+    rng = np.random.default_rng(0)
+    for rows, width in [(2, 32)] if options.quick else options.full:
+        yield full_workload(rng, 2 if options.quick else options.batches, rows, width, vocab_size)
+    if options.documents == 0:
+        return
+    absent = [name for name in SETS if not (options.data / name).is_dir()]
+    if absent:
+        report.notes.append(f"The mix is not measured: {options.data} has no {', '.join(absent)}.")
+        return
+    documents, longest, vocabulary, most = options.documents, options.longest, VOCABULARY, None
+    if options.quick:
+        documents, longest, vocabulary, most = 8, 96, 300, 200
+    lengths = mixed_lengths(options.data, documents, longest, vocabulary, most)
+    q = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1]).astype(int).tolist()
+    report.notes.append(
+        f"The mix: {len(lengths)} documents of {sum(lengths):,} tokens (quartiles {q}, at most "
+        f"{longest}), by a BPE of {vocabulary:,} tokens trained on the two corpora."
+    )
+    rows = [rng.integers(0, vocab_size, length).tolist() for length in lengths]
+    theirs, size = (4, 4) if options.quick else (options.batch_size, options.our_batch_size)
+    yield Workload("mix", rows, theirs, size, options.batch_tokens, True)
+
+
+def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
+    """Checks and times the contenders on every workload.
+
+    Raises:
+        BenchmarkError: two contenders give different vectors.
+    """
+    backbone = SHAPES[TINY if options.quick else options.backbone]
+    settings = {
+        "backbone": as_dict(backbone),
+        "dtype": options.dtype,
+        "thinking_steps": options.thinking_steps,
+        "batches": options.batches,
+        "batch_size": options.batch_size,
+        "our_batch_size": options.our_batch_size,
+        "our_batch_tokens": options.batch_tokens,
+        "repeats": options.repeats,
+        "torch_threads": torch_threads(),
+    }
+    encoders = EncodeContenders(
+        backbone, options.dtype, options.attention, with_torch=not options.no_torch
+    )
+    settings["attention"] = encoders.kernel
+    report = Report("encode_throughput", arguments, settings, environment())
+    report.notes += encoders.notes
+    K, of = options.thinking_steps, sizes(quick=options.quick)
+    for workload in workloads(options, backbone.vocab_size, report):
+        contenders = Contenders(encoders, workload, K)
+        wanted_ND = contenders.runs[OURS]()
+        for name in contenders.runs.keys() - {OURS}:
+            require_same_vectors(name, contenders.runs[name](), wanted_ND, options.dtype)
+        times = time_alternating(
+            contenders.runs | ceiling_runs(options.dtype, of), repeats=options.repeats
+        )
+        best = ceilings(times, options.dtype, of)
+        lengths = list(map(len, workload.rows))
+        flops = forward_flops(backbone, encode_reading(lengths, K))
+        for name in contenders.runs:
+            seconds = float(np.median(times[name]))
+            row: dict[str, Any] = {"contender": name, "workload": workload.name}
+            row |= {"documents": len(lengths), "tokens": sum(lengths), "thinking_steps": K}
+            row |= timing_fields(times, name, base=OURS)
+            row |= {
+                "documents_per_second": len(lengths) / seconds,
+                "tokens_per_second": sum(lengths) / seconds,
+                "padding_share": contenders.padding[name],
+                "flops": flops,
+                "of_matmul": flops / seconds / best.flops,
+                "matmul_flops_per_second": best.flops,
+            }
+            if best.data_sheet_flops is not None:
+                row["mfu"] = flops / seconds / best.data_sheet_flops
+            report.rows.append(row)
+    return report
+
+
+COLUMNS = {
+    "encoder": lambda row: row["contender"],
+    "documents": lambda row: row["workload"],
+    "K": lambda row: str(row["thinking_steps"]),
+    "time (quartiles)": lambda row: seconds_cell(row["seconds"]),
+    "× ours (quartiles)": lambda row: ratio_cell(row["ratio"]),
+    "docs/s": lambda row: f"{row['documents_per_second']:,.1f}",
+    "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
+    "padding": lambda row: f"{row['padding_share']:.0%}",
+    "of large matmul": lambda row: f"{row['of_matmul']:.0%}",
+    "MFU, data sheet": lambda row: f"{row['mfu']:.0%}" if "mfu" in row else "",
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command line."""
+    parser = command_line("encode_throughput", __doc__, repeats=5)
+    add_backbone(parser)
+    add_contenders(parser)
+    shapes = " ".join(f"{rows}x{tokens}" for rows, tokens in FULL)
+    parser.add_argument(
+        "--full", type=rows_by_tokens, nargs="*", default=FULL, help=f"default {shapes}"
+    )
+    parser.add_argument("--batches", type=positive, default=2, help="of each full shape; default 2")
+    there = Path(next((folder for folder in DATA if Path(folder).is_dir()), DATA[0]))
+    parser.add_argument("--data", type=Path, default=there, help=f"default {' or '.join(DATA)}")
+    for name, value, what in (
+        ("thinking_steps", 3, "K"),
+        ("longest", 512, "tokens of the longest prompt of the mix"),
+        ("batch_size", 8, "rows of PyTorch's batches in the mix"),
+        ("our_batch_size", 64, "the most rows of ours"),
+        ("batch_tokens", 8192, "the most tokens of ours"),
+    ):
+        parser.add_argument(f"--{name}", type=positive, default=value, help=f"{what}; {value}")
+    parser.add_argument(
+        "--documents", type=int, default=128, help="of the mix, 0 for none; default 128"
+    )
+    options = parser.parse_args(arguments)
+    measure(options, arguments).finish(COLUMNS, options.output)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

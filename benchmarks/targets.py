@@ -1,0 +1,208 @@
+"""What the project set out to reach, and where in the reports the measured value stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.workload import SHAPES
+from laser_jax.config import as_dict
+
+Values = Mapping[str, Any]
+"""The settings of a report and, over them, the values of a row; `backbone` is a name."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A goal."""
+
+    what: str
+    benchmark: str
+    backend: str
+    wanted: Mapping[str, Any]
+    """Values that a row or its settings must have."""
+    value: Callable[[Values], Any]
+    """A spread of repeats, or a number."""
+    at_least: float | None = None
+    at_most: float | None = None
+    unit: str = ""
+
+    @property
+    def goal(self) -> str:
+        bound, sign = (self.at_most, "≤") if self.at_least is None else (self.at_least, "≥")
+        return f"{sign} {bound:g}{self.unit}"
+
+    def met(self, value: float) -> bool:
+        if self.at_least is not None:
+            return value >= self.at_least
+        assert self.at_most is not None
+        return value <= self.at_most
+
+
+def _ratio(values: Values) -> Any:
+    return values["ratio"]
+
+
+def _milliseconds(values: Values) -> Any:
+    spread = values["seconds"]
+    return {key: 1000 * spread[key] for key in ("median", "q1", "q3")}
+
+
+def _encode(backbone: str, batch: str, contender: str, at_least: float) -> Target:
+    rows, tokens = map(int, batch.split("×"))
+    return Target(
+        f"encode {batch}, K = 3, {backbone}: {contender} / ours",
+        "encode_latency",
+        "cpu",
+        {
+            "backbone": backbone,
+            "rows": rows,
+            "tokens": tokens,
+            "thinking_steps": 3,
+            "contender": contender,
+        },
+        _ratio,
+        at_least=at_least,
+        unit=" ×",
+    )
+
+
+def _thinking(tokens: int, backbone: str, backend: str, at_most: float) -> Target:
+    return Target(
+        f"encode 8×{tokens}, {backbone}: K = 3 / K = 1, ours",
+        "thinking_overhead",
+        backend,
+        {
+            "backbone": backbone,
+            "rows": 8,
+            "tokens": tokens,
+            "thinking_steps": 3,
+            "contender": "ours",
+        },
+        _ratio,
+        at_most=at_most,
+        unit=" ×",
+    )
+
+
+def _step(backbone: str, backend: str, queries: int, contender: str, at_least: float) -> Target:
+    return Target(
+        f"LoRA training step, {queries} queries, {backbone}: {contender} / fast",
+        "train_step",
+        backend,
+        {"backbone": backbone, "queries": queries, "full": False, "contender": contender},
+        _ratio,
+        at_least=at_least,
+        unit=" ×",
+    )
+
+
+PUBLISHED, TUNED = "published PyTorch", "tuned PyTorch"
+GPU_BACKBONE = "qwen3-0.6b"
+TARGETS: Sequence[Target] = (
+    *(
+        _encode(backbone, batch, contender, at_least)
+        for backbone, batches in (("small-42m", ("8×128", "8×512")), ("qwen3-0.6b", ("8×128",)))
+        for batch in batches
+        for contender, at_least in ((PUBLISHED, 3), (TUNED, 1.5))
+    ),
+    _thinking(128, "small-42m", "cpu", 1.2),
+    _thinking(512, "small-42m", "cpu", 1.2),
+    Target(
+        "encode a mix of lengths, K = 3, small-42m: tuned PyTorch padded as published / ours",
+        "encode_throughput",
+        "cpu",
+        {"backbone": "small-42m", "workload": "mix", "contender": "tuned, as published"},
+        _ratio,
+        at_least=2.5,
+        unit=" ×",
+    ),
+    _step("small-42m", "cpu", 8, PUBLISHED, 3),
+    Target(
+        "encode 8×512, K = 3, qwen3-0.6b in bfloat16 on an H200",
+        "thinking_overhead",
+        "gpu",
+        {
+            "backbone": GPU_BACKBONE,
+            "rows": 8,
+            "tokens": 512,
+            "thinking_steps": 3,
+            "contender": "ours",
+        },
+        _milliseconds,
+        at_most=10,
+        unit=" ms",
+    ),
+    _thinking(512, GPU_BACKBONE, "gpu", 1.35),
+    Target(
+        "encode rows of 512 tokens, K = 3, qwen3-0.6b in bfloat16 on an H200, a second",
+        "encode_throughput",
+        "gpu",
+        {"backbone": GPU_BACKBONE, "workload": "8×512", "contender": "ours"},
+        lambda values: values["documents_per_second"],
+        at_least=780,
+    ),
+    Target(
+        "LoRA training, qwen3-0.6b in bfloat16 on an H200, queries a second",
+        "train_step",
+        "gpu",
+        {"backbone": GPU_BACKBONE, "queries": 8, "full": False, "contender": "fast"},
+        lambda values: values["queries_per_second"],
+        at_least=55,
+    ),
+    _step(GPU_BACKBONE, "gpu", 4, PUBLISHED, 4),
+    _step(GPU_BACKBONE, "gpu", 4, TUNED, 1),
+    Target(
+        "exact top 100 of 1.145 M × 1,024 for 1,384 queries on an H200",
+        "search",
+        "gpu",
+        {"queries": 1384, "width": 1024, "contender": "ours, on the device"},
+        _milliseconds,
+        at_most=100,
+        unit=" ms",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What was measured for a target."""
+
+    value: float
+    quartiles: tuple[float, float] | None
+    device: str
+    date: str
+
+
+def values_of(report: Mapping[str, Any], row: Mapping[str, Any]) -> Values:
+    """The settings of a report and, over them, those of a row."""
+    settings = dict(report["settings"])
+    named = [n for n, config in SHAPES.items() if as_dict(config) == settings.get("backbone")]
+    settings["backbone"] = named[0] if named else None
+    settings["full"] = settings.get("lora") is None
+    return settings | settings.get("shape", {}) | dict(row)
+
+
+def reached(target: Target, reports: Sequence[Mapping[str, Any]]) -> Reached | None:
+    """The newest measurement; None where there is none."""
+    newest: Reached | None = None
+    for report in reports:
+        environment = report["environment"]
+        if (report["benchmark"], environment["backend"]) != (target.benchmark, target.backend):
+            continue
+        for row in report["rows"]:
+            values = values_of(report, row)
+            if any(values.get(key) != value for key, value in target.wanted.items()):
+                continue
+            if newest is not None and newest.date >= environment["date"]:
+                continue
+            found = target.value(values)
+            spread = isinstance(found, Mapping)
+            newest = Reached(
+                float(found["median"] if spread else found),
+                (float(found["q1"]), float(found["q3"])) if spread else None,
+                environment["device"] if target.backend == "gpu" else environment["processor"],
+                environment["date"],
+            )
+    return newest
