@@ -90,7 +90,10 @@ def pieces(corpus: Any, chunk: int) -> Iterator[tuple[int, Any]]:
 def ours(
     queries_QD: np.ndarray, chunks: Sequence[tuple[Any, np.ndarray]], k: int, chunk: int
 ) -> Found:
-    block = min(len(queries_QD), 2048)  # all at once: the queries of BRIGHT are 1,384
+    """`exact_top_k` with all queries at once, up to 2,048; of one chunk no more than there is, as in
+    `laser_jax.search.topk.search`."""
+    chunk = min(chunk, sum(len(rows) for rows, _ in chunks))
+    block = min(len(queries_QD), 2048)
     return exact_top_k(queries_QD, chunks, k, chunk=chunk, query_block=block)
 
 
