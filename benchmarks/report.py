@@ -4,7 +4,8 @@
 
 Reads every JSON file under the folder of results, in the order of their names, and writes nothing
 that they do not say: the same files give the same page. A table is made by the `COLUMNS` of the
-program that wrote the file; where rows hold `seconds`, there is a figure too (PNG and SVG, extra
+program that wrote the file, and where it has a function `further_tables` of the rows, that gives
+more, by their titles; where rows hold `seconds`, there is a figure too (PNG and SVG, extra
 `bench`). `--check` writes nothing and says whether the page is what the files give.
 """
 
@@ -164,6 +165,9 @@ def page(results: Sequence[Result]) -> str:
         parts += [f"## {name}", title_of(of_program[0])]
         for result in of_program:
             parts += [f"### {result.name}", as_markdown(result.report, columns_of(result))]
+            further = getattr(program_of(result), "further_tables", lambda rows: {})
+            for title, table in further(result.report["rows"]).items():
+                parts += [f"#### {title}", table]
             if intervals(result):
                 image = f"{FIGURES}/{result.name}"
                 parts.append(f"![times of {result.name}]({image}.png) ([SVG]({image}.svg))")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import encode_latency
 from benchmarks import report as reporting
 from benchmarks.report import Result, ResultsError, draw, inner_results, page, read_results
 from benchmarks.targets import TARGETS, reached
@@ -108,6 +109,15 @@ def test_the_page_shows_command_machine_table_notes_and_the_parts_of_a_gpu_run()
         "What cannot be shown here",
     ):
         assert wanted in text
+
+
+def test_a_program_may_have_further_tables(monkeypatch) -> None:
+    def tables(rows: list[Any]) -> dict[str, str]:
+        return {"Slower rows": f"| {len(rows)} of them |"}
+
+    monkeypatch.setattr(encode_latency, "further_tables", tables, raising=False)
+    text = page([Result("latency", latency())])
+    assert "#### Slower rows\n\n| 2 of them |" in text
 
 
 def test_the_same_results_give_the_same_figures(tmp_path: Path) -> None:
