@@ -19,7 +19,7 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +59,8 @@ from laser_jax.train import TrainingError, train
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 METRICS = ("nDCG@10", "Hit@1", "Recall@100")
+COMPARED = ("nDCG@10", "Hit@1")
+"""Differences are given of these; resampling takes the most time of a report."""
 STEPS = tuple(range(1, 9))
 PROBE_FILE = "probe.json"
 LM_ALONE = "backbone"
@@ -128,9 +130,14 @@ class Setting:
         """The generated world of a seed; equal for equal seeds."""
         if self.world is None:
             return None
-        return build_world(WorldConfig(**asdict(self.world) | {"seed": seed}))
+        return build_world(replace(self.world, seed=seed))
 
 
+WORLD = WorldConfig(num_places=20, final_separator=True)
+"""The quickstart's."""
+TINY_WORLD = replace(
+    WORLD, num_places=8, num_relations=3, hops=2, num_dev_queries=8, num_test_queries=16
+)
 TINY = (
     *("--model.scratch.hidden_size", "16", "--model.scratch.num_layers", "1"),
     *("--model.scratch.head_dim", "8", "--model.scratch.intermediate_size", "32"),
@@ -146,24 +153,19 @@ def setting_of(world: str, data: Path | None, quick: bool) -> Setting:
     """The setting that the command line names.
 
     Raises:
-        ConfigError: a data world without its directory.
+        ConfigError: a data set without its directory.
     """
     if world == "default":
         recipe = ("--config", str(CONFIGS / "world_pretrain.yaml"))
         training = ("--config", str(CONFIGS / "quickstart.yaml"))
         if quick:
-            tiny = WorldConfig(
-                num_places=8, num_relations=3, hops=2, num_dev_queries=8, num_test_queries=16
-            )
-            tiny = WorldConfig(**asdict(tiny) | {"final_separator": True})
-            return Setting("quick", (*recipe, *TINY), (*training, *TINY_TRAIN), tiny)
-        return Setting(
-            "default", recipe, training, WorldConfig(num_places=20, final_separator=True)
-        )
-    if data is None or not (data / "train.jsonl").is_file():
+            return Setting("quick", (*recipe, *TINY), (*training, *TINY_TRAIN), TINY_WORLD)
+        return Setting("default", recipe, training, WORLD)
+    data = data or Path("../shared/data") / world
+    if not (data / "train.jsonl").is_file():
         raise ConfigError(
-            f"--world {world} wants --data DIR, a BEIR directory with a train.jsonl of LaSER rows; "
-            f"got {data}"
+            f"{data / 'train.jsonl'} is missing: --world {world} wants --data DIR, a BEIR "
+            "directory with a train.jsonl of LaSER rows"
         )
     recipe = ("--config", str(CONFIGS / "texts_pretrain.yaml"))
     training = ("--config", str(CONFIGS / "texts.yaml"))
@@ -316,9 +318,14 @@ def probe(seed: Seed, row: str, split: str) -> dict[str, Any] | None:
             f"{models[row]}: two places begin with the same token, so a token tells no place; give "
             "the tokenizer a larger vocabulary (model.scratch.vocab_size)"
         )
-    walks = {query.query_id: query.walk.places for query in (*world.dev, *world.test)}
     dataset = read_beir(seed.data, split)
-    place_QH = np.array([walks[id_] for id_ in dataset.queries])
+    walks = {(q.query_id, q.text): q.walk.places for q in (*world.dev, *world.test)}
+    asked = [(query.id, query.text) for query in dataset.queries.values()]
+    if not walks.keys() >= set(asked):
+        raise BenchmarkError(
+            f"{seed.data} holds the world of another version; choose another --work"
+        )
+    place_QH = np.array([walks[query] for query in asked])
     document_of = {document.id: c for c, document in enumerate(dataset.documents)}
     order = np.array([document_of[id_] for id_, _ in world.documents])
     rows = [prompts.query(q.text, q.instruction or "") for q in dataset.queries.values()]
@@ -462,7 +469,7 @@ def _differences(ours: Result, our_run: str, theirs: Result, their_run: str) -> 
         metric: paired_difference(
             values_of(ours, our_run, metric), values_of(theirs, their_run, metric)
         )
-        for metric in METRICS
+        for metric in COMPARED
     }
 
 
@@ -551,31 +558,36 @@ def _not_run(seeds: Sequence[Seed], rows: Sequence[str], split: str) -> list[str
     ]
 
 
+def run_missing(seeds: Sequence[Seed], rows: Sequence[str], split: str) -> None:
+    """Trains and evaluates what is not finished."""
+    for seed in seeds:
+        write_texts(seed)
+        make_backbone(seed)
+        for row in rows:
+            train_row(seed, row)
+            evaluate_row(seed, row, split)
+
+
 def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
-    """Trains and evaluates what is not finished, then compares.
+    """Runs what is missing, unless `--finished_only`, and compares.
 
     Raises:
         ConfigError, BenchmarkError, TrainingError, and what training and evaluation raise: the
             message names the culprit.
     """
     setting = setting_of(options.world, options.data, options.quick)
-    rows = options.rows or list(QUICK_ROWS if options.quick else ROWS)
-    rows = [row for row in ROWS if row in rows]  # `explicit` before its pupil
-    if "without_colearning" in rows and "explicit" not in rows:
-        rows = [row for row in ROWS if row in (*rows, "explicit")]
+    asked = set(options.rows or (QUICK_ROWS if options.quick else ROWS))
+    if "without_colearning" in asked:
+        asked.add("explicit")
+    rows = [row for row in ROWS if row in asked]  # a teacher before its pupil
     numbers = range(options.first_seed, options.first_seed + options.seeds)
     seeds = [
         Seed(setting, number, options.work / setting.name / f"seed-{number}") for number in numbers
     ]
     where = environment()
     if not options.finished_only:
-        with contextlib.redirect_stdout(sys.stderr):
-            for seed in seeds:
-                write_texts(seed)
-                make_backbone(seed)
-                for row in rows:
-                    train_row(seed, row)
-                    evaluate_row(seed, row, options.split)
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the tables
+            run_missing(seeds, rows, options.split)
     found = {row: read_result(seeds, row, options.split) for row in rows}
     results = {row: result for row, result in found.items() if result is not None}
     not_run = _not_run(seeds, rows, options.split)
@@ -608,7 +620,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     worlds = ("default", "entailmentbank", "strategyqa", "2wiki")
     parser.add_argument("--world", choices=worlds, default="default")
-    parser.add_argument("--data", type=Path, help="the BEIR directory of the other worlds")
+    parser.add_argument("--data", type=Path, help="a data set's; default ../shared/data/WORLD")
     parser.add_argument("--seeds", type=positive, default=3, help="how many; default 3")
     parser.add_argument("--first_seed", type=positive, default=1, help="default 1")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), help="default: all")

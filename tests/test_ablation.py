@@ -124,8 +124,8 @@ def test_a_finished_run_of_another_config_is_refused_by_name(
 def test_nothing_finished_and_no_data_are_errors_that_name_the_flag(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="nothing is finished under"):
         ablation.main([*QUICK, "--finished_only", "--work", str(tmp_path)])
-    with pytest.raises(SystemExit, match="--world 2wiki wants --data DIR"):
-        ablation.main(["--world", "2wiki"])
+    with pytest.raises(SystemExit, match=r"train.jsonl is missing: --world 2wiki wants --data"):
+        ablation.main(["--world", "2wiki", "--data", str(tmp_path)])
 
 
 # --- the rows ----------------------------------------------------------------------------------
@@ -269,4 +269,14 @@ def test_two_places_with_one_first_token_are_refused(
     monkeypatch.setattr(ablation, "_name_token", lambda prompts, name: 7)
     seed = Seed(setting_of("default", None, quick=True), 1, work / "quick" / "seed-1")
     with pytest.raises(BenchmarkError, match="two places begin with the same token"):
+        probe(seed, "laser", "test")
+
+
+def test_a_walk_of_another_world_is_refused(
+    report: dict[str, Any], work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed = Seed(setting_of("default", None, quick=True), 1, work / "quick" / "seed-1")
+    other = seed.setting.built(2)
+    monkeypatch.setattr(ablation, "build_world", lambda config: other)
+    with pytest.raises(BenchmarkError, match="holds the world of another version"):
         probe(seed, "laser", "test")

@@ -33,6 +33,18 @@ def _differences(a: Sequence[float], b: Sequence[float], resamples: int) -> np.n
     return np.asarray(a, np.float64) - np.asarray(b, np.float64)
 
 
+def _resampled_means(
+    difference_Q: np.ndarray, resamples: int, rng: np.random.Generator
+) -> np.ndarray:
+    """[R] means of as many queries, drawn with replacement."""
+    queries = len(difference_Q)
+    means = [
+        difference_Q[rng.integers(0, queries, (rows, queries))].mean(axis=1)
+        for rows in _blocks(resamples, queries)
+    ]
+    return np.concatenate(means) if means else np.empty(0)
+
+
 def _blocks(resamples: int, queries: int) -> Iterator[int]:
     block = max(1, _NUMBERS_AT_A_TIME // queries)
     for start in range(0, resamples, block):
@@ -61,13 +73,7 @@ def paired_bootstrap(
     """
     difference_Q = _differences(a, b, resamples)
     rng = np.random.default_rng(seed)
-    queries = len(difference_Q)
-    means_R = np.concatenate(
-        [
-            difference_Q[rng.integers(0, queries, (rows, queries))].mean(axis=1)
-            for rows in _blocks(resamples, queries)
-        ]
-    )
+    means_R = _resampled_means(difference_Q, resamples, rng)
     tail = (1 - confidence) / 2
     low, high = np.quantile(means_R, [tail, 1 - tail])
     return Interval(float(difference_Q.mean()), float(low), float(high))
@@ -97,10 +103,12 @@ def grouped_bootstrap(
         raise ValueError(f"the same groups are wanted, at least one: got {len(a)} and {len(b)}")
     groups = [_differences(x, y, resamples) for x, y in zip(a, b, strict=True)]
     rng = np.random.default_rng(seed)
-    means_R = np.empty(resamples)
-    for r in range(resamples):
-        drawn = [groups[g] for g in rng.integers(0, len(groups), len(groups))]
-        means_R[r] = np.mean([d[rng.integers(0, len(d), len(d))].mean() for d in drawn])
+    drawn_RG = rng.integers(0, len(groups), (resamples, len(groups)))
+    means_RG = np.empty(drawn_RG.shape)
+    for group, difference_Q in enumerate(groups):
+        chosen = drawn_RG == group
+        means_RG[chosen] = _resampled_means(difference_Q, int(chosen.sum()), rng)
+    means_R = means_RG.mean(axis=1)
     tail = (1 - confidence) / 2
     low, high = np.quantile(means_R, [tail, 1 - tail])
     return Interval(float(np.mean([d.mean() for d in groups])), float(low), float(high))
