@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import shlex
 import sys
@@ -213,7 +214,6 @@ def write_texts(seed: Seed) -> None:
         json.dumps({"text": document.text}) + "\n"
         for document in read_beir(seed.data, "dev").documents
     ]
-    seed.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(seed.texts, "".join(corpus) + (seed.data / "train.jsonl").read_text())
 
 
@@ -559,10 +559,14 @@ def _not_run(seeds: Sequence[Seed], rows: Sequence[str], split: str) -> list[str
 
 
 def run_missing(seeds: Sequence[Seed], rows: Sequence[str], split: str) -> None:
-    """Trains and evaluates what is not finished."""
+    """Trains and evaluates what is not finished. Other processes may run other rows of the same
+    seeds; one of them makes the backbone and the others wait for it."""
     for seed in seeds:
-        write_texts(seed)
-        make_backbone(seed)
+        seed.folder.mkdir(parents=True, exist_ok=True)
+        with (seed.folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            write_texts(seed)
+            make_backbone(seed)
         for row in rows:
             train_row(seed, row)
             evaluate_row(seed, row, split)

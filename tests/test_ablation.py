@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from benchmarks.ablation import (
     over_seeds,
     paired_difference,
     probe,
+    run_missing,
     setting_of,
     summarise,
     train_command,
@@ -121,6 +124,22 @@ def test_a_finished_run_of_another_config_is_refused_by_name(
         ablation.main([*QUICK, "--rows", "laser", "--work", str(work)])
 
 
+def test_a_second_process_waits_for_the_backbone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = threading.Event()
+    monkeypatch.setattr(ablation, "write_texts", lambda seed: None)
+    monkeypatch.setattr(ablation, "make_backbone", lambda seed: made.set())
+    seed = Seed(setting_of("default", None, quick=True), 1, tmp_path)
+    second = threading.Thread(target=run_missing, args=([seed], [], "test"))
+    with (tmp_path / ".lock").open("w") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        second.start()
+        assert not made.wait(0.3)
+    second.join()
+    assert made.is_set()
+
+
 def test_nothing_finished_and_no_data_are_errors_that_name_the_flag(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="nothing is finished under"):
         ablation.main([*QUICK, "--finished_only", "--work", str(tmp_path)])
@@ -161,6 +180,7 @@ def test_the_rows_are_the_papers() -> None:
 def test_a_data_set_is_read_whole_but_for_its_test_queries(shared_data: Path, tmp_path) -> None:
     data = shared_data / "entailmentbank"
     seed = Seed(setting_of("entailmentbank", data, quick=False), 1, tmp_path / "seed-1")
+    seed.folder.mkdir()
     write_texts(seed)
     lines = [json.loads(line) for line in seed.texts.read_text().splitlines()]
     assert sum("text" in line for line in lines) == 11763
