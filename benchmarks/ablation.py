@@ -405,7 +405,8 @@ def paired_difference(ours: Values, theirs: Values) -> dict[str, Any] | None:
 
     A query is paired with itself under the same seed: same world, backbone and batches. The pairs
     of all seeds are pooled and drawn again (`low`, `high`): the interval takes the trainings as
-    given. In `over_seeds` the seeds are drawn again too, then queries within each.
+    given. In `over_seeds` the seeds are drawn again too, then queries within each; None for one
+    seed.
     """
     shared = sorted(ours.keys() & theirs.keys())
     if not shared:
@@ -416,9 +417,9 @@ def paired_difference(ours: Values, theirs: Values) -> dict[str, Any] | None:
     a = [list(ours[seed].values()) for seed in shared]
     b = [[theirs[seed][query] for query in ours[seed]] for seed in shared]
     pooled = paired_bootstrap([v for part in a for v in part], [v for part in b for v in part])
-    grouped = grouped_bootstrap(a, b)
+    grouped = grouped_bootstrap(a, b) if len(shared) > 1 else None
     return asdict(pooled) | {
-        "over_seeds": {"low": grouped.low, "high": grouped.high},
+        "over_seeds": grouped and {"low": grouped.low, "high": grouped.high},
         "per_seed": {
             seed: float(np.mean(x) - np.mean(y)) for seed, x, y in zip(shared, a, b, strict=True)
         },
@@ -502,6 +503,8 @@ def _difference_cell(differences: Mapping[str, Any] | None, metric: str, seeds: 
         return ""
     d = differences[metric]
     interval = d["over_seeds"] if seeds else d
+    if interval is None:
+        return ""
     middle = "" if seeds else f"{d['difference']:+.3f} "
     return f"{middle}[{interval['low']:+.3f}, {interval['high']:+.3f}]"
 

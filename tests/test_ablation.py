@@ -238,6 +238,13 @@ def test_other_queries_under_one_seed_are_no_pairs() -> None:
     assert paired_difference({1: {"a": 1.0}}, {2: {"a": 1.0}}) is None
 
 
+def test_one_seed_says_nothing_about_other_seeds() -> None:
+    found = paired_difference({1: {"a": 1.0, "b": 0.0}}, {1: {"a": 0.0, "b": 0.0}})
+    assert found is not None
+    assert found["over_seeds"] is None
+    assert (found["low"], found["high"]) == (0.0, 1.0)
+
+
 def test_colearning_compares_the_explicit_views_and_a_row_the_scored_ones() -> None:
     def result(K: int, **runs: float) -> Result:
         names = {"latent": latent(K), "explicit": EXPLICIT}
