@@ -279,7 +279,7 @@ def test_the_probe_finds_what_a_direct_reading_of_one_query_finds(
     documents_CD /= np.linalg.norm(documents_CD, axis=1, keepdims=True)
     read = read_trajectories(variables, config, rows, documents_CD, batch_size=4)
     assert read.first_QK.shape == read.token_QK.shape == read.entropy_QK.shape == (2, 3)
-    backbone = backbone_for(config, variables)
+    backbone, variables = backbone_for(config, variables), jax.device_put(variables)
     for q, row in enumerate(rows):
         ids, length = np.array([row], np.int32), np.array([len(row)], np.int32)
         hidden_KD = latent_view(backbone, variables, ids, length, 3, config.pooling)[0]
