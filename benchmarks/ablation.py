@@ -311,19 +311,19 @@ def probe(seed: Seed, row: str, split: str) -> dict[str, Any] | None:
     models = {row: seed.folder / row / "model"}
     if row == "laser":
         models[LM_ALONE] = seed.folder / LM_ALONE
-    prompts = PromptTokenizer(load_tokenizer(models[row]), own.prompt)
-    names = [_name_token(prompts, name) for name in world.places]
-    if len(set(names)) < len(names):
-        raise BenchmarkError(
-            f"{models[row]}: two places begin with the same token, so a token tells no place; give "
-            "the tokenizer a larger vocabulary (model.scratch.vocab_size)"
-        )
     dataset = read_beir(seed.data, split)
     walks = {(q.query_id, q.text): q.walk.places for q in (*world.dev, *world.test)}
     asked = [(query.id, query.text) for query in dataset.queries.values()]
     if not walks.keys() >= set(asked):
         raise BenchmarkError(
             f"{seed.data} holds the world of another version; choose another --work"
+        )
+    prompts = PromptTokenizer(load_tokenizer(models[row]), own.prompt)
+    names = [_name_token(prompts, name) for name in world.places]
+    if len(set(names)) < len(names):
+        raise BenchmarkError(
+            f"{models[row]}: two places begin with the same token, so a token tells no place; give "
+            "the tokenizer a larger vocabulary (model.scratch.vocab_size)"
         )
     place_QH = np.array([walks[query] for query in asked])
     document_of = {document.id: c for c, document in enumerate(dataset.documents)}
