@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from laser_jax.evaluation import significance
-from laser_jax.evaluation.significance import holm, paired_bootstrap, permutation_p_value
+from laser_jax.evaluation.significance import (
+    grouped_bootstrap,
+    holm,
+    paired_bootstrap,
+    permutation_p_value,
+)
 
 RNG = np.random.default_rng(0)
 A = RNG.random(40).tolist()
@@ -36,6 +41,43 @@ def test_blocks_of_any_size_give_the_same_draws(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(significance, "_NUMBERS_AT_A_TIME", 7 * len(A))
     parts = paired_bootstrap(A, B, resamples=500), permutation_p_value(A, B, resamples=500)
     assert parts == whole
+
+
+def test_one_group_gives_the_interval_of_its_queries() -> None:
+    queries, group = paired_bootstrap(A, B), grouped_bootstrap([A], [B])
+    assert group.difference == pytest.approx(queries.difference)
+    width = queries.high - queries.low
+    assert (group.low, group.high) == pytest.approx((queries.low, queries.high), abs=0.05 * width)
+
+
+def test_groups_are_drawn_again_as_well() -> None:
+    """Constant groups leave nothing but which groups are drawn: all 27 draws of three of them."""
+    constants = (0.0, 0.25, 1.0)
+    interval = grouped_bootstrap([[c] * 9 for c in constants], [[0.0] * 9] * 3, confidence=0.9)
+    means = [np.mean(draw) for draw in product(constants, repeat=3)]
+    low, high = np.quantile(means, [0.05, 0.95], method="inverted_cdf")
+    assert (interval.low, interval.high) == pytest.approx((low, high))
+
+
+def test_variances_between_groups_and_within_add_up() -> None:
+    a = RNG.normal(0, 1, (12, 1)) + RNG.normal(0, 2, (12, 20))
+    interval = grouped_bootstrap(a.tolist(), np.zeros_like(a).tolist())
+    # means of groups vary by themselves; queries drawn within them add their own share again
+    variance = a.mean(axis=1).var() / 12 + a.var(axis=1).mean() / (12 * 20)
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 * np.sqrt(variance), rel=0.05)
+
+
+def test_every_group_weighs_the_same() -> None:
+    interval = grouped_bootstrap([[1.0], [0.0] * 99], [[0.0], [0.0] * 99])
+    assert interval.difference == 0.5
+    assert (interval.low, interval.high) == (0.0, 1.0)
+
+
+def test_groups_must_match() -> None:
+    with pytest.raises(ValueError, match="same groups are wanted, at least one: got 1 and 0"):
+        grouped_bootstrap([A], [])
+    with pytest.raises(ValueError, match="got 2 and 1 values"):
+        grouped_bootstrap([A, [1.0, 2.0]], [B, [1.0]])
 
 
 def test_the_p_value_is_that_of_all_swaps() -> None:
