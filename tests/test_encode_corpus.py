@@ -553,7 +553,7 @@ def test_bad_lines_can_be_skipped_and_are_counted(
 def test_a_vector_that_is_not_a_number_names_its_document(
     model: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    """The embedding of one token is broken, so only the texts that have it are."""
+    """The embedding of one token is broken, so at K = 1 only the text that has it is."""
     config = json.loads((model / "laser_config.json").read_text())
     backbone = SCRATCH.backbone(config["backbone"]["vocab_size"])
     params = load_params(model, backbone, dtype=np.float32)
@@ -571,7 +571,7 @@ def test_a_vector_that_is_not_a_number_names_its_document(
         with pytest.raises(
             SystemExit, match=r"corpus\.jsonl:7: the vector of 'd6' is not finite, one of 1 "
         ):
-            encode(broken, corpus, output, dtype=dtype)
+            encode(broken, corpus, output, dtype=dtype, num_thinking_steps=1)
         assert [path.name for path in output.glob("*.parquet")] == [shard_name(0)]
 
 
