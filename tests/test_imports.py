@@ -26,6 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"retriever"}),
     frozenset({"search"}),
     frozenset({"evaluation"}),
+    frozenset({"inspection"}),
     frozenset({"step"}),
     frozenset({"checkpoint"}),
     frozenset({"training"}),
@@ -34,7 +35,17 @@ PROGRAMS = frozenset({"train", "pretrain", "prepare", "think", "quickstart", "ev
 # `config` is a table of settings, which one looks up rather than reads. `batch_encoder` and
 # `retriever` make the pure `encode` quick and handy for many texts; what it computes stands above.
 OUTSIDE_CORE = frozenset(
-    {"config", "files", "data", "batch_encoder", "retriever", "search", "evaluation", "training"}
+    {
+        "config",
+        "files",
+        "data",
+        "batch_encoder",
+        "retriever",
+        "search",
+        "evaluation",
+        "inspection",
+        "training",
+    }
 )
 CORE_LINES = 2_000
 
@@ -44,6 +55,7 @@ CONFINED: dict[str, frozenset[str]] = {
     "safetensors": frozenset({"hf.py"}),
     "orbax": frozenset({"checkpoint.py"}),
     "faiss": frozenset({"search/faiss_index.py"}),
+    "jinja2": frozenset({"inspection/page.py"}),
     "matplotlib": frozenset({"evaluation/plots.py"}),
     "torch": frozenset(),
     "tensorflow": frozenset(),
