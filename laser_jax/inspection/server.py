@@ -102,8 +102,9 @@ def _steps(text: str) -> int:
 
 def _is_local(host: str) -> bool:
     """Whether a host name, perhaps with a port, can only mean this machine."""
-    name = urlsplit(f"//{host}").hostname or ""
+    name = ""
     try:
+        name = urlsplit(f"//{host}").hostname or ""
         return ipaddress.ip_address(name).is_loopback
     except ValueError:
         return name == "localhost"
