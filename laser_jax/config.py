@@ -696,13 +696,21 @@ def from_dict(cls: type[C], values: dict[str, Any], *, source: str) -> C:
 
 def parse_command_line(cls: type[C], program: str, arguments: Sequence[str] | None) -> C:
     """The config dataclass `cls` from `--config file.yaml` and dotted flags, later ones winning.
+    A flag that stands alone is true, where its field is a bool.
 
     Exits with status 2 and a message on unknown keys, missing keys and wrong types.
 
     Raises:
         ConfigError: on an impossible value.
     """
-    return _filled(cls, _parsed(_parser(cls, program), _keys(cls), arguments))
+    arguments = sys.argv[1:] if arguments is None else arguments
+    flags = {f"--{name}" for name, kind in get_type_hints(cls).items() if kind is bool}
+    following = zip(arguments, [*arguments[1:], "--"], strict=True)
+    spelled = [
+        f"{argument}=true" if argument in flags and after.startswith("--") else argument
+        for argument, after in following
+    ]
+    return _filled(cls, _parsed(_parser(cls, program), _keys(cls), spelled))
 
 
 def _parser(cls: type, program: str) -> jsonargparse.ArgumentParser:

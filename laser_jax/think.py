@@ -1,7 +1,8 @@
 """Shows what a model thinks: `python -m laser_jax.think --model DIR --text "..."`.
 
-For every latent step: the likeliest next tokens, how sure the model is, and how the ranking of a
-small corpus moves. The corpus is `--corpus`, or the evaluation set of the run that made the model.
+For every latent step: the likeliest next tokens and how sure the model is, how near its state is to
+the segments of a written chain of thought, and how the ranking of a small corpus moves. On the
+terminal, as a page (`--html FILE`), or as a page with a form (`--serve`).
 """
 
 from __future__ import annotations
@@ -12,143 +13,162 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
-import numpy as np
-
-from laser_jax.batch_encoder import LatentEncoder
 from laser_jax.config import ConfigError, parse_command_line
-from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, right_pad
-from laser_jax.encoder import backbone_for, load_pretrained
-from laser_jax.evaluation.beir import Document, read_corpus, read_queries
-from laser_jax.losses import pool
-from laser_jax.thinking import TopTokens, top_tokens
-from laser_jax.views import latent_view
+from laser_jax.files import write_atomically
+from laser_jax.inspection.page import render_page
+from laser_jax.inspection.server import LARGEST_STEPS, PageServer, Site
+from laser_jax.inspection.thought import Corpus, Inspector, Thought, load_corpus
 
 
 @dataclass(frozen=True)
 class ThinkOptions:
-    """Shows each latent step of a query: its top tokens, and the ranking of a small corpus."""
+    """Shows each latent step of a query: its top tokens, its nearness to the segments of a written
+    chain of thought, and the ranking of a small corpus."""
 
     model: str
     """A directory that laser_jax.train exported."""
-    text: str
-    """The query."""
+    text: str | None = None
+    """The query; left out with --serve, whose page has a form."""
     instruction: str | None = None
     """The task; by default that of the corpus's own queries."""
+    reasoning: str | None = None
+    """A written chain of thought; by default that of the corpus's query with the same text."""
     corpus: str | None = None
     """A BEIR directory; by default the evaluation set of the run that made the model."""
     num_thinking_steps: int | None = None
     """K; by default the model's."""
     top: int = 5
-    """How many tokens and documents a step shows."""
+    """How many tokens a step shows."""
+    top_documents: int = 10
+    """How many documents a step shows."""
+    html: str | None = None
+    """Write a page to this file instead."""
+    serve: bool = False
+    """Serve a page with a form instead, until Ctrl-C."""
+    host: str = "127.0.0.1"
+    """The address that --serve listens on; another one lets others ask too."""
+    port: int = 8000
+    """Its port; 0 takes a free one."""
 
     def __post_init__(self) -> None:
-        if self.top < 1:
-            raise ConfigError(f"top must be at least 1, got {self.top}")
-        if self.num_thinking_steps is not None and self.num_thinking_steps < 1:
-            raise ConfigError(
-                f"num_thinking_steps must be at least 1, got {self.num_thinking_steps}"
-            )
+        for name in ("top", "top_documents"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        K = self.num_thinking_steps
+        if K is not None and K < 1:
+            raise ConfigError(f"num_thinking_steps must be at least 1, got {K}")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must lie in 0..65535, got {self.port}")
+        if not self.serve:
+            if self.text is None:
+                raise ConfigError("text is missing: give the query, or --serve for a page to ask")
+            return
+        for name in ("text", "reasoning", "html"):
+            if getattr(self, name) is not None:
+                raise ConfigError(f"{name} does not go with --serve: its page has a form")
+        if K is not None and K > LARGEST_STEPS:
+            raise ConfigError(f"--serve shows at most {LARGEST_STEPS} thinking steps, got {K}")
 
 
-@dataclass(frozen=True)
-class ThoughtReport:
-    """A query's latent steps. K steps, n tokens shown, C documents."""
+def find_corpus(options: ThinkOptions) -> tuple[Corpus | None, str]:
+    """The corpus - of the option, or `data.eval` of the training run beside the model - and a
+    sentence about it, or about why there is none.
 
-    tokens: TopTokens
-    """Arrays of one row."""
-    decoded_Kn: list[list[str]]
-    scores_KC: np.ndarray | None
-    """Cosine of the query after k steps with every document; None without a corpus."""
-
-
-def _corpus_of(options: ThinkOptions) -> Path | None:
-    """The corpus directory: the option, or `data.eval` of the training run beside the model."""
-    if options.corpus is not None:
-        return Path(options.corpus)
-    run = Path(options.model).parent / "config.json"
-    if not run.is_file():
-        return None
-    directory = json.loads(run.read_text()).get("data", {}).get("eval")
-    return Path(directory) if directory and Path(directory).is_dir() else None
-
-
-def observe(
-    options: ThinkOptions, documents: Sequence[Document], instruction: str
-) -> ThoughtReport:
-    """Thinks about the query once and looks at every step.
-
-    Documents are embedded with the model's own K, as in an index that is built once; the query is
-    shown after each of its steps.
+    Raises:
+        FileNotFoundError, DatasetError: as `load_corpus`.
     """
-    variables, config = load_pretrained(options.model)
-    prompts = PromptTokenizer(load_tokenizer(options.model), config.prompt)
-    steps = options.num_thinking_steps or config.num_thinking_steps
-    backbone = backbone_for(config, variables)
-    ids_BT, lengths_B = right_pad([prompts.query(options.text, instruction)], prompts.pad_id, 8)
-
-    @jax.jit
-    def run(variables, ids_BT, lengths_B):
-        hidden_BKD = latent_view(backbone, variables, ids_BT, lengths_B, steps, config.pooling)
-        prefixes_KD = [pool(hidden_BKD[:, :k])[0] for k in range(1, steps + 1)]
-        return prefixes_KD, top_tokens(backbone, variables, hidden_BKD, options.top)
-
-    prefixes_KD, tokens = jax.device_get(run(variables, ids_BT, lengths_B))
-    decoded_Kn = [[str(prompts.tokenizer.decode([i])) for i in row] for row in tokens.ids_BKn[0]]
-    scores_KC = None
-    if documents:
-        rows = [prompts.document(document.text) for document in documents]
-        encoder = LatentEncoder(variables, config)
-        vectors_CD = encoder.encode_tokens(
-            rows, [config.num_thinking_steps], progress="encode documents"
-        )[0]
-        scores_KC = np.stack(prefixes_KD) @ vectors_CD.T
-    return ThoughtReport(tokens, decoded_Kn, scores_KC)
+    directory, missing = options.corpus, "No corpus; --corpus DIR shows how its ranking moves."
+    run = Path(options.model).parent / "config.json"
+    if directory is None and run.is_file():
+        directory = json.loads(run.read_text()).get("data", {}).get("eval")
+        if directory and not Path(directory).is_dir():
+            missing = f"No corpus: the run's own, {directory}, is not there; --corpus names one."
+            directory = None
+    if not directory:
+        return None, missing
+    corpus = load_corpus(directory)
+    return corpus, f"Corpus {directory}, {len(corpus.documents)} documents."
 
 
-def describe(report: ThoughtReport, documents: Sequence[Document], top: int) -> str:
-    """The report as text: a block a step, each document with its change of rank."""
-    lines = []
-    before: dict[int, int] = {}
-    for k, decoded in enumerate(report.decoded_Kn):
-        probabilities = report.tokens.probabilities_BKn[0, k]
-        said = "  ".join(
-            f"{token!r} {p:.2f}" for token, p in zip(decoded, probabilities, strict=True)
-        )
-        lines.append(f"step {k + 1}  entropy {report.tokens.entropy_BK[0, k]:.2f} nats")
+def describe(thought: Thought) -> str:
+    """The thought as text: a block a step, each document with its change of rank."""
+    lines = [f"note: {notice}" for notice in thought.notices]
+    for k, step in enumerate(thought.steps):
+        said = "  ".join(f"{token.text!r} {token.probability:.2f}" for token in step.tokens)
+        lines.append(f"step {k + 1}  entropy {step.entropy:.2f} nats")
         lines.append(f"  says next: {said}")
-        if report.scores_KC is None:
-            continue
-        order = np.argsort(-report.scores_KC[k], kind="stable")
-        ranks = {int(c): rank for rank, c in enumerate(order, start=1)}
-        for c in order[:top]:
-            was = before.get(int(c))
-            move = "" if was in (None, ranks[int(c)]) else f"  (was {was})"
-            document = documents[int(c)]
+        if thought.segments:
+            near = max(thought.segments, key=lambda segment: segment.cosine_K[k])
+            lines.append(f"  closest segment: {near.text.strip()!r} {near.cosine_K[k]:+.3f}")
+        for ranked in sorted(thought.documents, key=lambda ranked: ranked.rank_K[k]):
+            rank, was = ranked.rank_K[k], ranked.rank_K[max(k - 1, 0)]
+            if rank > thought.top_documents:
+                continue
+            relevant = " (relevant)" if ranked.relevant else ""
+            move = "" if was == rank else f"  (was {was})"
             lines.append(
-                f"  {ranks[int(c)]:>3}. {report.scores_KC[k, c]:+.3f}  {document.id}: "
-                f"{document.text[:60]}{move}"
+                f"  {rank:>3}. {ranked.cosine_K[k]:+.3f}  {ranked.document.id}{relevant}: "
+                f"{ranked.document.text[:60]}{move}"
             )
-        before = ranks
     return "\n".join(lines)
+
+
+def _inspector(options: ThinkOptions, corpus: Corpus | None) -> Inspector:
+    return Inspector(
+        options.model, corpus, top_tokens=options.top, top_documents=options.top_documents
+    )
+
+
+def serve(options: ThinkOptions) -> None:
+    """Serves the page until Ctrl-C. The port is taken first, before the model is loaded."""
+    with PageServer(options.host, options.port) as server:
+        corpus, about = find_corpus(options)
+        server.site = Site(
+            _inspector(options, corpus),
+            options.model,
+            about,
+            options.instruction,
+            options.num_thinking_steps,
+        )
+        host, port = server.server_address[:2]
+        print(f"{about}\nhttp://{host}:{port}/ (Ctrl-C ends it)", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print("\nended")
+
+
+def show(options: ThinkOptions) -> None:
+    """Thinks about one query; prints the thought, or writes it as a page."""
+    assert options.text is not None
+    if options.html is not None and not Path(options.html).parent.is_dir():  # now, not at the end
+        raise FileNotFoundError(f"the folder of --html {options.html} does not exist")
+    corpus, about = find_corpus(options)
+    thought = _inspector(options, corpus).think(
+        options.text,
+        instruction=options.instruction,
+        reasoning=options.reasoning,
+        num_thinking_steps=options.num_thinking_steps,
+    )
+    if options.html is not None:
+        page = render_page(model=options.model, corpus=about, thought=thought)
+        write_atomically(Path(options.html), page)
+        print(options.html)
+        return
+    print(f"query: {thought.query}\ninstruction: {thought.instruction or '(none)'}\n{about}")
+    print(describe(thought))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     try:
         options = parse_command_line(ThinkOptions, "python -m laser_jax.think", arguments)
-        corpus = _corpus_of(options)
-        documents = read_corpus(corpus) if corpus else []
-        instruction = options.instruction
-        if instruction is None:
-            queries = read_queries(corpus).values() if corpus else ()
-            instruction = next((q.instruction for q in queries if q.instruction is not None), "")
-        report = observe(options, documents, instruction)
-    except (ValueError, FileNotFoundError) as error:
+        if options.serve:
+            serve(options)
+        else:
+            show(options)
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(f"query: {options.text}\ninstruction: {instruction or '(none)'}")
-    print(f"corpus: {corpus or 'none; --corpus DIR shows how its ranking moves'}")
-    print(describe(report, documents, options.top))
 
 
 if __name__ == "__main__":

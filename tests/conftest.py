@@ -7,6 +7,7 @@ data, torch, peft and mteb, so no test that needs them can be skipped unnoticed.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -73,6 +74,57 @@ def require_torch() -> None:
     """Skips where torch or peft is not installed."""
     if reason := _absent("torch", "peft"):
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def thinking_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported random model with K = 3; its run's config names the corpus beside it."""
+    import numpy as np
+    from flax import linen as nn
+
+    from laser_jax.config import RetrieverConfig, ScratchConfig, save_retriever_config
+    from laser_jax.data.tokenization import special_token_ids, train_tokenizer
+    from laser_jax.hf import save_params
+    from laser_jax.modeling.backbone import Backbone
+
+    texts = {
+        "ulm": "Ulm lies on the Danube.",
+        "kiel": "Kiel lies at the sea.",
+        "trap": "<script>alert('document')</script> & \"quotes\" " + "long " * 40,
+    }
+    run = tmp_path_factory.mktemp("run")
+    tokenizer = train_tokenizer(list(texts.values()), 280)
+    backbone = ScratchConfig(
+        hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=16
+    ).backbone(len(tokenizer))
+    init = jax.jit(Backbone(backbone).init)
+    variables = nn.meta.unbox(init(jax.random.key(0), np.zeros((1, 2), np.int32)))
+    directory = run / "model"
+    save_params(
+        directory,
+        jax.device_get(variables),
+        backbone,
+        dtype=np.float32,
+        lora=None,
+        **special_token_ids(tokenizer),
+    )
+    tokenizer.save_pretrained(directory)
+    save_retriever_config(RetrieverConfig(backbone, num_thinking_steps=3), directory)
+    corpus = run / "corpus"
+    (corpus / "qrels").mkdir(parents=True)
+    rows = [{"_id": id_, "title": "", "text": text} for id_, text in texts.items()]
+    query = {
+        "_id": "q",
+        "text": "Where is Ulm?",
+        "instruction": "Find the town",
+        "reasoning": "Ulm is a town.\n\nIt lies on a river.\n\n",
+    }
+    (corpus / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (corpus / "queries.jsonl").write_text(json.dumps(query) + "\n")
+    judged = "query-id\tcorpus-id\tscore\nq\tulm\t1\nq\tkiel\t0\n"
+    (corpus / "qrels" / "test.tsv").write_text(judged)
+    (run / "config.json").write_text(json.dumps({"data": {"eval": str(corpus)}}))
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"search"}),
     frozenset({"evaluation"}),
     frozenset({"corpus"}),
+    frozenset({"inspection"}),
     frozenset({"step"}),
     frozenset({"checkpoint"}),
     frozenset({"training"}),
@@ -50,7 +51,7 @@ PROGRAMS = frozenset(
 # `generation` writes the texts of the baseline that the method does without.
 OUTSIDE_CORE = frozenset(
     {"config", "files", "data", "batch_encoder", "retriever", "generation", "search"}
-    | {"evaluation", "corpus", "training"}
+    | {"evaluation", "inspection", "corpus", "training"}
 )
 CORE_LINES = 2_000
 
@@ -60,6 +61,7 @@ CONFINED: dict[str, frozenset[str]] = {
     "safetensors": frozenset({"hf.py"}),
     "orbax": frozenset({"checkpoint.py"}),
     "faiss": frozenset({"search/faiss_index.py"}),
+    "jinja2": frozenset({"inspection/page.py"}),
     "matplotlib": frozenset({"evaluation/plots.py"}),
     "mteb": frozenset({"evaluation/mteb.py"}),
     "ray": frozenset({"corpus/on_ray.py"}),

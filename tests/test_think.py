@@ -1,125 +1,229 @@
-"""Looking inside a model: what a report holds, how it reads, and what the command refuses."""
+"""Looking inside a model: what a thought holds, how it reads, and what the command refuses."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from laser_jax.batch_encoder import LatentEncoder
-from laser_jax.config import RetrieverConfig, ScratchConfig, save_retriever_config
-from laser_jax.data.tokenization import (
-    PromptTokenizer,
-    load_tokenizer,
-    special_token_ids,
-    train_tokenizer,
-)
+from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
 from laser_jax.encoder import load_pretrained
 from laser_jax.evaluation.beir import Document
-from laser_jax.hf import save_params
-from laser_jax.modeling.backbone import Backbone
-from laser_jax.think import ThinkOptions, ThoughtReport, describe, main, observe
-from laser_jax.thinking import TopTokens
-
-SCRATCH = ScratchConfig(
-    hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=16
+from laser_jax.inspection.thought import (
+    Inspector,
+    RankedDocument,
+    Segment,
+    Step,
+    Thought,
+    Token,
+    load_corpus,
+    rank_documents,
 )
-DOCUMENTS = [Document("ulm", "Ulm lies on the Danube."), Document("kiel", "Kiel lies at the sea.")]
+from laser_jax.think import describe, main
+
+QUERY = "Where is Ulm?"
+REASONING = "Ulm is a town.\n\nIt lies on a river.\n\n"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An exported random model; its run's config names the corpus beside it."""
-    run = tmp_path_factory.mktemp("run")
-    tokenizer = train_tokenizer([d.text for d in DOCUMENTS], 280)
-    backbone = SCRATCH.backbone(len(tokenizer))
-    init = jax.jit(Backbone(backbone).init)
-    variables = nn.meta.unbox(init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
-    directory = run / "model"
-    save_params(
-        directory,
-        jax.device_get(variables),
-        backbone,
-        dtype=np.float32,
-        lora=None,
-        **special_token_ids(tokenizer),
-    )
-    tokenizer.save_pretrained(directory)
-    save_retriever_config(RetrieverConfig(backbone, num_thinking_steps=3), directory)
-    corpus = run / "corpus"
-    corpus.mkdir()
-    rows = [{"_id": d.id, "title": "", "text": d.text} for d in DOCUMENTS]
-    (corpus / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    query = {"_id": "q", "text": "Where is Ulm?", "instruction": "Find the town"}
-    (corpus / "queries.jsonl").write_text(json.dumps(query) + "\n")
-    (run / "config.json").write_text(json.dumps({"data": {"eval": str(corpus)}}))
-    return directory
+def inspector(thinking_model: Path) -> Inspector:
+    corpus = load_corpus(thinking_model.parent / "corpus")
+    return Inspector(thinking_model, corpus, top_tokens=5, top_documents=2)
 
 
-def test_scores_are_those_of_the_encoder_after_each_step(model: Path) -> None:
-    report = observe(ThinkOptions(str(model), "Where is Ulm?"), DOCUMENTS, "Find the town")
-    variables, config = load_pretrained(model)
+def test_ranks_and_cosines_are_those_of_the_encoder_after_each_step(
+    inspector: Inspector, thinking_model: Path
+) -> None:
+    thought = inspector.think(QUERY)
+    variables, config = load_pretrained(thinking_model)
+    prompts = PromptTokenizer(load_tokenizer(thinking_model), config.prompt)
     encoder = LatentEncoder(variables, config)
-    prompts = PromptTokenizer(load_tokenizer(model), config.prompt)
-    query = encoder.encode_tokens([prompts.query("Where is Ulm?", "Find the town")], [1, 2, 3])
-    documents = encoder.encode_tokens([prompts.document(d.text) for d in DOCUMENTS], [3])[0]
-    np.testing.assert_allclose(report.scores_KC, query[:, 0] @ documents.T, atol=1e-5)
-    assert [len(step) for step in report.decoded_Kn] == [5, 5, 5]
+    assert inspector.corpus is not None
+    documents = inspector.corpus.documents
+    query_KD = encoder.encode_tokens([prompts.query(QUERY, "Find the town")], [1, 2, 3])[:, 0]
+    rows = [prompts.document(document.text) for document in documents]
+    scores_KC = query_KD @ encoder.encode_tokens(rows, [3])[0].T
+    places = {document.id: c for c, document in enumerate(documents)}
+    assert thought.corpus_size == len(documents)
+    assert [d.document.id for d in thought.documents if d.rank_K[-1] == 1]
+    for ranked in thought.documents:
+        own_K = scores_KC[:, places[ranked.document.id]]
+        np.testing.assert_allclose(ranked.cosine_K, own_K, atol=1e-5)
+        assert list(ranked.rank_K) == [1 + int((scores_KC[k] > own_K[k]).sum()) for k in range(3)]
+
+
+def test_cosines_are_those_of_the_states_where_segments_end(
+    inspector: Inspector, thinking_model: Path
+) -> None:
+    thought = inspector.think(QUERY, reasoning=REASONING, num_thinking_steps=1)
+    variables, config = load_pretrained(thinking_model)
+    prompts = PromptTokenizer(load_tokenizer(thinking_model), config.prompt)
+    explicit = prompts.explicit(QUERY, "Find the town", REASONING)
+    eos = len(explicit.ids) - 1
+    assert [segment.text for segment in thought.segments] == [
+        "Ulm is a town.\n\n",
+        "It lies on a river.\n\n",
+        prompts.tokenizer.eos_token,
+    ]
+    # attention is causal and with one step an embedding is the last token's state, so that of any
+    # start of the text shows the state where it ends
+    lengths = [explicit.query_length, *(end + 1 for end in explicit.segment_ends), eos + 1]
+    starts = [explicit.ids[:length] for length in lengths]
+    step, *ends = LatentEncoder(variables, config).encode_tokens(starts, [1])[0]
+    expected = [[float(end @ step)] for end in ends]
+    np.testing.assert_allclose([s.cosine_K for s in thought.segments], expected, atol=1e-5)
+
+
+def test_a_known_query_brings_its_reasoning_instruction_and_judgements(
+    inspector: Inspector,
+) -> None:
+    known = inspector.think(QUERY)
+    assert known.instruction == "Find the town"
+    assert known.reasoning == REASONING
+    assert [d.document.id for d in known.documents if d.relevant] == ["ulm"]
+    other = inspector.think("Where is Kiel?", num_thinking_steps=2)
+    assert other.instruction == "Find the town"
+    assert other.reasoning == ""
+    assert other.segments == ()
+    assert other.best_relevant is None
+    assert len(other.steps) == 2
+
+
+def test_what_is_given_wins_over_what_is_known(inspector: Inspector) -> None:
+    thought = inspector.think(QUERY, instruction="", reasoning="By the Danube.")
+    assert thought.instruction == ""
+    assert thought.segments[0].text == "By the Danube."
+
+
+def test_a_cut_text_is_noted(inspector: Inspector) -> None:
+    thought = inspector.think("Danube " * 900, reasoning="town " * 2000, num_thinking_steps=1)
+    assert len(thought.notices) == 2
+    assert "prompt.query_max_length" in thought.notices[0]
+    assert "prompt.explicit_max_length" in thought.notices[1]
+
+
+def test_too_many_steps_for_the_positions_are_refused(inspector: Inspector) -> None:
+    with pytest.raises(ValueError, match="more positions than the model has"):
+        inspector.think(QUERY, num_thinking_steps=10**6)
+
+
+def test_probabilities_of_all_tokens_sum_to_one_and_give_the_entropy(thinking_model: Path) -> None:
+    _, config = load_pretrained(thinking_model)
+    vocabulary = config.backbone.vocab_size
+    everything = Inspector(thinking_model, None, top_tokens=vocabulary, top_documents=1)
+    for step in everything.think(QUERY).steps:
+        p = np.array([token.probability for token in step.tokens])
+        assert np.isclose(p.sum(), 1, atol=1e-5)
+        assert np.all(np.diff(p) <= 0)
+        assert np.isclose(-(p * np.log(p)).sum(), step.entropy, atol=1e-4)
+
+
+def test_ranking_keeps_the_best_relevant_document_and_skips_excluded_ones() -> None:
+    documents = [Document(name, name) for name in "abcde"]
+    scores_KC = np.array([[0.9, 0.8, 0.7, 0.1, 0.2], [0.9, 0.7, 0.8, 0.2, 0.1]])
+    ranked = rank_documents(
+        scores_KC, documents, 1, relevant=frozenset("de"), excluded=frozenset("a")
+    )
+    assert [(d.document.id, d.relevant, d.rank_K) for d in ranked] == [
+        ("c", False, (2, 1)),
+        ("b", False, (1, 2)),
+        ("d", True, (4, 3)),
+    ]
+
+
+def test_equal_scores_rank_in_the_order_of_the_corpus() -> None:
+    documents = [Document(name, name) for name in "ab"]
+    ranked = rank_documents(np.array([[0.5, 0.5]]), documents, 2)
+    assert [d.document.id for d in ranked] == ["a", "b"]
+
+
+def test_description_tells_the_closest_segment_and_from_which_rank_a_document_came() -> None:
+    first, second = Document("ulm", "Ulm."), Document("kiel", "Kiel lies at the sea.")
+    thought = Thought(
+        query="q",
+        instruction="",
+        reasoning="x",
+        pooling="prompt_and_thoughts",
+        steps=(Step((Token("a", 0.75),), 0.5), Step((Token("b", 0.5),), 1.25)),
+        segments=(Segment("one\n\n", (0.9, 0.1)), Segment("two", (0.2, 0.8))),
+        documents=(
+            RankedDocument(second, True, (0.1, 0.8), (2, 1)),
+            RankedDocument(first, False, (0.9, 0.2), (1, 2)),
+        ),
+        top_documents=1,
+        corpus_size=2,
+        notices=("The query was cut.",),
+    )
+    before, after = describe(thought).split("step 2")
+    assert before.startswith("note: The query was cut.\nstep 1  entropy 0.50 nats\n")
+    assert "'a' 0.75" in before
+    assert "closest segment: 'one' +0.900" in before
+    assert "1. +0.900  ulm: Ulm." in before
+    assert "was" not in before.split("\n", 1)[1]
+    assert "kiel" not in before
+    assert "closest segment: 'two' +0.800" in after
+    assert "1. +0.800  kiel (relevant): Kiel lies at the sea.  (was 2)" in after
 
 
 def test_the_command_finds_corpus_and_instruction_of_the_run(
-    model: Path, capsys: pytest.CaptureFixture[str]
+    thinking_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(["--model", str(model), "--text", "Where is Kiel?", "--num_thinking_steps", "2"])
+    main(["--model", str(thinking_model), "--text", "Where is Kiel?", "--num_thinking_steps", "2"])
     out = capsys.readouterr().out
     assert "instruction: Find the town" in out
     assert out.count("says next:") == 2
     assert "kiel: Kiel lies at the sea." in out
 
 
-def test_description_tells_from_which_rank_a_document_came() -> None:
-    tokens = TopTokens(
-        ids_BKn=np.array([[[1], [2]]]),
-        probabilities_BKn=np.array([[[0.75], [0.5]]]),
-        entropy_BK=np.array([[0.5, 1.25]]),
-    )
-    scores_KC = np.array([[0.9, 0.1], [0.2, 0.8]])
-    text = describe(ThoughtReport(tokens, [["a"], ["b"]], scores_KC), DOCUMENTS, 2)
-    first, second = text.split("step 2")
-    assert "'a' 0.75" in first
-    assert "was" not in first
-    assert "entropy 1.25 nats" in second
-    assert "1. +0.800  kiel: Kiel lies at the sea.  (was 2)" in second
-
-
 def test_without_a_corpus_the_command_says_how_to_name_one(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    thinking_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     alone = tmp_path / "alone" / "model"
     alone.parent.mkdir()
-    alone.symlink_to(model, target_is_directory=True)
+    alone.symlink_to(thinking_model, target_is_directory=True)
     main(["--model", str(alone), "--text", "Where is Kiel?"])
     out = capsys.readouterr().out
-    assert "corpus: none; --corpus DIR" in out
+    assert "No corpus; --corpus DIR" in out
     assert "kiel" not in out
+    (alone.parent / "config.json").write_text(json.dumps({"data": {"eval": "gone/corpus"}}))
+    main(["--model", str(alone), "--text", "Where is Kiel?"])
+    assert "the run's own, gone/corpus, is not there" in capsys.readouterr().out
+
+
+def test_html_writes_a_page_that_stands_alone(thinking_model: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    main(["--model", str(thinking_model), "--text", QUERY, "--html", str(page)])
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("<!doctype html>")
+    assert "<form" not in text
+    assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--num_thinking_steps", "0"], "num_thinking_steps must be at least 1, got 0"),
-        (["--top", "0"], "top must be at least 1, got 0"),
-        (["--corpus", "/nowhere"], "/nowhere"),
+        (["--text", "x", "--num_thinking_steps", "0"], "num_thinking_steps must be at least 1"),
+        (["--text", "x", "--top", "0"], "top must be at least 1, got 0"),
+        (["--text", "x", "--top_documents", "0"], "top_documents must be at least 1, got 0"),
+        (["--text", "x", "--corpus", "/nowhere"], "/nowhere"),
+        (["--text", "x", "--html", "/nowhere/x.html"], "the folder of --html"),
+        (["--text", "  "], "the query is empty"),
+        ([], "text is missing: give the query, or --serve"),
+        (["--serve", "--text", "x"], "text does not go with --serve"),
+        (["--serve", "--html", "x"], "html does not go with --serve"),
+        (["--serve", "--num_thinking_steps", "99"], "at most 32 thinking steps, got 99"),
+        (["--serve", "--port", "70000"], r"port must lie in 0\.\.65535"),
+        (["--serve", "--port", "0", "--corpus", "/nowhere"], "/nowhere"),
     ],
 )
-def test_bad_options_exit_with_the_culprit(model: Path, arguments: list[str], message: str) -> None:
+def test_bad_options_exit_with_the_culprit(
+    thinking_model: Path, arguments: list[str], message: str
+) -> None:
     with pytest.raises(SystemExit, match=message):
-        main(["--model", str(model), "--text", "x", *arguments])
+        main(["--model", str(thinking_model), *arguments])
 
 
 def test_a_plain_directory_is_refused_by_name(tmp_path: Path) -> None:
