@@ -116,7 +116,6 @@ def measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     _, planned = timed_plan(many, CorpusDirectory(folder / "many"), settings)
     seconds = []
     with ShardEncoder(config, plan, directory) as encoder:
-        encoder.retriever.warm_up(num_thinking_steps=3)
         lengths = np.array([len(encoder.retriever.prompts.document(d.text)) for d in documents])
         for _ in range(1 + options.repeats):
             began = time.perf_counter()

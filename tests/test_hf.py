@@ -583,11 +583,11 @@ def test_the_host_holds_a_few_tensors_and_never_a_stack(tmp_path: Path) -> None:
 
     # tracemalloc sees the memory of numpy and safetensors, not that of the devices; but the CPU
     # takes over some of numpy's, which is a part of the result. Python's own objects are about one
-    # of the largest tensors, a stack is twelve.
+    # of the largest tensors (three more in a process that has run other tests), a stack is twelve.
     tracemalloc.start()
     params = load_sharded_params(source, backbone, like)
     taken_over, top = tracemalloc.get_traced_memory()
-    assert top - taken_over < 4 * largest
+    assert top - taken_over < 6 * largest
     tracemalloc.reset_peak()
     export()
     after, top = tracemalloc.get_traced_memory()

@@ -36,7 +36,7 @@ def _save(figure: Any, stem: Path) -> None:
     # neither a date nor random ids: the same numbers give the same file
     with matplotlib.rc_context({"svg.hashsalt": "laser_jax"}):
         for form in FORMATS:
-            with written_whole(stem.with_suffix(f".{form}")) as part:
+            with written_whole(stem.with_name(f"{stem.name}.{form}")) as part:
                 metadata = {"Date": None} if form == "svg" else None
                 figure.savefig(part, format=form, dpi=150, metadata=metadata)
 
