@@ -293,7 +293,7 @@ def test_a_form_is_answered_with_what_it_asked(site: Site) -> None:
 @pytest.mark.parametrize(
     ("sent", "message"),
     [
-        ({"query": " "}, "the query is empty; write what is to be found"),
+        ({"query": " "}, "The query is empty; write what is to be found"),
         ({"query": "x", "steps": "0"}, "K must be a whole number from 1 to 32, got '0'"),
         ({"query": "x", "steps": "33"}, "got '33'"),
         ({"query": "x", "steps": "two"}, "got 'two'"),
