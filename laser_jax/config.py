@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
@@ -705,10 +706,9 @@ def parse_command_line(cls: type[C], program: str, arguments: Sequence[str] | No
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     flags = {f"--{name}" for name, kind in get_type_hints(cls).items() if kind is bool}
-    following = zip(arguments, [*arguments[1:], "--"], strict=True)
     spelled = [
         f"{argument}=true" if argument in flags and after.startswith("--") else argument
-        for argument, after in following
+        for argument, after in pairwise([*arguments, "--"])
     ]
     return _filled(cls, _parsed(_parser(cls, program), _keys(cls), spelled))
 
@@ -741,7 +741,7 @@ def _parsed(
 
 
 def _config_files(arguments: Sequence[str]) -> list[Path]:
-    following = zip(arguments, [*arguments[1:], ""], strict=True)
+    following = pairwise([*arguments, ""])
     named = [after for argument, after in following if argument == "--config"]
     named += [argument[9:] for argument in arguments if argument.startswith("--config=")]
     return [Path(name) for name in named if Path(name).is_file()]

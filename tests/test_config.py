@@ -349,3 +349,26 @@ def test_every_field_of_a_scratch_backbone_reaches_the_backbone() -> None:
     fields = dataclasses.asdict(scratch) | {"vocab_size": 321}
     backbone = dataclasses.asdict(scratch.backbone(321))
     assert {name: backbone[name] for name in fields} == fields
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """A command line that needs nothing."""
+
+    loud: bool = False
+    often: int = 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ([], Choices()),
+        (["--loud"], Choices(loud=True)),
+        (["--loud", "--often", "2"], Choices(loud=True, often=2)),
+        (["--often", "2", "--loud"], Choices(loud=True, often=2)),
+        (["--loud", "false"], Choices()),
+        (["--loud=false", "--often=3"], Choices(often=3)),
+    ],
+)
+def test_a_bool_may_stand_alone_and_so_may_the_program(arguments, wanted) -> None:
+    assert parse_command_line(Choices, "choices", arguments) == wanted
