@@ -178,7 +178,6 @@ def test_texts_stay_texts() -> None:
     assert page.all("script") == []
     assert [a for _, a, _ in page.elements if "onfocus" in a] == []
     assert page.all("dd")[0][1] == TRAP
-    assert page.all("b")[1][1] != ""
     fields = {a["name"]: a["value"] for a, _ in page.all("input")}
     assert fields == {"instruction": TRAP, "steps": TRAP}
     # a browser drops the first line break of a textarea, this parser does not
