@@ -98,7 +98,7 @@ def matmul_speed(size: int, repeats: int) -> list[float]:
 
 
 def measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Encodes the same shard again and again, after one round that does not count."""
+    """Encodes the same shard again and again, after one round that compiles and does not count."""
     name, backbone = options.backbone, SHAPES[options.backbone]
     if options.quick:  # its vocabulary is smaller than any tokenizer's
         name, backbone = TINY, replace(SHAPES[TINY], vocab_size=300)
