@@ -63,7 +63,7 @@ from laser_jax.evaluation.retrieval import (
     explicit_view_fault,
     latent,
     query_ways,
-    retrieval_runs,
+    rank_ways,
     rewrite_ways,
     unrestricted,
     with_instruction,
@@ -294,16 +294,10 @@ class _Data:
         """The queries as tokens, in every way in which the model reads them."""
         steps, seed = options.thinking_steps, options.seed
         ways = query_ways(prompts, self.dataset, config, steps, seed)
-        if self.texts is not None:
-            ways |= rewrite_ways(prompts, self.dataset, config, self.texts)
+        if self.rewrites is not None:
+            texts = {id_: rewrite.text for id_, rewrite in self.rewrites.items()}
+            ways |= rewrite_ways(prompts, self.dataset, config, texts)
         return ways
-
-    @property
-    def texts(self) -> dict[str, str] | None:
-        """Query id -> rewrite."""
-        if self.rewrites is None:
-            return None
-        return {id_: rewrite.text for id_, rewrite in self.rewrites.items()}
 
     def writing_milliseconds(self) -> dict[str, float]:
         """The mean time to write a rewrite, by run; empty where nobody knows."""
@@ -435,14 +429,12 @@ def _evaluate(
         print(f"left out {len(data.bad_lines)} bad lines:", *shown, sep="\n  ")
     if fault := explicit_view_fault(dataset, config):
         print(f"no explicit view: {fault}")
-    runs = retrieval_runs(
+    runs = rank_ways(
         encoder,
         prompts,
         dataset,
-        options.thinking_steps,
+        ways,
         depth=options.depth,
-        control_seed=options.seed,
-        rewrites=data.texts,
         nothing_excluded=any(query.excluded_ids for query in dataset.queries.values()),
         progress=True,
     )

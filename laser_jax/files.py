@@ -1,9 +1,10 @@
-"""Files that are seen either whole or not at all."""
+"""Files that are seen either whole or not at all, and their checksum."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,3 +46,13 @@ def write_atomically(path: Path, text: str, tag: str = "") -> None:
     `written_whole`."""
     with written_whole(path, tag) as part:
         part.write_text(text, encoding="utf-8", newline="\n")
+
+
+def checksum(paths: Iterable[Path]) -> str:
+    """The sha256 of the names and the bytes of some files, in their order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(f"{path.name}:".encode())
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,8 +77,9 @@ def require_torch() -> None:
 
 
 @pytest.fixture(scope="session")
-def thinking_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An exported random model with K = 3; its run's config names the corpus beside it."""
+def write_model() -> Callable[..., None]:
+    """Exports a random model with a tokenizer trained on some texts: (directory, texts, vocabulary,
+    layers, K)."""
     import numpy as np
     from flax import linen as nn
 
@@ -87,29 +88,47 @@ def thinking_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from laser_jax.hf import save_params
     from laser_jax.modeling.backbone import Backbone
 
+    def write(
+        directory: Path, texts: Sequence[str], *, vocab_size: int, layers: int, steps: int
+    ) -> None:
+        tokenizer = train_tokenizer(texts, vocab_size)
+        backbone = ScratchConfig(
+            hidden_size=16,
+            num_layers=layers,
+            num_heads=2,
+            num_kv_heads=1,
+            head_dim=8,
+            intermediate_size=16,
+        ).backbone(len(tokenizer))
+        init = jax.jit(Backbone(backbone).init)
+        variables = nn.meta.unbox(init(jax.random.key(0), np.zeros((1, 2), np.int32)))
+        save_params(
+            directory,
+            jax.device_get(variables),
+            backbone,
+            dtype=np.float32,
+            lora=None,
+            **special_token_ids(tokenizer),
+        )
+        tokenizer.save_pretrained(directory)
+        save_retriever_config(RetrieverConfig(backbone, num_thinking_steps=steps), directory)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def thinking_model(
+    tmp_path_factory: pytest.TempPathFactory, write_model: Callable[..., None]
+) -> Path:
+    """An exported random model with K = 3; its run's config names the corpus beside it."""
     texts = {
         "ulm": "Ulm lies on the Danube.",
         "kiel": "Kiel lies at the sea.",
         "trap": "<script>alert('document')</script> & \"quotes\" " + "long " * 40,
     }
     run = tmp_path_factory.mktemp("run")
-    tokenizer = train_tokenizer(list(texts.values()), 280)
-    backbone = ScratchConfig(
-        hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=16
-    ).backbone(len(tokenizer))
-    init = jax.jit(Backbone(backbone).init)
-    variables = nn.meta.unbox(init(jax.random.key(0), np.zeros((1, 2), np.int32)))
     directory = run / "model"
-    save_params(
-        directory,
-        jax.device_get(variables),
-        backbone,
-        dtype=np.float32,
-        lora=None,
-        **special_token_ids(tokenizer),
-    )
-    tokenizer.save_pretrained(directory)
-    save_retriever_config(RetrieverConfig(backbone, num_thinking_steps=3), directory)
+    write_model(directory, list(texts.values()), vocab_size=280, layers=2, steps=3)
     corpus = run / "corpus"
     (corpus / "qrels").mkdir(parents=True)
     rows = [{"_id": id_, "title": "", "text": text} for id_, text in texts.items()]

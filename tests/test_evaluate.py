@@ -10,15 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from test_bright import DOCUMENTS, EXAMPLES, write_copy
 
-from laser_jax.config import RetrieverConfig, ScratchConfig, save_retriever_config
-from laser_jax.data.tokenization import special_token_ids, train_tokenizer
 from laser_jax.evaluate import main
 from laser_jax.evaluation.metrics import evaluate_run, without_excluded
 from laser_jax.evaluation.results import read_evaluation, read_per_query
@@ -31,14 +26,9 @@ from laser_jax.evaluation.retrieval import (
 )
 from laser_jax.evaluation.rewrites import Rewrite, WritingCost
 from laser_jax.evaluation.significance import paired_bootstrap
-from laser_jax.hf import save_params
-from laser_jax.modeling.backbone import Backbone
 from laser_jax.report import main as report
 from laser_jax.search.trec import read_trec_run
 
-SCRATCH = ScratchConfig(
-    hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=16
-)
 TOWNS = ["Ulm", "Kiel", "Jena", "Bonn", "Hof", "Trier"]
 
 
@@ -149,22 +139,10 @@ def test_an_unknown_metric_ends_the_program_at_once(files: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory: pytest.TempPathFactory, write_model: Callable[..., None]) -> Path:
     directory = tmp_path_factory.mktemp("run") / "model"
-    tokenizer = train_tokenizer([f"{town} lies on a river." for town in TOWNS], 280)
-    backbone = SCRATCH.backbone(len(tokenizer))
-    init = jax.jit(Backbone(backbone).init)
-    variables = nn.meta.unbox(init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
-    save_params(
-        directory,
-        jax.device_get(variables),
-        backbone,
-        dtype=np.float32,
-        lora=None,
-        **special_token_ids(tokenizer),
-    )
-    tokenizer.save_pretrained(directory)
-    save_retriever_config(RetrieverConfig(backbone, num_thinking_steps=2), directory)
+    texts = [f"{town} lies on a river." for town in TOWNS]
+    write_model(directory, texts, vocab_size=280, layers=1, steps=2)
     return directory
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_bright import write_json_lines
-from test_mteb import STEPS, model, retriever  # noqa: F401  (the same tiny model)
 
 from laser_jax.evaluate_mteb import main, task_names
 from laser_jax.evaluation.bright import INSTRUCTIONS, read_bright
@@ -18,6 +18,20 @@ from laser_jax.evaluation.retrieval import latent, retrieval_runs, unrestricted
 from laser_jax.retriever import LatentRetriever
 
 datasets = pytest.importorskip("datasets")
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, write_model: Callable[..., None]) -> Path:
+    directory = tmp_path_factory.mktemp("run") / "tiny"
+    texts = [f"Problem {n} asks for the root of a number." for n in range(9)]
+    write_model(directory, texts, vocab_size=300, layers=1, steps=STEPS)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def retriever(model: Path) -> LatentRetriever:
+    return LatentRetriever.from_pretrained(model, batch_size=16, length_multiple=128)
 
 
 def write_domain(directory: Path, domain: str, excluded: int) -> None:
@@ -34,8 +48,7 @@ def write_domain(directory: Path, domain: str, excluded: int) -> None:
             "query": f"What is the root of {q * q}?",
             "gold_ids": [ids[q], ids[q + 8]],
             "gold_ids_long": ["N/A"],
-            "excluded_ids": [ids[(q + 1 + n) % 8 + 8 * (n % 2)] for n in range(excluded)]
-            or ["N/A"],
+            "excluded_ids": excludes(q) or ["N/A"],
         }
         for q in range(8)
     ]
@@ -66,7 +79,7 @@ def local_hub(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", load)
 
 
-def our_scores(copy: Path, retriever: LatentRetriever, domain: str, steps: int) -> list[float]:  # noqa: F811
+def our_scores(copy: Path, retriever: LatentRetriever, domain: str, steps: int) -> list[float]:
     """nDCG@10 with exclusions and without."""
     dataset = read_bright(copy, domain)
     encoder, prompts = retriever.encoder, retriever.prompts
@@ -82,8 +95,8 @@ def rows(text: str) -> dict[str, list[str]]:
 
 @pytest.mark.usefixtures("local_hub")
 def test_bright_is_scored_with_exclusions_and_without_as_by_our_evaluator(
-    model: Path,  # noqa: F811
-    retriever: LatentRetriever,  # noqa: F811
+    model: Path,
+    retriever: LatentRetriever,
     copy: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -109,8 +122,8 @@ def test_bright_is_scored_with_exclusions_and_without_as_by_our_evaluator(
 @pytest.mark.filterwarnings("ignore:The task 'BrightRetrieval' is superseded:UserWarning")
 @pytest.mark.usefixtures("local_hub")
 def test_the_first_bright_excludes_nothing(
-    model: Path,  # noqa: F811
-    retriever: LatentRetriever,  # noqa: F811
+    model: Path,
+    retriever: LatentRetriever,
     copy: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -149,7 +162,7 @@ def test_names_are_cut_at_commas_outside_brackets() -> None:
     ],
 )
 def test_bad_options_end_the_program_before_anything_is_written(
-    model: Path,  # noqa: F811
+    model: Path,
     tmp_path: Path,
     more: list[str],
     message: str,
@@ -161,7 +174,7 @@ def test_bad_options_end_the_program_before_anything_is_written(
 
 
 def test_without_mteb_the_extra_is_named(
-    model: Path,  # noqa: F811
+    model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

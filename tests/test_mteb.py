@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
-from laser_jax.config import RetrieverConfig, ScratchConfig, save_retriever_config
-from laser_jax.data.tokenization import special_token_ids, train_tokenizer
 from laser_jax.evaluation.beir import BeirDataset, Document, EvalQuery, read_queries
 from laser_jax.evaluation.bright import INSTRUCTIONS
 from laser_jax.evaluation.metrics import (
@@ -25,8 +21,6 @@ from laser_jax.evaluation.metrics import (
     without_excluded,
 )
 from laser_jax.evaluation.retrieval import latent, retrieval_runs
-from laser_jax.hf import save_params
-from laser_jax.modeling.backbone import Backbone
 from laser_jax.retriever import LatentRetriever
 from laser_jax.search.trec import Run
 
@@ -37,9 +31,6 @@ ours = pytest.importorskip("laser_jax.evaluation.mteb")
 TaskMetadata, PromptType = mteb.TaskMetadata, mteb.types.PromptType
 MtebRetriever, evaluate_task, find_tasks = ours.MtebRetriever, ours.evaluate_task, ours.find_tasks
 
-SCRATCH = ScratchConfig(
-    hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=16
-)
 TASK = "Given a scientific claim, retrieve documents that support or refute the claim"
 NAME = "laser_jax/tiny"
 STEPS = 2
@@ -47,22 +38,10 @@ METRICS = ("nDCG@10", "Recall@100", "MAP@100", "P@5")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory: pytest.TempPathFactory, write_model: Callable[..., None]) -> Path:
     directory = tmp_path_factory.mktemp("run") / "tiny"
-    tokenizer = train_tokenizer(["The effect of a protein on the cells of mice.", TASK], 300)
-    backbone = SCRATCH.backbone(len(tokenizer))
-    init = jax.jit(Backbone(backbone).init)
-    variables = nn.meta.unbox(init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
-    save_params(
-        directory,
-        jax.device_get(variables),
-        backbone,
-        dtype=np.float32,
-        lora=None,
-        **special_token_ids(tokenizer),
-    )
-    tokenizer.save_pretrained(directory)
-    save_retriever_config(RetrieverConfig(backbone, num_thinking_steps=STEPS), directory)
+    texts = ["The effect of a protein on the cells of mice.", TASK]
+    write_model(directory, texts, vocab_size=300, layers=1, steps=STEPS)
     return directory
 
 

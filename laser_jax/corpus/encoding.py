@@ -20,6 +20,7 @@ from laser_jax.corpus.plan import Plan, Settings, read_planned
 from laser_jax.data.pipeline import tokenization_settings
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
 from laser_jax.evaluation.beir import EvalQuery
+from laser_jax.files import checksum
 from laser_jax.hf import resolve_directory
 from laser_jax.retriever import LatentRetriever, Tally
 from laser_jax.search.codes import encode_vectors
@@ -137,8 +138,9 @@ def settings_of(config: CorpusConfig) -> Settings:
     prompts = PromptTokenizer(load_tokenizer(directory), of_model.prompt)
     prompts.require_room([config.instruction or ""], explicit=False)
     computed = [as_dict(of_model.backbone), of_model.pooling, dtype]
+    weights = checksum(_files(directory)), checksum(_files(config.adapter))
     info = VectorsInfo(
-        model_hash=_hash([*computed, _hashes(directory), _hashes(config.adapter)]),
+        model_hash=_hash([*computed, *weights]),
         prompt_hash=_hash(tokenization_settings(prompts)),
         num_thinking_steps=config.num_thinking_steps or of_model.num_thinking_steps,
         dtype=config.dtype,
@@ -152,16 +154,12 @@ def _hash(values: object) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _hashes(directory: str | Path | None) -> list[str]:
-    """Of the weights in a directory, file by file, and of an adapter's config: it has its scale."""
+def _files(directory: str | Path | None) -> list[Path]:
+    """The weights in a directory, and an adapter's config: it has its scale."""
     if directory is None:
         return []
     folder = Path(directory)
-    hashes = []
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("adapter_config.json")]):
-        with path.open("rb") as file:
-            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return hashes
+    return [*sorted(folder.glob("*.safetensors")), *folder.glob("adapter_config.json")]
 
 
 def open_corpus(config: CorpusConfig, on_bad_line: Callable[[str], object]) -> Corpus:

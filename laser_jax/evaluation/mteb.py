@@ -21,6 +21,7 @@ from typing import Any, cast
 import numpy as np
 
 from laser_jax.evaluation.bright import INSTRUCTIONS
+from laser_jax.files import checksum
 from laser_jax.retriever import LatentRetriever
 
 try:
@@ -192,14 +193,8 @@ class MtebRetriever(AbsEncoder):
 def model_revision(*directories: str | Path) -> str:
     """A revision of 16 hexadecimal digits, of the bytes of all weights and JSON files of a model
     and its adapter, so that results of other weights are not taken for these."""
-    digest = hashlib.sha256()
-    for directory in directories:
-        for path in sorted(Path(directory).iterdir()):
-            if path.suffix in (".safetensors", ".json"):
-                with path.open("rb") as file:
-                    digest.update(f"{path.name}:".encode())
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+    files = [path for directory in directories for path in sorted(Path(directory).iterdir())]
+    return checksum(path for path in files if path.suffix in (".safetensors", ".json"))[:16]
 
 
 # --- tasks -------------------------------------------------------------------------------------

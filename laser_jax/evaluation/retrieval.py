@@ -178,22 +178,14 @@ def retrieval_runs(
     dataset: BeirDataset,
     steps: Sequence[int],
     *,
-    depth: int = DEPTH,
-    control_seed: int | None = None,
-    rewrites: Mapping[str, str] | None = None,
     nothing_excluded: bool = False,
     progress: bool = False,
 ) -> dict[str, Run]:
-    """Ranks the corpus for every query.
+    """Ranks the corpus for every query, read in each of `query_ways`.
 
     Args:
         steps: values of K. Queries and documents think equally long, as `encode` would.
-        depth: documents kept of each ranking.
-        control_seed: with it, and where there is an "explicit" run, a run `CONTROL` as well, in
-            which each query reads the reasoning of another, drawn by this seed.
-        rewrites: with them, by query id, the runs of `rewrite_ways` as well.
-        nothing_excluded: adds every run once more, named by `unrestricted`, with the documents
-            that queries exclude.
+        nothing_excluded, progress: see `rank_ways`.
 
     Returns:
         A run for "latent K=k" at every k; and "explicit", the queries with their written reasoning
@@ -203,9 +195,34 @@ def retrieval_runs(
     Raises:
         DatasetError: a query without an instruction.
     """
-    ways = query_ways(prompts, dataset, encoder.config, steps, control_seed)
-    if rewrites is not None:
-        ways |= rewrite_ways(prompts, dataset, encoder.config, rewrites)
+    ways = query_ways(prompts, dataset, encoder.config, steps)
+    return rank_ways(
+        encoder, prompts, dataset, ways, nothing_excluded=nothing_excluded, progress=progress
+    )
+
+
+def rank_ways(
+    encoder: LatentEncoder,
+    prompts: PromptTokenizer,
+    dataset: BeirDataset,
+    ways: Mapping[str, QueryTokens],
+    *,
+    depth: int = DEPTH,
+    nothing_excluded: bool = False,
+    progress: bool = False,
+) -> dict[str, Run]:
+    """Ranks the corpus for every query, read in several ways.
+
+    Args:
+        ways: as `query_ways` and `rewrite_ways` make them.
+        depth: documents kept of each ranking.
+        nothing_excluded: adds every run once more, named by `unrestricted`, with the documents
+            that queries exclude.
+        progress: shows bars on a terminal.
+
+    Returns:
+        A run by the name of its way; those of "latent" by that of `latent`.
+    """
     order = trec_order([document.id for document in dataset.documents])
     documents = [dataset.documents[i] for i in order]
 
