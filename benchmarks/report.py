@@ -40,15 +40,10 @@ TAIL = """## What cannot be shown here
 The paper's tables (nDCG@10 on BRIGHT and BRIGHT(v1.1), FollowIR, BrowseComp-Plus) need its six
 backbones with their pretrained weights, 81,659 training rows and a node of GPUs or a TPU slice.
 This repository was written where none of them was at hand: it trains small models from scratch
-and measures speed on random weights of the real shapes. With the weights and the rows:
+and measures speed on random weights of the real shapes. [reproduce.md](reproduce.md) has every
+command from the hub to a BRIGHT table, with the hours to expect.
 
-    python -m laser_jax.train --config configs/paper.yaml \\
-      --config configs/backbones/qwen3-0.6b.yaml --config configs/hardware/h100-small.yaml \\
-      --config configs/batch/paper.yaml --data.train train.jsonl --output runs/qwen3-0.6b
-    python -m laser_jax.evaluate --model runs/qwen3-0.6b/model --data BRIGHT_DIR --output scores
-
-(other backbones and machines: [scale.md](scale.md); scoring: [evaluation.md](evaluation.md)). And
-the times that are missing above, on one H100 or H200:
+The times that are missing above, on one H100 or H200:
 
     python -m benchmarks.gpu --output FOLDER
     cp FOLDER/gpu.json benchmarks/results/gpu.json && python -m benchmarks.report

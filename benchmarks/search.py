@@ -90,8 +90,7 @@ def pieces(corpus: Any, chunk: int) -> Iterator[tuple[int, Any]]:
 def ours(
     queries_QD: np.ndarray, chunks: Sequence[tuple[Any, np.ndarray]], k: int, chunk: int
 ) -> Found:
-    """`exact_top_k`: all queries at once, up to 2,048, and a chunk no longer than the corpus."""
-    chunk = min(chunk, sum(len(rows) for rows, _ in chunks))
+    """`exact_top_k`: all queries at once, up to 2,048."""
     block = min(len(queries_QD), 2048)
     return exact_top_k(queries_QD, chunks, k, chunk=chunk, query_block=block)
 

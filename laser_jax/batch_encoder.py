@@ -71,7 +71,7 @@ class LatentEncoder:
             ConfigError: the kernel cannot run there.
         """
         self.config = config
-        self._mesh = mesh
+        self.mesh = mesh
         self._rows, self._everywhere, share = None, None, 1
         if mesh is not None:
             self._rows, self._everywhere = (
@@ -103,7 +103,7 @@ class LatentEncoder:
         return other
 
     def _placed(self, variables: Variables) -> Variables:
-        return variables if self._mesh is not None else for_inference(variables)
+        return variables if self.mesh is not None else for_inference(variables)
 
     def _embed(
         self, variables: Variables, ids_BT: jax.Array, lengths_B: jax.Array, steps: tuple[int, ...]
@@ -123,7 +123,7 @@ class LatentEncoder:
             )
             jitted = jax.jit(self._embed, static_argnums=3, out_shardings=self._everywhere)
             # `constrain` looks for the mesh while the program is traced
-            with jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext():
+            with jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext():
                 lowered = jitted.lower(self._variables, ids_BT, lengths_B, steps)
             self._programs[key] = lowered.compile()
         return self._programs[key]

@@ -17,7 +17,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,13 @@ import numpy as np
 from laser_jax.batch_encoder import LatentEncoder
 from laser_jax.config import (
     ConfigError,
+    Dtype,
+    MeshConfig,
     RetrieverConfig,
     load_retriever_config,
     parse_command_line,
 )
-from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
-from laser_jax.encoder import load_pretrained
+from laser_jax.data.tokenization import PromptTokenizer
 from laser_jax.evaluation.beir import BeirDataset, read_beir, read_qrels_file
 from laser_jax.evaluation.bright import ALL, EXAMPLES, choose_domains, is_bright, read_bright
 from laser_jax.evaluation.metrics import (
@@ -77,6 +78,7 @@ from laser_jax.evaluation.rewrites import (
 )
 from laser_jax.evaluation.significance import paired_bootstrap
 from laser_jax.files import write_atomically
+from laser_jax.retriever import LatentRetriever, local_mesh
 from laser_jax.search.trec import DatasetError, read_excluded, read_trec_run, write_trec_run
 
 METRICS = ("nDCG@10", "Recall@100", "MRR@10")
@@ -225,6 +227,8 @@ class ModelOptions:
     max_length: int | None = None
     """Tokens of a query and of a document; None takes the model's limits (the paper trains at 512
     and evaluates at 8192)."""
+    dtype: Dtype | None = None
+    """Compute in another dtype than the model's."""
     thinking_steps: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
     """Values of K, all from one pass; K = 1 is the query alone."""
     metrics: tuple[str, ...] = METRICS
@@ -232,7 +236,15 @@ class ModelOptions:
     depth: int = DEPTH
     """Documents kept of each ranking."""
     batch_size: int = 64
+    """The most rows of a batch."""
+    batch_tokens: int = 8192
+    """The most tokens of a batch, on all devices together."""
     length_multiple: int = 32
+    """Widths of batches are multiples of it."""
+    devices: int | None = None
+    """Local devices that share every batch, and the search. None: all of them."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """How those devices share weights and rows; by default rows alone."""
     skip_bad_lines: bool = False
     """Leave bad lines of the data out and count them, instead of stopping at the first."""
     seed: int = 0
@@ -250,11 +262,10 @@ class ModelOptions:
     def __post_init__(self) -> None:
         if not self.thinking_steps or min(self.thinking_steps) < 1:
             raise ConfigError(f"thinking_steps must each be at least 1, got {self.thinking_steps}")
-        for key in ("depth", "batch_size", "length_multiple", "resamples"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"{key} must be at least 1, got {getattr(self, key)}")
-        if self.max_length is not None and self.max_length < 1:
-            raise ConfigError(f"max_length must be at least 1, got {self.max_length}")
+        counts = ("depth", "batch_size", "batch_tokens", "length_multiple", "resamples")
+        for key in (*counts, "devices", "max_length"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                raise ConfigError(f"{key} must be at least 1, got {value}")
         if not 0 < self.confidence < 1:
             raise ConfigError(f"confidence must lie between 0 and 1, got {self.confidence}")
         _check_metrics(self.metrics, self.depth)
@@ -354,12 +365,17 @@ def _load(options: ModelOptions) -> tuple[LatentEncoder, PromptTokenizer]:
     config = load_retriever_config(options.model)
     if options.max_length is not None:
         config = with_max_length(config, options.max_length)
-    variables, config = load_pretrained(options.model, config=config, adapter=options.adapter)
-    prompts = PromptTokenizer(load_tokenizer(options.model), config.prompt)
-    encoder = LatentEncoder(
-        variables, config, batch_size=options.batch_size, length_multiple=options.length_multiple
+    retriever = LatentRetriever.from_pretrained(
+        options.model,
+        config=config,
+        adapter=options.adapter,
+        dtype=options.dtype,
+        batch_size=options.batch_size,
+        batch_tokens=options.batch_tokens,
+        length_multiple=options.length_multiple,
+        mesh=local_mesh(options.mesh, options.devices),
     )
-    return encoder, prompts
+    return retriever.encoder, retriever.prompts
 
 
 def evaluate_model(options: ModelOptions) -> Evaluation:

@@ -12,17 +12,23 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from laser_jax.config import ConfigError, Dtype, load_retriever_config, parse_command_line
+from laser_jax.config import (
+    ConfigError,
+    Dtype,
+    MeshConfig,
+    load_retriever_config,
+    parse_command_line,
+)
 from laser_jax.evaluation.results import markdown_table, model_name
 from laser_jax.evaluation.retrieval import with_max_length
 from laser_jax.files import write_atomically
-from laser_jax.retriever import LatentRetriever
+from laser_jax.retriever import LatentRetriever, local_mesh
 
 if TYPE_CHECKING:
     from laser_jax.evaluation.mteb import MtebRetriever, TaskScore
@@ -55,13 +61,21 @@ class MtebOptions:
     dtype: Dtype | None = None
     """Compute in another dtype than the model's."""
     batch_size: int = 64
+    """The most rows of a batch."""
+    batch_tokens: int = 8192
+    """The most tokens of a batch, on all devices together."""
+    devices: int | None = None
+    """Local devices that share every batch. None: all of them."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """How those devices share weights and rows; by default rows alone."""
     overwrite: bool = False
     """Compute again what is in the output directory."""
 
     def __post_init__(self) -> None:
         if not task_names(self.tasks):
             raise ConfigError("tasks must name one task at least")
-        for key in ("num_thinking_steps", "max_length", "batch_size"):
+        counts = ("num_thinking_steps", "max_length", "batch_size", "batch_tokens", "devices")
+        for key in counts:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(f"{key} must be at least 1, got {value}")
@@ -118,7 +132,12 @@ def _load(options: MtebOptions) -> MtebRetriever:
     name = options.name or Path(model_name(options.model)).name
     return MtebRetriever(
         LatentRetriever.from_pretrained(
-            options.model, config=config, adapter=options.adapter, batch_size=options.batch_size
+            options.model,
+            config=config,
+            adapter=options.adapter,
+            batch_size=options.batch_size,
+            batch_tokens=options.batch_tokens,
+            mesh=local_mesh(options.mesh, options.devices),
         ),
         name=name if "/" in name else f"laser_jax/{name}",
         revision=model_revision(options.model, *filter(None, [options.adapter])),

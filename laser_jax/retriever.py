@@ -19,6 +19,7 @@ from laser_jax.config import (
     AttentionKernel,
     ConfigError,
     Dtype,
+    MeshConfig,
     RetrieverConfig,
     load_retriever_config,
 )
@@ -27,7 +28,7 @@ from laser_jax.data.tokenization import PromptTokenizer, PromptTokens, load_toke
 from laser_jax.encoder import backbone_for, load_pretrained
 from laser_jax.hf import resolve_directory
 from laser_jax.modeling.backbone import Variables
-from laser_jax.sharding import shardings
+from laser_jax.sharding import make_mesh, shardings
 
 # A block of texts is tokenised while the one before it is on the device; a few batches each.
 _BATCHES_PER_BLOCK = 4
@@ -333,6 +334,20 @@ class LatentRetriever:
         if truncate_dim is not None:
             vectors = _unit(vectors[:, :truncate_dim])
         return vectors[0] if isinstance(texts, str) else vectors
+
+
+def local_mesh(config: MeshConfig, count: int | None = None) -> Mesh | None:
+    """A mesh for `LatentRetriever.from_pretrained` over the first `count` devices of this process,
+    by default all of them; None where that is a single one.
+
+    Raises:
+        ConfigError: there are fewer, or the axes do not multiply to their number.
+    """
+    devices = jax.local_devices()
+    if count is not None and count > len(devices):
+        raise ConfigError(f"devices is {count}, and this process has {len(devices)}")
+    devices = devices[:count]
+    return make_mesh(config, devices) if len(devices) > 1 or config != MeshConfig() else None
 
 
 def _on_mesh(variables: Variables, config: RetrieverConfig, mesh: Mesh) -> Variables:

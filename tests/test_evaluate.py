@@ -171,6 +171,7 @@ def write_data(directory: Path, *, reasoning: bool = True, instruction: bool = T
 def arguments(model: Path, data: Path, output: Path, *more: str) -> list[str]:
     where = ["--model", str(model), "--data", str(data), "--output", str(output)]
     shapes = ["--length_multiple", "128", "--batch_size", "8", "--thinking_steps", "[1,2,3]"]
+    shapes += ["--devices", "1"]
     return [*where, *shapes, "--resamples", "200", *more]
 
 
@@ -240,6 +241,20 @@ def test_the_same_command_gives_the_same_files(model: Path, evaluated: Path) -> 
     (evaluated / "runs" / "latent-K-8.trec").write_text("of an evaluation with more steps")
     main(arguments(model, data, evaluated, "--measure_time", "true", "--overwrite", "true"))
     assert {p: p.read_bytes() for p in evaluated.rglob("*.*") if p.name != "results.json"} == old
+
+
+@pytest.mark.parametrize(
+    "mesh", [("--devices", "8"), ("--devices", "4", "--mesh.fsdp", "2", "--mesh.tensor", "2")]
+)
+def test_several_devices_rank_as_one_does(
+    model: Path, evaluated: Path, tmp_path: Path, mesh: tuple[str, ...]
+) -> None:
+    main(arguments(model, evaluated.parent / "towns", tmp_path / "out", "--plot", "false", *mesh))
+    for path in (evaluated / "runs").glob("*.trec"):
+        alone, together = read_trec_run(path), read_trec_run(tmp_path / "out" / "runs" / path.name)
+        assert together.keys() == alone.keys()
+        for query, ranking in alone.items():
+            assert together[query] == pytest.approx(ranking, abs=1e-5)
 
 
 def test_a_full_disk_is_named_and_leaves_no_results(
@@ -497,6 +512,7 @@ def test_options_of_the_other_kind_of_data_are_refused(
         (("--depth", "5"), "nDCG@10 looks deeper than --depth 5"),
         (("--confidence", "1"), "confidence must lie between"),
         (("--metrics", "[]"), "must name one metric"),
+        (("--batch_tokens", "0"), "batch_tokens must be at least 1, got 0"),
     ],
 )
 def test_impossible_options_are_refused(

@@ -158,6 +158,7 @@ def test_names_are_cut_at_commas_outside_brackets() -> None:
         (["--tasks", " ,"], "tasks must name one task at least"),
         (["--tasks", "FollowIR", "--num_thinking_steps", "0"], "steps must be at least 1, got 0"),
         (["--tasks", "FollowIR", "--max_length", "99999"], "more than the model's"),
+        (["--tasks", "FollowIR", "--devices", "99"], "devices is 99, and this process has 8"),
         (["--tasks", "FollowIR", "--model", "absent"], r"absent/laser_config\.json is missing"),
     ],
 )

@@ -22,10 +22,9 @@ from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
 from laser_jax.evaluation.beir import EvalQuery
 from laser_jax.files import checksum
 from laser_jax.hf import resolve_directory
-from laser_jax.retriever import LatentRetriever, Tally
+from laser_jax.retriever import LatentRetriever, Tally, local_mesh
 from laser_jax.search.codes import encode_vectors
 from laser_jax.search.vectors import VectorsError, VectorsInfo, shard_name, write_shard
-from laser_jax.sharding import make_mesh
 
 
 @dataclass(frozen=True)
@@ -190,8 +189,7 @@ class ShardEncoder:
         """
         self._config, self._plan, self._directory = config, plan, directory
         self._corpus = open_corpus(config, lambda message: None)  # the plan has shown and counted
-        devices = jax.local_devices()[: config.devices]
-        shared = len(devices) > 1 or config.mesh != MeshConfig()
+        mesh = local_mesh(config.mesh, config.devices)
         settings = plan.settings
         self.retriever = LatentRetriever.from_pretrained(
             config.model,
@@ -200,9 +198,9 @@ class ShardEncoder:
             batch_size=settings.batch_size,
             batch_tokens=settings.batch_tokens,
             length_multiple=settings.length_multiple,
-            mesh=make_mesh(config.mesh, devices) if shared else None,
+            mesh=mesh,
         )
-        self.device = f"{len(devices)} x {devices[0].device_kind}"
+        self.device = f"{mesh.size if mesh else 1} x {jax.local_devices()[0].device_kind}"
 
     def __enter__(self) -> ShardEncoder:
         return self

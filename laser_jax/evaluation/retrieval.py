@@ -12,7 +12,7 @@ from laser_jax.config import ConfigError, RetrieverConfig
 from laser_jax.data.tokenization import PromptTokenizer
 from laser_jax.evaluation.beir import BeirDataset
 from laser_jax.evaluation.metrics import evaluate_run, mean
-from laser_jax.search.topk import search
+from laser_jax.search.topk import device_mesh, search
 from laser_jax.search.trec import DatasetError, Run, trec_order
 
 DEPTH = 100
@@ -236,6 +236,8 @@ def rank_ways(
     )
 
     excluded = {query.id: query.excluded_ids for query in dataset.queries.values()}
+    # where processes share the mesh, each has all the vectors and searches for itself
+    mesh = device_mesh(encoder.mesh.local_devices) if encoder.mesh is not None else None
     runs: dict[str, Run] = {}
     for way_name, way in ways.items():
         for k, vectors in embed(way.rows, f"queries, {way_name}", way.steps).items():
@@ -249,6 +251,7 @@ def rank_ways(
                     [document.id for document in documents],
                     depth,
                     removed,
+                    mesh=mesh,
                 )
     return runs
 

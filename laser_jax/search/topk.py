@@ -24,8 +24,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from laser_jax.search.codes import Code, decode_vectors, encode_vectors, storage_dtype
 from laser_jax.search.trec import Run, trec_order
 
-DEFAULT_CHUNK = 16_384
+DEFAULT_CHUNK = 32_768
 DEFAULT_QUERY_BLOCK = 1_024
+ROW_MULTIPLE = 128
+"""Every device's rows of a piece are filled up to it, so that `_top_of_chunk` can cut them."""
 NO_RANK = np.iinfo(np.int32).max
 """The rank of a row that only fills a chunk up."""
 
@@ -48,23 +50,32 @@ def _first_k(scores_Qm: jax.Array, ranks_Qm: jax.Array, k: int) -> tuple[jax.Arr
     return -negated_Qm[:, :k], ranks_Qm[:, :k]
 
 
+def _comparable(scores: jax.Array, ranks: jax.Array) -> jax.Array:
+    """The scores with one zero, as top_k orders -0.0 below 0.0, and -inf for what only fills up."""
+    return jnp.where(ranks == NO_RANK, -jnp.inf, jnp.where(scores == 0, 0.0, scores))
+
+
 def _top_of_chunk(scores_QM: jax.Array, ranks_M: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The top k of rows whose ranks ascend, so that ties go to the lower position.
 
     Long chunks are cut into blocks, of which only the k with the largest maxima are looked into:
     the top k lie in them, since each block before another holds a document before any of its own.
+    All scores are read once, for the maxima. Rows that fill up come last and score as the row
+    before them, so that they raise no maximum but those of blocks without a document.
     """
     Q, M = scores_QM.shape
     k = min(k, M)
     B = 1 << max((M // k).bit_length() // 2, 0)  # about sqrt(M / k): both selections are as long
     if B == 1 or M % B:
-        best_Qk, position_Qk = jax.lax.top_k(scores_QM, k)
+        best_Qk, position_Qk = jax.lax.top_k(_comparable(scores_QM, ranks_M[None]), k)
         return best_Qk, ranks_M[position_Qk]
-    blocks_QnB = scores_QM.reshape(Q, M // B, B)
-    _, chosen_Qk = jax.lax.top_k(blocks_QnB.max(axis=2), k)
+    blocks_QnB, ranks_nB = scores_QM.reshape(Q, M // B, B), ranks_M.reshape(M // B, B)
+    maxima_Qn = _comparable(blocks_QnB.max(axis=2), ranks_nB[None, :, 0])
+    _, chosen_Qk = jax.lax.top_k(maxima_Qn, k)
     chosen_Qk = jnp.sort(chosen_Qk, axis=1)  # back to the order of positions
-    candidates_Qm = jnp.take_along_axis(blocks_QnB, chosen_Qk[:, :, None], axis=1).reshape(Q, k * B)
-    best_Qk, place_Qk = jax.lax.top_k(candidates_Qm, k)
+    candidates_QkB = jnp.take_along_axis(blocks_QnB, chosen_Qk[:, :, None], axis=1)
+    candidates_QkB = _comparable(candidates_QkB, ranks_nB[chosen_Qk])
+    best_Qk, place_Qk = jax.lax.top_k(candidates_QkB.reshape(Q, k * B), k)
     position_Qk = jnp.take_along_axis(chosen_Qk, place_Qk // B, axis=1) * B + place_Qk % B
     return best_Qk, ranks_M[position_Qk]
 
@@ -88,9 +99,6 @@ def _add_chunk(
         scores_Qm = jnp.einsum(
             "qd,md->qm", queries_QD, documents_mD, precision=jax.lax.Precision.HIGHEST
         )
-        # top_k orders -0.0 below 0.0, which would break that tie by sign instead of by rank
-        scores_Qm = jnp.where(scores_Qm == 0, 0.0, scores_Qm)
-        scores_Qm = jnp.where(ranks_m[None, :] == NO_RANK, -jnp.inf, scores_Qm)
         k = best_1Qk.shape[2]
         new_Qk, new_ranks_Qk = _top_of_chunk(scores_Qm, ranks_m, k)
         best_Qk, ranks_Qk = _first_k(
@@ -127,21 +135,26 @@ def _merge_devices(
 
 
 def _filled(chunk: Chunk, rows: int) -> Chunk:
-    """The chunk with rows of zeros behind it that have no rank."""
+    """The chunk with its last row behind it again and again, without a rank."""
     codes_MW, ranks_M = chunk
     spare = rows - len(codes_MW)
     if spare == 0:
         return chunk
     return (
-        np.concatenate([codes_MW, np.zeros((spare, codes_MW.shape[1]), codes_MW.dtype)]),
+        np.concatenate([codes_MW, np.repeat(codes_MW[-1:], spare, axis=0)]),
         np.concatenate([ranks_M, np.full(spare, NO_RANK, np.int32)]),
     )
 
 
-def _pieces(chunks: Iterable[Chunk], rows: int) -> Iterator[Chunk]:
+def _pieces(chunks: Iterable[Chunk], most: int) -> Iterator[tuple[int, Chunk]]:
+    """The chunks in pieces of `most` rows at most, each with the length of the longest so far. The
+    pieces of a chunk are about equally long, so that little is filled up."""
+    rows = 0
     for codes_MW, ranks_M in chunks:
-        for start in range(0, len(codes_MW), rows):
-            yield codes_MW[start : start + rows], ranks_M[start : start + rows]
+        count = max(-(-len(codes_MW) // most), 1)
+        rows = max(rows, -(-len(codes_MW) // count))
+        for start in range(0, len(codes_MW), rows or 1):
+            yield rows, (codes_MW[start : start + rows], ranks_M[start : start + rows])
 
 
 def exact_top_k(
@@ -169,7 +182,7 @@ def exact_top_k(
         code: how the rows are stored; scores are those of the decoded rows.
         mesh: any mesh of this process; the rows of a piece are split over all its devices. None
             takes the first device.
-        chunk: documents scored at a time, by all devices together.
+        chunk: the most documents scored at a time, by all devices together.
         query_block: queries scored at a time.
 
     Returns:
@@ -191,7 +204,6 @@ def exact_top_k(
     mesh = device_mesh(jax.local_devices()[:1]) if mesh is None else mesh
     Q, D = queries_QD.shape
     P = mesh.size
-    rows = -(-chunk // P) * P
     width = D // 8 if code == "binary" else D
     split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     whole = NamedSharding(mesh, PartitionSpec())
@@ -209,14 +221,15 @@ def exact_top_k(
     ]
     count = 0
     with jax.set_mesh(mesh):  # the caller's program may have set another
-        for piece in _pieces(chunks, rows):
+        for rows, piece in _pieces(chunks, chunk):
             if piece[0].dtype != storage_dtype(code) or piece[0].shape[1:] != (width,):
                 raise ValueError(
                     f"documents must be {storage_dtype(code)} of width {width} ({code}, queries of "
                     f"width {D}), got {piece[0].dtype} of shape {piece[0].shape}"
                 )
             count += len(piece[0])
-            codes_MW, ranks_M = jax.device_put(_filled(piece, rows), split)
+            filled = _filled(piece, -(-rows // (P * ROW_MULTIPLE)) * P * ROW_MULTIPLE)
+            codes_MW, ranks_M = jax.device_put(filled, split)
             # or the host would run ahead and put the whole corpus on the devices
             jax.block_until_ready(best)
             best = [
@@ -379,16 +392,12 @@ def search(
     _check_rows("query", query_embeddings, query_ids)
     _check_rows("document", doc_embeddings, doc_ids)
     order_C = trec_order(doc_ids)
-    chunk = min(chunk, max(len(order_C), 1))  # a small corpus is not filled up
 
     def read() -> Iterator[Chunk]:
         # in pieces, so that the permuted corpus is never a second copy
-        for start in range(0, len(order_C), chunk):
-            indices_M = order_C[start : start + chunk]
-            yield (
-                doc_embeddings[indices_M],
-                np.arange(start, start + len(indices_M), dtype=np.int32),
-            )
+        ranks_C = np.arange(len(order_C), dtype=np.int32)
+        for ranks_M in np.array_split(ranks_C, max(-(-len(ranks_C) // chunk), 1)):
+            yield doc_embeddings[order_C[ranks_M]], ranks_M
 
     return search_chunks(
         query_embeddings,
