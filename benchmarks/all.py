@@ -28,7 +28,6 @@ RUNS = {
     "train_step": "train_step --gradcache 2 4 --repeats 5",
     "train_step-full": "train_step --full --gradcache 4 --plain --remat --repeats 3",
     "search": "search",
-    "search-large_chunks": "search --chunk 131072",
     "data_pipeline": "data_pipeline",
     "memory": "memory",
     "roofline": "roofline",

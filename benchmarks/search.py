@@ -7,12 +7,12 @@ products in float32. All contenders hold the corpus before the clock starts, and
 scores that are those of the documents that it names, and the same scores.
 
 ours, from the host     `exact_top_k`, the corpus streaming to the device in every search
-ours, on the device     `exact_top_k` over chunks that lie there (on a GPU or TPU)
+ours, on the device     `exact_top_k` over chunks that lie there
 NumPy                   matmul and argpartition, `--chunk` documents at a time
 PyTorch                 matmul and topk, likewise, on the device of JAX
 FAISS                   IndexFlatIP, on the CPU
 
-On a GPU, MTEB(BRIGHT)'s largest search, with a corpus that chunks divide:
+On a GPU, a search as large as all of BRIGHT:
 
     python -m benchmarks.search --shapes 1384x1146880x1024 --chunk 163840 --no_numpy
 """
@@ -145,12 +145,9 @@ def contenders_for(
     ranks_C = np.arange(len(corpus_CD), dtype=np.int32)
     on_host = [(corpus_CD, ranks_C)]
     found: dict[str, Search] = {OURS: lambda: ours(queries_QD, on_host, k, chunk)}
-    if jax.default_backend() != "cpu":
-        on_device = [
-            (jax.device_put(piece), ranks_C[start : start + chunk])
-            for start, piece in pieces(corpus_CD, chunk)
-        ]
-        found[RESIDENT] = lambda: ours(queries_QD, on_device, k, chunk)
+    parts = np.array_split(ranks_C, -(-len(ranks_C) // chunk))
+    on_device = [(jax.device_put(corpus_CD[part]), part) for part in parts]
+    found[RESIDENT] = lambda: ours(queries_QD, on_device, k, chunk)
     if not options.no_numpy:
         found["NumPy"] = lambda: numpy_search(queries_QD, corpus_CD, k, chunk)
     if not options.no_torch and torch_unusable() is None:

@@ -134,8 +134,16 @@ class Run(NamedTuple):
     program: str
 
 
-def run_steps(config: Config, mesh: Mesh, seeds: Sequence[int]) -> Run:
-    """A step on the batch of each seed."""
+def spoilt(batch: Batch) -> Batch:
+    """The batch with a loss that is not finite: its first query is contrasted with nothing, its
+    positive included."""
+    contrast_BC = batch.contrast_BC.copy()
+    contrast_BC[0] = False
+    return dataclasses.replace(batch, contrast_BC=contrast_BC)
+
+
+def run_steps(config: Config, mesh: Mesh, batches: Sequence[Batch]) -> Run:
+    """A step on each batch."""
     backbone = Backbone(SCRATCH.backbone(V), lora=config.lora)
     state = new_state(backbone, mesh, 3, drawn(0)[1]["params"])
     abstract = abstract_state(backbone, optimizer(), mesh, FLOAT32)
@@ -146,8 +154,8 @@ def run_steps(config: Config, mesh: Mesh, seeds: Sequence[int]) -> Run:
             make_train_step(backbone, config, optimizer(), schedule), abstract, mesh
         )
         program = step.lower(state, batch(0), None).compile()
-        for seed in seeds:
-            example = jax.device_put(batch(seed), batch_sharding(mesh))
+        for given in batches:
+            example = jax.device_put(given, batch_sharding(mesh))
             state, arrays = program(state, example, None)
             metrics.append({name: float(value) for name, value in arrays.items()})
     return Run(begin, host(state), metrics, program.as_text())
@@ -169,7 +177,8 @@ def runs() -> dict[str, Run]:
     settings = config(dataclasses.replace(OBJECTIVE, distillation_warmup_steps=WARM_UP))
     meshes = {"alone": (1, 1, 1), "data": (8, 1, 1)}
     with jax.numpy_dtype_promotion("standard"):
-        return {name: run_steps(settings, mesh_of(*s), range(4)) for name, s in meshes.items()}
+        batches = [batch(seed) for seed in range(4)]
+        return {name: run_steps(settings, mesh_of(*s), batches) for name, s in meshes.items()}
 
 
 def test_eight_devices_give_the_losses_of_one(runs) -> None:
@@ -230,7 +239,7 @@ def full_step(*shape: int) -> Run:
     """One step of full fine-tuning, where no gradient is zero, on a mesh."""
     settings = config(dataclasses.replace(OBJECTIVE, distillation_warmup_steps=WARM_UP), None)
     with jax.numpy_dtype_promotion("standard"):
-        return run_steps(settings, mesh_of(*shape), [0])
+        return run_steps(settings, mesh_of(*shape), [batch(0)])
 
 
 def test_adapters_have_the_gradients_of_one_device_on_eight(runs) -> None:
@@ -246,6 +255,22 @@ def test_every_mesh_gives_the_loss_and_the_gradients_of_one_device(shape) -> Non
         np.testing.assert_allclose(run.metrics[0][name], value, rtol=1e-5, err_msg=name)
     assert_same_gradients(run.end, alone.end)
     assert f"f32[{B},{V}]" not in " ".join(collectives(run.program, "all-gather"))
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted() -> None:
+    settings, alone = config(), mesh_of(1, 1, 1)
+    clean = run_steps(settings, alone, [batch(0), batch(1)])
+    hurt = run_steps(settings, alone, [batch(0), spoilt(batch(2)), batch(1)])
+    assert [metrics["finite"] for metrics in hurt.metrics] == [1, 0, 1]
+    assert [metrics["skipped_steps"] for metrics in hurt.metrics] == [0, 1, 1]
+    assert not np.isfinite(hurt.metrics[1]["loss"])
+    rates = [metrics["learning_rate"] for metrics in hurt.metrics]
+    assert rates[1] == rates[2] == clean.metrics[1]["learning_rate"]
+    assert int(hurt.end.step) == 3
+    for kept in ("trained", "opt_state"):
+        jax.tree.map(
+            np.testing.assert_array_equal, getattr(hurt.end, kept), getattr(clean.end, kept)
+        )
 
 
 def test_full_fine_tuning_over_all_mesh_axes_moves_every_parameter(runs) -> None:

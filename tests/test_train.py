@@ -317,19 +317,33 @@ def test_lines_after_the_checkpoint_are_dropped_from_the_log(tmp_path: Path) -> 
     ]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(
-    full, arguments, tmp_path, capsys
-) -> None:
+@pytest.fixture
+def spoilt(full, tmp_path) -> tuple[str, ...]:
+    """Flags of a run whose model gives NaN."""
     model = shutil.copytree(full.output / "model", tmp_path / "model")
     tensors = load_file(model / "model.safetensors")
     tensors["model.norm.weight"][0] = np.nan
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    flags = ("--model.scratch", "null", "--model.path", str(model), "--train.log_every", "3")
-    message = refusal(arguments(tmp_path / "run", *flags), capsys)
+    return ("--model.scratch", "null", "--model.path", str(model), "--train.log_every", "3")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(
+    spoilt, arguments, tmp_path, capsys
+) -> None:
+    message = refusal(arguments(tmp_path / "run", *spoilt), capsys)
     assert "step 1: " in message
     assert "loss, " in message
     assert "train.jsonl:" in message  # the rows of the batch
     assert [p for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()] == []
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted_on_request(
+    spoilt, run, tmp_path
+) -> None:
+    output = tmp_path / "run"
+    run(output, *spoilt, "--train.on_nonfinite", "skip", "--data.eval", "null")
+    last = metrics_of(output)[-1]
+    assert (last["step"], last["skipped_steps"]) == (STEPS, STEPS)
 
 
 # --- choosing a checkpoint -----------------------------------------------------------------------

@@ -26,8 +26,6 @@ from laser_jax.search.trec import Run, trec_order
 
 DEFAULT_CHUNK = 32_768
 DEFAULT_QUERY_BLOCK = 1_024
-ROW_MULTIPLE = 128
-"""Every device's rows of a piece are filled up to it, so that `_top_of_chunk` can cut them."""
 NO_RANK = np.iinfo(np.int32).max
 """The rank of a row that only fills a chunk up."""
 
@@ -58,26 +56,29 @@ def _comparable(scores: jax.Array, ranks: jax.Array) -> jax.Array:
 def _top_of_chunk(scores_QM: jax.Array, ranks_M: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The top k of rows whose ranks ascend, so that ties go to the lower position.
 
-    Long chunks are cut into blocks, of which only the k with the largest maxima are looked into:
-    the top k lie in them, since each block before another holds a document before any of its own.
-    All scores are read once, for the maxima. Rows that fill up come last and score as the row
-    before them, so that they raise no maximum but those of blocks without a document.
+    Long chunks are cut into blocks, of which only the k with the largest maxima are looked into,
+    and what is left at the end: the top k lie in them, since each block before another holds a
+    document before any of its own. All scores are read once, for the maxima. Rows that fill up
+    come last and score as the row before them, so that they raise no maximum but those of blocks
+    without a document.
     """
     Q, M = scores_QM.shape
     k = min(k, M)
     B = 1 << max((M // k).bit_length() // 2, 0)  # about sqrt(M / k): both selections are as long
-    if B == 1 or M % B:
+    n = M // B
+    if B == 1:
         best_Qk, position_Qk = jax.lax.top_k(_comparable(scores_QM, ranks_M[None]), k)
         return best_Qk, ranks_M[position_Qk]
-    blocks_QnB, ranks_nB = scores_QM.reshape(Q, M // B, B), ranks_M.reshape(M // B, B)
-    maxima_Qn = _comparable(blocks_QnB.max(axis=2), ranks_nB[None, :, 0])
-    _, chosen_Qk = jax.lax.top_k(maxima_Qn, k)
+    maxima_Qn = scores_QM[:, : n * B].reshape(Q, n, B).max(axis=2)
+    _, chosen_Qk = jax.lax.top_k(_comparable(maxima_Qn, ranks_M[None, : n * B : B]), k)
     chosen_Qk = jnp.sort(chosen_Qk, axis=1)  # back to the order of positions
-    candidates_QkB = jnp.take_along_axis(blocks_QnB, chosen_Qk[:, :, None], axis=1)
-    candidates_QkB = _comparable(candidates_QkB, ranks_nB[chosen_Qk])
-    best_Qk, place_Qk = jax.lax.top_k(candidates_QkB.reshape(Q, k * B), k)
-    position_Qk = jnp.take_along_axis(chosen_Qk, place_Qk // B, axis=1) * B + place_Qk % B
-    return best_Qk, ranks_M[position_Qk]
+    inside_Qm = (chosen_Qk[:, :, None] * B + jnp.arange(B)[None, None]).reshape(Q, k * B)
+    position_Qm = jnp.concatenate(
+        [inside_Qm, jnp.broadcast_to(jnp.arange(n * B, M)[None], (Q, M - n * B))], axis=1
+    )
+    candidates_Qm = jnp.take_along_axis(scores_QM, position_Qm, axis=1)
+    best_Qk, place_Qk = jax.lax.top_k(_comparable(candidates_Qm, ranks_M[position_Qm]), k)
+    return best_Qk, ranks_M[jnp.take_along_axis(position_Qm, place_Qk, axis=1)]
 
 
 @partial(jax.jit, static_argnames=("code", "mesh"), donate_argnums=(0, 1))
@@ -170,7 +171,8 @@ def exact_top_k(
     """The k documents of largest dot product for every query, exactly; ties by the lower rank.
 
     Documents stream from the host: at most two pieces of `chunk` rows and [query_block, chunk]
-    scores are on the devices at a time, however long the corpus is. One program serves all pieces.
+    scores are on the devices at a time, however long the corpus is. One
+    program serves all pieces that are no longer than the first.
 
     Equal scores are those that are equal in float32 as computed. Two equal documents may get scores
     that differ in the last digit where a matrix product rounds differently at another place.
@@ -228,8 +230,7 @@ def exact_top_k(
                     f"width {D}), got {piece[0].dtype} of shape {piece[0].shape}"
                 )
             count += len(piece[0])
-            filled = _filled(piece, -(-rows // (P * ROW_MULTIPLE)) * P * ROW_MULTIPLE)
-            codes_MW, ranks_M = jax.device_put(filled, split)
+            codes_MW, ranks_M = jax.device_put(_filled(piece, -(-rows // P) * P), split)
             # or the host would run ahead and put the whole corpus on the devices
             jax.block_until_ready(best)
             best = [
