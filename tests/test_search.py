@@ -101,6 +101,18 @@ def test_all_negative_scores_are_not_beaten_by_padding(mesh: Mesh | None) -> Non
     assert ranks_Qk.tolist() == [[0, 1, 2, 3, 4]]
 
 
+@pytest.mark.parametrize("last", [1, 5, 32, 77, 4096])
+def test_a_long_chunk_that_is_filled_up_raises_nothing(mesh: Mesh | None, last: int) -> None:
+    # 4,096 documents and `last` more, which a piece as long takes in; all scores are negative
+    documents_CD = -np.random.default_rng(last).integers(1, 9, (4096 + last, 1)).astype(np.float32)
+    queries_QD = np.ones((2, 1), np.float32)
+    chunks = corpus(documents_CD, 4096)
+    scores_Qk, ranks_Qk = exact_top_k(queries_QD, chunks, 20, mesh=mesh, chunk=4096)
+    wanted = brute_force(queries_QD, documents_CD, 20)
+    np.testing.assert_array_equal(scores_Qk, wanted[0])
+    np.testing.assert_array_equal(ranks_Qk, wanted[1])
+
+
 def test_negative_zero_ties_with_zero() -> None:
     # Whatever sign a product of zeros gets, the lower rank comes first.
     documents_CD = np.array([[-0.0], [0.0], [-0.0], [0.0]], np.float32)

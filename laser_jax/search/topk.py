@@ -11,6 +11,7 @@ the lists are gathered and merged once, at the end. The top k of the parts is ta
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -28,6 +29,8 @@ DEFAULT_CHUNK = 32_768
 DEFAULT_QUERY_BLOCK = 1_024
 NO_RANK = np.iinfo(np.int32).max
 """The rank of a row that only fills a chunk up."""
+_CUTTABLE = 128
+"""`_top_of_chunk` cuts pieces of a multiple of this, on one device, into blocks of any length."""
 
 Chunk = tuple[np.ndarray, np.ndarray]
 """Rows of documents [M, W] and their ranks [M] int32, ascending."""
@@ -56,29 +59,27 @@ def _comparable(scores: jax.Array, ranks: jax.Array) -> jax.Array:
 def _top_of_chunk(scores_QM: jax.Array, ranks_M: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The top k of rows whose ranks ascend, so that ties go to the lower position.
 
-    Long chunks are cut into blocks, of which only the k with the largest maxima are looked into,
-    and what is left at the end: the top k lie in them, since each block before another holds a
-    document before any of its own. All scores are read once, for the maxima. Rows that fill up
-    come last and score as the row before them, so that they raise no maximum but those of blocks
-    without a document.
+    Long chunks are cut into blocks, of which only the k with the largest maxima are looked into:
+    the top k lie in them, since each block before another holds a document before any of its own.
+    All scores are read once, for the maxima. Rows that fill up come last and score as the row
+    before them, so that they raise no maximum but those of blocks without a document.
     """
     Q, M = scores_QM.shape
     k = min(k, M)
-    B = 1 << max((M // k).bit_length() // 2, 0)  # about sqrt(M / k): both selections are as long
-    n = M // B
+    # about sqrt(M / k), where both selections are as long, and a divisor of M
+    B = math.gcd(1 << (M // k).bit_length() // 2, M)
     if B == 1:
         best_Qk, position_Qk = jax.lax.top_k(_comparable(scores_QM, ranks_M[None]), k)
         return best_Qk, ranks_M[position_Qk]
-    maxima_Qn = scores_QM[:, : n * B].reshape(Q, n, B).max(axis=2)
-    _, chosen_Qk = jax.lax.top_k(_comparable(maxima_Qn, ranks_M[None, : n * B : B]), k)
+    blocks_QnB, ranks_nB = scores_QM.reshape(Q, M // B, B), ranks_M.reshape(M // B, B)
+    maxima_Qn = _comparable(blocks_QnB.max(axis=2), ranks_nB[None, :, 0])
+    _, chosen_Qk = jax.lax.top_k(maxima_Qn, k)
     chosen_Qk = jnp.sort(chosen_Qk, axis=1)  # back to the order of positions
-    inside_Qm = (chosen_Qk[:, :, None] * B + jnp.arange(B)[None, None]).reshape(Q, k * B)
-    position_Qm = jnp.concatenate(
-        [inside_Qm, jnp.broadcast_to(jnp.arange(n * B, M)[None], (Q, M - n * B))], axis=1
-    )
-    candidates_Qm = jnp.take_along_axis(scores_QM, position_Qm, axis=1)
-    best_Qk, place_Qk = jax.lax.top_k(_comparable(candidates_Qm, ranks_M[position_Qm]), k)
-    return best_Qk, ranks_M[jnp.take_along_axis(position_Qm, place_Qk, axis=1)]
+    candidates_QkB = jnp.take_along_axis(blocks_QnB, chosen_Qk[:, :, None], axis=1)
+    candidates_QkB = _comparable(candidates_QkB, ranks_nB[chosen_Qk])
+    best_Qk, place_Qk = jax.lax.top_k(candidates_QkB.reshape(Q, k * B), k)
+    position_Qk = jnp.take_along_axis(chosen_Qk, place_Qk // B, axis=1) * B + place_Qk % B
+    return best_Qk, ranks_M[position_Qk]
 
 
 @partial(jax.jit, static_argnames=("code", "mesh"), donate_argnums=(0, 1))
@@ -179,7 +180,8 @@ def exact_top_k(
 
     Args:
         queries_QD: float32.
-        chunks: the corpus, coded as `code`; every rank from 0 to C - 1 once.
+        chunks: the corpus, coded as `code`; every rank from 0 to C - 1 once. A chunk may end with
+            its last row again and again, of rank `NO_RANK`.
         k: how many.
         code: how the rows are stored; scores are those of the decoded rows.
         mesh: any mesh of this process; the rows of a piece are split over all its devices. None
@@ -229,7 +231,7 @@ def exact_top_k(
                     f"documents must be {storage_dtype(code)} of width {width} ({code}, queries of "
                     f"width {D}), got {piece[0].dtype} of shape {piece[0].shape}"
                 )
-            count += len(piece[0])
+            count += int((np.asarray(piece[1]) != NO_RANK).sum())
             codes_MW, ranks_M = jax.device_put(_filled(piece, -(-rows // P) * P), split)
             # or the host would run ahead and put the whole corpus on the devices
             jax.block_until_ready(best)
@@ -394,11 +396,17 @@ def search(
     _check_rows("document", doc_embeddings, doc_ids)
     order_C = trec_order(doc_ids)
 
+    C = len(order_C)
+    rows = -(-C // max(-(-C // chunk), 1))
+    if (rounded := -(-rows // _CUTTABLE) * _CUTTABLE) <= chunk:
+        rows = rounded
+
     def read() -> Iterator[Chunk]:
         # in pieces, so that the permuted corpus is never a second copy
-        ranks_C = np.arange(len(order_C), dtype=np.int32)
-        for ranks_M in np.array_split(ranks_C, max(-(-len(ranks_C) // chunk), 1)):
-            yield doc_embeddings[order_C[ranks_M]], ranks_M
+        for start in range(0, C, rows or 1):
+            ranks_M = np.arange(start, start + rows, dtype=np.int32)
+            documents_MD = doc_embeddings[order_C[np.minimum(ranks_M, C - 1)]]
+            yield documents_MD, np.where(ranks_M < C, ranks_M, NO_RANK)
 
     return search_chunks(
         query_embeddings,
