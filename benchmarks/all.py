@@ -17,6 +17,8 @@ from pathlib import Path
 
 OUTPUT = Path("benchmarks/results/cpu")
 RUNS = {
+    "matmul": "matmul",
+    "matmul-0.6b": "matmul --backbone qwen3-0.6b",
     "encode_latency": "encode_latency",
     "encode_latency-0.6b": (
         "encode_latency --backbone qwen3-0.6b --batches 8x128 --steps 3 --repeats 3"

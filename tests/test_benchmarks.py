@@ -33,6 +33,7 @@ from benchmarks import (
     encode_variants,
     gpu,
     gpu_checks,
+    matmul,
     memory,
     rewrite_latency,
     search,
@@ -250,11 +251,23 @@ def test_encode_variants_agree_and_are_timed(tmp_path: Path) -> None:
         assert row["ready_seconds"] > 0
 
 
+def test_matmuls_are_those_of_a_model_and_of_both_libraries(tmp_path: Path) -> None:
+    report = run(matmul.main, "matmul", tmp_path)
+    by = ["XLA", *(["PyTorch"] if PYTORCH else [])]
+    assert [(row["what"], row["contender"]) for row in report["rows"]] == [
+        (what, contender) for what in ("projection", "LM head", "soft token") for contender in by
+    ]
+    for row in report["rows"]:
+        assert_spread(row["seconds"], repeats=2)
+        assert row["flops_per_second"] > 0 < row["bytes_per_second"]
+
+
 def test_search_times_what_finds_the_same_documents(tmp_path: Path) -> None:
     report = run(search.main, "search", tmp_path)
     names = [row["contender"] for row in report["rows"]]
     faiss = ["FAISS"] if importlib.util.find_spec("faiss") else []
-    assert names == ["ours, from the host", "NumPy", *(["PyTorch"] if PYTORCH else []), *faiss]
+    ours = ["ours, from the host", "ours, on the device"]
+    assert names == [*ours, "NumPy", *(["PyTorch"] if PYTORCH else []), *faiss]
     for row in report["rows"]:
         assert (row["queries"], row["documents"], row["width"]) == (3, 500, 16)
         assert_spread(row["seconds"], repeats=2)
