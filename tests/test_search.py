@@ -101,13 +101,16 @@ def test_all_negative_scores_are_not_beaten_by_padding(mesh: Mesh | None) -> Non
     assert ranks_Qk.tolist() == [[0, 1, 2, 3, 4]]
 
 
-@pytest.mark.parametrize("last", [1, 5, 32, 77, 4096])
-def test_a_long_chunk_that_is_filled_up_raises_nothing(mesh: Mesh | None, last: int) -> None:
-    # 4,096 documents and `last` more, which a piece as long takes in; all scores are negative
-    documents_CD = -np.random.default_rng(last).integers(1, 9, (4096 + last, 1)).astype(np.float32)
+@pytest.mark.parametrize("count", [4001, 4005, 4015, 4016])
+def test_rows_that_fill_up_a_block_put_no_document_aside(count: int) -> None:
+    # the 20 best lie in 20 blocks of 16, and zeros, which score best of all, in those behind
+    documents_CD = np.full((count, 1), -5, np.float32)
+    documents_CD[: 20 * 160 : 160, 0] = -np.arange(1, 21) / 8
+    ranks_C = np.arange(4096, dtype=np.int32)
+    ranks_C[count:] = topk.NO_RANK
+    filled = np.concatenate([documents_CD, np.zeros((4096 - count, 1), np.float32)])
     queries_QD = np.ones((2, 1), np.float32)
-    chunks = corpus(documents_CD, 4096)
-    scores_Qk, ranks_Qk = exact_top_k(queries_QD, chunks, 20, mesh=mesh, chunk=4096)
+    scores_Qk, ranks_Qk = exact_top_k(queries_QD, [(filled, ranks_C)], 20)
     wanted = brute_force(queries_QD, documents_CD, 20)
     np.testing.assert_array_equal(scores_Qk, wanted[0])
     np.testing.assert_array_equal(ranks_Qk, wanted[1])

@@ -1,7 +1,7 @@
 """Exact top-k search on the devices of a mesh, chunk by chunk.
 
-Letters: Q queries, C documents, M documents of a chunk, B documents of a block, D model, W stored
-width of a document (`laser_jax.search.codes`), k results, P devices.
+Letters: Q queries, C documents, M documents of a chunk, n blocks of B documents, c chosen blocks,
+D model, W stored width of a document (`laser_jax.search.codes`), k results, P devices.
 
 Every document has a rank: its place in `trec_order` of the whole corpus. A ranking goes by score,
 descending, then by rank. Every device scores its own rows of each chunk and keeps a running top k;
@@ -61,8 +61,8 @@ def _top_of_chunk(scores_QM: jax.Array, ranks_M: jax.Array, k: int) -> tuple[jax
 
     Long chunks are cut into blocks, of which only the k with the largest maxima are looked into:
     the top k lie in them, since each block before another holds a document before any of its own.
-    All scores are read once, for the maxima. Rows that fill up come last and score as the row
-    before them, so that they raise no maximum but those of blocks without a document.
+    One block more is taken, as rows that fill up, which come last, may raise the maximum of a block
+    with documents before them. All scores are read once, for the maxima.
     """
     Q, M = scores_QM.shape
     k = min(k, M)
@@ -73,12 +73,12 @@ def _top_of_chunk(scores_QM: jax.Array, ranks_M: jax.Array, k: int) -> tuple[jax
         return best_Qk, ranks_M[position_Qk]
     blocks_QnB, ranks_nB = scores_QM.reshape(Q, M // B, B), ranks_M.reshape(M // B, B)
     maxima_Qn = _comparable(blocks_QnB.max(axis=2), ranks_nB[None, :, 0])
-    _, chosen_Qk = jax.lax.top_k(maxima_Qn, k)
-    chosen_Qk = jnp.sort(chosen_Qk, axis=1)  # back to the order of positions
-    candidates_QkB = jnp.take_along_axis(blocks_QnB, chosen_Qk[:, :, None], axis=1)
-    candidates_QkB = _comparable(candidates_QkB, ranks_nB[chosen_Qk])
-    best_Qk, place_Qk = jax.lax.top_k(candidates_QkB.reshape(Q, k * B), k)
-    position_Qk = jnp.take_along_axis(chosen_Qk, place_Qk // B, axis=1) * B + place_Qk % B
+    _, chosen_Qc = jax.lax.top_k(maxima_Qn, min(k + 1, M // B))
+    chosen_Qc = jnp.sort(chosen_Qc, axis=1)  # back to the order of positions
+    candidates_QcB = jnp.take_along_axis(blocks_QnB, chosen_Qc[:, :, None], axis=1)
+    candidates_QcB = _comparable(candidates_QcB, ranks_nB[chosen_Qc])
+    best_Qk, place_Qk = jax.lax.top_k(candidates_QcB.reshape(Q, -1), k)
+    position_Qk = jnp.take_along_axis(chosen_Qc, place_Qk // B, axis=1) * B + place_Qk % B
     return best_Qk, ranks_M[position_Qk]
 
 
@@ -137,13 +137,13 @@ def _merge_devices(
 
 
 def _filled(chunk: Chunk, rows: int) -> Chunk:
-    """The chunk with its last row behind it again and again, without a rank."""
+    """The chunk with rows of zeros behind it that have no rank."""
     codes_MW, ranks_M = chunk
     spare = rows - len(codes_MW)
     if spare == 0:
         return chunk
     return (
-        np.concatenate([codes_MW, np.repeat(codes_MW[-1:], spare, axis=0)]),
+        np.concatenate([codes_MW, np.zeros((spare, codes_MW.shape[1]), codes_MW.dtype)]),
         np.concatenate([ranks_M, np.full(spare, NO_RANK, np.int32)]),
     )
 
@@ -181,7 +181,7 @@ def exact_top_k(
     Args:
         queries_QD: float32.
         chunks: the corpus, coded as `code`; every rank from 0 to C - 1 once. A chunk may end with
-            its last row again and again, of rank `NO_RANK`.
+            rows that are no documents, of rank `NO_RANK`.
         k: how many.
         code: how the rows are stored; scores are those of the decoded rows.
         mesh: any mesh of this process; the rows of a piece are split over all its devices. None
