@@ -12,6 +12,7 @@ import socket
 import subprocess
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
@@ -443,6 +444,15 @@ class Browser:
         body = {"script": f"return {expression}", "args": []}
         return self._call("POST", f"{self._session}/execute/sync", body)
 
+    def wait_for(self, expression: str) -> bool:
+        """Whether the expression comes true: a key that leads to another page returns before it."""
+        for _ in range(1_200):
+            with contextlib.suppress(urllib.error.HTTPError):  # between two pages
+                if self.js(f"document.readyState === 'complete' && ({expression})"):
+                    return True
+            time.sleep(0.05)
+        return False
+
     def press(self, keys: str) -> None:
         actions = [{"type": t, "value": key} for key in keys for t in ("keyDown", "keyUp")]
         source = {"type": "key", "id": "keyboard", "actions": actions}
@@ -474,12 +484,12 @@ def test_the_keyboard_alone_asks_and_finds_the_answer(browser: Browser, server: 
             browser.press(text)
     assert seen == ["query", "instruction", "steps", "reasoning", "submit"]
     browser.press(ENTER)
-    assert browser.js("document.title").startswith("Where is Ulm?")
+    assert browser.wait_for("document.title.startsWith('Where is Ulm?')")
     assert browser.js("document.querySelectorAll('.heat tbody tr').length") == 2  # and EOS
     browser.press(TAB)
     assert browser.js("document.activeElement.textContent") == "Skip to the result"
     browser.press(ENTER)
-    assert browser.js("location.hash") == "#result"
+    assert browser.wait_for("location.hash === '#result'")
 
 
 @pytest.mark.parametrize("width", [360, 1000])
