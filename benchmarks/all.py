@@ -3,7 +3,7 @@
     python -m benchmarks.all [--output benchmarks/results/cpu] [--only NAME ...]
 
 Each is a program of its own in a new process, under the name of its file. One that fails is told at
-the end, and the others go on. Wants an idle machine, and about half an hour on two cores.
+the end, and the others go on. Wants an idle machine, and about fifty minutes on two cores.
 """
 
 from __future__ import annotations
