@@ -19,7 +19,9 @@ import argparse
 import functools
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.measure import Report, command_line, environment
-from laser_jax import encode
+from benchmarks.measure import Report, command_line, environment, positive
 from laser_jax.alignment import keyframe_positions, token_segment_ends
 from laser_jax.config import (
     AttentionKernel,
@@ -41,18 +42,21 @@ from laser_jax.config import (
 )
 from laser_jax.data.pipeline import Batch, Tokens
 from laser_jax.data.tokenization import right_pad
+from laser_jax.encoder import encode_all_steps
 from laser_jax.hf import load_params, read_backbone_config
 from laser_jax.modeling.attention import (
     KeyValues,
+    Past,
     causal_attention,
     choose_kernel,
     exact_matmuls,
+    thinking_attention,
 )
 from laser_jax.modeling.backbone import Backbone
 from laser_jax.step import objective_terms
 
 FOLDERS = ("../shared/golden", "shared/golden")
-EMBEDDING = {"float32": 1e-5, "bfloat16": 0.2}
+EMBEDDING: dict[Dtype, float] = {"float32": 1e-5, "bfloat16": 0.2}
 """Of a number of a unit vector in float32; of the distance of two unit vectors in bfloat16."""
 LOSS, GRADIENT = 1e-4, 1e-3
 """Relative."""
@@ -71,6 +75,21 @@ def row(check: str, value: float, bound: float) -> Row:
     return {"check": check, "value": value, "bound": bound, "passed": bool(value <= bound)}
 
 
+@dataclass(frozen=True)
+class Check:
+    """Programs with their arguments, and what their outputs, host arrays, say."""
+
+    programs: Sequence[tuple[Callable[..., Any], Sequence[Any]]]
+    rows: Callable[[Sequence[Any]], Iterable[Row]]
+
+    def compiled(self) -> list[Callable[[], Any]]:
+        """The programs, ready to run."""
+        return [
+            functools.partial(jax.jit(program).lower(*given).compile(), *given)
+            for program, given in self.programs
+        ]
+
+
 # --- the reference numbers ---------------------------------------------------------------------
 
 
@@ -86,16 +105,25 @@ def model_of(case: Path) -> Path:
     return case.parent / case.stem.split("_")[1]
 
 
-def embedding_rows(case: Path, dtype: Dtype, most: int | None) -> Iterator[Row]:
-    """Of a file `encode_*.npz`, a row for every K, or for so many."""
+def embedding_check(case: Path, dtype: Dtype) -> Check:
+    """Of a file `encode_*.npz`, a row for every K. One program gives the vectors of all of them."""
     golden, config = np.load(case), read_backbone_config(model_of(case))
     variables = {"params": load_params(model_of(case), config, dtype=jnp.dtype(dtype))}
     ids_BT, mask_BT = (golden[k].astype(np.int32) for k in ("input_ids", "attention_mask"))
-    for K in map(int, golden["Ks"][:most]):
-        program = functools.partial(encode, config=RetrieverConfig(config, K, dtype=dtype))
-        difference = np.asarray(jax.jit(program)(variables, ids_BT, mask_BT)) - golden[f"emb_K{K}"]
-        off = np.abs(difference) if dtype == "float32" else np.linalg.norm(difference, axis=1)
-        yield row(f"{case.stem}, K = {K}, {dtype}", float(off.max()), EMBEDDING[dtype])
+    Ks = [int(K) for K in golden["Ks"]]
+    kernel, _ = choose_kernel("auto", jax.default_backend(), dtype, config.head_dim)
+    program = functools.partial(
+        encode_all_steps, config=RetrieverConfig(config, max(Ks), dtype=dtype), attention=kernel
+    )
+
+    def rows(outputs: Sequence[Any]) -> Iterator[Row]:
+        for K in Ks:
+            difference = outputs[0][:, K - 1] - golden[f"emb_K{K}"]
+            off = np.abs(difference) if dtype == "float32" else np.linalg.norm(difference, axis=1)
+            name = f"{case.stem}, K = {K}, {dtype}, {kernel}"
+            yield row(name, float(off.max()), EMBEDDING[dtype])
+
+    return Check([(program, (variables, ids_BT, mask_BT))], rows)
 
 
 def batch_of(case: Any) -> Batch:
@@ -119,10 +147,9 @@ def batch_of(case: Any) -> Batch:
     return Batch(query, documents, read, np.stack(keyframes), contrast_BC)
 
 
-def training_rows(case: Path) -> Iterator[Row]:
+def training_check(case: Path) -> Check:
     """Of a file `train_*.npz`: the loss, its terms and the norm of the whole gradient."""
     golden, config = np.load(case), read_backbone_config(model_of(case))
-    params = load_params(model_of(case), config, dtype="float32")
     objective = ObjectiveConfig(
         num_thinking_steps=int(golden["K"]),
         weights=LossWeights(
@@ -136,7 +163,6 @@ def training_rows(case: Path) -> Iterator[Row]:
     )
     batch = batch_of(golden)
 
-    @jax.jit
     def gradient(params: Any) -> Any:
         def loss(params: Any) -> Any:
             terms = objective_terms(
@@ -147,60 +173,106 @@ def training_rows(case: Path) -> Iterator[Row]:
         grads, terms = jax.grad(loss, has_aux=True)(params)
         return optax.tree.norm(grads), terms
 
-    norm, terms = gradient(params)
-    names = {"loss": "loss", "latent": "loss_q", "output": "loss_kl", "explicit": "loss_teacher"}
-    for ours, theirs in (names | {"trajectory": "loss_latent"}).items():
-        wanted = float(golden[theirs])
-        off = abs(float(terms[ours]) - wanted) / max(abs(wanted), 0.05)
-        yield row(f"{case.stem}, {ours}", off, LOSS)
-    wanted = float(np.linalg.norm(golden["grad_norms"]))
-    yield row(f"{case.stem}, norm of the gradient", abs(float(norm) / wanted - 1), GRADIENT)
+    def rows(outputs: Sequence[Any]) -> Iterator[Row]:
+        [(norm, terms)] = outputs
+        names = {"loss": "loss", "latent": "loss_q", "output": "loss_kl"}
+        names |= {"explicit": "loss_teacher", "trajectory": "loss_latent"}
+        for ours, theirs in names.items():
+            wanted = float(golden[theirs])
+            off = abs(float(terms[ours]) - wanted) / max(abs(wanted), 0.05)
+            yield row(f"{case.stem}, {ours}", off, LOSS)
+        wanted = float(np.linalg.norm(golden["grad_norms"]))
+        off = abs(float(norm) / wanted - 1)
+        yield row(f"{case.stem}, norm of the gradient", off, GRADIENT)
+
+    params = load_params(model_of(case), config, dtype="float32")
+    return Check([(gradient, (params,))], rows)
 
 
 # --- attention ---------------------------------------------------------------------------------
 
 
-def attention_parts(kernel: AttentionKernel, inputs: Any) -> dict[str, jax.Array]:
+def parts_of(attend: Callable[..., jax.Array], weights: np.ndarray) -> Callable[..., Any]:
     """Output and gradients of a random linear function of it, in float32."""
-    *inputs, weights = inputs
 
-    @jax.jit
-    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> dict[str, jax.Array]:
-        def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
-            with exact_matmuls(q.dtype):
-                out = causal_attention(q, KeyValues(k, v), kernel)
+    def run(*inputs: jax.Array) -> dict[str, jax.Array]:
+        def loss(*inputs: jax.Array) -> Any:
+            with exact_matmuls(inputs[0].dtype):
+                out = attend(*inputs)
             return (out.astype(jnp.float32) * weights).sum(), out
 
-        grads, out = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
-        named = {"forward": out} | dict(zip(("dq", "dk", "dv"), grads, strict=True))
+        grads, out = jax.grad(loss, argnums=(*range(len(inputs)),), has_aux=True)(*inputs)
+        named = {"forward": out} | {f"gradient {i}": grad for i, grad in enumerate(grads)}
         return {name: array.astype(jnp.float32) for name, array in named.items()}
 
-    return run(*inputs)
+    return run
 
 
-def attention_rows(
+def against_float32(
+    title: str,
+    attentions: Mapping[str, Callable[..., jax.Array]],
+    inputs: Sequence[np.ndarray],
+    weights: np.ndarray,
+) -> Check:
+    """How far each is, in bfloat16, from `xla` in float32, relative in L2: output and gradients."""
+    half = [x.astype(jnp.bfloat16) for x in inputs]
+    programs = [(parts_of(attentions["xla"], weights), [x.astype(np.float32) for x in half])]
+    programs += [(parts_of(attend, weights), half) for attend in attentions.values()]
+
+    def rows(outputs: Sequence[Any]) -> Iterator[Row]:
+        truth, *others = outputs
+        off = {
+            name: {
+                part: float(np.linalg.norm(got[part] - truth[part]) / np.linalg.norm(truth[part]))
+                for part in truth
+            }
+            for name, got in zip(attentions, others, strict=True)
+        }
+        for name, parts in off.items():
+            for part, value in parts.items():
+                bound = ATTENTION[0] * off["xla"][part] + ATTENTION[1]
+                yield row(f"{title}, {name}, {part}", value, bound)
+
+    return Check(programs, rows)
+
+
+def drawn(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(shape, np.float32) for shape in shapes]
+
+
+def reading_check(
     kernels: Sequence[AttentionKernel], heads: tuple[int, int, int], length: int
-) -> Iterator[Row]:
-    """How far each kernel is from float32, forward and backward, relative in L2."""
+) -> Check:
+    """The attention of whole sequences."""
     N, G, H = heads
-    keys = jax.random.split(jax.random.key(length), 4)
-    shapes = [(4, length, heads, H) for heads in (N, G, G, N)]
-    drawn = [
-        jax.random.normal(k, shape, jnp.float32) for k, shape in zip(keys, shapes, strict=True)
-    ]
-    half = [x.astype(jnp.bfloat16) for x in drawn[:3]]
-    truth = attention_parts("xla", [*(x.astype(jnp.float32) for x in half), drawn[3]])
 
-    def off(kernel: AttentionKernel) -> dict[str, float]:
-        got = attention_parts(kernel, [*half, drawn[3]])
-        norm = jnp.linalg.norm
-        return {name: float(norm(got[name] - truth[name]) / norm(truth[name])) for name in truth}
+    def attend(kernel: AttentionKernel) -> Callable[..., jax.Array]:
+        return lambda q, k, v: causal_attention(q, KeyValues(k, v), kernel)
 
-    xla = off("xla")
-    for kernel in kernels:
-        for part, value in (xla if kernel == "xla" else off(kernel)).items():
-            bound = ATTENTION[0] * xla[part] + ATTENTION[1]
-            yield row(f"attention {kernel}, {N}/{G}×{H}, T = {length}, {part}", value, bound)
+    *inputs, weights = drawn(length, *((4, length, heads, H) for heads in (N, G, G, N)))
+    attentions = {kernel: attend(kernel) for kernel in kernels}
+    return against_float32(f"reading, {N}/{G}×{H}, T = {length}", attentions, inputs, weights)
+
+
+def thinking_check(
+    kernels: Sequence[AttentionKernel], heads: tuple[int, int, int], length: int
+) -> Check:
+    """The attention of one position behind prompts of several lengths and two thoughts of four."""
+    N, G, H = heads
+    lengths_B = np.asarray([length, length // 2, 7, 1], np.int32)
+
+    def attend(kernel: AttentionKernel) -> Callable[..., jax.Array]:
+        def run(q: jax.Array, *others: jax.Array) -> jax.Array:
+            prefix, suffix = KeyValues(*others[:2]), KeyValues(*others[2:])
+            return thinking_attention(q, Past((prefix,), suffix), lengths_B, jnp.asarray(1), kernel)
+
+        return run
+
+    shapes = [(4, 1, N, H), *[(4, length, G, H)] * 2, *[(4, 4, G, H)] * 2, (4, 1, N, H)]
+    *inputs, weights = drawn(length, *shapes)
+    attentions = {kernel: attend(kernel) for kernel in kernels}
+    return against_float32(f"thinking, {N}/{G}×{H}, T = {length}", attentions, inputs, weights)
 
 
 def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
@@ -208,15 +280,13 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
     heads, lengths = (((4, 2, 16),), (96,)) if options.quick else (HEADS, LENGTHS)
     report = Report("gpu_checks", arguments, {"heads": heads, "lengths": lengths}, environment())
     folder = golden_folder(options.golden)
+    checks: list[Check] = []
     if folder is None:
         report.notes.append("The reference numbers are not compared: no folder golden is here.")
     else:
-        most = 1 if options.quick else None
-        for case in sorted(folder.glob("encode_*.npz"))[:most]:
-            for dtype in ("float32", "bfloat16"):
-                report.rows += embedding_rows(case, dtype, most)
-        for case in sorted(folder.glob("train_*.npz")):
-            report.rows += training_rows(case)
+        for case in sorted(folder.glob("encode_*.npz"))[: 1 if options.quick else None]:
+            checks += [embedding_check(case, dtype) for dtype in EMBEDDING]
+        checks += [training_check(case) for case in sorted(folder.glob("train_*.npz"))]
     kernels: list[AttentionKernel] = ["xla"]
     try:
         platform = jax.default_backend()
@@ -224,8 +294,13 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
     except ConfigError as error:
         report.notes.append(f"cuDNN is not checked: {error}.")
     for shape in heads:
-        for length in lengths:
-            report.rows += attention_rows(kernels, shape, length)
+        checks += [reading_check(kernels, shape, length) for length in lengths]
+        checks += [thinking_check(kernels, shape, length) for length in lengths[-2:]]
+    # Compiling is most of the time. Nothing runs beside it: XLA 0.11 then aborted on a GPU.
+    with ThreadPoolExecutor(options.threads) as pool:
+        compiled = list(pool.map(Check.compiled, checks))
+    for check, programs in zip(checks, compiled, strict=True):
+        report.rows += check.rows([jax.device_get(program()) for program in programs])
     failed = [r["check"] for r in report.rows if not r["passed"]]
     report.notes.append(f"{len(failed)} of {len(report.rows)} checks failed: {failed or 'none'}.")
     return report
@@ -242,6 +317,7 @@ COLUMNS = {
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
     parser = command_line("gpu_checks", __doc__)
+    parser.add_argument("--threads", type=positive, default=4, help="default 4")
     parser.add_argument("--golden", type=Path, help=f"default {' or '.join(FOLDERS)}")
     options = parser.parse_args(arguments)
     report = measure(options, arguments)

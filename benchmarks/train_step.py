@@ -12,7 +12,7 @@ gradcache / n    n micro-batches, the loss over the whole batch, each read twice
 plain / n        n micro-batches, each with a loss over its own documents: another function
 remat dots, full the backward pass recomputes
 xla attention    with XLA's attention kernel, where that is not what `auto` takes
-unscanned        layers laid out one behind the other (--unscanned)
+unrolled         layers laid out one behind the other (--unrolled; slow to compile)
 
 PyTorch's, where it is installed: see benchmarks/torch_reference.py. The contenders share their
 device one at a time; our programs hand one training state on, so that it is held once.
@@ -76,7 +76,7 @@ from laser_jax.config import (
     as_dict,
 )
 from laser_jax.data.pipeline import Batch
-from laser_jax.modeling.backbone import Backbone, unstack_layers
+from laser_jax.modeling.backbone import Backbone
 from laser_jax.sharding import batch_sharding, make_mesh
 from laser_jax.step import (
     TrainState,
@@ -118,9 +118,20 @@ def base_config(
 
 
 def variants(
-    base: Config, gradcache: Sequence[int], plain: Sequence[int], remat: Sequence[Any]
+    base: Config,
+    gradcache: Sequence[int],
+    plain: Sequence[int],
+    remat: Sequence[Any],
+    *,
+    unrolled: bool = False,
+    only: Sequence[str] | None = None,
 ) -> dict[str, Config]:
-    """Our contenders by name."""
+    """Our contenders by name: `fast`, with which all others are compared, and those in `only`.
+
+    Raises:
+        BenchmarkError: there is no contender of a name, or the queries do not divide into its
+            micro-batches.
+    """
 
     def chunked(accumulation: Any, parts: int) -> Config:
         if base.train.batch_size % parts:
@@ -132,31 +143,23 @@ def variants(
             base, train=replace(base.train, micro_batch_size=size, accumulation=accumulation)
         )
 
-    return {
-        "fast": base,
-        "parity": replace(base, objective=replace(base.objective, views="parity")),
-        **{f"gradcache / {n}": chunked("gradcache", n) for n in gradcache},
-        **{f"plain / {n}": chunked("plain", n) for n in plain},
-        **{f"remat {r}": replace(base, model=replace(base.model, remat=r)) for r in remat},
-        **(
-            {}
-            if base.model.attention == "xla"
-            else {"xla attention": replace(base, model=replace(base.model, attention="xla"))}
-        ),
+    def with_model(**changes: Any) -> Config:
+        return replace(base, model=replace(base.model, **changes))
+
+    made: dict[str, Callable[[], Config]] = {
+        "fast": lambda: base,
+        "parity": lambda: replace(base, objective=replace(base.objective, views="parity")),
+        **{f"gradcache / {n}": functools.partial(chunked, "gradcache", n) for n in gradcache},
+        **{f"plain / {n}": functools.partial(chunked, "plain", n) for n in plain},
+        **{f"remat {r}": functools.partial(with_model, remat=r) for r in remat},
     }
-
-
-def chosen(configs: Mapping[str, Config], only: Sequence[str] | None) -> dict[str, Config]:
-    """`fast`, with which all others are compared, and those of the names in `only`.
-
-    Raises:
-        BenchmarkError: there is no contender of a name.
-    """
-    if only is None:
-        return dict(configs)
-    if unknown := set(only) - set(configs):
-        raise BenchmarkError(f"--only {sorted(unknown)}: the contenders are {list(configs)}")
-    return {name: config for name, config in configs.items() if name in {"fast", *only}}
+    if base.model.attention != "xla":
+        made["xla attention"] = functools.partial(with_model, attention="xla")
+    if unrolled:
+        made["unrolled"] = functools.partial(with_model, unroll_layers=True)
+    if only is not None and (unknown := set(only) - set(made)):
+        raise BenchmarkError(f"--only {sorted(unknown)}: the contenders are {list(made)}")
+    return {name: make() for name, make in made.items() if only is None or name in {"fast", *only}}
 
 
 def same_function(config: Config) -> bool:
@@ -187,26 +190,6 @@ class Setup:
     batch: Batch
     mesh: Mesh
 
-    def unscanned(self) -> Setup:
-        """The same with every layer apart."""
-        backbone = self.backbone.clone(scan_layers=False)
-        optimizer = make_optimizer(OPTIMIZER, STEPS)
-        frozen = None if self.start.frozen is None else _unstacked(self.start.frozen)
-        trained = _unstacked(self.start.trained)
-        start = replace(
-            self.start,
-            trained=trained,
-            frozen=frozen,
-            opt_state=jax.device_get(optimizer.init(trained)),
-        )
-        dtype = jax.tree.leaves(trained if frozen is None else frozen)[0].dtype
-        abstract = abstract_state(backbone, optimizer, self.mesh, dtype)
-        return replace(self, backbone=backbone, abstract=abstract, start=start)
-
-
-def _unstacked(tree: Any) -> Any:
-    return unstack_layers({"params": tree})["params"]
-
 
 def set_up(
     config: BackboneConfig, shape: TrainShape, dtype: Dtype, lora: LoraConfig | None
@@ -230,7 +213,11 @@ def compile_variant(config: Config, setup: Setup) -> Compiled:
     abstract, batch = setup.abstract, setup.batch
     attention: Any = config.model.attention
     step = make_train_step(
-        setup.backbone.clone(remat=config.model.remat, attention=attention),
+        setup.backbone.clone(
+            remat=config.model.remat,
+            attention=attention,
+            unroll_layers=config.model.unroll_layers,
+        ),
         config,
         optimizer,
         learning_rate_schedule(config.optimizer, STEPS),
@@ -359,29 +346,25 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
         environment(),
     )
     base = base_config(shape, options.dtype, lora, kernel)
-    configs = chosen(variants(base, gradcache, plain, remat), options.only)
+    configs = variants(base, gradcache, plain, remat, unrolled=options.unrolled, only=options.only)
     setup = set_up(backbone_config, shape, options.dtype, lora)
-    trainings = dict.fromkeys(configs, OurTraining(setup))
-    setups = dict.fromkeys(configs, setup)
-    if options.unscanned:
-        configs["unscanned"], setups["unscanned"] = base, setup.unscanned()
-        trainings["unscanned"] = OurTraining(setups["unscanned"])
+    training = OurTraining(setup)
     with jax.set_mesh(setup.mesh):
         contenders: dict[str, Run] = {}
         facts: dict[str, dict[str, Any]] = {}
         metrics: dict[str, dict[str, float]] = {}
         for name, config in configs.items():
-            compiled = compile_variant(config, setups[name])
+            compiled = compile_variant(config, setup)
             facts[name] = compiled.facts
-            contenders[name] = functools.partial(trainings[name].run, compiled.program)
+            contenders[name] = functools.partial(training.run, compiled.program)
         why_not = "--no_torch" if options.no_torch else why_no_torch(options.dtype, lora)
         if why_not is None:
             contenders |= torch_contenders(setup, options.dtype, base.objective)
         else:
             report.notes.append(f"PyTorch is not measured: {why_not}.")
         for name, run in contenders.items():
-            if name in trainings:
-                trainings[name].restart()
+            if name in configs:
+                training.restart()
             metrics[name] = {key: float(value) for key, value in run().items()}
             if name not in configs or same_function(configs[name]):
                 require_agreement(name, metrics[name], metrics["fast"], options.dtype)
@@ -440,7 +423,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--remat", choices=("dots", "full"), nargs="*", default=["dots", "full"])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of ours: fast and these")
-    parser.add_argument("--unscanned", action="store_true", help="also with every layer apart")
+    parser.add_argument("--unrolled", action="store_true", help="also without a loop over layers")
     options = parser.parse_args(arguments)
     jax.config.update("jax_enable_compilation_cache", False)  # the compile times are to be real
     measure(options, arguments).finish(COLUMNS, options.output)

@@ -394,6 +394,9 @@ class ModelConfig:
     remat: Remat = "none"
     """What the backward pass recomputes: `none` keeps every activation, `dots` keeps the outputs of
     the weight matmuls, `full` keeps one input per layer and per thinking step."""
+    unroll_layers: bool = False
+    """Compiles the layers one behind the other instead of in a loop: takes minutes to compile, and
+    spares the copies in and out of the loop."""
 
     def __post_init__(self) -> None:
         _require(

@@ -11,6 +11,7 @@ G key-value heads, H head dim, F feed-forward, V vocabulary, L layers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,6 +41,9 @@ Cache = tuple[Any, KeyValues]
 """Keys and values of (all layers but the last, the last layer). The first part is stacked
 [L-1, B, T, G, H] for scanned layers and a tuple of [B, T, G, H] for unstacked ones."""
 
+VOCABULARY_PARTS = 64
+"""Of the sum over the vocabulary on a GPU."""
+
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -61,10 +65,22 @@ class RMSNorm(nn.Module):
             (x.shape[-1],),
             self.param_dtype,
         )
-        wide = x.astype(accumulation_dtype(x.dtype))
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        shape = (1,) * (x.ndim - 1) + (-1,)
-        return normed.astype(x.dtype) * scale.astype(x.dtype).reshape(shape)
+        return _rms_normed(x, scale, self.eps)
+
+
+@functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
+def _rms_normed(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Kept for the backward pass is x alone, not the float32 values between."""
+    wide = x.astype(accumulation_dtype(x.dtype))
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    shape = (1,) * (x.ndim - 1) + (-1,)
+    return normed.astype(x.dtype) * scale.astype(x.dtype).reshape(shape)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Kept for the backward pass are both inputs."""
+    return jax.nn.silu(gate) * up
 
 
 class Embedding(nn.Module):
@@ -141,7 +157,7 @@ class Attention(nn.Module):
         suffix = past.suffix.write(self._keys_values(x_B1D, rope), slot)
         past = Past(past.prefixes, suffix)
         return self._output(
-            thinking_attention(self._queries(x_B1D, rope), past, lengths_B, slot)
+            thinking_attention(self._queries(x_B1D, rope), past, lengths_B, slot, self.kernel)
         ), suffix
 
 
@@ -159,7 +175,7 @@ class MLP(nn.Module):
         self.down_proj = Projection(c.hidden_size, ("ffn", "embed"), **kwargs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(_swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):
@@ -204,7 +220,8 @@ class Layer(nn.Module):
 
 class Backbone(nn.Module):
     """The decoder. `scan_layers` says which parameter layout it reads (see `unstack_layers`);
-    `remat` what the backward pass through scanned layers recomputes."""
+    `unroll_layers` that stacked layers are laid out one behind the other instead of looped over;
+    `remat` what the backward pass through stacked layers recomputes."""
 
     config: BackboneConfig
     lora: LoraConfig | None = None
@@ -213,6 +230,7 @@ class Backbone(nn.Module):
     scan_layers: bool = True
     attention: AttentionKernel = "xla"
     remat: Remat = "none"
+    unroll_layers: bool = False
 
     def setup(self) -> None:
         c = self.config
@@ -272,6 +290,7 @@ class Backbone(nn.Module):
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True, "dropout": True},
             length=self.config.num_layers - 1,
+            unroll=self.config.num_layers - 1 if self.unroll_layers else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(self.layers, x, per_layer)
 
@@ -330,7 +349,16 @@ class Backbone(nn.Module):
         p_BV = jax.nn.softmax(self.logits(h_BD), axis=-1).astype(self.dtype)
         table = self.embed_tokens().astype(self.dtype)
         accumulate = accumulation_dtype(self.dtype)
-        t_BD = jnp.einsum("bv,vd->bd", p_BV, table, preferred_element_type=accumulate)
+        # XLA cuts the sum for a GPU too, but first copies the whole table to pad it
+        whole = self.attention != "cudnn" or table.shape[0] % VOCABULARY_PARTS
+        parts = 1 if whole else VOCABULARY_PARTS
+        t_SBD = jnp.einsum(
+            "bsv,svd->sbd",
+            p_BV.reshape(p_BV.shape[0], parts, -1),
+            table.reshape(parts, -1, table.shape[1]),
+            preferred_element_type=accumulate,
+        )
+        t_BD = t_SBD.sum(axis=0)
         return constrain(t_BD.astype(self.dtype), "batch", None)
 
     def __call__(self, ids_BT: jax.Array) -> jax.Array:

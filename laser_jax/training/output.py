@@ -40,6 +40,7 @@ CHANGEABLE = (
     "mesh",
     "model.attention",
     "model.remat",
+    "model.unroll_layers",
 )
 SHOWN_DIFFERENCES = 10
 
