@@ -83,9 +83,10 @@ class Check:
     rows: Callable[[Sequence[Any]], Iterable[Row]]
 
     def compiled(self) -> list[Callable[[], Any]]:
-        """The programs, ready to run."""
+        """The programs, ready to run. Which of a library's kernels is fastest does not matter."""
+        untuned = {"xla_gpu_autotune_level": 0}
         return [
-            functools.partial(jax.jit(program).lower(*given).compile(), *given)
+            functools.partial(jax.jit(program).lower(*given).compile(untuned), *given)
             for program, given in self.programs
         ]
 
@@ -192,7 +193,9 @@ def training_check(case: Path) -> Check:
 # --- attention ---------------------------------------------------------------------------------
 
 
-def parts_of(attend: Callable[..., jax.Array], weights: np.ndarray) -> Callable[..., Any]:
+def parts_of(
+    attend: Callable[..., jax.Array], names: Iterable[str], weights: np.ndarray
+) -> Callable[..., Any]:
     """Output and gradients of a random linear function of it, in float32."""
 
     def run(*inputs: jax.Array) -> dict[str, jax.Array]:
@@ -202,7 +205,7 @@ def parts_of(attend: Callable[..., jax.Array], weights: np.ndarray) -> Callable[
             return (out.astype(jnp.float32) * weights).sum(), out
 
         grads, out = jax.grad(loss, argnums=(*range(len(inputs)),), has_aux=True)(*inputs)
-        named = {"forward": out} | {f"gradient {i}": grad for i, grad in enumerate(grads)}
+        named = {"forward": out} | {f"d{name}": g for name, g in zip(names, grads, strict=True)}
         return {name: array.astype(jnp.float32) for name, array in named.items()}
 
     return run
@@ -211,13 +214,14 @@ def parts_of(attend: Callable[..., jax.Array], weights: np.ndarray) -> Callable[
 def against_float32(
     title: str,
     attentions: Mapping[str, Callable[..., jax.Array]],
-    inputs: Sequence[np.ndarray],
+    inputs: Mapping[str, np.ndarray],
     weights: np.ndarray,
 ) -> Check:
     """How far each is, in bfloat16, from `xla` in float32, relative in L2: output and gradients."""
-    half = [x.astype(jnp.bfloat16) for x in inputs]
-    programs = [(parts_of(attentions["xla"], weights), [x.astype(np.float32) for x in half])]
-    programs += [(parts_of(attend, weights), half) for attend in attentions.values()]
+    half = [x.astype(jnp.bfloat16) for x in inputs.values()]
+    exact = parts_of(attentions["xla"], inputs, weights)
+    programs = [(exact, [x.astype(np.float32) for x in half])]
+    programs += [(parts_of(attend, inputs, weights), half) for attend in attentions.values()]
 
     def rows(outputs: Sequence[Any]) -> Iterator[Row]:
         truth, *others = outputs
@@ -251,8 +255,9 @@ def reading_check(
         return lambda q, k, v: causal_attention(q, KeyValues(k, v), kernel)
 
     *inputs, weights = drawn(length, *((4, length, heads, H) for heads in (N, G, G, N)))
+    named = dict(zip("qkv", inputs, strict=True))
     attentions = {kernel: attend(kernel) for kernel in kernels}
-    return against_float32(f"reading, {N}/{G}×{H}, T = {length}", attentions, inputs, weights)
+    return against_float32(f"reading, {N}/{G}×{H}, T = {length}", attentions, named, weights)
 
 
 def thinking_check(
@@ -271,8 +276,9 @@ def thinking_check(
 
     shapes = [(4, 1, N, H), *[(4, length, G, H)] * 2, *[(4, 4, G, H)] * 2, (4, 1, N, H)]
     *inputs, weights = drawn(length, *shapes)
+    named = dict(zip(("q", "k", "v", "k of thoughts", "v of thoughts"), inputs, strict=True))
     attentions = {kernel: attend(kernel) for kernel in kernels}
-    return against_float32(f"thinking, {N}/{G}×{H}, T = {length}", attentions, inputs, weights)
+    return against_float32(f"thinking, {N}/{G}×{H}, T = {length}", attentions, named, weights)
 
 
 def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:

@@ -31,7 +31,6 @@ from benchmarks.encode_latency import rows_by_tokens
 from benchmarks.measure import (
     BenchmarkError,
     Report,
-    await_turn,
     command_line,
     environment,
     new_file,
@@ -52,7 +51,7 @@ from laser_jax import encode
 from laser_jax.config import LoraConfig, RetrieverConfig, as_dict
 
 KINDS = (
-    ("attention", r"fmha|flash|sdpa|mha_"),
+    ("attention", r"fmha|flash|sdpa|cudnn"),
     ("matmul", r"gemm|nvjet|cutlass|xmma|cublas|wgmma|splitK|convolution|\bdot\b"),
     ("copy", r"memcpy|memset"),
 )
@@ -73,7 +72,8 @@ def kind_of(name: str) -> str:
     for kind, pattern in KINDS:
         if re.search(pattern, name, re.IGNORECASE):
             return kind
-    return re.sub(r"([._]\d+)+$", "", name)
+    bare = re.sub(r"^void |[<(].*", "", name)
+    return re.sub(r"([._]\d+)+$", "", bare)
 
 
 def kernels_of(profile: ProfileData) -> list[Kernel]:
@@ -110,7 +110,6 @@ def profiled(run: Callable[[], Any], repeats: int) -> list[list[Kernel]]:
     Raises:
         BenchmarkError: the profile holds no kernels.
     """
-    await_turn()
     jax.block_until_ready(run())
     found = []
     for _ in range(repeats):

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import fcntl
-import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -36,8 +34,6 @@ PACKAGES = (
     *("laser-jax", "jax", "jaxlib", "flax", "optax", "numpy", "grain", "tokenizers"),
     *("torch", "transformers", "peft", "faiss-cpu"),
 )
-TURNS = "LASER_BENCHMARK_TURNS"
-"""The environment variable with which benchmarks.gpu names the folder of `await_turn`."""
 REST_SECONDS = 0.05
 """Pause before each timing: the threads of PyTorch's OpenMP spin for some milliseconds after their
 work, on the cores of whoever comes next."""
@@ -110,34 +106,11 @@ def in_turn(names: Sequence[Name], *, repeats: int, warmup: int) -> Iterator[tup
             f"at least one contender and one repeat are wanted, got {list(names)}, "
             f"{repeats} repeats and {warmup} warm-up rounds"
         )
-    await_turn()
     for round_ in range(warmup + repeats):
         first = round_ % len(names)
         for name in [*names[first:], *names[:first]]:
             time.sleep(REST_SECONDS)
             yield name, round_ >= warmup
-
-
-@functools.cache
-def await_turn() -> None:
-    """Where several programs share a device: says that this one is ready to measure, and waits
-    until no other one does. The turn lasts as long as the process."""
-    folder = os.environ.get(TURNS)
-    if folder is None:
-        return
-    ready_file(Path(folder), os.getpid()).touch()
-    lock = os.open(turn_file(Path(folder)), os.O_RDWR | os.O_CREAT)  # closed by the process's end
-    fcntl.flock(lock, fcntl.LOCK_EX)
-
-
-def turn_file(folder: Path) -> Path:
-    """Who holds its lock may measure."""
-    return folder / "turn"
-
-
-def ready_file(folder: Path, process: int) -> Path:
-    """There once that process is ready to measure."""
-    return folder / f"{process}.ready"
 
 
 def in_new_process(function: Callable[..., T], *args: Any) -> T:

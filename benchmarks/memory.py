@@ -44,7 +44,6 @@ from benchmarks.measure import (
 from benchmarks.train_step import (
     OurTraining,
     base_config,
-    chosen,
     compile_variant,
     set_up,
     torch_contenders,
@@ -142,7 +141,7 @@ def train_work(case: Case) -> Work:
     if case.contender in PYTORCH:
         made = torch_contenders(setup, case.dtype, base.objective, [case.contender])
         return made[case.contender], {}
-    config_of = variants(base, case.gradcache, [], case.remat)
+    config_of = variants(base, case.gradcache, [], case.remat, only=[case.contender])
     with jax.set_mesh(setup.mesh):
         compiled = compile_variant(config_of[case.contender], setup).program
         training = OurTraining(setup)
@@ -220,7 +219,7 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
     base = base_config(shape, options.dtype, lora)
     wanted: dict[Any, list[str]] = {
         "encode": [OURS],
-        "train_step": list(chosen(variants(base, gradcache, [], remat), options.only)),
+        "train_step": list(variants(base, gradcache, [], remat, only=options.only)),
     }
     for program in programs:
         reason = "--no_torch" if options.no_torch else around.why_no_torch[program]

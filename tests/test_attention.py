@@ -9,15 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from laser_jax.config import ConfigError
+from laser_jax.config import AttentionKernel, ConfigError
+from laser_jax.modeling import attention
 from laser_jax.modeling.attention import (
     KeyValues,
+    Past,
     _blockwise_attention,
     _splash_attention,
     causal_attention,
     choose_kernel,
     merge_groups,
     split_groups,
+    thinking_attention,
 )
 
 
@@ -91,6 +94,49 @@ def test_splash_attention_gives_what_xla_gives_with_its_gradients() -> None:
     np.testing.assert_allclose(out("splash", q, k, v), out("xla", q, k, v), atol=2e-5)
     for ours, xla in zip(gradients("splash"), gradients("xla"), strict=True):
         np.testing.assert_allclose(ours, xla, atol=1e-6)
+
+
+@pytest.fixture
+def _no_cudnn(monkeypatch) -> None:
+    """What cuDNN would compute comes from XLA."""
+    one_query = attention.one_query_attention
+    monkeypatch.setattr(attention, "one_query_attention", lambda *a: one_query(*a[:-1], "xla"))
+
+
+@pytest.mark.usefixtures("_no_cudnn")
+@pytest.mark.parametrize("slot", [0, 1, 2])  # the last thought of three is the third's own
+def test_thinking_on_a_gpu_is_thinking_with_its_gradients(slot: int) -> None:
+    N, G, H, S = 6, 2, 8, 3
+    lengths_B = jnp.asarray([7, 5, 1, 3, 9, 4])  # two queries of 7 tokens, four documents of 9
+    shapes = [(6, 1, N, H), (2, 7, G, H), (2, 7, G, H), (4, 9, G, H), (4, 9, G, H)]
+    shapes += [(6, S, G, H), (6, S, G, H), (6, 1, N, H)]
+    keys = jax.random.split(jax.random.key(slot), len(shapes))
+    *inputs, weights = (
+        jax.random.normal(key, shape, jnp.float32) for key, shape in zip(keys, shapes, strict=True)
+    )
+
+    def out(kernel: AttentionKernel, q: jax.Array, *kv: jax.Array) -> jax.Array:
+        prefixes = (KeyValues(kv[0], kv[1]), KeyValues(kv[2], kv[3]))
+        past = Past(prefixes, KeyValues(kv[4], kv[5]))
+        return thinking_attention(q, past, lengths_B, jnp.asarray(slot), kernel)
+
+    def gradients(kernel: AttentionKernel) -> tuple[jax.Array, ...]:
+        return jax.jit(
+            jax.grad(
+                lambda *a: (out(kernel, *a) * weights).sum(), argnums=tuple(range(len(inputs)))
+            )
+        )(*inputs)
+
+    np.testing.assert_allclose(out("cudnn", *inputs), out("xla", *inputs), atol=1e-6)
+    for ours, xla in zip(gradients("cudnn"), gradients("xla"), strict=True):
+        np.testing.assert_allclose(ours, xla, atol=1e-6)
+    if slot < S - 1:  # thoughts that are not written count for nothing
+        np.testing.assert_array_equal(gradients("cudnn")[-1][:, slot + 1 :], 0.0)
+
+    with jax.numpy_dtype_promotion("standard"):  # jax's own attention, in XLA, promotes
+        in_half = out("cudnn", *(x.astype(jnp.bfloat16) for x in inputs))
+    assert in_half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(in_half.astype(jnp.float32), out("xla", *inputs), atol=0.05)
 
 
 def test_groups_are_split_as_they_were_merged_and_a_query_stands_before_its_documents() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import json
@@ -33,6 +34,7 @@ from benchmarks import (
     encode_variants,
     gpu,
     gpu_checks,
+    kernels,
     matmul,
     memory,
     rewrite_latency,
@@ -251,6 +253,35 @@ def test_encode_variants_agree_and_are_timed(tmp_path: Path) -> None:
         assert row["ready_seconds"] > 0
 
 
+@pytest.mark.parametrize("program", kernels.PROGRAMS)
+def test_kernels_share_the_time_of_a_run(program: str, tmp_path: Path) -> None:
+    listing = tmp_path / "program.txt"
+    report = run(kernels.main, "kernels", tmp_path, "--program", program, "--hlo", str(listing))
+    *kinds, idle = report["rows"]
+    assert idle["kind"] == "idle"
+    assert len({row["kind"] for row in kinds}) == len(kinds) > 5
+    assert all(row["seconds"] > 0 and row["kernels"] >= 0.5 for row in kinds)
+    assert [row["seconds"] for row in kinds] == sorted((r["seconds"] for r in kinds), reverse=True)
+    assert sum(row["share"] for row in report["rows"]) > 0.99  # more where kernels run at once
+    assert "ENTRY" in listing.read_text()
+
+
+def test_kernels_are_counted_by_kind_and_their_gaps_as_idle() -> None:
+    names = ["nvjet_sm90_64x6", "gemm_fusion_dot_12", "loop_add_fusion_3", "loop_add_fusion_12.1"]
+    names += ["void cudnn::fusion::fmha_reduce_head<true>(float*)", "memcpy128", "void f<int>(int)"]
+    kinds = ["matmul", "matmul", "loop_add_fusion", "loop_add_fusion", "attention", "copy", "f"]
+    assert [kernels.kind_of(name) for name in names] == kinds
+
+    first = [kernels.Kernel("a_1", 0, 4), kernels.Kernel("a_2", 2, 6), kernels.Kernel("b", 9, 10)]
+    second = [kernels.Kernel("a_1", 100, 110)]
+    rows = {row["kind"]: row for row in kernels.rows_of([first, second])}
+    assert list(rows) == ["a", "b", "idle"]
+    assert [row["kernels"] for row in rows.values()] == [1.5, 0.5, 0]
+    seconds = [row["seconds"] for row in rows.values()]
+    np.testing.assert_allclose(seconds, [9e-9, 0.5e-9, 1.5e-9])
+    np.testing.assert_allclose([row["share"] for row in rows.values()], [18 / 20, 1 / 20, 3 / 20])
+
+
 def test_matmuls_are_those_of_a_model_and_of_both_libraries(tmp_path: Path) -> None:
     report = run(matmul.main, "matmul", tmp_path)
     by = ["XLA", *(["PyTorch"] if PYTORCH else [])]
@@ -346,8 +377,10 @@ def test_gpu_checks_compare_with_the_reference_numbers(tmp_path: Path, golden_di
     report = json.loads(output.read_text())
     assert ended.value.code == 0, [row for row in report["rows"] if not row["passed"]]
     checks = " ".join(row["check"] for row in report["rows"])
-    for part in ("float32", "bfloat16", "trajectory", "norm of the gradient", "T = 96, dk"):
+    for part in ("float32", "bfloat16", "trajectory", "norm of the gradient"):
         assert part in checks
+    for attention in ("reading, 4/2×16, T = 96, xla, dk", "thinking, 4/2×16, T = 96, xla, dq"):
+        assert attention in checks
     assert not gpu_checks.row("nothing", float("nan"), 1.0)["passed"]
 
 
@@ -465,12 +498,16 @@ def test_transcriptions_give_our_loss_gradients_and_embeddings_on_rows_of_all_le
 
 def test_chosen_contenders_are_compared_with_fast() -> None:
     base = train_step.base_config(TINY_TRAIN_SHAPE, "float32", None)
+    variants = functools.partial(train_step.variants, base, [2, 3], [], ["dots"])
+    assert list(variants(only=["remat dots"])) == ["fast", "remat dots"]
+    with pytest.raises(BenchmarkError, match=r"--only \['gradcache / 5'\]"):
+        variants(only=["gradcache / 5"])
+    with pytest.raises(BenchmarkError, match="4 queries do not divide into 3 micro-batches"):
+        variants()  # which is no matter where it is not among the chosen
     configs = train_step.variants(base, [2], [], ["dots"])
-    assert list(train_step.chosen(configs, None)) == list(configs)
-    assert list(train_step.chosen(configs, ["remat dots"])) == ["fast", "remat dots"]
-    with pytest.raises(BenchmarkError, match=r"--only \['gradcache / 3'\]"):
-        train_step.chosen(configs, ["gradcache / 3"])
-    assert "xla attention" not in configs
+    assert list(configs) == ["fast", "parity", "gradcache / 2", "remat dots"]
+    unrolled = train_step.variants(base, [], [], [], unrolled=True, only=["unrolled"])
+    assert [config.model.unroll_layers for config in unrolled.values()] == [False, True]
     on_gpu = train_step.base_config(TINY_TRAIN_SHAPE, "bfloat16", None, "cudnn")
     assert train_step.variants(on_gpu, [], [], [])["xla attention"].model.attention == "xla"
 

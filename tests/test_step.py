@@ -305,10 +305,10 @@ def stepped(*, full: bool = False, **changes: Any) -> tuple[TrainState, dict[str
 
     With `full` everything is trained, so that no gradient is zero."""
     lora = None if full else dataclasses.replace(LORA, dropout=changes.pop("dropout", 0.0))
-    remat = changes.pop("remat", "none")
+    layers = {key: changes.pop(key) for key in ("remat", "unroll_layers") if key in changes}
     settings = config(lora=lora)
     settings = dataclasses.replace(settings, train=TrainConfig(batch_size=B, **changes))
-    backbone = Backbone(SCRATCH.backbone(V), lora=lora, remat=remat)
+    backbone = Backbone(SCRATCH.backbone(V), lora=lora, **layers)
     mesh = mesh_of(1, 1, 1)
     state = new_state(backbone, mesh, 3, drawn(0)[1]["params"])
     schedule = learning_rate_schedule(OPTIMIZER, STEPS)
@@ -339,6 +339,15 @@ def test_plain_accumulation_contrasts_only_within_a_micro_batch() -> None:
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_rematerialisation_changes_no_number(remat: str) -> None:
     assert_same_terms(stepped(remat=remat)[1], stepped()[1])
+
+
+def test_unrolled_layers_change_no_number() -> None:
+    (in_a_loop, looped), (in_a_row, unrolled) = (
+        stepped(full=True),
+        stepped(full=True, unroll_layers=True),
+    )
+    assert_same_terms(unrolled, looped)
+    assert_same_gradients(in_a_row, in_a_loop)
 
 
 def test_dropout_spares_a_fresh_adapter_and_reaches_its_gradient() -> None:

@@ -297,7 +297,7 @@ def _one_query_backward(_: str, saved: Any, g_BGMH: jax.Array) -> tuple[Any, ...
     # the prefix: two matmuls for the weights and their gradients, one for the query's
     T = prefix.k.shape[1]
     scores_BGMT = _wide_einsum("bgmh,btgh->bgmt", q_BGMH, prefix.k) * scale
-    seen_B11T = (jnp.arange(T) < lengths_B[:, None])[:, None, None]
+    seen_B11T = (jnp.arange(T)[None] < lengths_B[:, None])[:, None, None]
     weights_BGMT = jnp.where(seen_B11T, jnp.exp(scores_BGMT - log_sum_BGM[..., None]), 0.0)
     d_BGMT = _wide_einsum("bgmh,btgh->bgmt", g_BGMH, prefix.v) - mean_BGM[..., None]
     d_BGMT = weights_BGMT * d_BGMT * scale
