@@ -135,13 +135,17 @@ TARGETS: Sequence[Target] = (
         unit=" ms",
     ),
     _thinking(512, GPU_BACKBONE, "gpu", 1.35),
-    Target(
-        "encode rows of 512 tokens, K = 3, qwen3-0.6b in bfloat16 on an H200, a second",
-        "encode_throughput",
-        "gpu",
-        {"backbone": GPU_BACKBONE, "workload": "8×512", "contender": "ours"},
-        lambda values: values["documents_per_second"],
-        at_least=780,
+    *(
+        Target(
+            f"encode rows of 512 tokens, K = 3, {rows} at a time, qwen3-0.6b in bfloat16 on an "
+            "H200, a second",
+            "encode_throughput",
+            "gpu",
+            {"backbone": GPU_BACKBONE, "workload": f"{rows}×512", "contender": "ours"},
+            lambda values: values["documents_per_second"],
+            at_least=780,
+        )
+        for rows in (8, 64)
     ),
     Target(
         "LoRA training, qwen3-0.6b in bfloat16 on an H200, queries a second",
