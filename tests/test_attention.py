@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 
 from laser_jax.config import AttentionKernel, ConfigError
+from laser_jax.kernels import blockwise_attention, one_query_attention, splash_attention
 from laser_jax.modeling import attention
 from laser_jax.modeling.attention import (
     KeyValues,
     Past,
-    _blockwise_attention,
-    _splash_attention,
     causal_attention,
     choose_kernel,
     merge_groups,
@@ -58,7 +57,7 @@ def test_attention_in_blocks_is_attention_with_its_gradients(T: int) -> None:
     )
 
     def blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return _blockwise_attention(q, KeyValues(k, v))
+        return blockwise_attention(q, k, v)
 
     def whole(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True)
@@ -75,7 +74,7 @@ def test_attention_in_blocks_is_attention_with_its_gradients(T: int) -> None:
     np.testing.assert_allclose(in_half.astype(jnp.float32), whole(q, k, v), atol=0.05)
 
 
-def test_splash_attention_gives_what_xla_gives_with_its_gradients() -> None:
+def testsplash_attention_gives_what_xla_gives_with_its_gradients() -> None:
     B, T, N, G, H = 1, 136, 2, 1, 128  # T is no multiple of the kernel's blocks
     keys = jax.random.split(jax.random.key(0), 3)
     q, k, v = (
@@ -85,7 +84,7 @@ def test_splash_attention_gives_what_xla_gives_with_its_gradients() -> None:
 
     def out(kernel: str, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         if kernel == "splash":
-            return _splash_attention(q, k, v, interpret=True)
+            return splash_attention(q, k, v, interpret=True)
         return causal_attention(q, KeyValues(k, v), "xla")
 
     def gradients(kernel: str) -> tuple[jax.Array, ...]:
@@ -99,8 +98,9 @@ def test_splash_attention_gives_what_xla_gives_with_its_gradients() -> None:
 @pytest.fixture
 def _no_cudnn(monkeypatch) -> None:
     """What cuDNN would compute comes from XLA."""
-    one_query = attention.one_query_attention
-    monkeypatch.setattr(attention, "one_query_attention", lambda *a: one_query(*a[:-1], "xla"))
+    monkeypatch.setattr(
+        attention, "one_query_attention", lambda *arrays: one_query_attention(*arrays, "xla")
+    )
 
 
 @pytest.mark.usefixtures("_no_cudnn")

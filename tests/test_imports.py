@@ -16,7 +16,7 @@ PACKAGE = REPOSITORY / "laser_jax"
 # A module may import modules of the rows above its own; inside a folder there is no order.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"config", "files"}),
-    frozenset({"losses", "alignment", "sharding"}),
+    frozenset({"losses", "alignment", "sharding", "kernels"}),
     frozenset({"modeling"}),
     frozenset({"hf", "thinking"}),
     frozenset({"views"}),
@@ -48,10 +48,11 @@ PROGRAMS = frozenset(
 )
 # `config` is a table of settings, which one looks up rather than reads. `batch_encoder` and
 # `retriever` make the pure `encode` quick and handy for many texts; what it computes stands above.
-# `generation` writes the texts of the baseline that the method does without.
+# `generation` writes the texts of the baseline that the method does without. `kernels` are faster
+# forms of what `modeling.attention` says plainly.
 OUTSIDE_CORE = frozenset(
     {"config", "files", "data", "batch_encoder", "retriever", "generation", "search"}
-    | {"evaluation", "inspection", "corpus", "training"}
+    | {"evaluation", "inspection", "corpus", "training", "kernels"}
 )
 CORE_LINES = 2_000
 
