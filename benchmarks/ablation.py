@@ -41,6 +41,7 @@ from laser_jax.config import (
     ConfigError,
     PretrainConfig,
     as_dict,
+    from_dict,
     load_retriever_config,
     parse_command_line,
     parse_train_command,
@@ -262,7 +263,8 @@ def train_row(seed: Seed, row: str) -> None:
 
 
 def _require_same(config: Config, output: Path) -> None:
-    if json.loads((output / "config.json").read_text()) != as_dict(config):
+    file = output / "config.json"
+    if from_dict(Config, json.loads(file.read_text()), source=str(file)) != config:
         raise ConfigError(
             f"{output} holds a finished run with another config (see config.json there): choose "
             "another --work, or delete that directory"

@@ -21,7 +21,13 @@ import optax
 from flax import linen as nn
 from tqdm import tqdm
 
-from laser_jax.config import ConfigError, PretrainConfig, as_dict, parse_command_line
+from laser_jax.config import (
+    ConfigError,
+    PretrainConfig,
+    as_dict,
+    from_dict,
+    parse_command_line,
+)
 from laser_jax.data.language_modeling import (
     LanguageRows,
     WrittenReasoning,
@@ -94,7 +100,9 @@ def _finished(config: PretrainConfig) -> bool:
     report = Path(config.output) / REPORT
     if not report.is_file():
         return False
-    if json.loads(report.read_text())["config"] != as_dict(config):
+    # settings that an older release did not have count as their defaults
+    written = json.loads(report.read_text())["config"]
+    if from_dict(PretrainConfig, written, source=str(report)) != config:
         raise ConfigError(
             f"{config.output} holds a backbone of another config (see {report}); choose another "
             "output, or delete that directory"

@@ -105,6 +105,20 @@ def test_a_finished_run_is_recognised_and_not_repeated(config, report, capsys) -
     assert {p: p.stat().st_mtime_ns for p in Path(config.output).rglob("*")} == before
 
 
+def test_settings_that_an_older_release_did_not_have_count_as_their_defaults(
+    config, report
+) -> None:
+    file = Path(config.output) / "pretrain.json"
+    written = file.read_text()
+    older = json.loads(written)
+    del older["config"]["model"]["unroll_layers"]
+    file.write_text(json.dumps(older))
+    try:
+        assert pretrain(config) == older
+    finally:
+        file.write_text(written)
+
+
 def test_the_output_of_another_config_is_refused(config, report) -> None:
     with pytest.raises(ConfigError, match="holds a backbone of another config"):
         pretrain(dataclasses.replace(config, seed=2))
