@@ -7,7 +7,7 @@ fails, hangs or takes the device down is recorded with its message, and the next
 has its own limit and what is left of `--minutes`; what does not begin is recorded as such. FOLDER
 holds `gpu.json`, written again after every part, with the reports of the parts inside. The limits
 are those of an H200's host with 16 cores, where a part takes 30 to 70 seconds before it measures:
-compiling several at once was no faster, since their autotuning shares the device.
+compiling several at once was tried there and was no faster.
 
 `--quick` runs every part in its tiny form, on any device. `--parts` chooses some. Where the code is
 no git checkout, LASER_COMMIT names its commit.
@@ -130,6 +130,12 @@ PARTS = (
         "train_step",
         f"{SMALLEST} {PAPER_BATCH} --queries 4 --only 'xla attention' --no_torch",
         150,
+    ),
+    Part(
+        "encode latency of short rows, 0.6B",
+        "encode_latency",
+        f"{SMALLEST} --batches 1x128 8x128 --steps 1 3 --repeats 9",
+        180,
     ),
     Part(
         "thinking overhead beside PyTorch, 0.6B",

@@ -7,8 +7,9 @@ tests/test_golden.py compares in full on the CPU; without it those rows are abse
 compared in float32, and in bfloat16 loosely, since rounding through random weights is chaotic; the
 training loss and the norm of its gradient in float32.
 
-Attention, forward and backward, is compared with XLA's in float32 on the same bfloat16 inputs: a
-kernel may be off by twice what XLA's own bfloat16 attention is off. On a GPU this is cuDNN's check.
+Attention of whole sequences and of a thought, forward and backward, is compared with XLA's in
+float32 on the same bfloat16 inputs: a kernel may be off by twice what XLA's own bfloat16 attention
+is off. On a GPU this is cuDNN's check.
 
 Exit status 1 where a check fails; the file is written all the same.
 """

@@ -74,7 +74,7 @@ def test_attention_in_blocks_is_attention_with_its_gradients(T: int) -> None:
     np.testing.assert_allclose(in_half.astype(jnp.float32), whole(q, k, v), atol=0.05)
 
 
-def testsplash_attention_gives_what_xla_gives_with_its_gradients() -> None:
+def test_splash_attention_gives_what_xla_gives_with_its_gradients() -> None:
     B, T, N, G, H = 1, 136, 2, 1, 128  # T is no multiple of the kernel's blocks
     keys = jax.random.split(jax.random.key(0), 3)
     q, k, v = (

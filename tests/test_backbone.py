@@ -36,3 +36,15 @@ def test_the_soft_token_is_the_same_in_the_parts_that_a_gpu_sums() -> None:
             for kernel in ("xla", "cudnn")
         )
         np.testing.assert_allclose(parts, whole, atol=1e-6)
+
+
+def test_unrolled_layers_leave_no_loop() -> None:
+    config = ScratchConfig(
+        hidden_size=16, num_layers=4, num_heads=2, head_dim=8, intermediate_size=24
+    ).backbone(vocab_size=64)
+    ids_BT = jnp.zeros((1, 2), jnp.int32)
+    looped = Backbone(config)
+    variables = jax.eval_shape(looped.init, jax.random.key(0), ids_BT)
+    for backbone, loops in ((looped, True), (looped.clone(unroll_layers=True), False)):
+        program = jax.jit(backbone.apply).lower(variables, ids_BT).as_text()
+        assert ("stablehlo.while" in program) == loops
