@@ -111,10 +111,12 @@ def profiled(run: Callable[[], Any], repeats: int) -> list[list[Kernel]]:
         BenchmarkError: the profile holds no kernels.
     """
     jax.block_until_ready(run())
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # as in training/telemetry.py
     found = []
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder):
+            with jax.profiler.trace(folder, profiler_options=options):
                 jax.block_until_ready(run())
             [file] = Path(folder).rglob("*.xplane.pb")
             found.append(kernels_of(ProfileData.from_file(str(file))))

@@ -50,7 +50,12 @@ class TensorBoard:
 
 
 class Trace:
-    """Records the steps from `first` to `last`, both included, for XProf."""
+    """Records the steps `steps[0]` to `steps[1]`, both included, for XProf.
+
+    Python's own calls are left out: as it ends, XLA's tracer of them (jaxlib 0.10) reaches into the
+    state of every other thread, and a data worker that ends at that moment takes the run down with
+    a segmentation fault.
+    """
 
     def __init__(self, directory: Path, steps: tuple[int, int] | None):
         self._directory = directory
@@ -59,7 +64,9 @@ class Trace:
 
     def before(self, step: int) -> None:
         if step == self._first:
-            jax.profiler.start_trace(str(self._directory))
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0
+            jax.profiler.start_trace(str(self._directory), profiler_options=options)
             self.recording = True
 
     def after(self, step: int, arrays: Any) -> None:
