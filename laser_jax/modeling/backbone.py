@@ -31,7 +31,7 @@ from laser_jax.modeling.attention import (
     thinking_attention,
 )
 from laser_jax.modeling.lora import Projection
-from laser_jax.modeling.rope import Rope, apply_rope, rope_at
+from laser_jax.modeling.rope import Rope, apply_rope, rope_at, rope_from_zero
 from laser_jax.sharding import constrain, with_axes
 
 Variables = Any
@@ -79,8 +79,9 @@ def _rms_normed(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """Kept for the backward pass are both inputs."""
-    return jax.nn.silu(gate) * up
+    """Kept for the backward pass are both inputs. The gate is rounded once, as PyTorch does."""
+    wide = gate.astype(accumulation_dtype(gate.dtype))
+    return jax.nn.silu(wide).astype(gate.dtype) * up
 
 
 class Embedding(nn.Module):
@@ -262,7 +263,7 @@ class Backbone(nn.Module):
             cache of keys and values over all T positions.
         """
         x = self.embed(ids_BT)
-        rope = rope_at(jnp.arange(ids_BT.shape[1])[None, :], self.config)
+        rope = rope_from_zero(ids_BT.shape[1], self.config)
         x, earlier = self._read_layers(x, rope)
         if select_BP is None:
             x, last = self.last_layer.read(x, rope)

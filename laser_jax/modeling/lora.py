@@ -8,24 +8,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from laser_jax.config import LoraConfig
+from laser_jax.kernels import matmul
 from laser_jax.sharding import with_axes
-
-
-@jax.custom_vjp
-def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x @ w for x [..., I] and w [I, O]. XLA's CPU compiler copies the first operand of a weight's
-    gradient into its transpose; jax puts the output's gradient there, this the narrower one."""
-    return x @ w
-
-
-def _backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, w = saved
-    rows = (tuple(range(x.ndim - 1)),) * 2
-    wide = w.shape[0] > w.shape[1]
-    return g @ w.T, jnp.tensordot(g, x, rows).T if wide else jnp.tensordot(x, g, rows)
-
-
-matmul.defvjp(lambda x, w: (x @ w, (x, w)), _backward)
 
 
 class Projection(nn.Module):
@@ -50,10 +34,8 @@ class Projection(nn.Module):
             (in_features, self.features),
             self.param_dtype,
         )
-        if self.lora is None:
-            return matmul(x, kernel.astype(self.dtype))
-        y = x @ kernel.astype(self.dtype)
-        if self.name not in self.lora.targets:
+        y = matmul(x, kernel.astype(self.dtype))
+        if self.lora is None or self.name not in self.lora.targets:
             return y
 
         def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

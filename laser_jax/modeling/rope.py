@@ -36,10 +36,18 @@ def inverse_frequencies(config: BackboneConfig) -> np.ndarray:
     return frequencies.astype(np.float32)
 
 
-def rope_at(positions_BT: jax.Array, config: BackboneConfig) -> Rope:
-    """Angles for integer positions [B, T]."""
-    angles = positions_BT.astype(jnp.float32)[:, :, None] * inverse_frequencies(config)[None, None]
-    return Rope(jnp.cos(angles), jnp.sin(angles))
+def rope_at(positions_BT: jax.Array | np.ndarray, config: BackboneConfig) -> Rope:
+    """Angles for integer positions [B, T]. Those that are known beforehand, a NumPy array, become
+    constants: XLA would compute sines anew for every head of every row and layer."""
+    angles = positions_BT.astype(np.float32)[:, :, None] * inverse_frequencies(config)[None, None]
+    module = np if isinstance(angles, np.ndarray) else jnp
+    return Rope(jnp.asarray(module.cos(angles)), jnp.asarray(module.sin(angles)))
+
+
+def rope_from_zero(length: int, config: BackboneConfig) -> Rope:
+    """Angles of a sequence from its start; `length` may be one that `jax.export` leaves open."""
+    module = np if isinstance(length, int) else jnp
+    return rope_at(module.arange(length)[None, :], config)
 
 
 def apply_rope(x_BTNH: jax.Array, rope: Rope) -> jax.Array:

@@ -1,0 +1,111 @@
+"""The product that all projections are, and the rotations: values, gradients, and what of them is
+computed at all."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.flops import matmul_flops
+from laser_jax import encode
+from laser_jax.config import RetrieverConfig, RopeScaling, ScratchConfig
+from laser_jax.kernels import matmul
+from laser_jax.modeling.backbone import Backbone, unstack_layers
+from laser_jax.modeling.rope import rope_at, rope_from_zero
+
+CONFIG = ScratchConfig(
+    hidden_size=16, num_layers=2, num_heads=2, head_dim=8, intermediate_size=24
+).backbone(vocab_size=31)
+
+
+def random(shape: tuple[int, ...], dtype: str, seed: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+@pytest.mark.parametrize("out", [5, 300])  # the gradient of a wide and of a narrow weight
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_product_and_its_gradients_are_rounded_once(dtype: str, out: int) -> None:
+    x, w, g = (
+        random((2, 7, 64), dtype, 0),
+        random((64, out), dtype, 1),
+        random((2, 7, out), dtype, 2),
+    )
+    y, backward = jax.vjp(matmul, x, w)
+    dx, dw = backward(g)
+    exact = [np.asarray(a, np.float64) for a in (x, w, g)]
+    wanted = {
+        "y": (y, exact[0] @ exact[1], 64),
+        "dx": (dx, exact[2] @ exact[1].T, out),
+        "dw": (dw, np.einsum("bti,bto->io", exact[0], exact[2]), 14),
+    }
+    for name, (got, right, terms) in wanted.items():
+        assert got.dtype == dtype, name
+        half_a_step = np.abs(right) * float(jnp.finfo(dtype).eps) / 2
+        # sums are float32: their own error is that of float32, whatever is summed
+        np.testing.assert_array_less(
+            np.abs(np.asarray(got, np.float64) - right),
+            half_a_step + terms * 8 * np.finfo(np.float32).eps,
+            err_msg=name,
+        )
+
+
+def test_sums_of_bfloat16_come_out_as_float32_on_a_cpu() -> None:
+    """XLA's CPU compiler reaches the units for bfloat16 only so."""
+    x, w = random((3, 4), "bfloat16", 0), random((4, 5), "bfloat16", 1)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda x, w: matmul(x, w).astype(jnp.float32).sum(), (0, 1)))(
+        x, w
+    )
+    outs = [e.outvars[0].aval.dtype for e in jaxpr.jaxpr.eqns if e.primitive.name == "dot_general"]
+    assert len(outs) == 3
+    assert set(outs) == {jnp.dtype("float32")}
+
+
+def test_the_gradient_of_a_frozen_weight_is_not_computed() -> None:
+    x, w = random((3, 4), "float32", 0), random((2, 4, 4), "float32", 1)
+
+    def stacked(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, w: (matmul(x, w), None), x, w)[0].sum()
+
+    product = 2 * 3 * 4 * 4
+    assert matmul_flops(stacked, x, w) == 2 * product
+    assert matmul_flops(jax.grad(stacked, 0), x, w) == 2 * 2 * product
+    assert matmul_flops(jax.grad(stacked, (0, 1)), x, w) == 2 * 3 * product
+
+
+def test_a_product_whose_result_is_not_used_has_no_gradient() -> None:
+    x, w = random((3, 4), "float32", 0), random((4, 5), "float32", 1)
+
+    def unused(x: jax.Array) -> jax.Array:
+        matmul(x, w)
+        return x.sum()
+
+    np.testing.assert_array_equal(jax.grad(unused)(x), np.ones((3, 4)))
+
+
+@pytest.mark.parametrize("scaling", [None, RopeScaling(8.0, 1.0, 4.0, 8192)])
+def test_rotations_known_beforehand_are_those_computed(scaling: RopeScaling | None) -> None:
+    config = ScratchConfig(head_dim=64, rope_theta=1e6).backbone(vocab_size=31)
+    config = replace(config, rope_scaling=scaling)
+    known = rope_from_zero(512, config)
+    computed = jax.jit(lambda p: rope_at(p, config))(jnp.arange(512)[None, :])
+    for got, wanted in zip(jax.tree.leaves(known), jax.tree.leaves(computed), strict=True):
+        assert got.dtype == jnp.float32
+        assert got.shape == (1, 512, 32)
+        # the angles are float32 in both; 511 radians are known to 3e-5
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-6)
+
+
+def test_reading_computes_no_sines() -> None:
+    backbone = Backbone(CONFIG)
+    variables = unstack_layers(backbone.init(jax.random.key(0), jnp.ones((1, 2), jnp.int32)))
+    ids = jnp.ones((2, 12), jnp.int32)
+    run = functools.partial(encode, config=RetrieverConfig(CONFIG), num_thinking_steps=1)
+    program = jax.jit(run).lower(variables, ids, jnp.ones_like(ids)).compile().as_text()
+    assert "dot(" in program
+    assert "cosine(" not in program
+    assert "sine(" not in program
