@@ -23,11 +23,17 @@ RUNS = {
     "encode_latency-0.6b": (
         "encode_latency --backbone qwen3-0.6b --batches 8x128 --steps 3 --repeats 3"
     ),
+    "encode_latency-bf16": "encode_latency --dtype bfloat16",
+    "encode_latency-0.6b-bf16": (
+        "encode_latency --backbone qwen3-0.6b --dtype bfloat16 --batches 8x128 --steps 3 "
+        "--repeats 3"
+    ),
     "thinking_overhead-8x128": "thinking_overhead --batch 8x128",
     "thinking_overhead-8x512": "thinking_overhead --batch 8x512 --steps 1 3 --repeats 5",
     "encode_throughput": "encode_throughput --repeats 3",
     "encode_variants": "encode_variants --repeats 5",
     "train_step": "train_step --gradcache 2 4 --repeats 5",
+    "train_step-bf16": "train_step --dtype bfloat16 --only fast --repeats 5",
     "train_step-full": "train_step --full --gradcache 4 --plain --remat --repeats 3",
     "search": "search",
     "data_pipeline": "data_pipeline",

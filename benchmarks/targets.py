@@ -9,6 +9,9 @@ from typing import Any
 from benchmarks.workload import SHAPES
 from laser_jax.config import as_dict
 
+DTYPES = {"cpu": "float32", "gpu": "bfloat16"}
+"""What is computed in, where a target is meant for it."""
+
 Values = Mapping[str, Any]
 """The settings of a report and, over them, the values of a row; `backbone` is a name."""
 
@@ -194,6 +197,8 @@ def reached(target: Target, reports: Sequence[Mapping[str, Any]]) -> Reached | N
     for report in reports:
         environment = report["environment"]
         if (report["benchmark"], environment["backend"]) != (target.benchmark, target.backend):
+            continue
+        if report["settings"].get("dtype") not in (None, DTYPES[target.backend]):
             continue
         for row in report["rows"]:
             values = values_of(report, row)

@@ -198,10 +198,17 @@ def _einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
 # --- projections ---------------------------------------------------------------------------------
 
 
+def _platform() -> str:
+    """What a program is being traced for: the devices of the mesh in use, which this machine need
+    not have, or else jax's default ones."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def _product(x: jax.Array, y: jax.Array, x_axes: Axes, y_axes: Axes) -> jax.Array:
     """Sums over these axes of x and y, in their dtype. On a CPU with units for bfloat16 (AMX) XLA
     takes them only where float32 comes out, and is five times slower where it does not."""
-    wide = np.promote_types(x.dtype, WIDE) if jax.default_backend() == "cpu" else None
+    wide = np.promote_types(x.dtype, WIDE) if _platform() == "cpu" else None
     dimensions = ((x_axes, y_axes), ((), ()))
     return jax.lax.dot_general(x, y, dimensions, preferred_element_type=wide).astype(x.dtype)
 

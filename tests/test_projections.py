@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from benchmarks.flops import matmul_flops
 from laser_jax import encode
@@ -54,15 +55,22 @@ def test_a_product_and_its_gradients_are_rounded_once(dtype: str, out: int) -> N
         )
 
 
-def test_sums_of_bfloat16_come_out_as_float32_on_a_cpu() -> None:
-    """XLA's CPU compiler reaches the units for bfloat16 only so."""
+def sums_of_bfloat16() -> set[str]:
     x, w = random((3, 4), "bfloat16", 0), random((4, 5), "bfloat16", 1)
-    jaxpr = jax.make_jaxpr(jax.grad(lambda x, w: matmul(x, w).astype(jnp.float32).sum(), (0, 1)))(
-        x, w
-    )
-    outs = [e.outvars[0].aval.dtype for e in jaxpr.jaxpr.eqns if e.primitive.name == "dot_general"]
+    gradients = jax.grad(lambda x, w: matmul(x, w).astype(jnp.float32).sum(), (0, 1))
+    equations = jax.make_jaxpr(gradients)(x, w).jaxpr.eqns
+    outs = [e.outvars[0].aval for e in equations if e.primitive.name == "dot_general"]
     assert len(outs) == 3
-    assert set(outs) == {jnp.dtype("float32")}
+    return {str(out.dtype) for out in outs}
+
+
+def test_sums_of_bfloat16_come_out_as_float32_on_a_cpu_alone() -> None:
+    """XLA's CPU compiler reaches the units for bfloat16 only so."""
+    assert sums_of_bfloat16() == {"float32"}
+    for platform, wanted in (("cpu", "float32"), ("tpu", "bfloat16"), ("cuda", "bfloat16")):
+        device = AbstractDevice("a device", None, platform)
+        with use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
+            assert sums_of_bfloat16() == {wanted}, platform
 
 
 def test_the_gradient_of_a_frozen_weight_is_not_computed() -> None:

@@ -68,11 +68,12 @@ def test_figures_of_the_page_are_there() -> None:
         assert (folder / f"{name}.svg").is_file()
 
 
-def test_a_target_takes_the_newest_measurement_of_its_backbone() -> None:
+def test_a_target_takes_the_newest_measurement_of_its_backbone_and_dtype() -> None:
     assert TARGET.wanted["contender"] == "published PyTorch"
     other = latency(date="2027-01-01", settings={"backbone": as_dict(SHAPES["tiny"])})
     old, new = latency(ratio=2.0), latency(ratio=5.0, date="2026-02-02")
-    found = reached(TARGET, [new, old, other])
+    half = latency(date="2027-01-01", settings=old["settings"] | {"dtype": "bfloat16"})
+    found = reached(TARGET, [new, old, other, half])
     assert found is not None
     assert found.value == 5.0
     assert found.quartiles == pytest.approx((4.5, 5.5))
