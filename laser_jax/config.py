@@ -385,7 +385,7 @@ class ModelConfig:
     backbone: BackboneName | None = None
     """Which of the paper's backbones `path` must be; `--dry_run` then needs no file of it."""
     dtype: Dtype = "float32"
-    """Compute dtype. float32 on CPU; bfloat16 on GPU and TPU."""
+    """Compute dtype. float32 on most CPUs; bfloat16 on GPU, TPU and CPUs with AMX."""
     param_dtype: Dtype = "float32"
     """Storage dtype of the backbone. Trained parameters are always float32."""
     attention: Literal["auto"] | AttentionKernel = "auto"
