@@ -16,7 +16,7 @@ from benchmarks.flops import matmul_flops
 from laser_jax import encode
 from laser_jax.config import RetrieverConfig, RopeScaling, ScratchConfig
 from laser_jax.kernels import matmul
-from laser_jax.modeling.backbone import Backbone, unstack_layers
+from laser_jax.modeling.backbone import Backbone, apply, unstack_layers
 from laser_jax.modeling.rope import rope_at, rope_from_zero
 
 CONFIG = ScratchConfig(
@@ -73,6 +73,40 @@ def test_sums_of_bfloat16_come_out_as_float32_on_a_cpu_alone() -> None:
             assert sums_of_bfloat16() == {wanted}, platform
 
 
+def same(got: jax.Array, wanted: jax.Array) -> None:
+    """But for a rounding of bfloat16: other shapes may sum in another order."""
+    got, wanted = got.astype(jnp.float32), wanted.astype(jnp.float32)
+    np.testing.assert_allclose(got, wanted, rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (1, 1, 64)])
+def test_a_single_row_is_what_it_is_among_others(shape: tuple[int, ...]) -> None:
+    """Of bfloat16 it is doubled on a CPU, where XLA is slow with one."""
+    x, w = random(shape, "bfloat16", 0), random((64, 5), "bfloat16", 1)
+    g = random((*shape[:-1], 5), "bfloat16", 2)
+    y, backward = jax.vjp(matmul, x, w)
+    many, among = jax.vjp(matmul, jnp.concatenate([x, 2 * x, x]), w)
+    rest = jnp.zeros_like(g)
+    same(y, many[:1])
+    same(backward(g)[0], among(jnp.concatenate([g, rest, rest]))[0][:1])
+    same(backward(g)[1], among(jnp.concatenate([g, rest, rest]))[1])
+    assert "concatenate" in str(jax.make_jaxpr(matmul)(x, w))
+    assert "concatenate" not in str(
+        jax.make_jaxpr(matmul)(x.astype("float32"), w.astype("float32"))
+    )
+
+
+def test_the_soft_token_of_a_single_row_is_what_it_is_among_others() -> None:
+    backbone = Backbone(CONFIG, dtype=jnp.bfloat16)
+    variables = backbone.init(jax.random.key(0), jnp.ones((1, 2), jnp.int32))
+    h_BD = random((3, CONFIG.hidden_size), "bfloat16", 0)
+    for method in (Backbone.logits, Backbone.soft_token):
+        alone = apply(method, backbone, variables, h_BD[:1])
+        among = apply(method, backbone, variables, h_BD)[:1]
+        assert alone.shape == among.shape
+        same(alone, among)
+
+
 def test_the_gradient_of_a_frozen_weight_is_not_computed() -> None:
     x, w = random((3, 4), "float32", 0), random((2, 4, 4), "float32", 1)
 
@@ -113,7 +147,7 @@ def test_reading_computes_no_sines() -> None:
     variables = unstack_layers(backbone.init(jax.random.key(0), jnp.ones((1, 2), jnp.int32)))
     ids = jnp.ones((2, 12), jnp.int32)
     run = functools.partial(encode, config=RetrieverConfig(CONFIG), num_thinking_steps=1)
-    program = jax.jit(run).lower(variables, ids, jnp.ones_like(ids)).compile().as_text()
+    program = str(jax.jit(run).lower(variables, ids, jnp.ones_like(ids)).compile().as_text())
     assert "dot(" in program
     assert "cosine(" not in program
     assert "sine(" not in program

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from laser_jax.config import AttentionKernel, BackboneConfig, LoraConfig, Remat
+from laser_jax.kernels import paired
 from laser_jax.modeling.attention import (
     KeyValues,
     Past,
@@ -338,8 +339,8 @@ class Backbone(nn.Module):
         head = self.embed_tokens() if self.config.tie_word_embeddings else self.lm_head()
         accumulate = accumulation_dtype(self.dtype)
         logits = jnp.einsum(
-            "...d,vd->...v", h, head.astype(self.dtype), preferred_element_type=accumulate
-        )
+            "...d,vd->...v", paired(h), head.astype(self.dtype), preferred_element_type=accumulate
+        )[: h.shape[0]]
         return constrain(logits, "batch", *[None] * (h.ndim - 2), "vocab")
 
     def soft_token(self, h_BD: jax.Array) -> jax.Array:
@@ -347,7 +348,7 @@ class Backbone(nn.Module):
 
         Logits and softmax are float32: bf16 logits move the soft token by several per cent.
         """
-        p_BV = jax.nn.softmax(self.logits(h_BD), axis=-1).astype(self.dtype)
+        p_BV = paired(jax.nn.softmax(self.logits(h_BD), axis=-1).astype(self.dtype))
         table = self.embed_tokens().astype(self.dtype)
         accumulate = accumulation_dtype(self.dtype)
         # XLA cuts the sum for a GPU too, but first copies the whole table to pad it
@@ -359,7 +360,7 @@ class Backbone(nn.Module):
             table.reshape(parts, -1, table.shape[1]),
             preferred_element_type=accumulate,
         )
-        t_BD = t_SBD.sum(axis=0)
+        t_BD = t_SBD.sum(axis=0)[: h_BD.shape[0]]
         return constrain(t_BD.astype(self.dtype), "batch", None)
 
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
