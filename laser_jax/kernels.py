@@ -214,10 +214,17 @@ def paired(x: jax.Array) -> jax.Array:
 
 def _product(x: jax.Array, y: jax.Array, x_axes: Axes, y_axes: Axes) -> jax.Array:
     """Sums over these axes of x and y, in their dtype. On a CPU with units for bfloat16 (AMX) XLA
-    takes them only where float32 comes out; else it computes in float32, five times slower."""
+    takes them only where float32 comes out; else it computes in float32, five times slower.
+
+    float32 is multiplied as such, said here since a backward pass of one's own is traced outside
+    of `modeling.attention.exact_matmuls`.
+    """
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     wide = np.promote_types(x.dtype, WIDE) if _platform() == "cpu" else None
     dimensions = ((x_axes, y_axes), ((), ()))
-    return jax.lax.dot_general(x, y, dimensions, preferred_element_type=wide).astype(x.dtype)
+    return jax.lax.dot_general(
+        x, y, dimensions, precision=precision, preferred_element_type=wide
+    ).astype(x.dtype)
 
 
 def _rows_times(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:

@@ -73,6 +73,15 @@ def test_sums_of_bfloat16_come_out_as_float32_on_a_cpu_alone() -> None:
             assert sums_of_bfloat16() == {wanted}, platform
 
 
+def test_gradients_of_float32_are_not_rounded_to_less() -> None:
+    """GPUs and TPUs would, and the backward pass is traced outside of the caller's precision."""
+    x, w = random((3, 4), "float32", 0), random((4, 5), "float32", 1)
+    gradients = jax.grad(lambda x, w: matmul(x, w).sum(), (0, 1))
+    equations = jax.make_jaxpr(gradients)(x, w).jaxpr.eqns
+    found = [e.params["precision"] for e in equations if e.primitive.name == "dot_general"]
+    assert found == [(jax.lax.Precision.HIGHEST,) * 2] * 3
+
+
 def same(got: jax.Array, wanted: jax.Array) -> None:
     """But for a rounding of bfloat16: other shapes may sum in another order."""
     got, wanted = got.astype(jnp.float32), wanted.astype(jnp.float32)
