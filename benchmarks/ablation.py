@@ -7,8 +7,8 @@ Rows are LaSER, LaSER without each of its parts, its baselines, and LaSER traine
 rows of a seed share data, backbone, steps and settings. What is trained stays under --work:
 finished runs are not repeated, stopped ones go on, and --finished_only reports what is there.
 
-World `default` is the embedded one, generated anew from every seed. Seeds count from 1, since the
-recipe was chosen on the world of seed 0.
+World `default` is the embedded one; a seed has its own world and backbone. Seeds count from 1, as
+the recipe was chosen on the world of seed 0. The seeds of a data set share one backbone.
 """
 
 from __future__ import annotations
@@ -67,6 +67,10 @@ STEPS = tuple(range(1, 9))
 PROBE_FILE = "probe.json"
 LM_ALONE = "backbone"
 """The probe's control: the row's thinking on the backbone as the language model left it."""
+NUM_CROPS = 40_000
+CROP_WORDS = (2, 16)
+"""The fewest and the most words of a crop, and the share of the text's words that are drawn."""
+CROP_SHARE = (0.2, 0.6)
 
 
 # --- what is trained -------------------------------------------------------------------------
@@ -126,6 +130,10 @@ class Setting:
     world: WorldConfig | None = None
     """Generated from every seed; None where `data` holds the texts."""
     data: Path | None = None
+    crops: tuple[str, ...] = ()
+    """Flags of laser_jax.train for the backbone's second stage; a data set's alone."""
+    rows: tuple[str, ...] = tuple(ROWS)
+    """What is trained where no rows are asked for."""
     length_multiple: int = 8
 
     def built(self, seed: int) -> World | None:
@@ -161,7 +169,9 @@ def setting_of(world: str, data: Path | None, quick: bool) -> Setting:
         recipe = ("--config", str(CONFIGS / "world_pretrain.yaml"))
         training = ("--config", str(CONFIGS / "quickstart.yaml"))
         if quick:
-            return Setting("quick", (*recipe, *TINY), (*training, *TINY_TRAIN), TINY_WORLD)
+            return Setting(
+                "quick", (*recipe, *TINY), (*training, *TINY_TRAIN), TINY_WORLD, rows=QUICK_ROWS
+            )
         return Setting("default", recipe, training, WORLD)
     data = data or Path("../shared/data") / world
     if not (data / "train.jsonl").is_file():
@@ -170,10 +180,20 @@ def setting_of(world: str, data: Path | None, quick: bool) -> Setting:
             "directory with a train.jsonl of LaSER rows"
         )
     recipe = ("--config", str(CONFIGS / "texts_pretrain.yaml"))
+    crops = ("--config", str(CONFIGS / "texts_crops.yaml"))
     training = ("--config", str(CONFIGS / "texts.yaml"))
     if quick:
-        return Setting(f"{world}-quick", (*recipe, *TINY), (*training, *TINY_TRAIN), data=data)
-    return Setting(world, recipe, training, data=data)
+        shorter = ("--train.steps", "2", "--train.batch_size", "8")
+        return Setting(
+            f"{world}-quick",
+            (*recipe, *TINY),
+            (*training, *shorter),
+            data=data,
+            crops=(*crops, *shorter),
+            rows=QUICK_ROWS,
+        )
+    rows = tuple(row for row in ROWS if row != "laser_K3")  # K = 3 is the recipe's
+    return Setting(world, recipe, training, data=data, crops=crops, rows=rows)
 
 
 # --- training --------------------------------------------------------------------------------
@@ -181,7 +201,8 @@ def setting_of(world: str, data: Path | None, quick: bool) -> Setting:
 
 @dataclass(frozen=True)
 class Seed:
-    """Data, backbone and runs of one seed, in a folder of their own."""
+    """Data, backbone and runs of one seed, in a folder of their own. Data and backbone of a data
+    set are the same for all its seeds and lie beside their folders."""
 
     setting: Setting
     number: int
@@ -193,9 +214,26 @@ class Seed:
         return self.setting.data or self.folder / "data"
 
     @property
+    def backbone_folder(self) -> Path:
+        """Holds the backbone and what it reads."""
+        return self.folder.parent if self.setting.data else self.folder
+
+    @property
     def texts(self) -> Path:
         """What the language model reads."""
-        return self.folder / "lm.jsonl" if self.setting.data else self.data / "lm.jsonl"
+        return self.folder.parent / "lm.jsonl" if self.setting.data else self.data / "lm.jsonl"
+
+    @property
+    def language_model(self) -> Path:
+        """The directory of the causal-LM stage."""
+        return self.backbone_folder / LM_ALONE
+
+    @property
+    def backbone(self) -> Path:
+        """What every row starts from."""
+        if self.setting.crops:
+            return self.backbone_folder / "crops" / "model"
+        return self.language_model
 
     def finished(self, row: str, split: str) -> bool:
         """Whether the row is trained and evaluated."""
@@ -204,35 +242,79 @@ class Seed:
 
 
 def write_texts(seed: Seed) -> None:
-    """Generates the world, or joins a data set's corpus and training rows for the LM stage."""
+    """Generates the world, or joins a data set's corpus and training rows for the LM stage and
+    crops its corpus for the stage after it."""
     if seed.texts.is_file():
         return
     world = seed.setting.built(seed.number)
     if world is not None:
         write_world(world, seed.data)
         return
-    corpus = [
-        json.dumps({"text": document.text}) + "\n"
-        for document in read_beir(seed.data, "dev").documents
-    ]
-    write_atomically(seed.texts, "".join(corpus) + (seed.data / "train.jsonl").read_text())
+    texts = [document.text for document in read_beir(seed.data, "dev").documents]
+    rows = (seed.data / "train.jsonl").read_text()
+    instruction = json.loads(rows[: rows.index("\n")])["prompt"]
+    crops = crop_rows(texts, instruction, NUM_CROPS, np.random.default_rng(0))
+    write_atomically(seed.backbone_folder / "crops.jsonl", _json_lines(crops))
+    corpus = _json_lines([{"text": text} for text in texts])
+    write_atomically(seed.texts, corpus + rows)
+
+
+def crop_rows(
+    texts: Sequence[str], instruction: str, count: int, rng: np.random.Generator
+) -> list[dict[str, Any]]:
+    """Training rows whose query is some words of a text, in their order, and whose positive is that
+    text: a retrieval task that needs no labels. Texts of fewer than four words are left out; the
+    others follow each other in passes, shuffled anew."""
+    whole = [text for text in texts if len(text.split()) >= 2 * CROP_WORDS[0]]
+    order = np.concatenate([rng.permutation(len(whole)) for _ in range(-(-count // len(whole)))])
+    rows = []
+    for index in order[:count]:
+        words = whole[index].split()
+        kept = int(np.clip(len(words) * rng.uniform(*CROP_SHARE), *CROP_WORDS))
+        drawn = np.sort(rng.choice(len(words), kept, replace=False))
+        rows.append(
+            {
+                "query": " ".join(words[i] for i in drawn),
+                "reasoning_query": "",
+                "prompt": instruction,
+                "positive_passages": [whole[index]],
+                "negative_passages": [],
+            }
+        )
+    return rows
+
+
+def _json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _say(module: str, arguments: Sequence[str]) -> None:
     print(f"\n$ python -m {module} {shlex.join(arguments)}", flush=True)
 
 
-def make_backbone(seed: Seed) -> Path:
-    """The language model of the seed; one that is finished is kept."""
-    output = seed.folder / LM_ALONE
+def make_backbone(seed: Seed) -> None:
+    """The language model and, on a data set, its training on crops; what is finished is kept."""
     arguments = [
         *seed.setting.pretrain,
         *("--texts", str(seed.texts), "--eval", str(seed.data), "--eval_split", "dev"),
-        *("--output", str(output), "--seed", str(seed.number)),
+        *("--output", str(seed.language_model), "--seed", str(_backbone_seed(seed))),
     ]
     _say("laser_jax.pretrain", arguments)
     pretrain(parse_command_line(PretrainConfig, "python -m laser_jax.pretrain", arguments))
-    return output
+    if seed.setting.crops:
+        _train(
+            [
+                *seed.setting.crops,
+                *("--model.path", str(seed.language_model)),
+                *("--data.train", str(seed.backbone_folder / "crops.jsonl")),
+                *("--train.seed", str(_backbone_seed(seed))),
+                *("--output", str(seed.backbone.parent)),
+            ]
+        )
+
+
+def _backbone_seed(seed: Seed) -> int:
+    return 1 if seed.setting.data else seed.number
 
 
 def train_command(seed: Seed, row: str) -> list[str]:
@@ -240,7 +322,7 @@ def train_command(seed: Seed, row: str) -> list[str]:
     return [
         *seed.setting.train,
         *ROWS[row].arguments(seed.folder),
-        *("--model.path", str(seed.folder / LM_ALONE), "--train.seed", str(seed.number)),
+        *("--model.path", str(seed.backbone), "--train.seed", str(seed.number)),
         *("--data.train", str(seed.data / "train.jsonl"), "--data.eval", "null"),
         *("--output", str(seed.folder / row)),
     ]
@@ -252,8 +334,12 @@ def train_row(seed: Seed, row: str) -> None:
     Raises:
         ConfigError: the directory holds a finished run of another config.
     """
-    output, arguments = seed.folder / row, train_command(seed, row)
+    _train(train_command(seed, row))
+
+
+def _train(arguments: Sequence[str]) -> None:
     config, _ = parse_train_command(arguments)
+    output = Path(config.output)
     if (output / "results.json").is_file():
         _require_same(config, output)
         return
@@ -312,7 +398,7 @@ def probe(seed: Seed, row: str, split: str) -> dict[str, Any] | None:
         return None
     models = {row: seed.folder / row / "model"}
     if row == "laser":
-        models[LM_ALONE] = seed.folder / LM_ALONE
+        models[LM_ALONE] = seed.language_model
     dataset = read_beir(seed.data, split)
     walks = {(q.query_id, q.text): q.walk.places for q in (*world.dev, *world.test)}
     asked = [(query.id, query.text) for query in dataset.queries.values()]
@@ -567,8 +653,8 @@ def run_missing(seeds: Sequence[Seed], rows: Sequence[str], split: str) -> None:
     """Trains and evaluates what is not finished. Other processes may run other rows of the same
     seeds; one of them makes the backbone and the others wait for it."""
     for seed in seeds:
-        seed.folder.mkdir(parents=True, exist_ok=True)
-        with (seed.folder / ".lock").open("w") as lock:
+        seed.backbone_folder.mkdir(parents=True, exist_ok=True)
+        with (seed.backbone_folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             write_texts(seed)
             make_backbone(seed)
@@ -585,7 +671,7 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
             message names the culprit.
     """
     setting = setting_of(options.world, options.data, options.quick)
-    asked = set(options.rows or (QUICK_ROWS if options.quick else ROWS))
+    asked = set(options.rows or setting.rows)
     if "without_colearning" in asked:
         asked.add("explicit")
     rows = [row for row in ROWS if row in asked]  # a teacher before its pupil
@@ -600,7 +686,7 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
     found = {row: read_result(seeds, row, options.split) for row in rows}
     results = {row: result for row, result in found.items() if result is not None}
     not_run = _not_run(seeds, rows, options.split)
-    backbones = [seed.folder / LM_ALONE / "pretrain.json" for seed in seeds]
+    language_models = [seed.language_model / "pretrain.json" for seed in seeds]
     settings = {
         "world": as_dict(setting.world) if setting.world else str(setting.data),
         "seeds": list(numbers),
@@ -608,7 +694,7 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
         "metrics": list(METRICS),
         "written_right": {
             seed.number: json.loads(file.read_text()).get("written_right")
-            for seed, file in zip(seeds, backbones, strict=True)
+            for seed, file in zip(seeds, language_models, strict=True)
             if file.is_file()
         },
         "not_run": not_run,
@@ -632,7 +718,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--data", type=Path, help="a data set's; default ../shared/data/WORLD")
     parser.add_argument("--seeds", type=positive, default=3, help="how many; default 3")
     parser.add_argument("--first_seed", type=positive, default=1, help="default 1")
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), help="default: all")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), help="default: all that differ")
     parser.add_argument("--split", choices=("dev", "test"), default="test", help="default test")
     parser.add_argument("--work", type=Path, default=Path("runs/ablation"), help="holds the runs")
     parser.add_argument(
