@@ -68,9 +68,11 @@ PROBE_FILE = "probe.json"
 LM_ALONE = "backbone"
 """The probe's control: the row's thinking on the backbone as the language model left it."""
 NUM_CROPS = 40_000
-CROP_WORDS = (2, 16)
-"""The fewest and the most words of a crop, and the share of the text's words that are drawn."""
+CROPPED_WORDS = 40
+"""A crop is of a text's first words: a model reads 64 tokens of it (configs/texts.yaml)."""
 CROP_SHARE = (0.2, 0.6)
+"""The least and the largest share of them that is drawn, and, below, the number of words."""
+CROP_WORDS = (2, 16)
 
 
 # --- what is trained -------------------------------------------------------------------------
@@ -263,13 +265,13 @@ def crop_rows(
     texts: Sequence[str], instruction: str, count: int, rng: np.random.Generator
 ) -> list[dict[str, Any]]:
     """Training rows whose query is some words of a text, in their order, and whose positive is that
-    text: a retrieval task that needs no labels. Texts of fewer than four words are left out; the
-    others follow each other in passes, shuffled anew."""
+    text: a retrieval task without labels. Texts of fewer than four words are left out; the others
+    follow each other in passes, each in an order of its own."""
     whole = [text for text in texts if len(text.split()) >= 2 * CROP_WORDS[0]]
     order = np.concatenate([rng.permutation(len(whole)) for _ in range(-(-count // len(whole)))])
     rows = []
     for index in order[:count]:
-        words = whole[index].split()
+        words = whole[index].split()[:CROPPED_WORDS]
         kept = int(np.clip(len(words) * rng.uniform(*CROP_SHARE), *CROP_WORDS))
         drawn = np.sort(rng.choice(len(words), kept, replace=False))
         rows.append(
