@@ -46,6 +46,7 @@ from laser_jax.config import (
     parse_command_line,
     parse_train_command,
 )
+from laser_jax.data.sources import open_source
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
 from laser_jax.data.world import SEPARATOR, World, WorldConfig, build_world, write_world
 from laser_jax.encoder import load_pretrained
@@ -253,12 +254,11 @@ def write_texts(seed: Seed) -> None:
         write_world(world, seed.data)
         return
     texts = [document.text for document in read_beir(seed.data, "dev").documents]
-    rows = (seed.data / "train.jsonl").read_text()
-    instruction = json.loads(rows[: rows.index("\n")])["prompt"]
-    crops = crop_rows(texts, instruction, NUM_CROPS, np.random.default_rng(0))
+    rows = seed.data / "train.jsonl"
+    crops = crop_rows(texts, open_source(rows)[0].prompt, NUM_CROPS, np.random.default_rng(0))
     write_atomically(seed.backbone_folder / "crops.jsonl", _json_lines(crops))
     corpus = _json_lines([{"text": text} for text in texts])
-    write_atomically(seed.texts, corpus + rows)
+    write_atomically(seed.texts, corpus + rows.read_text())
 
 
 def crop_rows(
@@ -266,8 +266,14 @@ def crop_rows(
 ) -> list[dict[str, Any]]:
     """Training rows whose query is some words of a text, in their order, and whose positive is that
     text: a retrieval task without labels. Texts of fewer than four words are left out; the others
-    follow each other in passes, each in an order of its own."""
+    follow each other in passes, each in an order of its own.
+
+    Raises:
+        BenchmarkError: no text has four words.
+    """
     whole = [text for text in texts if len(text.split()) >= 2 * CROP_WORDS[0]]
+    if not whole:
+        raise BenchmarkError(f"the corpus has no text of {2 * CROP_WORDS[0]} words to crop")
     order = np.concatenate([rng.permutation(len(whole)) for _ in range(-(-count // len(whole)))])
     rows = []
     for index in order[:count]:

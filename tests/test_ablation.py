@@ -12,12 +12,16 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from benchmarks import ablation
 from benchmarks.ablation import (
+    CROPPED_WORDS,
     ROWS,
+    TINY_WORLD,
     Result,
     Seed,
+    crop_rows,
     over_seeds,
     paired_difference,
     probe,
@@ -29,7 +33,9 @@ from benchmarks.ablation import (
 )
 from benchmarks.measure import BenchmarkError
 from laser_jax.config import parse_train_command
+from laser_jax.data.schema import parse_row
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
+from laser_jax.data.world import build_world, write_world
 from laser_jax.encoder import backbone_for, load_pretrained
 from laser_jax.evaluation.retrieval import EXPLICIT, latent
 from laser_jax.evaluation.trajectory import read_trajectories
@@ -147,6 +153,55 @@ def test_nothing_finished_and_no_data_are_errors_that_name_the_flag(tmp_path: Pa
         ablation.main(["--world", "2wiki", "--data", str(tmp_path)])
 
 
+# --- a data set --------------------------------------------------------------------------------
+
+
+def test_the_seeds_of_a_data_set_share_a_backbone_that_has_read_crops(tmp_path: Path) -> None:
+    data = tmp_path / "data"  # the embedded world, read as a data set is
+    write_world(build_world(TINY_WORLD), data)
+    output = tmp_path / "report.json"
+    asked = ["--world", "2wiki", "--data", str(data), "--quick", "--rows", "contrastive"]
+    ablation.main([*asked, "--seeds", "2", "--work", str(tmp_path / "w"), "--output", str(output)])
+    work = tmp_path / "w" / "2wiki-quick"
+    crops = [json.loads(line) for line in (work / "crops.jsonl").read_text().splitlines()]
+    documents = map(json.loads, (data / "corpus.jsonl").read_text().splitlines())
+    assert {row["positive_passages"][0] for row in crops} == {doc["text"] for doc in documents}
+    for number in (1, 2):
+        config = json.loads((work / f"seed-{number}/contrastive/config.json").read_text())
+        assert config["model"]["path"] == str(work / "crops" / "model")
+        assert config["train"]["seed"] == number
+    start, read, trained = (
+        load_file(work / model / "model.safetensors")["model.norm.weight"]
+        for model in ("backbone", "crops/model", "seed-1/contrastive/model")
+    )
+    assert (start != read).any()
+    assert (read != trained).any()
+    (row,) = json.loads(output.read_text())["rows"]
+    assert (row["seeds"], row["queries"], row["probe"]) == ([1, 2], 32, None)
+
+
+def test_a_crop_is_some_words_of_what_is_read_of_its_text() -> None:
+    long = " ".join(f"w{i}" for i in range(100))
+    texts = ["too short here", "four words are enough", "so are the five here", long]
+    rows = crop_rows(texts, "Find", 300, np.random.default_rng(0))
+    assert rows == crop_rows(texts, "Find", 300, np.random.default_rng(0))
+    assert len(rows) == 300
+    drawn = set()
+    for i, record in enumerate(rows):
+        row = parse_row(record, f"row {i}")
+        words, whole = row.query.split(), row.positive_passages[0].split()[:CROPPED_WORDS]
+        assert 2 <= len(words) <= 16
+        at = [whole.index(word) for word in words]
+        assert at == sorted(set(at))  # in order, none twice
+        if row.positive_passages[0] == long:
+            drawn.update(at)
+    for i in range(0, 300, 3):  # a pass has every text that is long enough, once
+        assert {row["positive_passages"][0] for row in rows[i : i + 3]} == set(texts[1:])
+    assert drawn == set(range(CROPPED_WORDS))
+    with pytest.raises(BenchmarkError, match="no text of 4 words"):
+        crop_rows(texts[:1], "Find", 3, np.random.default_rng(0))
+
+
 # --- the rows ----------------------------------------------------------------------------------
 
 
@@ -189,6 +244,9 @@ def test_a_data_set_is_read_whole_but_for_its_test_queries(shared_data: Path, tm
     queries = map(json.loads, (data / "queries.jsonl").read_text().splitlines())
     unseen = {query["text"] for query in queries if query["_id"] in test}
     assert not unseen & {line.get("query") for line in lines}
+    crops = [json.loads(line) for line in (tmp_path / "crops.jsonl").read_text().splitlines()]
+    assert {row["prompt"] for row in crops} == {lines[-1]["prompt"]}
+    assert {row["positive_passages"][0] for row in crops} <= {line.get("text") for line in lines}
 
 
 # --- the comparison ----------------------------------------------------------------------------
