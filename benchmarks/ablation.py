@@ -41,7 +41,8 @@ from laser_jax.config import (
     ConfigError,
     PretrainConfig,
     as_dict,
-    from_dict,
+    changes,
+    listed,
     load_retriever_config,
     parse_command_line,
     parse_train_command,
@@ -358,10 +359,10 @@ def _train(arguments: Sequence[str]) -> None:
 
 def _require_same(config: Config, output: Path) -> None:
     file = output / "config.json"
-    if from_dict(Config, json.loads(file.read_text()), source=str(file)) != config:
+    if changed := changes(json.loads(file.read_text()), config, source=str(file)):
         raise ConfigError(
-            f"{output} holds a finished run with another config (see config.json there): choose "
-            "another --work, or delete that directory"
+            f"{output} holds a finished run with another config:\n  {listed(changed)}\n"
+            "Choose another --work, or delete that directory"
         )
 
 

@@ -698,6 +698,47 @@ def from_dict(cls: type[C], values: dict[str, Any], *, source: str) -> C:
         raise ConfigError(f"{source}: {error}") from error
 
 
+@dataclass(frozen=True)
+class Change:
+    """A setting that a finished or stopped run has and another config has not."""
+
+    key: str
+    """Dotted."""
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} was {self.old!r}, is {self.new!r}"
+
+
+def changes(stored: dict[str, Any], config: Any, *, source: str) -> list[Change]:
+    """Where `config` differs from the one of its class that `as_dict` stored. A setting that the
+    release which stored it did not have counts as its default.
+
+    Raises:
+        ConfigError: `stored` is no such config; names `source`.
+    """
+    return _changes(as_dict(from_dict(type(config), stored, source=source)), as_dict(config))
+
+
+def _changes(old: Any, new: Any, prefix: str = "") -> list[Change]:
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [Change(prefix, old, new)]
+    return [
+        change
+        for name in sorted({*old, *new})
+        for change in _changes(old.get(name), new.get(name), f"{prefix}.{name}".lstrip("."))
+    ]
+
+
+def listed(changed: Sequence[Change], most: int = 10) -> str:
+    """A line each for a message, at most `most`."""
+    lines = [str(change) for change in changed[:most]]
+    if len(changed) > most:
+        lines.append(f"... and {len(changed) - most} more")
+    return "\n  ".join(lines)
+
+
 def parse_command_line(cls: type[C], program: str, arguments: Sequence[str] | None) -> C:
     """The config dataclass `cls` from `--config file.yaml` and dotted flags, later ones winning.
     A flag that stands alone is true, where its field is a bool.

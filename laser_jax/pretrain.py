@@ -25,7 +25,8 @@ from laser_jax.config import (
     ConfigError,
     PretrainConfig,
     as_dict,
-    from_dict,
+    changes,
+    listed,
     parse_command_line,
 )
 from laser_jax.data.language_modeling import (
@@ -100,12 +101,11 @@ def _finished(config: PretrainConfig) -> bool:
     report = Path(config.output) / REPORT
     if not report.is_file():
         return False
-    # settings that an older release did not have count as their defaults
     written = json.loads(report.read_text())["config"]
-    if from_dict(PretrainConfig, written, source=str(report)) != config:
+    if changed := changes(written, config, source=str(report)):
         raise ConfigError(
-            f"{config.output} holds a backbone of another config (see {report}); choose another "
-            "output, or delete that directory"
+            f"{config.output} holds a backbone of another config:\n  {listed(changed)}\n"
+            "Choose another output, or delete that directory"
         )
     return True
 

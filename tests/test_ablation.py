@@ -126,7 +126,10 @@ def test_a_finished_run_of_another_config_is_refused_by_name(
     report: dict[str, Any], work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ablation, "TINY_TRAIN", (*ablation.TINY_TRAIN, "--lora.alpha", "7"))
-    with pytest.raises(SystemExit, match=r"seed-1/laser holds a finished run with another config"):
+    with pytest.raises(
+        SystemExit,
+        match=r"seed-1/laser holds a finished run with another config:\n  lora.alpha was .*, is 7",
+    ):
         ablation.main([*QUICK, "--rows", "laser", "--work", str(work)])
 
 

@@ -143,6 +143,18 @@ def test_a_resumed_run_may_change_what_is_not_trained(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text())["mesh"]["tensor"] == 4
 
 
+def test_a_setting_that_an_older_release_did_not_have_counts_as_its_default(tmp_path: Path) -> None:
+    claim(config(tmp_path))
+    file = tmp_path / "config.json"
+    older = json.loads(file.read_text())
+    del older["objective"]["distillation_warmup_steps"]
+    file.write_text(json.dumps(older))
+    claim(config(tmp_path))
+    file.write_text(json.dumps(older | {"colour": "red"}))
+    with pytest.raises(OutputError, match=r"config.json is no run's config: .*colour"):
+        OutputDirectory(config(tmp_path))
+
+
 @pytest.mark.parametrize(("accumulation", "allowed"), [("gradcache", True), ("plain", False)])
 def test_micro_batches_may_change_where_they_are_no_other_loss(
     tmp_path: Path, accumulation, allowed: bool

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from laser_jax.config import Config, as_dict
+from laser_jax.config import Config, as_dict, changes, listed
 from laser_jax.files import write_atomically
 
 # What a resumed run may change. The rest decides on what is trained or on which model is exported.
@@ -42,7 +42,6 @@ CHANGEABLE = (
     "model.remat",
     "model.unroll_layers",
 )
-SHOWN_DIFFERENCES = 10
 
 
 class OutputError(ValueError):
@@ -151,7 +150,7 @@ class OutputDirectory:
         if not path.exists():
             return
         try:
-            stored = json.loads(path.read_text())
+            changed = changes(json.loads(path.read_text()), self._config, source=str(path))
         except ValueError as error:
             raise OutputError(
                 f"{path} is no run's config: {error}. Choose another --output"
@@ -159,32 +158,16 @@ class OutputDirectory:
         changeable = CHANGEABLE
         if self._config.train.accumulation == "gradcache":  # rounding too; `plain` is another loss
             changeable += ("train.micro_batch_size",)
-        changed = [
-            f"{key} was {old!r}, is {new!r}"
-            for key, old, new in _differences(stored, as_dict(self._config))
-            if not any(key == c or key.startswith(f"{c}.") for c in changeable)
+        refused = [
+            change
+            for change in changed
+            if not any(change.key == c or change.key.startswith(f"{c}.") for c in changeable)
         ]
-        if changed:
-            rest = len(changed) - SHOWN_DIFFERENCES
-            more = [f"... and {rest} more"] if rest > 0 else []
+        if refused:
             raise OutputError(
-                f"{self.path} holds a run with another config:\n  "
-                + "\n  ".join([*changed[:SHOWN_DIFFERENCES], *more])
-                + "\nChoose another --output, or delete that directory"
+                f"{self.path} holds a run with another config:\n  {listed(refused)}\n"
+                "Choose another --output, or delete that directory"
             )
-
-
-def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted key, old value, new value) wherever two nested dicts differ."""
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [] if old == new else [(prefix, old, new)]
-    return [
-        difference
-        for name in sorted({*old, *new})
-        for difference in _differences(
-            old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name
-        )
-    ]
 
 
 def code_version() -> dict[str, str]:
