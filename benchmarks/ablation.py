@@ -73,8 +73,9 @@ NUM_CROPS = 40_000
 CROPPED_WORDS = 40
 """A crop is of a text's first words: a model reads 64 tokens of it (configs/texts.yaml)."""
 CROP_SHARE = (0.2, 0.6)
-"""The least and the largest share of them that is drawn, and, below, the number of words."""
+"""The least and the largest share of them that is drawn."""
 CROP_WORDS = (2, 16)
+"""The fewest and the most that are drawn."""
 
 
 # --- what is trained -------------------------------------------------------------------------
@@ -205,8 +206,8 @@ def setting_of(world: str, data: Path | None, quick: bool) -> Setting:
 
 @dataclass(frozen=True)
 class Seed:
-    """Data, backbone and runs of one seed, in a folder of their own. Data and backbone of a data
-    set are the same for all its seeds and lie beside their folders."""
+    """Data, backbone and runs of one seed, in a folder of their own. The seeds of a data set share
+    its backbone, which lies beside their folders."""
 
     setting: Setting
     number: int
@@ -727,7 +728,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--data", type=Path, help="a data set's; default ../shared/data/WORLD")
     parser.add_argument("--seeds", type=positive, default=3, help="how many; default 3")
     parser.add_argument("--first_seed", type=positive, default=1, help="default 1")
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), help="default: all that differ")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), help="default: all of the world")
     parser.add_argument("--split", choices=("dev", "test"), default="test", help="default test")
     parser.add_argument("--work", type=Path, default=Path("runs/ablation"), help="holds the runs")
     parser.add_argument(
