@@ -56,6 +56,8 @@ KINDS = (
     ("copy", r"memcpy|memset"),
 )
 IDLE = "idle"
+LEAST_SHARE = 0.005
+"""Kinds of less are one row of the report's table; the JSON has them all."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,16 @@ COLUMNS = {
     "ms": lambda row: f"{1000 * row['seconds']:.3f}",
     "share": lambda row: f"{row['share']:.1%}",
 }
+
+
+def shown_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the report's table: small kinds are put together, before what is idle."""
+    small = [row for row in rows if row["share"] < LEAST_SHARE and row["kind"] != IDLE]
+    if len(small) < 2:
+        return list(rows)
+    sums = {key: sum(row[key] for row in small) for key in ("kernels", "seconds", "share")}
+    large = [row for row in rows if row not in small]
+    return [*large[:-1], {"kind": f"{len(small)} kinds of less", **sums}, large[-1]]
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -4,9 +4,10 @@
 
 Reads every JSON file under the folder of results, in the order of their names, and writes nothing
 that they do not say: the same files give the same page. A table is made by the `COLUMNS` of the
-program that wrote the file, and where it has a function `further_tables` of the rows, that gives
-more, by their titles; where rows hold `seconds`, there is a figure too (PNG and SVG, extra
-`bench`). `--check` writes nothing and says whether the page is what the files give.
+program that wrote the file, of the rows that its function `shown_rows` gives, where it has one;
+where it has a function `further_tables` of the rows, that gives more, by their titles. Where rows
+hold `seconds`, there is a figure too (PNG and SVG, extra `bench`). `--check` writes nothing and
+says whether the page is what the files give.
 """
 
 from __future__ import annotations
@@ -159,9 +160,12 @@ def page(results: Sequence[Result]) -> str:
         of_program = [result for result in results if result.report["benchmark"] == name]
         parts += [f"## {name}", title_of(of_program[0])]
         for result in of_program:
-            parts += [f"### {result.name}", as_markdown(result.report, columns_of(result))]
-            further = getattr(program_of(result), "further_tables", lambda rows: {})
-            for title, table in further(result.report["rows"]).items():
+            program, rows = program_of(result), result.report["rows"]
+            shown = getattr(program, "shown_rows", list)(rows)
+            parts.append(f"### {result.name}")
+            parts.append(as_markdown({**result.report, "rows": shown}, program.COLUMNS))
+            further = getattr(program, "further_tables", lambda rows: {})
+            for title, table in further(rows).items():
                 parts += [f"#### {title}", table]
             if intervals(result):
                 image = f"{FIGURES}/{result.name}"

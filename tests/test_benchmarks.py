@@ -282,6 +282,20 @@ def test_kernels_are_counted_by_kind_and_their_gaps_as_idle() -> None:
     np.testing.assert_allclose([row["share"] for row in rows.values()], [18 / 20, 1 / 20, 3 / 20])
 
 
+def test_kinds_of_kernels_that_take_little_are_one_row_of_the_table() -> None:
+    taken = {"matmul": 0.9, "copy": 0.004, "fusion": 0.003, kernels.IDLE: 0.001}
+    rows = [
+        {"kind": kind, "kernels": 2.0, "seconds": share, "share": share}
+        for kind, share in taken.items()
+    ]
+    first, small, last = kernels.shown_rows(rows)
+    assert (first, last) == (rows[0], rows[-1])
+    assert small == {"kind": "2 kinds of less", "kernels": 4.0} | dict.fromkeys(
+        ("seconds", "share"), pytest.approx(0.007)
+    )
+    assert kernels.shown_rows([rows[0], *rows[2:]]) == [rows[0], *rows[2:]]
+
+
 def test_matmuls_are_those_of_a_model_and_of_both_libraries(tmp_path: Path) -> None:
     report = run(matmul.main, "matmul", tmp_path)
     by = ["XLA", *(["PyTorch"] if PYTORCH else [])]
