@@ -49,7 +49,7 @@ class EncodeContenders:
         with_torch: bool = True,
     ):
         self.config = RetrieverConfig(backbone, dtype=dtype)
-        self.kernel = kernel_for(attention, backbone, dtype)
+        self.kernel: AttentionKernel = kernel_for(attention, backbone, dtype)
         self.torch_models: dict[Any, Any] = {}
         why_not = torch_unusable() if with_torch else "--no_torch"
         if why_not is not None:  # nobody wants the files, and no second copy need fit

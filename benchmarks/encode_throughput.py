@@ -110,7 +110,7 @@ def mixed_lengths(
 
 def arrival_batches(workload: Workload) -> list[list[IndexedRow]]:
     """Cut in the order of arrival."""
-    indexed = list(enumerate(workload.rows))
+    indexed: list[IndexedRow] = list(enumerate(workload.rows))
     size = workload.batch_size
     return [indexed[start : start + size] for start in range(0, len(indexed), size)]
 

@@ -41,7 +41,7 @@ from benchmarks.workload import (
     random_variables,
 )
 from laser_jax import encode
-from laser_jax.config import RetrieverConfig, as_dict
+from laser_jax.config import AttentionKernel, RetrieverConfig, as_dict
 from laser_jax.modeling.backbone import unstack_layers
 
 BASE = "layers apart"
@@ -56,7 +56,8 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
     backbone = SHAPES[TINY if options.quick else options.backbone]
     rows, width = (2, 8) if options.quick else options.batch
     steps = [2] if options.quick else options.steps
-    kernels = dict.fromkeys([kernel_for("auto", backbone, options.dtype), "xla"])
+    chosen = kernel_for("auto", backbone, options.dtype)
+    kernels: dict[AttentionKernel, None] = dict.fromkeys((chosen, "xla"))
     settings = {
         "backbone": as_dict(backbone),
         "dtype": options.dtype,

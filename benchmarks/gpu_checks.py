@@ -85,7 +85,7 @@ class Check:
 
     def compiled(self) -> list[Callable[[], Any]]:
         """The programs, ready to run. Which of a library's kernels is fastest does not matter."""
-        untuned = {"xla_gpu_autotune_level": 0}
+        untuned: dict[str, str | bool] = {"xla_gpu_autotune_level": "0"}
         return [
             functools.partial(jax.jit(program).lower(*given).compile(untuned), *given)
             for program, given in self.programs
@@ -266,7 +266,7 @@ def thinking_check(
 ) -> Check:
     """The attention of one position behind prompts of several lengths and two thoughts of four."""
     N, G, H = heads
-    lengths_B = np.asarray([length, length // 2, 7, 1], np.int32)
+    lengths_B = jnp.asarray([length, length // 2, 7, 1], jnp.int32)
 
     def attend(kernel: AttentionKernel) -> Callable[..., jax.Array]:
         def run(q: jax.Array, *others: jax.Array) -> jax.Array:
@@ -277,7 +277,8 @@ def thinking_check(
 
     shapes = [(4, 1, N, H), *[(4, length, G, H)] * 2, *[(4, 4, G, H)] * 2, (4, 1, N, H)]
     *inputs, weights = drawn(length, *shapes)
-    named = dict(zip(("q", "k", "v", "k of thoughts", "v of thoughts"), inputs, strict=True))
+    names = ["q", "k", "v", "k of thoughts", "v of thoughts"]
+    named = dict(zip(names, inputs, strict=True))
     attentions = {kernel: attend(kernel) for kernel in kernels}
     return against_float32(f"thinking, {N}/{G}×{H}, T = {length}", attentions, named, weights)
 

@@ -78,7 +78,7 @@ def kind_of(name: str) -> str:
     return re.sub(r"([._]\d+)+$", "", bare)
 
 
-def kernels_of(profile: ProfileData) -> list[Kernel]:
+def kernels_of(profile: ProfileData) -> list[Kernel]:  # pyright: ignore
     """What ran on the first device, in order of its beginning. On the CPU these are XLA's
     operations, the events that name one."""
 

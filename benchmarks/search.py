@@ -104,7 +104,9 @@ def numpy_search(queries_QD: np.ndarray, corpus_CD: np.ndarray, k: int, chunk: i
         scores_Qn = np.hstack([scores_Qn, np.take_along_axis(scores_QM, best_Qk, axis=1)])
         rows_Qn = np.hstack([rows_Qn, best_Qk + start])
     order_Qk = np.argsort(-scores_Qn, axis=1)[:, :k]
-    return tuple(np.take_along_axis(a, order_Qk, axis=1) for a in (scores_Qn, rows_Qn))
+    best = (np.take_along_axis(a, order_Qk, axis=1) for a in (scores_Qn, rows_Qn))
+    scores_Qk, rows_Qk = best
+    return scores_Qk, rows_Qk
 
 
 def torch_search(queries_QD: np.ndarray, corpus_CD: np.ndarray, k: int, chunk: int) -> Search:

@@ -98,11 +98,15 @@ def lsa_vectors(dataset: BeirDataset, dimension: int) -> tuple[Vectors, Vectors]
         return scipy.sparse.diags_array(1 / np.maximum(lengths, 1e-9)) @ made
 
     corpus = matrix(documents)
-    start = np.random.default_rng(0).standard_normal(min(corpus.shape)).astype(np.float32)
+    start = (
+        np.random.default_rng(0)
+        .standard_normal(min(len(documents), len(column)))
+        .astype(np.float32)
+    )
     _, _, directions = scipy.sparse.linalg.svds(corpus, k=dimension, v0=start)
 
     def vectors(texts: list[tuple[str, Counter[str]]]) -> Vectors:
-        projected = (matrix(texts) @ directions.T).astype(np.float32)
+        projected = (matrix(texts) @ directions.T).astype(np.float32)  # pyright: ignore
         lengths = np.linalg.norm(projected, axis=1, keepdims=True)
         # a text without a known word points nowhere: along the first axis, as good as any
         projected[lengths[:, 0] < 1e-6] = np.eye(1, dimension, dtype=np.float32)
