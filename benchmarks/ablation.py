@@ -651,12 +651,14 @@ def probe_table(rows: Sequence[Mapping[str, Any]], what: str) -> str | None:
 
 
 def _not_run(seeds: Sequence[Seed], rows: Sequence[str], split: str) -> list[str]:
-    return [
-        f"{row} (seed {seed.number})"
-        for row in rows
-        for seed in seeds
-        if not seed.finished(row, split)
-    ]
+    """The rows that a seed lacks, each with those seeds."""
+    missing = []
+    for row in rows:
+        lacking = [str(seed.number) for seed in seeds if not seed.finished(row, split)]
+        if lacking:
+            word = "seed" if len(lacking) == 1 else "seeds"
+            missing.append(f"{row} ({word} {', '.join(lacking)})")
+    return missing
 
 
 def run_missing(seeds: Sequence[Seed], rows: Sequence[str], split: str) -> None:
@@ -712,7 +714,7 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
     report = Report("ablation", arguments, settings, where)
     report.rows = [summarise(row, results) for row in results]
     if not_run:
-        report.notes.append(f"Not run: {', '.join(not_run)}.")
+        report.notes.append(f"Not run: {'; '.join(not_run)}.")
     return report
 
 

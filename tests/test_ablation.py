@@ -115,11 +115,15 @@ def test_finished_runs_are_not_trained_again_and_the_missing_are_named(
     assert json.loads(output.read_text())["rows"] == report["rows"]
     with pytest.raises(AssertionError, match="trained or evaluated again"):
         ablation.main([*QUICK, *flags])  # `explicit` is asked for as well
-    ablation.main([*QUICK, "--finished_only", *flags])
+    ablation.main([*QUICK, "--finished_only", *flags, "--seeds", "2"])
     again = json.loads(output.read_text())
     assert again["rows"] == report["rows"]
-    assert again["settings"]["not_run"] == ["explicit (seed 1)"]
-    assert again["notes"] == ["Not run: explicit (seed 1)."]
+    assert again["settings"]["not_run"] == [
+        "laser (seed 2)",
+        "gircse (seed 2)",
+        "explicit (seeds 1, 2)",
+    ]
+    assert again["notes"] == ["Not run: laser (seed 2); gircse (seed 2); explicit (seeds 1, 2)."]
 
 
 def test_a_finished_run_of_another_config_is_refused_by_name(
