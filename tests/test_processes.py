@@ -80,10 +80,8 @@ def start(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Star
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{probe.getsockname()[1]}"
-        flags = (
-            "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-            f"--xla_force_host_platform_device_count={2 // processes}"
-        )
+        devices = f"device_count={2 // processes}"
+        flags = os.environ["XLA_FLAGS"].replace("device_count=8", devices)
         joined = ["--distributed", "--coordinator", address, "--num_processes", str(processes)]
         runs.append(
             Together(
