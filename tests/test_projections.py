@@ -56,7 +56,7 @@ def test_a_product_and_its_gradients_are_rounded_once(dtype: str, out: int) -> N
 
 
 def sums_of_bfloat16() -> set[str]:
-    x, w = random((3, 4), "bfloat16", 0), random((4, 5), "bfloat16", 1)
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((3, 4), (4, 5)))
     gradients = jax.grad(lambda x, w: matmul(x, w).astype(jnp.float32).sum(), (0, 1))
     equations = jax.make_jaxpr(gradients)(x, w).jaxpr.eqns
     outs = [e.outvars[0].aval for e in equations if e.primitive.name == "dot_general"]
