@@ -104,9 +104,10 @@ def numpy_search(queries_QD: np.ndarray, corpus_CD: np.ndarray, k: int, chunk: i
         scores_Qn = np.hstack([scores_Qn, np.take_along_axis(scores_QM, best_Qk, axis=1)])
         rows_Qn = np.hstack([rows_Qn, best_Qk + start])
     order_Qk = np.argsort(-scores_Qn, axis=1)[:, :k]
-    best = (np.take_along_axis(a, order_Qk, axis=1) for a in (scores_Qn, rows_Qn))
-    scores_Qk, rows_Qk = best
-    return scores_Qk, rows_Qk
+    return (
+        np.take_along_axis(scores_Qn, order_Qk, axis=1),
+        np.take_along_axis(rows_Qn, order_Qk, axis=1),
+    )
 
 
 def torch_search(queries_QD: np.ndarray, corpus_CD: np.ndarray, k: int, chunk: int) -> Search:
