@@ -53,6 +53,7 @@ from laser_jax.data.world import SEPARATOR, World, WorldConfig, build_world, wri
 from laser_jax.encoder import load_pretrained
 from laser_jax.evaluate import ModelOptions, evaluate_model
 from laser_jax.evaluation.beir import read_beir
+from laser_jax.evaluation.plots import plot_quality_by_steps
 from laser_jax.evaluation.results import PER_QUERY_FILE, RESULTS_FILE, QueryScores, read_per_query
 from laser_jax.evaluation.retrieval import EXPLICIT, latent
 from laser_jax.evaluation.significance import grouped_bootstrap, paired_bootstrap
@@ -122,6 +123,8 @@ ROWS = {
     "laser_K6": Row("LaSER trained at K = 6", K=6),
 }
 QUICK_ROWS = ("laser", "gircse", "explicit")
+DRAWN = ("laser", "laser_K1", "laser_K3", "laser_K6", "gircse", "without_explicit_view")
+"""The rows of the figure."""
 
 
 @dataclass(frozen=True)
@@ -557,7 +560,7 @@ def summarise(row: str, results: Mapping[str, Result]) -> dict[str, Any]:
         "laser_minus": laser_minus,
         "explicit": scores(EXPLICIT),
         "colearning": colearning,  # this row's explicit view less that of the row `explicit`
-        "by_steps": {k: scores(latent(k)) for k in STEPS},
+        "by_steps": {str(k): scores(latent(k)) for k in STEPS},  # as JSON has its keys
         "probe": _mean_probe(result),
         "train_seconds": result.seconds,
     }
@@ -624,7 +627,7 @@ def steps_table(rows: Sequence[Mapping[str, Any]], metric: str) -> str:
     """The metric at every K of inference, for every row that is judged by its latent view."""
     cells = [
         [row["title"], str(row["K"])]
-        + [_mean_cell(row["by_steps"][k], metric).split(" ")[0] for k in STEPS]
+        + [_mean_cell(row["by_steps"][str(k)], metric).split(" ")[0] for k in STEPS]
         for row in rows
         if row["scored"] != EXPLICIT
     ]
@@ -648,6 +651,30 @@ def probe_table(rows: Sequence[Mapping[str, Any]], what: str) -> str | None:
         for h in range(1, len(share[0]))
     ]
     return markdown_table(["row", "hop", *(f"state {k}" for k in range(1, K + 1))], cells)
+
+
+def further_tables(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What is shown below the table of the scores, by title."""
+    tables = {"nDCG@10 by K at inference": steps_table(rows, "nDCG@10")}
+    for what, title in (
+        ("documents", "How often the state alone ranks first the document of hop h"),
+        ("tokens", "How often the state's likeliest token is the name of hop h's place"),
+    ):
+        if table := probe_table(rows, what):
+            tables[title] = table
+    return tables
+
+
+def plot(rows: Sequence[Mapping[str, Any]], stem: Path) -> None:
+    """Draws nDCG@10 by K at inference (the paper's Figure 5) to `stem`.png and .svg."""
+    curves = {
+        row["title"] if ROWS[row["row"]].K else f"{row['title']} trained at K = {row['K']}": {
+            k: row["by_steps"][str(k)]["nDCG@10"]["mean"] for k in STEPS
+        }
+        for row in rows
+        if row["row"] in DRAWN
+    }
+    plot_quality_by_steps(curves, {}, "nDCG@10", stem)
 
 
 def _not_run(seeds: Sequence[Seed], rows: Sequence[str], split: str) -> list[str]:
@@ -746,13 +773,8 @@ def main(arguments: Sequence[str]) -> None:
     except (ValueError, OSError, BenchmarkError, TrainingError) as error:
         sys.exit(f"error: {error}")
     report.finish(COLUMNS, options.output)
-    print(f"\nnDCG@10 by K at inference:\n\n{steps_table(report.rows, 'nDCG@10')}")
-    for what, title in (
-        ("documents", "How often the state alone ranks first the document of hop h"),
-        ("tokens", "How often the state's likeliest token is the name of hop h's place"),
-    ):
-        if table := probe_table(report.rows, what):
-            print(f"\n{title}:\n\n{table}")
+    for title, table in further_tables(report.rows).items():
+        print(f"\n{title}:\n\n{table}")
 
 
 if __name__ == "__main__":

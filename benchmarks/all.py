@@ -1,4 +1,4 @@
-"""Every measurement that a CPU can make, one after the other: what docs/results.md is made of.
+"""The timings of a CPU that docs/results.md is made of, one after the other.
 
     python -m benchmarks.all [--output benchmarks/results/cpu] [--only NAME ...]
 

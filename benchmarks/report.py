@@ -5,9 +5,9 @@
 Reads every JSON file under the folder of results, in the order of their names, and writes nothing
 that they do not say: the same files give the same page. A table is made by the `COLUMNS` of the
 program that wrote the file, of the rows that its function `shown_rows` gives, where it has one;
-where it has a function `further_tables` of the rows, that gives more, by their titles. Where rows
-hold `seconds`, there is a figure too (PNG and SVG, extra `bench`). `--check` writes nothing and
-says whether the page is what the files give.
+where it has a function `further_tables` of the rows, that gives more, by their titles. A figure
+(PNG and SVG, extra `bench`) is drawn by its function `plot`, or else of the rows' `seconds`, where
+they hold some. `--check` writes nothing and says whether the page is what the files give.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,16 @@ def intervals(result: Result) -> list[Interval]:
     return found
 
 
+def figure_of(result: Result) -> Callable[[Path], None] | None:
+    """What draws the figure of a report to a stem; None where there is none."""
+    program = program_of(result)
+    if hasattr(program, "plot"):
+        return partial(program.plot, result.report["rows"])
+    if found := intervals(result):
+        return partial(plot_intervals, found, "seconds, median and quartiles")
+    return None
+
+
 def targets_table(reports: Sequence[Mapping[str, Any]]) -> str:
     """Every target with the newest measurement."""
     rows = []
@@ -167,9 +178,9 @@ def page(results: Sequence[Result]) -> str:
             further = getattr(program, "further_tables", lambda rows: {})
             for title, table in further(rows).items():
                 parts += [f"#### {title}", table]
-            if intervals(result):
+            if figure_of(result):
                 image = f"{FIGURES}/{result.name}"
-                parts.append(f"![times of {result.name}]({image}.png) ([SVG]({image}.svg))")
+                parts.append(f"![{result.name}]({image}.png) ([SVG]({image}.svg))")
     return "\n\n".join([*parts, TAIL]) + "\n"
 
 
@@ -178,8 +189,8 @@ def draw(results: Sequence[Result], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = set()
     for result in results:
-        if found := intervals(result):
-            plot_intervals(found, "seconds, median and quartiles", folder / result.name)
+        if figure := figure_of(result):
+            figure(folder / result.name)
             drawn.add(result.name)
     for file in folder.iterdir():
         if file.suffix in (".png", ".svg") and file.stem not in drawn:

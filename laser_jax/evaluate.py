@@ -493,8 +493,9 @@ def _evaluate(
     write_per_query(output / PER_QUERY_FILE, per_query)
     if options.plot:
         metric = options.metrics[0]
+        by_steps = {k: evaluation.scores[latent(k)][metric] for k in ways["latent"].steps}
         plot_quality_by_steps(
-            {k: evaluation.scores[latent(k)][metric] for k in ways["latent"].steps},
+            {"latent view": by_steps},
             {n: evaluation.scores[n][metric] for n in ways if n != "latent"},
             metric,
             output / PLOT_STEM,

@@ -61,7 +61,7 @@ def test_the_page_is_what_the_files_of_results_give() -> None:
 
 def test_figures_of_the_page_are_there() -> None:
     folder = REPOSITORY / "docs/results"
-    named = {r.name for r in read_results(RESULTS) if reporting.intervals(r)}
+    named = {r.name for r in read_results(RESULTS) if reporting.figure_of(r)}
     assert {file.stem for file in folder.iterdir()} == named
     for name in named:
         assert (folder / f"{name}.png").is_file()

@@ -42,24 +42,28 @@ def _save(figure: Any, stem: Path) -> None:
 
 
 def plot_quality_by_steps(
-    by_steps: Mapping[int, float], levels: Mapping[str, float], metric: str, stem: Path
+    curves: Mapping[str, Mapping[int, float]],
+    levels: Mapping[str, float],
+    metric: str,
+    stem: Path,
 ) -> None:
     """Draws a metric against K, with other runs as level lines.
 
     Args:
-        by_steps: K -> value of the latent view.
+        curves: name -> K -> value.
         levels: name -> value, of runs without a K (the explicit view and its control).
         stem: the files are this with .png and .svg.
     """
     figure, axes = _figure()
-    steps = sorted(by_steps)
-    axes.plot(steps, [by_steps[k] for k in steps], marker="o", label="latent view")
-    for number, (name, value) in enumerate(levels.items(), start=1):
+    for name, by_steps in curves.items():
+        steps = sorted(by_steps)
+        axes.plot(steps, [by_steps[k] for k in steps], marker="o", label=name)
+    for number, (name, value) in enumerate(levels.items(), start=len(curves)):
         axes.axhline(value, color=f"C{number}", linestyle="--", label=name)
-    axes.set_xticks(steps)
+    axes.set_xticks(sorted({k for by_steps in curves.values() for k in by_steps}))
     axes.set_xlabel("K, number of thinking steps")
     axes.set_ylabel(metric)
-    axes.legend()
+    figure.legend(loc="outside upper center", fontsize=8, ncols=2)  # curves may be anywhere
     _save(figure, stem)
 
 
