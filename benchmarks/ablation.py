@@ -461,6 +461,8 @@ class Result:
     per_query: dict[int, dict[str, QueryScores]] = field(default_factory=dict)
     """... -> run -> query -> metric -> value."""
     seconds: dict[int, float] = field(default_factory=dict)
+    code: dict[int, str] = field(default_factory=dict)
+    """Which finished the training: the commit, or a version where there was no checkout."""
     probes: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -475,6 +477,8 @@ def read_result(seeds: Sequence[Seed], row: str, split: str) -> Result | None:
         result.per_query[seed.number] = read_per_query(run / split / PER_QUERY_FILE)
         results = json.loads((run / "results.json").read_text())
         result.seconds[seed.number] = results["train_seconds"]
+        code = results["code"]
+        result.code[seed.number] = code.get("commit", code["version"])
         if probes := json.loads((run / split / PROBE_FILE).read_text()):
             result.probes[seed.number] = probes
     return result
@@ -563,6 +567,7 @@ def summarise(row: str, results: Mapping[str, Result]) -> dict[str, Any]:
         "by_steps": {str(k): scores(latent(k)) for k in STEPS},  # as JSON has its keys
         "probe": _mean_probe(result),
         "train_seconds": result.seconds,
+        "trained_by": result.code,
     }
 
 
@@ -677,15 +682,31 @@ def plot(rows: Sequence[Mapping[str, Any]], stem: Path) -> None:
     plot_quality_by_steps(curves, {}, "nDCG@10", stem)
 
 
-def _not_run(seeds: Sequence[Seed], rows: Sequence[str], split: str) -> list[str]:
-    """The rows that a seed lacks, each with those seeds."""
-    missing = []
-    for row in rows:
-        lacking = [str(seed.number) for seed in seeds if not seed.finished(row, split)]
-        if lacking:
-            word = "seed" if len(lacking) == 1 else "seeds"
-            missing.append(f"{row} ({word} {', '.join(lacking)})")
-    return missing
+def commits_told(results: Mapping[str, Result]) -> list[str]:
+    """For each commit that trained rows, which; the report's own commit only compares them."""
+    rows: dict[str, dict[str, list[int]]] = {}
+    for row, result in results.items():
+        for seed, commit in result.code.items():
+            rows.setdefault(commit, {}).setdefault(row, []).append(seed)
+    if len(rows) == 1:
+        return [f"All rows were trained by {next(iter(rows))}."]
+    return [f"Trained by {commit}: {_with_seeds(trained)}." for commit, trained in rows.items()]
+
+
+def _with_seeds(rows: Mapping[str, Sequence[int]]) -> str:
+    """`row (seeds 1, 2); row (seed 3)`"""
+    return "; ".join(
+        f"{row} (seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))})"
+        for row, seeds in rows.items()
+    )
+
+
+def _not_run(seeds: Sequence[Seed], rows: Sequence[str], split: str) -> dict[str, list[int]]:
+    """The rows that seeds lack, each with those seeds."""
+    lacking = {
+        row: [seed.number for seed in seeds if not seed.finished(row, split)] for row in rows
+    }
+    return {row: numbers for row, numbers in lacking.items() if numbers}
 
 
 def run_missing(seeds: Sequence[Seed], rows: Sequence[str], split: str) -> None:
@@ -740,8 +761,9 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
     }
     report = Report("ablation", arguments, settings, where)
     report.rows = [summarise(row, results) for row in results]
+    report.notes += commits_told(results)
     if not_run:
-        report.notes.append(f"Not run: {'; '.join(not_run)}.")
+        report.notes.append(f"Not run: {_with_seeds(not_run)}.")
     return report
 
 

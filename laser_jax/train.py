@@ -174,7 +174,7 @@ def train(config: Config) -> dict[str, Any]:
 
     Returns:
         What `results.json` holds: the scores of the evaluation (empty without `data.eval`), the
-        last metrics, parameter counts and seconds.
+        last metrics, parameter counts, seconds, and the version and commit of the code.
 
     Raises:
         ConfigError, DataError, DatasetError, HFError, TokenizationError, CheckpointError,
@@ -456,6 +456,7 @@ def _finish(run: _Run) -> dict[str, Any]:
     export_model(run)
     trained, total = run.layout.parameters
     results: dict[str, Any] = {
+        "code": code_version(),
         "metrics": run.log.last,
         "scores": {},
         "steps": last,

@@ -84,7 +84,9 @@ def test_a_quick_run_scores_every_row_at_every_k(report: dict[str, Any]) -> None
     means = [rows[name]["scores"]["Hit@1"]["mean"] for name in ("laser", "gircse")]
     difference = rows["gircse"]["laser_minus"]["Hit@1"]
     assert difference["difference"] == pytest.approx(means[0] - means[1])
-    assert report["settings"]["not_run"] == []
+    assert report["settings"]["not_run"] == {}
+    [note] = report["notes"]
+    assert note == f"All rows were trained by {rows['laser']['trained_by']['1']}."
 
 
 def test_the_probe_reads_the_row_and_the_backbone_before_it(report: dict[str, Any]) -> None:
@@ -118,12 +120,10 @@ def test_finished_runs_are_not_trained_again_and_the_missing_are_named(
     ablation.main([*QUICK, "--finished_only", *flags, "--seeds", "2"])
     again = json.loads(output.read_text())
     assert again["rows"] == report["rows"]
-    assert again["settings"]["not_run"] == [
-        "laser (seed 2)",
-        "gircse (seed 2)",
-        "explicit (seeds 1, 2)",
+    assert again["settings"]["not_run"] == {"laser": [2], "gircse": [2], "explicit": [1, 2]}
+    assert again["notes"][1:] == [
+        "Not run: laser (seed 2); gircse (seed 2); explicit (seeds 1, 2)."
     ]
-    assert again["notes"] == ["Not run: laser (seed 2); gircse (seed 2); explicit (seeds 1, 2)."]
 
 
 def test_a_finished_run_of_another_config_is_refused_by_name(
@@ -301,6 +301,17 @@ def test_other_queries_under_one_seed_are_no_pairs() -> None:
     with pytest.raises(BenchmarkError, match="seed 2: two rows were evaluated on different"):
         paired_difference({2: {"a": 1.0}}, {2: {"b": 1.0}})
     assert paired_difference({1: {"a": 1.0}}, {2: {"a": 1.0}}) is None
+
+
+def test_the_commits_that_trained_rows_are_told() -> None:
+    results = {
+        "laser": Result(7, code={1: "abc", 2: "def"}),
+        "gircse": Result(7, code={1: "abc", 2: "abc"}),
+    }
+    assert ablation.commits_told(results) == [
+        "Trained by abc: laser (seed 1); gircse (seeds 1, 2).",
+        "Trained by def: laser (seed 2).",
+    ]
 
 
 def test_one_seed_says_nothing_about_other_seeds() -> None:

@@ -189,6 +189,9 @@ def test_the_commit_is_named_where_the_package_is_a_checkout(
     own = tmp_path / "laser_jax" / "training" / "output.py"
     own.parent.mkdir(parents=True)
     own.write_text("first")
+    page = tmp_path / "docs" / "results.md"
+    page.parent.mkdir()
+    page.write_text("first")
     monkeypatch.setattr(module, "__file__", str(own))
     package = {"version": version("laser-jax")}
     assert code_version() == package  # no checkout
@@ -200,6 +203,7 @@ def test_the_commit_is_named_where_the_package_is_a_checkout(
     assert code_version() == package | {"commit": commit}
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "log").write_text("what git does not follow changes no code")
+    page.write_text("second")  # nor do documents, which a benchmark's report rewrites
     assert code_version() == package | {"commit": commit}
     own.write_text("second")
     assert code_version() == package | {"commit": f"{commit}+changes"}

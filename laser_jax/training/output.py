@@ -172,7 +172,7 @@ class OutputDirectory:
 
 def code_version() -> dict[str, str]:
     """The package's version and, where it runs from a git checkout, the commit, with `+changes`
-    where files differ from it."""
+    where files differ from it, other than documents and what benchmarks have written."""
     here = Path(__file__).resolve()
     found = {"version": version("laser-jax")}
 
@@ -184,7 +184,9 @@ def code_version() -> dict[str, str]:
             return None
 
     if git("ls-files", "--error-unmatch", str(here)) is not None:
-        changes = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+        no_code = (":(top,exclude)docs", ":(top,exclude)benchmarks/results")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *no_code)
+        changes = "+changes" if changed else ""
         found["commit"] = f"{git('rev-parse', 'HEAD') or ''}".strip() + changes
     return found
 
