@@ -1,4 +1,4 @@
-"""The encoders that the `encode_` programs and `thinking_overhead` time: ours, and PyTorch's two.
+"""The encoders that the `encode_` programs and `thinking_overhead` time: ours, and PyTorch's.
 
 All of them embed the same rows with the same random weights, and must give the same vectors.
 """
@@ -47,6 +47,7 @@ class EncodeContenders:
         attention: Literal["auto"] | AttentionKernel = "auto",
         *,
         with_torch: bool = True,
+        torch_compile: bool = False,
     ):
         self.config = RetrieverConfig(backbone, dtype=dtype)
         self.kernel: AttentionKernel = kernel_for(attention, backbone, dtype)
@@ -59,10 +60,11 @@ class EncodeContenders:
         variables = random_variables(make_backbone(backbone, dtype, lora=None))
         self.variables = unstack_layers(variables)
         self.notes = []
-        from benchmarks.torch_reference import TRANSCRIPTIONS, exported, load
+        from benchmarks.torch_reference import exported, load, transcriptions
 
+        wanted = transcriptions(torch_compile=torch_compile)
         with exported(variables, backbone, None, dtype) as export:
-            self.torch_models = {t: load(export, t, train=False) for t in TRANSCRIPTIONS}
+            self.torch_models = {t: load(export, t, train=False) for t in wanted}
 
     def on(self, tokens: Tokens, thinking_steps: int) -> dict[str, Run]:
         """The contenders on one batch, by name; each call embeds it.

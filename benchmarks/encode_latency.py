@@ -27,7 +27,14 @@ from benchmarks.measure import (
     timing_fields,
     torch_threads,
 )
-from benchmarks.workload import SHAPES, TINY, add_backbone, add_contenders, random_tokens
+from benchmarks.workload import (
+    SHAPES,
+    TINY,
+    add_backbone,
+    add_contenders,
+    add_torch_compile,
+    random_tokens,
+)
 from laser_jax.config import as_dict
 
 BATCHES = [(1, 128), (8, 128), (8, 512)]
@@ -56,7 +63,11 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
         "torch_threads": torch_threads(),
     }
     encoders = EncodeContenders(
-        backbone, options.dtype, options.attention, with_torch=not options.no_torch
+        backbone,
+        options.dtype,
+        options.attention,
+        with_torch=not options.no_torch,
+        torch_compile=options.torch_compile,
     )
     settings["attention"] = encoders.kernel
     report = Report("encode_latency", arguments, settings, environment())
@@ -91,6 +102,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = command_line("encode_latency", __doc__)
     add_backbone(parser)
     add_contenders(parser)
+    add_torch_compile(parser)
     shapes = " ".join(f"{rows}x{tokens}" for rows, tokens in BATCHES)
     parser.add_argument(
         "--batches", type=rows_by_tokens, nargs="+", default=BATCHES, help=f"default {shapes}"

@@ -64,17 +64,23 @@ PARTS = (
         f"{SMALLEST} {PAPER_BATCH} --queries 8 --only fast --no_torch --repeats 7",
         120,
     ),
-    Part(  # four queries, as jax and the published step hold some tens of GiB each
+    Part(  # four queries, as XLA's attention and the published step hold some tens of GiB each
         "train step beside PyTorch, 0.6B",
         "train_step",
-        f"{SMALLEST} {PAPER_BATCH} --queries 4 --only fast --repeats 7",
-        150,
+        f"{SMALLEST} {PAPER_BATCH} --queries 4 --only fast 'xla attention' --repeats 5",
+        180,
     ),
     Part(
         "encode latency, 0.6B",
         "encode_latency",
         f"{SMALLEST} --batches 8x512 --steps 3 --repeats 9",
         90,
+    ),
+    Part(
+        "encode variants, 0.6B",
+        "encode_variants",
+        f"{SMALLEST} --batch 8x512 --steps 3 --repeats 15",
+        120,
     ),
     Part(
         "encode throughput, 0.6B",
@@ -89,28 +95,22 @@ PARTS = (
         80,
     ),
     Part(
-        "kernels of a train step, 0.6B",
-        "kernels",
-        f"{SMALLEST} --program train_step {PAPER_BATCH} --queries 8",
-        100,
-    ),
-    Part(
-        "train step unrolled, 0.6B",
-        "train_step",
-        f"{SMALLEST} {PAPER_BATCH} --queries 8 --only unrolled --unrolled --no_torch --repeats 7",
-        400,
-    ),
-    Part(
         "thinking overhead, 8B",
         "thinking_overhead",
         "--backbone qwen3-8b --dtype bfloat16 --batch 8x512 --steps 1 3 --no_torch --repeats 7",
         120,
     ),
     Part(
-        "encode variants, 0.6B",
-        "encode_variants",
-        f"{SMALLEST} --batch 8x512 --steps 3 --repeats 15",
-        120,
+        "rewrite latency, 0.6B",
+        "rewrite_latency",
+        f"{SMALLEST} --batches 1 8 --repeats 3",
+        200,
+    ),
+    Part(
+        "kernels of a train step, 0.6B",
+        "kernels",
+        f"{SMALLEST} --program train_step {PAPER_BATCH} --queries 8",
+        100,
     ),
     Part(
         "kernels of encode, 0.6B",
@@ -124,12 +124,6 @@ PARTS = (
         f"{SMALLEST} {PAPER_BATCH} --queries 8 --gradcache 2 "
         "--only 'gradcache / 2' parity 'remat dots' --no_torch",
         240,
-    ),
-    Part(  # four queries: with eight, XLA's attention wants 65 GiB by the compiler's count
-        "train step by attention, 0.6B",
-        "train_step",
-        f"{SMALLEST} {PAPER_BATCH} --queries 4 --only 'xla attention' --no_torch",
-        150,
     ),
     Part(
         "encode latency of short rows, 0.6B",
@@ -161,6 +155,12 @@ PARTS = (
         "memory",
         f"{SMALLEST} {PAPER_BATCH} --queries 4 --batch 8x512 --gradcache 2 --remat dots",
         200,
+    ),
+    Part(
+        "train step unrolled, 0.6B",
+        "train_step",
+        f"{SMALLEST} {PAPER_BATCH} --queries 8 --only unrolled --unrolled --no_torch --repeats 7",
+        400,
     ),
     Part("compile time, 0.6B", "compile_time", "--backbones qwen3-0.6b --dtype bfloat16", 300),
 )

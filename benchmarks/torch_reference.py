@@ -25,7 +25,7 @@ import inspect
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,11 +166,20 @@ class Transcription:
     latent: Callable[[Model, Rows, int], torch.Tensor]
     explicit: Callable[[Model, Rows], torch.Tensor]
     fused_optimizer: bool
+    compiled: bool = False
+    """By `torch.compile`, for each shape anew."""
 
 
 PUBLISHED = Transcription("published PyTorch", "eager", published_latent, published_explicit, False)
 TUNED = Transcription("tuned PyTorch", "sdpa", tuned_latent, tuned_explicit, True)
 TRANSCRIPTIONS = (PUBLISHED, TUNED)
+COMPILED = replace(TUNED, name="tuned PyTorch, compiled", compiled=True)
+"""Measured where it is asked for, as it compiles for minutes."""
+
+
+def transcriptions(*, torch_compile: bool = False) -> tuple[Transcription, ...]:
+    """Those to measure, in their order."""
+    return (*TRANSCRIPTIONS, COMPILED) if torch_compile else TRANSCRIPTIONS
 
 
 @dataclass(frozen=True)
@@ -206,6 +215,8 @@ def load(export: Export, transcription: Transcription, *, train: bool) -> Model:
     if export.adapter is not None:
         wrapped = peft.PeftModel.from_pretrained(model, str(export.adapter), is_trainable=train)
         model = wrapped.get_base_model()
+    if transcription.compiled:
+        model.model.forward = torch.compile(model.model.forward, dynamic=False)
     return model.to(torch_device()).train(train)
 
 

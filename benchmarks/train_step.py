@@ -54,6 +54,7 @@ from benchmarks.workload import (
     TrainShape,
     add_backbone,
     add_contenders,
+    add_torch_compile,
     add_train_shape,
     kernel_for,
     make_backbone,
@@ -286,14 +287,19 @@ def require_agreement(name: str, got: Metrics, wanted: Metrics, dtype: Dtype) ->
 
 
 def torch_contenders(
-    setup: Setup, dtype: Dtype, objective: ObjectiveConfig, names: Sequence[str] | None = None
+    setup: Setup,
+    dtype: Dtype,
+    objective: ObjectiveConfig,
+    names: Sequence[str] | None = None,
+    *,
+    torch_compile: bool = False,
 ) -> dict[str, Run]:
     """The transcriptions as callables that take a step and return its metrics.
 
     Args:
         names: which; None takes all.
     """
-    from benchmarks.torch_reference import TRANSCRIPTIONS, TorchTraining, exported, load
+    from benchmarks.torch_reference import TorchTraining, exported, load, transcriptions
 
     backbone = setup.backbone
     with exported(setup.start.variables, backbone.config, backbone.lora, dtype) as export:
@@ -305,7 +311,7 @@ def torch_contenders(
                 objective,
                 OPTIMIZER,
             )
-            for transcription in TRANSCRIPTIONS
+            for transcription in transcriptions(torch_compile=torch_compile)
             if names is None or transcription.name in names
         }
 
@@ -359,7 +365,9 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
             contenders[name] = functools.partial(training.run, compiled.program)
         why_not = "--no_torch" if options.no_torch else why_no_torch(options.dtype, lora)
         if why_not is None:
-            contenders |= torch_contenders(setup, options.dtype, base.objective)
+            contenders |= torch_contenders(
+                setup, options.dtype, base.objective, torch_compile=options.torch_compile
+            )
         else:
             report.notes.append(f"PyTorch is not measured: {why_not}.")
         for name, run in contenders.items():
@@ -412,6 +420,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = command_line("train_step", __doc__)
     add_backbone(parser)
     add_contenders(parser)
+    add_torch_compile(parser)
     add_train_shape(parser)
     parser.add_argument("--full", action="store_true", help="train all weights, not adapters")
     parser.add_argument("--lora_rank", type=positive, default=64, help="default 64")

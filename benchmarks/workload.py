@@ -100,6 +100,13 @@ def add_contenders(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_torch_compile(parser: argparse.ArgumentParser) -> None:
+    """The flag `--torch_compile`."""
+    parser.add_argument(
+        "--torch_compile", action="store_true", help="also the tuned PyTorch under torch.compile"
+    )
+
+
 def kernel_for(
     wanted: Literal["auto"] | AttentionKernel, backbone: BackboneConfig, dtype: Dtype
 ) -> AttentionKernel:

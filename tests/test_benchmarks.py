@@ -141,6 +141,22 @@ def test_encode_latency_times_every_encoder_on_every_batch(tmp_path: Path) -> No
         assert row["rows_per_second"] > 0
 
 
+@pytest.mark.usefixtures("require_torch")
+def test_torch_compile_is_a_contender_of_its_own_where_it_is_asked_for(
+    tmp_path: Path, monkeypatch
+) -> None:
+    import torch
+
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda f, **_: compiled.append(f) or f)
+    report = run(encode_latency.main, "encode_latency", tmp_path, "--torch_compile")
+    name = "tuned PyTorch, compiled"
+    assert [row["contender"] for row in report["rows"]] == ["ours", *PYTORCH, name]
+    report = run(train_step.main, "train_step", tmp_path, "--torch_compile", "--only", "parity")
+    assert [row["contender"] for row in report["rows"]][-1] == name
+    assert len(compiled) == 2
+
+
 def test_thinking_overhead_compares_an_encoder_with_its_own_first_step_also_without_pytorch(
     tmp_path: Path, monkeypatch
 ) -> None:
