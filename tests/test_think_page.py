@@ -566,6 +566,20 @@ def test_texts_of_the_chart_stay_in_it_and_apart(
     assert ending == "ellipsis"
 
 
+@pytest.mark.parametrize("width", [360, 1000])
+def test_tables_of_many_steps_can_be_read(browser: Browser, tmp_path: Path, width: int) -> None:
+    thought = a_thought("a text of several words", steps=LARGEST_STEPS)
+    (tmp_path / "page.html").write_text(render_page(model="m", corpus="c", thought=thought))
+    browser.show(f"file://{tmp_path}/page.html", width)
+    heads = browser.js("[...document.querySelectorAll('.grid tbody th')].map(e => e.clientWidth)")
+    assert min(heads) > 120
+    lines = browser.js(
+        "[...document.querySelectorAll('.grid td')].map(e => { const r = document.createRange();"
+        " r.selectNodeContents(e.firstChild); return r.getClientRects().length; })"
+    )
+    assert set(lines) == {1}  # no number is broken
+
+
 def test_texts_run_no_script_in_a_browser(browser: Browser, tmp_path: Path) -> None:
     run = "document.title = 'run'"
     closing = "</title></textarea></style></code></td></table>"
