@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
@@ -18,6 +19,9 @@ from laser_jax.inspection.thought import RankedDocument, Segment, Thought
 
 SHADES = 8
 """Shades of the table of cosines, from the lowest cosine in it to the highest."""
+_ROW_HEIGHT = 19
+_DIGIT = 9.0
+"""Room for a digit in the chart, where it is narrow and its letters are largest."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,12 @@ class Chart:
     height: float
     columns: list[float]
     rows: list[float]
+    step_numbers: list[tuple[float, int]]
+    """(x, step), of as many steps as there is room for, the last among them."""
+    rank_x: float
+    """Where the numbers of the rows end."""
     label_x: float
+    """Where names begin; they have the room to the right edge."""
     lines: list[Line]
 
 
@@ -144,11 +153,15 @@ def moves(document: RankedDocument, top: int) -> list[Move]:
 
 def rank_chart(documents: Sequence[RankedDocument], top: int) -> Chart:
     """How the first `top` documents change places; a line ends where its document leaves them."""
-    left, right, head, row, width = 26.0, 104.0, 14.0, 19.0, 360.0
+    rank_x = 2 + _DIGIT * len(str(top))
+    left, right, head, width = rank_x + 10, 144.0, 14.0, 360.0
     K = len(documents[0].rank_K)
-    columns = [left + (width - left - right) * (k / max(K - 1, 1)) for k in range(K)]
-    rows = [head + row * rank for rank in range(1, top + 1)]
-    bottom = rows[-1] + row  # where lines go to and come from
+    apart = (width - left - right) / max(K - 1, 1)
+    columns = [left + apart * k for k in range(K)]
+    every = math.ceil(_DIGIT * (len(str(K)) + 0.5) / apart)
+    step_numbers = [(columns[k], k + 1) for k in range(K) if (K - 1 - k) % every == 0]
+    rows = [head + _ROW_HEIGHT * rank for rank in range(1, top + 1)]
+    bottom = rows[-1] + _ROW_HEIGHT  # where lines go to and come from
 
     def y(rank: int) -> float:
         return rows[rank - 1] if rank <= top else bottom
@@ -168,7 +181,8 @@ def rank_chart(documents: Sequence[RankedDocument], top: int) -> Chart:
     # drawn last is on top
     order = {"other": 0, "leading": 1, "relevant": 2}
     lines = sorted(map(line, documents), key=lambda drawn: order[drawn.kind])
-    return Chart(width, bottom + 8, columns, rows, columns[-1] + 10, lines)
+    label_x = columns[-1] + 12
+    return Chart(width, bottom + 8, columns, rows, step_numbers, rank_x, label_x, lines)
 
 
 def render_page(
@@ -188,7 +202,8 @@ def render_page(
         form: None for a page that stands alone.
         error: shown in the place of a thought.
     """
-    values = {"model": model, "corpus": corpus, "thought": thought, "form": form, "error": error}
+    values: dict[str, Any] = {"model": model, "corpus": corpus, "thought": thought}
+    values |= {"form": form, "error": error, "row_height": _ROW_HEIGHT}
     if thought is not None:
         values["heat"] = heat(thought.segments) if thought.segments else []
         documents, top = thought.documents, thought.top_documents
