@@ -14,6 +14,7 @@ from benchmarks.report import Result, ResultsError, draw, inner_results, page, r
 from benchmarks.targets import TARGETS, Target, reached
 from benchmarks.workload import SHAPES
 from laser_jax.config import as_dict
+from laser_jax.evaluation.plots import Interval, plot_intervals
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks/results"
@@ -168,6 +169,20 @@ def test_a_program_may_have_further_tables(monkeypatch) -> None:
     monkeypatch.setattr(encode_latency, "further_tables", tables, raising=False)
     text = page([Result("latency", latency())])
     assert "#### Slower rows\n\n| 2 of them |" in text
+
+
+def test_a_bare_number_is_named_by_its_column_in_a_figure() -> None:
+    labels = [interval.label for interval in reporting.intervals(Result("latency", latency()))]
+    assert labels == ["ours, 8×128, K = 3", "published PyTorch, 8×128, K = 3"]
+
+
+def test_an_axis_of_powers_of_ten_has_plain_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = [Interval(str(median), "", median, median, median) for median in (0.04, 0.1, 9.0)]
+    plot_intervals(found, "seconds", tmp_path / "figure")
+    drawn = (tmp_path / "figure.svg").read_text()
+    assert "<!-- 0.1 -->" in drawn
+    assert "e−0" not in drawn
 
 
 def test_the_same_results_give_the_same_figures(tmp_path: Path) -> None:
