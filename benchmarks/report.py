@@ -51,7 +51,8 @@ The times that are missing above, on one H100 or H200:
     python -m benchmarks.gpu --output FOLDER
     cp FOLDER/gpu.json benchmarks/results/gpu.json && python -m benchmarks.report
 
-The CPU's are measured again, on an idle machine, by `python -m benchmarks.all`."""
+The CPU's timings are measured again, on an idle machine, by `python -m benchmarks.all`. What is no
+timing, such as `ablation`, is not part of it: its command stands above its table."""
 
 
 class ResultsError(ValueError):

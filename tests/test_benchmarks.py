@@ -446,6 +446,24 @@ def test_the_long_runs_ask_for_what_the_programs_can_do(command: str, monkeypatc
     assert not asked[0].quick
 
 
+def test_quick_runs_of_all_do_not_take_the_place_of_results(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    commands: list[list[str]] = []
+
+    def record(command: list[str]) -> Any:
+        commands.append(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(all_benchmarks.subprocess, "run", record)
+    with pytest.raises(SystemExit):
+        all_benchmarks.main(["--quick"])
+    assert "--quick wants --output FOLDER" in capsys.readouterr().err
+    assert commands == []
+    all_benchmarks.main(["--quick", "--output", str(tmp_path), "--only", "search"])
+    assert commands[0][-5:] == ["--quick", "--repeats", "1", "--output", f"{tmp_path}/search.json"]
+
+
 def test_unscanned_layers_leave_no_loop_in_a_step_that_does_not_think() -> None:
     shape = dataclasses.replace(TINY_TRAIN_SHAPE, thinking_steps=1)
     case = compile_time.Case(TINY, "train_step", False, "float32", shape)
