@@ -3,7 +3,9 @@
     python -m benchmarks.all [--output benchmarks/results/cpu] [--only NAME ...]
 
 Each is a program of its own in a new process, under the name of its file. One that fails is told at
-the end, and the others go on. Wants an idle machine, and about fifty minutes on two cores.
+the end, and the others go on. Wants an idle machine, and about an hour on two cores. What is no
+timing (`ablation`, `search_quality`, `load_memory`) or is meant for a GPU (`gpu`, `kernels`) is not
+among them.
 """
 
 from __future__ import annotations
@@ -35,6 +37,11 @@ RUNS = {
     "train_step": "train_step --gradcache 2 4 --repeats 5",
     "train_step-bf16": "train_step --dtype bfloat16 --only fast --repeats 5",
     "train_step-full": "train_step --full --gradcache 4 --plain --remat --repeats 3",
+    "rewrite_latency": "rewrite_latency",
+    "rewrite_latency-0.6b": (
+        "rewrite_latency --backbone qwen3-0.6b --batches 1 --measured_tokens 40 --repeats 3"
+    ),
+    "corpus_cost": "corpus_cost --documents 128",
     "search": "search",
     "data_pipeline": "data_pipeline",
     "memory": "memory",
@@ -52,16 +59,19 @@ def main(arguments: Sequence[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run?")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default {OUTPUT}")
+    parser.add_argument("--output", type=Path, help=f"folder; default {OUTPUT}")
     parser.add_argument("--only", choices=RUNS, nargs="+", default=[*RUNS], help="some of them")
     options = parser.parse_args(arguments)
-    options.output.mkdir(parents=True, exist_ok=True)
+    if options.quick and options.output is None:
+        parser.error(f"--quick wants --output FOLDER: its files would take the place of {OUTPUT}'s")
+    output: Path = options.output or OUTPUT
+    output.mkdir(parents=True, exist_ok=True)
     failed = []
     for name in options.only:
         program, *given = RUNS[name].split()
         if options.quick:
             given = ["--quick", "--repeats", "1"]
-        file = options.output / f"{name}.json"
+        file = output / f"{name}.json"
         command = [sys.executable, "-m", f"benchmarks.{program}", *given, "--output", str(file)]
         began = time.monotonic()
         status = subprocess.run(command).returncode

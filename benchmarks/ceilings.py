@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from benchmarks.measure import Run
+from benchmarks.measure import Run, Spread
 from laser_jax.config import Dtype
 from laser_jax.modeling.attention import exact_matmuls
 from laser_jax.training.throughput import known_device
@@ -58,23 +57,24 @@ def ceiling_runs(dtype: Dtype, of: Sizes) -> dict[str, Run]:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """FLOP/s and bytes/s, the medians of the repeats."""
+    """FLOP/s and bytes/s of the repeats."""
 
-    flops: float
-    bytes: float
+    flops: Spread
+    bytes: Spread
     data_sheet_flops: float | None
     """Of dense bfloat16 matmuls; None in another dtype or where the device is not known."""
 
     def seconds(self, flops: float, moved: float) -> float:
-        """The least time for work that can overlap its own traffic: the roofline."""
-        return max(flops / self.flops, moved / self.bytes)
+        """The least time for work that can overlap its own traffic, of the medians: the
+        roofline."""
+        return max(flops / self.flops.median, moved / self.bytes.median)
 
 
 def ceilings(times: Mapping[str, Sequence[float]], dtype: Dtype, of: Sizes) -> Ceilings:
     """From the times of `ceiling_runs`."""
     known = known_device(jax.devices()[0]) if jnp.dtype(dtype).itemsize == 2 else None
     return Ceilings(
-        flops=2 * of.side**3 / float(np.median(times[MATMUL])),
-        bytes=2 * of.copied / float(np.median(times[COPY])),
+        flops=Spread.of([2 * of.side**3 / seconds for seconds in times[MATMUL]]),
+        bytes=Spread.of([2 * of.copied / seconds for seconds in times[COPY]]),
         data_sheet_flops=known.tflops * 1e12 if known else None,
     )

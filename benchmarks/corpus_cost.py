@@ -160,6 +160,23 @@ def estimated(options: argparse.Namespace, tokens: float) -> list[dict[str, Any]
     return rows
 
 
+def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
+    """Measures one row and estimates the others."""
+    settings = {"mfu": options.mfu, "estimated_on": _ESTIMATED, "thinking_steps": 3}
+    settings["backbone"] = as_dict(SHAPES[TINY if options.quick else options.backbone])
+    report = Report("corpus_cost", arguments, settings, environment())
+    with tempfile.TemporaryDirectory() as folder:
+        row = measured(options, Path(folder))
+    report.rows = [row, *estimated(options, options.tokens)]
+    report.notes = [
+        f"Estimates assume {options.mfu:.0%} of the data sheet's bfloat16 peak and documents of "
+        f"{options.tokens} tokens. The measured share is that of a float32 matmul on the same "
+        f"device, {row['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s. The plan was made at "
+        f"{row['planned_per_second']:,.0f} documents/s."
+    ]
+    return report
+
+
 def _hours(row: dict[str, Any], documents: float) -> str:
     return f"{documents / row['documents_per_second']['median'] / 3600:,.0f}"
 
@@ -181,9 +198,8 @@ COLUMNS = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
     """The command line."""
-    arguments = sys.argv[1:] if arguments is None else arguments
     parser = command_line("corpus_cost", __doc__, repeats=3)
     parser.add_argument("--data", default="../shared/data/scifact", help="a BEIR directory")
     parser.add_argument("--backbone", choices=SHAPES, default=SMALL, help=f"default {SMALL}")
@@ -191,20 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=positive, default=256, help="of an estimated document")
     parser.add_argument("--mfu", type=float, default=0.4, help="assumed share of the peak")
     options = parser.parse_args(arguments)
-    settings = {"mfu": options.mfu, "estimated_on": _ESTIMATED, "thinking_steps": 3}
-    settings["backbone"] = as_dict(SHAPES[TINY if options.quick else options.backbone])
-    report = Report("corpus_cost", arguments, settings, environment())
-    with tempfile.TemporaryDirectory() as folder:
-        row = measured(options, Path(folder))
-    report.rows = [row, *estimated(options, options.tokens)]
-    report.notes = [
-        f"Estimates assume {options.mfu:.0%} of the data sheet's bfloat16 peak and documents of "
-        f"{options.tokens} tokens. The measured share is that of a float32 matmul on the same "
-        f"device, {row['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s. The plan was made at "
-        f"{row['planned_per_second']:,.0f} documents/s."
-    ]
-    report.finish(COLUMNS, options.output)
+    measure(options, arguments).finish(COLUMNS, options.output)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

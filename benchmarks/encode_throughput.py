@@ -251,8 +251,8 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
                 "tokens_per_second": sum(lengths) / seconds,
                 "padding_share": contenders.padding[name],
                 "flops": flops,
-                "of_matmul": flops / seconds / best.flops,
-                "matmul_flops_per_second": best.flops,
+                "of_matmul": flops / seconds / best.flops.median,
+                "matmul_flops_per_second": best.flops.median,
             }
             if best.data_sheet_flops is not None:
                 row["mfu"] = flops / seconds / best.data_sheet_flops

@@ -1,10 +1,13 @@
-"""Host memory of loading a checkpoint: `python -m benchmarks.load_memory --gigabytes 2`.
+"""Host memory that loading and writing a checkpoint take beyond what comes of it.
+
+    python -m benchmarks.load_memory [--gigabytes 2] [--devices 8]
 
 Writes a random bfloat16 checkpoint with the shapes of Qwen3-0.6B, and as many layers as the size
-asks for, into a temporary folder. A fresh process for each way of loading it then tells its own
-memory before the load and waits; this one samples that process's anonymous resident memory
-(`RssAnon` of /proc, Linux only) until the load is done. Anonymous memory leaves out the file pages
-that safetensors maps: those are the system's cache and can be dropped at any time.
+asks for, into a temporary folder. A fresh process for each way of loading it, and for each of
+`--repeats`, then tells its own memory before the load and waits; this one samples that process's
+anonymous resident memory (`RssAnon` of /proc, Linux only) until the load is done. Anonymous memory
+leaves out the file pages that safetensors maps: those are the system's cache and can be dropped at
+any time.
 
     overhead = peak - before - bytes of the resulting arrays
 
@@ -15,17 +18,15 @@ that holds one.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import threading
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType
 
-from laser_jax.config import BackboneConfig
-from laser_jax.files import write_atomically
+from benchmarks.measure import Report, Spread, command_line, environment, in_turn, positive
+from benchmarks.workload import SHAPES, TINY
+from laser_jax.config import BackboneConfig, as_dict
 from laser_jax.hf import load_params, load_sharded_params, read_backbone_config, save_params
 from laser_jax.modeling.backbone import Backbone
 from laser_jax.sharding import MESH_AXES, shardings
@@ -45,28 +47,8 @@ from laser_jax.sharding import MESH_AXES, shardings
 WAYS = ("load_params", "load_params and device_put", "load_sharded_params", "save_params")
 """The first two are the whole model on the host, alone and then laid out on the devices."""
 
-PACKAGES = ("jax", "jaxlib", "flax", "numpy", "safetensors", "ml_dtypes")
 SHARD_BYTES = 5e8
 """Of the files that are read, and of those that `save_params` writes."""
-
-
-def qwen3(num_layers: int) -> BackboneConfig:
-    """Qwen3-0.6B with another number of layers."""
-    return BackboneConfig(
-        family="qwen3",
-        vocab_size=151_936,
-        hidden_size=1024,
-        num_layers=num_layers,
-        num_heads=16,
-        num_kv_heads=8,
-        head_dim=128,
-        intermediate_size=3072,
-        rms_norm_eps=1e-6,
-        rope_theta=1e6,
-        rope_scaling=None,
-        tie_word_embeddings=True,
-        max_position_embeddings=40_960,
-    )
 
 
 def boxed_params(backbone: BackboneConfig) -> Any:
@@ -92,10 +74,15 @@ def layout(backbone: BackboneConfig, dtype: np.dtype) -> Any:
     )
 
 
-def write_checkpoint(directory: Path, gigabytes: float) -> None:
-    """A checkpoint of about `gigabytes` * 1e9 bytes, in files of at most SHARD_BYTES."""
-    one, two = 2 * count(qwen3(1)), 2 * count(qwen3(2))
-    backbone = qwen3(max(2, 1 + round((gigabytes * 1e9 - one) / (two - one))))
+def of_size(gigabytes: float) -> BackboneConfig:
+    """Qwen3-0.6B with as many layers, two at least, as make a checkpoint of about `gigabytes`."""
+    one, two = (2 * count(replace(SHAPES["qwen3-0.6b"], num_layers=n)) for n in (1, 2))
+    layers = max(2, 1 + round((gigabytes * 1e9 - one) / (two - one)))
+    return replace(SHAPES["qwen3-0.6b"], num_layers=layers)
+
+
+def write_checkpoint(directory: Path, backbone: BackboneConfig) -> None:
+    """Random bfloat16 weights, in files of at most SHARD_BYTES."""
     random = np.random.default_rng(0)
 
     def weights(leaf: Any) -> np.ndarray:  # the mask keeps them between -2 and 2
@@ -122,7 +109,7 @@ def measured(way: str, directory: Path, dtype: np.dtype) -> None:
     like = layout(backbone, dtype)
     if way == "save_params":
         params = load_sharded_params(directory, backbone, like)
-    print(json.dumps({"before": resident("self")}), flush=True)
+    print(json.dumps({"before_bytes": resident("self")}), flush=True)
     sys.stdin.readline()
     if way == "load_params":
         params = load_params(directory, backbone, dtype=dtype)
@@ -141,12 +128,13 @@ def measured(way: str, directory: Path, dtype: np.dtype) -> None:
     for leaf in jax.tree.leaves(jax.block_until_ready(params)):
         shards = leaf.addressable_shards if isinstance(leaf, jax.Array) else ()
         held += sum(shard.data.nbytes for shard in shards) or leaf.nbytes
-    print(json.dumps({"result": 0 if way == "save_params" else held}), flush=True)
+    found = {"result_bytes": 0 if way == "save_params" else held}
+    print(json.dumps(found | {"peak_with_files_bytes": resident("self", "VmHWM")}), flush=True)
 
 
-def measure(way: str, directory: Path, dtype: str, devices: int) -> dict[str, int]:
-    """Runs one way in a fresh process. Bytes: before, result, peak, overhead, and the peak with
-    file pages (`VmHWM`, of the whole life of the process)."""
+def loaded(way: str, directory: Path, dtype: str, devices: int) -> dict[str, int]:
+    """Runs one way in a fresh process. The peak with file pages is `VmHWM`, of the whole life of
+    the process."""
     flags = f"--xla_force_host_platform_device_count={devices}"
     command = [sys.executable, "-m", "benchmarks.load_memory", "--way", way]
     command += ["--directory", str(directory), "--dtype", dtype]
@@ -161,7 +149,7 @@ def measure(way: str, directory: Path, dtype: str, devices: int) -> dict[str, in
     assert child.stdout is not None
     try:
         found = _said(child.stdout.readline(), way)
-        peak, over = found["before"], threading.Event()
+        peak, over = found["before_bytes"], threading.Event()
 
         def sample() -> None:
             nonlocal peak
@@ -177,11 +165,11 @@ def measure(way: str, directory: Path, dtype: str, devices: int) -> dict[str, in
         finally:
             over.set()
             sampler.join()
-        found |= _said(line, way) | {"peak": peak, "with_files": resident(child.pid, "VmHWM")}
+        found |= _said(line, way) | {"peak_bytes": peak}
     finally:
         child.kill()
         child.communicate()
-    return found | {"overhead": peak - found["before"] - found["result"]}
+    return found | {"overhead_bytes": peak - found["before_bytes"] - found["result_bytes"]}
 
 
 def _said(line: str, way: str) -> dict[str, int]:
@@ -190,60 +178,85 @@ def _said(line: str, way: str) -> dict[str, int]:
     return json.loads(line)
 
 
-def provenance() -> dict[str, Any]:
-    """Versions, machine, date and commit."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=True)
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip(),
-        "python": platform.python_version(),
-        "machine": f"{platform.platform()}, {os.cpu_count()} cores",
-        "packages": {name: version(name) for name in PACKAGES},
+def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
+    """Writes a checkpoint and measures every way of loading it, in turn."""
+    here = environment()
+    backbone = SHAPES[TINY] if options.quick else of_size(options.gigabytes)
+    found: dict[str, list[dict[str, int]]] = {way: [] for way in WAYS}
+    with tempfile.TemporaryDirectory(prefix="load_memory-") as name:
+        folder = Path(name)
+        write_checkpoint(folder, backbone)
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        for way, _ in in_turn(WAYS, repeats=options.repeats, warmup=0):
+            found[way].append(loaded(way, folder, options.dtype, options.devices))
+    largest = backbone.vocab_size * backbone.hidden_size * np.dtype(options.dtype).itemsize
+    settings = {
+        "backbone": as_dict(backbone),
+        "checkpoint_bytes": size,
+        "shard_bytes": SHARD_BYTES,
+        "dtype": options.dtype,
+        "devices": options.devices,
+        "largest_tensor_bytes": largest,
+        "repeats": options.repeats,
     }
+    report = Report("load_memory", arguments, settings, here)
+    for way, runs in found.items():
+        spreads = {key: vars(Spread.of([run[key] for run in runs])) for key in runs[0]}
+        report.rows.append({"way": way, "largest_tensor_bytes": largest} | spreads)
+    report.notes.append(
+        f"{size / 1e9:.2f} GB of bfloat16 in {backbone.num_layers} layers, as {options.dtype} on "
+        f"{options.devices} CPU device(s); the largest tensor has {largest / 1e6:,.0f} MB, files "
+        f"at most {SHARD_BYTES / 1e6:,.0f} MB."
+    )
+    return report
 
 
-def main() -> None:
+def _megabytes(key: str) -> Callable[[dict[str, Any]], str]:
+    return lambda row: f"{row[key]['median'] / 1e6:,.0f}"
+
+
+def _overhead(row: dict[str, Any], unit: float, form: str) -> str:
+    spread = row["overhead_bytes"]
+    median, q1, q3 = (format(spread[key] / unit, form) for key in ("median", "q1", "q3"))
+    return f"{median} ({q1} to {q3})"
+
+
+COLUMNS = {
+    "way": lambda row: row["way"],
+    "before, MB": _megabytes("before_bytes"),
+    "peak, MB": _megabytes("peak_bytes"),
+    "peak with file pages, MB": _megabytes("peak_with_files_bytes"),
+    "result, MB": _megabytes("result_bytes"),
+    "overhead, MB (quartiles)": lambda row: _overhead(row, 1e6, ",.0f"),
+    "in largest tensors (quartiles)": lambda row: _overhead(
+        row, row["largest_tensor_bytes"], ".2f"
+    ),
+}
+
+
+def main(arguments: Sequence[str]) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.load_memory", description=__doc__)
-    parser.add_argument("--gigabytes", type=float, default=2.0, help="of the checkpoint, in 1e9 B")
-    parser.add_argument("--devices", type=int, default=1, help="forced CPU devices, as mesh.fsdp")
-    parser.add_argument("--dtype", default="bfloat16", help="of the arrays that are loaded")
-    parser.add_argument("--output", type=Path, help="a JSON file for the numbers")
+    parser = command_line("load_memory", __doc__, repeats=3)
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="of the checkpoint; default 2")
+    parser.add_argument(
+        "--devices", type=positive, default=1, help="forced CPU devices, as mesh.fsdp; default 1"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="bfloat16",
+        help="of the arrays that are loaded; default bfloat16",
+    )
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.way is not None:
-        measured(arguments.way, arguments.directory, np.dtype(arguments.dtype))
+    options = parser.parse_args(arguments)
+    if not sys.platform.startswith("linux"):
+        parser.error(f"memory is read from /proc, which Linux alone has; this is {sys.platform}")
+    if options.way is not None:
+        measured(options.way, options.directory, np.dtype(options.dtype))
         return
-
-    folder = Path(tempfile.mkdtemp(prefix="load_memory-"))
-    try:
-        write_checkpoint(folder, arguments.gigabytes)
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        backbone = read_backbone_config(folder)
-        largest = backbone.vocab_size * backbone.hidden_size * np.dtype(arguments.dtype).itemsize
-        rows = {way: measure(way, folder, arguments.dtype, arguments.devices) for way in WAYS}
-    finally:
-        shutil.rmtree(folder)
-    print(
-        f"{size / 1e9:.2f} GB of bfloat16 in {backbone.num_layers} layers, loaded as "
-        f"{arguments.dtype} on {arguments.devices} CPU device(s); the largest tensor has "
-        f"{largest / 1e6:.0f} MB, files at most {SHARD_BYTES / 1e6:.0f} MB. In MB:\n"
-    )
-    print(f"{'':28}{'before':>8}{'peak':>8}{'result':>8}{'overhead':>10}  in largest tensors")
-    for way, row in rows.items():
-        before, peak, result, overhead = (
-            f"{row[key] / 1e6:.0f}" for key in ("before", "peak", "result", "overhead")
-        )
-        times = row["overhead"] / largest
-        print(f"{way:28}{before:>8}{peak:>8}{result:>8}{overhead:>10}  {times:.2f}")
-    if arguments.output is not None:
-        settings = {name: getattr(arguments, name) for name in ("gigabytes", "devices", "dtype")}
-        numbers = {"checkpoint": size, "largest_tensor": largest, "bytes": rows}
-        report = provenance() | {"settings": settings} | numbers
-        write_atomically(arguments.output, json.dumps(report, indent=2) + "\n")
+    measure(options, arguments).finish(COLUMNS, options.output)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -293,9 +293,13 @@ def ratio_cell(spread: Mapping[str, Any] | None) -> str:
 
 
 def command_line(
-    benchmark: str, description: str | None, *, repeats: int = 7
+    benchmark: str, description: str | None, *, repeats: int | None = 7
 ) -> argparse.ArgumentParser:
-    """A parser with the flags that all programs share; `repeats` is the default of `--repeats`."""
+    """A parser with the flags that all programs share.
+
+    Args:
+        repeats: the default of `--repeats`; None for a program that repeats nothing.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{benchmark}",
         description=description,
@@ -303,9 +307,10 @@ def command_line(
     )
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run?")
     parser.add_argument("--output", type=new_file, help="write the numbers to this JSON file")
-    parser.add_argument(
-        "--repeats", type=positive, default=repeats, help=f"timed rounds; default {repeats}"
-    )
+    if repeats is not None:
+        parser.add_argument(
+            "--repeats", type=positive, default=repeats, help=f"timed rounds; default {repeats}"
+        )
     return parser
 
 

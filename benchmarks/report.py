@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,8 @@ The times that are missing above, on one H100 or H200:
     python -m benchmarks.gpu --output FOLDER
     cp FOLDER/gpu.json benchmarks/results/gpu.json && python -m benchmarks.report
 
-The CPU's are measured again, on an idle machine, by `python -m benchmarks.all`."""
+The CPU's timings are measured again, on an idle machine, by `python -m benchmarks.all`. What is no
+timing, such as `ablation`, is not part of it: its command stands above its table."""
 
 
 class ResultsError(ValueError):
@@ -117,20 +119,25 @@ def columns_of(result: Result) -> Columns:
 
 
 def intervals(result: Result) -> list[Interval]:
-    """The times of a report's rows, named by the columns before that of the time."""
+    """The times of a report's rows, named by the columns before that of the time; a bare number
+    is no name without its heading."""
     columns = list(columns_of(result).items())
     at = [i for i, (heading, _) in enumerate(columns) if heading.startswith("time")]
     timed = [row for row in result.report["rows"] if row.get("seconds")]
     if not at or len(timed) < 2:
         return []
-    names = [cell for _, cell in columns[: at[0]]]
     found = []
     for row in timed:
-        cells = [cell(row) for cell in names]
+        cells = [(heading, cell(row)) for heading, cell in columns[: at[0]]]
+        names = [f"{heading} = {cell}" if _is_number(cell) else cell for heading, cell in cells]
         spread = row["seconds"]
-        label = ", ".join(cell for cell in cells if cell)
-        found.append(Interval(label, cells[0], spread["q1"], spread["median"], spread["q3"]))
+        label = ", ".join(name for name in names if name)
+        found.append(Interval(label, names[0], spread["q1"], spread["median"], spread["q3"]))
     return found
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"[\d,.]+", text) is not None
 
 
 def figure_of(result: Result) -> Callable[[Path], None] | None:

@@ -20,7 +20,7 @@ import argparse
 import functools
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ from benchmarks.workload import (
 )
 from laser_jax import encode
 from laser_jax.config import BackboneConfig, Dtype, RetrieverConfig, as_dict
+from laser_jax.evaluation.plots import Interval, plot_intervals
 from laser_jax.training.throughput import GIB, device_bytes, forward_flops
 
 BACKBONES = [SMALL, *(f"qwen3-{size}" for size in ("0.6b", "4b", "8b"))]
@@ -173,9 +174,9 @@ def measured(
             "seconds": vars(Spread.of(times[str(K)])) | {"repeats": times[str(K)]},
             "roofline_seconds": bound,
             "roofline_fraction": bound / seconds,
-            "of_matmul": row["flops"] / seconds / best.flops,
-            "matmul_flops_per_second": best.flops,
-            "copy_bytes_per_second": best.bytes,
+            "of_matmul": row["flops"] / seconds / best.flops.median,
+            "matmul_flops_per_second": vars(best.flops),
+            "copy_bytes_per_second": vars(best.bytes),
         }
         if best.data_sheet_flops is not None:
             row["mfu"] = row["flops"] / seconds / best.data_sheet_flops
@@ -225,6 +226,19 @@ def _number(key: str, unit: float, form: str) -> Any:
     return lambda row: format(row[key] / unit, form) if key in row else ""
 
 
+def _ceiling(key: str, unit: float, form: str) -> Any:
+    """The text of a ceiling; older files have its median alone."""
+
+    def cell(row: dict[str, Any]) -> str:
+        found = row.get(key)
+        if not isinstance(found, dict):
+            return _number(key, unit, form)(row)
+        median, q1, q3 = (format(found[name] / unit, form) for name in ("median", "q1", "q3"))
+        return f"{median} ({q1} to {q3})"
+
+    return cell
+
+
 def _pair(one: str, other: str, unit: float, form: str) -> Any:
     return lambda row: f"{row[one] / unit:{form}} / {row[other] / unit:{form}}"
 
@@ -253,9 +267,24 @@ COLUMNS = {
     "of roofline": _number("roofline_fraction", 1, ".0%"),
     "of large matmul": _number("of_matmul", 1, ".0%"),
     "MFU, data sheet": _number("mfu", 1, ".0%"),
-    "matmul, TFLOP/s": _number("matmul_flops_per_second", 1e12, ",.2f"),
-    "copy, GB/s": _number("copy_bytes_per_second", 1e9, ",.1f"),
+    "matmul, TFLOP/s": _ceiling("matmul_flops_per_second", 1e12, ",.2f"),
+    "copy, GB/s": _ceiling("copy_bytes_per_second", 1e9, ",.1f"),
 }
+
+
+def plot(rows: Sequence[Mapping[str, Any]], stem: Path) -> None:
+    """Draws the measured times against their rooflines."""
+    measured = [row for row in rows if "seconds" in row]
+    found = [
+        Interval(
+            f"{row['backbone']}, {row['rows']}×{row['tokens']}, K = {row['thinking_steps']}",
+            row["backbone"],
+            *(row["seconds"][key] for key in ("q1", "median", "q3")),
+            bound=row["roofline_seconds"],
+        )
+        for row in measured
+    ]
+    plot_intervals(found, "seconds, median and quartiles", stem, bound="roofline")
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """What smaller vectors cost: nDCG@10 of float16, int8 and binary search against float32.
 
-    python benchmarks/search_quality.py --data ../shared/data/scifact
-    python benchmarks/search_quality.py --data BEIR_DIR --corpus_vectors DIR --query_vectors DIR
+    python -m benchmarks.search_quality --data ../shared/data/scifact
+    python -m benchmarks.search_quality --data BEIR_DIR --corpus_vectors DIR --query_vectors DIR
 
 Without directories of vectors it makes its own, with no model: TF-IDF of words, projected onto the
 first singular vectors (latent semantic analysis, Deerwester et al. 1990) and normalised. They rank
@@ -10,20 +10,20 @@ real texts well enough for a loss to show. Differences are given with their 95 %
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.sparse
 import scipy.sparse.linalg
 
-from laser_jax.config import ConfigError, parse_command_line
-from laser_jax.evaluation.beir import BeirDataset, read_beir
+from benchmarks.measure import Report, command_line, environment, positive
+from laser_jax.evaluation.beir import BeirDataset, Document, EvalQuery, read_beir
 from laser_jax.evaluation.metrics import evaluate_run
-from laser_jax.evaluation.results import markdown_table
 from laser_jax.evaluation.significance import paired_bootstrap
 from laser_jax.search.codes import Code, decode_vectors, encode_vectors
 from laser_jax.search.topk import search
@@ -31,7 +31,6 @@ from laser_jax.search.trec import Run
 from laser_jax.search.vectors import read_manifest, read_shards
 
 METRIC = "nDCG@10"
-DEPTH = 100
 # (what to search with, how many times the depth is scored again with float32; 0 for none)
 SEARCHES: tuple[tuple[Code, int], ...] = (
     ("float32", 0),
@@ -42,23 +41,6 @@ SEARCHES: tuple[tuple[Code, int], ...] = (
     ("binary", 4),
     ("binary", 10),
 )
-
-
-@dataclass(frozen=True)
-class Options:
-    """Measures what smaller vectors cost."""
-
-    data: str
-    """A BEIR directory."""
-    split: str = "test"
-    corpus_vectors: str | None = None
-    query_vectors: str | None = None
-    dimension: int = 512
-    """Of the vectors made without a model; a multiple of 8."""
-
-    def __post_init__(self) -> None:
-        if (self.corpus_vectors is None) != (self.query_vectors is None):
-            raise ConfigError("give both corpus_vectors and query_vectors, or neither")
 
 
 Vectors = tuple[list[str], np.ndarray]
@@ -116,69 +98,135 @@ def lsa_vectors(dataset: BeirDataset, dimension: int) -> tuple[Vectors, Vectors]
     return vectors(documents), vectors(queries)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    try:
-        options = parse_command_line(Options, "python benchmarks/search_quality.py", arguments)
+def tiny_dataset() -> BeirDataset:
+    """Documents of random words, and queries of some of a document's."""
+    rng = np.random.default_rng(0)
+    words = [[f"word{n}" for n in rng.integers(0, 40, 12)] for _ in range(60)]
+    documents = [Document(f"d{n}", " ".join(some)) for n, some in enumerate(words)]
+    queries = {f"q{n}": EvalQuery(f"q{n}", " ".join(words[n][:4])) for n in range(20)}
+    return BeirDataset(documents, queries, {f"q{n}": {f"d{n}": 1} for n in range(20)})
+
+
+def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
+    """Searches in every way, and compares each with float32.
+
+    Raises:
+        ValueError: data or vectors that cannot be read or do not belong together.
+        OSError: they are not there.
+    """
+    here = environment()
+    if options.quick:
+        options.data, options.dimension, options.depth = "a tiny corpus", 16, 5
+        dataset = tiny_dataset()
+    else:
         dataset = read_beir(options.data, options.split)
-        if options.corpus_vectors and options.query_vectors:
-            corpus, queries = (
-                read_vectors(options.corpus_vectors),
-                read_vectors(options.query_vectors),
-            )
-        else:
-            corpus, queries = lsa_vectors(dataset, options.dimension)
-        excluded = {q.id: q.excluded_ids for q in dataset.queries.values()}
-        runs: dict[tuple[Code, int], Run] = {
-            (code, oversample): search(
-                queries[1],
-                corpus[1],
-                queries[0],
-                corpus[0],
-                DEPTH,
-                excluded,
-                code=code,
-                oversample=oversample,
-            )
-            for code, oversample in SEARCHES
-        }
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    if options.corpus_vectors is not None:
+        corpus, queries = read_vectors(options.corpus_vectors), read_vectors(options.query_vectors)
+        made_by = options.corpus_vectors
+    else:
+        corpus, queries = lsa_vectors(dataset, options.dimension)
+        made_by = "latent semantic analysis"
+    excluded = {q.id: q.excluded_ids for q in dataset.queries.values()}
+    runs: dict[tuple[Code, int], Run] = {
+        (code, oversample): search(
+            queries[1],
+            corpus[1],
+            queries[0],
+            corpus[0],
+            options.depth,
+            excluded,
+            code=code,
+            oversample=oversample,
+        )
+        for code, oversample in SEARCHES
+    }
     values = {
         how: [scores[METRIC] for scores in evaluate_run(run, dataset.qrels, [METRIC]).values()]
         for how, run in runs.items()
     }
+    settings = {
+        "data": options.data,
+        "split": options.split,
+        "vectors": made_by,
+        "queries": len(queries[0]),
+        "documents": len(corpus[0]),
+        "dimension": corpus[1].shape[1],
+        "depth": options.depth,
+    }
+    report = Report("search_quality", arguments, settings, here)
     exact = SEARCHES[0]
-    rows = []
-    for (code, oversample), run in runs.items():
-        how = (code, oversample)
-        loss = paired_bootstrap(values[how], values[exact])
-        kept = np.mean([len(run[q].keys() & runs[exact][q].keys()) / len(run[q]) for q in run])
-        rows.append(
-            [
-                code + (f", {oversample} x {DEPTH} scored again" if oversample else ""),
-                str(encode_vectors(corpus[1][:1], code).nbytes),
-                f"{np.mean(values[how]):.4f}",
-                f"{loss.difference:+.4f}",
-                f"{loss.low:+.4f} to {loss.high:+.4f}",
-                f"{kept:.4f}",
-            ]
+    for how, run in runs.items():
+        code, oversample = how
+        kept = [len(run[q].keys() & runs[exact][q].keys()) / len(run[q]) for q in run]
+        report.rows.append(
+            {
+                "code": code,
+                "oversample": oversample,
+                "depth": options.depth,
+                "bytes_a_document": encode_vectors(corpus[1][:1], code).nbytes,
+                METRIC: float(np.mean(values[how])),
+                "difference": vars(paired_bootstrap(values[how], values[exact])),
+                "same": float(np.mean(kept)),
+            }
         )
-    print(
-        f"{options.data} ({options.split}): {len(queries[0])} queries, {len(corpus[0])} documents, "
-        f"width {corpus[1].shape[1]}, "
-        + (options.corpus_vectors or "vectors by latent semantic analysis")
+    report.notes.append(
+        f"{options.data} ({options.split}): {len(queries[0])} queries, {len(corpus[0]):,} "
+        f"documents, vectors of width {corpus[1].shape[1]} by {made_by}; the first "
+        f"{options.depth} documents of every query."
     )
-    header = [
-        "search with",
-        "bytes a document",
-        METRIC,
-        "loss",
-        "95 % interval",
-        f"same of {DEPTH}",
-    ]
-    print(markdown_table(header, rows))
+    return report
+
+
+def _search(row: dict[str, Any]) -> str:
+    again = f", {row['oversample']} × {row['depth']} scored again" if row["oversample"] else ""
+    return row["code"] + again
+
+
+def _difference(row: dict[str, Any], form: str) -> str:
+    """Empty in the row that the others are compared with."""
+    exact = (row["code"], row["oversample"]) == SEARCHES[0]
+    return "" if exact else form.format(**row["difference"])
+
+
+COLUMNS = {
+    "search with": _search,
+    "bytes a document": lambda row: f"{row['bytes_a_document']:,}",
+    METRIC: lambda row: f"{row[METRIC]:.4f}",
+    "less float32's": lambda row: _difference(row, "{difference:+.4f}"),
+    "95 % interval": lambda row: _difference(row, "{low:+.4f} to {high:+.4f}"),
+    "same documents": lambda row: f"{row['same']:.2%}",
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command line."""
+    parser = command_line("search_quality", __doc__, repeats=None)
+    parser.add_argument("--data", help="a BEIR directory; --quick makes a tiny corpus instead")
+    parser.add_argument("--split", default="test", help="default test")
+    parser.add_argument("--corpus_vectors", help="a directory of vectors")
+    parser.add_argument("--query_vectors", help="a directory of vectors")
+    parser.add_argument(
+        "--dimension",
+        type=positive,
+        default=512,
+        help="of the vectors made without a model, a multiple of 8; default 512",
+    )
+    parser.add_argument(
+        "--depth", type=positive, default=100, help="documents of a query; default 100"
+    )
+    options = parser.parse_args(arguments)
+    if options.data is None and not options.quick:
+        parser.error("--data DIR is wanted: a BEIR directory, such as ../shared/data/scifact")
+    if (options.corpus_vectors is None) != (options.query_vectors is None):
+        parser.error("give both --corpus_vectors and --query_vectors, or neither")
+    if options.dimension % 8:
+        parser.error(f"--dimension must be a multiple of 8, got {options.dimension}")
+    try:
+        report = measure(options, arguments)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    report.finish(COLUMNS, options.output)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -35,10 +35,12 @@ from benchmarks import (
     gpu,
     gpu_checks,
     kernels,
+    load_memory,
     matmul,
     memory,
     rewrite_latency,
     search,
+    search_quality,
     thinking_overhead,
     train_step,
 )
@@ -348,6 +350,41 @@ def test_a_search_that_finds_something_else_is_not_timed() -> None:
         search.require_found("other", (right[0], worse), right, queries_QD, corpus_CD)
 
 
+def test_search_quality_compares_smaller_vectors_with_float32(tmp_path: Path) -> None:
+    output = tmp_path / "quality.json"
+    search_quality.main(["--quick", "--output", str(output)])
+    report = json.loads(output.read_text())
+    assert report["command"].startswith("python -m benchmarks.search_quality --quick")
+    assert set(report["environment"]) == ENVIRONMENT
+    rows = {(row["code"], row["oversample"]): row for row in report["rows"]}
+    assert list(rows) == list(search_quality.SEARCHES)
+    exact, signs, again = (rows[how] for how in (("float32", 0), ("binary", 0), ("binary", 10)))
+    assert exact["nDCG@10"] > 0.5
+    assert exact["difference"] == {"difference": 0.0, "low": 0.0, "high": 0.0}
+    assert signs["difference"]["low"] <= signs["difference"]["difference"] < 0
+    assert signs["same"] < again["same"] == exact["same"] == 1.0
+    assert exact["bytes_a_document"] == 32 * signs["bytes_a_document"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--data DIR is wanted"),
+        (["--data", "x", "--query_vectors", "y"], "both --corpus_vectors and --query_vectors"),
+        (["--quick", "--dimension", "12"], "a multiple of 8, got 12"),
+    ],
+)
+def test_search_quality_says_what_it_lacks(arguments: list[str], message: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        search_quality.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_search_quality_without_its_data_is_told(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"error: .*qrels/test.tsv is missing"):
+        search_quality.main(["--data", str(tmp_path)])
+
+
 def test_data_pipeline_counts_the_same_tokens_however_batches_are_made(
     tmp_path: Path, shared_data: Path
 ) -> None:
@@ -385,6 +422,31 @@ def test_memory_tells_the_peak_of_every_contender(tmp_path: Path, monkeypatch) -
     for row in rows:
         assert row["host_peak_bytes"] >= row["host_before_bytes"] > 0
         assert ("temp_bytes" in row) == (row["contender"] not in PYTORCH)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_load_memory_tells_what_every_way_takes_beyond_its_result(
+    tmp_path: Path, monkeypatch
+) -> None:
+    ways = load_memory.WAYS[-2:]  # a process each
+    monkeypatch.setattr(load_memory, "WAYS", ways)
+    report = run(load_memory.main, "load_memory", tmp_path, "--repeats", "1", "--devices", "2")
+    assert [row["way"] for row in report["rows"]] == list(ways)
+    for row in report["rows"]:
+        before, result, peak, overhead = (
+            row[f"{name}_bytes"]["median"] for name in ("before", "result", "peak", "overhead")
+        )
+        assert 0 < before <= peak <= row["peak_with_files_bytes"]["median"]
+        assert overhead == peak - before - result
+    loaded, written = report["rows"]
+    parameters = load_memory.count(SHAPES[TINY])
+    assert loaded["result_bytes"]["median"] >= 2 * parameters  # bfloat16, some leaves held twice
+    assert written["result_bytes"]["median"] == 0
+    assert "2 CPU device(s)" in report["notes"][0]
+
+
+def test_of_size_adds_layers_until_a_checkpoint_is_as_large() -> None:
+    assert 2 * load_memory.count(load_memory.of_size(2.0)) == pytest.approx(2e9, rel=0.02)
 
 
 def test_a_peak_is_that_of_the_runs_alone(monkeypatch) -> None:
@@ -460,6 +522,24 @@ def test_the_long_runs_ask_for_what_the_programs_can_do(command: str, monkeypatc
         program.main(arguments)
     assert len(asked) == 1
     assert not asked[0].quick
+
+
+def test_quick_runs_of_all_do_not_take_the_place_of_results(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    commands: list[list[str]] = []
+
+    def record(command: list[str]) -> Any:
+        commands.append(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(all_benchmarks.subprocess, "run", record)
+    with pytest.raises(SystemExit):
+        all_benchmarks.main(["--quick"])
+    assert "--quick wants --output FOLDER" in capsys.readouterr().err
+    assert commands == []
+    all_benchmarks.main(["--quick", "--output", str(tmp_path), "--only", "search"])
+    assert commands[0][-5:] == ["--quick", "--repeats", "1", "--output", f"{tmp_path}/search.json"]
 
 
 def test_unscanned_layers_leave_no_loop_in_a_step_that_does_not_think() -> None:

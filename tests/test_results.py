@@ -11,9 +11,10 @@ import pytest
 from benchmarks import encode_latency
 from benchmarks import report as reporting
 from benchmarks.report import Result, ResultsError, draw, inner_results, page, read_results
-from benchmarks.targets import TARGETS, reached
+from benchmarks.targets import TARGETS, Target, reached
 from benchmarks.workload import SHAPES
 from laser_jax.config import as_dict
+from laser_jax.evaluation.plots import Interval, plot_intervals
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks/results"
@@ -83,6 +84,55 @@ def test_a_target_takes_the_newest_measurement_of_its_backbone_and_dtype() -> No
     assert reached(TARGET, [gpu]) is None
 
 
+def meant_for(target: Target, **changes: Any) -> dict[str, Any]:
+    """A report of the workload of a target, with some values of another."""
+    values = dict(target.wanted) | {"device": target.device or "any", "thinking_steps": 3} | changes
+    backbone, full = values.pop("backbone", None), values.pop("full", False)
+    device = values.pop("device")
+    measured = {"queries_per_second": 9.0, "documents_per_second": 9.0}
+    measured |= {"seconds": spread(2.0), "ratio": spread(4.0)}
+    return {
+        "benchmark": target.benchmark,
+        "settings": {
+            "backbone": as_dict(SHAPES[backbone]) if backbone else None,
+            "lora": None if full else {"rank": 64},
+            "dtype": "float32" if target.backend == "cpu" else "bfloat16",
+        },
+        "environment": ENVIRONMENT | {"backend": target.backend, "device": device},
+        "rows": [values | measured],
+    }
+
+
+OTHERS = {
+    "encode_latency": {"backbone": "tiny", "rows": 1, "tokens": 64, "thinking_steps": 2},
+    "thinking_overhead": {"backbone": "tiny", "rows": 1, "tokens": 64, "thinking_steps": 2},
+    "encode_throughput": {"backbone": "tiny", "workload": "2×8", "thinking_steps": 2},
+    "train_step": {
+        "backbone": "tiny",
+        "queries": 2,
+        "query_tokens": 64,
+        "explicit_tokens": 300,
+        "documents_per_query": 3,
+        "document_tokens": 64,
+        "thinking_steps": 2,
+    },
+    "search": {"queries": 500, "documents": 100_000, "width": 512, "k": 10},
+}
+"""Values of a workload that no target is meant for."""
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.what)
+def test_a_target_is_not_met_by_another_workload_or_device(target: Target) -> None:
+    assert reached(target, [meant_for(target)]) is not None
+    others = OTHERS[target.benchmark] | {"contender": "NumPy"}
+    if target.benchmark == "train_step":
+        others |= {"full": not target.wanted["full"]}
+    for name, value in others.items():
+        assert reached(target, [meant_for(target, **{name: value})]) is None, name
+    on_h100 = reached(target, [meant_for(target, device="NVIDIA H100")])
+    assert (on_h100 is None) == ("H200" in target.what)
+
+
 @pytest.mark.parametrize(("ratio", "met"), [(3.0, "yes"), (2.9, "NO")])
 def test_the_table_says_whether_a_target_is_met(ratio: float, met: str) -> None:
     line = reporting.targets_table([latency(ratio=ratio)]).splitlines()[2]
@@ -119,6 +169,20 @@ def test_a_program_may_have_further_tables(monkeypatch) -> None:
     monkeypatch.setattr(encode_latency, "further_tables", tables, raising=False)
     text = page([Result("latency", latency())])
     assert "#### Slower rows\n\n| 2 of them |" in text
+
+
+def test_a_bare_number_is_named_by_its_column_in_a_figure() -> None:
+    labels = [interval.label for interval in reporting.intervals(Result("latency", latency()))]
+    assert labels == ["ours, 8×128, K = 3", "published PyTorch, 8×128, K = 3"]
+
+
+def test_an_axis_of_powers_of_ten_has_plain_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = [Interval(str(median), "", median, median, median) for median in (0.04, 0.1, 9.0)]
+    plot_intervals(found, "seconds", tmp_path / "figure")
+    drawn = (tmp_path / "figure.svg").read_text()
+    assert "<!-- 0.1 -->" in drawn
+    assert "e−0" not in drawn
 
 
 def test_the_same_results_give_the_same_figures(tmp_path: Path) -> None:

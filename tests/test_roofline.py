@@ -13,6 +13,7 @@ import pytest
 from benchmarks import roofline
 from benchmarks.ceilings import COPY, MATMUL, Ceilings, Sizes, ceilings
 from benchmarks.flops import encode_reading, parameters, reading_bytes, thought_bytes
+from benchmarks.measure import Spread
 from benchmarks.workload import SHAPES, drawn_unstacked, make_backbone, unstacked_shapes
 from laser_jax.config import ScratchConfig
 from laser_jax.training.throughput import forward_flops
@@ -52,17 +53,40 @@ def test_thoughts_cost_the_same_each() -> None:
 
 
 def test_a_roofline_is_the_slower_ceiling_of_each_kind_of_work() -> None:
-    best = Ceilings(flops=100.0, bytes=10.0, data_sheet_flops=None)
+    flops, moved = Spread.of([90.0, 100.0, 200.0]), Spread.of([10.0])
+    best = Ceilings(flops, moved, data_sheet_flops=None)
     work = {"reading_flops": 1000.0, "reading_bytes": 10.0}
     work |= {"thought_flops": 10.0, "thought_bytes": 30.0}
     assert roofline.roofline_seconds(work, 1, best) == 10.0
     assert roofline.roofline_seconds(work, 3, best) == 10.0 + 2 * 3.0
 
 
-def test_ceilings_are_medians() -> None:
+def test_ceilings_are_those_of_every_repeat() -> None:
     times = {MATMUL: [1.0, 2.0, 9.0], COPY: [3.0, 4.0, 5.0]}
     best = ceilings(times, "float32", Sizes(side=100, copied=400))
-    assert (best.flops, best.bytes, best.data_sheet_flops) == (1e6, 200.0, None)
+    assert (best.flops.minimum, best.flops.median, best.flops.maximum) == (2e6 / 9, 1e6, 2e6)
+    assert (best.bytes.median, best.data_sheet_flops) == (200.0, None)
+
+
+def test_the_table_shows_ceilings_with_their_quartiles_and_those_of_older_files() -> None:
+    cell = roofline.COLUMNS["copy, GB/s"]
+    assert cell({"copy_bytes_per_second": {"median": 2e9, "q1": 1e9, "q3": 3e9}}) == (
+        "2.0 (1.0 to 3.0)"
+    )
+    assert cell({"copy_bytes_per_second": 2e9}) == "2.0"
+    assert cell({}) == ""
+
+
+def test_the_figure_has_short_names_and_shows_the_roofline(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    seconds = {"q1": 1.0, "median": 2.0, "q3": 3.0}
+    row = {"backbone": "tiny", "rows": 8, "tokens": 128, "thinking_steps": 3}
+    measured = row | {"seconds": seconds, "roofline_seconds": 1.5}
+    roofline.plot([measured, row], tmp_path / "figure")
+    drawn = (tmp_path / "figure.svg").read_text()
+    assert drawn.count("<!-- tiny, 8×128, K = 3 -->") == 1
+    assert "<!-- roofline -->" in drawn
+    roofline.plot([row], tmp_path / "figure")  # nothing was measured
 
 
 def test_weights_are_drawn_as_the_model_lays_them_out() -> None:

@@ -41,6 +41,20 @@ def _save(figure: Any, stem: Path) -> None:
                 figure.savefig(part, format=form, dpi=150, metadata=metadata)
 
 
+def _log_axis(axes: Any, values: Sequence[float]) -> None:
+    """Makes the horizontal axis logarithmic, with plain numbers: more of them within a decade
+    where the values span few."""
+    require_matplotlib()
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    span = max(values) / min(values)
+    numbered = (1,) if span > 300 else (1, 2, 5) if span > 10 else range(1, 10)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=numbered))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
 def plot_quality_by_steps(
     curves: Mapping[str, Mapping[int, float]],
     levels: Mapping[str, float],
@@ -88,8 +102,6 @@ def plot_latency_quality(
         stem: the files are this with .png and .svg.
     """
     figure, axes = _figure()
-    from matplotlib.ticker import LogFormatter
-
     for name, points in series.items():
         alone = len(points) == 1
         axes.plot(
@@ -107,9 +119,7 @@ def plot_latency_quality(
                 xytext=(4, 4),
                 fontsize=7,
             )
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(LogFormatter())
-    axes.xaxis.set_minor_formatter(LogFormatter())  # figures where less than a decade is shown
+    _log_axis(axes, [point.milliseconds for points in series.values() for point in points])
     axes.set_xlabel("milliseconds a query")
     axes.set_ylabel(metric)
     axes.legend()
@@ -126,19 +136,23 @@ class Interval:
     q1: float
     median: float
     q3: float
+    bound: float | None = None
+    """What the value could be at best."""
 
 
-def plot_intervals(intervals: Sequence[Interval], quantity: str, stem: Path) -> None:
-    """Draws a line of quartiles with a point at the median for each value, the first on top. The
-    axis begins at 0, or is logarithmic where the medians are more than tenfold apart.
+def plot_intervals(
+    intervals: Sequence[Interval], quantity: str, stem: Path, bound: str = "bound"
+) -> None:
+    """Draws a line of quartiles with a point at the median for each value, the first on top, and a
+    black stroke at its bound. The axis begins at 0, or is logarithmic where the medians are more
+    than tenfold apart.
 
     Args:
         quantity: what the axis shows.
+        bound: what the legend calls the bounds.
         stem: the files are this with .png and .svg.
     """
     figure, axes = _figure(1.0 + 0.24 * len(intervals))
-    from matplotlib.ticker import LogFormatter
-
     kinds = list(dict.fromkeys(value.kind for value in intervals))
     told_apart = 1 < len(kinds) < len(intervals)  # else the labels say it all
     for place, value in enumerate(intervals):
@@ -151,18 +165,28 @@ def plot_intervals(intervals: Sequence[Interval], quantity: str, stem: Path) -> 
             marker="o",
             linestyle="none",
             color=color,
-            label=value.kind if first else None,
+            label=value.kind if first and told_apart else None,
+        )
+    bounds = [(v.bound, place) for place, v in enumerate(intervals) if v.bound is not None]
+    if bounds:
+        axes.plot(
+            *zip(*bounds, strict=True),
+            marker="|",
+            markersize=10,
+            markeredgewidth=1.5,
+            linestyle="none",
+            color="black",
+            label=bound,
         )
     axes.set_yticks(range(len(intervals)), [value.label for value in intervals], fontsize=8)
     axes.invert_yaxis()
     medians = [value.median for value in intervals]
-    if max(medians) > 10 * min(medians):
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(LogFormatter())
+    if medians and max(medians) > 10 * min(medians):
+        _log_axis(axes, medians)
     else:
         axes.set_xlim(left=0)
     axes.grid(axis="x", which="both", alpha=0.3)
-    axes.set_xlabel(quantity)
-    if told_apart:
-        figure.legend(loc="outside upper right", fontsize=8, ncols=min(len(kinds), 4))
+    axes.set_xlabel(quantity, loc="right")  # has the room below the labels too
+    if told_apart or bounds:
+        figure.legend(loc="outside upper right", fontsize=8, ncols=min(len(kinds) + 1, 4))
     _save(figure, stem)
