@@ -46,7 +46,8 @@ class ThinkOptions:
     serve: bool = False
     """Serve a page with a form instead, until Ctrl-C."""
     host: str = "127.0.0.1"
-    """The address that --serve listens on; another one lets others ask too."""
+    """The address that --serve listens on, of IPv4 or IPv6, or its name; another one lets others
+    ask too."""
     port: int = 8000
     """Its port; 0 takes a free one."""
 
@@ -130,8 +131,7 @@ def serve(options: ThinkOptions) -> None:
             options.instruction,
             options.num_thinking_steps,
         )
-        host, port = server.server_address[:2]
-        print(f"{about}\nhttp://{host}:{port}/ (Ctrl-C ends it)", flush=True)
+        print(f"{about}\n{server.url} (Ctrl-C ends it)", flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
