@@ -46,7 +46,8 @@ class ThinkOptions:
     serve: bool = False
     """Serve a page with a form instead, until Ctrl-C."""
     host: str = "127.0.0.1"
-    """The address that --serve listens on; another one lets others ask too."""
+    """The address that --serve listens on, of IPv4 or IPv6, or its name; another one lets others
+    ask too."""
     port: int = 8000
     """Its port; 0 takes a free one."""
 
@@ -57,6 +58,13 @@ class ThinkOptions:
         K = self.num_thinking_steps
         if K is not None and K < 1:
             raise ConfigError(f"num_thinking_steps must be at least 1, got {K}")
+        for name in ("text", "instruction", "reasoning"):
+            try:
+                (getattr(self, name) or "").encode()
+            except UnicodeEncodeError as error:  # a byte of the command line that is no UTF-8
+                raise ConfigError(
+                    f"{name} is no Unicode text, give it in UTF-8: {error}"
+                ) from error
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must lie in 0..65535, got {self.port}")
         if not self.serve:
@@ -75,12 +83,13 @@ def find_corpus(options: ThinkOptions) -> tuple[Corpus | None, str]:
     sentence about it, or about why there is none.
 
     Raises:
+        ConfigError: the run's config.json is not what laser_jax.train writes.
         FileNotFoundError, DatasetError: as `load_corpus`.
     """
     directory, missing = options.corpus, "No corpus; --corpus DIR shows how its ranking moves."
     run = Path(options.model).parent / "config.json"
     if directory is None and run.is_file():
-        directory = json.loads(run.read_text()).get("data", {}).get("eval")
+        directory = _evaluation_set(run)
         if directory and not Path(directory).is_dir():
             missing = f"No corpus: the run's own, {directory}, is not there; --corpus names one."
             directory = None
@@ -88,6 +97,23 @@ def find_corpus(options: ThinkOptions) -> tuple[Corpus | None, str]:
         return None, missing
     corpus = load_corpus(directory)
     return corpus, f"Corpus {directory}, {len(corpus.documents)} documents."
+
+
+def _evaluation_set(run: Path) -> str | None:
+    """`data.eval` in the config.json of a run; None where it has none."""
+    mend = "mend it, or name the corpus with --corpus DIR, then it is not read"
+    try:
+        config = json.loads(run.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ConfigError(f"{run}: not valid JSON: {error}; {mend}") from error
+    data = config.get("data", {}) if isinstance(config, dict) else config
+    directory = data.get("eval") if isinstance(data, dict) else data
+    if not isinstance(data, dict) or not isinstance(directory, str | None):
+        raise ConfigError(
+            f'{run}: expected {{"data": {{"eval": "DIR"}}}} as laser_jax.train writes it, got '
+            f"{str(config)[:80]}; {mend}"
+        )
+    return directory
 
 
 def describe(thought: Thought) -> str:
@@ -130,8 +156,7 @@ def serve(options: ThinkOptions) -> None:
             options.instruction,
             options.num_thinking_steps,
         )
-        host, port = server.server_address[:2]
-        print(f"{about}\nhttp://{host}:{port}/ (Ctrl-C ends it)", flush=True)
+        print(f"{about}\n{server.url} (Ctrl-C ends it)", flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:

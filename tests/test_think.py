@@ -193,6 +193,35 @@ def test_without_a_corpus_the_command_says_how_to_name_one(
     assert "the run's own, gone/corpus, is not there" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"not JSON", "not valid JSON: Expecting value"),
+        (b'"\xff"', "not valid JSON: 'utf-8' codec"),
+        (b"[]", r'expected {"data": {"eval": "DIR"}} .* got \[\]'),
+        (b'{"data": null}', "got {'data': None}"),
+        (b'{"data": {"eval": ["DIR"]}}', r"got {'data': {'eval': \['DIR'\]}}"),
+    ],
+)
+def test_a_wrong_config_of_the_run_is_named_and_not_read_where_a_corpus_is(
+    thinking_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: bytes,
+    message: str,
+) -> None:
+    model = tmp_path / "model"
+    model.symlink_to(thinking_model, target_is_directory=True)
+    (tmp_path / "config.json").write_bytes(content)
+    command = ["--model", str(model), "--text", QUERY, "--num_thinking_steps", "1"]
+    with pytest.raises(SystemExit, match=message) as refused:
+        main(command)
+    assert f"{tmp_path / 'config.json'}: " in str(refused.value)
+    assert "name the corpus with --corpus DIR" in str(refused.value)
+    main([*command, "--corpus", str(thinking_model.parent / "corpus")])
+    assert "3 documents" in capsys.readouterr().out
+
+
 def test_html_writes_a_page_that_stands_alone(thinking_model: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     main(["--model", str(thinking_model), "--text", QUERY, "--html", str(page)])
@@ -208,6 +237,10 @@ def test_html_writes_a_page_that_stands_alone(thinking_model: Path, tmp_path: Pa
         (["--text", "x", "--num_thinking_steps", "0"], "num_thinking_steps must be at least 1"),
         (["--text", "x", "--top", "0"], "top must be at least 1, got 0"),
         (["--text", "x", "--top_documents", "0"], "top_documents must be at least 1, got 0"),
+        (["--text", "x", "--top", "1000"], r"top must be at most \d+, the vocabulary of .*model"),
+        (["--text", "bad \udcff bytes"], r"text is no Unicode text, give it in UTF-8: .*\\udcff"),
+        (["--text", "x", "--instruction", "\udcff"], "instruction is no Unicode text"),
+        (["--text", "x", "--reasoning", "\udcff"], "reasoning is no Unicode text"),
         (["--text", "x", "--corpus", "/nowhere"], "/nowhere"),
         (["--text", "x", "--html", "/nowhere/x.html"], "the folder of --html"),
         (["--text", "  "], "the query is empty"),

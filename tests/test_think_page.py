@@ -394,6 +394,37 @@ def test_a_port_in_use_is_refused_before_the_model_is_loaded() -> None:
             main(["--model", "/nowhere", "--serve", "--port", str(port)])
 
 
+def test_ipv6_is_served_and_its_loopback_answers_local_names_alone(site: Site) -> None:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    with PageServer("::1", 0) as server:
+        server.site = site
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            assert server.url == f"http://[::1]:{server.server_address[1]}/"
+            with urllib.request.urlopen(server.url) as response:
+                assert len(Page(response.read().decode()).all("form")) == 1
+            evil = urllib.request.Request(server.url, headers={"Host": "evil.example"})
+            with pytest.raises(urllib.error.HTTPError, match=r"Ask for http://\[::1\]") as refused:
+                urllib.request.urlopen(evil)
+            refused.value.close()
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.1", "..", "a" * 70])
+def test_a_host_that_is_not_this_machine_is_refused_without_blaming_the_port(host: str) -> None:
+    with pytest.raises(SystemExit, match=re.escape(f"listen on {host}")) as refused:
+        main(["--model", "/nowhere", "--serve", "--host", host])
+    assert "--host takes an address or a name of this machine" in str(refused.value)
+    assert "--port" not in str(refused.value)
+
+
 # --- in a browser ------------------------------------------------------------------------------
 
 _CHROMIUM = shutil.which("chromium")

@@ -6,12 +6,15 @@ an address shows the same again, and there is nothing that a request could chang
 
 from __future__ import annotations
 
+import errno
 import ipaddress
+import socket
 import threading
 import traceback
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 from laser_jax.inspection.page import Form, render_page
@@ -20,6 +23,11 @@ from laser_jax.inspection.thought import Inspector
 LARGEST_STEPS = 32
 """A page with more columns cannot be read, and each new K compiles a program."""
 _EXAMPLES = 8
+_MENDS: dict[int | None, str] = {
+    errno.EADDRINUSE: "end what holds it, or choose another with --port (0 takes any free one)",
+    errno.EACCES: "choose another with --port, from 1024 on (0 takes any free one)",
+}
+_MEND_HOST = "--host takes an address or a name of this machine, such as 127.0.0.1 (the default)"
 
 
 @dataclass(frozen=True)
@@ -110,26 +118,45 @@ def _is_local(host: str) -> bool:
         return name == "localhost"
 
 
+def _resolved(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
+    """The family and the address to listen on; a name of both families means IPv4."""
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, *_, address = min(found, key=lambda one: one[0] != socket.AF_INET)
+    return family, address
+
+
 class PageServer(ThreadingHTTPServer):
     """Listens from its creation on; answers once `site` is set and `serve_forever` runs.
 
     A browser opens connections that it does not use, so each has a thread; the model has one at a
     time.
+
+    Attributes:
+        local_only: it listens on the loopback.
+        url: the address of the page.
     """
 
     site: Site | None = None
 
     def __init__(self, host: str, port: int) -> None:
-        """Raises an OSError that says how to mend it when the port cannot be had."""
+        """Listens on an address, or a name of one, of IPv4 or IPv6.
+
+        Raises:
+            OSError: host or port cannot be had; says how to mend it.
+        """
         self.model_lock = threading.Lock()
-        self.local_only = _is_local(host)
         try:
-            super().__init__((host, port), _Handler)
-        except OSError as error:
-            raise OSError(
-                f"cannot listen on {host}, port {port} ({error.strerror}): end what holds it, or "
-                "choose another with --port (0 takes any free one)"
-            ) from error
+            self.address_family, address = _resolved(host, port)
+            super().__init__(address, _Handler)
+        except (OSError, UnicodeError) as error:  # the latter of names that no host can have
+            number, reason = None, str(error)
+            if isinstance(error, OSError):
+                number, reason = error.errno, error.strerror
+            mend = _MENDS.get(number, _MEND_HOST)
+            raise OSError(f"cannot listen on {host}, port {port} ({reason}): {mend}") from error
+        bound, port = str(self.server_address[0]), self.server_address[1]
+        self.local_only = ipaddress.ip_address(bound).is_loopback
+        self.url = f"http://[{bound}]:{port}/" if ":" in bound else f"http://{bound}:{port}/"
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -139,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
         # Another site can make a browser ask here under a name of its own, and read what comes
         # back: only names of this machine are served on its loopback.
         if self.server.local_only and not _is_local(self.headers.get("Host", "")):
-            self.send_error(HTTPStatus.FORBIDDEN, "Ask for 127.0.0.1 or localhost")
+            self.send_error(HTTPStatus.FORBIDDEN, f"Ask for {self.server.url}")
             return
         site = self.server.site
         assert site is not None

@@ -190,9 +190,15 @@ class Inspector:
             model: a directory that laser_jax.train exported.
 
         Raises:
-            FileNotFoundError, ValueError: model or tokenizer are not what they should be.
+            FileNotFoundError, ValueError: model or tokenizer are not what they should be, or
+                `top_tokens` are more than there are.
         """
         variables, self.config = load_pretrained(model)
+        vocabulary = self.config.backbone.vocab_size
+        if top_tokens > vocabulary:
+            raise ValueError(
+                f"top must be at most {vocabulary}, the vocabulary of {model}, got {top_tokens}"
+            )
         self._prompts = PromptTokenizer(load_tokenizer(model), self.config.prompt)
         self.corpus = corpus
         queries = corpus.queries if corpus else []
