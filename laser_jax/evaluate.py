@@ -100,7 +100,7 @@ class RunOptions:
     qrels: str
     """Judgements: a .tsv is BEIR's form, any other name trec_eval's; plain or .gz."""
     excluded: str | None = None
-    """Documents to take out of the ranking first: a queries.jsonl with `excluded_ids`, or a .tsv
+    """Documents to take out of the rankings first: a queries.jsonl with `excluded_ids`, or a .tsv
     of query and document id."""
     metrics: tuple[str, ...] = METRICS
     """NAME@CUTOFF with NAME one of nDCG, nDCG_exp, Recall, P, MRR, MAP, Hit."""
@@ -150,11 +150,10 @@ def evaluate_trec_run(options: RunOptions) -> dict[str, Any]:
         "judged, not in the run": len(qrels.keys() - run.keys()),
         "judged, without a relevant document": _without_relevant(qrels),
     }
-    if options.excluded:
-        run = without_excluded(run, read_excluded(options.excluded))
-    if options.complete:
-        run |= {query: {} for query in qrels if query not in run}
-    per_query = evaluate_run(run, qrels, options.metrics)
+    excluded = read_excluded(options.excluded) if options.excluded else {}
+    run = without_excluded(run, excluded)
+    counted = run | {query: {} for query in qrels if options.complete and query not in run}
+    per_query = evaluate_run(counted, qrels, options.metrics)
     if not per_query:
         raise DatasetError(
             f"no query of {options.run} is judged in {options.qrels}; their first queries are "
@@ -162,8 +161,9 @@ def evaluate_trec_run(options: RunOptions) -> dict[str, Any]:
         )
     scores = mean(per_query)
     if options.original_run and options.original_qrels:
+        original = without_excluded(read_trec_run(options.original_run), excluded)
         changes = changed_documents(read_qrels_file(options.original_qrels), qrels)
-        changes_of = p_mrr(read_trec_run(options.original_run), run, changes)
+        changes_of = p_mrr(original, run, changes)
         scores |= mean({query: {P_MRR: value} for query, value in changes_of.items()})
         counts["queries with a changed document"] = len(changes_of)
     result = {

@@ -89,6 +89,23 @@ def test_p_mrr_is_scored_beside_the_rest(files: Path) -> None:
         score(files, *original)
 
 
+def test_p_mrr_reads_both_runs_alike(files: Path) -> None:
+    run = "q1 Q0 x 1 3 t\nq1 Q0 a 2 2 t\nq1 Q0 b 3 1 t\n"
+    (files / "run.trec").write_text(run)
+    (files / "original.trec").write_text(run)
+    (files / "original.txt").write_text("q1 0 b 1\nq1 0 a 1\nq3 0 a file.txt 1\n")
+    (files / "excluded.tsv").write_text("q1\tx\n")
+    original = ["--original_run", str(files / "original.trec")]
+    original += ["--original_qrels", str(files / "original.txt")]
+    excluded = ["--excluded", str(files / "excluded.tsv")]
+    assert score(files, *original, *excluded)["scores"]["p-MRR"] == 0
+    # an entry that --complete makes up is no ranking under the changed instruction
+    (files / "original.txt").write_text("q1 0 b 1\nq1 0 a 1\nq2 0 b 1\n")
+    (files / "original.trec").write_text(run + "q2 Q0 b 1 1 t\n")
+    with pytest.raises(SystemExit, match="the changed run lacks query 'q2'"):
+        score(files, *original, "--complete", "true")
+
+
 def test_reference_runs_reach_their_reference(shared_data: Path, tmp_path: Path) -> None:
     folder = shared_data / "bright_runs_a"
     reference = json.loads((folder / "reference_metrics.json").read_text())["pony"]["all"]
