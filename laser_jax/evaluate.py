@@ -61,6 +61,7 @@ from laser_jax.evaluation.retrieval import (
     EXPLICIT,
     REWRITES,
     QueryTokens,
+    document_prompts,
     explicit_view_fault,
     latent,
     query_ways,
@@ -445,9 +446,16 @@ def _evaluate(
         print(f"left out {len(data.bad_lines)} bad lines:", *shown, sep="\n  ")
     if fault := explicit_view_fault(dataset, config):
         print(f"no explicit view: {fault}")
+    documents = document_prompts(prompts, dataset)
+    document_rows = [document.ids for document in documents]
+    shortened = {"documents": sum(document.truncated for document in documents)}
+    _print_lengths("documents", document_rows, shortened["documents"])
+    for name, way in ways.items():
+        shortened[f"queries, {name}"] = way.shortened
+        _print_lengths(f"queries, {name}", way.rows, way.shortened)
     runs = rank_ways(
         encoder,
-        prompts,
+        document_rows,
         dataset,
         ways,
         depth=options.depth,
@@ -484,6 +492,7 @@ def _evaluate(
         writing_milliseconds_per_query={
             run: time for run, time in data.writing_milliseconds().items() if run in runs
         },
+        shortened=shortened,
     )
     _remove_evaluation(output)
     (output / "runs").mkdir(exist_ok=True)
@@ -502,6 +511,13 @@ def _evaluate(
         )
     write_evaluation(output, evaluation)
     return evaluation
+
+
+def _print_lengths(what: str, rows: Sequence[list[int]], shortened: int) -> None:
+    print(
+        f"{len(rows):,} {what}: {sum(map(len, rows)) / len(rows):.1f} tokens each, "
+        f"{shortened:,} shortened ({shortened / len(rows):.2%})"
+    )
 
 
 def _milliseconds_per_query(encoder: LatentEncoder, rows: list[list[int]], k: int) -> float:

@@ -303,6 +303,33 @@ def test_queries_without_reasoning_or_instruction(
     assert not list((tmp_path / "out").glob("quality*"))
 
 
+def test_texts_that_do_not_fit_are_counted_and_said(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_data(tmp_path / "towns")
+    corpus, queries = data / "corpus.jsonl", data / "queries.jsonl"
+    corpus.write_text(corpus.read_text().replace("on a river.", "far away. " * 60, 2))
+    queries.write_text(queries.read_text().replace("Where is Ulm?", "Where is Ulm? " * 60))
+    queries.write_text(queries.read_text().replace("So: Jena.", "So: Jena. " * 300))
+    main(arguments(model, data, tmp_path / "out", "--plot", "false", "--max_length", "90"))
+    wanted = {
+        "documents": 2,
+        "queries, latent": 1,
+        f"queries, {EXPLICIT}": 2,  # Ulm's prompt, Jena's reasoning
+        f"queries, {CONTROL}": 2,
+    }
+    assert read_evaluation(tmp_path / "out").shortened == wanted
+    out = capsys.readouterr().out
+    assert re.search(r"^6 documents: [0-9.]+ tokens each, 2 shortened \(33\.33%\)$", out, re.M)
+    assert re.search(r"^6 queries, latent: .* 1 shortened \(16\.67%\)$", out, re.M)
+
+    results = tmp_path / "out" / "results.json"
+    older = json.loads(results.read_text())
+    del older["shortened"]
+    results.write_text(json.dumps(older))
+    assert read_evaluation(tmp_path / "out").shortened == {}
+
+
 # --- rewrite-then-retrieve -----------------------------------------------------------------------
 
 
