@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,7 @@ P_MRR = "p-MRR"
 PLOT_STEM = "quality_by_steps"
 DOMAINS_FILE = "domains.md"
 SHOWN_BAD_LINES = 5
+_PART = ".evaluation.part"
 
 
 # --- a run -------------------------------------------------------------------------------------
@@ -281,8 +284,26 @@ def _claim_output(output: Path, overwrite: bool) -> None:
     output.mkdir(parents=True, exist_ok=True)
 
 
+@contextmanager
+def _replaced_evaluation(output: Path) -> Iterator[Path]:
+    """Gives a folder for the files of an evaluation, which take the place of an older one when the
+    block ends. If the block fails, the older one stays and nothing is left of the new one."""
+    part = output / _PART
+    shutil.rmtree(part, ignore_errors=True)  # of a killed process
+    try:
+        (part / "runs").mkdir(parents=True)
+        yield part
+        _remove_evaluation(output)
+        (output / "runs").mkdir(exist_ok=True)
+        written = [file for file in part.rglob("*") if file.is_file()]
+        for file in sorted(written, key=lambda file: file.name == RESULTS_FILE):  # that one last
+            file.replace(output / file.relative_to(part))
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def _remove_evaluation(output: Path) -> None:
-    """Removes an older evaluation, whose runs need not be those of this one."""
+    """Removes an older evaluation, whose runs need not be those of the new one."""
     old = [output / RESULTS_FILE, output / PER_QUERY_FILE, *output.glob(f"{PLOT_STEM}.*")]
     for file in (*old, *(output / "runs").glob("*.trec")):
         file.unlink(missing_ok=True)
@@ -494,22 +515,21 @@ def _evaluate(
         },
         shortened=shortened,
     )
-    _remove_evaluation(output)
-    (output / "runs").mkdir(exist_ok=True)
-    for name, run in runs.items():
-        slug = re.sub(r"[^A-Za-z0-9]+", "-", name)
-        write_trec_run(run, output / "runs" / f"{slug}.trec", slug)
-    write_per_query(output / PER_QUERY_FILE, per_query)
-    if options.plot:
-        metric = options.metrics[0]
-        by_steps = {k: evaluation.scores[latent(k)][metric] for k in ways["latent"].steps}
-        plot_quality_by_steps(
-            {"latent view": by_steps},
-            {n: evaluation.scores[n][metric] for n in ways if n != "latent"},
-            metric,
-            output / PLOT_STEM,
-        )
-    write_evaluation(output, evaluation)
+    with _replaced_evaluation(output) as part:
+        for name, run in runs.items():
+            slug = re.sub(r"[^A-Za-z0-9]+", "-", name)
+            write_trec_run(run, part / "runs" / f"{slug}.trec", slug)
+        write_per_query(part / PER_QUERY_FILE, per_query)
+        if options.plot:
+            metric = options.metrics[0]
+            by_steps = {k: evaluation.scores[latent(k)][metric] for k in ways["latent"].steps}
+            plot_quality_by_steps(
+                {"latent view": by_steps},
+                {n: evaluation.scores[n][metric] for n in ways if n != "latent"},
+                metric,
+                part / PLOT_STEM,
+            )
+        write_evaluation(part, evaluation)
     return evaluation
 
 

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -284,7 +285,28 @@ def test_a_full_disk_is_named_and_leaves_no_results(
     output = tmp_path / "out"
     with pytest.raises(SystemExit, match=r"error: .*No space left on device: '.*latent-K-1\.trec'"):
         main(arguments(model, evaluated.parent / "towns", output, "--plot", "false"))
-    assert [path.name for path in output.rglob("*")] == ["runs"]
+    assert list(output.rglob("*")) == []
+
+
+@pytest.mark.parametrize("name", ["latent-K-2.trec", "per_query.tsv", "results.json"])
+def test_a_full_disk_leaves_the_older_evaluation_as_it_was(
+    model: Path, evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(evaluated, output)
+    old = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    replace = Path.replace
+
+    def full(path: Path, target: Path) -> Path:
+        if path.name.startswith(f".{name}"):
+            raise OSError(28, "No space left on device")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    more = ["--plot", "false", "--overwrite", "true", "--depth", "200"]
+    with pytest.raises(SystemExit, match=f"error: .*No space left on device: '.*{name}'"):
+        main(arguments(model, evaluated.parent / "towns", output, *more))
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == old
 
 
 def test_queries_without_reasoning_or_instruction(
