@@ -467,6 +467,8 @@ def _evaluate(
         print(f"left out {len(data.bad_lines)} bad lines:", *shown, sep="\n  ")
     if fault := explicit_view_fault(dataset, config):
         print(f"no explicit view: {fault}")
+    elif CONTROL not in ways:
+        print("no control: it wants a second query, whose reasoning the first would be read with")
     documents = document_prompts(prompts, dataset)
     document_rows = [document.ids for document in documents]
     shortened = {"documents": sum(document.truncated for document in documents)}

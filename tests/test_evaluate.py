@@ -325,6 +325,19 @@ def test_queries_without_reasoning_or_instruction(
     assert not list((tmp_path / "out").glob("quality*"))
 
 
+def test_a_single_query_has_no_control(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_data(tmp_path / "towns")
+    first, *_ = (data / "queries.jsonl").read_text().splitlines()
+    (data / "queries.jsonl").write_text(first + "\n")
+    qrels = data / "qrels" / "test.tsv"
+    qrels.write_text("\n".join(qrels.read_text().splitlines()[:2]) + "\n")
+    main(arguments(model, data, tmp_path / "out", "--plot", "false"))
+    assert "no control: " in capsys.readouterr().out
+    assert list(read_evaluation(tmp_path / "out").scores) == RUNS[:4]
+
+
 def test_texts_that_do_not_fit_are_counted_and_said(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

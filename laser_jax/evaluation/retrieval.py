@@ -111,8 +111,8 @@ def query_ways(
     steps: Sequence[int],
     control_seed: int | None = None,
 ) -> dict[str, QueryTokens]:
-    """The queries as tokens: "latent" always; `EXPLICIT` and, with a seed, `CONTROL` where
-    `explicit_view_fault` finds none.
+    """The queries as tokens: "latent" always; `EXPLICIT` and, with a seed and more than one query,
+    `CONTROL` where `explicit_view_fault` finds none.
 
     Raises:
         DatasetError: a query without an instruction.
@@ -133,7 +133,7 @@ def query_ways(
         return _query_tokens(reasoned, (1,), config.num_thinking_steps, alone)
 
     ways[EXPLICIT] = explicit(range(len(queries)))
-    if control_seed is not None:
+    if control_seed is not None and len(queries) > 1:
         ways[CONTROL] = explicit(other_queries(len(queries), control_seed).tolist())
     return ways
 
