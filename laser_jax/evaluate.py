@@ -81,7 +81,7 @@ from laser_jax.evaluation.rewrites import (
 )
 from laser_jax.evaluation.significance import paired_bootstrap
 from laser_jax.files import write_atomically
-from laser_jax.retriever import LatentRetriever, local_mesh
+from laser_jax.retriever import LatentRetriever, local_mesh, require_positions
 from laser_jax.search.trec import DatasetError, read_excluded, read_trec_run, write_trec_run
 
 METRICS = ("nDCG@10", "Recall@100", "MRR@10")
@@ -387,6 +387,8 @@ def _load(options: ModelOptions) -> tuple[LatentEncoder, PromptTokenizer]:
     config = load_retriever_config(options.model)
     if options.max_length is not None:
         config = with_max_length(config, options.max_length)
+    for side in ("query_max_length", "document_max_length"):
+        require_positions(config, side, max(options.thinking_steps))
     retriever = LatentRetriever.from_pretrained(
         options.model,
         config=config,

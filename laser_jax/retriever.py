@@ -37,6 +37,7 @@ _BLOCKS_AHEAD = 2
 _SHORT_BATCHES = (1, 8)
 
 Overflow = Literal["truncate", "error"]
+LimitKey = Literal["query_max_length", "document_max_length"]
 
 
 class OverlongTextError(ValueError):
@@ -261,7 +262,7 @@ class LatentRetriever:
         self,
         texts: str | Sequence[str],
         tokenise: Callable[[int, str], PromptTokens],
-        limit_key: Literal["query_max_length", "document_max_length"],
+        limit_key: LimitKey,
         batch_size: int | None,
         show_progress_bar: bool,
         truncate_dim: int | None,
@@ -280,13 +281,8 @@ class LatentRetriever:
         if on_overflow not in ("truncate", "error"):
             raise ValueError(f'on_overflow is "truncate" or "error", not {on_overflow!r}')
         steps = config.num_thinking_steps if num_thinking_steps is None else num_thinking_steps
+        require_positions(config, limit_key, steps)
         limit: int = getattr(config.prompt, limit_key)
-        positions = config.backbone.max_position_embeddings
-        if limit + steps > positions:
-            raise ValueError(
-                f"prompt.{limit_key} {limit} and {steps} thinking steps take {limit + steps} "
-                f"positions, and the model has {positions}"
-            )
         cut: set[int] = set()
 
         def tokenise_block(places: Sequence[int]) -> list[IndexedRow]:
@@ -334,6 +330,18 @@ class LatentRetriever:
         if truncate_dim is not None:
             vectors = _unit(vectors[:, :truncate_dim])
         return vectors[0] if isinstance(texts, str) else vectors
+
+
+def require_positions(config: RetrieverConfig, limit_key: LimitKey, steps: int) -> None:
+    """Raises a ConfigError where a prompt of the longest kind and its thinking steps take more
+    positions than the model has."""
+    limit: int = getattr(config.prompt, limit_key)
+    positions = config.backbone.max_position_embeddings
+    if limit + steps > positions:
+        raise ConfigError(
+            f"prompt.{limit_key} {limit} and {steps} thinking steps take {limit + steps} "
+            f"positions, and the model has {positions}: take fewer steps, or lower the limit"
+        )
 
 
 def local_mesh(config: MeshConfig, count: int | None = None) -> Mesh | None:
