@@ -69,25 +69,7 @@ class LatentRetriever:
 
     def __init__(self, encoder: LatentEncoder, prompts: PromptTokenizer) -> None:
         """Raises a ConfigError where model and tokenizer do not belong together."""
-        config = encoder.config
-        if prompts.config != config.prompt:
-            raise ConfigError(
-                f"the prompt settings differ from the model's; expected {config.prompt}, got "
-                f"{prompts.config}"
-            )
-        largest = max(prompts.tokenizer.get_vocab().values())
-        if largest >= config.backbone.vocab_size:
-            raise ConfigError(
-                f"the tokenizer has a token with the id {largest}, and the model "
-                f"{config.backbone.vocab_size} tokens: they are not of one model"
-            )
-        if config.prompt_checksum not in (None, prompts.checksum()):
-            raise ConfigError(
-                "tokenizer and chat template do not make the prompts of training: their checksum "
-                f"is {prompts.checksum()}, and laser_config.json has {config.prompt_checksum}. "
-                "Restore the tokenizer files of the training run, or, if the change is meant, "
-                "remove prompt_checksum there"
-            )
+        require_matching(encoder.config, prompts)
         self.encoder = encoder
         self.prompts = prompts
 
@@ -330,6 +312,28 @@ class LatentRetriever:
         if truncate_dim is not None:
             vectors = _unit(vectors[:, :truncate_dim])
         return vectors[0] if isinstance(texts, str) else vectors
+
+
+def require_matching(config: RetrieverConfig, prompts: PromptTokenizer) -> None:
+    """Raises a ConfigError where model and tokenizer do not belong together."""
+    if prompts.config != config.prompt:
+        raise ConfigError(
+            f"the prompt settings differ from the model's; expected {config.prompt}, got "
+            f"{prompts.config}"
+        )
+    largest = max(prompts.tokenizer.get_vocab().values())
+    if largest >= config.backbone.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has a token with the id {largest}, and the model "
+            f"{config.backbone.vocab_size} tokens: they are not of one model"
+        )
+    if config.prompt_checksum not in (None, prompts.checksum()):
+        raise ConfigError(
+            "tokenizer and chat template do not make the prompts of training: their checksum "
+            f"is {prompts.checksum()}, and laser_config.json has {config.prompt_checksum}. "
+            "Restore the tokenizer files of the training run, or, if the change is meant, "
+            "remove prompt_checksum there"
+        )
 
 
 def require_positions(config: RetrieverConfig, limit_key: LimitKey, steps: int) -> None:
