@@ -232,13 +232,23 @@ class LatentRetriever:
         Args:
             longest: tokens of the longest prompt to be ready for; None takes the model's limits.
             num_thinking_steps: K; None takes the model's. Each K has programs of its own.
+
+        Raises:
+            ValueError: either is below 1.
         """
         limits = self.prompts.config
-        longest = longest or max(limits.query_max_length, limits.document_max_length)
-        shortest = len(self.prompts.document(""))
+        if longest is None:
+            longest = max(limits.query_max_length, limits.document_max_length)
+        steps = num_thinking_steps
+        if steps is None:
+            steps = self.encoder.config.num_thinking_steps
+        if min(longest, steps) < 1:
+            raise ValueError(
+                f"longest and num_thinking_steps must be at least 1, got {longest} and {steps}"
+            )
+        shortest = min(len(self.prompts.document("")), len(self.prompts.query("", "")), longest)
         label = "compile" if show_progress_bar else None
-        steps = [num_thinking_steps or self.encoder.config.num_thinking_steps]
-        self.encoder.warm_up(longest, steps, shortest=min(shortest, longest), progress=label)
+        self.encoder.warm_up(longest, [steps], shortest=shortest, progress=label)
 
     def _encode(
         self,

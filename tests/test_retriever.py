@@ -149,6 +149,28 @@ def test_nothing_is_compiled_after_warming_up(retriever, compilations) -> None:
     assert len(compiled) == 1
 
 
+def test_warming_up_begins_with_the_shortest_prompt_of_either_kind(
+    retriever, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(retriever.encoder, "warm_up", lambda *args, **more: asked.append(more))
+    templates = ("{query}", "A document: {document}"), ("A query: {query}", "{document}")
+    for query, document in templates:
+        config = dataclasses.replace(PROMPT, query_template=query, document_template=document)
+        monkeypatch.setattr(retriever.prompts, "config", config)
+        retriever.warm_up()
+    bare = dataclasses.replace(PROMPT, query_template="{query}")
+    monkeypatch.setattr(retriever.prompts, "config", bare)
+    shortest = len(retriever.prompts.query("", ""))
+    assert [more["shortest"] for more in asked] == [shortest] * 2
+
+
+@pytest.mark.parametrize("settings", [{"longest": 0}, {"num_thinking_steps": 0}])
+def test_warming_up_for_nothing_is_refused(retriever, settings) -> None:
+    with pytest.raises(ValueError, match="longest and num_thinking_steps must be at least 1, got"):
+        retriever.warm_up(**settings)
+
+
 PROGRAM = """
 import sys, jax
 hits = []
