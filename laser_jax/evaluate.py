@@ -144,8 +144,16 @@ def evaluate_trec_run(options: RunOptions) -> dict[str, Any]:
         What the JSON file holds: the files, the counts and the mean scores.
 
     Raises:
+        ConfigError: a file to write in a folder that is not there.
         FileNotFoundError, DatasetError, ValueError: bad input; the message names it.
     """
+    for key in ("json", "per_query"):
+        path = getattr(options, key)
+        if path is not None and not Path(path).parent.is_dir():
+            raise ConfigError(
+                f"{key}: {path} cannot be written, as {Path(path).parent} is no directory: make "
+                "it, or name another file"
+            )
     run, qrels = read_trec_run(options.run), read_qrels_file(options.qrels)
     counts = {
         "queries in the run": len(run),
@@ -167,6 +175,11 @@ def evaluate_trec_run(options: RunOptions) -> dict[str, Any]:
     if options.original_run and options.original_qrels:
         original = without_excluded(read_trec_run(options.original_run), excluded)
         changes = changed_documents(read_qrels_file(options.original_qrels), qrels)
+        if not changes:
+            raise DatasetError(
+                f"p-MRR: no document is relevant in {options.original_qrels} and irrelevant in "
+                f"{options.qrels}; it is measured on those that the changed instruction rules out"
+            )
         changes_of = p_mrr(original, run, changes)
         scores |= mean({query: {P_MRR: value} for query, value in changes_of.items()})
         counts["queries with a changed document"] = len(changes_of)

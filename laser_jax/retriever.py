@@ -173,6 +173,7 @@ class LatentRetriever:
             instructions = list(instruction)
         if len(instructions) != count:
             raise ValueError(f"{len(instructions)} instructions for {count} queries")
+        _require_texts("instruction", instructions)
         return self._encode(
             texts,
             lambda place, text: self.prompts.query_prompt(text, instructions[place]),
@@ -264,9 +265,7 @@ class LatentRetriever:
     ) -> np.ndarray:
         config = self.encoder.config
         listed = [texts] if isinstance(texts, str) else list(texts)
-        for place, text in enumerate(listed):
-            if not isinstance(text, str):
-                raise ValueError(f"text {place} is no string but {text!r:.60}")
+        _require_texts("text", listed)
         width = config.backbone.hidden_size
         if truncate_dim is not None and not 1 <= truncate_dim <= width:
             raise ValueError(f"truncate_dim must lie in 1..{width}, got {truncate_dim}")
@@ -322,6 +321,21 @@ class LatentRetriever:
         if truncate_dim is not None:
             vectors = _unit(vectors[:, :truncate_dim])
         return vectors[0] if isinstance(texts, str) else vectors
+
+
+def _require_texts(what: str, listed: Sequence[object]) -> None:
+    """Raises a ValueError that names the place of the first that no tokenizer takes."""
+    for place, text in enumerate(listed):
+        if not isinstance(text, str):
+            raise ValueError(f"{what} {place} is no string but {text!r:.60}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{what} {place} is no Unicode text: its character {error.start} is half a "
+                f"surrogate pair, {text[error.start]!r}; take it out, or replace it by "
+                'text.encode(errors="replace").decode()'
+            ) from error
 
 
 def require_matching(config: RetrieverConfig, prompts: PromptTokenizer) -> None:

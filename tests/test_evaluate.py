@@ -107,6 +107,20 @@ def test_p_mrr_reads_both_runs_alike(files: Path) -> None:
         score(files, *original, "--complete", "true")
 
 
+def test_p_mrr_wants_a_document_that_the_changed_instruction_rules_out(files: Path) -> None:
+    (files / "original.txt").write_text("q1 0 b 1\n")
+    original = ["--original_run", str(files / "run.trec")]
+    with pytest.raises(SystemExit, match=r"no document is relevant in .*original\.txt and irrel"):
+        score(files, *original, "--original_qrels", str(files / "original.txt"))
+
+
+@pytest.mark.parametrize("key", ["json", "per_query"])
+def test_a_result_without_a_folder_is_refused_before_the_work(files: Path, key: str) -> None:
+    file = files / "no" / "x"
+    with pytest.raises(SystemExit, match=f"error: {key}: .*x cannot be written, as .*no is no dir"):
+        main(["--run", "absent", "--qrels", "absent", f"--{key}", str(file)])
+
+
 def test_reference_runs_reach_their_reference(shared_data: Path, tmp_path: Path) -> None:
     folder = shared_data / "bright_runs_a"
     reference = json.loads((folder / "reference_metrics.json").read_text())["pony"]["all"]
@@ -131,7 +145,7 @@ def spoil(name: str, content: bytes) -> Callable[[Path], object]:
         (lambda files: (files / "qrels.tsv").unlink(), r"No such file.*qrels\.tsv"),
         (lambda files: (files / "run.trec").unlink(), r"No such file.*run\.trec"),
         (spoil("run.trec", b"q1 Q0 a\n"), r"run\.trec:1: wanted 'qid Q0 docid rank score tag'"),
-        (spoil("run.trec", b"q1 Q0 a 1 nan t\n"), "score of document 'a' is NaN"),
+        (spoil("run.trec", b"q1 Q0 a 1 nan t\n"), r"run\.trec:1: .*'a' of query 'q1' is NaN"),
         (spoil("run.trec", b""), "holds no ranked document"),
         (spoil("run.trec", b"q9 Q0 a 1 1 t\n"), "no query of .* is judged in"),
         (spoil("qrels.tsv", b"q1\ta\t1\n"), r"qrels\.tsv:1: the header is missing"),

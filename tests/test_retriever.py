@@ -303,6 +303,13 @@ def test_a_text_that_is_no_string_is_named(retriever) -> None:
         retriever.encode_document(["Jena.", None])
 
 
+def test_a_text_that_is_no_unicode_is_named(retriever) -> None:
+    with pytest.raises(ValueError, match=r"^text 1 is no Unicode text: its character 2 is half a"):
+        retriever.encode_document(["Jena.", "a \ud800"])
+    with pytest.raises(ValueError, match=r"^instruction 0 is no Unicode text: its character 0 "):
+        retriever.encode_query("Jena?", instruction="\udfff")
+
+
 # --- loading -----------------------------------------------------------------------------------
 
 
