@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,7 @@ from laser_jax.evaluation.retrieval import (
     EXPLICIT,
     REWRITES,
     QueryTokens,
+    document_prompts,
     explicit_view_fault,
     latent,
     query_ways,
@@ -78,7 +81,7 @@ from laser_jax.evaluation.rewrites import (
 )
 from laser_jax.evaluation.significance import paired_bootstrap
 from laser_jax.files import write_atomically
-from laser_jax.retriever import LatentRetriever, local_mesh
+from laser_jax.retriever import LatentRetriever, local_mesh, require_positions
 from laser_jax.search.trec import DatasetError, read_excluded, read_trec_run, write_trec_run
 
 METRICS = ("nDCG@10", "Recall@100", "MRR@10")
@@ -86,6 +89,7 @@ P_MRR = "p-MRR"
 PLOT_STEM = "quality_by_steps"
 DOMAINS_FILE = "domains.md"
 SHOWN_BAD_LINES = 5
+_PART = ".evaluation.part"
 
 
 # --- a run -------------------------------------------------------------------------------------
@@ -100,7 +104,7 @@ class RunOptions:
     qrels: str
     """Judgements: a .tsv is BEIR's form, any other name trec_eval's; plain or .gz."""
     excluded: str | None = None
-    """Documents to take out of the ranking first: a queries.jsonl with `excluded_ids`, or a .tsv
+    """Documents to take out of the rankings first: a queries.jsonl with `excluded_ids`, or a .tsv
     of query and document id."""
     metrics: tuple[str, ...] = METRICS
     """NAME@CUTOFF with NAME one of nDCG, nDCG_exp, Recall, P, MRR, MAP, Hit."""
@@ -140,8 +144,16 @@ def evaluate_trec_run(options: RunOptions) -> dict[str, Any]:
         What the JSON file holds: the files, the counts and the mean scores.
 
     Raises:
+        ConfigError: a file to write in a folder that is not there.
         FileNotFoundError, DatasetError, ValueError: bad input; the message names it.
     """
+    for key in ("json", "per_query"):
+        path = getattr(options, key)
+        if path is not None and not Path(path).parent.is_dir():
+            raise ConfigError(
+                f"{key}: {path} cannot be written, as {Path(path).parent} is no directory: make "
+                "it, or name another file"
+            )
     run, qrels = read_trec_run(options.run), read_qrels_file(options.qrels)
     counts = {
         "queries in the run": len(run),
@@ -150,11 +162,10 @@ def evaluate_trec_run(options: RunOptions) -> dict[str, Any]:
         "judged, not in the run": len(qrels.keys() - run.keys()),
         "judged, without a relevant document": _without_relevant(qrels),
     }
-    if options.excluded:
-        run = without_excluded(run, read_excluded(options.excluded))
-    if options.complete:
-        run |= {query: {} for query in qrels if query not in run}
-    per_query = evaluate_run(run, qrels, options.metrics)
+    excluded = read_excluded(options.excluded) if options.excluded else {}
+    run = without_excluded(run, excluded)
+    counted = run | {query: {} for query in qrels if options.complete and query not in run}
+    per_query = evaluate_run(counted, qrels, options.metrics)
     if not per_query:
         raise DatasetError(
             f"no query of {options.run} is judged in {options.qrels}; their first queries are "
@@ -162,8 +173,14 @@ def evaluate_trec_run(options: RunOptions) -> dict[str, Any]:
         )
     scores = mean(per_query)
     if options.original_run and options.original_qrels:
+        original = without_excluded(read_trec_run(options.original_run), excluded)
         changes = changed_documents(read_qrels_file(options.original_qrels), qrels)
-        changes_of = p_mrr(read_trec_run(options.original_run), run, changes)
+        if not changes:
+            raise DatasetError(
+                f"p-MRR: no document is relevant in {options.original_qrels} and irrelevant in "
+                f"{options.qrels}; it is measured on those that the changed instruction rules out"
+            )
+        changes_of = p_mrr(original, run, changes)
         scores |= mean({query: {P_MRR: value} for query, value in changes_of.items()})
         counts["queries with a changed document"] = len(changes_of)
     result = {
@@ -280,8 +297,26 @@ def _claim_output(output: Path, overwrite: bool) -> None:
     output.mkdir(parents=True, exist_ok=True)
 
 
+@contextmanager
+def _replaced_evaluation(output: Path) -> Iterator[Path]:
+    """Gives a folder for the files of an evaluation, which take the place of an older one when the
+    block ends. If the block fails, the older one stays and nothing is left of the new one."""
+    part = output / _PART
+    shutil.rmtree(part, ignore_errors=True)  # of a killed process
+    try:
+        (part / "runs").mkdir(parents=True)
+        yield part
+        _remove_evaluation(output)
+        (output / "runs").mkdir(exist_ok=True)
+        written = [file for file in part.rglob("*") if file.is_file()]
+        for file in sorted(written, key=lambda file: file.name == RESULTS_FILE):  # that one last
+            file.replace(output / file.relative_to(part))
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def _remove_evaluation(output: Path) -> None:
-    """Removes an older evaluation, whose runs need not be those of this one."""
+    """Removes an older evaluation, whose runs need not be those of the new one."""
     old = [output / RESULTS_FILE, output / PER_QUERY_FILE, *output.glob(f"{PLOT_STEM}.*")]
     for file in (*old, *(output / "runs").glob("*.trec")):
         file.unlink(missing_ok=True)
@@ -365,6 +400,8 @@ def _load(options: ModelOptions) -> tuple[LatentEncoder, PromptTokenizer]:
     config = load_retriever_config(options.model)
     if options.max_length is not None:
         config = with_max_length(config, options.max_length)
+    for side in ("query_max_length", "document_max_length"):
+        require_positions(config, side, max(options.thinking_steps))
     retriever = LatentRetriever.from_pretrained(
         options.model,
         config=config,
@@ -445,9 +482,18 @@ def _evaluate(
         print(f"left out {len(data.bad_lines)} bad lines:", *shown, sep="\n  ")
     if fault := explicit_view_fault(dataset, config):
         print(f"no explicit view: {fault}")
+    elif CONTROL not in ways:
+        print("no control: it wants a second query, whose reasoning the first would be read with")
+    documents = document_prompts(prompts, dataset)
+    document_rows = [document.ids for document in documents]
+    shortened = {"documents": sum(document.truncated for document in documents)}
+    _print_lengths("documents", document_rows, shortened["documents"])
+    for name, way in ways.items():
+        shortened[f"queries, {name}"] = way.shortened
+        _print_lengths(f"queries, {name}", way.rows, way.shortened)
     runs = rank_ways(
         encoder,
-        prompts,
+        document_rows,
         dataset,
         ways,
         depth=options.depth,
@@ -484,24 +530,31 @@ def _evaluate(
         writing_milliseconds_per_query={
             run: time for run, time in data.writing_milliseconds().items() if run in runs
         },
+        shortened=shortened,
     )
-    _remove_evaluation(output)
-    (output / "runs").mkdir(exist_ok=True)
-    for name, run in runs.items():
-        slug = re.sub(r"[^A-Za-z0-9]+", "-", name)
-        write_trec_run(run, output / "runs" / f"{slug}.trec", slug)
-    write_per_query(output / PER_QUERY_FILE, per_query)
-    if options.plot:
-        metric = options.metrics[0]
-        by_steps = {k: evaluation.scores[latent(k)][metric] for k in ways["latent"].steps}
-        plot_quality_by_steps(
-            {"latent view": by_steps},
-            {n: evaluation.scores[n][metric] for n in ways if n != "latent"},
-            metric,
-            output / PLOT_STEM,
-        )
-    write_evaluation(output, evaluation)
+    with _replaced_evaluation(output) as part:
+        for name, run in runs.items():
+            slug = re.sub(r"[^A-Za-z0-9]+", "-", name)
+            write_trec_run(run, part / "runs" / f"{slug}.trec", slug)
+        write_per_query(part / PER_QUERY_FILE, per_query)
+        if options.plot:
+            metric = options.metrics[0]
+            by_steps = {k: evaluation.scores[latent(k)][metric] for k in ways["latent"].steps}
+            plot_quality_by_steps(
+                {"latent view": by_steps},
+                {n: evaluation.scores[n][metric] for n in ways if n != "latent"},
+                metric,
+                part / PLOT_STEM,
+            )
+        write_evaluation(part, evaluation)
     return evaluation
+
+
+def _print_lengths(what: str, rows: Sequence[list[int]], shortened: int) -> None:
+    print(
+        f"{len(rows):,} {what}: {sum(map(len, rows)) / len(rows):.1f} tokens each, "
+        f"{shortened:,} shortened ({shortened / len(rows):.2%})"
+    )
 
 
 def _milliseconds_per_query(encoder: LatentEncoder, rows: list[list[int]], k: int) -> float:

@@ -57,6 +57,7 @@ from laser_jax.data.schema import DataError, RowTokens, TrainingRow
 from laser_jax.data.sources import (
     PREPARED_FILE,
     FactFinder,
+    Source,
     longest_instructions,
     open_source,
     open_unchecked,
@@ -81,6 +82,17 @@ class PaddingConfig:
     bucket_windows: tuple[int, ...] = (1, 8, 32)
     batches: int = 256
     """The most that are drawn; one epoch is enough."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "group_size", "batches"):
+            if (value := getattr(self, name)) < 1:
+                raise ConfigError(f"padding.{name} must be at least 1, got {value}")
+        for name in ("length_multiples", "bucket_windows"):
+            values = getattr(self, name)
+            if not values or min(values) < 1:
+                raise ConfigError(
+                    f"padding.{name} must be numbers of at least 1, one or more, got {values}"
+                )
 
 
 @dataclass(frozen=True)
@@ -114,6 +126,8 @@ class PrepareConfig:
                 raise ConfigError(f"{name} counts on tokens: give the directory of a --tokenizer")
         if self.shards is not None and self.shards < 1:
             raise ConfigError(f"shards must be at least 1, got {self.shards}")
+        if self.workers < 0:
+            raise ConfigError(f"workers must be at least 0, got {self.workers}")
 
 
 # --- what is counted -------------------------------------------------------------------------
@@ -294,11 +308,15 @@ def _prepare(preparation: Preparation, made: dict[str, Any]) -> dict[str, Any]:
         facts = preparation.source.facts  # reads every row: bad input leaves nothing behind
         if preparation.prompts is not None:
             preparation.prompts.require_room(facts.instructions, explicit=True)
+        if config.padding is not None:
+            _require_negatives(preparation.source, config.padding)
+    made_here = not output.exists()
     (output / _TALLIES).mkdir(parents=True, exist_ok=True)
     _write_json(output / PREPARED_FILE, made)
     _write_shards(preparation)
     tallies = [_load_tally(preparation.tally_path(i)) for i in range(preparation.num_shards)]
     if not any(tally.written for tally in tallies):
+        _remove_all(preparation, made_here)
         raise DataError(f"{config.input}: every row was rejected, such as {tallies[0].rejected[0]}")
     _write_json(output / PREPARED_FILE, made | {"facts": _facts(tallies)})
     write_description(
@@ -309,10 +327,25 @@ def _prepare(preparation: Preparation, made: dict[str, Any]) -> dict[str, Any]:
     )
     report = _report(tallies)
     _write_json(output / REPORT_FILE, report)
+    _remove_work(output)
+    return report
+
+
+def _remove_work(output: Path) -> None:
     shutil.rmtree(output / _TALLIES)
     for unfinished in output.glob(".*.array_record-*"):
         unfinished.unlink()  # of a run that was killed
-    return report
+
+
+def _remove_all(preparation: Preparation, made_here: bool) -> None:
+    """Removes a preparation without a row, so that the same command can be given a better input."""
+    output = preparation.output
+    _remove_work(output)
+    for shard in range(preparation.num_shards):
+        preparation.shard_path(shard).unlink()
+    (output / PREPARED_FILE).unlink()
+    if made_here:
+        output.rmdir()
 
 
 def _prompt_of(train_config: str) -> PromptConfig:
@@ -321,6 +354,11 @@ def _prompt_of(train_config: str) -> PromptConfig:
     except yaml.YAMLError as error:
         raise ConfigError(f"{train_config}: not valid YAML: {error}") from error
     section = values.get("prompt", {}) if isinstance(values, dict) else {}
+    if not isinstance(section, dict):
+        raise ConfigError(
+            f"{train_config}: prompt must hold the settings of prompts, got {section!r}: give one, "
+            "or take the line away for the defaults"
+        )
     return from_dict(PromptConfig, section, source=f"{train_config}: prompt")
 
 
@@ -490,6 +528,7 @@ def _padding(preparation: Preparation) -> list[dict[str, Any]]:
     assert config is not None
     assert prompts is not None
     source = open_source(preparation.output)
+    _require_negatives(source, config)
     shares = []
     for multiple, window in itertools.product(config.length_multiples, config.bucket_windows):
         data = DataConfig(
@@ -528,6 +567,17 @@ def _padding(preparation: Preparation) -> list[dict[str, Any]]:
             }
         )
     return shares
+
+
+def _require_negatives(source: Source, padding: PaddingConfig) -> None:
+    """Raises a DataError where the batches to be drawn want negatives that a row has not."""
+    row = source.facts.row_without_negatives
+    if padding.group_size > 1 and row is not None:
+        raise DataError(
+            f"{source.where(row)} has no negative_passages, and padding.group_size "
+            f"{padding.group_size} wants {padding.group_size - 1}: pass --padding.group_size 1, "
+            "or mine negatives"
+        )
 
 
 def format_report(report: dict[str, Any]) -> str:

@@ -37,6 +37,7 @@ _BLOCKS_AHEAD = 2
 _SHORT_BATCHES = (1, 8)
 
 Overflow = Literal["truncate", "error"]
+LimitKey = Literal["query_max_length", "document_max_length"]
 
 
 class OverlongTextError(ValueError):
@@ -68,25 +69,7 @@ class LatentRetriever:
 
     def __init__(self, encoder: LatentEncoder, prompts: PromptTokenizer) -> None:
         """Raises a ConfigError where model and tokenizer do not belong together."""
-        config = encoder.config
-        if prompts.config != config.prompt:
-            raise ConfigError(
-                f"the prompt settings differ from the model's; expected {config.prompt}, got "
-                f"{prompts.config}"
-            )
-        largest = max(prompts.tokenizer.get_vocab().values())
-        if largest >= config.backbone.vocab_size:
-            raise ConfigError(
-                f"the tokenizer has a token with the id {largest}, and the model "
-                f"{config.backbone.vocab_size} tokens: they are not of one model"
-            )
-        if config.prompt_checksum not in (None, prompts.checksum()):
-            raise ConfigError(
-                "tokenizer and chat template do not make the prompts of training: their checksum "
-                f"is {prompts.checksum()}, and laser_config.json has {config.prompt_checksum}. "
-                "Restore the tokenizer files of the training run, or, if the change is meant, "
-                "remove prompt_checksum there"
-            )
+        require_matching(encoder.config, prompts)
         self.encoder = encoder
         self.prompts = prompts
 
@@ -190,6 +173,7 @@ class LatentRetriever:
             instructions = list(instruction)
         if len(instructions) != count:
             raise ValueError(f"{len(instructions)} instructions for {count} queries")
+        _require_texts("instruction", instructions)
         return self._encode(
             texts,
             lambda place, text: self.prompts.query_prompt(text, instructions[place]),
@@ -249,19 +233,29 @@ class LatentRetriever:
         Args:
             longest: tokens of the longest prompt to be ready for; None takes the model's limits.
             num_thinking_steps: K; None takes the model's. Each K has programs of its own.
+
+        Raises:
+            ValueError: either is below 1.
         """
         limits = self.prompts.config
-        longest = longest or max(limits.query_max_length, limits.document_max_length)
-        shortest = len(self.prompts.document(""))
+        if longest is None:
+            longest = max(limits.query_max_length, limits.document_max_length)
+        steps = num_thinking_steps
+        if steps is None:
+            steps = self.encoder.config.num_thinking_steps
+        if min(longest, steps) < 1:
+            raise ValueError(
+                f"longest and num_thinking_steps must be at least 1, got {longest} and {steps}"
+            )
+        shortest = min(len(self.prompts.document("")), len(self.prompts.query("", "")), longest)
         label = "compile" if show_progress_bar else None
-        steps = [num_thinking_steps or self.encoder.config.num_thinking_steps]
-        self.encoder.warm_up(longest, steps, shortest=min(shortest, longest), progress=label)
+        self.encoder.warm_up(longest, [steps], shortest=shortest, progress=label)
 
     def _encode(
         self,
         texts: str | Sequence[str],
         tokenise: Callable[[int, str], PromptTokens],
-        limit_key: Literal["query_max_length", "document_max_length"],
+        limit_key: LimitKey,
         batch_size: int | None,
         show_progress_bar: bool,
         truncate_dim: int | None,
@@ -271,22 +265,15 @@ class LatentRetriever:
     ) -> np.ndarray:
         config = self.encoder.config
         listed = [texts] if isinstance(texts, str) else list(texts)
-        for place, text in enumerate(listed):
-            if not isinstance(text, str):
-                raise ValueError(f"text {place} is no string but {text!r:.60}")
+        _require_texts("text", listed)
         width = config.backbone.hidden_size
         if truncate_dim is not None and not 1 <= truncate_dim <= width:
             raise ValueError(f"truncate_dim must lie in 1..{width}, got {truncate_dim}")
         if on_overflow not in ("truncate", "error"):
             raise ValueError(f'on_overflow is "truncate" or "error", not {on_overflow!r}')
         steps = config.num_thinking_steps if num_thinking_steps is None else num_thinking_steps
+        require_positions(config, limit_key, steps)
         limit: int = getattr(config.prompt, limit_key)
-        positions = config.backbone.max_position_embeddings
-        if limit + steps > positions:
-            raise ValueError(
-                f"prompt.{limit_key} {limit} and {steps} thinking steps take {limit + steps} "
-                f"positions, and the model has {positions}"
-            )
         cut: set[int] = set()
 
         def tokenise_block(places: Sequence[int]) -> list[IndexedRow]:
@@ -334,6 +321,55 @@ class LatentRetriever:
         if truncate_dim is not None:
             vectors = _unit(vectors[:, :truncate_dim])
         return vectors[0] if isinstance(texts, str) else vectors
+
+
+def _require_texts(what: str, listed: Sequence[object]) -> None:
+    """Raises a ValueError that names the place of the first that no tokenizer takes."""
+    for place, text in enumerate(listed):
+        if not isinstance(text, str):
+            raise ValueError(f"{what} {place} is no string but {text!r:.60}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{what} {place} is no Unicode text: its character {error.start} is half a "
+                f"surrogate pair, {text[error.start]!r}; take it out, or replace it by "
+                'text.encode(errors="replace").decode()'
+            ) from error
+
+
+def require_matching(config: RetrieverConfig, prompts: PromptTokenizer) -> None:
+    """Raises a ConfigError where model and tokenizer do not belong together."""
+    if prompts.config != config.prompt:
+        raise ConfigError(
+            f"the prompt settings differ from the model's; expected {config.prompt}, got "
+            f"{prompts.config}"
+        )
+    largest = max(prompts.tokenizer.get_vocab().values())
+    if largest >= config.backbone.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has a token with the id {largest}, and the model "
+            f"{config.backbone.vocab_size} tokens: they are not of one model"
+        )
+    if config.prompt_checksum not in (None, prompts.checksum()):
+        raise ConfigError(
+            "tokenizer and chat template do not make the prompts of training: their checksum "
+            f"is {prompts.checksum()}, and laser_config.json has {config.prompt_checksum}. "
+            "Restore the tokenizer files of the training run, or, if the change is meant, "
+            "remove prompt_checksum there"
+        )
+
+
+def require_positions(config: RetrieverConfig, limit_key: LimitKey, steps: int) -> None:
+    """Raises a ConfigError where a prompt of the longest kind and its thinking steps take more
+    positions than the model has."""
+    limit: int = getattr(config.prompt, limit_key)
+    positions = config.backbone.max_position_embeddings
+    if limit + steps > positions:
+        raise ConfigError(
+            f"prompt.{limit_key} {limit} and {steps} thinking steps take {limit + steps} "
+            f"positions, and the model has {positions}: take fewer steps, or lower the limit"
+        )
 
 
 def local_mesh(config: MeshConfig, count: int | None = None) -> Mesh | None:

@@ -201,7 +201,8 @@ def test_a_query_without_instruction_is_named(model: Path, tmp_path: Path) -> No
     queries = write_rows(tmp_path / "queries.jsonl", [{"_id": "q0", "text": "Ulm?"}])
     with pytest.raises(SystemExit, match=r"queries\.jsonl:1: query 'q0' has no instruction"):
         encode(model, queries, tmp_path / "out", texts="queries")
-    encode(model, queries, tmp_path / "other", texts="queries", instruction="Find")
+    assert not (tmp_path / "out").exists()
+    encode(model, queries, tmp_path / "out", texts="queries", instruction="")
 
 
 def test_memory_does_not_grow_with_the_corpus(model: Path, tmp_path: Path) -> None:
@@ -601,6 +602,14 @@ def test_other_inputs_and_outputs_are_refused(model: Path, corpus: Path, tmp_pat
     refused(r"shard must be i/n with 0 <= i < n, such as 0/8, got '3/3'", shard="3/3")
     refused("shard_documents must be at least 1", shard_documents=0)
     refused("an instruction goes with queries", instruction="Find")
+    refused("prompt.document_max_length 32 and 4065 .* model has 4096", num_thinking_steps=4065)
+    queries = write_rows(tmp_path / "q.jsonl", [{"_id": "q", "text": "Ulm?", "instruction": ""}])
+    of_queries = {"corpus": queries, "texts": "queries"}
+    refused("prompt.query_max_length 64 and 4033", num_thinking_steps=4033, **of_queries)
+    retold = shutil.copytree(model, tmp_path / "retold")
+    config = json.loads((retold / "laser_config.json").read_text())
+    (retold / "laser_config.json").write_text(json.dumps(config | {"prompt_checksum": "other"}))
+    refused("do not make the prompts of training", model=retold)
     table = tmp_path / "t.parquet"
     pq.write_table(pa.table({"id": ["a"], "body": ["b"]}), table)
     with pytest.raises(

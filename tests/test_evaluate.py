@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,37 @@ def test_p_mrr_is_scored_beside_the_rest(files: Path) -> None:
         score(files, *original)
 
 
+def test_p_mrr_reads_both_runs_alike(files: Path) -> None:
+    run = "q1 Q0 x 1 3 t\nq1 Q0 a 2 2 t\nq1 Q0 b 3 1 t\n"
+    (files / "run.trec").write_text(run)
+    (files / "original.trec").write_text(run)
+    (files / "original.txt").write_text("q1 0 b 1\nq1 0 a 1\nq3 0 a file.txt 1\n")
+    (files / "excluded.tsv").write_text("q1\tx\n")
+    original = ["--original_run", str(files / "original.trec")]
+    original += ["--original_qrels", str(files / "original.txt")]
+    excluded = ["--excluded", str(files / "excluded.tsv")]
+    assert score(files, *original, *excluded)["scores"]["p-MRR"] == 0
+    # an entry that --complete makes up is no ranking under the changed instruction
+    (files / "original.txt").write_text("q1 0 b 1\nq1 0 a 1\nq2 0 b 1\n")
+    (files / "original.trec").write_text(run + "q2 Q0 b 1 1 t\n")
+    with pytest.raises(SystemExit, match="the changed run lacks query 'q2'"):
+        score(files, *original, "--complete", "true")
+
+
+def test_p_mrr_wants_a_document_that_the_changed_instruction_rules_out(files: Path) -> None:
+    (files / "original.txt").write_text("q1 0 b 1\n")
+    original = ["--original_run", str(files / "run.trec")]
+    with pytest.raises(SystemExit, match=r"no document is relevant in .*original\.txt and irrel"):
+        score(files, *original, "--original_qrels", str(files / "original.txt"))
+
+
+@pytest.mark.parametrize("key", ["json", "per_query"])
+def test_a_result_without_a_folder_is_refused_before_the_work(files: Path, key: str) -> None:
+    file = files / "no" / "x"
+    with pytest.raises(SystemExit, match=f"error: {key}: .*x cannot be written, as .*no is no dir"):
+        main(["--run", "absent", "--qrels", "absent", f"--{key}", str(file)])
+
+
 def test_reference_runs_reach_their_reference(shared_data: Path, tmp_path: Path) -> None:
     folder = shared_data / "bright_runs_a"
     reference = json.loads((folder / "reference_metrics.json").read_text())["pony"]["all"]
@@ -113,7 +145,7 @@ def spoil(name: str, content: bytes) -> Callable[[Path], object]:
         (lambda files: (files / "qrels.tsv").unlink(), r"No such file.*qrels\.tsv"),
         (lambda files: (files / "run.trec").unlink(), r"No such file.*run\.trec"),
         (spoil("run.trec", b"q1 Q0 a\n"), r"run\.trec:1: wanted 'qid Q0 docid rank score tag'"),
-        (spoil("run.trec", b"q1 Q0 a 1 nan t\n"), "score of document 'a' is NaN"),
+        (spoil("run.trec", b"q1 Q0 a 1 nan t\n"), r"run\.trec:1: .*'a' of query 'q1' is NaN"),
         (spoil("run.trec", b""), "holds no ranked document"),
         (spoil("run.trec", b"q9 Q0 a 1 1 t\n"), "no query of .* is judged in"),
         (spoil("qrels.tsv", b"q1\ta\t1\n"), r"qrels\.tsv:1: the header is missing"),
@@ -267,7 +299,28 @@ def test_a_full_disk_is_named_and_leaves_no_results(
     output = tmp_path / "out"
     with pytest.raises(SystemExit, match=r"error: .*No space left on device: '.*latent-K-1\.trec'"):
         main(arguments(model, evaluated.parent / "towns", output, "--plot", "false"))
-    assert [path.name for path in output.rglob("*")] == ["runs"]
+    assert list(output.rglob("*")) == []
+
+
+@pytest.mark.parametrize("name", ["latent-K-2.trec", "per_query.tsv", "results.json"])
+def test_a_full_disk_leaves_the_older_evaluation_as_it_was(
+    model: Path, evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(evaluated, output)
+    old = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    replace = Path.replace
+
+    def full(path: Path, target: Path) -> Path:
+        if path.name.startswith(f".{name}"):
+            raise OSError(28, "No space left on device")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    more = ["--plot", "false", "--overwrite", "true", "--depth", "200"]
+    with pytest.raises(SystemExit, match=f"error: .*No space left on device: '.*{name}'"):
+        main(arguments(model, evaluated.parent / "towns", output, *more))
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == old
 
 
 def test_queries_without_reasoning_or_instruction(
@@ -284,6 +337,46 @@ def test_queries_without_reasoning_or_instruction(
     assert list(evaluation.scores) == RUNS[:3]
     assert evaluation.model == "tiny"
     assert not list((tmp_path / "out").glob("quality*"))
+
+
+def test_a_single_query_has_no_control(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_data(tmp_path / "towns")
+    first, *_ = (data / "queries.jsonl").read_text().splitlines()
+    (data / "queries.jsonl").write_text(first + "\n")
+    qrels = data / "qrels" / "test.tsv"
+    qrels.write_text("\n".join(qrels.read_text().splitlines()[:2]) + "\n")
+    main(arguments(model, data, tmp_path / "out", "--plot", "false"))
+    assert "no control: " in capsys.readouterr().out
+    assert list(read_evaluation(tmp_path / "out").scores) == RUNS[:4]
+
+
+def test_texts_that_do_not_fit_are_counted_and_said(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_data(tmp_path / "towns")
+    corpus, queries = data / "corpus.jsonl", data / "queries.jsonl"
+    corpus.write_text(corpus.read_text().replace("on a river.", "far away. " * 60, 2))
+    queries.write_text(queries.read_text().replace("Where is Ulm?", "Where is Ulm? " * 60))
+    queries.write_text(queries.read_text().replace("So: Jena.", "So: Jena. " * 300))
+    main(arguments(model, data, tmp_path / "out", "--plot", "false", "--max_length", "90"))
+    wanted = {
+        "documents": 2,
+        "queries, latent": 1,
+        f"queries, {EXPLICIT}": 2,  # Ulm's prompt, Jena's reasoning
+        f"queries, {CONTROL}": 2,
+    }
+    assert read_evaluation(tmp_path / "out").shortened == wanted
+    out = capsys.readouterr().out
+    assert re.search(r"^6 documents: [0-9.]+ tokens each, 2 shortened \(33\.33%\)$", out, re.M)
+    assert re.search(r"^6 queries, latent: .* 1 shortened \(16\.67%\)$", out, re.M)
+
+    results = tmp_path / "out" / "results.json"
+    older = json.loads(results.read_text())
+    del older["shortened"]
+    results.write_text(json.dumps(older))
+    assert read_evaluation(tmp_path / "out").shortened == {}
 
 
 # --- rewrite-then-retrieve -----------------------------------------------------------------------
@@ -488,9 +581,11 @@ def test_a_fault_in_the_last_domain_stops_the_program_before_anything_is_written
         ("bright", ("--split", "dev"), "BRIGHT has no splits"),
         ("bright", ("--max_length", "0"), "max_length must be at least 1, got 0"),
         ("bright", ("--max_length", "99999"), "more than the model's [0-9]+ positions"),
+        ("towns", ("--thinking_steps", "[1,5000]"), "5512 positions, and the model has 4096"),
+        ("bright", ("--thinking_steps", "[1,5000]"), "5512 positions, and the model has 4096"),
     ],
 )
-def test_options_of_the_other_kind_of_data_are_refused(
+def test_options_that_do_not_go_with_data_or_model_are_refused(
     model: Path,
     evaluated: Path,
     bright: Path,

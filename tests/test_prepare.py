@@ -363,6 +363,27 @@ def test_nothing_but_bad_rows_is_refused(config) -> None:
     write_rows(Path(config.input), [{}] * 5)
     with pytest.raises(DataError, match=r"every row was rejected, such as .*'query' is missing"):
         prepare(replace(config, on_bad_row="reject"))
+    assert not Path(config.output).exists()
+    Path(config.output).mkdir()
+    with pytest.raises(DataError, match="every row was rejected"):
+        prepare(replace(config, on_bad_row="reject"))
+    assert files(Path(config.output)) == {}
+    write_rows(Path(config.input), [record(n) for n in range(5)])
+    assert prepare(replace(config, on_bad_row="reject"))["written"] == 5
+
+
+def test_padding_with_negatives_that_a_row_lacks_names_its_own_key(with_tokens) -> None:
+    write_rows(Path(with_tokens.input), [record(0), record(1, negative_passages=[])])
+    config = replace(with_tokens, shards=1, padding=PaddingConfig(batch_size=1, batches=1))
+    message = "has no negative_passages, and padding.group_size 2 .* --padding.group_size 1,"
+    with pytest.raises(DataError, match=rf"rows\.jsonl:2 {message}"):
+        prepare(config)
+    assert not Path(config.output).exists()
+    prepare(replace(config, padding=None))
+    with pytest.raises(DataError, match=message):
+        prepare(config)
+    alone = PaddingConfig(batch_size=1, group_size=1, batches=1)
+    assert prepare(replace(config, padding=alone))["padding"]["shares"]
 
 
 def test_impossible_settings_are_refused(config) -> None:
@@ -370,6 +391,14 @@ def test_impossible_settings_are_refused(config) -> None:
         replace(config, store_tokens=True)
     with pytest.raises(ConfigError, match="shards must be at least 1"):
         replace(config, shards=0)
+    with pytest.raises(ConfigError, match="workers must be at least 0, got -1"):
+        replace(config, workers=-1)
+    for name in ("batch_size", "group_size", "batches"):
+        with pytest.raises(ConfigError, match=rf"padding\.{name} must be at least 1, got 0"):
+            PaddingConfig(**{name: 0})
+    for name, values in (("length_multiples", (0, 32)), ("bucket_windows", ())):
+        with pytest.raises(ConfigError, match=rf"padding\.{name} must be numbers of at least 1"):
+            PaddingConfig(**{name: values})
     with pytest.raises(ConfigError, match="21 shards are too many for 20 rows"):
         prepare(replace(config, shards=21))
 
@@ -394,6 +423,14 @@ def test_a_wrong_key_of_a_training_config_is_named(config, tmp_path) -> None:
     train = tmp_path / "train.yaml"
     train.write_text("prompt: {query_length: 40}\n")
     with pytest.raises(SystemExit, match=r"train\.yaml: prompt: .*query_length"):
+        main([f"--input={config.input}", f"--output={config.output}", f"--train_config={train}"])
+
+
+@pytest.mark.parametrize("section", ["", " 3", " [a]"])
+def test_a_training_config_whose_prompt_is_no_section_is_named(config, tmp_path, section) -> None:
+    train = tmp_path / "train.yaml"
+    train.write_text(f"prompt:{section}\n")
+    with pytest.raises(SystemExit, match=r"train\.yaml: prompt must hold the settings of prompts"):
         main([f"--input={config.input}", f"--output={config.output}", f"--train_config={train}"])
 
 

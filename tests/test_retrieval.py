@@ -167,6 +167,7 @@ def test_a_rewrite_is_a_reasoning_or_a_part_of_a_longer_query(prompts: PromptTok
         prompts.explicit("Where is Kiel?", "", "Where is Kiel?").ids,
     ]
     assert (ways[REWRITE].steps, ways[REWRITE].documents_at) == ((1,), 2)
+    assert ways[REWRITE].shortened == int(written.truncated)
     longer, alone = ways[REWRITE_AS_QUERY].rows
     assert prompts.config.query_max_length < len(longer) <= prompts.config.explicit_max_length
     text = str(prompts.tokenizer.decode(longer))
@@ -174,6 +175,9 @@ def test_a_rewrite_is_a_reasoning_or_a_part_of_a_longer_query(prompts: PromptTok
     assert text.endswith("</think>\n\n")
     assert alone == prompts.query("Where is Kiel?", "")
     assert (ways[REWRITE_AS_QUERY].steps, ways[REWRITE_AS_QUERY].documents_at) == ((1,), 1)
+
+    endless = rewrite_ways(prompts, DATASET, config, {"q0": "The river. " * 900, "q1": "No."})
+    assert {name: way.shortened for name, way in endless.items()} == dict.fromkeys(REWRITES, 1)
 
     gircse = dataclasses.replace(config, pooling="thoughts")
     assert set(rewrite_ways(prompts, DATASET, gircse, rewrites)) == {REWRITE_AS_QUERY}

@@ -149,6 +149,28 @@ def test_nothing_is_compiled_after_warming_up(retriever, compilations) -> None:
     assert len(compiled) == 1
 
 
+def test_warming_up_begins_with_the_shortest_prompt_of_either_kind(
+    retriever, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(retriever.encoder, "warm_up", lambda *args, **more: asked.append(more))
+    templates = ("{query}", "A document: {document}"), ("A query: {query}", "{document}")
+    for query, document in templates:
+        config = dataclasses.replace(PROMPT, query_template=query, document_template=document)
+        monkeypatch.setattr(retriever.prompts, "config", config)
+        retriever.warm_up()
+    bare = dataclasses.replace(PROMPT, query_template="{query}")
+    monkeypatch.setattr(retriever.prompts, "config", bare)
+    shortest = len(retriever.prompts.query("", ""))
+    assert [more["shortest"] for more in asked] == [shortest] * 2
+
+
+@pytest.mark.parametrize("settings", [{"longest": 0}, {"num_thinking_steps": 0}])
+def test_warming_up_for_nothing_is_refused(retriever, settings) -> None:
+    with pytest.raises(ValueError, match="longest and num_thinking_steps must be at least 1, got"):
+        retriever.warm_up(**settings)
+
+
 PROGRAM = """
 import sys, jax
 hits = []
@@ -279,6 +301,13 @@ def test_an_impossible_argument_is_refused(retriever, settings, message) -> None
 def test_a_text_that_is_no_string_is_named(retriever) -> None:
     with pytest.raises(ValueError, match="text 1 is no string but None"):
         retriever.encode_document(["Jena.", None])
+
+
+def test_a_text_that_is_no_unicode_is_named(retriever) -> None:
+    with pytest.raises(ValueError, match=r"^text 1 is no Unicode text: its character 2 is half a"):
+        retriever.encode_document(["Jena.", "a \ud800"])
+    with pytest.raises(ValueError, match=r"^instruction 0 is no Unicode text: its character 0 "):
+        retriever.encode_query("Jena?", instruction="\udfff")
 
 
 # --- loading -----------------------------------------------------------------------------------

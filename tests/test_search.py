@@ -13,8 +13,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from laser_jax.search import topk
 from laser_jax.search.codes import Code, decode_vectors, encode_vectors
-from laser_jax.search.topk import Chunk, device_mesh, exact_top_k, rescored, search
-from laser_jax.search.trec import rank_documents
+from laser_jax.search.topk import (
+    Chunk,
+    device_mesh,
+    exact_top_k,
+    rescored,
+    search,
+    search_chunks,
+)
+from laser_jax.search.trec import Run, rank_documents
 
 MESHES: dict[str, Callable[[], Mesh | None]] = {
     "1 device": lambda: None,
@@ -237,6 +244,39 @@ def test_rescoring_all_candidates_gives_the_exact_ranking() -> None:
     wanted_scores, wanted_ranks = brute_force(queries_QD, documents_CD, 25)
     np.testing.assert_array_equal(scores_Qk, wanted_scores)
     np.testing.assert_array_equal(ranks_Qk, wanted_ranks)
+
+
+@pytest.mark.parametrize("code", ["float32", "binary"])
+def test_a_chunk_without_documents_changes_nothing(code: Code) -> None:
+    queries_QD, documents_CD = unit_vectors(11, 5, 8), unit_vectors(12, 60, 8)
+    ids = [f"q{i}" for i in range(5)], [f"d{i}" for i in range(60)]
+
+    def found(*cuts: int) -> Run:
+        def read() -> list[Chunk]:
+            return corpus(documents_CD, *cuts)
+
+        return search_chunks(queries_QD, read, *ids, 10, {}, code=code, oversample=2)
+
+    assert found(0, 20, 20, 60) == found(20)
+
+
+def test_lists_are_no_longer_than_the_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def record(queries_QD: np.ndarray, chunks: Any, k: int, **how: Any) -> Any:
+        asked.append(k)
+        return exact_top_k(queries_QD, chunks, k, **how)
+
+    monkeypatch.setattr(topk, "exact_top_k", record)
+    queries_QD, documents_CD = unit_vectors(13, 2, 8), unit_vectors(14, 6, 8)
+    ids = ["q0", "q1"], list("abcdef")
+    runs = [
+        search(queries_QD, documents_CD, *ids, k, {"q0": ["a"]}, oversample=m)
+        for k, m in ((6, 0), (1_000, 10), (2, 2))
+    ]
+    assert asked == [6, 6, 6]
+    assert [list(ranking) for ranking in runs[1].values()] == [list(r) for r in runs[0].values()]
+    assert [len(ranking) for ranking in runs[1].values()] == [5, 6]
 
 
 def test_rescoring_repairs_what_the_signs_lose() -> None:

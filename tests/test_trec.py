@@ -51,6 +51,7 @@ def test_a_run_is_read_from_both_ends(tmp_path: Path) -> None:
         ("q Q0 d 1 0.5", "wanted 'qid Q0 docid rank score tag'"),
         ("q Q0 d first 0.5 t", "wanted 'qid Q0 docid rank score tag'"),
         ("q Q0 d 1 high t", "the score must be a number, got 'high'"),
+        ("q Q0 d 1 NaN t", "the score of document 'd' of query 'q' is NaN"),
         ("q Q0 a 2 0.5 t", "query 'q' ranks 'a' a second time"),
     ],
 )

@@ -16,13 +16,18 @@ import numpy as np
 from laser_jax.config import ConfigError, Dtype, MeshConfig, as_dict, load_retriever_config
 from laser_jax.corpus.directory import CorpusDirectory, Record
 from laser_jax.corpus.documents import Corpus, Fields, Located
-from laser_jax.corpus.plan import Plan, Settings, read_planned
+from laser_jax.corpus.plan import Plan, Settings, query_instruction, read_planned
 from laser_jax.data.pipeline import tokenization_settings
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
-from laser_jax.evaluation.beir import EvalQuery
 from laser_jax.files import checksum
 from laser_jax.hf import resolve_directory
-from laser_jax.retriever import LatentRetriever, Tally, local_mesh
+from laser_jax.retriever import (
+    LatentRetriever,
+    Tally,
+    local_mesh,
+    require_matching,
+    require_positions,
+)
 from laser_jax.search.codes import encode_vectors
 from laser_jax.search.vectors import VectorsError, VectorsInfo, shard_name, write_shard
 
@@ -128,20 +133,31 @@ def part_of(shard: str | None) -> tuple[int, int]:
 def settings_of(config: CorpusConfig) -> Settings:
     """Reads what the vectors depend on from the model's files. Loads no weights.
 
+    What can be told without them to fail is refused here, as no other settings may follow in a
+    directory that has a plan.
+
     Raises:
-        FileNotFoundError, ValueError: the model's directory cannot be used; names the file.
+        FileNotFoundError, ValueError: the model's directory cannot be used, or not with these
+            settings; names the file or the setting.
     """
     directory = resolve_directory(config.model)
     of_model = load_retriever_config(directory)
     dtype = config.compute_dtype or of_model.dtype
     prompts = PromptTokenizer(load_tokenizer(directory), of_model.prompt)
+    steps = config.num_thinking_steps or of_model.num_thinking_steps
+    require_matching(of_model, prompts)
+    require_positions(
+        of_model,
+        "query_max_length" if config.texts == "queries" else "document_max_length",
+        steps,
+    )
     prompts.require_room([config.instruction or ""], explicit=False)
     computed = [as_dict(of_model.backbone), of_model.pooling, dtype]
     weights = checksum(_files(directory)), checksum(_files(config.adapter))
     info = VectorsInfo(
         model_hash=_hash([*computed, *weights]),
         prompt_hash=_hash(tokenization_settings(prompts)),
-        num_thinking_steps=config.num_thinking_steps or of_model.num_thinking_steps,
+        num_thinking_steps=steps,
         dtype=config.dtype,
         dimension=of_model.backbone.hidden_size,
     )
@@ -244,21 +260,10 @@ class ShardEncoder:
             return self.retriever.encode_document(texts, num_thinking_steps=steps, tally=tally)
         return self.retriever.encode_query(
             texts,
-            instruction=[self._instruction(located) for located in documents],
+            instruction=[query_instruction(d, self._config.instruction) for d in documents],
             num_thinking_steps=steps,
             tally=tally,
         )
-
-    def _instruction(self, located: Located) -> str:
-        assert isinstance(located.item, EvalQuery)
-        own, given = located.item.instruction, self._config.instruction
-        instruction = own if given is None else given
-        if instruction is None:
-            raise VectorsError(
-                f"{located.where}: query {located.item.id!r} has no instruction: pass "
-                '--instruction, the task in words, or "" for none'
-            )
-        return instruction
 
 
 def _require_finite(documents: list[Located], vectors_CD: np.ndarray) -> None:

@@ -84,6 +84,22 @@ class Contents:
         return self._digest.hexdigest()
 
 
+def query_instruction(located: Located, given: str | None) -> str:
+    """The instruction of a query: the one given for all, or its own.
+
+    Raises:
+        VectorsError: there is neither; names the line.
+    """
+    assert isinstance(located.item, EvalQuery)
+    instruction = located.item.instruction if given is None else given
+    if instruction is None:
+        raise VectorsError(
+            f"{located.where}: query {located.item.id!r} has no instruction: pass "
+            '--instruction, the task in words, or "" for none'
+        )
+    return instruction
+
+
 def make_plan(
     corpus: Corpus,
     settings: Settings,
@@ -101,12 +117,15 @@ def make_plan(
 
     Raises:
         DatasetError: no document; an id that stands twice, with both places; a bad line.
+        VectorsError: a query without an instruction.
     """
     shards: list[PlannedShard] = []
     with RepeatedIds(folder) as repeated:
         for begin, documents in _cut(corpus, settings.shard_documents):
             contents, count = Contents(), 0
             for located in documents:
+                if settings.texts == "queries":
+                    query_instruction(located, settings.instruction)
                 contents.add(located.item)
                 repeated.add(located.item.id)
                 count += 1

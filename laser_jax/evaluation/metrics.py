@@ -227,6 +227,8 @@ def mean(per_query: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         ValueError: when there is no query, as when run and qrels name different ones.
     """
     if not per_query:
-        raise ValueError("no query to average over: no query of the run has judgements")
+        raise ValueError(
+            "no query to average over, as where run and judgements name different queries"
+        )
     names = next(iter(per_query.values()))
     return {name: float(np.mean([values[name] for values in per_query.values()])) for name in names}

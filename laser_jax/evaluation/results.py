@@ -64,6 +64,9 @@ class Evaluation:
     """Run -> time to embed a query; empty where it was not measured."""
     writing_milliseconds_per_query: dict[str, float] = field(default_factory=dict)
     """Run -> time to write the text that a query is read with, where the file of rewrites says."""
+    shortened: dict[str, int] = field(default_factory=dict)
+    """`documents`, or `queries` and how they were read -> how many did not fit into the model's
+    limits and lost their ends; empty in files of older versions."""
 
 
 def model_name(directory: str | Path) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from laser_jax.batch_encoder import LatentEncoder
 from laser_jax.config import ConfigError, RetrieverConfig
-from laser_jax.data.tokenization import PromptTokenizer
+from laser_jax.data.tokenization import ExplicitTokens, PromptTokenizer, PromptTokens
 from laser_jax.evaluation.beir import BeirDataset
 from laser_jax.evaluation.metrics import evaluate_run, mean
 from laser_jax.search.topk import device_mesh, search
@@ -91,6 +91,17 @@ class QueryTokens:
     """Every K at which they are embedded."""
     documents_at: int | None = None
     """K of the documents; None where it is the queries' own."""
+    shortened: int = 0
+    """Rows whose texts did not fit."""
+
+
+def document_prompts(prompts: PromptTokenizer, dataset: BeirDataset) -> list[PromptTokens]:
+    """The documents as tokens, in the order of the dataset.
+
+    Raises:
+        TokenizationError: the template leaves no room for a text.
+    """
+    return [prompts.document_prompt(document.text) for document in dataset.documents]
 
 
 def query_ways(
@@ -100,31 +111,45 @@ def query_ways(
     steps: Sequence[int],
     control_seed: int | None = None,
 ) -> dict[str, QueryTokens]:
-    """The queries as tokens: "latent" always; `EXPLICIT` and, with a seed, `CONTROL` where
-    `explicit_view_fault` finds none.
+    """The queries as tokens: "latent" always; `EXPLICIT` and, with a seed and more than one query,
+    `CONTROL` where `explicit_view_fault` finds none.
 
     Raises:
         DatasetError: a query without an instruction.
     """
     require_instructions(dataset)
     queries = list(dataset.queries.values())
-    prompt_rows = [prompts.query(q.text, q.instruction or "") for q in queries]
-    ways = {"latent": QueryTokens(prompt_rows, tuple(sorted(set(steps))))}
+    alone = [prompts.query_prompt(q.text, q.instruction or "") for q in queries]
+    ways = {"latent": _query_tokens(alone, tuple(sorted(set(steps))))}
     if explicit_view_fault(dataset, config) is not None:
         return ways
 
     def explicit(donors: Iterable[int]) -> QueryTokens:
-        rows = [
-            prompts.explicit(q.text, q.instruction or "", queries[donor].reasoning or "").ids
+        reasoned = [
+            prompts.explicit(q.text, q.instruction or "", queries[donor].reasoning or "")
             for q, donor in zip(queries, donors, strict=True)
         ]
         # the state at EOS is what one thinking step reads
-        return QueryTokens(rows, (1,), config.num_thinking_steps)
+        return _query_tokens(reasoned, (1,), config.num_thinking_steps, alone)
 
     ways[EXPLICIT] = explicit(range(len(queries)))
-    if control_seed is not None:
+    if control_seed is not None and len(queries) > 1:
         ways[CONTROL] = explicit(other_queries(len(queries), control_seed).tolist())
     return ways
+
+
+def _query_tokens(
+    read: Sequence[PromptTokens | ExplicitTokens],
+    steps: tuple[int, ...],
+    documents_at: int | None = None,
+    alone: Sequence[PromptTokens] = (),
+) -> QueryTokens:
+    """One way of reading the queries. An explicit input is shortened too where its query is, which
+    its own mark leaves out: `alone` are the prompts of the queries."""
+    cut = [tokens.truncated for tokens in read]
+    if alone:
+        cut = [a or b.truncated for a, b in zip(cut, alone, strict=True)]
+    return QueryTokens([tokens.ids for tokens in read], steps, documents_at, sum(cut))
 
 
 def rewrite_ways(
@@ -147,18 +172,19 @@ def rewrite_ways(
     require_instructions(dataset)
     room = config.prompt.explicit_max_length
     wide = PromptTokenizer(prompts.tokenizer, replace(config.prompt, query_max_length=room))
-    explicit, in_query = [], []
+    alone, explicit, in_query = [], [], []
     for query in dataset.queries.values():
         written, instruction = rewrites[query.id], query.instruction or ""
         if len(written) < config.prompt.min_reasoning_characters:
             reasoning, longer = query.text, query.text
         else:
             reasoning, longer = written, f"{query.text}\n\n{written}"
-        explicit.append(prompts.explicit(query.text, instruction, reasoning).ids)
-        in_query.append(wide.query(longer, instruction))
-    ways = {REWRITE_AS_QUERY: QueryTokens(in_query, (1,), 1)}
+        alone.append(prompts.query_prompt(query.text, instruction))
+        explicit.append(prompts.explicit(query.text, instruction, reasoning))
+        in_query.append(wide.query_prompt(longer, instruction))
+    ways = {REWRITE_AS_QUERY: _query_tokens(in_query, (1,), 1)}
     if config.pooling == "prompt_and_thoughts":
-        ways[REWRITE] = QueryTokens(explicit, (1,), config.num_thinking_steps)
+        ways[REWRITE] = _query_tokens(explicit, (1,), config.num_thinking_steps, alone)
     return ways
 
 
@@ -196,14 +222,15 @@ def retrieval_runs(
         DatasetError: a query without an instruction.
     """
     ways = query_ways(prompts, dataset, encoder.config, steps)
+    documents = [document.ids for document in document_prompts(prompts, dataset)]
     return rank_ways(
-        encoder, prompts, dataset, ways, nothing_excluded=nothing_excluded, progress=progress
+        encoder, documents, dataset, ways, nothing_excluded=nothing_excluded, progress=progress
     )
 
 
 def rank_ways(
     encoder: LatentEncoder,
-    prompts: PromptTokenizer,
+    document_rows: Sequence[list[int]],
     dataset: BeirDataset,
     ways: Mapping[str, QueryTokens],
     *,
@@ -214,6 +241,7 @@ def rank_ways(
     """Ranks the corpus for every query, read in several ways.
 
     Args:
+        document_rows: the tokens of the documents, in the order of the dataset.
         ways: as `query_ways` and `rewrite_ways` make them.
         depth: documents kept of each ranking.
         nothing_excluded: adds every run once more, named by `unrestricted`, with the documents
@@ -231,9 +259,7 @@ def rank_ways(
         return dict(zip(wanted, encoder.encode_tokens(rows, wanted, progress=label), strict=True))
 
     read_at = {way.documents_at or k for way in ways.values() for k in way.steps}
-    document_vectors = embed(
-        [prompts.document(d.text) for d in documents], "documents", sorted(read_at)
-    )
+    document_vectors = embed([document_rows[i] for i in order], "documents", sorted(read_at))
 
     excluded = {query.id: query.excluded_ids for query in dataset.queries.values()}
     # where processes share the mesh, each has all the vectors and searches for itself

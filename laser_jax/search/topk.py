@@ -267,6 +267,8 @@ def rescored(
     """
     scores_Qn = np.full(ranks_Qn.shape, -np.inf, np.float32)
     for codes_MW, ranks_M in chunks:
+        if len(ranks_M) == 0:
+            continue
         place_Qn = np.minimum(np.searchsorted(ranks_M, ranks_Qn), len(ranks_M) - 1)
         for query, here_n in enumerate(ranks_M[place_Qn] == ranks_Qn):
             rows_iW = codes_MW[place_Qn[query, here_n]]
@@ -331,7 +333,8 @@ def search_chunks(
     scores_Qk, ranks_Qk = exact_top_k(
         queries_QD,
         read() if code in (None, stored) else coded(),
-        depth * max(oversample, 1),
+        # lists as long as k are on the devices; an empty corpus is refused there
+        max(min(depth * max(oversample, 1), len(ranked_ids)), 1),
         code=code or stored,
         mesh=mesh,
         chunk=chunk,

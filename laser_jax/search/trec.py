@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -115,8 +116,8 @@ def read_trec_run(path: str | Path) -> Run:
 
     Raises:
         FileNotFoundError: when the file is missing.
-        DatasetError: on a line of another form, a document that a query ranks twice, or a file
-            without any line.
+        DatasetError: on a line of another form, a score that is NaN, a document that a query ranks
+            twice, or a file without any line.
     """
     run: Run = {}
     for where, line in text_lines(path):
@@ -130,6 +131,11 @@ def read_trec_run(path: str | Path) -> Run:
             value = float(score)
         except ValueError as error:
             raise DatasetError(f"{where}: the score must be a number, got {score!r}") from error
+        if math.isnan(value):
+            raise DatasetError(
+                f"{where}: the score of document {document!r} of query {query!r} is NaN; a ranking "
+                "needs numbers"
+            )
         scores = run.setdefault(query, {})
         if document in scores:
             raise DatasetError(f"{where}: query {query!r} ranks {document!r} a second time")
