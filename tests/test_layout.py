@@ -153,6 +153,11 @@ def test_steps_are_counted_from_epochs_unless_given() -> None:
     assert number_of_steps(config(train=TrainConfig(batch_size=8, steps=0)), 12) == 0
 
 
+def test_a_share_of_an_epoch_is_as_many_rows_as_its_decimals_say() -> None:
+    train = TrainConfig(batch_size=10, epochs=1.1)
+    assert number_of_steps(config(train=train), 100) == 11
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

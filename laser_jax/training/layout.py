@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +128,8 @@ def number_of_steps(config: Config, rows: int) -> int:
     """Optimizer steps of a run over `rows` rows an epoch."""
     if config.train.steps is not None:
         return config.train.steps
-    return math.ceil(config.train.epochs * rows / config.train.batch_size)
+    # as it is written: 1.1 epochs of 100 rows are 110 rows, and a float's product is a little more
+    return math.ceil(Fraction(str(config.train.epochs)) * rows / config.train.batch_size)
 
 
 def _require_divisible(config: Config, mesh: Mesh) -> None:
