@@ -124,6 +124,46 @@ def test_the_output_of_another_config_is_refused(config, report) -> None:
         pretrain(dataclasses.replace(config, seed=2))
 
 
+def test_the_output_may_be_spelled_otherwise(config, report) -> None:
+    folder = Path(config.output)
+    assert (
+        pretrain(dataclasses.replace(config, output=f"{folder.parent}/./{folder.name}/")) == report
+    )
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"config": {}, "loss": null}'])
+def test_a_report_that_is_none_is_named(config, tmp_path, text) -> None:
+    (tmp_path / "pretrain.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"pretrain\.json is no report .*delete that directory"):
+        pretrain(dataclasses.replace(config, output=str(tmp_path)))
+
+
+def test_a_backbone_of_nan_is_no_finished_run(config, report, tmp_path) -> None:
+    spoilt = json.dumps(report | {"loss": math.nan})
+    (tmp_path / "pretrain.json").write_text(spoilt)
+    with pytest.raises(ConfigError, match="holds a backbone whose loss is nan"):
+        pretrain(dataclasses.replace(config, output=str(tmp_path)))
+
+
+@pytest.mark.parametrize(("log_every", "step"), [(2, 4), (99, 5)])
+def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_nothing(
+    config, tmp_path, log_every, step
+) -> None:
+    diverging = dataclasses.replace(
+        config,
+        eval=None,
+        output=str(tmp_path / "out"),
+        optimizer=OptimizerConfig(learning_rate=1e30, warmup_ratio=0),
+        steps=5,
+        log_every=log_every,
+    )
+    with pytest.raises(
+        program.PretrainingError, match=rf"step {step}: .* optimizer\.learning_rate"
+    ):
+        pretrain(diverging)
+    assert not (tmp_path / "out").exists()
+
+
 # --- what is written right ---------------------------------------------------------------------
 
 
