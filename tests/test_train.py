@@ -690,6 +690,45 @@ def test_a_teacher_of_another_vocabulary_is_refused(full, arguments, tmp_path, c
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"prompt_checksum": "0123"}, "its prompt_checksum is 0123, and the model's "),
+        ({"pooling": "thoughts"}, "pools its thoughts alone (GIRCSE)"),
+    ],
+)
+def test_a_teacher_that_reads_or_pools_otherwise_is_refused(
+    full, changes, named, arguments, tmp_path, capsys
+) -> None:
+    teacher = shutil.copytree(full.output / "model", tmp_path / "teacher")
+    edit_json(teacher / "laser_config.json", **changes)
+    flags = ("--objective.teacher", str(teacher))
+    message = refusal(arguments(tmp_path / "run", *flags), capsys)
+    assert f"objective.teacher {teacher} " in message
+    assert named in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_weights_of_the_teacher_are_refused_on_resume(
+    full, run, arguments, tmp_path, capsys
+) -> None:
+    teacher = shutil.copytree(full.output / "model", tmp_path / "teacher")
+    overlay = ("--config", str(CONFIGS / "ablation" / "without_colearning.yaml"))
+    flags = (*overlay, "--objective.teacher", str(teacher), "--train.steps", "1", *NO_EVAL)
+    run(tmp_path / "run", *flags)
+    tensors = load_file(teacher / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, teacher / "model.safetensors", {"format": "pt"})
+    message = refusal(arguments(tmp_path / "run", *flags), capsys)
+    assert (
+        "checkpoints was trained on other inputs:\n  weights of objective.teacher: was" in message
+    )
+
+
+def test_what_a_checkpoint_of_an_older_release_does_not_hold_is_not_compared(tmp_path) -> None:
+    program._require_same_inputs({"samples": 8}, {"weights of objective.teacher": "1"}, tmp_path)
+
+
 def test_the_output_of_another_config_is_refused_and_kept(full, arguments, capsys) -> None:
     before = {p: p.stat().st_mtime_ns for p in full.output.rglob("[!.]*")}
     message = refusal(arguments(full.output, "--optimizer.learning_rate", "1"), capsys)
