@@ -149,10 +149,17 @@ def _require_fit_teacher(
         )
 
 
-def _inputs(teacher_variables: Variables | None) -> dict[str, Any]:
+def _inputs(
+    sources: Sequence[Source], prompts: PromptTokenizer, teacher_variables: Variables | None
+) -> dict[str, Any]:
     """What a resumed run must find as it was, and neither its config nor its state holds."""
     teacher = None if teacher_variables is None else fingerprint(teacher_variables)
-    return {"weights of objective.teacher": teacher}
+    return {
+        "number of training rows": rows_per_epoch(sources),
+        "fingerprints of the training rows": [source.fingerprint for source in sources],
+        "prompt_checksum": prompts.checksum(),
+        "weights of objective.teacher": teacher,
+    }
 
 
 def _require_same_inputs(meta: dict[str, Any], inputs: dict[str, Any], directory: Path) -> None:
@@ -311,7 +318,7 @@ def _set_up(config: Config, stack: ExitStack) -> _Run:
         model and (lambda like: load_sharded_params(model, backbone_config, like)),
     )
     teacher, teacher_variables = _load_teacher(config, backbone_config, prompts, mesh)
-    inputs = _inputs(teacher_variables)
+    inputs = _inputs(sources, prompts, teacher_variables)
     base = None if state.frozen is None else fingerprint(state.frozen)
     output.claim()
     scores: dict[int, float] = {}

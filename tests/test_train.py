@@ -725,6 +725,28 @@ def test_other_weights_of_the_teacher_are_refused_on_resume(
     )
 
 
+@pytest.mark.parametrize(
+    ("rows", "named"),
+    [
+        (slice(8), "number of training rows: was 10, is 8"),
+        (slice(None, None, -1), "fingerprints of the training rows: was ["),
+    ],
+)
+def test_other_training_rows_are_refused_on_resume(
+    full, rows, named, data, arguments, tmp_path, capsys
+) -> None:
+    output = shutil.copytree(full.output, tmp_path / "run")
+    before = (data / "train.jsonl").read_bytes()
+    write_jsonl(data / "train.jsonl", [training_row(n) for n in range(len(PLACES))][rows])
+    try:
+        message = refusal(arguments(output), capsys)
+    finally:
+        (data / "train.jsonl").write_bytes(before)
+    assert "checkpoints was trained on other inputs:\n  " in message
+    assert named in message
+    assert "Bring back those that the run began with, or choose another output" in message
+
+
 def test_what_a_checkpoint_of_an_older_release_does_not_hold_is_not_compared(tmp_path) -> None:
     program._require_same_inputs({"samples": 8}, {"weights of objective.teacher": "1"}, tmp_path)
 
