@@ -336,6 +336,12 @@ class LossWeights:
         return bool(self.explicit or self.output or self.trajectory)
 
 
+def appended_thoughts(num_thinking_steps: int, pooling: Pooling) -> int:
+    """The soft tokens that stand behind a prompt when K states are pooled: the first of them is the
+    prompt's own with `prompt_and_thoughts`."""
+    return num_thinking_steps - (pooling == "prompt_and_thoughts")
+
+
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """What is trained. The defaults are the paper's; `configs/official.yaml` holds the code's."""

@@ -21,6 +21,7 @@ from laser_jax.config import (
     Dtype,
     MeshConfig,
     RetrieverConfig,
+    appended_thoughts,
     load_retriever_config,
 )
 from laser_jax.data.buckets import IndexedRow
@@ -282,9 +283,10 @@ class LatentRetriever:
         steps = config.num_thinking_steps if num_thinking_steps is None else num_thinking_steps
         limit: int = getattr(config.prompt, limit_key)
         positions = config.backbone.max_position_embeddings
-        if limit + steps > positions:
+        taken = limit + appended_thoughts(steps, config.pooling)
+        if taken > positions:
             raise ValueError(
-                f"prompt.{limit_key} {limit} and {steps} thinking steps take {limit + steps} "
+                f"prompt.{limit_key} {limit} and {steps} thinking steps take {taken} "
                 f"positions, and the model has {positions}"
             )
         cut: set[int] = set()

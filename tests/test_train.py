@@ -563,8 +563,8 @@ def refusal(arguments: list[str], capsys) -> str:
         (("--train.batch_size", "12"), ["train.batch_size 12", "8 devices"]),
         (("--mesh.fsdp", "3"), ["mesh", "8 devices"]),
         (
-            ("--prompt.explicit_max_length", "4096"),
-            ["prompt.explicit_max_length and 2 thinking steps take 4098 positions", "has 4096"],
+            ("--prompt.explicit_max_length", "4097"),
+            ["prompt.explicit_max_length takes 4097 positions", "has 4096"],
         ),
         (("--prompt.query_max_length", "4"), ["prompt.query_max_length"]),
         (("--prompt.document_max_length", "4"), ["prompt.document_max_length"]),
