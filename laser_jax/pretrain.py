@@ -39,7 +39,7 @@ from laser_jax.data.language_modeling import (
 )
 from laser_jax.data.tokenization import (
     PromptTokenizer,
-    load_tokenizer,
+    load_tokenizer_for,
     query_content,
     special_token_ids,
     train_tokenizer,
@@ -146,8 +146,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         return finished
     texts, reasonings = read_language_rows(config.texts)
     if config.model.path is not None:
-        tokenizer = load_tokenizer(config.model.path)
         backbone_config = read_backbone_config(config.model.path)
+        tokenizer = load_tokenizer_for(config.model.path, backbone_config)
         params = load_params(config.model.path, backbone_config, dtype=np.dtype(np.float32))
     else:
         assert config.model.scratch is not None

@@ -25,7 +25,12 @@ from laser_jax.config import (
     load_retriever_config,
 )
 from laser_jax.data.buckets import IndexedRow
-from laser_jax.data.tokenization import PromptTokenizer, PromptTokens, load_tokenizer
+from laser_jax.data.tokenization import (
+    PromptTokenizer,
+    PromptTokens,
+    load_tokenizer,
+    require_embedded_tokens,
+)
 from laser_jax.encoder import backbone_for, load_pretrained
 from laser_jax.hf import resolve_directory
 from laser_jax.modeling.backbone import Variables
@@ -75,12 +80,7 @@ class LatentRetriever:
                 f"the prompt settings differ from the model's; expected {config.prompt}, got "
                 f"{prompts.config}"
             )
-        largest = max(prompts.tokenizer.get_vocab().values())
-        if largest >= config.backbone.vocab_size:
-            raise ConfigError(
-                f"the tokenizer has a token with the id {largest}, and the model "
-                f"{config.backbone.vocab_size} tokens: they are not of one model"
-            )
+        require_embedded_tokens(prompts.tokenizer, config.backbone.vocab_size)
         if config.prompt_checksum not in (None, prompts.checksum()):
             raise ConfigError(
                 "tokenizer and chat template do not make the prompts of training: their checksum "

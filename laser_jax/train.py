@@ -42,7 +42,7 @@ from laser_jax.data.sources import Source, describe_row, open_sources, rows_per_
 from laser_jax.data.tokenization import (
     PromptTokenizer,
     Tokenizer,
-    load_tokenizer,
+    load_tokenizer_for,
     query_content,
     special_token_ids,
     train_tokenizer,
@@ -95,7 +95,7 @@ def _tokenizer_and_backbone(
     if directory is not None:
         backbone = read_backbone_config(directory)
         config.model.require_named_backbone(backbone)
-        return load_tokenizer(directory), backbone
+        return load_tokenizer_for(directory, backbone), backbone
     assert scratch is not None
     texts = {
         text

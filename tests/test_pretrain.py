@@ -216,6 +216,17 @@ def test_an_evaluation_without_reasonings_is_refused_before_training(config, tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tokenizer_that_is_larger_than_the_embedding_is_refused(config, report, tmp_path) -> None:
+    model = shutil.copytree(config.output, tmp_path / "model")
+    tokenizer = load_tokenizer(model)
+    tokenizer.add_tokens(["Danube"])
+    tokenizer.save_pretrained(model)
+    path = ModelConfig(path=str(model))
+    with pytest.raises(ConfigError, match=rf"{model}: the tokenizer has a token with the id \d+"):
+        pretrain(dataclasses.replace(config, model=path, output=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [

@@ -673,6 +673,21 @@ def test_a_bad_model_is_named(full, spoil, named, arguments, tmp_path, capsys) -
     assert not (tmp_path / "run").exists()
 
 
+def test_a_tokenizer_that_is_larger_than_the_embedding_is_refused(
+    full, arguments, tmp_path, capsys
+) -> None:
+    model = shutil.copytree(full.output / "model", tmp_path / "model")
+    tokenizer = load_tokenizer(model)
+    tokenizer.add_tokens(["Danube"])
+    tokenizer.save_pretrained(model)
+    flags = ("--model.scratch", "null", "--model.path", str(model))
+    message = refusal(arguments(tmp_path / "run", *flags), capsys)
+    assert (
+        f"{model}: the tokenizer has a token with the id 270, and the model 270 tokens" in message
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_model_of_another_name_is_refused(full, arguments, tmp_path, capsys) -> None:
     model = ("--model.scratch", "null", "--model.path", str(full.output / "model"))
     named = ("--model.backbone", "qwen3-0.6b")
