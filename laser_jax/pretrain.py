@@ -39,6 +39,7 @@ from laser_jax.data.language_modeling import (
 )
 from laser_jax.data.tokenization import (
     PromptTokenizer,
+    Tokenizer,
     load_tokenizer_for,
     query_content,
     special_token_ids,
@@ -46,7 +47,8 @@ from laser_jax.data.tokenization import (
 )
 from laser_jax.evaluation.beir import read_beir
 from laser_jax.files import write_atomically
-from laser_jax.hf import load_params, read_backbone_config, save_params
+from laser_jax.hf import load_params, read_backbone_config, resolve_directory, save_params
+from laser_jax.modeling.attention import choose_kernel
 from laser_jax.modeling.backbone import Backbone, Variables, apply
 from laser_jax.step import learning_rate_schedule, make_optimizer
 
@@ -132,6 +134,51 @@ def _require_finite(step: int, loss: float, config: PretrainConfig) -> None:
         )
 
 
+def _starting_point(
+    config: PretrainConfig, texts: Sequence[str], reasonings: Sequence[WrittenReasoning]
+) -> tuple[Tokenizer, Backbone, Any]:
+    """The tokenizer, the model and its parameters: those of `model.path`, or from scratch, where
+    the parameters are None until they are drawn."""
+    model, params = config.model, None
+    if model.path is not None:
+        directory = resolve_directory(model.path)
+        backbone_config = read_backbone_config(directory)
+        model.require_named_backbone(backbone_config)
+        tokenizer = load_tokenizer_for(directory, backbone_config)
+        params = load_params(directory, backbone_config, dtype=np.dtype(np.float32))
+    else:
+        assert model.scratch is not None
+        written = [
+            text
+            for r in reasonings
+            for text in (
+                r.text
+                if r.instruction is None
+                else query_content(r.text, r.instruction, config.prompt),
+                r.reasoning,
+            )
+        ]
+        tokenizer = train_tokenizer([*texts, *written], model.scratch.vocab_size)
+        backbone_config = model.scratch.backbone(len(tokenizer))
+    if config.row_length > backbone_config.max_position_embeddings:
+        raise ConfigError(
+            f"row_length is {config.row_length}, and the model has "
+            f"{backbone_config.max_position_embeddings} positions; lower row_length"
+        )
+    kernel, reason = choose_kernel(
+        model.attention, jax.default_backend(), model.dtype, backbone_config.head_dim
+    )
+    print(f"attention: {kernel} ({reason})")
+    backbone = Backbone(
+        backbone_config,
+        dtype=jnp.dtype(model.dtype),
+        attention=kernel,
+        remat=model.remat,
+        unroll_layers=model.unroll_layers,
+    )
+    return tokenizer, backbone, params
+
+
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Runs the causal-LM stage. Returns what `pretrain.json` holds.
 
@@ -145,25 +192,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         print(f"{output}: already trained with this config")
         return finished
     texts, reasonings = read_language_rows(config.texts)
-    if config.model.path is not None:
-        backbone_config = read_backbone_config(config.model.path)
-        tokenizer = load_tokenizer_for(config.model.path, backbone_config)
-        params = load_params(config.model.path, backbone_config, dtype=np.dtype(np.float32))
-    else:
-        assert config.model.scratch is not None
-        written = [
-            text
-            for r in reasonings
-            for text in (
-                r.text
-                if r.instruction is None
-                else query_content(r.text, r.instruction, config.prompt),
-                r.reasoning,
-            )
-        ]
-        tokenizer = train_tokenizer([*texts, *written], config.model.scratch.vocab_size)
-        backbone_config = config.model.scratch.backbone(len(tokenizer))
-        params = None
+    tokenizer, backbone, params = _starting_point(config, texts, reasonings)
     prompts = PromptTokenizer(tokenizer, config.prompt)
     parts = []
     if texts:
@@ -188,7 +217,6 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
             )
         held_out = reasoning_rows(unseen, prompts, config.row_length)
 
-    backbone = Backbone(backbone_config, dtype=jnp.dtype(config.model.dtype))
     if params is None:
         ids = jnp.zeros((1, 8), jnp.int32)
         params = jax.jit(lambda key: nn.meta.unbox(backbone.init(key, ids))["params"])(
@@ -237,8 +265,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     save_params(
         output,
         jax.device_get({"params": params}),
-        backbone_config,
-        dtype=np.dtype(np.float32),
+        backbone.config,
+        dtype=config.model.param_dtype,
         lora=None,
         **special_token_ids(tokenizer),
     )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from safetensors.numpy import load_file
 
 from laser_jax import pretrain as program
 from laser_jax.config import (
@@ -216,6 +217,32 @@ def test_an_evaluation_without_reasonings_is_refused_before_training(config, tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_of_another_name_is_refused(config, report, tmp_path) -> None:
+    named = ModelConfig(path=config.output, backbone="qwen3-8b")
+    with pytest.raises(ConfigError, match=r"backbone is no qwen3-8b: "):
+        pretrain(dataclasses.replace(config, model=named, output=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_setting_of_the_model_counts(config, report, tmp_path, monkeypatch) -> None:
+    """A hub id is resolved, the weights are stored in their dtype, the layers run as asked."""
+    hub, loss, trained = {"mine/tiny": Path(config.output)}, program._loss, []
+
+    def recorded(backbone: Backbone, *args: Any) -> jax.Array:
+        trained.append(backbone)
+        return loss(backbone, *args)
+
+    monkeypatch.setattr(program, "resolve_directory", hub.__getitem__)
+    monkeypatch.setattr(program, "_loss", recorded)
+    asked = {"remat": "full", "unroll_layers": True, "attention": "xla"}
+    model = ModelConfig(path="mine/tiny", param_dtype="bfloat16", **asked)
+    output = tmp_path / "out"
+    pretrain(dataclasses.replace(config, model=model, output=str(output), eval=None, steps=1))
+    assert [{name: getattr(each, name) for name in asked} for each in trained] == [asked]
+    stored = {a.dtype.name for a in load_file(output / "model.safetensors").values()}
+    assert stored == {"bfloat16"}
+
+
 def test_a_tokenizer_that_is_larger_than_the_embedding_is_refused(config, report, tmp_path) -> None:
     model = shutil.copytree(config.output, tmp_path / "model")
     tokenizer = load_tokenizer(model)
@@ -235,6 +262,11 @@ def test_a_tokenizer_that_is_larger_than_the_embedding_is_refused(config, report
         (("--eval", "absent"), "absent/qrels"),
         (("--model.scratch", "null", "--model.path", "absent"), "absent"),
         (("--steps", "0"), "steps must be at least 1"),
+        (("--model.attention", "splash"), "model.attention: splash cannot run here"),
+        (
+            ("--row_length", "64", "--model.scratch.max_position_embeddings", "63"),
+            "row_length is 64, and the model has 63 positions",
+        ),
     ],
 )
 def test_bad_settings_are_named_and_leave_nothing(config, flags, named, tmp_path, capsys) -> None:
