@@ -273,6 +273,7 @@ class _Run:
     evaluations: StepLog
     tensorboard: TensorBoard | None
     encoder: LatentEncoder | None = None
+    """Without weights; see `_encoder`."""
     seconds: float = 0.0
     """In steps, from the first to the last, with saving and the dev split."""
 
@@ -483,10 +484,11 @@ def _rank_dev(run: _Run, stop: StopSignal) -> float:
 
 
 def _encoder(run: _Run) -> LatentEncoder:
-    """The model as it is now; made once, so that nothing is compiled again."""
+    """The model as it is now. Its programs are kept, so that nothing is compiled again, and its
+    weights are not: on one device they are a copy."""
     config = run.config
     if run.encoder is None:
-        run.encoder = LatentEncoder(
+        encoder = LatentEncoder(
             run.state.variables,
             _retriever_config(run, config.lora),
             batch_size=config.train.eval_batch_size,
@@ -494,6 +496,8 @@ def _encoder(run: _Run) -> LatentEncoder:
             # one device alone runs faster over separate layers, which the encoder then makes
             mesh=run.layout.mesh if run.layout.mesh.size > 1 else None,
         )
+        run.encoder = encoder.without_variables()
+        return encoder
     return run.encoder.with_variables(run.state.variables)
 
 

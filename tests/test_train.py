@@ -3,13 +3,16 @@ they refuse."""
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
 import shutil
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -482,6 +485,30 @@ def test_the_second_ranking_compiles_nothing(run, tmp_path, monkeypatch) -> None
     assert counts[1:] == [0]
     assert len(results["dev"]) == 2
     assert set(results["dev"][0]) == {"step", "nDCG@10", "Recall@100", "Hit@1"}
+
+
+def test_between_rankings_one_device_keeps_no_copy_of_the_weights(
+    full, arguments, tmp_path, monkeypatch, compilations
+) -> None:
+    variables, retriever = load_pretrained(full.output / "model")
+    monkeypatch.setattr(program, "_retriever_config", lambda *_: retriever)
+    run: Any = SimpleNamespace(
+        config=parse_command_line(Config, "train", arguments(tmp_path)),
+        layout=SimpleNamespace(mesh=SimpleNamespace(size=1)),
+        state=SimpleNamespace(variables=variables),
+        encoder=None,
+    )
+    encoder = program._encoder(run)
+    vectors = encoder.encode_tokens([[1, 2, 3]], [2])
+    copies = [weakref.ref(leaf) for leaf in jax.tree.leaves(encoder._variables)]
+    del encoder
+    gc.collect()
+    assert {copy() for copy in copies} == {None}
+    with compilations() as compiled:
+        np.testing.assert_array_equal(
+            program._encoder(run).encode_tokens([[1, 2, 3]], [2]), vectors
+        )
+    assert compiled == []
 
 
 def test_a_run_leaves_scalars_and_a_trace_where_it_is_asked_to(run, tmp_path) -> None:
