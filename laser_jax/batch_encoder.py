@@ -96,6 +96,12 @@ class LatentEncoder:
         other._variables = self._placed(variables)
         return other
 
+    def without_variables(self) -> LatentEncoder:
+        """The compiled programs alone, to be kept while `with_variables` is not needed."""
+        other = copy.copy(self)
+        other._variables = {}
+        return other
+
     def with_batch_size(self, batch_size: int) -> LatentEncoder:
         """The same encoder with another number of rows, which is another set of shapes."""
         other = copy.copy(self)

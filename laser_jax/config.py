@@ -43,6 +43,10 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _require_seed(key: str, seed: int) -> None:
+    _require(0 <= seed < 2**32, f"{key} must lie in [0, 2^32), got {seed}")
+
+
 # --- the backbone ----------------------------------------------------------------------------
 
 
@@ -332,6 +336,12 @@ class LossWeights:
         return bool(self.explicit or self.output or self.trajectory)
 
 
+def appended_thoughts(num_thinking_steps: int, pooling: Pooling) -> int:
+    """The soft tokens that stand behind a prompt when K states are pooled: the first of them is the
+    prompt's own with `prompt_and_thoughts`."""
+    return num_thinking_steps - (pooling == "prompt_and_thoughts")
+
+
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """What is trained. The defaults are the paper's; `configs/official.yaml` holds the code's."""
@@ -362,6 +372,11 @@ class ObjectiveConfig:
         )
         for name in ("temperature", "output_temperature", "trajectory_temperature"):
             _require(getattr(self, name) > 0, f"objective.{name} must be positive")
+        _require(
+            self.distillation_warmup_steps >= 0,
+            "objective.distillation_warmup_steps must not be negative, got "
+            f"{self.distillation_warmup_steps}; 0 gives the terms their weights from the start",
+        )
 
     @property
     def pooling(self) -> Pooling:
@@ -442,6 +457,18 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _require(self.learning_rate >= 0, "optimizer.learning_rate must not be negative")
         _require(0 <= self.warmup_ratio <= 1, "optimizer.warmup_ratio must lie in [0, 1]")
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optimizer.{name} must lie in [0, 1), got {value}")
+        _require(self.eps > 0, f"optimizer.eps must be positive, got {self.eps}")
+        _require(
+            self.weight_decay >= 0,
+            f"optimizer.weight_decay must not be negative, got {self.weight_decay}",
+        )
+        _require(
+            self.clip_norm is None or self.clip_norm > 0,
+            f"optimizer.clip_norm must be positive, got {self.clip_norm}; null switches it off",
+        )
 
 
 @dataclass(frozen=True)
@@ -494,11 +521,20 @@ class TrainConfig:
             value = getattr(self, name)
             _require(value is None or value >= 1, f"train.{name} must be at least 1, got {value}")
         _require(self.steps is None or self.steps >= 0, "train.steps must not be negative")
-        _require(self.epochs >= 0, "train.epochs must not be negative")
+        _require(
+            0 <= self.epochs < float("inf"),
+            f"train.epochs must be a number that is not negative, got {self.epochs}",
+        )
+        _require_seed("train.seed", self.seed)
         _require(
             self.batch_size % (self.micro_batch_size or 1) == 0,
             f"train.batch_size {self.batch_size} must be a multiple of train.micro_batch_size "
             f"{self.micro_batch_size}",
+        )
+        _require(
+            bool(self.eval_thinking_steps),
+            "train.eval_thinking_steps is empty; name at least one K, or set data.eval: null for "
+            "a run without evaluation",
         )
         _require(
             all(k >= 1 for k in self.eval_thinking_steps),
@@ -650,6 +686,7 @@ class PretrainConfig:
         for name in ("steps", "batch_size", "log_every", "text_repeats"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1")
         _require(self.row_length >= 2, "row_length must be at least 2")
+        _require_seed("seed", self.seed)
 
 
 # --- what travels with a model ---------------------------------------------------------------

@@ -8,6 +8,7 @@ recognised by its config and not repeated.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -38,17 +39,24 @@ from laser_jax.data.language_modeling import (
 )
 from laser_jax.data.tokenization import (
     PromptTokenizer,
-    load_tokenizer,
+    Tokenizer,
+    load_tokenizer_for,
     query_content,
     special_token_ids,
     train_tokenizer,
 )
 from laser_jax.evaluation.beir import read_beir
-from laser_jax.hf import load_params, read_backbone_config, save_params
+from laser_jax.files import write_atomically
+from laser_jax.hf import load_params, read_backbone_config, resolve_directory, save_params
+from laser_jax.modeling.attention import choose_kernel
 from laser_jax.modeling.backbone import Backbone, Variables, apply
 from laser_jax.step import learning_rate_schedule, make_optimizer
 
 REPORT = "pretrain.json"
+
+
+class PretrainingError(RuntimeError):
+    """A run that cannot go on."""
 
 
 def _predictions(
@@ -96,38 +104,50 @@ def written_right(
     return float(np.concatenate(parts)[:total].mean())
 
 
-def _finished(config: PretrainConfig) -> bool:
-    """Whether the output directory already holds the result of this very config."""
-    report = Path(config.output) / REPORT
-    if not report.is_file():
-        return False
-    written = json.loads(report.read_text())["config"]
-    if changed := changes(written, config, source=str(report)):
+def _finished(config: PretrainConfig) -> dict[str, Any] | None:
+    """The report of the output directory, where it already holds the result of this config."""
+    file = Path(config.output) / REPORT
+    if not file.is_file():
+        return None
+    way_out = "Choose another output, or delete that directory"
+    try:
+        report = json.loads(file.read_text())
+        written, loss = report["config"], float(report["loss"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} is no report of this program: {error!r}. {way_out}") from error
+    changed = changes(written, config, source=str(file))
+    # the same directory may be spelled otherwise, or have been moved
+    if changed := [change for change in changed if change.key != "output"]:
         raise ConfigError(
-            f"{config.output} holds a backbone of another config:\n  {listed(changed)}\n"
-            "Choose another output, or delete that directory"
+            f"{config.output} holds a backbone of another config:\n  {listed(changed)}\n{way_out}"
         )
-    return True
+    if not math.isfinite(loss):
+        raise ConfigError(f"{config.output} holds a backbone whose loss is {loss}. {way_out}")
+    return report
 
 
-def pretrain(config: PretrainConfig) -> dict[str, Any]:
-    """Runs the causal-LM stage. Returns what `pretrain.json` holds.
+def _require_finite(step: int, loss: float, config: PretrainConfig) -> None:
+    if not math.isfinite(loss):
+        raise PretrainingError(
+            f"step {step}: the loss is {loss}. Nothing was written to {config.output}; lower "
+            "optimizer.learning_rate, or train in model.dtype: float32"
+        )
 
-    Raises:
-        ConfigError, DataError, DatasetError, HFError, TokenizationError, FileNotFoundError: bad
-            input; the message names it.
-    """
-    output = Path(config.output)
-    if _finished(config):
-        print(f"{output}: already trained with this config")
-        return json.loads((output / REPORT).read_text())
-    texts, reasonings = read_language_rows(config.texts)
-    if config.model.path is not None:
-        tokenizer = load_tokenizer(config.model.path)
-        backbone_config = read_backbone_config(config.model.path)
-        params = load_params(config.model.path, backbone_config, dtype=np.dtype(np.float32))
+
+def _starting_point(
+    config: PretrainConfig, texts: Sequence[str], reasonings: Sequence[WrittenReasoning]
+) -> tuple[Tokenizer, Backbone, Any]:
+    """The tokenizer, the model and its parameters: those of `model.path`, or from scratch, where
+    the parameters are None until they are drawn."""
+    model, params = config.model, None
+    if model.path is not None:
+        directory = resolve_directory(model.path)
+        backbone_config = read_backbone_config(directory)
+        model.require_named_backbone(backbone_config)
+        tokenizer = load_tokenizer_for(directory, backbone_config)
+        params = load_params(directory, backbone_config, dtype=np.dtype(np.float32))
     else:
-        assert config.model.scratch is not None
+        assert model.scratch is not None
         written = [
             text
             for r in reasonings
@@ -138,9 +158,41 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
                 r.reasoning,
             )
         ]
-        tokenizer = train_tokenizer([*texts, *written], config.model.scratch.vocab_size)
-        backbone_config = config.model.scratch.backbone(len(tokenizer))
-        params = None
+        tokenizer = train_tokenizer([*texts, *written], model.scratch.vocab_size)
+        backbone_config = model.scratch.backbone(len(tokenizer))
+    if config.row_length > backbone_config.max_position_embeddings:
+        raise ConfigError(
+            f"row_length is {config.row_length}, and the model has "
+            f"{backbone_config.max_position_embeddings} positions; lower row_length"
+        )
+    kernel, reason = choose_kernel(
+        model.attention, jax.default_backend(), model.dtype, backbone_config.head_dim
+    )
+    print(f"attention: {kernel} ({reason})")
+    backbone = Backbone(
+        backbone_config,
+        dtype=jnp.dtype(model.dtype),
+        attention=kernel,
+        remat=model.remat,
+        unroll_layers=model.unroll_layers,
+    )
+    return tokenizer, backbone, params
+
+
+def pretrain(config: PretrainConfig) -> dict[str, Any]:
+    """Runs the causal-LM stage. Returns what `pretrain.json` holds.
+
+    Raises:
+        ConfigError, DataError, DatasetError, HFError, TokenizationError, FileNotFoundError: bad
+            input; the message names it.
+        PretrainingError: the loss is not finite; nothing is written then.
+    """
+    output = Path(config.output)
+    if finished := _finished(config):
+        print(f"{output}: already trained with this config")
+        return finished
+    texts, reasonings = read_language_rows(config.texts)
+    tokenizer, backbone, params = _starting_point(config, texts, reasonings)
     prompts = PromptTokenizer(tokenizer, config.prompt)
     parts = []
     if texts:
@@ -165,7 +217,6 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
             )
         held_out = reasoning_rows(unseen, prompts, config.row_length)
 
-    backbone = Backbone(backbone_config, dtype=jnp.dtype(config.model.dtype))
     if params is None:
         ids = jnp.zeros((1, 8), jnp.int32)
         params = jax.jit(lambda key: nn.meta.unbox(backbone.init(key, ids))["params"])(
@@ -192,7 +243,11 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     for step in progress:
         params, opt_state, loss = step_fn(params, opt_state, next(batches))
         if step % config.log_every == 0:
+            _require_finite(step, float(loss), config)
             progress.set_postfix(loss=f"{float(loss):.3f}", lr=f"{np.asarray(schedule(step)):.1e}")
+    # no loss has shown yet what the last update has made
+    finite = all(jnp.isfinite(a).all() for a in jax.tree.leaves(params))
+    _require_finite(config.steps, float(loss) if finite else math.nan, config)
     report: dict[str, Any] = {
         "config": as_dict(config),
         "loss": float(loss),
@@ -210,13 +265,13 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     save_params(
         output,
         jax.device_get({"params": params}),
-        backbone_config,
-        dtype=np.dtype(np.float32),
+        backbone.config,
+        dtype=config.model.param_dtype,
         lora=None,
         **special_token_ids(tokenizer),
     )
     tokenizer.save_pretrained(output)
-    (output / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+    write_atomically(output / REPORT, json.dumps(report, indent=2) + "\n")
     return report
 
 
@@ -224,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     try:
         pretrain(parse_command_line(PretrainConfig, "python -m laser_jax.pretrain", arguments))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, PretrainingError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -57,17 +57,40 @@ def _run(module: str, *arguments: str) -> None:
         sys.exit(done.returncode)
 
 
+def _require_same_seed(output: Path, seed: int) -> None:
+    """Raises a ConfigError where a stage in the output has begun with another seed: its own refusal
+    would come after the world it was trained on is replaced."""
+    stages = {output / "backbone" / "pretrain.json": ("config", "seed")}
+    stages |= {output / name / "config.json": ("train", "seed") for name in METHODS}
+    for file, (group, key) in stages.items():
+        if not file.is_file():
+            continue
+        try:
+            found = json.loads(file.read_text())[group][key]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{file} is not what a stage writes: {error!r}. Choose another --output, or delete "
+                "that directory"
+            ) from error
+        if found != seed:
+            raise ConfigError(
+                f"{file}: seed was {found}, is {seed}. Choose another --output, or delete {output}"
+            )
+
+
 def quickstart(options: QuickstartOptions) -> dict[str, dict[str, float]]:
     """Runs all stages. Returns, and writes to `table.json`, the table: a row a method.
 
     Raises:
-        ConfigError: when the configs/ folder of the repository is not beside the package.
+        ConfigError: when the configs/ folder of the repository is not beside the package, or the
+            output holds a quickstart with another seed; nothing is touched then.
     """
     if not (CONFIGS / "quickstart.yaml").is_file():
         raise ConfigError(f"{CONFIGS} has no quickstart.yaml: run this from a clone of laser_jax")
     began = time.monotonic()
     output = Path(options.output)
     data, seed = output / "data", str(options.seed)
+    _require_same_seed(output, options.seed)
     world = build_world(WorldConfig(num_places=20, final_separator=True, seed=options.seed))
     write_world(world, data)
     print(

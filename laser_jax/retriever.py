@@ -21,10 +21,16 @@ from laser_jax.config import (
     Dtype,
     MeshConfig,
     RetrieverConfig,
+    appended_thoughts,
     load_retriever_config,
 )
 from laser_jax.data.buckets import IndexedRow
-from laser_jax.data.tokenization import PromptTokenizer, PromptTokens, load_tokenizer
+from laser_jax.data.tokenization import (
+    PromptTokenizer,
+    PromptTokens,
+    load_tokenizer,
+    require_embedded_tokens,
+)
 from laser_jax.encoder import backbone_for, load_pretrained
 from laser_jax.hf import resolve_directory
 from laser_jax.modeling.backbone import Variables
@@ -345,12 +351,7 @@ def require_matching(config: RetrieverConfig, prompts: PromptTokenizer) -> None:
             f"the prompt settings differ from the model's; expected {config.prompt}, got "
             f"{prompts.config}"
         )
-    largest = max(prompts.tokenizer.get_vocab().values())
-    if largest >= config.backbone.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has a token with the id {largest}, and the model "
-            f"{config.backbone.vocab_size} tokens: they are not of one model"
-        )
+    require_embedded_tokens(prompts.tokenizer, config.backbone.vocab_size)
     if config.prompt_checksum not in (None, prompts.checksum()):
         raise ConfigError(
             "tokenizer and chat template do not make the prompts of training: their checksum "
@@ -365,9 +366,10 @@ def require_positions(config: RetrieverConfig, limit_key: LimitKey, steps: int) 
     positions than the model has."""
     limit: int = getattr(config.prompt, limit_key)
     positions = config.backbone.max_position_embeddings
-    if limit + steps > positions:
+    taken = limit + appended_thoughts(steps, config.pooling)
+    if taken > positions:
         raise ConfigError(
-            f"prompt.{limit_key} {limit} and {steps} thinking steps take {limit + steps} "
+            f"prompt.{limit_key} {limit} and {steps} thinking steps take {taken} "
             f"positions, and the model has {positions}: take fewer steps, or lower the limit"
         )
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from laser_jax.config import Pooling
+from laser_jax.config import Pooling, appended_thoughts
 from laser_jax.modeling.attention import accumulation_dtype, merge_groups, split_groups
 from laser_jax.modeling.backbone import (
     REMAT_POLICIES,
@@ -73,7 +73,7 @@ def think(
     """
     if num_thinking_steps < 1:
         raise ValueError(f"num_thinking_steps must be at least 1, got {num_thinking_steps}")
-    generated = num_thinking_steps - (pooling == "prompt_and_thoughts")
+    generated = appended_thoughts(num_thinking_steps, pooling)
     wide = accumulation_dtype(prefixes[0].h_BD.dtype)
     firsts = [prefix.h_BD[:, None].astype(wide) for prefix in prefixes]
     if generated == 0:

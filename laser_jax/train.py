@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from laser_jax.batch_encoder import LatentEncoder
-from laser_jax.checkpoint import Checkpoints, fingerprint
+from laser_jax.checkpoint import CheckpointError, Checkpoints, fingerprint
 from laser_jax.config import (
     BackboneConfig,
     Config,
@@ -42,7 +42,7 @@ from laser_jax.data.sources import Source, describe_row, open_sources, rows_per_
 from laser_jax.data.tokenization import (
     PromptTokenizer,
     Tokenizer,
-    load_tokenizer,
+    load_tokenizer_for,
     query_content,
     special_token_ids,
     train_tokenizer,
@@ -95,7 +95,7 @@ def _tokenizer_and_backbone(
     if directory is not None:
         backbone = read_backbone_config(directory)
         config.model.require_named_backbone(backbone)
-        return load_tokenizer(directory), backbone
+        return load_tokenizer_for(directory, backbone), backbone
     assert scratch is not None
     texts = {
         text
@@ -112,22 +112,70 @@ def _tokenizer_and_backbone(
 
 
 def _load_teacher(
-    config: Config, student: BackboneConfig, mesh: Mesh
+    config: Config, student: BackboneConfig, prompts: PromptTokenizer, mesh: Mesh
 ) -> tuple[FrozenTeacher | None, Variables | None]:
     directory = config.objective.teacher
     if directory is None:
         return None, None
     retriever = load_retriever_config(directory)
-    if retriever.backbone.vocab_size != student.vocab_size:
-        raise ConfigError(
-            f"objective.teacher {directory} has {retriever.backbone.vocab_size} tokens and the "
-            f"model {student.vocab_size}; both must read the same tokens"
-        )
+    _require_fit_teacher(directory, retriever, student, prompts)
     dtype = jnp.dtype(retriever.dtype)
     backbone = Backbone(retriever.backbone, dtype=dtype, param_dtype=dtype)
     like = abstract_variables(backbone, mesh, "params", dtype)
     variables = {"params": load_sharded_params(directory, retriever.backbone, like)}
     return FrozenTeacher(backbone, retriever.num_thinking_steps), variables
+
+
+def _require_fit_teacher(
+    directory: str, teacher: RetrieverConfig, student: BackboneConfig, prompts: PromptTokenizer
+) -> None:
+    if teacher.backbone.vocab_size != student.vocab_size:
+        raise ConfigError(
+            f"objective.teacher {directory} has {teacher.backbone.vocab_size} tokens and the "
+            f"model {student.vocab_size}; both must read the same tokens"
+        )
+    if teacher.prompt_checksum not in (None, prompts.checksum()):
+        raise ConfigError(
+            f"objective.teacher {directory} was trained with another tokenizer or other templates: "
+            f"its prompt_checksum is {teacher.prompt_checksum}, and the model's "
+            f"{prompts.checksum()}; both must read the same tokens. Train the teacher from the "
+            "same model.path with the same prompt settings"
+        )
+    if teacher.pooling != "prompt_and_thoughts":
+        raise ConfigError(
+            f"objective.teacher {directory} pools its {teacher.pooling} alone (GIRCSE), and the "
+            "explicit view of a teacher has none; name a model of objective.method: laser, such "
+            "as configs/ablation/teacher.yaml trains"
+        )
+
+
+def _inputs(
+    sources: Sequence[Source], prompts: PromptTokenizer, teacher_variables: Variables | None
+) -> dict[str, Any]:
+    """What a resumed run must find as it was, and neither its config nor its state holds."""
+    teacher = None if teacher_variables is None else fingerprint(teacher_variables)
+    return {
+        "number of training rows": rows_per_epoch(sources),
+        "fingerprints of the training rows": [source.fingerprint for source in sources],
+        "prompt_checksum": prompts.checksum(),
+        "weights of objective.teacher": teacher,
+    }
+
+
+def _require_same_inputs(meta: dict[str, Any], inputs: dict[str, Any], directory: Path) -> None:
+    """Raises a CheckpointError where a checkpoint was trained on others. What a checkpoint of an
+    older release does not hold is not compared."""
+    stored = meta.get("inputs", {})
+    changed = [
+        f"{name}: was {stored[name]}, is {value}"
+        for name, value in inputs.items()
+        if name in stored and stored[name] != value
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{directory} was trained on other inputs:\n  " + "\n  ".join(changed) + "\nBring back "
+            "those that the run began with, or choose another output"
+        )
 
 
 def _retriever_config(run: _Run, lora: LoraConfig | None) -> RetrieverConfig:
@@ -214,6 +262,8 @@ class _Run:
     steps: int
     state: TrainState
     teacher_variables: Variables | None
+    inputs: dict[str, Any]
+    """See `_inputs`."""
     programs: StepPrograms
     batches_from: Callable[[int], Iterable[Batch]]
     checkpoints: Checkpoints
@@ -223,6 +273,7 @@ class _Run:
     evaluations: StepLog
     tensorboard: TensorBoard | None
     encoder: LatentEncoder | None = None
+    """Without weights; see `_encoder`."""
     seconds: float = 0.0
     """In steps, from the first to the last, with saving and the dev split."""
 
@@ -267,7 +318,8 @@ def _set_up(config: Config, stack: ExitStack) -> _Run:
         config.train.seed,
         model and (lambda like: load_sharded_params(model, backbone_config, like)),
     )
-    teacher, teacher_variables = _load_teacher(config, backbone_config, mesh)
+    teacher, teacher_variables = _load_teacher(config, backbone_config, prompts, mesh)
+    inputs = _inputs(sources, prompts, teacher_variables)
     base = None if state.frozen is None else fingerprint(state.frozen)
     output.claim()
     scores: dict[int, float] = {}
@@ -283,7 +335,8 @@ def _set_up(config: Config, stack: ExitStack) -> _Run:
     )
     restored = checkpoints.restore(state)
     if restored is not None:
-        state, _ = restored
+        state, meta = restored
+        _require_same_inputs(meta, inputs, output.path / "checkpoints")
         say(f"resumed at step {int(state.step)} from {output.path / 'checkpoints'}")
     start = int(state.step)
     log = stack.enter_context(closing(StepLog(output.path / "metrics.jsonl", start)))
@@ -314,6 +367,7 @@ def _set_up(config: Config, stack: ExitStack) -> _Run:
         steps=steps,
         state=state,
         teacher_variables=teacher_variables,
+        inputs=inputs,
         programs=StepPrograms(jit_train_step(train_step, layout.abstract, mesh)),
         batches_from=batches_from,
         checkpoints=checkpoints,
@@ -346,7 +400,7 @@ def _take_steps(run: _Run, stop: StopSignal) -> bool:
     config, train = run.config, run.config.train
     start = int(run.state.step)
     meter = Meter(config, run.layout.backbone.config, list(run.layout.mesh.devices.flat))
-    meta = {"config": as_dict(config), "code": code_version()}
+    meta = {"config": as_dict(config), "code": code_version(), "inputs": run.inputs}
     began = time.monotonic()
     progress = tqdm(
         total=run.steps,
@@ -430,10 +484,11 @@ def _rank_dev(run: _Run, stop: StopSignal) -> float:
 
 
 def _encoder(run: _Run) -> LatentEncoder:
-    """The model as it is now; made once, so that nothing is compiled again."""
+    """The model as it is now. Its programs are kept, so that nothing is compiled again, and its
+    weights are not: on one device they are a copy."""
     config = run.config
     if run.encoder is None:
-        run.encoder = LatentEncoder(
+        encoder = LatentEncoder(
             run.state.variables,
             _retriever_config(run, config.lora),
             batch_size=config.train.eval_batch_size,
@@ -441,6 +496,8 @@ def _encoder(run: _Run) -> LatentEncoder:
             # one device alone runs faster over separate layers, which the encoder then makes
             mesh=run.layout.mesh if run.layout.mesh.size > 1 else None,
         )
+        run.encoder = encoder.without_variables()
+        return encoder
     return run.encoder.with_variables(run.state.variables)
 
 

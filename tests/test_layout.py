@@ -17,6 +17,7 @@ from laser_jax.config import (
     ConfigError,
     DataConfig,
     LoraConfig,
+    LossWeights,
     MeshConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -39,6 +40,9 @@ SCRATCH = ScratchConfig(
 BACKBONE = SCRATCH.backbone(vocab_size=32)
 SHORT = PromptConfig(query_max_length=16, document_max_length=16, explicit_max_length=32)
 STEPS = 10
+CONTRASTIVE = ObjectiveConfig(
+    num_thinking_steps=1, weights=LossWeights(explicit=0.0, output=0.0, trajectory=0.0)
+)
 
 
 def config(**changes: Any) -> Config:
@@ -153,6 +157,11 @@ def test_steps_are_counted_from_epochs_unless_given() -> None:
     assert number_of_steps(config(train=TrainConfig(batch_size=8, steps=0)), 12) == 0
 
 
+def test_a_share_of_an_epoch_is_as_many_rows_as_its_decimals_say() -> None:
+    train = TrainConfig(batch_size=10, epochs=1.1)
+    assert number_of_steps(config(train=train), 100) == 11
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -163,7 +172,7 @@ def test_steps_are_counted_from_epochs_unless_given() -> None:
         ),
         ({"mesh": MeshConfig(fsdp=3)}, "does not multiply to the 8 devices"),
         (
-            {"prompt": dataclasses.replace(SHORT, query_max_length=38)},
+            {"prompt": dataclasses.replace(SHORT, query_max_length=39)},
             "prompt.query_max_length and 3 thinking steps take 41 positions, and the model has 40",
         ),
         (
@@ -172,17 +181,44 @@ def test_steps_are_counted_from_epochs_unless_given() -> None:
         ),
         (
             {"prompt": dataclasses.replace(SHORT, explicit_max_length=41)},
-            "prompt.explicit_max_length",
+            "prompt.explicit_max_length takes 41 positions, and the model has 40",
         ),
         (
             {"objective": ObjectiveConfig(num_thinking_steps=30)},
+            "prompt.query_max_length and 30 thinking steps take 45",
+        ),
+        (
+            {"objective": ObjectiveConfig(method="gircse", num_thinking_steps=30)},
             "prompt.query_max_length and 30 thinking steps take 46",
+        ),
+        (
+            {
+                "prompt": dataclasses.replace(SHORT, explicit_max_length=41),
+                "objective": CONTRASTIVE,
+                "data": DataConfig(eval="world"),
+            },
+            "prompt.explicit_max_length takes 41",
         ),
     ],
 )
 def test_what_cannot_be_laid_out_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         lay(**changes)
+
+
+def test_every_position_of_the_model_may_be_taken() -> None:
+    """K states append K - 1 thoughts to a prompt, and none to an explicit input."""
+    widest = dataclasses.replace(
+        SHORT, query_max_length=38, document_max_length=38, explicit_max_length=40
+    )
+    assert lay(prompt=widest).mesh.size == 8
+
+
+def test_explicit_inputs_that_nothing_reads_take_no_positions() -> None:
+    long = dataclasses.replace(SHORT, explicit_max_length=41)
+    assert lay(prompt=long, objective=CONTRASTIVE).mesh.size == 8
+    gircse = ObjectiveConfig(method="gircse")
+    assert lay(prompt=long, objective=gircse, data=DataConfig(eval="world")).mesh.size == 8
 
 
 def test_a_batch_need_not_divide_by_the_devices_that_share_a_row() -> None:

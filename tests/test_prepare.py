@@ -96,6 +96,19 @@ def test_the_facts_are_those_of_the_source(config) -> None:
     assert open_source(config.output).facts.row_without_negatives == 11
 
 
+def test_prepared_rows_are_told_apart_without_reading_them(config, tmp_path) -> None:
+    prepare(config)
+    again = replace(config, output=str(tmp_path / "again"), shards=1)
+    prepare(again)
+    found = open_source(config.output)
+    assert found.fingerprint == open_source(again.output).fingerprint
+    assert "_read" not in vars(found)
+    write_rows(Path(config.input), [record(n + 1) for n in range(20)])
+    other = replace(config, output=str(tmp_path / "other"))
+    prepare(other)
+    assert open_source(other.output).fingerprint != found.fingerprint
+
+
 def test_another_run_and_worker_processes_write_the_same_bytes(with_tokens, tmp_path) -> None:
     first = prepare(with_tokens)
     for name, workers in (("again", 0), ("workers", 2)):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from safetensors.numpy import load_file
 
 from laser_jax import pretrain as program
 from laser_jax.config import (
@@ -124,6 +125,46 @@ def test_the_output_of_another_config_is_refused(config, report) -> None:
         pretrain(dataclasses.replace(config, seed=2))
 
 
+def test_the_output_may_be_spelled_otherwise(config, report) -> None:
+    folder = Path(config.output)
+    assert (
+        pretrain(dataclasses.replace(config, output=f"{folder.parent}/./{folder.name}/")) == report
+    )
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"config": {}, "loss": null}'])
+def test_a_report_that_is_none_is_named(config, tmp_path, text) -> None:
+    (tmp_path / "pretrain.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"pretrain\.json is no report .*delete that directory"):
+        pretrain(dataclasses.replace(config, output=str(tmp_path)))
+
+
+def test_a_backbone_of_nan_is_no_finished_run(config, report, tmp_path) -> None:
+    spoilt = json.dumps(report | {"loss": math.nan})
+    (tmp_path / "pretrain.json").write_text(spoilt)
+    with pytest.raises(ConfigError, match="holds a backbone whose loss is nan"):
+        pretrain(dataclasses.replace(config, output=str(tmp_path)))
+
+
+@pytest.mark.parametrize(("log_every", "step"), [(2, 4), (99, 5)])
+def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_nothing(
+    config, tmp_path, log_every, step
+) -> None:
+    diverging = dataclasses.replace(
+        config,
+        eval=None,
+        output=str(tmp_path / "out"),
+        optimizer=OptimizerConfig(learning_rate=1e30, warmup_ratio=0),
+        steps=5,
+        log_every=log_every,
+    )
+    with pytest.raises(
+        program.PretrainingError, match=rf"step {step}: .* optimizer\.learning_rate"
+    ):
+        pretrain(diverging)
+    assert not (tmp_path / "out").exists()
+
+
 # --- what is written right ---------------------------------------------------------------------
 
 
@@ -176,6 +217,43 @@ def test_an_evaluation_without_reasonings_is_refused_before_training(config, tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_of_another_name_is_refused(config, report, tmp_path) -> None:
+    named = ModelConfig(path=config.output, backbone="qwen3-8b")
+    with pytest.raises(ConfigError, match=r"backbone is no qwen3-8b: "):
+        pretrain(dataclasses.replace(config, model=named, output=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_setting_of_the_model_counts(config, report, tmp_path, monkeypatch) -> None:
+    """A hub id is resolved, the weights are stored in their dtype, the layers run as asked."""
+    hub, loss, trained = {"mine/tiny": Path(config.output)}, program._loss, []
+
+    def recorded(backbone: Backbone, *args: Any) -> jax.Array:
+        trained.append(backbone)
+        return loss(backbone, *args)
+
+    monkeypatch.setattr(program, "resolve_directory", hub.__getitem__)
+    monkeypatch.setattr(program, "_loss", recorded)
+    asked = {"remat": "full", "unroll_layers": True, "attention": "xla"}
+    model = ModelConfig(path="mine/tiny", param_dtype="bfloat16", **asked)
+    output = tmp_path / "out"
+    pretrain(dataclasses.replace(config, model=model, output=str(output), eval=None, steps=1))
+    assert [{name: getattr(each, name) for name in asked} for each in trained] == [asked]
+    stored = {a.dtype.name for a in load_file(output / "model.safetensors").values()}
+    assert stored == {"bfloat16"}
+
+
+def test_a_tokenizer_that_is_larger_than_the_embedding_is_refused(config, report, tmp_path) -> None:
+    model = shutil.copytree(config.output, tmp_path / "model")
+    tokenizer = load_tokenizer(model)
+    tokenizer.add_tokens(["Danube"])
+    tokenizer.save_pretrained(model)
+    path = ModelConfig(path=str(model))
+    with pytest.raises(ConfigError, match=rf"{model}: the tokenizer has a token with the id \d+"):
+        pretrain(dataclasses.replace(config, model=path, output=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
@@ -184,6 +262,11 @@ def test_an_evaluation_without_reasonings_is_refused_before_training(config, tmp
         (("--eval", "absent"), "absent/qrels"),
         (("--model.scratch", "null", "--model.path", "absent"), "absent"),
         (("--steps", "0"), "steps must be at least 1"),
+        (("--model.attention", "splash"), "model.attention: splash cannot run here"),
+        (
+            ("--row_length", "64", "--model.scratch.max_position_embeddings", "63"),
+            "row_length is 64, and the model has 63 positions",
+        ),
     ],
 )
 def test_bad_settings_are_named_and_leave_nothing(config, flags, named, tmp_path, capsys) -> None:

@@ -8,24 +8,28 @@ from pathlib import Path
 import pytest
 
 from laser_jax import quickstart as module
-from laser_jax.config import Config, PretrainConfig, parse_command_line
+from laser_jax.config import Config, ConfigError, PretrainConfig, as_dict, parse_command_line
 from laser_jax.quickstart import QuickstartOptions, quickstart
 
 
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Config | PretrainConfig]]:
-    """Parses the commands instead of running them; each training scores by its K."""
+    """Parses the commands instead of running them, and leaves of each what is read later; each
+    training scores by its K."""
     ran: list[tuple[str, Config | PretrainConfig]] = []
 
     def run(program: str, *arguments: str) -> None:
         if program == "laser_jax.pretrain":
-            ran.append((program, parse_command_line(PretrainConfig, program, arguments)))
+            pretraining = parse_command_line(PretrainConfig, program, arguments)
+            ran.append((program, pretraining))
+            backbone = Path(pretraining.output)
+            backbone.mkdir(parents=True, exist_ok=True)
+            (backbone / "pretrain.json").write_text(json.dumps({"config": as_dict(pretraining)}))
             return
         config = parse_command_line(Config, program, arguments)
         ran.append((program, config))
         output = Path(config.output)
-        output.mkdir(parents=True)
-        K = config.objective.num_thinking_steps
+        output.mkdir(parents=True, exist_ok=True)
         method = config.objective.method
         scores = {
             f"latent K={k}": {"nDCG@10": k / 10, "Recall@100": 1.0, "Hit@1": len(method) / 10}
@@ -33,7 +37,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Config | Pretra
         }
         scores["explicit"] = {"nDCG@10": 0.99, "Recall@100": 1.0, "Hit@1": 0.98}
         (output / "results.json").write_text(json.dumps({"scores": scores}))
-        (output / "config.json").write_text(json.dumps({"objective": {"num_thinking_steps": K}}))
+        (output / "config.json").write_text(json.dumps(as_dict(config)))
 
     monkeypatch.setattr(module, "_run", run)
     return ran
@@ -71,6 +75,29 @@ def test_the_table_takes_each_method_at_its_own_k(
     assert list(table)[-1].startswith("explicit view")
     assert json.loads((output / "table.json").read_text()) == table
     assert "chance: Hit@1 0.0500" in capsys.readouterr().out
+
+
+def test_another_seed_is_refused_before_the_world_is_replaced(
+    commands: list[tuple[str, Config | PretrainConfig]], tmp_path: Path
+) -> None:
+    output = tmp_path / "world"
+    quickstart(QuickstartOptions(str(output)))
+    world = (output / "data" / "train.jsonl").read_bytes()
+    for stage in ("backbone/pretrain.json", "contrastive/config.json"):
+        with pytest.raises(ConfigError, match=rf"{stage}: seed was 0, is 1\. Choose another"):
+            quickstart(QuickstartOptions(str(output), seed=1))
+        assert (output / "data" / "train.jsonl").read_bytes() == world
+        quickstart(QuickstartOptions(str(output)))
+        (output / stage).unlink()
+    assert len(commands) == 3 * 4
+
+
+def test_a_stage_whose_config_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "laser").mkdir()
+    (tmp_path / "laser" / "config.json").write_text("")
+    with pytest.raises(ConfigError, match=r"laser/config\.json is not what a stage writes"):
+        quickstart(QuickstartOptions(str(tmp_path)))
+    assert not (tmp_path / "data").exists()
 
 
 def test_outside_a_clone_it_says_what_is_missing(

@@ -12,7 +12,7 @@ import pytest
 from flax import linen as nn
 
 from laser_jax.batch_encoder import LatentEncoder
-from laser_jax.config import PromptConfig, RetrieverConfig, ScratchConfig
+from laser_jax.config import ConfigError, PromptConfig, RetrieverConfig, ScratchConfig
 from laser_jax.data.tokenization import PromptTokenizer, train_tokenizer
 from laser_jax.evaluation.beir import BeirDataset, Document, EvalQuery
 from laser_jax.evaluation.retrieval import (
@@ -24,6 +24,7 @@ from laser_jax.evaluation.retrieval import (
     retrieval_runs,
     rewrite_ways,
     score_runs,
+    with_max_length,
 )
 from laser_jax.modeling.backbone import Backbone
 from laser_jax.search.trec import DatasetError
@@ -181,3 +182,13 @@ def test_a_rewrite_is_a_reasoning_or_a_part_of_a_longer_query(prompts: PromptTok
 
     gircse = dataclasses.replace(config, pooling="thoughts")
     assert set(rewrite_ways(prompts, DATASET, gircse, rewrites)) == {REWRITE_AS_QUERY}
+
+
+def test_the_limit_of_a_text_may_leave_room_for_its_thoughts_alone() -> None:
+    backbone = dataclasses.replace(SCRATCH, max_position_embeddings=100).backbone(270)
+    prompt = PromptConfig(query_max_length=64, explicit_max_length=64)
+    for pooling, most in (("prompt_and_thoughts", 98), ("thoughts", 97)):
+        config = RetrieverConfig(backbone, num_thinking_steps=3, pooling=pooling, prompt=prompt)
+        assert with_max_length(config, most).prompt.document_max_length == most
+        with pytest.raises(ConfigError, match="the model's 100 positions"):
+            with_max_length(config, most + 1)

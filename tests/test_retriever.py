@@ -21,6 +21,7 @@ import pytest
 from flax import linen as nn
 
 import laser_jax
+from laser_jax.batch_encoder import LatentEncoder
 from laser_jax.config import (
     MeshConfig,
     PromptConfig,
@@ -288,7 +289,7 @@ def test_a_forgotten_instruction_is_an_error(retriever) -> None:
         ({"truncate_dim": 0}, r"truncate_dim must lie in 1\.\.16, got 0"),
         ({"truncate_dim": 17}, "got 17"),
         ({"num_thinking_steps": 0}, "at least 1"),
-        ({"num_thinking_steps": 5000}, "5064 positions, and the model has 4096"),
+        ({"num_thinking_steps": 5000}, "5063 positions, and the model has 4096"),
         ({"on_overflow": "ignore"}, '"truncate" or "error", not'),
         ({"batch_size": 0}, "batch_size must be at least 1"),
     ],
@@ -296,6 +297,19 @@ def test_a_forgotten_instruction_is_an_error(retriever) -> None:
 def test_an_impossible_argument_is_refused(retriever, settings, message) -> None:
     with pytest.raises(ValueError, match=message):
         retriever.encode_document(DOCUMENTS, **settings)
+
+
+def test_a_text_may_take_all_positions_of_the_model(model) -> None:
+    """K = 2 states append one thought to the prompt."""
+    params, config = laser_jax.load_pretrained(model)
+    backbone = dataclasses.replace(config.backbone, max_position_embeddings=129)
+    config = dataclasses.replace(config, backbone=backbone)
+    full = LatentRetriever(
+        LatentEncoder(params, config), PromptTokenizer(load_tokenizer(model), config.prompt)
+    )
+    assert full.encode_query("Ulm?", instruction=TASK).shape == (16,)
+    with pytest.raises(ValueError, match="query_max_length 128 and 3 thinking steps take 130"):
+        full.encode_query("Ulm?", instruction=TASK, num_thinking_steps=3)
 
 
 def test_a_text_that_is_no_string_is_named(retriever) -> None:

@@ -7,6 +7,7 @@ import json
 import pickle
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,14 @@ def test_every_kind_gives_the_same_rows_in_any_order(kind, tmp_path) -> None:
     assert [source[i] for i in order] == [ROWS[i] for i in order]
     assert source.facts.row_without_negatives == 0
     assert source.facts.instructions == ("find more", "find")
+
+
+def test_a_fingerprint_tells_rows_by_their_texts_and_order(kind, tmp_path) -> None:
+    name, write = kind
+    found = open_source(write(tmp_path / name, RECORDS)).fingerprint
+    assert found == RowsSource(ROWS).fingerprint
+    assert found != RowsSource([*ROWS[:5], ROWS[6], ROWS[5]]).fingerprint
+    assert found != RowsSource([*ROWS[:6], replace(ROWS[6], query="another")]).fingerprint
 
 
 def test_every_kind_goes_into_another_process(kind, tmp_path) -> None:

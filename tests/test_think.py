@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +110,18 @@ def test_a_cut_text_is_noted(inspector: Inspector) -> None:
 def test_too_many_steps_for_the_positions_are_refused(inspector: Inspector) -> None:
     with pytest.raises(ValueError, match="more positions than the model has"):
         inspector.think(QUERY, num_thinking_steps=10**6)
+
+
+def test_a_prompt_and_its_thoughts_may_take_all_positions(
+    inspector: Inspector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """K states append K - 1 thoughts."""
+    config, length = inspector.config, len(inspector._prompts.query(QUERY, "Find the town"))
+    for positions, refused in ((length + 2, False), (length + 1, True)):
+        backbone = dataclasses.replace(config.backbone, max_position_embeddings=positions)
+        monkeypatch.setattr(inspector, "config", dataclasses.replace(config, backbone=backbone))
+        with pytest.raises(ValueError, match="and 3 thinking") if refused else nullcontext():
+            inspector.think(QUERY, num_thinking_steps=3)
 
 
 def test_probabilities_of_all_tokens_sum_to_one_and_give_the_entropy(thinking_model: Path) -> None:

@@ -3,13 +3,16 @@ they refuse."""
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
 import shutil
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -484,6 +487,30 @@ def test_the_second_ranking_compiles_nothing(run, tmp_path, monkeypatch) -> None
     assert set(results["dev"][0]) == {"step", "nDCG@10", "Recall@100", "Hit@1"}
 
 
+def test_between_rankings_one_device_keeps_no_copy_of_the_weights(
+    full, arguments, tmp_path, monkeypatch, compilations
+) -> None:
+    variables, retriever = load_pretrained(full.output / "model")
+    monkeypatch.setattr(program, "_retriever_config", lambda *_: retriever)
+    run: Any = SimpleNamespace(
+        config=parse_command_line(Config, "train", arguments(tmp_path)),
+        layout=SimpleNamespace(mesh=SimpleNamespace(size=1)),
+        state=SimpleNamespace(variables=variables),
+        encoder=None,
+    )
+    encoder = program._encoder(run)
+    vectors = encoder.encode_tokens([[1, 2, 3]], [2])
+    copies = [weakref.ref(leaf) for leaf in jax.tree.leaves(encoder._variables)]
+    del encoder
+    gc.collect()
+    assert {copy() for copy in copies} == {None}
+    with compilations() as compiled:
+        np.testing.assert_array_equal(
+            program._encoder(run).encode_tokens([[1, 2, 3]], [2]), vectors
+        )
+    assert compiled == []
+
+
 def test_a_run_leaves_scalars_and_a_trace_where_it_is_asked_to(run, tmp_path) -> None:
     flags = ("--train.tensorboard", "true", "--train.profile_steps", "[4, 9]", *NO_EVAL)
     run(tmp_path / "run", *flags)
@@ -563,8 +590,8 @@ def refusal(arguments: list[str], capsys) -> str:
         (("--train.batch_size", "12"), ["train.batch_size 12", "8 devices"]),
         (("--mesh.fsdp", "3"), ["mesh", "8 devices"]),
         (
-            ("--prompt.explicit_max_length", "4096"),
-            ["prompt.explicit_max_length and 2 thinking steps take 4098 positions", "has 4096"],
+            ("--prompt.explicit_max_length", "4097"),
+            ["prompt.explicit_max_length takes 4097 positions", "has 4096"],
         ),
         (("--prompt.query_max_length", "4"), ["prompt.query_max_length"]),
         (("--prompt.document_max_length", "4"), ["prompt.document_max_length"]),
@@ -673,6 +700,21 @@ def test_a_bad_model_is_named(full, spoil, named, arguments, tmp_path, capsys) -
     assert not (tmp_path / "run").exists()
 
 
+def test_a_tokenizer_that_is_larger_than_the_embedding_is_refused(
+    full, arguments, tmp_path, capsys
+) -> None:
+    model = shutil.copytree(full.output / "model", tmp_path / "model")
+    tokenizer = load_tokenizer(model)
+    tokenizer.add_tokens(["Danube"])
+    tokenizer.save_pretrained(model)
+    flags = ("--model.scratch", "null", "--model.path", str(model))
+    message = refusal(arguments(tmp_path / "run", *flags), capsys)
+    assert (
+        f"{model}: the tokenizer has a token with the id 270, and the model 270 tokens" in message
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_model_of_another_name_is_refused(full, arguments, tmp_path, capsys) -> None:
     model = ("--model.scratch", "null", "--model.path", str(full.output / "model"))
     named = ("--model.backbone", "qwen3-0.6b")
@@ -688,6 +730,67 @@ def test_a_teacher_of_another_vocabulary_is_refused(full, arguments, tmp_path, c
     message = refusal(arguments(tmp_path / "run", *teacher, *smaller), capsys)
     assert f"objective.teacher {teacher[1]} has 270 tokens and the model 265" in message
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"prompt_checksum": "0123"}, "its prompt_checksum is 0123, and the model's "),
+        ({"pooling": "thoughts"}, "pools its thoughts alone (GIRCSE)"),
+    ],
+)
+def test_a_teacher_that_reads_or_pools_otherwise_is_refused(
+    full, changes, named, arguments, tmp_path, capsys
+) -> None:
+    teacher = shutil.copytree(full.output / "model", tmp_path / "teacher")
+    edit_json(teacher / "laser_config.json", **changes)
+    flags = ("--objective.teacher", str(teacher))
+    message = refusal(arguments(tmp_path / "run", *flags), capsys)
+    assert f"objective.teacher {teacher} " in message
+    assert named in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_weights_of_the_teacher_are_refused_on_resume(
+    full, run, arguments, tmp_path, capsys
+) -> None:
+    teacher = shutil.copytree(full.output / "model", tmp_path / "teacher")
+    overlay = ("--config", str(CONFIGS / "ablation" / "without_colearning.yaml"))
+    flags = (*overlay, "--objective.teacher", str(teacher), "--train.steps", "1", *NO_EVAL)
+    run(tmp_path / "run", *flags)
+    tensors = load_file(teacher / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, teacher / "model.safetensors", {"format": "pt"})
+    message = refusal(arguments(tmp_path / "run", *flags), capsys)
+    assert (
+        "checkpoints was trained on other inputs:\n  weights of objective.teacher: was" in message
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "named"),
+    [
+        (slice(8), "number of training rows: was 10, is 8"),
+        (slice(None, None, -1), "fingerprints of the training rows: was ["),
+    ],
+)
+def test_other_training_rows_are_refused_on_resume(
+    full, rows, named, data, arguments, tmp_path, capsys
+) -> None:
+    output = shutil.copytree(full.output, tmp_path / "run")
+    before = (data / "train.jsonl").read_bytes()
+    write_jsonl(data / "train.jsonl", [training_row(n) for n in range(len(PLACES))][rows])
+    try:
+        message = refusal(arguments(output), capsys)
+    finally:
+        (data / "train.jsonl").write_bytes(before)
+    assert "checkpoints was trained on other inputs:\n  " in message
+    assert named in message
+    assert "Bring back those that the run began with, or choose another output" in message
+
+
+def test_what_a_checkpoint_of_an_older_release_does_not_hold_is_not_compared(tmp_path) -> None:
+    program._require_same_inputs({"samples": 8}, {"weights of objective.teacher": "1"}, tmp_path)
 
 
 def test_the_output_of_another_config_is_refused_and_kept(full, arguments, capsys) -> None:

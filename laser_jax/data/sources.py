@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import functools
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -80,10 +81,23 @@ class Source(ABC):
     def __iter__(self) -> Iterator[TrainingRow]:
         return (self[index] for index in range(len(self)))
 
-    @functools.cached_property
+    @property
     def facts(self) -> Facts:
         """Read once through all rows. Raises a `DataError` at the first that is no training row."""
-        return _read_facts(self)
+        return self._read[0]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the texts of all rows in their order, read as `facts` is; tokens do not count."""
+        return self._read[1]
+
+    @functools.cached_property
+    def _read(self) -> tuple[Facts, str]:
+        finder, digest = FactFinder(), hashlib.sha256()
+        for row in self:
+            finder.add(row)
+            digest.update(repr([getattr(row, name) for name in FIELDS]).encode())
+        return finder.facts(), digest.hexdigest()[:16]
 
     def __reduce__(self) -> Any:
         return type(self), (self.path,)
@@ -113,13 +127,6 @@ def longest_instructions(instructions: Iterable[str]) -> tuple[str, ...]:
     """The longest of the distinct instructions, up to 32."""
     by_length = sorted(set(instructions), key=lambda text: (-len(text), text))
     return tuple(by_length[:_INSTRUCTIONS])
-
-
-def _read_facts(source: Source) -> Facts:
-    finder = FactFinder()
-    for row in source:
-        finder.add(row)
-    return finder.facts()
 
 
 # --- opening ---------------------------------------------------------------------------------
@@ -476,12 +483,20 @@ class PreparedSource(Source):
                 raise DataError(f"{path / file} is missing; prepare {path} again")
         self._rows: Any = builder.as_data_source(split)
 
-    @functools.cached_property
+    @property
     def facts(self) -> Facts:
-        if "facts" in self._known:
-            values = self._known["facts"]
-            return Facts(values["row_without_negatives"], tuple(values["instructions"]))
-        return _read_facts(self)
+        if "facts" not in self._known:
+            return super().facts
+        values = self._known["facts"]
+        return Facts(values["row_without_negatives"], tuple(values["instructions"]))
+
+    @property
+    def fingerprint(self) -> str:
+        if "input" not in self._known:
+            return super().fingerprint
+        # of the bytes that were prepared, so that no row is read
+        made_of = [self._known["input"], self._known.get("on_bad_row")]
+        return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self._rows)

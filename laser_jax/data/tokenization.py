@@ -29,7 +29,7 @@ from tokenizers import (
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from laser_jax.alignment import token_segment_ends
-from laser_jax.config import PromptConfig
+from laser_jax.config import BackboneConfig, ConfigError, PromptConfig
 
 _PAD, _TURN_START, _TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 _THINK = ("<think>", "</think>")
@@ -84,6 +84,28 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
                 "tokenizer_config.json"
             )
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def require_embedded_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Raises a ConfigError where the tokenizer makes ids that a model of `vocab_size` tokens has no
+    embedding for: it would read NaN there."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise ConfigError(
+            f"the tokenizer has a token with the id {largest}, and the model {vocab_size} tokens: "
+            "they are not of one model"
+        )
+
+
+def load_tokenizer_for(directory: str | Path, backbone: BackboneConfig) -> PreTrainedTokenizerBase:
+    """As `load_tokenizer`, of a directory whose model is `backbone`. Raises a ConfigError too, as
+    `require_embedded_tokens`."""
+    tokenizer = load_tokenizer(directory)
+    try:
+        require_embedded_tokens(tokenizer, backbone.vocab_size)
+    except ConfigError as error:
+        raise ConfigError(f"{directory}: {error}") from error
     return tokenizer
 
 

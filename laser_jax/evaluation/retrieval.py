@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from laser_jax.batch_encoder import LatentEncoder
-from laser_jax.config import ConfigError, RetrieverConfig
+from laser_jax.config import ConfigError, RetrieverConfig, appended_thoughts
 from laser_jax.data.tokenization import ExplicitTokens, PromptTokenizer, PromptTokens
 from laser_jax.evaluation.beir import BeirDataset
 from laser_jax.evaluation.metrics import evaluate_run, mean
@@ -59,7 +59,8 @@ def with_max_length(config: RetrieverConfig, tokens: int) -> RetrieverConfig:
     """
     prompt, positions = config.prompt, config.backbone.max_position_embeddings
     explicit = tokens + max(prompt.explicit_max_length - prompt.query_max_length, 0)
-    if max(tokens + config.num_thinking_steps, explicit) > positions:
+    thoughts = appended_thoughts(config.num_thinking_steps, config.pooling)
+    if max(tokens + thoughts, explicit) > positions:
         raise ConfigError(
             f"max_length {tokens}, and as much for thinking or reasoning as before, is more than "
             f"the model's {positions} positions"

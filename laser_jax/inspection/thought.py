@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from laser_jax.batch_encoder import LatentEncoder
-from laser_jax.config import Pooling
+from laser_jax.config import Pooling, appended_thoughts
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, right_pad
 from laser_jax.encoder import backbone_for, load_pretrained
 from laser_jax.evaluation.beir import (
@@ -276,7 +276,7 @@ class Inspector:
         K = self.config.num_thinking_steps if num_thinking_steps is None else num_thinking_steps
         prompt = self._prompts.query_prompt(query, instruction)
         positions = self.config.backbone.max_position_embeddings
-        if len(prompt.ids) + K > positions:
+        if len(prompt.ids) + appended_thoughts(K, self.config.pooling) > positions:
             raise ValueError(
                 f"the query's {len(prompt.ids)} tokens and {K} thinking steps take more positions "
                 f"than the model has, {positions}"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from laser_jax.config import BackboneConfig, Config, ConfigError, MeshConfig
+from laser_jax.config import BackboneConfig, Config, ConfigError, MeshConfig, appended_thoughts
 from laser_jax.modeling.attention import choose_kernel
 from laser_jax.modeling.backbone import Backbone
 from laser_jax.sharding import Device, make_mesh
@@ -127,7 +128,8 @@ def number_of_steps(config: Config, rows: int) -> int:
     """Optimizer steps of a run over `rows` rows an epoch."""
     if config.train.steps is not None:
         return config.train.steps
-    return math.ceil(config.train.epochs * rows / config.train.batch_size)
+    # as it is written: 1.1 epochs of 100 rows are 110 rows, and a float's product is a little more
+    return math.ceil(Fraction(str(config.train.epochs)) * rows / config.train.batch_size)
 
 
 def _require_divisible(config: Config, mesh: Mesh) -> None:
@@ -142,12 +144,23 @@ def _require_divisible(config: Config, mesh: Mesh) -> None:
 
 
 def _require_positions(config: Config, backbone: BackboneConfig) -> None:
-    """Raises a ConfigError where a prompt and its thoughts outgrow the model's positions."""
-    for name in ("query_max_length", "document_max_length", "explicit_max_length"):
-        longest = getattr(config.prompt, name) + config.objective.num_thinking_steps
-        if longest > backbone.max_position_embeddings:
+    """Raises a ConfigError where a prompt and its thoughts, or an explicit input, outgrow the
+    model's positions."""
+    objective, positions = config.objective, backbone.max_position_embeddings
+    steps, pooling = objective.num_thinking_steps, objective.pooling
+    thoughts = appended_thoughts(steps, pooling)
+    for name in ("query_max_length", "document_max_length"):
+        longest = getattr(config.prompt, name) + thoughts
+        if longest > positions:
             raise ConfigError(
-                f"prompt.{name} and {config.objective.num_thinking_steps} thinking steps take "
-                f"{longest} positions, and the model has {backbone.max_position_embeddings}; "
-                f"lower prompt.{name}"
+                f"prompt.{name} and {steps} thinking steps take {longest} positions, and the model "
+                f"has {positions}; lower prompt.{name}"
             )
+    # the evaluation reads explicit inputs too, whatever is trained
+    evaluated = config.data.eval is not None and pooling == "prompt_and_thoughts"
+    longest = config.prompt.explicit_max_length
+    if longest > positions and (objective.need_explicit_view or evaluated):
+        raise ConfigError(
+            f"prompt.explicit_max_length takes {longest} positions, and the model has {positions}; "
+            "lower prompt.explicit_max_length"
+        )
