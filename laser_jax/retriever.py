@@ -191,6 +191,9 @@ class LatentRetriever:
             instructions = list(instruction)
         if len(instructions) != count:
             raise ValueError(f"{len(instructions)} instructions for {count} queries")
+        for place, each in enumerate(instructions):
+            if not isinstance(each, str):
+                raise ValueError(f'instruction {place} is no string but {each!r:.60}; "" for none')
         return self._encode(
             texts,
             lambda place, text: self.prompts.query_prompt(text, instructions[place]),

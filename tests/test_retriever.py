@@ -295,6 +295,11 @@ def test_a_text_that_is_no_string_is_named(retriever) -> None:
         retriever.encode_document(["Jena.", None])
 
 
+def test_an_instruction_that_is_no_string_is_named(retriever) -> None:
+    with pytest.raises(ValueError, match='instruction 1 is no string but None; "" for none'):
+        retriever.encode_query(["Ulm?", "Bonn?"], instruction=[TASK, None])
+
+
 # --- loading -----------------------------------------------------------------------------------
 
 
