@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,34 @@ def test_texts_queries_documents_and_training_rows_are_read(tmp_path: Path) -> N
 def test_a_bad_line_is_named(tmp_path: Path, line) -> None:
     file = write(tmp_path / "lm.jsonl", {"text": "a"}, line)
     with pytest.raises(DataError, match=rf"{file}:2: "):
+        read_language_rows(file)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "caf\xe9"}', "not UTF-8"),
+        (rb'{"text": "\ud800"}', "text is not valid Unicode"),
+        (rb'{"document": "d", "reasoning": "\ud800"}', "reasoning is not valid Unicode"),
+        (
+            rb'{"prompt": "p", "query": "q", "reasoning": "r", "positive_passages": ["\ud800"]}',
+            "positive_passages is not valid Unicode",
+        ),
+        (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "malformed JSON: Exceeds the limit"),
+        (b"[" * 100_000, "malformed JSON"),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_named(tmp_path: Path, line: bytes, message: str) -> None:
+    file = tmp_path / "lm.jsonl"
+    file.write_bytes(b'{"text": "a"}\n' + line + b"\n")
+    with pytest.raises(DataError, match=rf"{file}:2: {message}"):
+        read_language_rows(file)
+
+
+def test_a_compressed_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "lm.jsonl.gz"
+    file.write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    with pytest.raises(DataError, match=rf"{file} is compressed; .*gunzip it first"):
         read_language_rows(file)
 
 

@@ -29,7 +29,12 @@ from laser_jax.data.pipeline import (
 )
 from laser_jax.data.schema import DataError, TrainingRow
 from laser_jax.data.sources import RowsSource, describe_row
-from laser_jax.data.tokenization import ExplicitTokens, PromptTokenizer, train_tokenizer
+from laser_jax.data.tokenization import (
+    ExplicitTokens,
+    PromptTokenizer,
+    TokenizationError,
+    train_tokenizer,
+)
 
 ROWS = [
     TrainingRow(
@@ -133,6 +138,20 @@ def test_a_row_without_negatives_is_refused_before_training(prompts) -> None:
         training_batches([rows], prompts, DATA, **SETTINGS)
     [alone] = batches_of(prompts, 1, [rows], replace(DATA, group_size=1))
     assert alone.documents.ids_BT.shape[0] == 3
+
+
+def test_a_row_that_leaves_no_room_is_named_when_it_is_drawn() -> None:
+    """The check of every row sees the instructions of the most bytes, not those of the most
+    tokens."""
+    common = [f"{word} " * 24 for word in ("surroundings", "instructions")]
+    rows = [replace(ROWS[1], prompt=common[n % 2] + "a" * n) for n in range(40)]
+    rows.append(replace(ROWS[1], prompt="qxzjkv" * 35))
+    tokenizer = train_tokenizer([*common * 9, *(row.query for row in ROWS)], 300)
+    narrow = PromptConfig(query_max_length=160, explicit_max_length=400)
+    source = RowsSource(rows, "rows.jsonl")
+    settings = {"need_explicit": False, "shared_prefix": False, "batch_size": len(rows)}
+    with pytest.raises(TokenizationError, match=r"rows\.jsonl: row 41: prompt\.query_max_length"):
+        batches_of(PromptTokenizer(tokenizer, narrow), 1, [source], **settings)
 
 
 def test_a_source_too_many_is_refused(prompts) -> None:

@@ -324,6 +324,11 @@ def test_a_text_that_is_no_unicode_is_named(retriever) -> None:
         retriever.encode_query("Jena?", instruction="\udfff")
 
 
+def test_an_instruction_that_is_no_string_is_named(retriever) -> None:
+    with pytest.raises(ValueError, match="instruction 1 is no string but None"):
+        retriever.encode_query(["Ulm?", "Bonn?"], instruction=[TASK, None])
+
+
 # --- loading -----------------------------------------------------------------------------------
 
 

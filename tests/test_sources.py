@@ -27,6 +27,7 @@ from laser_jax.data.sources import (
     RowsSource,
     describe_row,
     locate,
+    longest_instructions,
     open_source,
     open_sources,
     open_unchecked,
@@ -299,6 +300,13 @@ def test_a_line_that_is_not_utf_8_is_named(tmp_path) -> None:
     refused(tmp_path / "t.jsonl", r"t\.jsonl:1: not UTF-8", content)
 
 
+@pytest.mark.parametrize(
+    "content", [b'{"n": ' + b"1" * 5000 + b"}", b"[" * 100_000], ids=["digits", "nesting"]
+)
+def test_a_line_that_python_cannot_hold_is_named(tmp_path, content) -> None:
+    refused(tmp_path / "t.jsonl", r"t\.jsonl:1: malformed JSON", content)
+
+
 def test_half_a_gzip_file_is_refused(tmp_path) -> None:
     whole = gzip.compress(json.dumps(RECORDS[0]).encode() * 50)
     refused(tmp_path / "t.jsonl.gz", "not a whole gzip file", whole[:40])
@@ -315,6 +323,45 @@ def test_half_a_gzip_file_is_refused(tmp_path) -> None:
 )
 def test_a_file_of_another_kind_is_refused(tmp_path, name, match) -> None:
     refused(tmp_path / name, match, b"something else, and long enough to hold a footer" * 9)
+
+
+def overwrite(path: Path, start: int, length: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[start : start + length] = b"\xff" * length
+    path.write_bytes(content)
+
+
+def test_a_damaged_footer_of_parquet_is_named(tmp_path) -> None:
+    path = write_parquet(tmp_path / "t.parquet", RECORDS)
+    size = path.stat().st_size
+    footer = int.from_bytes(path.read_bytes()[-8:-4], "little")
+    overwrite(path, size - 8 - footer + 2, 28)
+    refused(path, r"t\.parquet: not a Parquet file, or a damaged one: (.|\n)*fetch it again")
+
+
+def test_damaged_values_of_arrow_are_named_by_their_row(tmp_path) -> None:
+    path = write_arrow(tmp_path / "t.arrow", RECORDS)
+    overwrite(path, path.read_bytes().index("Frage ü 0".encode()), 5)
+    refused(path, r"t\.arrow: row 1: its values are damaged: .*fetch it again")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"splits": ["tr', b"[]", b"{}", b"\xff"])
+def test_a_damaged_description_is_named(tmp_path, content) -> None:
+    for name in ("dataset_dict.json", "state.json"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_bytes(content)
+        refused(tmp_path / name, rf"{name} is damaged: .*; save the dataset again")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"facts": ', b"[]"])
+def test_a_damaged_description_of_a_preparation_is_named(tmp_path, content) -> None:
+    path = write_tfds(tmp_path / "prepared", RECORDS)
+    (path / "prepare.json").write_bytes(content)
+    refused(path, r"prepare\.json is damaged: .*; delete it, or prepare the rows again")
+
+
+def test_the_longest_instructions_are_those_of_the_most_bytes() -> None:
+    assert longest_instructions(["find it", "查找段落", "find"]) == ("查找段落", "find it", "find")
 
 
 def test_records_of_another_kind_are_refused(tmp_path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,10 @@ from typing import Any
 import flax.struct
 import numpy as np
 
-from laser_jax.data.schema import DataError
+from laser_jax.data.schema import FIELDS, DataError, parse_json, require_unicode
 from laser_jax.data.tokenization import PromptTokenizer
+
+_TEXTS = {*FIELDS, "text", "document", "reasoning"}
 
 Array = Any
 """numpy on the host, jax inside a step; no type says both."""
@@ -52,14 +53,16 @@ def read_language_rows(path: str | Path) -> tuple[list[str], list[WrittenReasoni
         raise FileNotFoundError(f"{path}: no such file; JSONL texts are wanted")
     texts: dict[str, None] = {}
     reasonings: list[WrittenReasoning] = []
-    with path.open() as lines:
+    if path.suffix == ".gz":
+        raise DataError(f"{path} is compressed; plain JSONL texts are wanted: gunzip it first")
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}:{number}: not valid JSON: {error}") from error
+            row = parse_json(line, f"{path}:{number}")
+            if isinstance(row, dict):
+                for key in _TEXTS & row.keys():
+                    _require_unicode_in(row[key], f"{path}:{number}: {key}")
             match row:
                 case {"text": str(text)}:
                     texts[text] = None
@@ -84,6 +87,12 @@ def read_language_rows(path: str | Path) -> tuple[list[str], list[WrittenReasoni
     if not texts and not reasonings:
         raise DataError(f"{path} is empty")
     return list(texts), reasonings
+
+
+def _require_unicode_in(value: Any, what: str) -> None:
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str):
+            require_unicode(text, what)
 
 
 def pack_texts(

@@ -28,7 +28,7 @@ from laser_jax.alignment import keyframe_positions
 from laser_jax.config import DataConfig, KeyframeRule, as_dict
 from laser_jax.data.schema import DataError, TrainingRow
 from laser_jax.data.sources import Source, describe_row
-from laser_jax.data.tokenization import PromptTokenizer, right_pad
+from laser_jax.data.tokenization import PromptTokenizer, TokenizationError, right_pad
 
 Array = Any
 """numpy on the host, jax inside a step; no type says both."""
@@ -337,19 +337,22 @@ class _BatchBuilder:
             epoch=sample.epoch,
             row_index=row_index,
         )
+        explicit, segment_ends = None, None
         if row.tokens is not None and example.document_tokens is not None:
             query, documents = row.tokens.query, example.document_tokens
-            explicit, segment_ends = row.tokens.explicit, row.tokens.segment_ends
-        else:
+            if self._need_explicit:
+                explicit, segment_ends = row.tokens.explicit, row.tokens.segment_ends
+            return _Drawn(row_index, example, query, documents, explicit, segment_ends)
+        try:
             query = self._query(example.query, example.instruction)
             documents = tuple(map(self._document, example.documents))
-            explicit, segment_ends = None, None
             if self._need_explicit:
                 explicit, segment_ends = self._explicit(
                     example.query, example.instruction, example.reasoning
                 )
-        if not self._need_explicit:
-            explicit, segment_ends = None, None
+        except TokenizationError as error:
+            where = describe_row(self._sources, row_index)
+            raise TokenizationError(f"{where}: {error}") from error
         return _Drawn(row_index, example, query, documents, explicit, segment_ends)
 
     # --- tokens
@@ -429,7 +432,8 @@ def training_batches(
     Raises:
         DataError: a row without negatives though `data.group_size` is above 1, or stored tokens
             that other prompt settings made.
-        TokenizationError: a limit of the prompts leaves no room for a text.
+        TokenizationError: a limit of the prompts leaves no room for a text. Of the instructions the
+            longest are checked now; another is found when its row is drawn, which is named then.
     """
     if len(sources) != len(data.sources):
         raise ValueError(f"{len(sources)} sources, and the config has {len(data.sources)}")

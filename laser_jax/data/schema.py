@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +56,20 @@ class TrainingRow:
     tokens: RowTokens | None = field(default=None, compare=False, repr=False)
 
 
+def parse_json(line: bytes, where: str) -> Any:
+    """The value of a line of JSON.
+
+    Raises:
+        DataError: not UTF-8 or no JSON, or with a number too long or lists too deep for Python.
+    """
+    try:
+        return json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: malformed JSON: {error}") from error
+
+
 def parse_row(record: Any, where: str) -> TrainingRow:
     """The training row of a JSON object; further fields are ignored.
 
@@ -77,7 +92,7 @@ def parse_row(record: Any, where: str) -> TrainingRow:
                 f"{where}: '{name}' must be a string, got {type(record[name]).__name__}"
                 + _may_be_empty(name)
             )
-        _require_unicode(record[name], f"{where}: '{name}'")
+        require_unicode(record[name], f"{where}: '{name}'")
     if not record["query"].strip():
         raise DataError(f"{where}: 'query' is empty")
     for name in _STRING_LISTS:
@@ -105,12 +120,13 @@ def _require_passages(passages: Any, name: str, where: str) -> None:
                 f"{where}: '{name}' must be a list of strings, got a list whose item {i} is "
                 f"{type(text).__name__}"
             )
-        _require_unicode(text, f"{where}: item {i} of '{name}'")
+        require_unicode(text, f"{where}: item {i} of '{name}'")
         if not text.strip():
             raise DataError(f"{where}: item {i} of '{name}' is empty; leave it out")
 
 
-def _require_unicode(text: str, what: str) -> None:
+def require_unicode(text: str, what: str) -> None:
+    """Raises a DataError where the text is no valid Unicode; names `what` it is."""
     # JSON can spell half of a surrogate pair, which no tokenizer takes
     try:
         text.encode()

@@ -28,7 +28,7 @@ from typing import Any, cast
 import numpy as np
 
 from laser_jax.config import DataConfig
-from laser_jax.data.schema import FIELDS, DataError, RowTokens, TrainingRow, parse_row
+from laser_jax.data.schema import FIELDS, DataError, RowTokens, TrainingRow, parse_json, parse_row
 
 PREPARED_FILE = "prepare.json"
 """In a directory written by `laser_jax.prepare`: how it was made and what is known of its rows."""
@@ -36,6 +36,7 @@ PREPARED_FILE = "prepare.json"
 _DECODED_BYTES = 2 << 30
 """Row groups of Parquet that stay decoded."""
 _INSTRUCTIONS = 32
+_FETCH_AGAIN = "fetch it again from where it came"
 _ACCEPTED = (
     "a .jsonl, .jsonl.gz, .parquet, .arrow or .array_record file, or a directory of Parquet, Arrow "
     "(save_to_disk) or ArrayRecord shards or of laser_jax.prepare is wanted"
@@ -124,8 +125,13 @@ class FactFinder:
 
 
 def longest_instructions(instructions: Iterable[str]) -> tuple[str, ...]:
-    """The longest of the distinct instructions, up to 32."""
-    by_length = sorted(set(instructions), key=lambda text: (-len(text), text))
+    """The longest of the distinct instructions in UTF-8, up to 32: bytes come nearer to tokens than
+    characters do, of which a Chinese one takes as many as a word."""
+
+    def size(text: str) -> int:
+        return len(text.encode("utf-8", "surrogatepass"))
+
+    by_length = sorted(set(instructions), key=lambda text: (-size(text), text))
     return tuple(by_length[:_INSTRUCTIONS])
 
 
@@ -183,7 +189,7 @@ def _open_directory(path: Path) -> Source:
     if any((path / name).is_file() for name in ("features.json", PREPARED_FILE)):
         return PreparedSource(path)
     if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        splits = _member(path / "dataset_dict.json", "splits", "save the dataset again")
         raise DataError(
             f"{path} holds several splits, name one: "
             + " or ".join(str(path / split) for split in splits)
@@ -267,13 +273,7 @@ class JsonlSource(Source):
 
     def __getitem__(self, index: int) -> TrainingRow:
         line = self._bytes[self._starts[index] : self._starts[index + 1]]
-        try:
-            record = json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            raise DataError(f"{self.where(index)}: not UTF-8: {error}") from error
-        except json.JSONDecodeError as error:
-            raise DataError(f"{self.where(index)}: malformed JSON: {error}") from error
-        return parse_row(record, self.where(index))
+        return parse_row(parse_json(line, self.where(index)), self.where(index))
 
 
 def _map(path: Path) -> bytes | mmap.mmap:
@@ -332,8 +332,10 @@ class ParquetSource(_Sharded):
             try:
                 with pyarrow.parquet.ParquetFile(file) as opened:
                     metadata = opened.metadata
-            except pyarrow.ArrowInvalid as error:
-                raise DataError(f"{file}: not a Parquet file: {error}") from error
+            except (pyarrow.ArrowInvalid, OSError) as error:
+                raise DataError(
+                    f"{file}: not a Parquet file, or a damaged one: {error}; {_FETCH_AGAIN}"
+                ) from error
             self._begin_file()
             for group in range(metadata.num_row_groups):
                 self._groups.append((file, group))
@@ -346,7 +348,7 @@ class ParquetSource(_Sharded):
         group, row = self._part(index)
         with self._lock:
             table = self._table(group)
-        return parse_row(table.slice(row, 1).to_pylist()[0], self.where(index))
+        return _table_row(table, row, self.where(index))
 
     def _table(self, group: int) -> Any:
         if group in self._decoded:
@@ -358,7 +360,9 @@ class ParquetSource(_Sharded):
             with pyarrow.parquet.ParquetFile(file) as opened:
                 table = opened.read_row_group(number, columns=list(FIELDS))
         except (pyarrow.ArrowInvalid, OSError) as error:
-            raise DataError(f"{file}: row group {number} is damaged: {error}") from error
+            raise DataError(
+                f"{file}: row group {number} is damaged: {error}; {_FETCH_AGAIN}"
+            ) from error
         self._decoded[group] = table
         self._decoded_bytes += table.nbytes
         while self._decoded_bytes > _DECODED_BYTES and len(self._decoded) > 1:
@@ -374,7 +378,8 @@ class ArrowSource(_Sharded):
         state = path / "state.json"
         files = _files(path, "*.arrow")
         if state.is_file():
-            files = [path / f["filename"] for f in json.loads(state.read_text())["_data_files"]]
+            listed = _member(state, "_data_files", "save the dataset again")
+            files = [path / entry["filename"] for entry in listed]
         super().__init__(path, files)
         pyarrow = _pyarrow(path)
         self._batches: list[Any] = []
@@ -387,11 +392,26 @@ class ArrowSource(_Sharded):
             except FileNotFoundError as error:
                 raise DataError(f"{file} is missing, and {state} names it") from error
             except (pyarrow.ArrowInvalid, OSError) as error:
-                raise DataError(f"{file}: not an Arrow file: {error}") from error
+                raise DataError(
+                    f"{file}: not an Arrow file, or a damaged one: {error}; {_FETCH_AGAIN}"
+                ) from error
 
     def __getitem__(self, index: int) -> TrainingRow:
         part, row = self._part(index)
-        return parse_row(self._batches[part].slice(row, 1).to_pylist()[0], self.where(index))
+        return _table_row(self._batches[part], row, self.where(index))
+
+
+def _table_row(table: Any, row: int, where: str) -> TrainingRow:
+    """A row of a pyarrow table or record batch."""
+    try:
+        values = table.slice(row, 1).to_pylist()[0]
+    except (
+        ValueError,
+        IndexError,
+        OverflowError,
+    ) as error:  # bytes that are no text, wrong lengths
+        raise DataError(f"{where}: its values are damaged: {error}; {_FETCH_AGAIN}") from error
+    return parse_row(values, where)
 
 
 def _record_batches(pyarrow: Any, file: Path) -> list[Any]:
@@ -468,7 +488,8 @@ class PreparedSource(Source):
                 f"{path} has no dataset_info.json: its preparation was not finished; run the same "
                 "laser_jax.prepare again"
             )
-        self._known = json.loads(known.read_text()) if known.is_file() else {}
+        again = "delete it, or prepare the rows again into another directory"
+        self._known = _read_object(known, again) if known.is_file() else {}
         self.tokenization = self._known.get("tokenization")
         builder = cast(Any, tfds.builder_from_directory(str(path)))
         if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
@@ -538,6 +559,25 @@ def _texts(example: dict[str, Any]) -> dict[str, Any]:
 
 def _split(ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, ...]:
     return tuple(np.split(ids, np.cumsum(lengths)[:-1])) if len(lengths) else ()
+
+
+def _read_object(file: Path, way_out: str) -> dict[str, Any]:
+    """A JSON object out of a file that describes rows."""
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise DataError(f"{file} is damaged: {error}; {way_out}") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{file} is damaged: an object is wanted; {way_out}")
+    return values
+
+
+def _member(file: Path, key: str, way_out: str) -> list[Any]:
+    """The list under `key`, as `_read_object`."""
+    value = _read_object(file, way_out).get(key)
+    if not isinstance(value, list):
+        raise DataError(f"{file} is damaged: it has no list {key!r}; {way_out}")
+    return value
 
 
 def _files(path: Path, pattern: str) -> list[Path]:
