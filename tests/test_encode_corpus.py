@@ -602,10 +602,10 @@ def test_other_inputs_and_outputs_are_refused(model: Path, corpus: Path, tmp_pat
     refused(r"shard must be i/n with 0 <= i < n, such as 0/8, got '3/3'", shard="3/3")
     refused("shard_documents must be at least 1", shard_documents=0)
     refused("an instruction goes with queries", instruction="Find")
-    refused("prompt.document_max_length 32 and 4065 .* model has 4096", num_thinking_steps=4065)
+    refused("prompt.document_max_length 32 and 4066 .* model has 4096", num_thinking_steps=4066)
     queries = write_rows(tmp_path / "q.jsonl", [{"_id": "q", "text": "Ulm?", "instruction": ""}])
     of_queries = {"corpus": queries, "texts": "queries"}
-    refused("prompt.query_max_length 64 and 4033", num_thinking_steps=4033, **of_queries)
+    refused("prompt.query_max_length 64 and 4034", num_thinking_steps=4034, **of_queries)
     retold = shutil.copytree(model, tmp_path / "retold")
     config = json.loads((retold / "laser_config.json").read_text())
     (retold / "laser_config.json").write_text(json.dumps(config | {"prompt_checksum": "other"}))

@@ -581,8 +581,8 @@ def test_a_fault_in_the_last_domain_stops_the_program_before_anything_is_written
         ("bright", ("--split", "dev"), "BRIGHT has no splits"),
         ("bright", ("--max_length", "0"), "max_length must be at least 1, got 0"),
         ("bright", ("--max_length", "99999"), "more than the model's [0-9]+ positions"),
-        ("towns", ("--thinking_steps", "[1,5000]"), "5512 positions, and the model has 4096"),
-        ("bright", ("--thinking_steps", "[1,5000]"), "5512 positions, and the model has 4096"),
+        ("towns", ("--thinking_steps", "[1,5000]"), "5511 positions, and the model has 4096"),
+        ("bright", ("--thinking_steps", "[1,5000]"), "5511 positions, and the model has 4096"),
     ],
 )
 def test_options_that_do_not_go_with_data_or_model_are_refused(

@@ -312,8 +312,11 @@ time.sleep(0.5)  # for a second one
 pathlib.Path("{tmp_path}/signals").write_text(" ".join(signal.Signals(n).name for n in got))
 """,
     )
+    # a shell's background job, as the tests may be, ignores SIGINT, and bash cannot trap what it
+    # ignores from its start
+    heeding = ("env", "--default-signal")
     process = subprocess.Popen(
-        ["bash", str(LAUNCH / "train.sh"), "--", "--output", str(tmp_path)],
+        [*heeding, "bash", str(LAUNCH / "train.sh"), "--", "--output", str(tmp_path)],
         env=os.environ | {"PYTHON": str(python), "RESULTS_WAIT": "0"},
         start_new_session=True,
         stdout=subprocess.DEVNULL,
