@@ -227,12 +227,11 @@ def _number(key: str, unit: float, form: str) -> Any:
 
 
 def _ceiling(key: str, unit: float, form: str) -> Any:
-    """The text of a ceiling; older files have its median alone."""
+    """The text of a ceiling with its quartiles; empty where none was measured."""
 
     def cell(row: dict[str, Any]) -> str:
-        found = row.get(key)
-        if not isinstance(found, dict):
-            return _number(key, unit, form)(row)
+        if (found := row.get(key)) is None:
+            return ""
         median, q1, q3 = (format(found[name] / unit, form) for name in ("median", "q1", "q3"))
         return f"{median} ({q1} to {q3})"
 

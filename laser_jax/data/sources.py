@@ -405,11 +405,7 @@ def _table_row(table: Any, row: int, where: str) -> TrainingRow:
     """A row of a pyarrow table or record batch."""
     try:
         values = table.slice(row, 1).to_pylist()[0]
-    except (
-        ValueError,
-        IndexError,
-        OverflowError,
-    ) as error:  # bytes that are no text, wrong lengths
+    except (ValueError, IndexError, OverflowError) as error:  # no UTF-8, or wrong lengths
         raise DataError(f"{where}: its values are damaged: {error}; {_FETCH_AGAIN}") from error
     return parse_row(values, where)
 
