@@ -51,7 +51,7 @@ class Part:
 
 
 PARTS = (
-    Part("checks", "gpu_checks", "--threads 8", 120),
+    Part("checks", "gpu_checks", "--threads 16", 120),
     Part(
         "thinking overhead, 0.6B",
         "thinking_overhead",

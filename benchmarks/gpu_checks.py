@@ -288,27 +288,31 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
     heads, lengths = (((4, 2, 16),), (96,)) if options.quick else (HEADS, LENGTHS)
     report = Report("gpu_checks", arguments, {"heads": heads, "lengths": lengths}, environment())
     folder = golden_folder(options.golden)
-    checks: list[Check] = []
+    numbers: list[Check] = []
     if folder is None:
         report.notes.append("The reference numbers are not compared: no folder golden is here.")
     else:
         for case in sorted(folder.glob("encode_*.npz"))[: 1 if options.quick else None]:
-            checks += [embedding_check(case, dtype) for dtype in EMBEDDING]
-        checks += [training_check(case) for case in sorted(folder.glob("train_*.npz"))]
+            numbers += [embedding_check(case, dtype) for dtype in EMBEDDING]
+        numbers += [training_check(case) for case in sorted(folder.glob("train_*.npz"))]
     kernels: list[AttentionKernel] = ["xla"]
     try:
         platform = jax.default_backend()
         kernels.append(choose_kernel("cudnn", platform, "bfloat16", heads[0][2])[0])
     except ConfigError as error:
         report.notes.append(f"cuDNN is not checked: {error}.")
+    attention: list[Check] = []
     for shape in heads:
-        checks += [reading_check(kernels, shape, length) for length in lengths]
-        checks += [thinking_check(kernels, shape, length) for length in lengths[-2:]]
-    # Compiling is most of the time. Nothing runs beside it: XLA 0.11 then aborted on a GPU.
-    with ThreadPoolExecutor(options.threads) as pool:
-        compiled = list(pool.map(Check.compiled, checks))
-    for check, programs in zip(checks, compiled, strict=True):
-        report.rows += check.rows([jax.device_get(program()) for program in programs])
+        attention += [reading_check(kernels, shape, length) for length in lengths]
+        attention += [thinking_check(kernels, shape, length) for length in lengths[-2:]]
+    for checks in (numbers, attention):
+        # Compiling is most of the time. Nothing runs beside it: XLA 0.11 then aborted on a GPU.
+        with ThreadPoolExecutor(options.threads) as pool:
+            compiled = list(pool.map(Check.compiled, checks))
+        for check, programs in zip(checks, compiled, strict=True):
+            report.rows += check.rows([jax.device_get(program()) for program in programs])
+        if options.output is not None:
+            report.write(options.output)  # what is known, should the next ones take too long
     failed = [r["check"] for r in report.rows if not r["passed"]]
     report.notes.append(f"{len(failed)} of {len(report.rows)} checks failed: {failed or 'none'}.")
     return report
