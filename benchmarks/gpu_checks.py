@@ -63,7 +63,7 @@ LOSS, GRADIENT = 1e-4, 1e-3
 """Relative."""
 HEADS = ((16, 8, 128), (32, 8, 64))
 """Query heads, key-value heads and head width: Qwen3-0.6B's and Llama-3.2-1B's."""
-LENGTHS = (64, 128, 192, 222, 512, 1024)
+LENGTHS = (64, 128, 192, 222, 1024)
 """Multiples of 128 and others; cuDNN's backward pass has been wrong at 64 above one."""
 ATTENTION = 2.0, 1e-3
 """How many times as far off as XLA's bfloat16 a kernel may be, and how far in any case."""
@@ -249,10 +249,15 @@ def drawn(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
 def reading_check(
     kernels: Sequence[AttentionKernel], heads: tuple[int, int, int], length: int
 ) -> Check:
-    """The attention of whole sequences."""
+    """The attention of whole sequences. For XLA's stands jax's own, which is compiled in a fraction
+    of the time of ours in blocks; the reference numbers in float32 are ours."""
     N, G, H = heads
 
     def attend(kernel: AttentionKernel) -> Callable[..., jax.Array]:
+        if kernel == "xla":
+            return functools.partial(
+                jax.nn.dot_product_attention, is_causal=True, implementation="xla"
+            )
         return lambda q, k, v: causal_attention(q, KeyValues(k, v), kernel)
 
     *inputs, weights = drawn(length, *((4, length, heads, H) for heads in (N, G, G, N)))

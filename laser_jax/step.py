@@ -31,6 +31,11 @@ from laser_jax.views import (
     read_prompts,
 )
 
+GPU_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": "0", "xla_gpu_enable_triton_gemm": False}
+"""Of the compiler for GPUs. It would join a projection with those of adapters on the same input,
+and write the whole product in float32 (docs/benchmarks.md); matmuls are the vendor's, as trying
+Triton's takes most of the time to compile."""
+
 
 @struct.dataclass
 class TrainState:
@@ -485,9 +490,11 @@ def jit_train_step(
 ) -> Any:
     """The jitted step: the state keeps its layout and is donated, batches are split by rows."""
     layout = _layout(abstract)
+    on_gpu = mesh.devices.flat[0].platform in ("gpu", "cuda")
     return jax.jit(
         train_step,
         in_shardings=(layout, batch_sharding(mesh), None),
         out_shardings=(layout, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
+        compiler_options=GPU_OPTIONS if on_gpu else None,
     )
