@@ -50,6 +50,7 @@ from laser_jax.modeling.attention import (
     Past,
     causal_attention,
     choose_kernel,
+    counted_attention,
     exact_matmuls,
     thinking_attention,
 )
@@ -67,6 +68,8 @@ LENGTHS = (64, 128, 192, 222, 1024)
 """Multiples of 128 and others; cuDNN's backward pass has been wrong at 64 above one."""
 ATTENTION = 2.0, 1e-3
 """How many times as far off as XLA's bfloat16 a kernel may be, and how far in any case."""
+ATTENTIONS = READING, THINKING = "reading", "thinking"
+"""How their checks' names begin."""
 
 Row = dict[str, Any]
 
@@ -249,21 +252,20 @@ def drawn(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
 def reading_check(
     kernels: Sequence[AttentionKernel], heads: tuple[int, int, int], length: int
 ) -> Check:
-    """The attention of whole sequences. For XLA's stands jax's own, which is compiled in a fraction
-    of the time of ours in blocks; the reference numbers in float32 are ours."""
+    """The attention of whole sequences. For XLA's stands all of the scores at once, which is
+    compiled in a fraction of the time of `causal_attention` in blocks."""
     N, G, H = heads
+    visible_BP = jnp.tile(jnp.arange(1, length + 1), (4, 1))
 
     def attend(kernel: AttentionKernel) -> Callable[..., jax.Array]:
         if kernel == "xla":
-            return functools.partial(
-                jax.nn.dot_product_attention, is_causal=True, implementation="xla"
-            )
+            return lambda q, k, v: counted_attention(q, KeyValues(k, v), visible_BP)
         return lambda q, k, v: causal_attention(q, KeyValues(k, v), kernel)
 
     *inputs, weights = drawn(length, *((4, length, heads, H) for heads in (N, G, G, N)))
     named = dict(zip("qkv", inputs, strict=True))
     attentions = {kernel: attend(kernel) for kernel in kernels}
-    return against_float32(f"reading, {N}/{G}×{H}, T = {length}", attentions, named, weights)
+    return against_float32(f"{READING}, {N}/{G}×{H}, T = {length}", attentions, named, weights)
 
 
 def thinking_check(
@@ -285,7 +287,7 @@ def thinking_check(
     names = ["q", "k", "v", "k of thoughts", "v of thoughts"]
     named = dict(zip(names, inputs, strict=True))
     attentions = {kernel: attend(kernel) for kernel in kernels}
-    return against_float32(f"thinking, {N}/{G}×{H}, T = {length}", attentions, named, weights)
+    return against_float32(f"{THINKING}, {N}/{G}×{H}, T = {length}", attentions, named, weights)
 
 
 def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
@@ -329,6 +331,21 @@ COLUMNS = {
     "at most": lambda row: f"{row['bound']:.2g}",
     "passed": lambda row: "yes" if row["passed"] else "NO",
 }
+
+
+def shown_rows(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the report's table: of every attention, that part alone which is nearest to its
+    bound. Where one fails, all that fail."""
+
+    def part_of(checked: Row) -> str:
+        name = str(checked["check"])
+        return name.rpartition(", ")[0] if name.startswith(ATTENTIONS) else name
+
+    nearest: dict[str, Row] = {}
+    passed = (r for r in rows if r["passed"])
+    for checked in sorted(passed, key=lambda r: r["value"] / r["bound"]):
+        nearest[part_of(checked)] = checked
+    return [r for r in rows if not r["passed"] or nearest.get(part_of(r)) is r]
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -476,6 +476,33 @@ def test_gpu_checks_compare_with_the_reference_numbers(tmp_path: Path, golden_di
     assert not gpu_checks.row("nothing", float("nan"), 1.0)["passed"]
 
 
+def test_gpu_checks_keep_the_reference_numbers_where_attention_takes_too_long(
+    tmp_path: Path, golden_dir: Path, monkeypatch
+) -> None:
+    def out_of_time(*_: object) -> gpu_checks.Check:
+        return gpu_checks.Check([(lambda: 1 / 0, ())], lambda outputs: [])
+
+    monkeypatch.setattr(gpu_checks, "reading_check", out_of_time)
+    output = tmp_path / "checks.json"
+    with pytest.raises(ZeroDivisionError):
+        gpu_checks.main(["--quick", "--golden", str(golden_dir), "--output", str(output)])
+    checks = [row["check"] for row in json.loads(output.read_text())["rows"]]
+    assert checks
+    assert not any(check.startswith(gpu_checks.ATTENTIONS) for check in checks)
+
+
+def test_of_an_attention_the_table_has_the_part_nearest_to_its_bound_and_all_that_fail() -> None:
+    rows = [
+        gpu_checks.row("train_model1_K3, loss", 0.0, 1e-4),
+        gpu_checks.row("train_model1_K3, latent", 1e-6, 1e-4),
+        gpu_checks.row("reading, T = 64, cudnn, dq", 0.1, 1.0),
+        gpu_checks.row("reading, T = 64, cudnn, dk", 0.3, 0.5),
+        gpu_checks.row("reading, T = 64, cudnn, dv", float("nan"), 1.0),
+        gpu_checks.row("reading, T = 64, xla, dq", 0.1, 1.0),
+    ]
+    assert gpu_checks.shown_rows(rows) == [*rows[:2], *rows[3:]]
+
+
 def test_a_gpu_run_records_what_fails_and_goes_on(tmp_path: Path, monkeypatch) -> None:
     parts = (
         gpu.Part("absent", "no_such_program", "", 60),
