@@ -1,16 +1,17 @@
 """Everything that is worth knowing of a GPU in one run with a time limit.
 
-    python -m benchmarks.gpu --output FOLDER [--minutes 9]
+    python -m benchmarks.gpu --output FOLDER [--minutes 9] [--at_once 3]
 
 Each part is another of our programs in a process of its own, the most important first: a part that
-fails, hangs or takes the device down is recorded with its message, and the next one goes on. A part
-has its own limit and what is left of `--minutes`; what does not begin is recorded as such. FOLDER
-holds `gpu.json`, written again after every part, with the reports of the parts inside. The limits
-are those of an H200's host with 16 cores, where a part takes 30 to 70 seconds before it measures:
-compiling several at once was tried there and was no faster.
+fails, hangs or takes the device down is recorded with its message, and the next one goes on. Some
+load and compile at once, which is most of a part's time and keeps one core busy; they are timed one
+after the other, though a part's first run, which checks it, may fall into another's timing. A part
+has its own limit, times the number at once, and what is left of `--minutes`; what does not begin is
+recorded as such. FOLDER holds `gpu.json`, written again after every part, with the reports of the
+parts inside.
 
-`--quick` runs every part in its tiny form, on any device. `--parts` chooses some. Where the code is
-no git checkout, LASER_COMMIT names its commit.
+`--quick` runs every part in its tiny form, on any device. `--parts` chooses some. LASER_COMMIT
+names the commit where the code is no git checkout of it.
 """
 
 from __future__ import annotations
@@ -23,17 +24,29 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Report, command_line, environment, in_new_process, markdown_table
+from benchmarks.measure import (
+    LOCK,
+    Report,
+    command_line,
+    environment,
+    in_new_process,
+    markdown_table,
+    positive,
+)
 
 LEAST_SECONDS = 15
 """Less is not enough for a process to import and compile anything."""
 MESSAGE_CHARACTERS = 4000
+NOT_BEGUN = "not begun"
+POLL_SECONDS = 0.2
 
 SMALLEST = "--backbone qwen3-0.6b --dtype bfloat16"
 PAPER_BATCH = "--query_tokens 222 --explicit_tokens 1024 --document_tokens 512"
@@ -48,6 +61,8 @@ class Part:
     arguments: str
     most: int
     """Seconds."""
+    times_compiling: bool = False
+    """Nothing may compile beside it."""
 
 
 PARTS = (
@@ -162,12 +177,20 @@ PARTS = (
         f"{SMALLEST} {PAPER_BATCH} --queries 8 --only unrolled --unrolled --no_torch --repeats 7",
         400,
     ),
-    Part("compile time, 0.6B", "compile_time", "--backbones qwen3-0.6b --dtype bfloat16", 300),
+    Part(
+        "compile time, 0.6B",
+        "compile_time",
+        "--backbones qwen3-0.6b --dtype bfloat16",
+        300,
+        times_compiling=True,
+    ),
 )
 
 
-def run_part(part: Part, arguments: Sequence[str], seconds: float, cache: Path) -> dict[str, Any]:
-    """Runs a part to its end or to its limit. Never raises on what the part does."""
+def run_part(
+    part: Part, arguments: Sequence[str], seconds: float, cache: Path, stopped: threading.Event
+) -> dict[str, Any]:
+    """Runs a part to its end, to its limit or until `stopped`. Never raises on what it does."""
     with tempfile.TemporaryDirectory() as folder:
         output, said = Path(folder, "report.json"), Path(folder, "said")
         command = [sys.executable, "-m", f"benchmarks.{part.program}", *arguments]
@@ -176,6 +199,7 @@ def run_part(part: Part, arguments: Sequence[str], seconds: float, cache: Path) 
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
             "JAX_COMPILATION_CACHE_DIR": str(cache),
+            LOCK: str(cache / "timed"),
         }
         began = time.monotonic()
         with said.open("wb") as stream:
@@ -186,15 +210,15 @@ def run_part(part: Part, arguments: Sequence[str], seconds: float, cache: Path) 
                 env=variables | os.environ,
                 start_new_session=True,
             )
-            try:
-                state = "done" if child.wait(seconds) == 0 else "failed"
-            except subprocess.TimeoutExpired:
-                state = "out of time"
-            finally:
-                # with the processes that it started
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
+            while child.poll() is None and time.monotonic() - began < seconds:
+                if stopped.wait(POLL_SECONDS):
+                    break
+            status = child.poll()
+            state = "out of time" if status is None else "failed" if status else "done"
+            # with the processes that it started
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
         row: dict[str, Any] = {
             "part": part.name,
             "command": shlex.join(["python", *command[1:]]),
@@ -214,27 +238,41 @@ def main(arguments: Sequence[str]) -> None:
     parser = command_line("gpu", __doc__)
     parser.add_argument("--minutes", type=float, default=9.0, help="for all; default 9")
     names = [part.name for part in PARTS]
+    parser.add_argument("--at_once", type=positive, default=3, help="parts at once; default 3")
     parser.add_argument("--parts", nargs="+", choices=names, default=names, metavar="PART")
     options = parser.parse_args(arguments)
     if options.output is None:
         parser.error("--output FOLDER is wanted: the file there is written after every part")
     ends = time.monotonic() + 60 * options.minutes
     options.output.mkdir(exist_ok=True)
+    settings = {"minutes": options.minutes, "at_once": options.at_once}
     # on a GPU this process must not take memory from the parts
-    report = Report("gpu", arguments, {"minutes": options.minutes}, in_new_process(environment))
-    with tempfile.TemporaryDirectory() as cache:
-        for part in PARTS:
-            if part.name not in options.parts:
-                continue
-            left = ends - time.monotonic()
-            given = ["--quick", "--repeats", "1"] if options.quick else shlex.split(part.arguments)
-            if left < LEAST_SECONDS:
-                report.rows.append({"part": part.name, "state": "not begun"})
-            else:
-                row = run_part(part, given, min(part.most, left), Path(cache))
-                report.rows.append(row)
-                print(f"{row['part']}: {row['state']}, {row['seconds_taken']:.0f} s", flush=True)
+    report = Report("gpu", arguments, settings, in_new_process(environment))
+    parts = [part for part in PARTS if part.name in options.parts]
+    report.rows = [{"part": part.name, "state": NOT_BEGUN} for part in parts]
+    report.write(options.output / "gpu.json")
+    writing, stopped = threading.Lock(), threading.Event()
+
+    def run(part: Part, at_once: int, cache: Path) -> None:
+        left = ends - time.monotonic()
+        if left < LEAST_SECONDS or stopped.is_set():
+            return
+        given = ["--quick", "--repeats", "1"] if options.quick else shlex.split(part.arguments)
+        row = run_part(part, given, min(part.most * at_once, left), cache, stopped)
+        with writing:
+            report.rows[parts.index(part)] = row
+            print(f"{part.name}: {row['state']}, {row['seconds_taken']:.0f} s", flush=True)
             report.write(options.output / "gpu.json")
+
+    with tempfile.TemporaryDirectory() as cache:
+        for quiet, at_once in ((False, options.at_once), (True, 1)):
+            with ThreadPoolExecutor(at_once) as pool:
+                chosen = [part for part in parts if part.times_compiling is quiet]
+                try:
+                    list(pool.map(lambda p, n=at_once: run(p, n, Path(cache)), chosen))
+                except BaseException:
+                    stopped.set()
+                    raise
     rows = [[cell(row) for cell in COLUMNS.values()] for row in report.rows]
     print(markdown_table(list(COLUMNS), rows))
     sys.exit(0 if all(row["state"] == "done" for row in report.rows) else 1)

@@ -31,6 +31,7 @@ from benchmarks.encode_latency import rows_by_tokens
 from benchmarks.measure import (
     BenchmarkError,
     Report,
+    alone,
     command_line,
     environment,
     new_file,
@@ -118,7 +119,7 @@ def profiled(run: Callable[[], Any], repeats: int) -> list[list[Kernel]]:
     found = []
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder, profiler_options=options):
+            with alone(), jax.profiler.trace(folder, profiler_options=options):
                 jax.block_until_ready(run())
             [file] = Path(folder).rglob("*.xplane.pb")
             found.append(kernels_of(ProfileData.from_file(str(file))))

@@ -8,7 +8,9 @@ a repeat before its median and spread are.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import fcntl
 import importlib.metadata
 import importlib.util
 import json
@@ -37,6 +39,9 @@ PACKAGES = (
 REST_SECONDS = 0.05
 """Pause before each timing: the threads of PyTorch's OpenMP spin for some milliseconds after their
 work, on the cores of whoever comes next."""
+
+LOCK = "LASER_BENCHMARK_LOCK"
+"""Names a file by which programs that run at once are timed one after the other."""
 
 Columns = Mapping[str, Callable[[dict[str, Any]], str]]
 """From a heading to the text of a row's cell."""
@@ -86,13 +91,24 @@ def time_alternating(
         ValueError: when there is nothing to time or no repeat.
     """
     seconds: dict[Name, list[float]] = {name: [] for name in contenders}
-    for name, counts in in_turn(list(contenders), repeats=repeats, warmup=warmup):
-        began = time.perf_counter()
-        jax.block_until_ready(contenders[name]())
-        taken = time.perf_counter() - began
-        if counts:
-            seconds[name].append(taken)
+    with alone():
+        for name, counts in in_turn(list(contenders), repeats=repeats, warmup=warmup):
+            began = time.perf_counter()
+            jax.block_until_ready(contenders[name]())
+            taken = time.perf_counter() - began
+            if counts:
+                seconds[name].append(taken)
     return seconds
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within this no other program is timed that shares the file which LASER_BENCHMARK_LOCK names;
+    they may load and compile. Without such a file nothing is waited for."""
+    with contextlib.ExitStack() as held:
+        if LOCK in os.environ:
+            fcntl.flock(held.enter_context(open(os.environ[LOCK], "w")), fcntl.LOCK_EX)
+        yield
 
 
 def in_turn(names: Sequence[Name], *, repeats: int, warmup: int) -> Iterator[tuple[Name, bool]]:
@@ -140,7 +156,7 @@ def environment() -> dict[str, Any]:
     """Machine, versions, date and commit of this run, and how busy the machine is as it begins."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": code_version().get("commit", os.environ.get("LASER_COMMIT")),
+        "commit": os.environ.get("LASER_COMMIT") or code_version().get("commit"),
         "python": platform.python_version(),
         "versions": {name: version_of(name) for name in PACKAGES},
         "platform": platform.platform(),

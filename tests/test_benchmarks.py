@@ -11,7 +11,10 @@ import importlib.util
 import json
 import shlex
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,6 +50,7 @@ from benchmarks import (
 from benchmarks.encode_contenders import require_same_vectors
 from benchmarks.flops import matmul_flops
 from benchmarks.measure import (
+    LOCK,
     BenchmarkError,
     markdown_table,
     paired_ratio,
@@ -528,6 +532,50 @@ def test_a_gpu_run_records_what_fails_and_goes_on(tmp_path: Path, monkeypatch) -
         gpu.main([*arguments, "--minutes", "0.1"])
     report = json.loads((tmp_path / "out/gpu.json").read_text())
     assert [row["state"] for row in report["rows"]] == ["not begun"] * 3
+
+
+def test_programs_that_share_a_lock_are_timed_one_after_the_other(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv(LOCK, str(tmp_path / "lock"))
+    inside, most = [0], [0]
+
+    def work() -> None:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.02)
+        inside[0] -= 1
+
+    def timed(_: int) -> None:
+        time_alternating({"work": work}, repeats=3)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(timed, range(3)))
+    assert most[0] == 1
+
+
+def test_parts_of_a_gpu_run_work_at_once_but_for_those_that_time_compiling(
+    tmp_path: Path, monkeypatch
+) -> None:
+    compiling = gpu.Part("compile", "any", "", 60, times_compiling=True)
+    parts = (compiling, *(gpu.Part(name, "any", "", 60) for name in "abc"))
+    together, order = threading.Barrier(3, timeout=60), []
+
+    def run_part(part: gpu.Part, *_: object) -> dict[str, Any]:
+        if not part.times_compiling:
+            together.wait()
+        order.append(part.name)
+        return {"part": part.name, "state": "done", "seconds_taken": 0.0}
+
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    monkeypatch.setattr(gpu, "run_part", run_part)
+    monkeypatch.setattr(gpu, "in_new_process", lambda function: function())
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(["--output", str(tmp_path / "out"), "--at_once", "3"])
+    assert ended.value.code == 0
+    assert order[-1] == "compile"
+    rows = json.loads((tmp_path / "out/gpu.json").read_text())["rows"]
+    assert [row["part"] for row in rows] == [part.name for part in parts]
 
 
 @pytest.mark.parametrize(
