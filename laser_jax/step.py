@@ -33,8 +33,8 @@ from laser_jax.views import (
 
 GPU_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": "0", "xla_gpu_enable_triton_gemm": False}
 """Of the compiler for GPUs. It would join a projection with those of adapters on the same input,
-and write the whole product in float32 (docs/benchmarks.md); matmuls are the vendor's, as trying
-Triton's takes most of the time to compile."""
+and write the whole product in float32; and it would look for the fastest of Triton's matmuls by
+trial. The vendor's need no search (docs/benchmarks.md)."""
 
 
 @struct.dataclass
