@@ -3,7 +3,7 @@
     python -m benchmarks.all [--output benchmarks/results/cpu] [--only NAME ...]
 
 Each is a program of its own in a new process, under the name of its file. One that fails is told at
-the end, and the others go on. Wants an idle machine, and about an hour on two cores. What is no
+the end, and the others go on. Wants an idle machine, and an hour or two on two cores. What is no
 timing (`ablation`, `search_quality`, `load_memory`) or is meant for a GPU (`gpu`, `kernels`) is not
 among them.
 """
@@ -25,6 +25,12 @@ RUNS = {
     "encode_latency-0.6b": (
         "encode_latency --backbone qwen3-0.6b --batches 8x128 --steps 3 --repeats 3"
     ),
+    "encode_latency-compiled": (
+        "encode_latency --batches 8x128 8x512 --steps 3 --repeats 5 --torch_compile"
+    ),
+    "encode_latency-0.6b-compiled": (
+        "encode_latency --backbone qwen3-0.6b --batches 8x128 --steps 3 --repeats 5 --torch_compile"
+    ),
     "encode_latency-bf16": "encode_latency --dtype bfloat16",
     "encode_latency-0.6b-bf16": (
         "encode_latency --backbone qwen3-0.6b --dtype bfloat16 --batches 8x128 --steps 3 "
@@ -35,11 +41,15 @@ RUNS = {
     "encode_throughput": "encode_throughput --repeats 3",
     "encode_variants": "encode_variants --repeats 5",
     "train_step": "train_step --gradcache 2 4 --repeats 5",
+    "train_step-compiled": "train_step --only fast --repeats 5 --torch_compile",
     "train_step-bf16": "train_step --dtype bfloat16 --only fast --repeats 5",
     "train_step-full": "train_step --full --gradcache 4 --plain --remat --repeats 3",
     "rewrite_latency": "rewrite_latency",
     "rewrite_latency-0.6b": (
         "rewrite_latency --backbone qwen3-0.6b --batches 1 --measured_tokens 40 --repeats 3"
+    ),
+    "rewrite_latency-0.6b-8": (
+        "rewrite_latency --backbone qwen3-0.6b --batches 8 --measured_tokens 40 --repeats 3"
     ),
     "corpus_cost": "corpus_cost --documents 128",
     "search": "search",
