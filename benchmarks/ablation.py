@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import json
 import shlex
 import sys
@@ -58,7 +57,7 @@ from laser_jax.evaluation.results import PER_QUERY_FILE, RESULTS_FILE, QueryScor
 from laser_jax.evaluation.retrieval import EXPLICIT, latent
 from laser_jax.evaluation.significance import grouped_bootstrap, paired_bootstrap
 from laser_jax.evaluation.trajectory import read_trajectories, shares
-from laser_jax.files import write_atomically
+from laser_jax.files import lock, write_atomically
 from laser_jax.pretrain import pretrain
 from laser_jax.train import TrainingError, train
 
@@ -714,8 +713,8 @@ def run_missing(seeds: Sequence[Seed], rows: Sequence[str], split: str) -> None:
     seeds; one of them makes the backbone and the others wait for it."""
     for seed in seeds:
         seed.backbone_folder.mkdir(parents=True, exist_ok=True)
-        with (seed.backbone_folder / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with (seed.backbone_folder / ".lock").open("w") as file:
+            lock(file, wait=True)
             write_texts(seed)
             make_backbone(seed)
         for row in rows:

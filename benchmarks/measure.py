@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import fcntl
 import importlib.metadata
 import importlib.util
 import json
@@ -29,7 +28,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from laser_jax.files import write_atomically
+from laser_jax.files import lock, write_atomically
 from laser_jax.training.output import code_version
 
 PACKAGES = (
@@ -107,7 +106,7 @@ def alone() -> Iterator[None]:
     they may load and compile. Without such a file nothing is waited for."""
     with contextlib.ExitStack() as held:
         if LOCK in os.environ:
-            fcntl.flock(held.enter_context(open(os.environ[LOCK], "w")), fcntl.LOCK_EX)
+            lock(held.enter_context(open(os.environ[LOCK], "w")), wait=True)
         yield
 
 

@@ -135,7 +135,7 @@ def encode_corpus(config: CorpusConfig) -> bool:
         return directory.is_finished
     i, n = part_of(config.shard)
     mine = range(i, len(plan.shards), n)
-    missing = _missing(directory, mine)
+    missing = _missing(directory, plan, mine)
     if missing:
         total = sum(plan.shards[number].count for number in mine)
         left = sum(plan.shards[number].count for number in missing)
@@ -152,7 +152,9 @@ def encode_corpus(config: CorpusConfig) -> bool:
     return finished
 
 
-def _missing(directory: CorpusDirectory, numbers: Sequence[int]) -> list[int]:
+def _missing(directory: CorpusDirectory, plan: Plan, numbers: Sequence[int]) -> list[int]:
+    for number in set(numbers) - directory.finished_shards(numbers).keys():
+        directory.recover(number, plan)
     records = directory.finished_shards(numbers)
     intact = set()
     for number in tqdm(records, "check", unit="shard", disable=None, leave=False):
@@ -171,11 +173,15 @@ def _told_what_is_there(directory: CorpusDirectory, plan: Plan) -> Iterator[None
         yield
     except BaseException:
         print(
-            f"stopped: {directory.count_finished():,} of {len(plan.shards):,} shards are "
+            f"stopped: {_count_finished(directory, plan):,} of {len(plan.shards):,} shards are "
             "finished; the same command goes on with the others",
             flush=True,
         )
         raise
+
+
+def _count_finished(directory: CorpusDirectory, plan: Plan) -> int:
+    return len(directory.finished_shards(range(len(plan.shards))))
 
 
 def _encode_here(
@@ -204,15 +210,16 @@ def _print_end(directory: CorpusDirectory, plan: Plan, numbers: Sequence[int]) -
     if directory.is_finished:
         print(f"{directory.path} is finished")
     else:
-        left = len(plan.shards) - directory.count_finished()
+        left = len(plan.shards) - _count_finished(directory, plan)
         print(f"{directory.path}: {left:,} shards of {len(plan.shards):,} are still to come")
 
 
 def _verify(directory: str) -> None:
     faults = verify(directory)
     if (Path(directory) / PLAN_FILE).is_file():
-        planned = [shard.count for shard in read_plan(Path(directory)).shards]
-        if planned != [shard.count for shard in read_manifest(directory).shards]:
+        plan, manifest = read_plan(Path(directory)), read_manifest(directory)
+        planned = plan.settings.info, [shard.count for shard in plan.shards]
+        if planned != (manifest.info, [shard.count for shard in manifest.shards]):
             faults.append(f"{directory}: {MANIFEST_FILE} does not have the shards of {PLAN_FILE}")
     for fault in faults:
         print(fault)

@@ -8,7 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from laser_jax.config import AttentionKernel, RetrieverConfig, load_retriever_config
-from laser_jax.hf import load_adapter, load_params, merge_lora, read_backbone_config
+from laser_jax.hf import (
+    WeightsHash,
+    load_adapter,
+    load_params,
+    merge_lora,
+    read_backbone_config,
+)
 from laser_jax.losses import pool
 from laser_jax.modeling.backbone import Backbone, Variables, is_stacked
 from laser_jax.views import latent_view
@@ -19,6 +25,7 @@ def load_pretrained(
     *,
     config: RetrieverConfig | None = None,
     adapter: str | Path | None = None,
+    weights: WeightsHash | None = None,
 ) -> tuple[Variables, RetrieverConfig]:
     """Loads an exported model, or any Hugging Face directory of the two families.
 
@@ -28,6 +35,7 @@ def load_pretrained(
         config: how to think and to prompt; wanted for a directory without laser_config.json. Its
             backbone must be the directory's.
         adapter: a directory with a PEFT LoRA adapter, merged into the weights.
+        weights: is given all that is read, and then holds its hash.
 
     Returns:
         The variables {"params": ...} as host arrays in the config's dtype, and the config that
@@ -45,9 +53,11 @@ def load_pretrained(
             f"{directory}: the backbone of the retriever config differs from config.json; expected "
             f"{backbone}, got {config.backbone}"
         )
-    params = load_params(directory, backbone, dtype=jnp.dtype(config.dtype))
+    params = load_params(directory, backbone, dtype=jnp.dtype(config.dtype), weights=weights)
     if adapter is not None:
         lora, lora_config = load_adapter(adapter, backbone)
+        if weights is not None:
+            weights.add_adapter(lora, lora_config)
         params = merge_lora(params, lora, lora_config.scale)
     return {"params": params}, config
 

@@ -1,12 +1,38 @@
-"""Files that are seen either whole or not at all, and their checksum."""
+"""Files that are seen either whole or not at all, locks on them, their checksum, and the one reader
+of what programs keep in small files."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import json
 import os
-from collections.abc import Iterable, Iterator
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from filelock import lock_descriptor
+
+T = TypeVar("T")
+
+# --- writing -----------------------------------------------------------------------------------
+
+
+def flush(path: Path) -> None:
+    """Returns when a file's bytes, or the names in a folder, are on the disk. A file system that
+    has no such promise for folders gives none."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -26,14 +52,36 @@ def written_whole(path: Path, tag: str = "") -> Iterator[Path]:
     part = path.with_name(f".{path.name}{tag and '.'}{tag}.part")
     try:
         yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
+        flush(part)
         part.replace(path)
+        flush(path.parent)
     except BaseException as error:
         part.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno and error.filename is None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+@contextmanager
+def folder_written_whole(directory: Path) -> Iterator[Path]:
+    """Gives a temporary folder in `directory`, whose files move there in the order of their names
+    when the block ends, and vanish if it fails. The first one moves when all are on the disk.
+
+    What earlier calls have left there that were killed is removed, so of two processes that write
+    into one directory at once the first may fail, with a FileNotFoundError.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for leftover in directory.glob(".partial-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".partial-") as name:
+        folder = Path(name)
+        yield folder
+        files = sorted(folder.iterdir())
+        for file in files:
+            flush(file)
+        for file in files:
+            file.replace(directory / file.name)
+        flush(directory)
 
 
 def parts_of(folder: Path) -> list[Path]:
@@ -56,3 +104,73 @@ def checksum(paths: Iterable[Path]) -> str:
             digest.update(f"{path.name}:".encode())
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+# --- reading what a program has left -------------------------------------------------------------
+
+
+def read_state(path: Path, parse: Callable[[Any], T]) -> T | None:
+    """What `parse` makes of a small JSON file in which a program of ours keeps its state.
+
+    Args:
+        parse: takes the values that the file holds, and raises a ValueError, KeyError or TypeError
+            on those that cannot be.
+
+    Returns:
+        None where the file is absent or damaged. The two are one case for every caller: what the
+        file held is derived again, or else it is missed and the message says what to do. Damage is
+        named on stderr.
+    """
+    try:
+        return parse(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        print(f"{path} is damaged and counts as absent: {error!r}", file=sys.stderr)
+        return None
+
+
+def read_state_lines(path: Path, parse: Callable[[Any], T]) -> list[T]:
+    """As `read_state`, of a file that has such values line by line; [] where it is absent.
+
+    A last line without its end was cut off by a kill and is left out. So are damaged lines; they
+    are named on stderr, and the file as it was is kept as NAME.damaged.
+    """
+    found: list[T] = []
+    damaged: list[str] = []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(parse(json.loads(line.decode("utf-8"))))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            damaged.append(f"{path}:{number} is damaged and left out: {error!r}")
+    if damaged:
+        kept = path.with_name(f"{path.name}.damaged")
+        shutil.copyfile(path, kept)
+        print(*damaged, f"The file as it was is {kept}", sep="\n", file=sys.stderr)
+    return found
+
+
+# --- locks -------------------------------------------------------------------------------------
+
+
+def lock(file: IO[Any], *, wait: bool) -> bool:
+    """Takes the kernel's lock on an open file. It ends when the file is closed or the process ends,
+    however that ends.
+
+    Returns:
+        Whether it was taken: not, where another process holds it and `wait` is False.
+
+    Raises:
+        OSError: the file system has no locks; says what to do.
+    """
+    try:
+        return lock_descriptor(file.fileno(), blocking=wait)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: this file system has no locks, so two programs could write here at "
+            "once. Choose a place on a local disk, on NFS with its lock service, or on Lustre "
+            "mounted with -o flock",
+            str(file.name),
+        ) from error

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from laser_jax.config import PROJECTIONS, BackboneConfig, ConfigError, LoraConfig, RopeScaling
+from laser_jax.files import folder_written_whole
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -324,13 +324,58 @@ class _Stored(NamedTuple):
             return opened.get_slice(self.key)[index or ...]
 
 
-def load_params(directory: str | Path, backbone: BackboneConfig, *, dtype: DTypeLike) -> Tree:
+class WeightsHash:
+    """The sha256 of weights, taken of them as they are read: every tensor's name, dtype and bytes,
+    in whatever files they lie. What was read is what the hash is of, whatever happens to the files
+    in the meantime."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, name: str, value: np.ndarray) -> None:
+        """A tensor as its file has it."""
+        self._digest.update(f"{name} {value.dtype} {value.shape}:".encode())
+        self._digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+
+    def add_adapter(self, tree: Tree, lora: LoraConfig) -> None:
+        """What `load_adapter` has read."""
+        self._digest.update(json.dumps(dataclasses.asdict(lora)).encode())
+        for path, leaf in sorted(flatten_dict(tree).items()):
+            self.add(".".join(path), leaf)
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def hash_weights(
+    directory: str | Path, backbone: BackboneConfig, adapter: str | Path | None = None
+) -> str:
+    """The hash that `encoder.load_pretrained` of the same directories finds, without more than a
+    tensor in memory. Raises as `load_params` and `load_adapter` do."""
+    weights = WeightsHash()
+    for _ in _values(_find_params(Path(directory), backbone), weights):
+        pass
+    if adapter is not None:
+        weights.add_adapter(*load_adapter(adapter, backbone))
+    return weights.hexdigest()
+
+
+def load_params(
+    directory: str | Path,
+    backbone: BackboneConfig,
+    *,
+    dtype: DTypeLike,
+    weights: WeightsHash | None = None,
+) -> Tree:
     """Reads `model.safetensors`, or the shards of `model.safetensors.index.json`.
 
     The import is total: every tensor has its place and every place its tensor. Keys may carry the
     leading `model.` or not; `rotary_emb.inv_freq` buffers are skipped; an `lm_head.weight` beside
     tied embeddings must equal them. Sources are float32, float16 or bfloat16. Tensors are read one
     at a time into preallocated arrays, so the peak is the model and one tensor.
+
+    Args:
+        weights: is given every tensor that is read.
 
     Returns:
         The tree under `params`, numpy arrays of `dtype` on the host.
@@ -340,7 +385,7 @@ def load_params(directory: str | Path, backbone: BackboneConfig, *, dtype: DType
         HFError: a broken file, or missing, unknown, duplicate, mis-shaped or ill-typed tensors;
             lists all of them with their files.
     """
-    return _read(_find_params(Path(directory), backbone), dtype)
+    return _read(_find_params(Path(directory), backbone), dtype, weights)
 
 
 def load_sharded_params(directory: str | Path, backbone: BackboneConfig, like: Tree) -> Tree:
@@ -489,11 +534,24 @@ def _refuse(where: str, problems: list[str]) -> None:
         raise HFError(f"{where} does not fit its config, {len(problems)} problem(s):\n  {lines}")
 
 
-def _read(stored: dict[_Slot, _Stored], dtype: DTypeLike) -> Tree:
+def _read(
+    stored: dict[_Slot, _Stored], dtype: DTypeLike, weights: WeightsHash | None = None
+) -> Tree:
     leaves = {path: np.empty(shape, dtype) for path, shape in _leaf_shapes(stored).items()}
-    for slot, tensor in stored.items():
-        slot.of(leaves[slot.path])[...] = slot.turned(tensor.read())
+    for slot, value in _values(stored, weights):
+        slot.of(leaves[slot.path])[...] = slot.turned(value)
     return unflatten_dict(leaves)
+
+
+def _values(
+    stored: dict[_Slot, _Stored], weights: WeightsHash | None
+) -> Iterator[tuple[_Slot, np.ndarray]]:
+    """The tensors one at a time, each added to `weights`, too."""
+    for slot, tensor in stored.items():
+        value = tensor.read()
+        if weights is not None:
+            weights.add(slot.name, value)
+        yield slot, value
 
 
 # --- writing -----------------------------------------------------------------------------------
@@ -588,11 +646,8 @@ def _staged(directory: Path, tensors: Iterator[Any]) -> Iterator[Path | None]:
         if jax.process_index() > 0:
             yield None
         else:
-            directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=directory, prefix=".partial-") as stage:
-                yield Path(stage)
-                for file in sorted(Path(stage).iterdir()):  # an index sorts behind its shards
-                    os.replace(file, directory / file.name)
+            with folder_written_whole(directory) as stage:  # an index sorts behind its shards
+                yield stage
         failed = False
     finally:
         if jax.process_count() > 1:

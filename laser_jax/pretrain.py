@@ -46,7 +46,7 @@ from laser_jax.data.tokenization import (
     train_tokenizer,
 )
 from laser_jax.evaluation.beir import read_beir
-from laser_jax.files import write_atomically
+from laser_jax.files import folder_written_whole, read_state, write_atomically
 from laser_jax.hf import load_params, read_backbone_config, resolve_directory, save_params
 from laser_jax.modeling.attention import choose_kernel
 from laser_jax.modeling.backbone import Backbone, Variables, apply
@@ -107,15 +107,13 @@ def written_right(
 def _finished(config: PretrainConfig) -> dict[str, Any] | None:
     """The report of the output directory, where it already holds the result of this config."""
     file = Path(config.output) / REPORT
-    if not file.is_file():
+    report = read_state(
+        file, lambda r: {**r, "config": dict(r["config"]), "loss": float(r["loss"])}
+    )
+    if report is None:
         return None
-    way_out = "Choose another output, or delete that directory"
-    try:
-        report = json.loads(file.read_text())
-        written, loss = report["config"], float(report["loss"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file} is no report of this program: {error!r}. {way_out}") from error
-    changed = changes(written, config, source=str(file))
+    way_out, loss = "Choose another output, or delete that directory", report["loss"]
+    changed = changes(report["config"], config, source=str(file))
     # the same directory may be spelled otherwise, or have been moved
     if changed := [change for change in changed if change.key != "output"]:
         raise ConfigError(
@@ -270,7 +268,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         lora=None,
         **special_token_ids(tokenizer),
     )
-    tokenizer.save_pretrained(output)
+    with folder_written_whole(output) as folder:
+        tokenizer.save_pretrained(folder)
     write_atomically(output / REPORT, json.dumps(report, indent=2) + "\n")
     return report
 

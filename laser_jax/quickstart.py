@@ -20,6 +20,7 @@ from pathlib import Path
 from laser_jax.config import ConfigError, parse_command_line
 from laser_jax.data.world import WorldConfig, build_world, write_world
 from laser_jax.evaluation.retrieval import format_table
+from laser_jax.files import read_state, write_atomically
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 COLUMNS = ("nDCG@10", "Hit@1")
@@ -63,16 +64,8 @@ def _require_same_seed(output: Path, seed: int) -> None:
     stages = {output / "backbone" / "pretrain.json": ("config", "seed")}
     stages |= {output / name / "config.json": ("train", "seed") for name in METHODS}
     for file, (group, key) in stages.items():
-        if not file.is_file():
-            continue
-        try:
-            found = json.loads(file.read_text())[group][key]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{file} is not what a stage writes: {error!r}. Choose another --output, or delete "
-                "that directory"
-            ) from error
-        if found != seed:
+        found = read_state(file, lambda values, group=group, key=key: values[group][key])
+        if found is not None and found != seed:
             raise ConfigError(
                 f"{file}: seed was {found}, is {seed}. Choose another --output, or delete {output}"
             )
@@ -120,7 +113,7 @@ def quickstart(options: QuickstartOptions) -> dict[str, dict[str, float]]:
         if name == "laser":
             table["explicit view (reads the reasoning)"] = scores["explicit"]
     table = {title: {c: row[c] for c in COLUMNS} for title, row in table.items()}
-    (output / "table.json").write_text(json.dumps(table, indent=2) + "\n")
+    write_atomically(output / "table.json", json.dumps(table, indent=2) + "\n")
     print(f"\n{len(world.test)} queries on unseen compositions, {len(world.documents)} documents:")
     print(format_table(table))
     print(f"chance: Hit@1 {1 / len(world.documents):.4f}; {time.monotonic() - began:.0f} s in all")

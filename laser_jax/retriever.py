@@ -32,7 +32,7 @@ from laser_jax.data.tokenization import (
     require_embedded_tokens,
 )
 from laser_jax.encoder import backbone_for, load_pretrained
-from laser_jax.hf import resolve_directory
+from laser_jax.hf import WeightsHash, resolve_directory
 from laser_jax.modeling.backbone import Variables
 from laser_jax.sharding import make_mesh, shardings
 
@@ -92,6 +92,7 @@ class LatentRetriever:
         length_multiple: int = 32,
         mesh: Mesh | None = None,
         attention: Literal["auto"] | AttentionKernel = "auto",
+        weights: WeightsHash | None = None,
     ) -> LatentRetriever:
         """Loads a model with its tokenizer and prompt settings.
 
@@ -105,6 +106,7 @@ class LatentRetriever:
             mesh: devices that share every batch, and the weights along `fsdp` and `tensor`. All
                 processes of it make the same calls.
             attention: the kernel that reads the prompts; `auto` takes the fastest that can run.
+            weights: is given all that is read, and then holds its hash.
 
         Raises:
             FileNotFoundError: a file is missing; of laser_config.json it says what to pass instead.
@@ -116,7 +118,9 @@ class LatentRetriever:
         if dtype is not None:
             config = replace(config, dtype=dtype)
         prompts = PromptTokenizer(load_tokenizer(directory), config.prompt)
-        variables, config = load_pretrained(directory, config=config, adapter=adapter)
+        variables, config = load_pretrained(
+            directory, config=config, adapter=adapter, weights=weights
+        )
         if mesh is not None:
             variables = _on_mesh(variables, config, mesh)
         encoder = LatentEncoder(

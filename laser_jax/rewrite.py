@@ -8,7 +8,6 @@ is on the disk before the next begins; the same command completes a file that wa
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -35,7 +34,7 @@ from laser_jax.evaluation.rewrites import (
     milliseconds_per_query,
     read_rewrites,
 )
-from laser_jax.files import write_atomically
+from laser_jax.files import lock, read_state, write_atomically
 from laser_jax.generation import Decoding, TextGenerator, Written, stop_ids
 from laser_jax.hf import load_params, read_backbone_config, resolve_directory
 from laser_jax.search.trec import DatasetError
@@ -197,17 +196,16 @@ class RewriteFile:
         self._path = path
         self._file = path.open("ab", buffering=0)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
-            raise ConfigError(f"{path}: another process is writing this file") from None
-        try:
-            self.rewrites = self._claim(settings, wanted)
+            if lock(self._file, wait=False):
+                self.rewrites = self._claim(settings, wanted)
+                return
         except BaseException:
             if os.path.getsize(path) == 0:
                 path.unlink()
             self.close()
             raise
+        self.close()
+        raise ConfigError(f"{path}: another process is writing this file")
 
     def _claim(self, settings: dict[str, Any], wanted: dict[str, EvalQuery]) -> dict[str, Rewrite]:
         report = report_file(self._path)
@@ -226,12 +224,12 @@ class RewriteFile:
         return rewrites
 
     def _require_same_settings(self, report: Path, settings: dict[str, Any]) -> None:
-        if not report.is_file():
+        old = read_state(report, lambda values: dict(values["settings"]))
+        if old is None:
             raise ConfigError(
-                f"{self._path} is there without {report.name}, so nobody knows how it was written: "
-                "choose another --output"
+                f"{self._path} is there without a whole {report.name}, so nobody knows how it was "
+                "written: bring that back from a copy, or choose another --output"
             )
-        old = json.loads(report.read_text(encoding="utf-8"))["settings"]
         if old != settings:
             keys = [k for k in {**old, **settings} if old.get(k) != settings.get(k)]
             differences = "; ".join(f"{k} {old.get(k)!r}, now {settings.get(k)!r}" for k in keys)

@@ -24,7 +24,12 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from laser_jax.batch_encoder import LatentEncoder
-from laser_jax.checkpoint import CheckpointError, Checkpoints, fingerprint
+from laser_jax.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    DamagedCheckpointError,
+    fingerprint,
+)
 from laser_jax.config import (
     BackboneConfig,
     Config,
@@ -54,7 +59,7 @@ from laser_jax.evaluation.retrieval import (
     retrieval_runs,
     score_runs,
 )
-from laser_jax.files import write_atomically
+from laser_jax.files import folder_written_whole, write_atomically
 from laser_jax.hf import (
     load_sharded_params,
     read_backbone_config,
@@ -74,10 +79,16 @@ from laser_jax.step import (
 )
 from laser_jax.training.dry_run import dry_run
 from laser_jax.training.layout import Layout, describe_mesh, lay_out, number_of_steps
-from laser_jax.training.output import OutputDirectory, StepLog, code_version
+from laser_jax.training.output import OutputDirectory, StepLog, code_version, logged_lines
 from laser_jax.training.processes import is_first, join_processes, local_rows, place_batch, say
 from laser_jax.training.programs import StepPrograms
-from laser_jax.training.selection import best_step, is_evaluated, is_out_of_patience, score_dev
+from laser_jax.training.selection import (
+    best_steps,
+    fingerprint_of,
+    is_evaluated,
+    is_out_of_patience,
+    score_dev,
+)
 from laser_jax.training.stop import StopRequested, StopSignal
 from laser_jax.training.telemetry import TensorBoard, Trace, require_tensorboard
 from laser_jax.training.throughput import Meter
@@ -150,11 +161,17 @@ def _require_fit_teacher(
 
 
 def _inputs(
-    sources: Sequence[Source], prompts: PromptTokenizer, teacher_variables: Variables | None
+    sources: Sequence[Source],
+    prompts: PromptTokenizer,
+    teacher_variables: Variables | None,
+    ranked: dict[str, BeirDataset],
 ) -> dict[str, Any]:
-    """What a resumed run must find as it was, and neither its config nor its state holds."""
+    """What a resumed run must find as it was, and neither its config nor its state holds. `ranked`
+    are the evaluation sets, by the names of their splits: another split may be ranked, but no other
+    texts or judgements under the same name."""
     teacher = None if teacher_variables is None else fingerprint(teacher_variables)
-    return {
+    sets = {f"fingerprint of data.eval's {k}": fingerprint_of(v) for k, v in ranked.items()}
+    return sets | {
         "number of training rows": rows_per_epoch(sources),
         "fingerprints of the training rows": [source.fingerprint for source in sources],
         "prompt_checksum": prompts.checksum(),
@@ -204,8 +221,9 @@ def export_model(run: _Run) -> None:
         **special_token_ids(run.tokenizer),
     )
     if is_first():
-        run.tokenizer.save_pretrained(output / "model")
-        save_retriever_config(_retriever_config(run, None), output / "model")
+        with folder_written_whole(output / "model") as folder:
+            run.tokenizer.save_pretrained(folder)
+            save_retriever_config(_retriever_config(run, None), folder)
     if config.lora is not None:
         save_adapter(
             output / "adapter",
@@ -319,9 +337,11 @@ def _set_up(config: Config, stack: ExitStack) -> _Run:
         model and (lambda like: load_sharded_params(model, backbone_config, like)),
     )
     teacher, teacher_variables = _load_teacher(config, backbone_config, prompts, mesh)
-    inputs = _inputs(sources, prompts, teacher_variables)
+    ranked = {config.data.eval_split: test, config.data.dev_split: dev}
+    inputs = _inputs(
+        sources, prompts, teacher_variables, {k: v for k, v in ranked.items() if v is not None}
+    )
     base = None if state.frozen is None else fingerprint(state.frozen)
-    output.claim()
     scores: dict[int, float] = {}
     checkpoints = stack.enter_context(
         closing(
@@ -334,13 +354,15 @@ def _set_up(config: Config, stack: ExitStack) -> _Run:
         )
     )
     restored = checkpoints.restore(state)
+    meta: dict[str, Any] = {}
     if restored is not None:
         state, meta = restored
+        output.require_same_config(meta["config"], str(output.path / "checkpoints"))
         _require_same_inputs(meta, inputs, output.path / "checkpoints")
         say(f"resumed at step {int(state.step)} from {output.path / 'checkpoints'}")
+    output.claim()
     start = int(state.step)
-    log = stack.enter_context(closing(StepLog(output.path / "metrics.jsonl", start)))
-    evaluations = stack.enter_context(closing(StepLog(output.path / "evaluations.jsonl", start)))
+    log, evaluations = _logs(output.path, start, meta, config, stack)
     scores.update({line["step"]: line[config.train.eval_metric] for line in evaluations.lines})
     tensorboard = None
     if config.train.tensorboard:
@@ -375,6 +397,29 @@ def _set_up(config: Config, stack: ExitStack) -> _Run:
         log=log,
         evaluations=evaluations,
         tensorboard=tensorboard,
+    )
+
+
+def _logs(
+    output: Path, start: int, meta: dict[str, Any], config: Config, stack: ExitStack
+) -> tuple[StepLog, StepLog]:
+    """The logs of steps and of rankings of a run that begins after step `start`. The scores are
+    those of the checkpoint's `meta`, never what `evaluations.jsonl` holds."""
+    if config.train.eval_every is not None and meta and "evaluations" not in meta:
+        say(
+            f"the checkpoint of step {start} is an older release's, without the scores on "
+            f"{config.data.dev_split}: the best step is chosen among those that are ranked now"
+        )
+    metrics = {line["step"]: line for line in logged_lines(output / "metrics.jsonl", start)}
+    if last := meta.get("metrics"):
+        metrics[last["step"]] = last
+    return (
+        stack.enter_context(
+            closing(StepLog(output / "metrics.jsonl", [metrics[step] for step in sorted(metrics)]))
+        ),
+        stack.enter_context(
+            closing(StepLog(output / "evaluations.jsonl", meta.get("evaluations", [])))
+        ),
     )
 
 
@@ -456,7 +501,12 @@ def _take_steps(run: _Run, stop: StopSignal) -> bool:
                     run.tensorboard.write("train", line)
                 progress.set_postfix(loss=f"{line['loss']:.3f}")
             if saved:
-                run.checkpoints.save(run.state, {"samples": step * train.batch_size} | meta)
+                progressed = {
+                    "samples": step * train.batch_size,
+                    "metrics": run.log.last,
+                    "evaluations": run.evaluations.lines,
+                }
+                run.checkpoints.save(run.state, progressed | meta)
             if stopping:
                 return False
             if evaluated:
@@ -501,15 +551,37 @@ def _encoder(run: _Run) -> LatentEncoder:
     return run.encoder.with_variables(run.state.variables)
 
 
+def _restore_best(run: _Run) -> None:
+    """Takes the state of the best step on the dev split; where its checkpoint is lost, that of the
+    best one which is there, and says so. The last step's is always there."""
+    split, last = run.config.data.dev_split, int(run.state.step)
+    lost: list[str] = []
+    for step in best_steps(run.evaluations.lines, run.config.train):
+        if step != last:
+            if lost and not run.checkpoints.has(step):
+                continue  # of no use to anybody while the best one was there
+            try:
+                run.state, _ = run.checkpoints.restore_step(step, run.state)
+            except DamagedCheckpointError as error:
+                lost.append(str(error))
+                continue
+        if lost:
+            say("\n".join(lost))
+            say(
+                f"step {step} is the best on {split} of those that are whole. Bring the checkpoint "
+                "above back from a copy, and the same command exports it"
+            )
+        say(f"the best step on {split} is {step}: exported and evaluated")
+        return
+
+
 def _finish(run: _Run) -> dict[str, Any]:
     """Exports the model, ranks the test split at every K and writes `results.json`."""
     config = run.config
     last = int(run.state.step)
     run.checkpoints.wait()
-    best = best_step(run.evaluations.lines, config.train)
-    if config.train.export == "best" and best not in (None, last):
-        run.state, _ = run.checkpoints.restore_step(best, run.state)
-        say(f"the best step on {config.data.dev_split} is {best}: exported and evaluated")
+    if config.train.export == "best":
+        _restore_best(run)
     export_model(run)
     trained, total = run.layout.parameters
     results: dict[str, Any] = {
@@ -525,6 +597,7 @@ def _finish(run: _Run) -> dict[str, Any]:
     }
     if run.evaluations.lines:
         results["dev"] = run.evaluations.lines
+        results["best_step"] = best_steps(run.evaluations.lines, config.train)[0]
     if run.test is not None:
         runs = retrieval_runs(
             _encoder(run),

@@ -20,6 +20,7 @@ import pytest
 from flax import linen as nn
 
 from laser_jax.config import (
+    LoraConfig,
     PromptConfig,
     RetrieverConfig,
     ScratchConfig,
@@ -27,14 +28,31 @@ from laser_jax.config import (
 )
 from laser_jax.corpus.directory import CorpusDirectory
 from laser_jax.corpus.encoding import CorpusConfig, ShardEncoder
+from laser_jax.corpus.on_ray import Worker
 from laser_jax.corpus.plan import read_plan
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, train_tokenizer
 from laser_jax.encode_corpus import main
-from laser_jax.hf import load_params, save_params
+from laser_jax.encoder import load_pretrained
+from laser_jax.hf import (
+    WeightsHash,
+    _Stored,
+    hash_weights,
+    load_params,
+    read_backbone_config,
+    save_adapter,
+    save_params,
+)
 from laser_jax.modeling.backbone import Backbone
 from laser_jax.retriever import LatentRetriever
 from laser_jax.search.codes import decode_vectors
-from laser_jax.search.vectors import read_ids, read_manifest, read_shards, shard_name, verify
+from laser_jax.search.vectors import (
+    VectorsError,
+    read_ids,
+    read_manifest,
+    read_shards,
+    shard_name,
+    verify,
+)
 
 pytest.importorskip("pyarrow")
 import pyarrow as pa
@@ -313,6 +331,82 @@ def test_a_change_that_keeps_size_and_time_is_noticed_when_its_shard_comes(
         encode(model, corpus, output)
 
 
+@pytest.fixture
+def own_model(model: Path, tmp_path: Path) -> Path:
+    """A copy of the model, whose weights may be exchanged."""
+    return shutil.copytree(model, tmp_path / "own")
+
+
+@pytest.fixture(scope="module")
+def other_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("others") / "model", 1) / "model.safetensors"
+
+
+def test_a_model_that_was_changed_since_the_plan_is_refused_by_whoever_loads_it(
+    own_model: Path, other_weights: Path, corpus: Path, tmp_path: Path
+) -> None:
+    output = encode(own_model, corpus, tmp_path / "out", plan_only=True)
+    before = contents(output)
+    shutil.copy(other_weights, own_model)
+    config = CorpusConfig(str(own_model), str(corpus), str(output), **SMALL)
+    message = r"is not the model that .*out was begun with:\n  model_hash was '.*', is '"
+    with pytest.raises(VectorsError, match=message):
+        ShardEncoder(config, read_plan(output), CorpusDirectory(output))
+    with pytest.raises(VectorsError, match=message):
+        Worker(config)  # a Ray actor
+    assert contents(output) == before
+
+
+def test_a_model_that_changes_while_it_is_read_is_refused(
+    own_model: Path,
+    other_weights: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The swap comes after the first tensor, and the old file is back before anybody could compare
+    it: only what was read tells."""
+    output = encode(own_model, corpus, tmp_path / "out", plan_only=True)
+    weights = own_model / "model.safetensors"
+    own, reads, read = weights.read_bytes(), 0, _Stored.read
+
+    def swapped(self: _Stored, *index: slice) -> np.ndarray:
+        nonlocal reads
+        reads += 1
+        weights.unlink()
+        weights.write_bytes(other_weights.read_bytes() if reads == 2 else own)
+        return read(self, *index)
+
+    config = CorpusConfig(str(own_model), str(corpus), str(output), **SMALL)
+    monkeypatch.setattr(_Stored, "read", swapped)
+    with pytest.raises(VectorsError, match="is not the model that"):
+        ShardEncoder(config, read_plan(output), CorpusDirectory(output))
+    assert weights.read_bytes() == own
+
+
+def test_an_adapter_and_its_settings_are_part_of_the_model(model: Path, tmp_path: Path) -> None:
+    backbone = read_backbone_config(model)
+    hashes = set()
+    for alpha, value in ((4.0, 1.0), (8.0, 1.0), (4.0, 2.0)):
+        lora = LoraConfig(rank=1, alpha=alpha, targets=("q_proj",))
+        tree = {
+            "last_layer": {
+                "self_attn": {
+                    "q_proj": {
+                        "lora_a": np.full((16, 1), value, np.float32),
+                        "lora_b": np.ones((1, 16), np.float32),
+                    }
+                }
+            }
+        }
+        save_adapter(tmp_path / "adapter", tree, lora, backbone, base_model="")
+        found, loaded = hash_weights(model, backbone, tmp_path / "adapter"), WeightsHash()
+        load_pretrained(model, adapter=tmp_path / "adapter", weights=loaded)
+        assert loaded.hexdigest() == found
+        hashes.add(found)
+    assert len(hashes) == 3
+
+
 # --- damage ------------------------------------------------------------------------------------
 
 
@@ -351,6 +445,99 @@ def test_a_shard_that_comes_out_otherwise_gets_its_own_checksum(
     monkeypatch.setattr(LatentRetriever, "encode_document", rounded)
     encode(model, corpus, copy)
     assert verify(copy) == []
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def zeroed(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def emptied(path: Path) -> None:
+    path.write_text("{}")
+
+
+def without_last_shard(path: Path) -> None:
+    values = json.loads(path.read_text())
+    last = values["shards"].pop()
+    if isinstance(last, dict):  # the manifest counts, the report does not
+        values["count"] -= last["count"]
+    path.write_text(json.dumps(values))
+
+
+DAMAGES = (cut, zeroed, emptied, Path.unlink)
+
+
+@pytest.fixture
+def encodes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ShardEncoder, "__init__", lambda *_: pytest.fail("a shard was made again"))
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, without_last_shard])
+@pytest.mark.parametrize("name", ["manifest.json", "report.json"])
+@pytest.mark.usefixtures("encodes_nothing")
+def test_a_lost_manifest_or_report_is_made_again_of_the_shards(
+    model: Path, corpus: Path, finished: Path, copy: Path, name: str, damage: Any
+) -> None:
+    damage(copy / name)
+    encode(model, corpus, copy)
+    assert contents(copy) == contents(finished)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.usefixtures("encodes_nothing")
+def test_lost_records_are_made_again_of_the_shards(
+    model: Path, corpus: Path, finished: Path, copy: Path, damage: Any
+) -> None:
+    """As a run leaves it that was killed before the end."""
+    (copy / ".work").mkdir()
+    for number, shard in enumerate(read_manifest(copy).shards):
+        record = {"count": shard.count, "sha256": shard.sha256, "tokens": 1, "truncated": 0}
+        (copy / ".work" / f"{shard_name(number)}.json").write_text(json.dumps(record))
+    (copy / ".work" / "corpus.json").write_text("[]")
+    (copy / "manifest.json").unlink()
+    for file in (copy / ".work").iterdir():
+        damage(file)
+    encode(model, corpus, copy)
+    assert contents(copy) == contents(finished)
+
+
+def test_a_shard_of_another_corpus_is_not_taken_for_one_that_lost_its_record(
+    model: Path, finished: Path, copy: Path, tmp_path: Path
+) -> None:
+    other = write_rows(tmp_path / "other.jsonl", [*ROWS[:3], ROWS[3] | {"text": "elsewhere"}])
+    output = encode(model, other, tmp_path / "out", plan_only=True)
+    shutil.copy(finished / shard_name(0), output)
+    directory, plan = CorpusDirectory(output), read_plan(output)
+    assert not directory.recover(0, plan)
+    copied = CorpusDirectory(copy)
+    (copy / "manifest.json").unlink()
+    (copy / ".work").mkdir()
+    assert copied.recover(0, read_plan(copy))
+    content = (copy / shard_name(1)).read_bytes()
+    for place in range(0, len(content), 61):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        (copy / shard_name(1)).write_bytes(changed)
+        assert not copied.recover(1, read_plan(copy)), place
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_lost_plan_is_named_with_the_way_out(
+    model: Path, corpus: Path, copy: Path, tmp_path: Path, damage: Any
+) -> None:
+    damage(copy / "plan.json")
+    before = contents(copy)
+    with pytest.raises(SystemExit, match=r"plan\.json.*back from a copy"):
+        encode(model, corpus, copy)
+    assert contents(copy) == before
+    alone = encode(model, corpus, tmp_path / "alone", plan_only=True)
+    whole = (alone / "plan.json").read_bytes()
+    damage(alone / "plan.json")
+    encode(model, corpus, alone, plan_only=True)
+    assert (alone / "plan.json").read_bytes() == whole
 
 
 def test_an_unfinished_directory_is_checked_as_well(
@@ -594,7 +781,7 @@ def test_other_inputs_and_outputs_are_refused(model: Path, corpus: Path, tmp_pat
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "results.json").write_text("{}")
-    refused(r"holds 'results\.json' and no plan\.json: it is no directory of this", output=foreign)
+    refused(r"holds 'results\.json' and no whole plan\.json: it is no directory", output=foreign)
     refused("is no directory", output=corpus)
     assert [path.name for path in foreign.iterdir()] == ["results.json"]
     refused("nowhere is neither a file nor a directory", corpus=tmp_path / "nowhere")

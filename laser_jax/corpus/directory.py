@@ -8,19 +8,21 @@
 
 Every file takes its name when it is whole. What a shard holds depends on the plan alone, so it
 does not matter who writes it, nor if two do at once. A shard is finished when its record is there
-and its bytes have the record's checksum; killed in between, it is made again.
+and its bytes have the record's checksum. A shard also tells of what it was made and that it is
+whole, so that lost records, report and manifest are made again of the shards; a lost plan is not.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from laser_jax.corpus.documents import Corpus
 from laser_jax.corpus.plan import (
@@ -30,10 +32,11 @@ from laser_jax.corpus.plan import (
     differing,
     make_plan,
     plan_text,
+    plan_values,
     read_plan,
     require_same_corpus,
 )
-from laser_jax.files import parts_of, write_atomically
+from laser_jax.files import lock, parts_of, read_state, write_atomically
 from laser_jax.search.vectors import (
     MANIFEST_FILE,
     Manifest,
@@ -42,6 +45,7 @@ from laser_jax.search.vectors import (
     VectorsInfo,
     is_intact,
     read_manifest,
+    recovered_shard,
     shard_name,
     write_manifest,
 )
@@ -60,6 +64,11 @@ class Record:
     tokens: int
     truncated: int
     """Texts that were shortened."""
+
+    def __post_init__(self) -> None:
+        """Raises a TypeError on what a damaged file may hold."""
+        if [type(value) for value in vars(self).values()] != [int, str, int, int]:
+            raise TypeError(f"{vars(self)} is no record of a shard")
 
 
 class CorpusDirectory:
@@ -101,13 +110,11 @@ class CorpusDirectory:
             VectorsError: the directory belongs to other settings or to another program.
             DatasetError: the corpus is another, or cannot be used.
         """
-        if not (self.path / PLAN_FILE).is_file():
+        if not self._has_plan:
             self._require_ours()
             with self._locked():
-                if not (self.path / PLAN_FILE).is_file():
+                if not self._has_plan:
                     self._make_plan(corpus, settings, skipped, advance)
-        if not self.is_finished:
-            self._work.mkdir(exist_ok=True)
         plan = read_plan(self.path)
         if changed := differing(plan.settings, settings):
             raise VectorsError(
@@ -115,24 +122,33 @@ class CorpusDirectory:
                 + "\n  ".join(changed)
                 + "\nThe two cannot be mixed. Choose another --output, or delete that directory"
             )
+        if self.is_finished:
+            self._open_again_if_damaged(plan)
+        if not self.is_finished:
+            self._work.mkdir(exist_ok=True)
         # Reading all of a corpus is only worth its time where the files look changed.
         stamp = _stamp(corpus)
         seen = self._work / _CORPUS_FILE
-        if not seen.is_file() or seen.read_text() != stamp:
+        if read_state(seen, list) != stamp:
             require_same_corpus(corpus, plan, advance)
             with contextlib.suppress(FileNotFoundError):  # a finished directory has no such folder
-                write_atomically(seen, stamp, self.tag)
+                write_atomically(seen, json.dumps(stamp), self.tag)
         return plan
+
+    @property
+    def _has_plan(self) -> bool:
+        return plan_values(self.path) is not None
 
     def _require_ours(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise VectorsError(f"{self.path} is no directory")
-        own = {self._work, *parts_of(self.path)}
+        own = {self._work, self.path / PLAN_FILE, *parts_of(self.path)}
         others = sorted(set(self.path.iterdir()) - own) if self.path.exists() else []
         if others:
             raise VectorsError(
-                f"{self.path} holds {others[0].name!r} and no {PLAN_FILE}: it is no directory of "
-                "this program. Choose another --output"
+                f"{self.path} holds {others[0].name!r} and no whole {PLAN_FILE}: it is no "
+                "directory of this program, or its plan is lost. Choose another --output, or bring "
+                "the plan back from a copy"
             )
 
     def _make_plan(
@@ -147,7 +163,7 @@ class CorpusDirectory:
         plan = make_plan(corpus, settings, skipped=skipped, folder=self._work, advance=advance)
         if _stamp(corpus) != stamp:
             raise VectorsError(f"{corpus.files[0]}: the corpus was changed while it was read")
-        write_atomically(self._work / _CORPUS_FILE, stamp, self.tag)
+        write_atomically(self._work / _CORPUS_FILE, json.dumps(stamp), self.tag)
         write_atomically(self.path / PLAN_FILE, plan_text(plan), self.tag)
 
     @contextlib.contextmanager
@@ -158,7 +174,7 @@ class CorpusDirectory:
         self._work.mkdir(parents=True, exist_ok=True)
         with (self._work / "lock").open("w") as file:
             with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
+                lock(file, wait=True)
             try:
                 yield
             except BaseException:
@@ -178,11 +194,22 @@ class CorpusDirectory:
             return {n: records[n] for n in numbers}
         return {n: record for n in numbers if (record := self._record(n)) is not None}
 
-    def count_finished(self) -> int:
-        """How many shards are recorded as finished, of all."""
-        if self.is_finished:
-            return len(self._final_records())
-        return sum(1 for _ in self._work.glob("shard-*.json"))
+    def recover(self, number: int, plan: Plan) -> bool:
+        """Records a shard that is finished and has lost its record, by what it tells itself.
+        Returns whether there is such a shard."""
+        found = recovered_shard(self.path, shard_name(number), plan.settings.info)
+        if found is None:
+            return False
+        shard, told = found
+        try:
+            record = Record(shard.count, shard.sha256, told["tokens"], told["truncated"])
+        except (KeyError, TypeError):  # not a shard of this program
+            return False
+        origin = plan.origin(number, record.tokens, record.truncated)
+        if any(told.get(key) != value for key, value in origin.items()):
+            return False
+        self.finish_shard(number, record)
+        return True
 
     def is_intact(self, number: int, record: Record) -> bool:
         """Reads the shard's file and compares its checksum."""
@@ -207,10 +234,7 @@ class CorpusDirectory:
         return self._work / f"{shard_name(number)}.json"
 
     def _record(self, number: int) -> Record | None:
-        try:
-            return Record(**json.loads(self._record_path(number).read_text()))
-        except FileNotFoundError:
-            return None
+        return read_state(self._record_path(number), lambda values: Record(**values))
 
     # --- the end -------------------------------------------------------------------------------
 
@@ -218,9 +242,9 @@ class CorpusDirectory:
         """Writes report and manifest if all shards are there, whoever made them. Several processes
         may do so at once: they write the same. Returns whether the directory is finished."""
         if not self.is_finished:
-            if self.count_finished() < len(plan.shards):
-                return False
             records = self.finished_shards(range(len(plan.shards)))
+            if len(records) < len(plan.shards) and not self.is_finished:
+                return False
             if not self.is_finished:  # else another process was quicker and has removed the records
                 self._write_end(plan.settings.info, list(records.values()))
         shutil.rmtree(self._work, ignore_errors=True)
@@ -241,18 +265,38 @@ class CorpusDirectory:
 
     def _final_records(self) -> list[Record]:
         shards = read_manifest(self.path).shards
-        counts = json.loads((self.path / REPORT_FILE).read_text())["shards"]
-        return [
-            Record(shard.count, shard.sha256, *numbers)
-            for shard, numbers in zip(shards, counts, strict=True)
-        ]
+        counts = read_state(self.path / REPORT_FILE, lambda report: list(report["shards"]))
+        try:
+            return [
+                Record(shard.count, shard.sha256, *numbers)
+                for shard, numbers in zip(shards, counts or (), strict=True)
+            ]
+        except (TypeError, ValueError) as error:
+            raise VectorsError(
+                f"{self.path / REPORT_FILE} is absent or damaged; the command that wrote it makes "
+                "it again"
+            ) from error
+
+    def _open_again_if_damaged(self, plan: Plan) -> None:
+        """Takes the manifest off where manifest or report are damaged, so that both are made again
+        of the shards."""
+        try:
+            counts = [record.count for record in self._final_records()]
+            info = read_manifest(self.path).info
+            if (info, counts) == (plan.settings.info, [shard.count for shard in plan.shards]):
+                return
+            fault = f"{self.path / MANIFEST_FILE} does not have the shards of {PLAN_FILE}"
+        except VectorsError as error:
+            fault = str(error)
+        print(f"{fault}\nManifest and report are made again of the shards", file=sys.stderr)
+        (self.path / MANIFEST_FILE).unlink(missing_ok=True)
 
 
 def _entry(number: int, record: Record) -> Shard:
     return Shard(shard_name(number), record.count, record.sha256)
 
 
-def _stamp(corpus: Corpus) -> str:
+def _stamp(corpus: Corpus) -> list[list[Any]]:
     """Changes where a file is written to, or another one takes its place."""
     stats = [(path, path.stat()) for path in corpus.files]
-    return json.dumps([[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in stats])
+    return [[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in stats]

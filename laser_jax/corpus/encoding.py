@@ -5,22 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import socket
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import jax
 import numpy as np
 
-from laser_jax.config import ConfigError, Dtype, MeshConfig, as_dict, load_retriever_config
+from laser_jax.config import (
+    ConfigError,
+    Dtype,
+    MeshConfig,
+    RetrieverConfig,
+    as_dict,
+    load_retriever_config,
+)
 from laser_jax.corpus.directory import CorpusDirectory, Record
 from laser_jax.corpus.documents import Corpus, Fields, Located
-from laser_jax.corpus.plan import Plan, Settings, query_instruction, read_planned
+from laser_jax.corpus.plan import Plan, Settings, differing, query_instruction, read_planned
 from laser_jax.data.pipeline import tokenization_settings
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
-from laser_jax.files import checksum
-from laser_jax.hf import resolve_directory
+from laser_jax.hf import WeightsHash, hash_weights, read_backbone_config, resolve_directory
 from laser_jax.retriever import (
     LatentRetriever,
     Tally,
@@ -131,7 +137,8 @@ def part_of(shard: str | None) -> tuple[int, int]:
 
 
 def settings_of(config: CorpusConfig) -> Settings:
-    """Reads what the vectors depend on from the model's files. Loads no weights.
+    """Reads what the vectors depend on from the model's files. Of the weights a tensor is in memory
+    at a time.
 
     What can be told without them to fail is refused here, as no other settings may follow in a
     directory that has a plan.
@@ -142,7 +149,7 @@ def settings_of(config: CorpusConfig) -> Settings:
     """
     directory = resolve_directory(config.model)
     of_model = load_retriever_config(directory)
-    dtype = config.compute_dtype or of_model.dtype
+    of_model = replace(of_model, dtype=config.compute_dtype or of_model.dtype)
     prompts = PromptTokenizer(load_tokenizer(directory), of_model.prompt)
     steps = config.num_thinking_steps or of_model.num_thinking_steps
     require_matching(of_model, prompts)
@@ -152,29 +159,27 @@ def settings_of(config: CorpusConfig) -> Settings:
         steps,
     )
     prompts.require_room([config.instruction or ""], explicit=False)
-    computed = [as_dict(of_model.backbone), of_model.pooling, dtype]
-    weights = checksum(_files(directory)), checksum(_files(config.adapter))
-    info = VectorsInfo(
-        model_hash=_hash([*computed, *weights]),
-        prompt_hash=_hash(tokenization_settings(prompts)),
-        num_thinking_steps=steps,
-        dtype=config.dtype,
-        dimension=of_model.backbone.hidden_size,
-    )
+    weights = hash_weights(directory, read_backbone_config(directory), config.adapter)
+    info = _vectors_info(config, of_model, prompts, weights)
     names = [name for name in Settings.__dataclass_fields__ if name != "info"]
     return Settings(info, **{name: getattr(config, name) for name in names})
 
 
+def _vectors_info(
+    config: CorpusConfig, model: RetrieverConfig, prompts: PromptTokenizer, weights: str
+) -> VectorsInfo:
+    """What vectors are made with; `weights` is the hash of `hf.WeightsHash`."""
+    return VectorsInfo(
+        model_hash=_hash([as_dict(model.backbone), model.pooling, model.dtype, weights]),
+        prompt_hash=_hash(tokenization_settings(prompts)),
+        num_thinking_steps=config.num_thinking_steps or model.num_thinking_steps,
+        dtype=config.dtype,
+        dimension=model.backbone.hidden_size,
+    )
+
+
 def _hash(values: object) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _files(directory: str | Path | None) -> list[Path]:
-    """The weights in a directory, and an adapter's config: it has its scale."""
-    if directory is None:
-        return []
-    folder = Path(directory)
-    return [*sorted(folder.glob("*.safetensors")), *folder.glob("adapter_config.json")]
 
 
 def open_corpus(config: CorpusConfig, on_bad_line: Callable[[str], object]) -> Corpus:
@@ -201,12 +206,13 @@ class ShardEncoder:
         """Loads the model.
 
         Raises:
-            FileNotFoundError, ValueError: it cannot be used; the message says why.
+            FileNotFoundError, ValueError: it cannot be used, or what was loaded is not the model of
+                the plan; the message says why.
         """
         self._config, self._plan, self._directory = config, plan, directory
         self._corpus = open_corpus(config, lambda message: None)  # the plan has shown and counted
         mesh = local_mesh(config.mesh, config.devices)
-        settings = plan.settings
+        settings, weights = plan.settings, WeightsHash()
         self.retriever = LatentRetriever.from_pretrained(
             config.model,
             adapter=config.adapter,
@@ -215,7 +221,18 @@ class ShardEncoder:
             batch_tokens=settings.batch_tokens,
             length_multiple=settings.length_multiple,
             mesh=mesh,
+            weights=weights,
         )
+        model, prompts = self.retriever.encoder.config, self.retriever.prompts
+        self._info = _vectors_info(config, model, prompts, weights.hexdigest())
+        if changed := differing(settings, replace(settings, info=self._info)):
+            raise VectorsError(
+                f"{config.model}, as {socket.gethostname()} has loaded it, is not the model that "
+                f"{directory.path} was begun with:\n  "
+                + "\n  ".join(changed)
+                + "\nIt was changed in the meantime, or this machine has another copy there. Bring "
+                "the former one back, or choose another --output"
+            )
         self.device = f"{mesh.size if mesh else 1} x {jax.local_devices()[0].device_kind}"
 
     def __enter__(self) -> ShardEncoder:
@@ -235,7 +252,7 @@ class ShardEncoder:
             VectorsError: a vector is not finite; names the document.
             OSError: the disk is full or the like; no part of the shard is left.
         """
-        name, info = shard_name(number), self._plan.settings.info
+        name, info = shard_name(number), self._info
         documents = read_planned(self._corpus, self._plan.shards[number], name)
         tally = Tally(watch=watch)
         vectors_CD = self._vectors(documents, tally)
@@ -243,8 +260,11 @@ class ShardEncoder:
         ids = [located.item.id for located in documents]
         codes_CD = encode_vectors(vectors_CD, info.dtype)
         directory = self._directory
+        origin = self._plan.origin(number, tally.tokens, tally.truncated)
         try:
-            shard = write_shard(directory.path, name, ids, codes_CD, info, directory.tag)
+            shard = write_shard(
+                directory.path, name, ids, codes_CD, info, directory.tag, origin=origin
+            )
         except FileNotFoundError:
             if directory.is_finished:  # by others, who took our part for one of a killed process
                 return directory.finished_shards([number])[number]

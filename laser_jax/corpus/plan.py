@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from laser_jax.config import ConfigError, as_dict, from_dict
+from laser_jax.config import as_dict, from_dict
 from laser_jax.corpus.documents import Corpus, Fields, Located, Place
 from laser_jax.evaluation.beir import Document, EvalQuery
+from laser_jax.files import read_state
 from laser_jax.search.repeated_ids import RepeatedIds, id_hash
 from laser_jax.search.trec import DatasetError
 from laser_jax.search.vectors import VectorsError, VectorsInfo
@@ -65,6 +66,13 @@ class Plan:
     @property
     def count(self) -> int:
         return sum(shard.count for shard in self.shards)
+
+    def origin(self, number: int, tokens: int, truncated: int) -> dict[str, Any]:
+        """What shard `number` tells about itself: a hash of all that decides on its vectors, and
+        the counts of its record."""
+        made_of = [as_dict(self.settings), self.shards[number].sha256]
+        digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+        return {"made_of": digest, "tokens": tokens, "truncated": truncated}
 
 
 class Contents:
@@ -234,19 +242,29 @@ def plan_text(plan: Plan) -> str:
     return f'{head},\n "shards": [\n  {shards}\n ]\n}}\n'
 
 
+def plan_values(directory: Path) -> dict[str, Any] | None:
+    """What `plan.json` holds; None where it is absent or damaged."""
+    return read_state(directory / PLAN_FILE, lambda values: {**values, "format": values["format"]})
+
+
 def read_plan(directory: Path) -> Plan:
     """Reads `plan.json`.
 
     Raises:
-        FileNotFoundError: there is none.
-        VectorsError: it is no plan of this version.
+        VectorsError: it is absent or damaged, or no plan of this version.
     """
     path = directory / PLAN_FILE
+    way_out = (
+        "nobody knows of which corpus its shards are. Bring the plan back from a copy, choose "
+        "another --output, or delete that directory"
+    )
+    values = plan_values(directory)
+    if values is None:
+        raise VectorsError(f"{directory} has no whole {PLAN_FILE}: {way_out}")
+    found = values["format"], values.get("version")
+    if found != (_FORMAT, _VERSION):
+        raise VectorsError(f"{path}: wanted {(_FORMAT, _VERSION)}, got {found}")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        found = values["format"], values["version"]
-        if found != (_FORMAT, _VERSION):
-            raise VectorsError(f"{path}: wanted {(_FORMAT, _VERSION)}, got {found}")
         return Plan(
             from_dict(Settings, values["settings"], source=f"{path}: settings"),
             tuple(values["files"]),
@@ -256,12 +274,8 @@ def read_plan(directory: Path) -> Plan:
                 for file, offset, line, count, sha256 in values["shards"]
             ),
         )
-    except ConfigError as error:
-        raise VectorsError(str(error)) from error
     except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, VectorsError):
-            raise
-        raise VectorsError(f"{path}: no plan of laser_jax.encode_corpus: {error!r}") from error
+        raise VectorsError(f"{path} is damaged: {error!r}. So {way_out}") from error
 
 
 def differing(old: Settings, new: Settings) -> list[str]:

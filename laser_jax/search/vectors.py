@@ -5,7 +5,8 @@
     shard-00001.parquet     ...
 
 A shard's rows are coded as in `laser_jax.search.codes`. Every shard carries its `VectorsInfo` as
-well, in the metadata of its schema, so that one of another model cannot be mixed in.
+well, in the metadata of its schema, so that one of another model cannot be mixed in, and a checksum
+of its rows, so that it can be told to be whole where the manifest is lost.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -127,6 +128,8 @@ def write_shard(
     vectors_CD: np.ndarray,
     info: VectorsInfo,
     tag: str = "",
+    *,
+    origin: Mapping[str, Any] | None = None,
 ) -> Shard:
     """Writes one shard, under a temporary name until it is whole. The same rows give the same bytes
     (with the same pyarrow).
@@ -134,6 +137,7 @@ def write_shard(
     Args:
         vectors_CD: coded by `encode_vectors` as `info.dtype`.
         tag: as in `files.written_whole`, where several processes may write one shard at once.
+        origin: what else the shard is to tell about itself, of JSON types; see `recovered_shard`.
 
     Returns:
         The shard's entry for `write_manifest`.
@@ -142,7 +146,6 @@ def write_shard(
         VectorsError: on ids or vectors that cannot be used, names the shard and the id.
         OSError: the disk is full or the like; no part of the shard is left.
     """
-    pyarrow = _pyarrow()
     path = Path(directory) / file
     if vectors_CD.dtype != info.dtype or vectors_CD.shape != (len(ids), info.dimension):
         raise VectorsError(
@@ -150,21 +153,36 @@ def write_shard(
             f"{vectors_CD.dtype} of shape {vectors_CD.shape}"
         )
     _check_shard(path, ids, vectors_CD)
-    values = pyarrow.array(np.ascontiguousarray(vectors_CD).reshape(-1))
-    table = pyarrow.table(
-        {
-            "id": pyarrow.array(ids, pyarrow.string()),
-            "vector": pyarrow.FixedSizeListArray.from_arrays(values, info.dimension),
-        }
-    ).replace_schema_metadata({_SCHEMA_KEY: json.dumps(as_dict(info), sort_keys=True)})
-    buffer = io.BytesIO()
-    # vectors do not compress; a dictionary of them would only be built and thrown away
-    pyarrow.parquet.write_table(table, buffer, compression="none", use_dictionary=False)
-    content = buffer.getvalue()
+    told = {**as_dict(info), **(origin or {})}
+    told["checksum"] = _rows_checksum(ids, vectors_CD, told)
+    content = _serialised(ids, vectors_CD, told)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path, tag) as part:
         part.write_bytes(content)
     return Shard(file, len(ids), hashlib.sha256(content).hexdigest())
+
+
+def _serialised(ids: Sequence[str], vectors_CD: np.ndarray, told: Mapping[str, Any]) -> bytes:
+    """The Parquet file of a shard that tells `told` about itself."""
+    pyarrow = _pyarrow()
+    values = pyarrow.array(np.ascontiguousarray(vectors_CD).reshape(-1))
+    table = pyarrow.table(
+        {
+            "id": pyarrow.array(ids, pyarrow.string()),
+            "vector": pyarrow.FixedSizeListArray.from_arrays(values, vectors_CD.shape[1]),
+        }
+    ).replace_schema_metadata({_SCHEMA_KEY: json.dumps(told, sort_keys=True)})
+    buffer = io.BytesIO()
+    # vectors do not compress; a dictionary of them would only be built and thrown away
+    pyarrow.parquet.write_table(table, buffer, compression="none", use_dictionary=False)
+    return buffer.getvalue()
+
+
+def _rows_checksum(ids: Sequence[str], vectors_CD: np.ndarray, told: Mapping[str, Any]) -> str:
+    """The sha256 of all that a shard holds."""
+    digest = hashlib.sha256(json.dumps([dict(told), list(ids)], sort_keys=True).encode())
+    digest.update(np.ascontiguousarray(vectors_CD).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def write_manifest(directory: str | Path, manifest: Manifest, tag: str = "") -> None:
@@ -198,7 +216,10 @@ def read_manifest(directory: str | Path) -> Manifest:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise VectorsError(f"{path}: not valid JSON: {error}") from error
+        raise VectorsError(
+            f"{path}: not valid JSON: {error}. laser_jax.encode_corpus makes it again, by the "
+            "command that wrote the directory"
+        ) from error
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
         raise VectorsError(f"{path}: no manifest of vectors: 'format' must be {FORMAT!r}")
     if (version := values.pop("version", None)) != FORMAT_VERSION:
@@ -217,7 +238,10 @@ def read_manifest(directory: str | Path) -> Manifest:
         if re.fullmatch(r"[\w.-]+\.parquet", shard.file) is None:
             raise VectorsError(f"{path}: shard name {shard.file!r} is no file name.parquet")
     if manifest.count != count:
-        raise VectorsError(f"{path}: the shards hold {manifest.count} vectors, 'count' is {count}")
+        raise VectorsError(
+            f"{path}: the shards hold {manifest.count} vectors, 'count' is {count}. "
+            "laser_jax.encode_corpus makes it again, by the command that wrote the directory"
+        )
     return manifest
 
 
@@ -281,6 +305,26 @@ def read_shard(
     vectors_CD = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, info.dimension)
     _check_shard(path, ids, vectors_CD)
     return ids, vectors_CD
+
+
+def recovered_shard(
+    directory: str | Path, file: str, info: VectorsInfo
+) -> tuple[Shard, dict[str, Any]] | None:
+    """The entry of a shard whose own is lost, and what the shard tells about itself, as in
+    `write_shard`. None unless it is there, whole by its own checksum, and of `info`."""
+    pyarrow = _pyarrow()
+    try:
+        content = (Path(directory) / file).read_bytes()
+        schema = pyarrow.parquet.read_schema(pyarrow.BufferReader(content))
+        told = json.loads(schema.metadata[_SCHEMA_KEY])
+        rows = pyarrow.parquet.read_metadata(pyarrow.BufferReader(content)).num_rows
+        shard = Shard(file, rows, hashlib.sha256(content).hexdigest())
+        ids, vectors_CD = read_shard(directory, shard, info)
+    except (OSError, pyarrow.ArrowException, KeyError, TypeError, ValueError):
+        return None
+    rest = {key: value for key, value in told.items() if key != "checksum"}
+    whole = told.get("checksum") == _rows_checksum(ids, vectors_CD, rest)
+    return (shard, rest) if whole and content == _serialised(ids, vectors_CD, told) else None
 
 
 def read_shards(

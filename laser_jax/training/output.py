@@ -3,11 +3,11 @@ whole or absent."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
 import subprocess
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from laser_jax.config import Config, as_dict, changes, listed
-from laser_jax.files import write_atomically
+from laser_jax.files import lock, read_state, read_state_lines, write_atomically
 
 # What a resumed run may change. The rest decides on what is trained or on which model is exported.
 CHANGEABLE = (
@@ -121,22 +121,22 @@ class OutputDirectory:
             with suppress(FileNotFoundError):  # another run has just removed what it had made
                 self._lock = self._locked()
                 self._made = missing
-        self._refuse_another_config()
+        file = self.path / "config.json"
+        if (stored := read_state(file, dict)) is not None:
+            self.require_same_config(stored, str(file))
 
     def _locked(self) -> TextIO | None:
         """The lock file, held; None where its last holder removed it while we were opening it."""
         path = self.path / ".lock"
         with ExitStack() as stack:
             file = stack.enter_context(path.open("a+"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+            if not lock(file, wait=False):
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 raise OutputError(
                     f"{self.path} is being written by {holder}. Wait for that run or stop it, or "
                     "choose another --output"
-                ) from error
+                )
             if os.fstat(file.fileno()).st_ino != path.stat().st_ino:
                 return None
             file.truncate(0)
@@ -145,15 +145,14 @@ class OutputDirectory:
             stack.pop_all()
             return file
 
-    def _refuse_another_config(self) -> None:
-        path = self.path / "config.json"
-        if not path.exists():
-            return
+    def require_same_config(self, stored: dict[str, Any], source: str) -> None:
+        """Raises an OutputError where a run with the config `stored`, read from `source`, cannot go
+        on with this one."""
         try:
-            changed = changes(json.loads(path.read_text()), self._config, source=str(path))
+            changed = changes(stored, self._config, source=source)
         except ValueError as error:
             raise OutputError(
-                f"{path} is no run's config: {error}. Choose another --output"
+                f"{source} is no run's config: {error}. Choose another --output"
             ) from error
         changeable = CHANGEABLE
         if self._config.train.accumulation == "gradcache":  # rounding too; `plain` is another loss
@@ -191,25 +190,29 @@ def code_version() -> dict[str, str]:
     return found
 
 
+def logged_lines(path: Path, start: int) -> list[dict[str, Any]]:
+    """The lines that a run which resumes at step `start` finds in its log, in process 0; elsewhere
+    none. Damaged ones are as in `files.read_state_lines`."""
+    if jax.process_index() > 0:
+        return []
+    lines = read_state_lines(path, lambda line: {**line, "step": int(line["step"])})
+    return [line for line in lines if line["step"] <= start]
+
+
 class StepLog:
-    """A JSONL file with a line per step of interest. A resumed run drops the lines after its start.
+    """A JSONL file with a line per step of interest, which begins anew with the lines given.
 
     Process 0 alone writes.
 
     Attributes:
-        lines: all lines that the file holds.
+        lines: all lines, those given and those written.
     """
 
-    def __init__(self, path: Path, start: int):
-        kept = []
-        if path.is_file():
-            # what follows the last line end was torn by a kill, and lies after every checkpoint
-            lines = path.read_text().split("\n")[:-1]
-            kept = [line for line in lines if json.loads(line)["step"] <= start]
-        self.lines: list[dict[str, Any]] = [json.loads(line) for line in kept]
+    def __init__(self, path: Path, lines: Sequence[dict[str, Any]]):
+        self.lines = list(lines)
         self._file: TextIO | None = None
         if jax.process_index() == 0:
-            write_atomically(path, "".join(f"{line}\n" for line in kept))
+            write_atomically(path, "".join(f"{json.dumps(line)}\n" for line in lines))
             self._file = path.open("a")
 
     @property

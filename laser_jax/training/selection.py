@@ -1,10 +1,13 @@
 """Choosing a checkpoint: the dev split ranked while training, the best step, and when to give up.
 
-What was decided follows from `evaluations.jsonl` alone, so that a resumed run decides the same.
+What was decided follows from the scores alone. Every checkpoint holds those of the steps before its
+own, so that a resumed run decides the same; `evaluations.jsonl` is for people to read.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,16 +33,25 @@ def score_dev(
     return score_runs({name: runs[name]}, dev, METRICS)[name]
 
 
-def best_step(evaluations: Sequence[dict[str, Any]], train: TrainConfig) -> int | None:
-    """The step with the highest score, the first of equals; None without any."""
-    if not evaluations:
-        return None
-    return max(evaluations, key=lambda line: (line[train.eval_metric], -line["step"]))["step"]
+def best_steps(evaluations: Sequence[dict[str, Any]], train: TrainConfig) -> list[int]:
+    """The steps that were ranked, the highest score first, and the first of equals."""
+    ranked = sorted(evaluations, key=lambda line: (-line[train.eval_metric], line["step"]))
+    return [line["step"] for line in ranked]
 
 
 def is_out_of_patience(evaluations: Sequence[dict[str, Any]], train: TrainConfig) -> bool:
     """Whether the last `patience` rankings all brought nothing better."""
-    best = best_step(evaluations, train)
-    if train.patience is None or best is None:
+    steps = best_steps(evaluations, train)
+    if train.patience is None or not steps:
         return False
-    return sum(line["step"] > best for line in evaluations) >= train.patience
+    return sum(step > steps[0] for step in steps) >= train.patience
+
+
+def fingerprint_of(dataset: BeirDataset) -> str:
+    """A hash of all that a ranking's scores follow from, beside the model: texts, queries with
+    their fields, and judgements."""
+    digest = hashlib.sha256()
+    for part in (*dataset.documents, *dataset.queries.values()):
+        digest.update(json.dumps(vars(part), sort_keys=True).encode())
+    digest.update(json.dumps(dataset.qrels, sort_keys=True).encode())
+    return digest.hexdigest()[:32]
