@@ -175,10 +175,6 @@ class Checkpoints:
             )
         return None
 
-    def has(self, step: int) -> bool:
-        """Whether the checkpoint of `step` is there, whole or not."""
-        return step in self._manager.all_steps()
-
     def restore_step(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The checkpoint of `step`, as `restore`.
 

@@ -8,13 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from laser_jax.config import AttentionKernel, RetrieverConfig, load_retriever_config
-from laser_jax.hf import (
-    WeightsHash,
-    load_adapter,
-    load_params,
-    merge_lora,
-    read_backbone_config,
-)
+from laser_jax.files import Digest
+from laser_jax.hf import load_adapter, load_params, merge_lora, read_backbone_config
 from laser_jax.losses import pool
 from laser_jax.modeling.backbone import Backbone, Variables, is_stacked
 from laser_jax.views import latent_view
@@ -25,7 +20,7 @@ def load_pretrained(
     *,
     config: RetrieverConfig | None = None,
     adapter: str | Path | None = None,
-    weights: WeightsHash | None = None,
+    seen: Digest | None = None,
 ) -> tuple[Variables, RetrieverConfig]:
     """Loads an exported model, or any Hugging Face directory of the two families.
 
@@ -35,7 +30,7 @@ def load_pretrained(
         config: how to think and to prompt; wanted for a directory without laser_config.json. Its
             backbone must be the directory's.
         adapter: a directory with a PEFT LoRA adapter, merged into the weights.
-        weights: is given all that is read, and then holds its hash.
+        seen: is given all weights that are read.
 
     Returns:
         The variables {"params": ...} as host arrays in the config's dtype, and the config that
@@ -53,11 +48,11 @@ def load_pretrained(
             f"{directory}: the backbone of the retriever config differs from config.json; expected "
             f"{backbone}, got {config.backbone}"
         )
-    params = load_params(directory, backbone, dtype=jnp.dtype(config.dtype), weights=weights)
+    params = load_params(directory, backbone, dtype=jnp.dtype(config.dtype), seen=seen)
     if adapter is not None:
         lora, lora_config = load_adapter(adapter, backbone)
-        if weights is not None:
-            weights.add_adapter(lora, lora_config)
+        if seen is not None:
+            seen.add_tree({"scale": lora_config.scale, **lora}, "lora")
         params = merge_lora(params, lora, lora_config.scale)
     return {"params": params}, config
 

@@ -10,11 +10,12 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+import numpy as np
 from filelock import lock_descriptor
 
 T = TypeVar("T")
@@ -96,16 +97,6 @@ def write_atomically(path: Path, text: str, tag: str = "") -> None:
         part.write_text(text, encoding="utf-8", newline="\n")
 
 
-def checksum(paths: Iterable[Path]) -> str:
-    """The sha256 of the names and the bytes of some files, in their order."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            digest.update(f"{path.name}:".encode())
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
 # --- reading what a program has left -------------------------------------------------------------
 
 
@@ -149,6 +140,44 @@ def read_state_lines(path: Path, parse: Callable[[Any], T]) -> list[T]:
         shutil.copyfile(path, kept)
         print(*damaged, f"The file as it was is {kept}", sep="\n", file=sys.stderr)
     return found
+
+
+# --- hashes ------------------------------------------------------------------------------------
+
+
+def checksum(paths: Iterable[Path]) -> str:
+    """The sha256 of the names and the bytes of some files, in their order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(f"{path.name}:".encode())
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+class Digest:
+    """The sha256 of weights, taken of them as they are read, in whatever files they lie. So it is
+    of what was read, whatever happens to the files in the meantime."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, name: str, value: np.ndarray) -> np.ndarray:
+        """Adds a tensor, in the dtype of its file, and gives it back."""
+        self._digest.update(f"{name} {value.dtype} {value.shape}:".encode())
+        self._digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+        return value
+
+    def add_tree(self, tree: Mapping[str, Any], name: str) -> None:
+        """Adds the leaves of nested dicts, `name` before theirs."""
+        for key, value in sorted(tree.items()):
+            if isinstance(value, Mapping):
+                self.add_tree(value, f"{name}.{key}")
+            else:
+                self.add(f"{name}.{key}", np.asarray(value))
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
 
 
 # --- locks -------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import re
@@ -27,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from laser_jax.config import PROJECTIONS, BackboneConfig, ConfigError, LoraConfig, RopeScaling
-from laser_jax.files import folder_written_whole
+from laser_jax.files import Digest, folder_written_whole
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -324,48 +323,8 @@ class _Stored(NamedTuple):
             return opened.get_slice(self.key)[index or ...]
 
 
-class WeightsHash:
-    """The sha256 of weights, taken of them as they are read: every tensor's name, dtype and bytes,
-    in whatever files they lie. What was read is what the hash is of, whatever happens to the files
-    in the meantime."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.sha256()
-
-    def add(self, name: str, value: np.ndarray) -> None:
-        """A tensor as its file has it."""
-        self._digest.update(f"{name} {value.dtype} {value.shape}:".encode())
-        self._digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
-
-    def add_adapter(self, tree: Tree, lora: LoraConfig) -> None:
-        """What `load_adapter` has read."""
-        self._digest.update(json.dumps(dataclasses.asdict(lora)).encode())
-        for path, leaf in sorted(flatten_dict(tree).items()):
-            self.add(".".join(path), leaf)
-
-    def hexdigest(self) -> str:
-        return self._digest.hexdigest()
-
-
-def hash_weights(
-    directory: str | Path, backbone: BackboneConfig, adapter: str | Path | None = None
-) -> str:
-    """The hash that `encoder.load_pretrained` of the same directories finds, without more than a
-    tensor in memory. Raises as `load_params` and `load_adapter` do."""
-    weights = WeightsHash()
-    for _ in _values(_find_params(Path(directory), backbone), weights):
-        pass
-    if adapter is not None:
-        weights.add_adapter(*load_adapter(adapter, backbone))
-    return weights.hexdigest()
-
-
 def load_params(
-    directory: str | Path,
-    backbone: BackboneConfig,
-    *,
-    dtype: DTypeLike,
-    weights: WeightsHash | None = None,
+    directory: str | Path, backbone: BackboneConfig, *, dtype: DTypeLike, seen: Digest | None = None
 ) -> Tree:
     """Reads `model.safetensors`, or the shards of `model.safetensors.index.json`.
 
@@ -375,7 +334,7 @@ def load_params(
     at a time into preallocated arrays, so the peak is the model and one tensor.
 
     Args:
-        weights: is given every tensor that is read.
+        seen: is given every tensor that is read.
 
     Returns:
         The tree under `params`, numpy arrays of `dtype` on the host.
@@ -385,7 +344,7 @@ def load_params(
         HFError: a broken file, or missing, unknown, duplicate, mis-shaped or ill-typed tensors;
             lists all of them with their files.
     """
-    return _read(_find_params(Path(directory), backbone), dtype, weights)
+    return _read(find_params(Path(directory), backbone), dtype, seen)
 
 
 def load_sharded_params(directory: str | Path, backbone: BackboneConfig, like: Tree) -> Tree:
@@ -409,7 +368,7 @@ def load_sharded_params(directory: str | Path, backbone: BackboneConfig, like: T
     """
     wanted = _checked_leaves(like, _param_slots(backbone), "params")
     leaves: dict[TreePath, jax.Array] = {}
-    for slot, tensor in _find_params(Path(directory), backbone).items():
+    for slot, tensor in find_params(Path(directory), backbone).items():
         leaf = wanted[slot.path]
         part = _read_shards(slot, tensor, leaf)
         if slot.row is not None:
@@ -445,7 +404,7 @@ def _with_row(stack: jax.Array, part: jax.Array, row: jax.Array) -> jax.Array:
     return updated.view(stack.dtype)
 
 
-def _find_params(directory: Path, backbone: BackboneConfig) -> dict[_Slot, _Stored]:
+def find_params(directory: Path, backbone: BackboneConfig) -> dict[_Slot, _Stored]:
     """Where the tensor of each slot is stored, once all are known to fit."""
     single, index = directory / WEIGHTS_FILE, directory / INDEX_FILE
     if single.is_file() and index.is_file():
@@ -534,24 +493,12 @@ def _refuse(where: str, problems: list[str]) -> None:
         raise HFError(f"{where} does not fit its config, {len(problems)} problem(s):\n  {lines}")
 
 
-def _read(
-    stored: dict[_Slot, _Stored], dtype: DTypeLike, weights: WeightsHash | None = None
-) -> Tree:
+def _read(stored: dict[_Slot, _Stored], dtype: DTypeLike, seen: Digest | None = None) -> Tree:
     leaves = {path: np.empty(shape, dtype) for path, shape in _leaf_shapes(stored).items()}
-    for slot, value in _values(stored, weights):
+    for slot, tensor in stored.items():
+        value = tensor.read() if seen is None else seen.add(slot.name, tensor.read())
         slot.of(leaves[slot.path])[...] = slot.turned(value)
     return unflatten_dict(leaves)
-
-
-def _values(
-    stored: dict[_Slot, _Stored], weights: WeightsHash | None
-) -> Iterator[tuple[_Slot, np.ndarray]]:
-    """The tensors one at a time, each added to `weights`, too."""
-    for slot, tensor in stored.items():
-        value = tensor.read()
-        if weights is not None:
-            weights.add(slot.name, value)
-        yield slot, value
 
 
 # --- writing -----------------------------------------------------------------------------------

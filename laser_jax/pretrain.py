@@ -47,7 +47,14 @@ from laser_jax.data.tokenization import (
 )
 from laser_jax.evaluation.beir import read_beir
 from laser_jax.files import folder_written_whole, read_state, write_atomically
-from laser_jax.hf import load_params, read_backbone_config, resolve_directory, save_params
+from laser_jax.hf import (
+    HFError,
+    find_params,
+    load_params,
+    read_backbone_config,
+    resolve_directory,
+    save_params,
+)
 from laser_jax.modeling.attention import choose_kernel
 from laser_jax.modeling.backbone import Backbone, Variables, apply
 from laser_jax.step import learning_rate_schedule, make_optimizer
@@ -105,7 +112,8 @@ def written_right(
 
 
 def _finished(config: PretrainConfig) -> dict[str, Any] | None:
-    """The report of the output directory, where it already holds the result of this config."""
+    """The report of the output directory, where it already holds the result of this config, with
+    its weights."""
     file = Path(config.output) / REPORT
     report = read_state(
         file, lambda r: {**r, "config": dict(r["config"]), "loss": float(r["loss"])}
@@ -121,6 +129,11 @@ def _finished(config: PretrainConfig) -> dict[str, Any] | None:
         )
     if not math.isfinite(loss):
         raise ConfigError(f"{config.output} holds a backbone whose loss is {loss}. {way_out}")
+    try:
+        find_params(Path(config.output), read_backbone_config(config.output))
+    except (HFError, FileNotFoundError) as error:
+        print(f"{error}\nThe backbone is trained again", file=sys.stderr)
+        return None
     return report
 
 

@@ -32,7 +32,8 @@ from laser_jax.data.tokenization import (
     require_embedded_tokens,
 )
 from laser_jax.encoder import backbone_for, load_pretrained
-from laser_jax.hf import WeightsHash, resolve_directory
+from laser_jax.files import Digest
+from laser_jax.hf import resolve_directory
 from laser_jax.modeling.backbone import Variables
 from laser_jax.sharding import make_mesh, shardings
 
@@ -92,7 +93,7 @@ class LatentRetriever:
         length_multiple: int = 32,
         mesh: Mesh | None = None,
         attention: Literal["auto"] | AttentionKernel = "auto",
-        weights: WeightsHash | None = None,
+        seen: Digest | None = None,
     ) -> LatentRetriever:
         """Loads a model with its tokenizer and prompt settings.
 
@@ -106,7 +107,7 @@ class LatentRetriever:
             mesh: devices that share every batch, and the weights along `fsdp` and `tensor`. All
                 processes of it make the same calls.
             attention: the kernel that reads the prompts; `auto` takes the fastest that can run.
-            weights: is given all that is read, and then holds its hash.
+            seen: is given all weights that are read.
 
         Raises:
             FileNotFoundError: a file is missing; of laser_config.json it says what to pass instead.
@@ -118,9 +119,7 @@ class LatentRetriever:
         if dtype is not None:
             config = replace(config, dtype=dtype)
         prompts = PromptTokenizer(load_tokenizer(directory), config.prompt)
-        variables, config = load_pretrained(
-            directory, config=config, adapter=adapter, weights=weights
-        )
+        variables, config = load_pretrained(directory, config=config, adapter=adapter, seen=seen)
         if mesh is not None:
             variables = _on_mesh(variables, config, mesh)
         encoder = LatentEncoder(

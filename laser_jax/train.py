@@ -7,6 +7,11 @@ The output directory holds `config.json`, `metrics.jsonl`, `checkpoints/`, and a
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from laser_jax.training.before_imports import leave_on_signals
+
+    leave_on_signals()
+
 import json
 import math
 import sys
@@ -558,7 +563,7 @@ def _restore_best(run: _Run) -> None:
     lost: list[str] = []
     for step in best_steps(run.evaluations.lines, run.config.train):
         if step != last:
-            if lost and not run.checkpoints.has(step):
+            if lost and not (run.output / "checkpoints" / str(step)).is_dir():
                 continue  # of no use to anybody while the best one was there
             try:
                 run.state, _ = run.checkpoints.restore_step(step, run.state)

@@ -123,8 +123,8 @@ until_finished() {
       status=0
       on 0 follow || status=$?
     done
-    # SIGTERM comes before the state changes
-    if ((status == 75)) && ! $dry_run; then sleep "${POLL_SECONDS:-60}"; fi
+    # SIGTERM comes before the state changes; 143 where launch/train.sh could not heed it yet
+    if ((status == 75 || status == 143)) && ! $dry_run; then sleep "${POLL_SECONDS:-60}"; fi
     if ((status != 0)) && ready; then
       fail "status $status on a slice that is there: no pre-emption, but an error or tpu.sh stop.
 It is kept, and goes on costing; see tpu.sh logs $name, and tpu.sh delete $name --queued"

@@ -27,16 +27,15 @@ from laser_jax.config import (
     save_retriever_config,
 )
 from laser_jax.corpus.directory import CorpusDirectory
-from laser_jax.corpus.encoding import CorpusConfig, ShardEncoder
+from laser_jax.corpus.encoding import CorpusConfig, ShardEncoder, weights_hash
 from laser_jax.corpus.on_ray import Worker
 from laser_jax.corpus.plan import read_plan
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, train_tokenizer
 from laser_jax.encode_corpus import main
 from laser_jax.encoder import load_pretrained
+from laser_jax.files import Digest
 from laser_jax.hf import (
-    WeightsHash,
     _Stored,
-    hash_weights,
     load_params,
     read_backbone_config,
     save_adapter,
@@ -400,8 +399,8 @@ def test_an_adapter_and_its_settings_are_part_of_the_model(model: Path, tmp_path
             }
         }
         save_adapter(tmp_path / "adapter", tree, lora, backbone, base_model="")
-        found, loaded = hash_weights(model, backbone, tmp_path / "adapter"), WeightsHash()
-        load_pretrained(model, adapter=tmp_path / "adapter", weights=loaded)
+        found, loaded = weights_hash(model, tmp_path / "adapter"), Digest()
+        load_pretrained(model, adapter=tmp_path / "adapter", seen=loaded)
         assert loaded.hexdigest() == found
         hashes.add(found)
     assert len(hashes) == 3

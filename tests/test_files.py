@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import json
 import os
 import resource
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from laser_jax.files import parts_of, write_atomically, written_whole
+from laser_jax.files import (
+    flush,
+    folder_written_whole,
+    lock,
+    parts_of,
+    read_state,
+    read_state_lines,
+    write_atomically,
+    written_whole,
+)
 
 
 @pytest.fixture
@@ -39,7 +52,7 @@ def test_a_disk_that_is_full_at_the_last_moment_is_no_exception(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     path = tmp_path / "results.json"
     write_atomically(path, "old")
@@ -70,3 +83,143 @@ def test_two_writers_with_tags_do_not_meet(tmp_path: Path) -> None:
         assert parts_of(tmp_path) == [first, second]
     assert path.read_text() == "first"  # the last to end
     assert parts_of(tmp_path) == []
+
+
+# --- the order of durable writes -----------------------------------------------------------------
+
+
+@pytest.fixture
+def happened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """("flush" or "move", the name of the file or folder) in their order."""
+    events: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def flushed(descriptor: int) -> None:
+        events.append(("flush", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        fsync(descriptor)
+
+    def moved(source: Any, target: Any) -> None:
+        events.append(("move", Path(target).name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", moved)
+    monkeypatch.setattr(os, "rename", moved)
+    return events
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_so_is_the_name_at_the_end(
+    tmp_path: Path, happened: list[tuple[str, str]]
+) -> None:
+    (tmp_path / "run").mkdir()
+    write_atomically(tmp_path / "run" / "results.json", "{}")
+    assert happened == [
+        ("flush", ".results.json.part"),
+        ("move", "results.json"),
+        ("flush", "run"),
+    ]
+
+
+def test_the_files_of_a_folder_are_all_on_the_disk_before_the_first_moves(
+    tmp_path: Path, happened: list[tuple[str, str]]
+) -> None:
+    with folder_written_whole(tmp_path / "model") as folder:
+        (folder / "b").write_text("second")
+        (folder / "a").write_text("first")
+    assert happened == [
+        ("flush", "a"),
+        ("flush", "b"),
+        ("move", "a"),
+        ("move", "b"),
+        ("flush", "model"),
+    ]
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["a", "b"]
+
+
+def test_a_folder_that_fails_leaves_what_was_there_and_a_killed_ones_rest_goes(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / ".partial-killed").mkdir()
+    (tmp_path / ".partial-killed" / "a").write_text("half")
+    (tmp_path / "a").write_text("old")
+
+    def interrupted() -> None:
+        with folder_written_whole(tmp_path) as folder:
+            (folder / "a").write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
+
+
+def test_a_file_system_that_cannot_flush_folders_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(descriptor: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(os, "fsync", refused)
+    flush(tmp_path)
+    with pytest.raises(OSError, match="Invalid argument"):
+        flush(tmp_path / "file")
+
+
+# --- state ---------------------------------------------------------------------------------------
+
+
+def step_of(values: Any) -> int:
+    return int(values["step"])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\0" * 20, b'{"step": 3', b"\xff\xfe", b"[]", b"{}", b'{"step": null}', b"[" * 9999],
+)
+def test_a_damaged_state_file_counts_as_absent_and_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    path = tmp_path / "state.json"
+    assert read_state(path, step_of) is None
+    assert capsys.readouterr().err == ""
+    path.write_bytes(content)
+    assert read_state(path, step_of) is None
+    assert f"{path} is damaged and counts as absent: " in capsys.readouterr().err
+    path.write_text(json.dumps({"step": 7}))
+    assert read_state(path, step_of) == 7
+
+
+def test_of_damaged_lines_the_others_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    assert read_state_lines(path, step_of) == []
+    path.write_bytes(b'{"step": 1}\n\0\0\0\n{"step": 2}\n{"ste')
+    assert read_state_lines(path, step_of) == [1, 2]
+    assert (tmp_path / "log.jsonl.damaged").read_bytes() == path.read_bytes()
+
+
+# --- locks ---------------------------------------------------------------------------------------
+
+
+def test_a_lock_is_held_by_one_and_ends_with_its_file(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    with path.open("w") as first, path.open("a") as second:
+        assert lock(first, wait=False)
+        assert not lock(second, wait=False)
+    with path.open("a") as third:
+        assert lock(third, wait=True)
+
+
+def test_without_locks_the_message_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with (
+        (tmp_path / ".lock").open("w") as file,
+        pytest.raises(OSError, match=r"has no locks, .*Choose a place on a local disk.*\.lock'"),
+    ):
+        lock(file, wait=False)

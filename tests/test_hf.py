@@ -668,6 +668,18 @@ def test_a_failed_export_leaves_the_older_one_alone(
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+def test_what_a_killed_export_has_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    backbone = tiny()
+    source = write_checkpoint(tmp_path / "a", backbone, random_tensors(backbone))
+    params = load_params(source, backbone, dtype="float32")
+    for name in ("model", "adapter"):
+        (tmp_path / name / ".partial-killed").mkdir(parents=True)
+        (tmp_path / name / ".partial-killed" / "model.safetensors").write_bytes(b"half")
+    save_params(tmp_path / "model", {"params": params}, backbone, dtype="f4", lora=None)
+    save_adapter(tmp_path / "adapter", random_lora(backbone), LORA, backbone, base_model="")
+    assert not list(tmp_path.glob("*/.partial*"))
+
+
 def test_a_tree_that_does_not_fit_is_not_written(tmp_path: Path) -> None:
     backbone = tiny()
     source = write_checkpoint(tmp_path / "a", backbone, random_tensors(backbone))

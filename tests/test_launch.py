@@ -277,6 +277,7 @@ def trainer(tmp_path: Path, body: str) -> str:
         ('touch "$4/results.json"', 0),
         ("exit 0", 75),
         ("exit 3", 3),
+        ("kill -TERM $$", 75),  # pre-empted before Python could heed it
         ("kill -KILL $$", 137),
     ],
 )
@@ -397,14 +398,14 @@ def asked_for(asked: list[str], part: str) -> list[str]:
 
 
 def test_after_a_preemption_another_slice_gets_the_same_training(tmp_path: Path) -> None:
-    # stopped and saved; vanished; finished
-    done, asked = spot(tmp_path, [75, 255, 0], ["PREEMPTED", "PREEMPTED", "PREEMPTED"])
+    # stopped and saved; stopped at its start; vanished; finished
+    done, asked = spot(tmp_path, [75, 143, 255, 0], ["PREEMPTED"] * 4)
     assert done.returncode == 0, done.stderr
     starts = asked_for(asked, "tpu_worker.sh start")
-    assert len(starts) == 3
+    assert len(starts) == 4
     assert len(set(starts)) == 1
-    assert len(asked_for(asked, "queued-resources create")) == 3
-    assert len(asked_for(asked, "queued-resources delete")) == 3
+    assert len(asked_for(asked, "queued-resources create")) == 4
+    assert len(asked_for(asked, "queued-resources delete")) == 4
     assert "queued-resources delete" in asked[-1]
 
 

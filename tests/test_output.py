@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -15,8 +17,22 @@ from typing import Any
 import pytest
 
 import laser_jax.training.output as module
-from laser_jax.config import Config, DataConfig, MeshConfig, ModelConfig, ScratchConfig, TrainConfig
-from laser_jax.training.output import OutputDirectory, OutputError, StepLog, code_version
+from laser_jax.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    ScratchConfig,
+    TrainConfig,
+    as_dict,
+)
+from laser_jax.training.output import (
+    OutputDirectory,
+    OutputError,
+    StepLog,
+    code_version,
+    logged_lines,
+)
 
 
 def config(output: Path | str, **train: Any) -> Config:
@@ -81,6 +97,18 @@ def test_the_lock_of_a_run_that_has_just_ended_is_not_taken_for_held(tmp_path: P
         assert os.fstat(stale.fileno()).st_ino != (tmp_path / "run" / ".lock").stat().st_ino
         second.claim()
     stale.close()
+
+
+def test_a_file_system_without_locks_is_named_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    message = r"this file system has no locks, .* Choose a place on .*'.*/run/\.lock'"
+    with pytest.raises(OSError, match=message):
+        OutputDirectory(config(tmp_path / "run"))
 
 
 # --- nothing is left behind --------------------------------------------------------------------
@@ -168,10 +196,27 @@ def test_micro_batches_may_change_where_they_are_no_other_loss(
             OutputDirectory(smaller)
 
 
-def test_a_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model": ')
-    with pytest.raises(OutputError, match=r"config\.json is no run's config"):
+@pytest.mark.parametrize("content", [b'{"model": ', bytes(100), b"\xff", b"[" * 5000, b"3"])
+def test_a_damaged_config_counts_as_absent_and_is_written_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    claim(config(tmp_path, seed=3))
+    assert "config.json is damaged and counts as absent" in capsys.readouterr().err
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["seed"] == 3
+
+
+def test_a_file_of_another_program_is_no_damaged_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    with pytest.raises(OutputError, match=r"config\.json is no run's config: .*another --output"):
         OutputDirectory(config(tmp_path))
+
+
+def test_a_checkpoints_config_is_compared_as_that_of_the_file(tmp_path: Path) -> None:
+    with OutputDirectory(config(tmp_path, seed=1)) as output:
+        output.require_same_config(as_dict(config(tmp_path, seed=1, log_every=3)), "checkpoint 4")
+        with pytest.raises(OutputError, match=r"train\.seed was 2, is 1"):
+            output.require_same_config(as_dict(config(tmp_path, seed=2)), "checkpoint 4")
 
 
 # --- the version of the code -------------------------------------------------------------------
@@ -223,16 +268,31 @@ def written(path: Path) -> list[int]:
 
 def test_a_resumed_log_drops_what_comes_after_its_start_and_what_was_torn(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    log = StepLog(path, 0)
+    log = StepLog(path, [])
     assert log.last == {}
     for step in (1, 2, 3, 4):
         log.write({"step": step, "loss": 1.5 / step})
     log.close()
     with path.open("a") as file:
         file.write('{"step": 5, "lo')
-    resumed = StepLog(path, 2)
+    resumed = StepLog(path, logged_lines(path, 2))
     assert resumed.last == {"step": 2, "loss": 0.75}
     assert resumed.lines == [{"step": 1, "loss": 1.5}, {"step": 2, "loss": 0.75}]
     resumed.write({"step": 3, "loss": 0.5})
     resumed.close()
     assert written(path) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("damaged", [bytes(30), b'{"step": 3, "lo', b'{"loss": 1}', b"\xff", b"3"])
+def test_damaged_lines_of_a_log_are_named_and_kept_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damaged: bytes
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    before = b'{"step": 1}\n' + damaged + b'\n{"step": 4}\n' + damaged
+    path.write_bytes(before)
+    log = StepLog(path, logged_lines(path, 4))
+    log.close()
+    assert log.lines == [{"step": 1}, {"step": 4}]
+    assert f"{path}:2 is damaged and left out" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == before
+    assert written(path) == [1, 4]

@@ -132,11 +132,27 @@ def test_the_output_may_be_spelled_otherwise(config, report) -> None:
     )
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"config": {}, "loss": null}'])
-def test_a_report_that_is_none_is_named(config, tmp_path, text) -> None:
+@pytest.mark.parametrize("text", ["", "\0\0", "[]", "{}", '{"config": {}, "loss": null}'])
+def test_a_damaged_report_is_no_finished_run(config, tmp_path, capsys, monkeypatch, text) -> None:
+    monkeypatch.setattr(program, "read_language_rows", lambda _: pytest.exit("trains"))
     (tmp_path / "pretrain.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"pretrain\.json is no report .*delete that directory"):
+    with pytest.raises(pytest.exit.Exception, match="trains"):
         pretrain(dataclasses.replace(config, output=str(tmp_path)))
+    assert "pretrain.json is damaged and counts as absent" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b"half")])
+def test_a_finished_run_whose_weights_are_lost_is_trained_again(
+    config, report, tmp_path, capsys, monkeypatch, damage
+) -> None:
+    output = shutil.copytree(config.output, tmp_path / "run")
+    moved = dataclasses.replace(config, output=str(output))
+    assert pretrain(moved) == report
+    damage(output / "model.safetensors")
+    monkeypatch.setattr(program, "read_language_rows", lambda _: pytest.exit("trains"))
+    with pytest.raises(pytest.exit.Exception, match="trains"):
+        pretrain(moved)
+    assert "The backbone is trained again" in capsys.readouterr().err
 
 
 def test_a_backbone_of_nan_is_no_finished_run(config, report, tmp_path) -> None:

@@ -92,12 +92,18 @@ def test_another_seed_is_refused_before_the_world_is_replaced(
     assert len(commands) == 3 * 4
 
 
-def test_a_stage_whose_config_cannot_be_read_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["", "\0", "[]", '{"train": 3}'])
+def test_a_stage_whose_config_is_damaged_has_none(
+    commands: list[tuple[str, Config | PretrainConfig]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    text: str,
+) -> None:
     (tmp_path / "laser").mkdir()
-    (tmp_path / "laser" / "config.json").write_text("")
-    with pytest.raises(ConfigError, match=r"laser/config\.json is not what a stage writes"):
-        quickstart(QuickstartOptions(str(tmp_path)))
-    assert not (tmp_path / "data").exists()
+    (tmp_path / "laser" / "config.json").write_text(text)
+    quickstart(QuickstartOptions(str(tmp_path), seed=1))
+    assert len(commands) == 4
+    assert "config.json is damaged and counts as absent" in capsys.readouterr().err
 
 
 def test_outside_a_clone_it_says_what_is_missing(

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 import laser_jax.training.selection as selection
 from laser_jax.config import TrainConfig
-from laser_jax.training.selection import best_step, is_evaluated, is_out_of_patience, score_dev
+from laser_jax.evaluation.beir import BeirDataset, Document, EvalQuery
+from laser_jax.training.selection import (
+    best_steps,
+    fingerprint_of,
+    is_evaluated,
+    is_out_of_patience,
+    score_dev,
+)
 
 Lines = list[dict[str, Any]]
 
@@ -30,15 +38,15 @@ def test_every_so_many_steps_and_the_last_are_ranked() -> None:
 @pytest.mark.parametrize(
     ("evaluations", "best"),
     [
-        ([], None),
-        (lines(s2=0.0), 2),
-        (lines(s2=0.1, s4=0.3, s6=0.2), 4),
-        (lines(s2=0.1, s4=0.3, s6=0.3), 4),
-        (lines(s2=0.3, s4=0.3, s6=0.3), 2),
+        ([], []),
+        (lines(s2=0.0), [2]),
+        (lines(s2=0.1, s4=0.3, s6=0.2), [4, 6, 2]),
+        (lines(s2=0.1, s4=0.3, s6=0.3), [4, 6, 2]),
+        (lines(s2=0.3, s4=0.3, s6=0.3), [2, 4, 6]),
     ],
 )
-def test_the_best_step_is_the_first_of_the_highest(evaluations: Lines, best: int | None) -> None:
-    assert best_step(evaluations, TrainConfig(eval_every=2)) == best
+def test_the_best_step_is_the_first_of_the_highest(evaluations: Lines, best: list[int]) -> None:
+    assert best_steps(evaluations, TrainConfig(eval_every=2)) == best
 
 
 def test_the_metric_decides() -> None:
@@ -46,8 +54,8 @@ def test_the_metric_decides() -> None:
         {"step": 1, "nDCG@10": 0.2, "Hit@1": 0.5},
         {"step": 2, "nDCG@10": 0.3, "Hit@1": 0.4},
     ]
-    assert best_step(evaluations, TrainConfig(eval_every=1)) == 2
-    assert best_step(evaluations, TrainConfig(eval_every=1, eval_metric="Hit@1")) == 1
+    assert best_steps(evaluations, TrainConfig(eval_every=1)) == [2, 1]
+    assert best_steps(evaluations, TrainConfig(eval_every=1, eval_metric="Hit@1")) == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -90,3 +98,20 @@ def test_the_dev_split_is_ranked_at_the_trained_k(monkeypatch: pytest.MonkeyPatc
     assert scores["scored"] == "run of 3"
     assert set(scores["metrics"]) == {"nDCG@10", "Recall@100", "Hit@1"}
     assert asked == [("prompts", "dev", [3])]
+
+
+def test_an_evaluation_set_is_known_by_all_that_its_scores_follow_from() -> None:
+    documents, query = [Document("d", "Ulm"), Document("e", "Kiel")], EvalQuery("q", "Where?")
+    sets = [
+        BeirDataset(documents, {"q": query}, {"q": {"d": 1}}),
+        BeirDataset(documents[::-1], {"q": query}, {"q": {"d": 1}}),
+        BeirDataset([documents[0], Document("e", "Bonn")], {"q": query}, {"q": {"d": 1}}),
+        BeirDataset(documents, {"q": query}, {"q": {"d": 2}}),
+        BeirDataset(documents, {"q": query}, {"q": {"e": 1}}),
+        BeirDataset(documents, {"q": replace(query, text="When?")}, {"q": {"d": 1}}),
+        BeirDataset(documents, {"q": replace(query, instruction="")}, {"q": {"d": 1}}),
+        BeirDataset(documents, {"q": replace(query, excluded_ids=("e",))}, {"q": {"d": 1}}),
+    ]
+    assert len({fingerprint_of(each) for each in sets}) == len(sets)
+    again = BeirDataset([*documents], {"q": replace(query)}, {"q": {"d": 1}})
+    assert fingerprint_of(again) == fingerprint_of(sets[0])

@@ -25,10 +25,12 @@ from safetensors.numpy import load_file, save_file
 import laser_jax
 import laser_jax.train as program
 from laser_jax.batch_encoder import LatentEncoder
+from laser_jax.checkpoint import CheckpointError
 from laser_jax.config import Config, RetrieverConfig, parse_command_line
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, right_pad
 from laser_jax.encoder import load_pretrained
 from laser_jax.hf import load_adapter
+from laser_jax.training.output import OutputError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 ABLATIONS = sorted((CONFIGS / "ablation").glob("*.yaml"))
@@ -311,7 +313,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(kind, flags, request, run, tmp_path, 
 def test_lines_after_the_checkpoint_are_dropped_from_the_log(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write_jsonl(path, [{"step": step, "loss": 0.5} for step in (10, 20, 30)])
-    log = program.StepLog(path, 20)
+    log = program.StepLog(path, program.logged_lines(path, 20))
     log.write({"step": 30, "loss": 0.25})
     log.close()
     assert [(m["step"], m["loss"]) for m in metrics_of(tmp_path)] == [
@@ -451,13 +453,100 @@ def test_patience_ends_a_run_for_good(best: Finished, run, tmp_path, capsys) -> 
         assert evaluations_of(output) == list(CHOSEN.items())[:3]
         assert (results["steps"], results["exported_step"]) == (3, 3)
         before = (output / "model" / "model.safetensors").read_bytes()
-        again = run(output, *flags)
     assert ranked == [1, 2, 3]
+    with pytest.MonkeyPatch.context() as patch:
+        ranked = score_as_chosen(patch, first=3)
+        again = run(output, *flags)
+    assert ranked == [3]  # the score of the last step is in no checkpoint
     assert "resumed at step 3" in capsys.readouterr().out
     assert again["metrics"] == results["metrics"]
     assert again["compile_seconds"] == {}
     assert metrics_of(output) == metrics_of(best.output)[:3]
     assert (output / "model" / "model.safetensors").read_bytes() == before
+
+
+BEST = (*EVERY_STEP, *NO_TABLE, "--train.export", "best")
+
+
+@pytest.fixture
+def best_again(best: Finished, tmp_path: Path, run, monkeypatch) -> Callable[[], dict[str, Any]]:
+    """Gives the command of a finished run again, on the copy of its output in tmp_path / "run"."""
+    shutil.copytree(best.output, tmp_path / "run")
+    score_as_chosen(monkeypatch, first=STEPS)
+    return lambda: run(tmp_path / "run", *BEST)
+
+
+def forge(path: Path) -> None:
+    lines = [{"step": step, "nDCG@10": step / 10} for step in CHOSEN]
+    write_jsonl(path, lines)
+
+
+def zero(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, forge, zero])
+def test_the_scores_that_choose_are_those_of_the_checkpoints(
+    best: Finished, best_again, tmp_path: Path, damage: Any
+) -> None:
+    damage(tmp_path / "run" / "evaluations.jsonl")
+    assert best_again()["exported_step"] == 2
+    assert evaluations_of(tmp_path / "run") == list(CHOSEN.items())
+    weights = Path("model", "model.safetensors")
+    assert (tmp_path / "run" / weights).read_bytes() == (best.output / weights).read_bytes()
+
+
+def truncate_arrays(checkpoint: Path) -> None:
+    for file in (checkpoint / "state" / "d").iterdir():
+        os.truncate(file, file.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("damage", [shutil.rmtree, truncate_arrays])
+def test_without_the_best_checkpoint_the_best_of_the_others_is_exported(
+    best: Finished, best_again, tmp_path: Path, capsys, damage: Any
+) -> None:
+    checkpoint = tmp_path / "run" / "checkpoints" / "2"
+    damage(checkpoint)
+    results = best_again()
+    said = capsys.readouterr().out
+    assert (results["exported_step"], results["best_step"]) == (4, 2)
+    assert f"{checkpoint} is damaged: " in said
+    assert "step 4 is the best on dev of those that are whole. Bring the checkpoint" in said
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    shutil.copytree(best.output / "checkpoints" / "2", checkpoint)
+    with pytest.MonkeyPatch.context() as patch:
+        score_as_chosen(patch, first=STEPS)
+        assert best_again()["exported_step"] == 2
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, zero])
+def test_the_last_metrics_outlive_their_log(
+    best: Finished, best_again, tmp_path: Path, damage: Any
+) -> None:
+    damage(tmp_path / "run" / "metrics.jsonl")
+    assert best_again()["metrics"] == best.results["metrics"]
+
+
+def test_other_judgements_under_a_splits_name_are_noticed(best_again, data: Path) -> None:
+    for split in ("dev", "test"):
+        qrels = data / "qrels" / f"{split}.tsv"
+        before = qrels.read_text()
+        qrels.write_text(before.replace("q0\td0", "q0\td1"))
+        try:
+            with pytest.raises(CheckpointError, match=rf"fingerprint of data\.eval's {split}: was"):
+                best_again()
+        finally:
+            qrels.write_text(before)
+
+
+def test_without_its_config_a_run_is_known_by_its_checkpoint(
+    best: Finished, run, tmp_path: Path
+) -> None:
+    output = shutil.copytree(best.output, tmp_path / "run")
+    (output / "config.json").unlink()
+    with pytest.raises(OutputError, match=r"another config:\n  train\.patience was None, is 3"):
+        run(output, *BEST, "--train.patience", "3")
+    assert not (output / "config.json").exists()
 
 
 def test_the_second_ranking_compiles_nothing(run, tmp_path, monkeypatch) -> None:

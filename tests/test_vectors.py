@@ -326,6 +326,9 @@ def test_index_and_ids_that_do_not_belong_together_are_refused(
     path.write_text(json.dumps(values | {"ids": values["ids"][:-1]}))
     with pytest.raises(VectorsError, match=r"holds 50 vectors of width 16, ids\.json names 49"):
         faiss_index.FaissIndex.load(tmp_path / "index")
+    path.write_bytes(bytes(9))
+    with pytest.raises(VectorsError, match=r"ids\.json is damaged: export the index again"):
+        faiss_index.FaissIndex.load(tmp_path / "index")
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"ids\.json is missing"):
         faiss_index.FaissIndex.load(tmp_path / "index")

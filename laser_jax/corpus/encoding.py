@@ -8,6 +8,7 @@ import re
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import jax
@@ -26,7 +27,8 @@ from laser_jax.corpus.documents import Corpus, Fields, Located
 from laser_jax.corpus.plan import Plan, Settings, differing, query_instruction, read_planned
 from laser_jax.data.pipeline import tokenization_settings
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
-from laser_jax.hf import WeightsHash, hash_weights, read_backbone_config, resolve_directory
+from laser_jax.files import Digest
+from laser_jax.hf import find_params, load_adapter, read_backbone_config, resolve_directory
 from laser_jax.retriever import (
     LatentRetriever,
     Tally,
@@ -159,16 +161,27 @@ def settings_of(config: CorpusConfig) -> Settings:
         steps,
     )
     prompts.require_room([config.instruction or ""], explicit=False)
-    weights = hash_weights(directory, read_backbone_config(directory), config.adapter)
-    info = _vectors_info(config, of_model, prompts, weights)
+    info = _vectors_info(config, of_model, prompts, weights_hash(directory, config.adapter))
     names = [name for name in Settings.__dataclass_fields__ if name != "info"]
     return Settings(info, **{name: getattr(config, name) for name in names})
+
+
+def weights_hash(directory: str | Path, adapter: str | Path | None) -> str:
+    """The hash that `load_pretrained` finds while it reads the same directories. A tensor is in
+    memory at a time."""
+    weights, backbone = Digest(), read_backbone_config(directory)
+    for slot, tensor in find_params(Path(directory), backbone).items():
+        weights.add(slot.name, tensor.read())
+    if adapter is not None:
+        lora, lora_config = load_adapter(adapter, backbone)
+        weights.add_tree({"scale": lora_config.scale, **lora}, "lora")
+    return weights.hexdigest()
 
 
 def _vectors_info(
     config: CorpusConfig, model: RetrieverConfig, prompts: PromptTokenizer, weights: str
 ) -> VectorsInfo:
-    """What vectors are made with; `weights` is the hash of `hf.WeightsHash`."""
+    """What vectors are made with; `weights` is the hash of a `Digest`."""
     return VectorsInfo(
         model_hash=_hash([as_dict(model.backbone), model.pooling, model.dtype, weights]),
         prompt_hash=_hash(tokenization_settings(prompts)),
@@ -212,7 +225,7 @@ class ShardEncoder:
         self._config, self._plan, self._directory = config, plan, directory
         self._corpus = open_corpus(config, lambda message: None)  # the plan has shown and counted
         mesh = local_mesh(config.mesh, config.devices)
-        settings, weights = plan.settings, WeightsHash()
+        settings, weights = plan.settings, Digest()
         self.retriever = LatentRetriever.from_pretrained(
             config.model,
             adapter=config.adapter,
@@ -221,7 +234,7 @@ class ShardEncoder:
             batch_tokens=settings.batch_tokens,
             length_multiple=settings.length_multiple,
             mesh=mesh,
-            weights=weights,
+            seen=weights,
         )
         model, prompts = self.retriever.encoder.config, self.retriever.prompts
         self._info = _vectors_info(config, model, prompts, weights.hexdigest())

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from laser_jax.config import as_dict, from_dict
-from laser_jax.files import write_atomically, written_whole
+from laser_jax.files import read_state, write_atomically, written_whole
 from laser_jax.search.codes import decode_vectors
 from laser_jax.search.trec import Run, rank_documents
 from laser_jax.search.vectors import (
@@ -97,7 +97,11 @@ class FaissIndex:
         for name in (INDEX_FILE, IDS_FILE):
             if not (directory / name).is_file():
                 raise FileNotFoundError(f"{directory / name} is missing: export the index again")
-        values = json.loads((directory / IDS_FILE).read_text(encoding="utf-8"))
+        values = read_state(
+            directory / IDS_FILE, lambda v: {"info": dict(v["info"]), "ids": list(v["ids"])}
+        )
+        if values is None:
+            raise VectorsError(f"{directory / IDS_FILE} is damaged: export the index again")
         info = from_dict(VectorsInfo, values["info"], source=str(directory / IDS_FILE))
         index = faiss.read_index(str(directory / INDEX_FILE))
         if (index.ntotal, index.d) != (len(values["ids"]), info.dimension):
