@@ -275,7 +275,7 @@ def read_plan(directory: Path) -> Plan:
             ),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise VectorsError(f"{path} is damaged: {error!r}. So {way_out}") from error
+        raise VectorsError(f"{path}: damaged: {error!r}. So {way_out}") from error
 
 
 def differing(old: Settings, new: Settings) -> list[str]:
