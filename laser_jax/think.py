@@ -37,6 +37,8 @@ class ThinkOptions:
     """A BEIR directory; by default the evaluation set of the run that made the model."""
     num_thinking_steps: int | None = None
     """K; by default the model's."""
+    ignore_identical_ids: bool = True
+    """BEIR's rule: a query is not given the document that has its own id."""
     top: int = 5
     """How many tokens a step shows."""
     top_documents: int = 10
@@ -95,8 +97,9 @@ def find_corpus(options: ThinkOptions) -> tuple[Corpus | None, str]:
             directory = None
     if not directory:
         return None, missing
-    corpus = load_corpus(directory)
-    return corpus, f"Corpus {directory}, {len(corpus.documents)} documents."
+    corpus = load_corpus(directory, ignore_identical_ids=options.ignore_identical_ids)
+    about = [f"Corpus {directory}, {len(corpus.documents)} documents", *map(str, corpus.unmatched)]
+    return corpus, "; ".join(about) + "."
 
 
 def _evaluation_set(run: Path) -> str | None:

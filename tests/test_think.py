@@ -24,6 +24,7 @@ from laser_jax.inspection.thought import (
     load_corpus,
     rank_documents,
 )
+from laser_jax.search.trec import DatasetError
 from laser_jax.think import describe, main
 
 QUERY = "Where is Ulm?"
@@ -152,6 +153,42 @@ def test_equal_scores_rank_in_the_order_of_the_corpus() -> None:
     documents = [Document(name, name) for name in "ab"]
     ranked = rank_documents(np.array([[0.5, 0.5]]), documents, 2)
     assert [d.document.id for d in ranked] == ["a", "b"]
+
+
+def write_corpus(directory: Path, query: str, judged: str, excluded: list[str]) -> Path:
+    (directory / "qrels").mkdir(parents=True)
+    rows = [{"_id": id_, "text": f"{id_} lies on a river."} for id_ in ("ulm", "kiel")]
+    (directory / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    row = {"_id": query, "text": QUERY, "instruction": "", "excluded_ids": excluded}
+    (directory / "queries.jsonl").write_text(json.dumps(row) + "\n")
+    header = "query-id\tcorpus-id\tscore\n"
+    (directory / "qrels" / "test.tsv").write_text(f"{header}{query}\t{judged}\t1\n")
+    return directory
+
+
+def test_a_query_is_not_given_the_document_of_its_own_id(
+    thinking_model: Path, tmp_path: Path
+) -> None:
+    directory = write_corpus(tmp_path / "corpus", "ulm", "kiel", [])
+    for kept in (False, True):
+        corpus = load_corpus(directory, ignore_identical_ids=not kept)
+        inspector = Inspector(thinking_model, corpus, top_tokens=1, top_documents=5)
+        thought = inspector.think(QUERY, num_thinking_steps=1)
+        assert {d.document.id for d in thought.documents} == {"kiel"} | ({"ulm"} if kept else set())
+        assert ("Document 'ulm' has the query's own id" in " ".join(thought.notices)) is not kept
+
+
+def test_ids_of_a_corpus_that_match_nothing_are_counted_or_refused(tmp_path: Path) -> None:
+    directory = write_corpus(tmp_path / "some", "q", "ulm", ["kiel", "kiel "])
+    assert [str(count) for count in load_corpus(directory).unmatched] == [
+        "excluded documents that the corpus lacks: 1 of 2, the first is 'kiel '"
+    ]
+    for judged, excluded in (("Ulm", []), ("ulm", ["kiel "])):
+        directory = write_corpus(tmp_path / judged, "q", judged, excluded)
+        with pytest.raises(
+            DatasetError, match=f"{judged}: .* documents that the corpus lacks: 1 of 1"
+        ):
+            load_corpus(directory)
 
 
 def test_description_tells_the_closest_segment_and_from_which_rank_a_document_came() -> None:

@@ -160,6 +160,7 @@ def settings_of(config: CorpusConfig) -> Settings:
         num_thinking_steps=steps,
         dtype=config.dtype,
         dimension=of_model.backbone.hidden_size,
+        role=config.texts,
     )
     names = [name for name in Settings.__dataclass_fields__ if name != "info"]
     return Settings(info, **{name: getattr(config, name) for name in names})

@@ -21,6 +21,7 @@ from laser_jax.encoder import backbone_for, load_pretrained
 from laser_jax.evaluation.beir import (
     Document,
     EvalQuery,
+    judged_split,
     read_corpus,
     read_qrels_file,
     read_queries,
@@ -29,6 +30,7 @@ from laser_jax.evaluation.metrics import Qrels
 from laser_jax.losses import normalize, pool
 from laser_jax.modeling.backbone import Variables
 from laser_jax.retriever import LatentRetriever
+from laser_jax.search.matching import IdCount, exclusions
 from laser_jax.thinking import TopTokens, top_tokens
 from laser_jax.views import explicit_view, latent_view
 
@@ -113,13 +115,23 @@ class Corpus:
     queries: list[EvalQuery] = field(default_factory=list)
     qrels: Qrels = field(default_factory=dict)
     """Of all splits."""
+    unmatched: tuple[IdCount, ...] = ()
+    """Ids that match nothing."""
+    ignore_identical_ids: bool = True
+    """BEIR's rule: a query is not given the document that has its own id."""
 
     def query_of(self, text: str) -> EvalQuery | None:
         """The first query with this text."""
         return next((query for query in self.queries if query.text == text), None)
 
+    def own_document(self, query: EvalQuery) -> str | None:
+        """The document that BEIR's rule keeps from the query, by its id; None without one."""
+        if self.ignore_identical_ids and any(d.id == query.id for d in self.documents):
+            return query.id
+        return None
 
-def load_corpus(directory: str | Path) -> Corpus:
+
+def load_corpus(directory: str | Path, *, ignore_identical_ids: bool = True) -> Corpus:
     """Reads a BEIR directory of which only `corpus.jsonl` is a must.
 
     Raises:
@@ -127,14 +139,16 @@ def load_corpus(directory: str | Path) -> Corpus:
     """
     directory = Path(directory)
     documents = read_corpus(directory)
-    queries = (
-        list(read_queries(directory).values()) if (directory / "queries.jsonl").is_file() else []
-    )
+    queries = read_queries(directory) if (directory / "queries.jsonl").is_file() else {}
     qrels: Qrels = {}
     for path in sorted((directory / "qrels").glob("*.tsv")):
         for query, grades in read_qrels_file(path).items():
             qrels.setdefault(query, {}).update(grades)
-    return Corpus(directory, documents, queries, qrels)
+    counts: tuple[IdCount, ...] = ()
+    if queries:
+        judged = qrels or {query: {} for query in queries}
+        counts = judged_split(directory, documents, queries, judged).unmatched
+    return Corpus(directory, documents, list(queries.values()), qrels, counts, ignore_identical_ids)
 
 
 def rank_documents(
@@ -287,6 +301,11 @@ class Inspector:
                 f"The query was cut: it takes {prompt.whole_length} tokens, and "
                 f"prompt.query_max_length is {self.config.prompt.query_max_length}."
             )
+        if self.corpus and (own := self.corpus.own_document(known)) is not None:
+            notices.append(
+                f"Document {own!r} has the query's own id and is left out (BEIR's rule; "
+                "ignore_identical_ids false keeps it)."
+            )
         rows = right_pad([prompt.ids], self._prompts.pad_id, _PAD_TO)
         states, prefixes, tokens = jax.device_get(self._think(self._variables, *rows, K))
         segments: tuple[Segment, ...] = ()
@@ -347,10 +366,12 @@ class Inspector:
         if self.corpus is None:
             return ()
         grades = self.corpus.qrels.get(known.id, {})
+        own = self.corpus.own_document(known)
+        excluded = exclusions({known.id: known.excluded_ids}, [] if own is None else [own])
         return rank_documents(
             prefixes_KD @ self._vectors_CD.T,
             self.corpus.documents,
             self._top_documents,
             relevant=frozenset(id_ for id_, grade in grades.items() if grade > 0),
-            excluded=frozenset(known.excluded_ids),
+            excluded=frozenset(excluded[known.id]),
         )

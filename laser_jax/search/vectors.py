@@ -32,6 +32,11 @@ MANIFEST_FILE = "manifest.json"
 _SCHEMA_KEY = b"laser_jax.vectors"
 
 
+Role = Literal["documents", "queries"]
+"""What the vectors are of: the two are made by different prompts, and one cannot stand for the
+other."""
+
+
 class VectorsError(ValueError):
     """A directory of vectors that cannot be used. Names the shard, and the id or field."""
 
@@ -47,6 +52,7 @@ class VectorsInfo:
     num_thinking_steps: int
     dtype: Literal["float32", "float16", "int8"]
     dimension: int
+    role: Role
 
     def __post_init__(self) -> None:
         if self.num_thinking_steps < 1 or self.dimension < 1:
@@ -183,12 +189,16 @@ def write_manifest(directory: str | Path, manifest: Manifest, tag: str = "") -> 
 # --- reading -----------------------------------------------------------------------------------
 
 
-def read_manifest(directory: str | Path) -> Manifest:
+def read_manifest(directory: str | Path, role: Role | None = None) -> Manifest:
     """Reads `manifest.json`.
+
+    Args:
+        role: what the vectors must be of; None takes either.
 
     Raises:
         FileNotFoundError: when there is none.
-        VectorsError: when it is no manifest of this version, or its parts do not fit together.
+        VectorsError: when it is no manifest of this version, its parts do not fit together, or
+            the vectors are of the other role.
     """
     path = Path(directory) / MANIFEST_FILE
     if not path.is_file():
@@ -203,6 +213,11 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise VectorsError(f"{path}: no manifest of vectors: 'format' must be {FORMAT!r}")
     if (version := values.pop("version", None)) != FORMAT_VERSION:
         raise VectorsError(f"{path}: version {version}, this program reads {FORMAT_VERSION}")
+    if "role" not in values:
+        raise VectorsError(
+            f"{path}: does not say whether its vectors are of documents or of queries, as older "
+            'versions did not. Add the line "role": "documents", or "role": "queries", to it'
+        )
     count, shards = values.pop("count", None), values.pop("shards", None)
     if not isinstance(shards, list) or not all(isinstance(s, dict) for s in shards):
         raise VectorsError(f"{path}: 'shards' must be a list of objects")
@@ -218,6 +233,11 @@ def read_manifest(directory: str | Path) -> Manifest:
             raise VectorsError(f"{path}: shard name {shard.file!r} is no file name.parquet")
     if manifest.count != count:
         raise VectorsError(f"{path}: the shards hold {manifest.count} vectors, 'count' is {count}")
+    if role not in (None, manifest.info.role):
+        raise VectorsError(
+            f"{directory}: holds vectors of {manifest.info.role}, and {role} are wanted here. "
+            f"Exchange the two directories, or encode with --texts {role}"
+        )
     return manifest
 
 
@@ -266,6 +286,7 @@ def read_shard(
         column = table["vector"].combine_chunks()
     except (pyarrow.ArrowException, KeyError, ValueError) as error:
         raise VectorsError(f"{path}: no shard of vectors: {error}") from error
+    stored.setdefault("role", info.role)  # older shards have none; their manifest has
     for key, value in as_dict(info).items():
         if stored.get(key) != value:
             raise VectorsError(
