@@ -16,6 +16,7 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -91,13 +92,14 @@ from laser_jax.search.trec import (
     read_trec_run,
     write_trec_run,
 )
+from laser_jax.terminal import fail, printable
 
 METRICS = ("nDCG@10", "Recall@100", "MRR@10")
 P_MRR = "p-MRR"
 PLOT_STEM = "quality_by_steps"
 DOMAINS_FILE = "domains.md"
 SHOWN_BAD_LINES = 5
-_PART = ".evaluation.part"
+_PART = ".evaluation-"
 
 
 # --- a run -------------------------------------------------------------------------------------
@@ -337,18 +339,17 @@ def _claim_output(output: Path, overwrite: bool) -> None:
 def _replaced_evaluation(output: Path) -> Iterator[Path]:
     """Gives a folder for the files of an evaluation, which take the place of an older one when the
     block ends. If the block fails, the older one stays and nothing is left of the new one."""
-    part = output / _PART
-    shutil.rmtree(part, ignore_errors=True)  # of a killed process
-    try:
-        (part / "runs").mkdir(parents=True)
+    for abandoned in output.glob(f"{_PART}*"):  # of a killed process
+        shutil.rmtree(abandoned, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=output, prefix=_PART) as folder:
+        part = Path(folder)
+        (part / "runs").mkdir()
         yield part
         _remove_evaluation(output)
         (output / "runs").mkdir(exist_ok=True)
         written = [file for file in part.rglob("*") if file.is_file()]
         for file in sorted(written, key=lambda file: file.name == RESULTS_FILE):  # that one last
             file.replace(output / file.relative_to(part))
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _remove_evaluation(output: Path) -> None:
@@ -517,7 +518,7 @@ def _evaluate(
 ) -> Evaluation:
     dataset, config = data.dataset, encoder.config
     if data.bad_lines:
-        shown = data.bad_lines[:SHOWN_BAD_LINES]
+        shown = map(printable, data.bad_lines[:SHOWN_BAD_LINES])
         print(f"left out {len(data.bad_lines)} bad lines:", *shown, sep="\n  ")
     if fault := explicit_view_fault(dataset, config):
         print(f"no explicit view: {fault}")
@@ -714,7 +715,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             _print_run(evaluate_trec_run(parse_command_line(RunOptions, program, given)))
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -51,6 +50,7 @@ from laser_jax.hf import load_params, read_backbone_config, resolve_directory, s
 from laser_jax.modeling.attention import choose_kernel
 from laser_jax.modeling.backbone import Backbone, Variables, apply
 from laser_jax.step import learning_rate_schedule, make_optimizer
+from laser_jax.terminal import fail
 
 REPORT = "pretrain.json"
 
@@ -280,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         pretrain(parse_command_line(PretrainConfig, "python -m laser_jax.pretrain", arguments))
     except (ValueError, OSError, PretrainingError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 from laser_jax.config import ConfigError, parse_command_line
 from laser_jax.data.world import WorldConfig, build_world, write_world
 from laser_jax.evaluation.retrieval import format_table
+from laser_jax.terminal import fail
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 COLUMNS = ("nDCG@10", "Hit@1")
@@ -138,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parse_command_line(QuickstartOptions, "python -m laser_jax.quickstart", arguments)
         )
     except (ValueError, FileNotFoundError, FileExistsError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
 
 
 if __name__ == "__main__":

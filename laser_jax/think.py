@@ -8,7 +8,6 @@ terminal, as a page (`--html FILE`), or as a page with a form (`--serve`).
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from laser_jax.files import write_atomically
 from laser_jax.inspection.page import render_page
 from laser_jax.inspection.server import LARGEST_STEPS, PageServer, Site
 from laser_jax.inspection.thought import Corpus, Inspector, Thought, load_corpus
+from laser_jax.terminal import fail, printable
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def serve(options: ThinkOptions) -> None:
             options.instruction,
             options.num_thinking_steps,
         )
-        print(f"{about}\n{server.url} (Ctrl-C ends it)", flush=True)
+        print(f"{printable(about)}\n{server.url} (Ctrl-C ends it)", flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
@@ -183,8 +183,8 @@ def show(options: ThinkOptions) -> None:
         write_atomically(Path(options.html), page)
         print(options.html)
         return
-    print(f"query: {thought.query}\ninstruction: {thought.instruction or '(none)'}\n{about}")
-    print(describe(thought))
+    given = f"query: {thought.query}\ninstruction: {thought.instruction or '(none)'}\n{about}"
+    print(printable(f"{given}\n{describe(thought)}"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -196,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             show(options)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ from laser_jax.step import (
     jit_train_step,
     make_train_step,
 )
+from laser_jax.terminal import fail
 from laser_jax.training.dry_run import dry_run
 from laser_jax.training.layout import Layout, describe_mesh, lay_out, number_of_steps
 from laser_jax.training.output import OutputDirectory, StepLog, code_version
@@ -580,7 +581,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         join_processes(invocation)
         train(config)
     except (ValueError, OSError, TrainingError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
 
 
 if __name__ == "__main__":

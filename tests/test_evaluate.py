@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from test_bright import DOCUMENTS, EXAMPLES, write_copy
 
-from laser_jax.evaluate import main
+from laser_jax.evaluate import _replaced_evaluation, main
 from laser_jax.evaluation.metrics import evaluate_run, without_excluded
 from laser_jax.evaluation.results import read_evaluation, read_per_query
 from laser_jax.evaluation.retrieval import (
@@ -340,6 +340,19 @@ def test_a_full_disk_is_named_and_leaves_no_results(
     with pytest.raises(SystemExit, match=r"error: .*No space left on device: '.*latent-K-1\.trec'"):
         main(arguments(model, evaluated.parent / "towns", output, "--plot", "false"))
     assert list(output.rglob("*")) == []
+
+
+def test_an_evaluation_is_gathered_in_a_folder_that_nobody_has_put_there(tmp_path: Path) -> None:
+    output, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    (output / ".evaluation-killed" / "runs").mkdir(parents=True)
+    elsewhere.mkdir()
+    links = [output / ".evaluation.part", output / ".evaluation-link"]
+    for link in links:
+        link.symlink_to(elsewhere, target_is_directory=True)
+    with _replaced_evaluation(output) as part:
+        (part / "results.json").write_text("{}")
+        assert list(elsewhere.iterdir()) == []
+    assert sorted(output.iterdir()) == sorted([*links, output / "results.json", output / "runs"])
 
 
 @pytest.mark.parametrize("name", ["latent-K-2.trec", "per_query.tsv", "results.json"])

@@ -273,6 +273,20 @@ def test_a_wrong_config_of_the_run_is_named_and_not_read_where_a_corpus_is(
     assert "3 documents" in capsys.readouterr().out
 
 
+def test_texts_of_data_do_not_reach_the_terminal_as_commands(
+    thinking_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = write_corpus(tmp_path / "corpus", "q", "ulm", [])
+    rows = [{"_id": id_, "text": f"\x1b]52;c;aGk=\x07 \x9b2J {id_}"} for id_ in ("ulm", "ki\x1b[A")]
+    (directory / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["--model", str(thinking_model), "--text", QUERY, "--num_thinking_steps", "1"]
+    main([*command, "--corpus", str(directory), "--instruction", "\x1b[1mFind"])
+    out = capsys.readouterr().out
+    assert not set(out) & {"\x1b", "\x07", "\x9b"}
+    assert "instruction: \\x1b[1mFind" in out
+    assert "ki\\x1b[A: \\x1b]52;c;aGk=\\x07 \\x9b2J ki" in out
+
+
 def test_html_writes_a_page_that_stands_alone(thinking_model: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     main(["--model", str(thinking_model), "--text", QUERY, "--html", str(page)])

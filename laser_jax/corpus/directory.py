@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from laser_jax.corpus.plan import (
     read_plan,
     require_same_corpus,
 )
-from laser_jax.files import parts_of, write_atomically
+from laser_jax.files import no_link, parts_of, write_atomically
 from laser_jax.search.vectors import (
     MANIFEST_FILE,
     Manifest,
@@ -67,12 +66,10 @@ class CorpusDirectory:
 
     Attributes:
         path: where it is.
-        tag: tells this process's temporary files from those of others.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.tag = secrets.token_hex(4)
 
     @property
     def _work(self) -> Path:
@@ -121,7 +118,7 @@ class CorpusDirectory:
         if not seen.is_file() or seen.read_text() != stamp:
             require_same_corpus(corpus, plan, advance)
             with contextlib.suppress(FileNotFoundError):  # a finished directory has no such folder
-                write_atomically(seen, stamp, self.tag)
+                write_atomically(seen, stamp)
         return plan
 
     def _require_ours(self) -> None:
@@ -147,8 +144,8 @@ class CorpusDirectory:
         plan = make_plan(corpus, settings, skipped=skipped, folder=self._work, advance=advance)
         if _stamp(corpus) != stamp:
             raise VectorsError(f"{corpus.files[0]}: the corpus was changed while it was read")
-        write_atomically(self._work / _CORPUS_FILE, stamp, self.tag)
-        write_atomically(self.path / PLAN_FILE, plan_text(plan), self.tag)
+        write_atomically(self._work / _CORPUS_FILE, stamp)
+        write_atomically(self.path / PLAN_FILE, plan_text(plan))
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -156,7 +153,7 @@ class CorpusDirectory:
         nothing breaks where there is none. If no plan comes out of it, nothing stays."""
         made = [path for path in (self.path, *self.path.parents) if not path.exists()]
         self._work.mkdir(parents=True, exist_ok=True)
-        with (self._work / "lock").open("w") as file:
+        with open(self._work / "lock", "w", opener=no_link) as file:
             with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
             try:
@@ -192,7 +189,7 @@ class CorpusDirectory:
         """Records that a shard's file was written."""
         if not self.is_finished:
             try:
-                write_atomically(self._record_path(number), json.dumps(vars(record)), self.tag)
+                write_atomically(self._record_path(number), json.dumps(vars(record)))
                 return
             except FileNotFoundError:
                 if not self.is_finished:  # by another process just now, which removed the folder
@@ -235,9 +232,9 @@ class CorpusDirectory:
             "shard": ["tokens", "truncated"],
             "shards": [[r.tokens, r.truncated] for r in records],
         }
-        write_atomically(self.path / REPORT_FILE, json.dumps(report) + "\n", self.tag)
+        write_atomically(self.path / REPORT_FILE, json.dumps(report) + "\n")
         entries = tuple(_entry(number, record) for number, record in enumerate(records))
-        write_manifest(self.path, Manifest(info, entries), self.tag)
+        write_manifest(self.path, Manifest(info, entries))
 
     def _final_records(self) -> list[Record]:
         shards = read_manifest(self.path).shards

@@ -245,7 +245,7 @@ class ShardEncoder:
         codes_CD = encode_vectors(vectors_CD, info.dtype)
         directory = self._directory
         try:
-            shard = write_shard(directory.path, name, ids, codes_CD, info, directory.tag)
+            shard = write_shard(directory.path, name, ids, codes_CD, info)
         except FileNotFoundError:
             if directory.is_finished:  # by others, who took our part for one of a killed process
                 return directory.finished_shards([number])[number]

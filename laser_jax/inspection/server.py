@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket
+import sys
 import threading
 import traceback
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 
 from laser_jax.inspection.page import Form, render_page
 from laser_jax.inspection.thought import Inspector
+from laser_jax.terminal import printable
 
 LARGEST_STEPS = 32
 """A page with more columns cannot be read, and each new K compiles a program."""
@@ -174,7 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
             with self.server.model_lock:
                 reply = answer(site, self.path)
         except Exception as error:  # a fault of ours: the page says so, the terminal where
-            traceback.print_exc()
+            print(printable(traceback.format_exc()), file=sys.stderr)
             text = f"{type(error).__name__}: {error}. The terminal shows where."
             html = render_page(model=site.model, corpus=site.corpus, error=text)
             reply = Reply(HTTPStatus.INTERNAL_SERVER_ERROR, html)

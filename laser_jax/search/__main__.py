@@ -7,7 +7,6 @@ The corpus is read shard by shard and searched on all devices of this machine.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from laser_jax.search.matching import exclusions, identical_count, unmatched
 from laser_jax.search.topk import DEFAULT_CHUNK, Chunk, device_mesh, search_chunks
 from laser_jax.search.trec import Run, read_excluded, trec_order, write_trec_run
 from laser_jax.search.vectors import VectorsError, read_ids, read_manifest, read_shards
+from laser_jax.terminal import fail
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run = search_directories(options)
         write_trec_run(run, options.output, options.tag)
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
     print(f"{options.output}: {len(run)} queries, {sum(map(len, run.values()))} documents")
 
 

@@ -54,7 +54,7 @@ def unmatched(
     ids = dict.fromkeys(ids)
     counts = count_ids(what, ids, (id_ for id_ in ids if id_ not in known))
     if refuse_all and counts and counts[0].count == len(ids):
-        one = next(iter(known), None)
+        one = min(known, default=None)
         raise DatasetError(
             f"{where}: {counts[0]}: not one matches. "
             + ("There is none to match" if one is None else f"Those looked for are like {one!r}")

@@ -132,14 +132,12 @@ def write_shard(
     ids: Sequence[str],
     vectors_CD: np.ndarray,
     info: VectorsInfo,
-    tag: str = "",
 ) -> Shard:
     """Writes one shard, under a temporary name until it is whole. The same rows give the same bytes
     (with the same pyarrow).
 
     Args:
         vectors_CD: coded by `encode_vectors` as `info.dtype`.
-        tag: as in `files.written_whole`, where several processes may write one shard at once.
 
     Returns:
         The shard's entry for `write_manifest`.
@@ -168,14 +166,13 @@ def write_shard(
     pyarrow.parquet.write_table(table, buffer, compression="none", use_dictionary=False)
     content = buffer.getvalue()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path, tag) as part:
+    with written_whole(path) as part:
         part.write_bytes(content)
     return Shard(file, len(ids), hashlib.sha256(content).hexdigest())
 
 
-def write_manifest(directory: str | Path, manifest: Manifest, tag: str = "") -> None:
-    """Writes `manifest.json`, which makes the directory a finished one. `tag` is as in
-    `write_shard`."""
+def write_manifest(directory: str | Path, manifest: Manifest) -> None:
+    """Writes `manifest.json`, which makes the directory a finished one."""
     values = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -183,7 +180,7 @@ def write_manifest(directory: str | Path, manifest: Manifest, tag: str = "") -> 
         "count": manifest.count,
         "shards": as_dict(manifest)["shards"],
     }
-    write_atomically(Path(directory) / MANIFEST_FILE, json.dumps(values, indent=1) + "\n", tag)
+    write_atomically(Path(directory) / MANIFEST_FILE, json.dumps(values, indent=1) + "\n")
 
 
 # --- reading -----------------------------------------------------------------------------------

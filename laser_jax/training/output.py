@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from laser_jax.config import Config, as_dict, changes, listed
-from laser_jax.files import write_atomically
+from laser_jax.files import no_link, write_atomically
 
 # What a resumed run may change. The rest decides on what is trained or on which model is exported.
 CHANGEABLE = (
@@ -127,7 +127,7 @@ class OutputDirectory:
         """The lock file, held; None where its last holder removed it while we were opening it."""
         path = self.path / ".lock"
         with ExitStack() as stack:
-            file = stack.enter_context(path.open("a+"))
+            file = stack.enter_context(open(path, "a+", opener=no_link))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
