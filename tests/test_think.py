@@ -15,6 +15,7 @@ from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
 from laser_jax.encoder import load_pretrained
 from laser_jax.evaluation.beir import Document
 from laser_jax.inspection.thought import (
+    PROGRAMS,
     Inspector,
     RankedDocument,
     Segment,
@@ -99,6 +100,22 @@ def test_what_is_given_wins_over_what_is_known(inspector: Inspector) -> None:
     thought = inspector.think(QUERY, instruction="", reasoning="By the Danube.")
     assert thought.instruction == ""
     assert thought.segments[0].text == "By the Danube."
+
+
+def test_few_programs_serve_all_lengths_and_numbers_of_steps(
+    inspector: Inspector, compilations
+) -> None:
+    """Anybody who can make a browser ask the page chooses both."""
+    of_three = inspector.think("Where is Kiel?", num_thinking_steps=3)
+    with compilations() as compiled:
+        longer = inspector.think("Where is Kiel on the sea?", num_thinking_steps=4)
+        again = inspector.think("Where is Kiel?", num_thinking_steps=3)
+    assert compiled == []
+    assert [len(thought.steps) for thought in (of_three, longer)] == [3, 4]
+    assert again == of_three
+    kept = inspector._program.cache_info()
+    assert kept.currsize <= kept.maxsize == PROGRAMS
+    assert kept.currsize == kept.misses  # none of so few was given up
 
 
 def test_a_cut_text_is_noted(inspector: Inspector) -> None:
