@@ -28,7 +28,7 @@ from laser_jax.evaluation.significance import paired_bootstrap
 from laser_jax.search.codes import Code, decode_vectors, encode_vectors
 from laser_jax.search.topk import search
 from laser_jax.search.trec import Run
-from laser_jax.search.vectors import read_manifest, read_shards
+from laser_jax.search.vectors import Role, read_manifest, read_shards
 
 METRIC = "nDCG@10"
 # (what to search with, how many times the depth is scored again with float32; 0 for none)
@@ -47,9 +47,9 @@ Vectors = tuple[list[str], np.ndarray]
 """Ids, and float32 unit rows [C, D]."""
 
 
-def read_vectors(directory: str) -> Vectors:
+def read_vectors(directory: str, role: Role) -> Vectors:
     """All vectors of a directory, decoded."""
-    manifest = read_manifest(directory)
+    manifest = read_manifest(directory, role)
     parts = list(read_shards(directory, manifest))
     rows = [decode_vectors(rows, manifest.info.dtype) for _, rows in parts]
     return [id_ for ids, _ in parts for id_ in ids], np.concatenate(rows)
@@ -121,12 +121,13 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
     else:
         dataset = read_beir(options.data, options.split)
     if options.corpus_vectors is not None:
-        corpus, queries = read_vectors(options.corpus_vectors), read_vectors(options.query_vectors)
+        corpus = read_vectors(options.corpus_vectors, "documents")
+        queries = read_vectors(options.query_vectors, "queries")
         made_by = options.corpus_vectors
     else:
         corpus, queries = lsa_vectors(dataset, options.dimension)
         made_by = "latent semantic analysis"
-    excluded = {q.id: q.excluded_ids for q in dataset.queries.values()}
+    excluded = dataset.exclusions()
     runs: dict[tuple[Code, int], Run] = {
         (code, oversample): search(
             queries[1],

@@ -282,6 +282,8 @@ class DataConfig:
     """Ranked once, when training has ended."""
     dev_split: str = "dev"
     """Ranked every `train.eval_every` steps, to choose a checkpoint by."""
+    ignore_identical_ids: bool = True
+    """BEIR's rule for both rankings: a query is not given the document that has its own id."""
     group_size: int = 2
     """Documents per query: one positive and group_size - 1 hard negatives."""
     selection: Literal["official", "random"] = "official"

@@ -34,6 +34,7 @@ from laser_jax.corpus.encoding import (
 from laser_jax.corpus.plan import PLAN_FILE, Plan, read_plan
 from laser_jax.retriever import Tally
 from laser_jax.search.vectors import MANIFEST_FILE, read_manifest, shard_name, verify
+from laser_jax.terminal import fail, printable
 
 _SHOWN_BAD_LINES = 5
 
@@ -55,7 +56,7 @@ class _BadLines:
     def __call__(self, message: str) -> None:
         self.count += 1
         if self.count <= _SHOWN_BAD_LINES:
-            tqdm.write(f"skipped: {message}")
+            tqdm.write(f"skipped: {printable(message)}")
 
 
 class Progress:
@@ -222,7 +223,7 @@ def _verify(directory: str) -> None:
         if planned != (manifest.info, [shard.count for shard in manifest.shards]):
             faults.append(f"{directory}: {MANIFEST_FILE} does not have the shards of {PLAN_FILE}")
     for fault in faults:
-        print(fault)
+        print(printable(fault))
     if faults:
         sys.exit(f"error: {directory}: {len(faults)} faults")
     print(f"{directory}: every shard is as it was written")
@@ -238,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             encode_corpus(parse_command_line(CorpusConfig, program, given))
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -38,6 +39,7 @@ from laser_jax.data.tokenization import PromptTokenizer
 from laser_jax.evaluation.beir import BeirDataset, read_beir, read_qrels_file
 from laser_jax.evaluation.bright import ALL, EXAMPLES, choose_domains, is_bright, read_bright
 from laser_jax.evaluation.metrics import (
+    Qrels,
     changed_documents,
     cutoff_of,
     evaluate_run,
@@ -82,14 +84,22 @@ from laser_jax.evaluation.rewrites import (
 from laser_jax.evaluation.significance import paired_bootstrap
 from laser_jax.files import write_atomically
 from laser_jax.retriever import LatentRetriever, local_mesh, require_positions
-from laser_jax.search.trec import DatasetError, read_excluded, read_trec_run, write_trec_run
+from laser_jax.search.matching import IdCount, exclusions, identical_count, unmatched
+from laser_jax.search.trec import (
+    DatasetError,
+    Run,
+    read_excluded,
+    read_trec_run,
+    write_trec_run,
+)
+from laser_jax.terminal import fail, printable
 
 METRICS = ("nDCG@10", "Recall@100", "MRR@10")
 P_MRR = "p-MRR"
 PLOT_STEM = "quality_by_steps"
 DOMAINS_FILE = "domains.md"
 SHOWN_BAD_LINES = 5
-_PART = ".evaluation.part"
+_PART = ".evaluation-"
 
 
 # --- a run -------------------------------------------------------------------------------------
@@ -106,6 +116,8 @@ class RunOptions:
     excluded: str | None = None
     """Documents to take out of the rankings first: a queries.jsonl with `excluded_ids`, or a .tsv
     of query and document id."""
+    ignore_identical_ids: bool = True
+    """BEIR's rule: what has its query's own id leaves every ranking too"""
     metrics: tuple[str, ...] = METRICS
     """NAME@CUTOFF with NAME one of nDCG, nDCG_exp, Recall, P, MRR, MAP, Hit."""
     complete: bool = False
@@ -162,8 +174,8 @@ def evaluate_trec_run(options: RunOptions) -> dict[str, Any]:
         "judged, not in the run": len(qrels.keys() - run.keys()),
         "judged, without a relevant document": _without_relevant(qrels),
     }
-    excluded = read_excluded(options.excluded) if options.excluded else {}
-    run = without_excluded(run, excluded)
+    removed, id_counts = _removed(run, qrels, options)
+    run = without_excluded(run, removed)
     counted = run | {query: {} for query in qrels if options.complete and query not in run}
     per_query = evaluate_run(counted, qrels, options.metrics)
     if not per_query:
@@ -173,7 +185,7 @@ def evaluate_trec_run(options: RunOptions) -> dict[str, Any]:
         )
     scores = mean(per_query)
     if options.original_run and options.original_qrels:
-        original = without_excluded(read_trec_run(options.original_run), excluded)
+        original = without_excluded(read_trec_run(options.original_run), removed)
         changes = changed_documents(read_qrels_file(options.original_qrels), qrels)
         if not changes:
             raise DatasetError(
@@ -189,6 +201,7 @@ def evaluate_trec_run(options: RunOptions) -> dict[str, Any]:
         "excluded": options.excluded,
         "queries": len(per_query),
         "counts": counts,
+        "id_counts": [asdict(count) for count in id_counts],
         "scores": scores,
     }
     if options.per_query:
@@ -196,6 +209,27 @@ def evaluate_trec_run(options: RunOptions) -> dict[str, Any]:
     if options.json:
         write_atomically(Path(options.json), json.dumps(result, indent=2) + "\n")
     return result
+
+
+def _removed(
+    run: Run, qrels: Qrels, options: RunOptions
+) -> tuple[dict[str, Collection[str]], list[IdCount]]:
+    """Query id -> documents to take out of rankings; and what is to be said about ids."""
+    excluded = read_excluded(options.excluded) if options.excluded else {}
+    ranked = dict.fromkeys(document for scores in run.values() for document in scores).keys()
+    judged = dict.fromkeys(document for grades in qrels.values() for document in grades).keys()
+    named = [document for query in run for document in excluded.get(query, ())]
+    own = [query for query, scores in run.items() if query in scores]
+    counts = [
+        *unmatched(
+            "documents of the run that are judged for no query", ranked, judged, options.run
+        ),
+        *unmatched("queries with exclusions that the run lacks", excluded, run, options.excluded),
+        *unmatched("excluded documents that no ranking holds", named, ranked, options.excluded),
+        *identical_count(run, own, options.ignore_identical_ids),
+    ]
+    of_rule = [*run, *qrels] if options.ignore_identical_ids else []
+    return exclusions(excluded, of_rule), counts
 
 
 def _without_relevant(qrels: Mapping[str, Mapping[str, int]]) -> int:
@@ -208,6 +242,8 @@ def _print_run(result: dict[str, Any]) -> None:
     print(f"mean over {result['queries']} queries:")
     for name, value in result["scores"].items():
         print(f"  {name:<12} {value:.5f}")
+    for count in result["id_counts"]:
+        print(IdCount(**count))
 
 
 # --- a model -----------------------------------------------------------------------------------
@@ -246,6 +282,8 @@ class ModelOptions:
     and evaluates at 8192)."""
     dtype: Dtype | None = None
     """Compute in another dtype than the model's."""
+    ignore_identical_ids: bool = True
+    """BEIR's rule: a query is not given the document that has its own id."""
     thinking_steps: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
     """Values of K, all from one pass; K = 1 is the query alone."""
     metrics: tuple[str, ...] = METRICS
@@ -301,18 +339,17 @@ def _claim_output(output: Path, overwrite: bool) -> None:
 def _replaced_evaluation(output: Path) -> Iterator[Path]:
     """Gives a folder for the files of an evaluation, which take the place of an older one when the
     block ends. If the block fails, the older one stays and nothing is left of the new one."""
-    part = output / _PART
-    shutil.rmtree(part, ignore_errors=True)  # of a killed process
-    try:
-        (part / "runs").mkdir(parents=True)
+    for abandoned in output.glob(f"{_PART}*"):  # of a killed process
+        shutil.rmtree(abandoned, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=output, prefix=_PART) as folder:
+        part = Path(folder)
+        (part / "runs").mkdir()
         yield part
         _remove_evaluation(output)
         (output / "runs").mkdir(exist_ok=True)
         written = [file for file in part.rglob("*") if file.is_file()]
         for file in sorted(written, key=lambda file: file.name == RESULTS_FILE):  # that one last
             file.replace(output / file.relative_to(part))
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _remove_evaluation(output: Path) -> None:
@@ -355,7 +392,7 @@ def _data(
     read: Callable[[list[str] | None], BeirDataset], name: str, split: str, options: ModelOptions
 ) -> _Data:
     skipped: list[str] | None = [] if options.skip_bad_lines else None
-    dataset = read(skipped)
+    dataset = replace(read(skipped), ignore_identical_ids=options.ignore_identical_ids)
     if options.instruction is not None:
         dataset = with_instruction(dataset, options.instruction)
     return _Data(dataset, name, split, skipped or [])
@@ -369,8 +406,11 @@ def _beir(options: ModelOptions) -> _Data:
     if options.rewrites is None:
         return data
     rewrites = read_rewrites(options.rewrites)
-    require_rewrites_of(data.dataset.queries, rewrites, options.rewrites)
-    return replace(data, rewrites={id_: rewrites[id_] for id_ in data.dataset.queries})
+    queries = data.dataset.queries
+    require_rewrites_of(queries, rewrites, options.rewrites)
+    other = unmatched("rewrites of no query of this split", rewrites, queries, options.rewrites)
+    dataset = replace(data.dataset, unmatched=(*data.dataset.unmatched, *other))
+    return replace(data, dataset=dataset, rewrites={id_: rewrites[id_] for id_ in queries})
 
 
 def _domain(domain: str, options: ModelOptions) -> _Data:
@@ -478,7 +518,7 @@ def _evaluate(
 ) -> Evaluation:
     dataset, config = data.dataset, encoder.config
     if data.bad_lines:
-        shown = data.bad_lines[:SHOWN_BAD_LINES]
+        shown = map(printable, data.bad_lines[:SHOWN_BAD_LINES])
         print(f"left out {len(data.bad_lines)} bad lines:", *shown, sep="\n  ")
     if fault := explicit_view_fault(dataset, config):
         print(f"no explicit view: {fault}")
@@ -531,6 +571,7 @@ def _evaluate(
             run: time for run, time in data.writing_milliseconds().items() if run in runs
         },
         shortened=shortened,
+        id_counts=list(dataset.id_counts),
     )
     with _replaced_evaluation(output) as part:
         for name, run in runs.items():
@@ -616,12 +657,13 @@ def _print_model(evaluation: Evaluation) -> None:
     if shown:
         interval = f"{evaluation.confidence:.0%} interval"
         print("\n" + markdown_table(["difference", metric, interval], shown))
+    print(*(f"\n{count}" for count in evaluation.id_counts), sep="", end="")
 
 
 def domain_table(evaluations: Mapping[str, Evaluation]) -> str:
     """The first metric, a row a domain and their mean: of the query alone, the model's own K and
     the explicit view (or every K, where none of these was evaluated), each with the excluded
-    documents removed and with nothing excluded."""
+    documents removed and with nothing excluded. Below it what is to be said about ids."""
     first, *_ = evaluations.values()
     metric = first.metrics[0]
     wanted = [latent(1), latent(first.num_thinking_steps), EXPLICIT]
@@ -637,9 +679,11 @@ def domain_table(evaluations: Mapping[str, Evaluation]) -> str:
     rows = {domain: values(evaluation) for domain, evaluation in evaluations.items()}
     rows[f"mean of {len(evaluations)}"] = np.mean(list(rows.values()), axis=0).tolist()
     header = [metric, *(name for run in runs for name in (run, "nothing excluded"))]
-    return markdown_table(
+    table = markdown_table(
         header, [[name, *(f"{value:.4f}" for value in row)] for name, row in rows.items()]
     )
+    notes = [f"{name}, {count}" for name, e in evaluations.items() for count in e.id_counts]
+    return "\n\n".join([table, "\n".join(notes)] if notes else [table])
 
 
 # --- the command line --------------------------------------------------------------------------
@@ -671,7 +715,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             _print_run(evaluate_trec_run(parse_command_line(RunOptions, program, given)))
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from laser_jax.evaluation.results import markdown_table, model_name
 from laser_jax.evaluation.retrieval import with_max_length
 from laser_jax.files import write_atomically
 from laser_jax.retriever import LatentRetriever, local_mesh
+from laser_jax.terminal import fail
 
 if TYPE_CHECKING:
     from laser_jax.evaluation.mteb import MtebRetriever, TaskScore
@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options = parse_command_line(MtebOptions, "python -m laser_jax.evaluate_mteb", arguments)
         table = score_table(evaluate(options))
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
     print(f"\n{table}\n\nwritten to {options.output}")
 
 

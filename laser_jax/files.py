@@ -4,14 +4,16 @@ of what programs keep in small files."""
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -37,21 +39,27 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
-def written_whole(path: Path, tag: str = "") -> Iterator[Path]:
+def written_whole(path: Path) -> Iterator[Path]:
     """Gives the name of a temporary file beside `path`, which takes its place when the block ends.
 
     If the block or the move fails, the temporary file is removed and what stood at `path` stays. A
-    file that was moved is on the disk, so it outlives a power cut.
+    file that was moved is on the disk, so it outlives a power cut. Several processes can write one
+    file at once; the last one wins.
 
-    Args:
-        tag: stands in the temporary name, so that several processes can write one file at once; the
-            last one wins. A killed process then leaves its part behind: see `parts_of`.
+    The temporary name is drawn by chance and made by this call, so that nobody else who can write
+    into the folder can have put a link there. Its writer holds a lock on it; one without, of a
+    process that was killed, is removed when the file is written again (where the file system has
+    locks: elsewhere it stays, see `parts_of`).
 
     Raises:
         OSError: as in the block, and where it named no file (a full disk), naming `path`.
     """
-    part = path.with_name(f".{path.name}{tag and '.'}{tag}.part")
+    _remove_abandoned(path)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     try:
+        with suppress(OSError):  # a file system without locks
+            lock_descriptor(descriptor, blocking=False)
         yield part
         flush(part)
         part.replace(path)
@@ -61,6 +69,19 @@ def written_whole(path: Path, tag: str = "") -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno and error.filename is None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(path: Path) -> None:
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with suppress(OSError):  # it is gone, is a link, is locked, or there are no locks
+            descriptor = os.open(part, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                if lock_descriptor(descriptor, blocking=False):
+                    part.unlink()
+            finally:
+                os.close(descriptor)
 
 
 @contextmanager
@@ -90,10 +111,9 @@ def parts_of(folder: Path) -> list[Path]:
     return sorted(folder.glob(".*.part"))
 
 
-def write_atomically(path: Path, text: str, tag: str = "") -> None:
-    """Writes a file that is seen either whole or not at all, even after a power cut. `tag` is as in
-    `written_whole`."""
-    with written_whole(path, tag) as part:
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file that is seen either whole or not at all, even after a power cut."""
+    with written_whole(path) as part:
         part.write_text(text, encoding="utf-8", newline="\n")
 
 
@@ -181,6 +201,12 @@ class Digest:
 
 
 # --- locks -------------------------------------------------------------------------------------
+
+
+def no_link(path: str, flags: int) -> int:
+    """An `opener` for files whose name others know beforehand, such as locks: a link that somebody
+    has put there is an error instead of being followed."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def lock(file: IO[Any], *, wait: bool) -> bool:

@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -64,6 +63,7 @@ from laser_jax.data.sources import (
 )
 from laser_jax.data.tokenization import PromptTokenizer, TokenizationError, load_tokenizer
 from laser_jax.files import write_atomically
+from laser_jax.terminal import fail, printable
 
 REPORT_FILE = "report.json"
 _TALLIES = "tallies"
@@ -618,8 +618,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config = parse_command_line(PrepareConfig, "python -m laser_jax.prepare", arguments)
         report = prepare(config)
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    print(format_report(report))
+        fail(error)
+    print(printable(format_report(report)))
     print(f"data.train: {config.output}")
 
 

@@ -58,6 +58,7 @@ from laser_jax.hf import (
 from laser_jax.modeling.attention import choose_kernel
 from laser_jax.modeling.backbone import Backbone, Variables, apply
 from laser_jax.step import learning_rate_schedule, make_optimizer
+from laser_jax.terminal import fail
 
 REPORT = "pretrain.json"
 
@@ -292,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         pretrain(parse_command_line(PretrainConfig, "python -m laser_jax.pretrain", arguments))
     except (ValueError, OSError, PretrainingError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
 
 
 if __name__ == "__main__":

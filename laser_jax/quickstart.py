@@ -21,6 +21,7 @@ from laser_jax.config import ConfigError, parse_command_line
 from laser_jax.data.world import WorldConfig, build_world, write_world
 from laser_jax.evaluation.retrieval import format_table
 from laser_jax.files import read_state, write_atomically
+from laser_jax.terminal import fail
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 COLUMNS = ("nDCG@10", "Hit@1")
@@ -131,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parse_command_line(QuickstartOptions, "python -m laser_jax.quickstart", arguments)
         )
     except (ValueError, FileNotFoundError, FileExistsError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
 
 
 if __name__ == "__main__":

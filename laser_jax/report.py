@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from laser_jax.evaluation.retrieval import CONTROL, EXPLICIT, REWRITES, latent
 from laser_jax.evaluation.significance import holm, permutation_p_value
 from laser_jax.files import write_atomically
 from laser_jax.search.trec import DatasetError
+from laser_jax.terminal import fail, printable
 
 PLOT_STEM = "latency_quality"
 BETTER, WORSE = "▲", "▼"
@@ -319,8 +319,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.output:
             write_report(directories, report, options)
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    print(format_report(report))
+        fail(error)
+    print(printable(format_report(report)))
 
 
 if __name__ == "__main__":

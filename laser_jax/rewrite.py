@@ -38,6 +38,7 @@ from laser_jax.files import lock, read_state, write_atomically
 from laser_jax.generation import Decoding, TextGenerator, Written, stop_ids
 from laser_jax.hf import load_params, read_backbone_config, resolve_directory
 from laser_jax.search.trec import DatasetError
+from laser_jax.terminal import fail, printable
 
 REASONING_PROMPT = """{query}
 
@@ -122,7 +123,11 @@ def read_wanted(options: RewriteOptions) -> dict[str, EvalQuery]:
     skipped: list[str] | None = [] if options.skip_bad_lines else None
     queries = read_queries(options.queries, skipped=skipped)
     if skipped:
-        print(f"left out {len(skipped)} bad lines:", *skipped[:SHOWN_BAD_LINES], sep="\n  ")
+        print(
+            f"left out {len(skipped)} bad lines:",
+            *map(printable, skipped[:SHOWN_BAD_LINES]),
+            sep="\n  ",
+        )
     if options.split is not None:
         if not Path(options.queries).is_dir():
             raise ConfigError(f"--split wants a BEIR directory, and {options.queries} is none")
@@ -443,7 +448,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options = parse_command_line(RewriteOptions, "python -m laser_jax.rewrite", arguments)
         _print(rewrite(options), options)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from what is written")
 

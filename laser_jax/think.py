@@ -8,7 +8,6 @@ terminal, as a page (`--html FILE`), or as a page with a form (`--serve`).
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from laser_jax.files import write_atomically
 from laser_jax.inspection.page import render_page
 from laser_jax.inspection.server import LARGEST_STEPS, PageServer, Site
 from laser_jax.inspection.thought import Corpus, Inspector, Thought, load_corpus
+from laser_jax.terminal import fail, printable
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class ThinkOptions:
     """A BEIR directory; by default the evaluation set of the run that made the model."""
     num_thinking_steps: int | None = None
     """K; by default the model's."""
+    ignore_identical_ids: bool = True
+    """BEIR's rule: a query is not given the document that has its own id."""
     top: int = 5
     """How many tokens a step shows."""
     top_documents: int = 10
@@ -95,8 +97,9 @@ def find_corpus(options: ThinkOptions) -> tuple[Corpus | None, str]:
             directory = None
     if not directory:
         return None, missing
-    corpus = load_corpus(directory)
-    return corpus, f"Corpus {directory}, {len(corpus.documents)} documents."
+    corpus = load_corpus(directory, ignore_identical_ids=options.ignore_identical_ids)
+    about = [f"Corpus {directory}, {len(corpus.documents)} documents", *map(str, corpus.unmatched)]
+    return corpus, "; ".join(about) + "."
 
 
 def _evaluation_set(run: Path) -> str | None:
@@ -156,7 +159,7 @@ def serve(options: ThinkOptions) -> None:
             options.instruction,
             options.num_thinking_steps,
         )
-        print(f"{about}\n{server.url} (Ctrl-C ends it)", flush=True)
+        print(f"{printable(about)}\n{server.url} (Ctrl-C ends it)", flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
@@ -180,8 +183,8 @@ def show(options: ThinkOptions) -> None:
         write_atomically(Path(options.html), page)
         print(options.html)
         return
-    print(f"query: {thought.query}\ninstruction: {thought.instruction or '(none)'}\n{about}")
-    print(describe(thought))
+    given = f"query: {thought.query}\ninstruction: {thought.instruction or '(none)'}\n{about}"
+    print(printable(f"{given}\n{describe(thought)}"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -193,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             show(options)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
 
 
 if __name__ == "__main__":

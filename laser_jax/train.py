@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,7 @@ from laser_jax.step import (
     jit_train_step,
     make_train_step,
 )
+from laser_jax.terminal import fail
 from laser_jax.training.dry_run import dry_run
 from laser_jax.training.layout import Layout, describe_mesh, lay_out, number_of_steps
 from laser_jax.training.output import OutputDirectory, StepLog, code_version, logged_lines
@@ -434,15 +435,23 @@ def _read_evaluation(config: Config) -> tuple[BeirDataset | None, BeirDataset | 
         if config.train.eval_every is not None:
             raise ConfigError("train.eval_every wants data.eval, a BEIR directory to rank")
         return None, None
-    test = read_beir(config.data.eval, config.data.eval_split)
-    require_instructions(test)
+    test = _read_split(config, config.data.eval_split)
     if config.train.eval_every is None:
         return test, None
-    dev = read_beir(config.data.eval, config.data.dev_split)
-    require_instructions(dev)
+    dev = _read_split(config, config.data.dev_split)
     # the latent view alone is ranked, and the corpus is the same
     latent = {name: replace(query, reasoning=None) for name, query in dev.queries.items()}
     return test, replace(dev, queries=latent, documents=test.documents)
+
+
+def _read_split(config: Config, split: str) -> BeirDataset:
+    assert config.data.eval is not None
+    dataset = read_beir(config.data.eval, split)
+    require_instructions(dataset)
+    dataset = replace(dataset, ignore_identical_ids=config.data.ignore_identical_ids)
+    for count in dataset.id_counts:
+        say(f"{config.data.eval} ({split}), {count}")
+    return dataset
 
 
 def _take_steps(run: _Run, stop: StopSignal) -> bool:
@@ -603,6 +612,11 @@ def _finish(run: _Run) -> dict[str, Any]:
     if run.evaluations.lines:
         results["dev"] = run.evaluations.lines
         results["best_step"] = best_steps(run.evaluations.lines, config.train)[0]
+    results["id_counts"] = {
+        split: [asdict(count) for count in dataset.id_counts]
+        for split, dataset in ((config.data.eval_split, run.test), (config.data.dev_split, run.dev))
+        if dataset is not None
+    }
     if run.test is not None:
         runs = retrieval_runs(
             _encoder(run),
@@ -614,7 +628,7 @@ def _finish(run: _Run) -> dict[str, Any]:
         results["scores"] = score_runs(runs, run.test)
         split = config.data.eval_split
         say(f"{config.data.eval} ({split}, {len(run.test.queries)} queries)")
-        say(format_table(results["scores"]))
+        say("\n".join([format_table(results["scores"]), *map(str, run.test.id_counts)]))
     if is_first():
         write_atomically(run.output / "results.json", json.dumps(results, indent=2) + "\n")
     say(f"model: {run.output / 'model'}")
@@ -645,7 +659,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         join_processes(invocation)
         train(config)
     except (ValueError, OSError, TrainingError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from laser_jax.evaluation.beir import (
+    BeirDataset,
     Document,
     EvalQuery,
     read_beir,
@@ -76,6 +78,63 @@ def test_a_split_holds_the_queries_it_judges(beir: Path) -> None:
     assert list(dataset.queries) == ["q1", "q2"]
     assert dataset.qrels == {"q2": {"d2": 2}, "q1": {"d1": 1, "d2": 0}}
     assert len(dataset.documents) == 3
+
+
+def counts_of(dataset: BeirDataset) -> list[tuple[str, int, int, str]]:
+    return [(count.what, count.count, count.of, count.first) for count in dataset.id_counts]
+
+
+def test_ids_that_match_nothing_are_counted(beir: Path) -> None:
+    unjudged = ("queries without judgements, left out", 1, 3, "q3")
+    assert counts_of(read_beir(beir, "test")) == [unjudged]
+    queries = (beir / "queries.jsonl").read_text()
+    (beir / "queries.jsonl").write_text(queries.replace('"d3"', '"d3 "'))
+    (beir / "qrels" / "test.tsv").write_text(HEADER + "q2\td2\t2\nq1\td1 \t1\nq1\td2\t0\n")
+    assert counts_of(read_beir(beir, "test")) == [
+        ("judged documents that the corpus lacks", 1, 2, "d1 "),
+        ("excluded documents that the corpus lacks", 1, 2, "d3 "),
+        unjudged,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("grades", "excluded", "message"),
+    [
+        (
+            "q2\td2 \t2\nq1\td1 \t1\n",
+            "d1",
+            r"judged documents that the corpus lacks: 2 of 2, .*'d2 '",
+        ),
+        ("q2\td2 \t2\nq1\td1\t0\n", "d1", "relevant documents that the corpus lacks: 1 of 1"),
+        ("q2\td2\t2\nq1\td1\t1\n", "D1", "excluded documents that the corpus lacks: 2 of 2"),
+    ],
+)
+def test_a_list_of_which_no_id_matches_is_refused(
+    beir: Path, grades: str, excluded: str, message: str
+) -> None:
+    queries = (beir / "queries.jsonl").read_text().replace('"d3"', '"D3"')
+    (beir / "queries.jsonl").write_text(queries.replace('["d1"', f'["{excluded}"'))
+    (beir / "qrels" / "test.tsv").write_text(HEADER + grades)
+    with pytest.raises(DatasetError, match=rf"\(test\): {message}.*not one matches"):
+        read_beir(beir, "test")
+
+
+def test_a_document_with_the_id_of_its_query_is_excluded_unless_it_is_to_be_kept() -> None:
+    query = EvalQuery("d1", "a query that is a document", excluded_ids=("d2",))
+    other = EvalQuery("q", "another")
+    documents = [Document("d1", "the same"), Document("d2", "x"), Document("d3", "y")]
+    queries, qrels = {"d1": query, "q": other}, {"d1": {"d1": 1, "d3": 1}, "q": {"d1": 1}}
+    dataset = BeirDataset(documents, queries, qrels)
+    assert dataset.exclusions() == {"d1": ("d2", "d1"), "q": ()}
+    assert dataset.exclusions(nothing_excluded=True) == {"d1": ("d1",)}
+    dropped, judged = dataset.id_counts
+    assert (dropped.count, dropped.of, dropped.first) == (1, 2, "d1")
+    assert "dropped" in dropped.what
+    assert str(judged) == "of those, judged relevant to it: 1 of 1, the first is 'd1'"
+    kept = dataclasses.replace(dataset, ignore_identical_ids=False)
+    assert kept.exclusions() == {"d1": ("d2",), "q": ()}
+    assert kept.exclusions(nothing_excluded=True) == {}
+    assert "kept" in kept.id_counts[0].what
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,27 @@ def test_a_beir_directory_is_its_corpus_or_its_queries(tmp_path: Path) -> None:
     assert only.item == EvalQuery("q", "Where?", "Find", "So.")
 
 
+def test_a_file_of_beir_is_not_taken_for_the_other(tmp_path: Path) -> None:
+    (tmp_path / "queries.jsonl").write_bytes(lines(ROWS))
+    with pytest.raises(FileNotFoundError, match=r"corpus\.jsonl is missing: with queries\.jsonl"):
+        Corpus(tmp_path)
+    with pytest.raises(DatasetError, match=r"holds queries, and documents are wanted: encode it w"):
+        Corpus(tmp_path / "queries.jsonl")
+    (tmp_path / "queries.jsonl").rename(tmp_path / "corpus.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"queries\.jsonl is missing: with corpus\.jsonl"):
+        Corpus(tmp_path, texts="queries")
+    with pytest.raises(DatasetError, match=r"corpus\.jsonl: a file of this name holds documents"):
+        Corpus(tmp_path / "corpus.jsonl", texts="queries")
+    (tmp_path / "corpus.jsonl.gz").touch()
+    with pytest.raises(DatasetError, match=r"holds both corpus\.jsonl and corpus\.jsonl\.gz"):
+        Corpus(tmp_path)
+    (tmp_path / "corpus.jsonl.gz").unlink()
+    (tmp_path / "corpus.jsonl").rename(tmp_path / "train.jsonl")
+    (tmp_path / "qrels").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"with qrels the directory is one of BEIR"):
+        Corpus(tmp_path)
+
+
 def test_fields_can_have_other_names(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     pq.write_table(pa.table({"docid": ["a"], "body": ["b"], "title": ["c"]}), path)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from test_bright import DOCUMENTS, EXAMPLES, write_copy
 
-from laser_jax.evaluate import main
+from laser_jax.evaluate import _replaced_evaluation, main
 from laser_jax.evaluation.metrics import evaluate_run, without_excluded
 from laser_jax.evaluation.results import read_evaluation, read_per_query
 from laser_jax.evaluation.retrieval import (
@@ -71,6 +71,46 @@ def test_excluded_documents_leave_the_run_first(files: Path) -> None:
     (files / "excluded.tsv").write_text("q1\ta file.txt\n")
     result = score(files, "--excluded", str(files / "excluded.tsv"))
     assert result["scores"] == {"MRR@10": 0.5, "Hit@1": 0.5}
+
+
+def test_a_document_with_the_id_of_its_query_leaves_the_run(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (files / "run.trec").write_text("b Q0 b 1 0.9 t\nb Q0 a 2 0.8 t\nq2 Q0 b 1 0.5 t\n")
+    (files / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nb\ta\t1\nq2\tb\t1\n")
+    result = score(files)
+    assert result["scores"] == {"MRR@10": 1.0, "Hit@1": 1.0}
+    (count,) = result["id_counts"]
+    assert (count["count"], count["of"], count["first"]) == (1, 2, "b")
+    assert "dropped from its ranking (BEIR's rule): 1 of 2" in capsys.readouterr().out
+    # trec_eval's numbers
+    kept = score(files, "--ignore_identical_ids", "false")
+    assert kept["scores"] == {"MRR@10": 0.75, "Hit@1": 0.5}
+    assert "kept (ignore_identical_ids false)" in kept["id_counts"][0]["what"]
+
+
+def test_ids_of_a_run_that_match_nothing_are_counted_or_refused(files: Path) -> None:
+    (files / "excluded.tsv").write_text("q1\ta file.txt\nq1\ta file.txt \nq9\tb\n")
+    excluded = ["--excluded", str(files / "excluded.tsv")]
+    (files / "run.trec").write_text("q1 Q0 a file.txt 1 0.9 t\nq1 Q0 c 2 0.8 t\n")
+    counts = score(files, *excluded)["id_counts"]
+    assert [(c["what"], c["count"], c["of"], c["first"]) for c in counts] == [
+        ("documents of the run that are judged for no query", 1, 2, "c"),
+        ("queries with exclusions that the run lacks", 1, 2, "q9"),
+        ("excluded documents that no ranking holds", 1, 2, "a file.txt "),
+    ]
+    for name, text, message in (
+        ("excluded.tsv", "q1\ta file.txt \n", "excluded documents that no ranking holds: 1 of 1"),
+        ("excluded.tsv", "q9\tb\n", "queries with exclusions that the run lacks: 1 of 1"),
+        (
+            "run.trec",
+            "q1 Q0 A 1 0.9 t\n",
+            r"run\.trec: documents of the run .*: 1 of 1, the first is",
+        ),
+    ):
+        (files / name).write_text(text)
+        with pytest.raises(SystemExit, match=message):
+            score(files, *excluded)
 
 
 def test_a_complete_mean_counts_judged_queries_that_the_run_lacks(files: Path) -> None:
@@ -302,6 +342,19 @@ def test_a_full_disk_is_named_and_leaves_no_results(
     assert list(output.rglob("*")) == []
 
 
+def test_an_evaluation_is_gathered_in_a_folder_that_nobody_has_put_there(tmp_path: Path) -> None:
+    output, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    (output / ".evaluation-killed" / "runs").mkdir(parents=True)
+    elsewhere.mkdir()
+    links = [output / ".evaluation.part", output / ".evaluation-link"]
+    for link in links:
+        link.symlink_to(elsewhere, target_is_directory=True)
+    with _replaced_evaluation(output) as part:
+        (part / "results.json").write_text("{}")
+        assert list(elsewhere.iterdir()) == []
+    assert sorted(output.iterdir()) == sorted([*links, output / "results.json", output / "runs"])
+
+
 @pytest.mark.parametrize("name", ["latent-K-2.trec", "per_query.tsv", "results.json"])
 def test_a_full_disk_leaves_the_older_evaluation_as_it_was(
     model: Path, evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -350,6 +403,42 @@ def test_a_single_query_has_no_control(
     main(arguments(model, data, tmp_path / "out", "--plot", "false"))
     assert "no control: " in capsys.readouterr().out
     assert list(read_evaluation(tmp_path / "out").scores) == RUNS[:4]
+
+
+def test_ids_are_counted_below_the_table_and_in_the_results(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_data(tmp_path / "towns", reasoning=False)
+    for name in ("queries.jsonl", "corpus.jsonl", "qrels/test.tsv"):
+        text = (data / name).read_text().replace("q0", "Kiel")
+        (data / name).write_text(text.replace("Kiel 1.txt", "Kiel"))  # the id of both
+    with (data / "qrels" / "test.tsv").open("a") as file:
+        file.write("q1\tUlm 1.txt \t1\n")
+    with (data / "queries.jsonl").open("a") as file:
+        file.write('{"_id": "unjudged", "text": "Where?", "instruction": ""}\n')
+    rewrites = write_rewrites(tmp_path / "rewrites.jsonl")
+    rewrites.write_text(rewrites.read_text().replace("q0", "Kiel"))
+    with rewrites.open("a") as file:
+        file.write('{"_id": "other", "rewrite": "So."}\n')
+    more = ["--rewrites", str(rewrites), "--plot", "false"]
+    main(arguments(model, data, tmp_path / "out", *more))
+    evaluation = read_evaluation(tmp_path / "out")
+    assert [
+        (c.what.split(", dropped")[0], c.count, c.of, c.first) for c in evaluation.id_counts
+    ] == [
+        ("judged documents that the corpus lacks", 1, 7, "Ulm 1.txt "),
+        ("relevant documents that the corpus lacks", 1, 6, "Ulm 1.txt "),
+        ("queries without judgements, left out", 1, 7, "unjudged"),
+        ("rewrites of no query of this split", 1, 7, "other"),
+        ("documents with the id of their query", 1, 6, "Kiel"),
+    ]
+    out = capsys.readouterr().out
+    assert all(f"\n{count}\n" in out for count in evaluation.id_counts)
+    for path in (tmp_path / "out" / "runs").glob("*.trec"):
+        run = read_trec_run(path)
+        assert len(run["Kiel"]) == 5
+        assert "Kiel" not in run["Kiel"]
+        assert "Kiel" in run["q1"]
 
 
 def test_texts_that_do_not_fit_are_counted_and_said(
@@ -478,6 +567,11 @@ def drop(name: str) -> Callable[[Path], object]:
         (drop("corpus.jsonl"), r"corpus\.jsonl is missing"),
         (spoil("corpus.jsonl", b"\n"), r"corpus\.jsonl: holds no document"),
         (
+            spoil("corpus.jsonl", b'{"_id": "a", "text": "t"}\n'),
+            r"\(test\): judged documents that the corpus lacks: 6 of 6, the first is 'Ulm 1\.txt': "
+            "not one matches. Those looked for are like 'a'; an id must be written alike",
+        ),
+        (
             spoil("corpus.jsonl", b'{"_id": "a\\tb", "text": "t"}\n'),
             r"corpus\.jsonl:1: document id 'a\\tb' holds a tab",
         ),
@@ -517,9 +611,13 @@ def test_every_domain_has_an_evaluation_and_the_table_their_mean(bright: Path) -
     assert list(biology.scores) == RUNS[:3]
     assert list(pony.scores) == [name for run in RUNS[:3] for name in (run, unrestricted(run))]
     assert {difference.run for difference in pony.differences} == {latent(2), latent(3)}
+    shown, notes = (bright / "domains.md").read_text().split("\n\n")
+    assert (
+        notes
+        == "pony, excluded documents that the corpus lacks: 1 of 2, the first is 'elsewhere'\n"
+    )
     header, _, *rows, means = (
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in (bright / "domains.md").read_text().splitlines()
+        [cell.strip() for cell in line.strip("|").split("|")] for line in shown.splitlines()
     )
     assert header == ["nDCG@10", *[latent(1), "nothing excluded", latent(2), "nothing excluded"]]
     shown = {row[0]: [float(cell) for cell in row[1:]] for row in rows}

@@ -6,7 +6,9 @@ import errno
 import fcntl
 import json
 import os
+import re
 import resource
+import secrets
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ from laser_jax.files import (
     flush,
     folder_written_whole,
     lock,
+    no_link,
     parts_of,
     read_state,
     read_state_lines,
@@ -75,12 +78,12 @@ def test_a_block_that_fails_leaves_no_part(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_writers_with_tags_do_not_meet(tmp_path: Path) -> None:
+def test_two_writers_do_not_meet(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    with written_whole(path, "a") as first, written_whole(path, "b") as second:
+    with written_whole(path) as first, written_whole(path) as second:
         first.write_text("first")
         second.write_text("second")
-        assert parts_of(tmp_path) == [first, second]
+        assert parts_of(tmp_path) == sorted([first, second])
     assert path.read_text() == "first"  # the last to end
     assert parts_of(tmp_path) == []
 
@@ -95,7 +98,8 @@ def happened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     fsync, replace = os.fsync, os.replace
 
     def flushed(descriptor: int) -> None:
-        events.append(("flush", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+        events.append(("flush", re.sub(r"\.[0-9a-f]{16}\.part$", ".part", name)))
         fsync(descriptor)
 
     def moved(source: Any, target: Any) -> None:
@@ -223,3 +227,30 @@ def test_without_locks_the_message_says_what_to_do(
         pytest.raises(OSError, match=r"has no locks, .*Choose a place on a local disk.*\.lock'"),
     ):
         lock(file, wait=False)
+
+
+def test_a_link_that_others_have_put_there_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("untouched")
+    for name in (".plan.json.part", ".plan.json.guessed.part", "lock"):
+        (tmp_path / name).symlink_to(victim)
+    write_atomically(tmp_path / "plan.json", "new")
+    with monkeypatch.context() as patch:
+        patch.setattr(secrets, "token_hex", lambda size: "guessed")
+        with pytest.raises(FileExistsError, match=r"plan\.json\.guessed\.part"):
+            write_atomically(tmp_path / "plan.json", "newer")
+    with pytest.raises(OSError, match="lock"):
+        no_link(str(tmp_path / "lock"), os.O_WRONLY)
+    assert (tmp_path / "plan.json").read_text() == "new"
+    assert victim.read_text() == "untouched"
+
+
+def test_the_part_of_a_killed_process_goes_when_the_file_is_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    abandoned, other = tmp_path / ".plan.json.0.part", tmp_path / ".report.json.0.part"
+    abandoned.touch()
+    other.touch()  # of another file, whose writer may come back to it
+    write_atomically(path, "text")
+    assert parts_of(tmp_path) == [other]

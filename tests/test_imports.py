@@ -15,7 +15,7 @@ PACKAGE = REPOSITORY / "laser_jax"
 
 # A module may import modules of the rows above its own; inside a folder there is no order.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"config", "files"}),
+    frozenset({"config", "files", "terminal"}),
     frozenset({"losses", "alignment", "sharding", "kernels"}),
     frozenset({"modeling"}),
     frozenset({"hf", "thinking"}),
@@ -51,7 +51,7 @@ PROGRAMS = frozenset(
 # `generation` writes the texts of the baseline that the method does without. `kernels` are faster
 # forms of what `modeling.attention` says plainly.
 OUTSIDE_CORE = frozenset(
-    {"config", "files", "data", "batch_encoder", "retriever", "generation", "search"}
+    {"config", "files", "terminal", "data", "batch_encoder", "retriever", "generation", "search"}
     | {"evaluation", "inspection", "corpus", "training", "kernels"}
 )
 CORE_LINES = 2_000

@@ -25,8 +25,7 @@ from laser_jax.search.trec import DatasetError
 from laser_jax.search.vectors import VectorsError, VectorsInfo
 
 SETTINGS = Settings(
-    VectorsInfo("model", "prompt", 3, "int8", 16),
-    texts="documents",
+    VectorsInfo("model", "prompt", 3, "int8", 16, "documents"),
     instruction=None,
     fields=Fields(),
     skip_bad_lines=False,
@@ -69,6 +68,11 @@ def test_a_corpus_that_fills_its_last_shard_has_no_empty_one(tmp_path: Path) -> 
 def test_a_plan_survives_writing_and_reading(tmp_path: Path) -> None:
     plan = plan_of(write(tmp_path / "c.jsonl", 10))
     (tmp_path / "plan.json").write_text(plan_text(plan))
+    assert read_plan(tmp_path) == plan
+    # older versions wrote down beside the other settings what is encoded
+    values = json.loads((tmp_path / "plan.json").read_text())
+    values["settings"]["texts"] = values["settings"]["info"].pop("role")
+    (tmp_path / "plan.json").write_text(json.dumps(values))
     assert read_plan(tmp_path) == plan
 
 

@@ -28,6 +28,7 @@ from laser_jax.evaluation.retrieval import (
 )
 from laser_jax.modeling.backbone import Backbone
 from laser_jax.search.trec import DatasetError
+from laser_jax.training.selection import score_dev
 
 SCRATCH = ScratchConfig(
     hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=16
@@ -128,6 +129,38 @@ def test_excluded_documents_are_in_no_run(encoder, prompts) -> None:
     for run in retrieval_runs(encoder, prompts, dataset, [1]).values():
         assert set(run["q0"]) == {"d0", "d2", "d3"}
         assert set(run["q1"]) == {"d0", "d1", "d2", "d3"}
+
+
+def test_a_query_that_is_a_document_is_not_its_own_answer(encoder, prompts) -> None:
+    """As in ArguAna, where the query's own text is in the corpus, under the query's id."""
+    query = EvalQuery("d1", TEXTS[1], instruction="", reasoning="North.", excluded_ids=("d3",))
+    dataset = BeirDataset(DOCUMENTS, {"q0": QUERIES[0], "d1": query}, {"d1": {"d2": 1}})
+    runs = retrieval_runs(encoder, prompts, dataset, [1, 2], nothing_excluded=True)
+    assert len(runs) == 6
+    for name, run in runs.items():
+        assert set(run["d1"]) == {"d0", "d2"} | ({"d3"} if "nothing excluded" in name else set())
+        assert set(run["q0"]) == {"d0", "d1", "d2", "d3"}
+    kept = dataclasses.replace(dataset, ignore_identical_ids=False)
+    assert set(retrieval_runs(encoder, prompts, kept, [1])["latent K=1"]["d1"]) == {
+        "d0",
+        "d1",
+        "d2",
+    }
+
+
+def test_the_dev_score_follows_beirs_rule(encoder, prompts) -> None:
+    """So the choice of a checkpoint does."""
+    query = EvalQuery("d1", TEXTS[1], instruction="")
+    best = retrieval_runs(
+        encoder, prompts, BeirDataset(DOCUMENTS, {"d1": query}, {"d1": {"d2": 1}}), [2]
+    )["latent K=2"]["d1"]
+    first = next(iter(best))
+    dev = BeirDataset(DOCUMENTS, {"d1": query}, {"d1": {first: 1, "d1": 0}})
+    assert score_dev(encoder, prompts, dev)["Hit@1"] == 1
+    only_itself = dataclasses.replace(dev, qrels={"d1": {"d1": 1}})
+    assert score_dev(encoder, prompts, only_itself)["nDCG@10"] == 0
+    kept = dataclasses.replace(only_itself, ignore_identical_ids=False)
+    assert score_dev(encoder, prompts, kept)["nDCG@10"] > 0
 
 
 def test_a_query_without_instruction_is_named(encoder, prompts) -> None:

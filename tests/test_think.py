@@ -15,6 +15,7 @@ from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
 from laser_jax.encoder import load_pretrained
 from laser_jax.evaluation.beir import Document
 from laser_jax.inspection.thought import (
+    PROGRAMS,
     Inspector,
     RankedDocument,
     Segment,
@@ -24,6 +25,7 @@ from laser_jax.inspection.thought import (
     load_corpus,
     rank_documents,
 )
+from laser_jax.search.trec import DatasetError
 from laser_jax.think import describe, main
 
 QUERY = "Where is Ulm?"
@@ -100,6 +102,22 @@ def test_what_is_given_wins_over_what_is_known(inspector: Inspector) -> None:
     assert thought.segments[0].text == "By the Danube."
 
 
+def test_few_programs_serve_all_lengths_and_numbers_of_steps(
+    inspector: Inspector, compilations
+) -> None:
+    """Anybody who can make a browser ask the page chooses both."""
+    of_three = inspector.think("Where is Kiel?", num_thinking_steps=3)
+    with compilations() as compiled:
+        longer = inspector.think("Where is Kiel on the sea?", num_thinking_steps=4)
+        again = inspector.think("Where is Kiel?", num_thinking_steps=3)
+    assert compiled == []
+    assert [len(thought.steps) for thought in (of_three, longer)] == [3, 4]
+    assert again == of_three
+    kept = inspector._program.cache_info()
+    assert kept.currsize <= kept.maxsize == PROGRAMS
+    assert kept.currsize == kept.misses  # none of so few was given up
+
+
 def test_a_cut_text_is_noted(inspector: Inspector) -> None:
     thought = inspector.think("Danube " * 900, reasoning="town " * 2000, num_thinking_steps=1)
     assert len(thought.notices) == 2
@@ -152,6 +170,42 @@ def test_equal_scores_rank_in_the_order_of_the_corpus() -> None:
     documents = [Document(name, name) for name in "ab"]
     ranked = rank_documents(np.array([[0.5, 0.5]]), documents, 2)
     assert [d.document.id for d in ranked] == ["a", "b"]
+
+
+def write_corpus(directory: Path, query: str, judged: str, excluded: list[str]) -> Path:
+    (directory / "qrels").mkdir(parents=True)
+    rows = [{"_id": id_, "text": f"{id_} lies on a river."} for id_ in ("ulm", "kiel")]
+    (directory / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    row = {"_id": query, "text": QUERY, "instruction": "", "excluded_ids": excluded}
+    (directory / "queries.jsonl").write_text(json.dumps(row) + "\n")
+    header = "query-id\tcorpus-id\tscore\n"
+    (directory / "qrels" / "test.tsv").write_text(f"{header}{query}\t{judged}\t1\n")
+    return directory
+
+
+def test_a_query_is_not_given_the_document_of_its_own_id(
+    thinking_model: Path, tmp_path: Path
+) -> None:
+    directory = write_corpus(tmp_path / "corpus", "ulm", "kiel", [])
+    for kept in (False, True):
+        corpus = load_corpus(directory, ignore_identical_ids=not kept)
+        inspector = Inspector(thinking_model, corpus, top_tokens=1, top_documents=5)
+        thought = inspector.think(QUERY, num_thinking_steps=1)
+        assert {d.document.id for d in thought.documents} == {"kiel"} | ({"ulm"} if kept else set())
+        assert ("Document 'ulm' has the query's own id" in " ".join(thought.notices)) is not kept
+
+
+def test_ids_of_a_corpus_that_match_nothing_are_counted_or_refused(tmp_path: Path) -> None:
+    directory = write_corpus(tmp_path / "some", "q", "ulm", ["kiel", "kiel "])
+    assert [str(count) for count in load_corpus(directory).unmatched] == [
+        "excluded documents that the corpus lacks: 1 of 2, the first is 'kiel '"
+    ]
+    for judged, excluded in (("Ulm", []), ("ulm", ["kiel "])):
+        directory = write_corpus(tmp_path / judged, "q", judged, excluded)
+        with pytest.raises(
+            DatasetError, match=f"{judged}: .* documents that the corpus lacks: 1 of 1"
+        ):
+            load_corpus(directory)
 
 
 def test_description_tells_the_closest_segment_and_from_which_rank_a_document_came() -> None:
@@ -234,6 +288,20 @@ def test_a_wrong_config_of_the_run_is_named_and_not_read_where_a_corpus_is(
     assert "name the corpus with --corpus DIR" in str(refused.value)
     main([*command, "--corpus", str(thinking_model.parent / "corpus")])
     assert "3 documents" in capsys.readouterr().out
+
+
+def test_texts_of_data_do_not_reach_the_terminal_as_commands(
+    thinking_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = write_corpus(tmp_path / "corpus", "q", "ulm", [])
+    rows = [{"_id": id_, "text": f"\x1b]52;c;aGk=\x07 \x9b2J {id_}"} for id_ in ("ulm", "ki\x1b[A")]
+    (directory / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["--model", str(thinking_model), "--text", QUERY, "--num_thinking_steps", "1"]
+    main([*command, "--corpus", str(directory), "--instruction", "\x1b[1mFind"])
+    out = capsys.readouterr().out
+    assert not set(out) & {"\x1b", "\x07", "\x9b"}
+    assert "instruction: \\x1b[1mFind" in out
+    assert "ki\\x1b[A: \\x1b]52;c;aGk=\\x07 \\x9b2J ki" in out
 
 
 def test_html_writes_a_page_that_stands_alone(thinking_model: Path, tmp_path: Path) -> None:

@@ -27,7 +27,14 @@ import pytest
 
 from laser_jax.evaluation.beir import Document
 from laser_jax.inspection.page import SHADES, Form, heat, moves, rank_chart, render_page
-from laser_jax.inspection.server import LARGEST_STEPS, PageServer, Site, answer
+from laser_jax.inspection.server import (
+    LARGEST_QUEUE,
+    LARGEST_STEPS,
+    PageServer,
+    Site,
+    _Handler,
+    answer,
+)
 from laser_jax.inspection.thought import (
     Inspector,
     RankedDocument,
@@ -352,6 +359,36 @@ def test_only_names_of_this_machine_are_served_on_loopback(server: PageServer) -
         assert get(server, "/", host)[0] == HTTPStatus.OK
     for host in ("evil.example", "127.0.0.1.evil.example", "10.0.0.1", "[::1"):
         assert get(server, "/", host)[0] == HTTPStatus.FORBIDDEN
+
+
+def test_a_silent_connection_ends_and_beyond_the_most_none_is_taken(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _Handler.timeout == 30
+    monkeypatch.setattr(_Handler, "timeout", 0.2)
+    address = {}
+    with PageServer("127.0.0.1", 0) as server, contextlib.ExitStack() as stack:
+        server.site = site
+        address = ("127.0.0.1", server.server_address[1])
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            before = threading.active_count()
+            half = [
+                stack.enter_context(socket.create_connection(address))
+                for _ in range(3 * LARGEST_QUEUE)
+            ]
+            for connection in half:
+                with contextlib.suppress(OSError):  # it was ended already
+                    connection.sendall(b"GET / HTTP/1.1\r\nHost: local")
+            assert threading.active_count() <= before + LARGEST_QUEUE
+            for connection in half:
+                with contextlib.suppress(OSError):
+                    assert connection.recv(1) == b""  # all are ended, without an answer
+            assert get(server, "/")[0] == HTTPStatus.OK
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_a_fault_is_shown_and_the_server_goes_on(

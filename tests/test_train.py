@@ -3,6 +3,7 @@ they refuse."""
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
 import json
@@ -242,6 +243,7 @@ def test_a_run_writes_its_config_metrics_and_results(full: Finished, lora: Finis
         assert results == finished.results
         assert set(results["scores"]) == {"latent K=1", "latent K=2", "explicit"}
         assert set(results["scores"]["explicit"]) == {"nDCG@10", "Recall@100", "Hit@1"}
+        assert results["id_counts"] == {"test": []}
         assert [line["step"] for line in metrics_of(finished.output)] == [1, 2, 3, 4]
         assert results["metrics"].items() >= metrics_of(finished.output)[-1].items()
         assert all(results["metrics"][rate] > 0 for rate in CLOCKED)
@@ -758,6 +760,22 @@ def test_a_query_without_instruction_is_named_before_training(
     message = refusal(arguments(tmp_path / "run", "--data.eval", str(folder)), capsys)
     assert "query q0 has no instruction" in message
     assert not (tmp_path / "run").exists()
+
+
+def test_both_rankings_follow_the_rule_on_ids_and_say_so(data, arguments, tmp_path, capsys) -> None:
+    folder = shutil.copytree(data, tmp_path / "data")
+    for name in ("queries.jsonl", "qrels/dev.tsv", "qrels/test.tsv"):
+        (folder / name).write_text((folder / name).read_text().replace("q1", "d2"))
+    more = ("--data.eval", str(folder), "--train.eval_every", "2")
+    parse = functools.partial(parse_command_line, Config, "train")
+    config = parse(arguments(tmp_path / "run", *more))
+    for dataset in program._read_evaluation(config):
+        assert dataset.exclusions()["d2"] == ("d2",)
+    out = capsys.readouterr().out
+    for split in ("dev", "test"):
+        assert f"({split}), documents with the id of their query, dropped from its ranking" in out
+    config = parse(arguments(tmp_path / "run", *more, "--data.ignore_identical_ids", "false"))
+    assert program._read_evaluation(config)[1].exclusions()["d2"] == ()
 
 
 def edit_json(path: Path, **changes: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from laser_jax.search import vectors
 from laser_jax.search.__main__ import main
 from laser_jax.search.codes import decode_vectors, encode_vectors
 from laser_jax.search.topk import search
@@ -32,7 +33,9 @@ from laser_jax.search.vectors import (
 
 pytest.importorskip("pyarrow")
 
-INFO = VectorsInfo("model", "prompt", num_thinking_steps=3, dtype="float32", dimension=16)
+INFO = VectorsInfo(
+    "model", "prompt", num_thinking_steps=3, dtype="float32", dimension=16, role="documents"
+)
 
 
 def unit_vectors(seed: int, count: int) -> np.ndarray:
@@ -72,7 +75,8 @@ def corpus(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def queries(tmp_path: Path) -> Path:
-    write_directory(tmp_path / "queries", QUERY_IDS, QUERIES, shards=1, num_thinking_steps=5)
+    of_queries = {"role": "queries", "num_thinking_steps": 5}
+    write_directory(tmp_path / "queries", QUERY_IDS, QUERIES, shards=1, **of_queries)
     return tmp_path / "queries"
 
 
@@ -264,14 +268,88 @@ def test_a_coarse_search_with_rescoring_finds_the_same(
     assert {q: set(r) for q, r in exact.items()} != {q: set(r) for q, r in signs.items()}
 
 
+def test_queries_are_not_searched_as_a_corpus_nor_documents_for(
+    corpus: Path, queries: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run.trec"
+    for pair in ((queries, corpus), (queries, queries)):
+        with pytest.raises(SystemExit, match="queries: holds vectors of queries, and documents"):
+            main(options(*pair, output))
+    with pytest.raises(SystemExit, match="corpus: holds vectors of documents, and queries are"):
+        main(options(corpus, corpus, output))
+    assert not output.exists()
+
+
+def test_a_manifest_of_an_older_version_is_told_its_role_by_hand(
+    corpus: Path, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:  # shards and manifest as they were written before roles
+        known = vectors.as_dict
+        patched.setattr(
+            vectors, "as_dict", lambda v: {k: x for k, x in known(v).items() if k != "role"}
+        )
+        write_directory(tmp_path / "old", DOCUMENT_IDS, DOCUMENTS, shards=2)
+    with pytest.raises(SystemExit, match=r'older versions did not. Add the line "role": "docume'):
+        main(options(tmp_path / "old", queries, tmp_path / "run.trec"))
+    path = tmp_path / "old" / "manifest.json"
+    path.write_text(json.dumps({"role": "documents"} | json.loads(path.read_text())))
+    main(options(tmp_path / "old", queries, tmp_path / "run.trec"))
+    main(options(corpus, queries, tmp_path / "new.trec"))
+    assert (tmp_path / "run.trec").read_text() == (tmp_path / "new.trec").read_text()
+    # a shard that says its role must have that of the manifest
+    path = corpus / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"role": "queries"}))
+    assert [fault.split(": ")[1] for fault in verify(corpus)] == [
+        "role is 'documents', and manifest.json says 'queries'"
+    ] * 3
+
+
+def test_a_query_is_not_given_the_document_of_its_own_id(
+    queries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = ["q3", *DOCUMENT_IDS[1:]]
+    write_directory(tmp_path / "same", ids, DOCUMENTS, shards=2)
+    output = tmp_path / "run.trec"
+    main(options(tmp_path / "same", queries, output, "--k", "49"))
+    run = read_trec_run(output)
+    assert set(run["q3"]) == set(ids) - {"q3"}
+    assert sum("q3" in ranking for ranking in run.values()) >= 5  # others may have it
+    said = "documents with the id of their query, dropped from its ranking (BEIR's rule): 1 of 7"
+    assert said in capsys.readouterr().out
+    main(options(tmp_path / "same", queries, output, "--ignore_identical_ids", "false"))
+    assert set(read_trec_run(output)["q3"]) == set(ids)
+    assert "kept (ignore_identical_ids false): 1 of 7" in capsys.readouterr().out
+
+
+def test_exclusions_that_match_nothing_are_said_or_refused(
+    corpus: Path, queries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    excluded = tmp_path / "excluded.tsv"
+    excluded.write_text(f"q1\t{DOCUMENT_IDS[3]}\nq1\t{DOCUMENT_IDS[4]} \nother\tx\n")
+    main(options(corpus, queries, tmp_path / "run.trec", "--excluded", str(excluded)))
+    out = capsys.readouterr().out
+    assert "queries with exclusions that have no vector: 1 of 2, the first is 'other'" in out
+    lacking = f"{DOCUMENT_IDS[4]} "
+    assert f"excluded documents that the corpus lacks: 1 of 2, the first is {lacking!r}" in out
+    for text, message in (
+        (f"other\t{DOCUMENT_IDS[3]}\n", "queries with exclusions.*like 'q0'.*leave the list away"),
+        (f"q1\t{DOCUMENT_IDS[3]} \n", r"excluded\.tsv: excluded documents that the corpus lacks"),
+    ):
+        excluded.write_text(text)
+        with pytest.raises(SystemExit, match=message):
+            main(options(corpus, queries, tmp_path / "run.trec", "--excluded", str(excluded)))
+
+
 def test_the_program_refuses_what_cannot_be_compared(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "run.trec"
-    write_directory(tmp_path / "other", QUERY_IDS, QUERIES, shards=1, model_hash="other")
+    write_directory(
+        tmp_path / "other", QUERY_IDS, QUERIES, shards=1, role="queries", model_hash="other"
+    )
     with pytest.raises(SystemExit, match=r"error: model_hash of .*other.*cannot be compared"):
         main(options(corpus, tmp_path / "other", output))
-    write_directory(tmp_path / "blank", ["q 1"], QUERIES[:1], shards=1)
+    write_directory(tmp_path / "blank", ["q 1"], QUERIES[:1], shards=1, role="queries")
     with pytest.raises(SystemExit, match="query id 'q 1' holds a blank"):
         main(options(corpus, tmp_path / "blank", output))
     write_directory(tmp_path / "empty", [], QUERIES[:0], shards=1)
@@ -304,17 +382,24 @@ def test_an_exported_index_finds_what_exact_search_finds(
     index = faiss_index.FaissIndex.load(tmp_path / "index")
     if factory != "Flat":
         index.index.nprobe = 2  # look into every list
-    run = index.search(QUERIES, QUERY_IDS, 10)
+    excluded = {"q1": DOCUMENT_IDS[:40]}
+    run = index.search(QUERIES, QUERY_IDS, 10, excluded)
     decoded = decode_vectors(encode_vectors(DOCUMENTS, dtype), dtype)
-    wanted = search(QUERIES, decoded, QUERY_IDS, DOCUMENT_IDS, 10, {})
+    wanted = search(QUERIES, decoded, QUERY_IDS, DOCUMENT_IDS, 10, excluded)
     assert {q: list(r) for q, r in run.items()} == {q: list(r) for q, r in wanted.items()}
     assert run["q0"] == pytest.approx(wanted["q0"], abs=1e-6)
 
 
 def test_an_index_that_finds_fewer_gives_fewer(corpus: Path, tmp_path: Path, faiss_index) -> None:
     faiss_index.export_faiss(corpus, tmp_path / "index")
-    run = faiss_index.FaissIndex.load(tmp_path / "index").search(QUERIES, QUERY_IDS, 60)
+    run = faiss_index.FaissIndex.load(tmp_path / "index").search(QUERIES, QUERY_IDS, 60, {})
     assert [len(ranking) for ranking in run.values()] == [50] * 7
+
+
+def test_queries_are_not_exported_as_an_index(queries: Path, tmp_path: Path, faiss_index) -> None:
+    with pytest.raises(VectorsError, match="holds vectors of queries, and documents are wanted"):
+        faiss_index.export_faiss(queries, tmp_path / "index")
+    assert not (tmp_path / "index").exists()
 
 
 def test_index_and_ids_that_do_not_belong_together_are_refused(

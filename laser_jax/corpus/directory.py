@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -36,7 +35,7 @@ from laser_jax.corpus.plan import (
     read_plan,
     require_same_corpus,
 )
-from laser_jax.files import lock, parts_of, read_state, write_atomically
+from laser_jax.files import lock, no_link, parts_of, read_state, write_atomically
 from laser_jax.search.vectors import (
     MANIFEST_FILE,
     Manifest,
@@ -76,12 +75,10 @@ class CorpusDirectory:
 
     Attributes:
         path: where it is.
-        tag: tells this process's temporary files from those of others.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.tag = secrets.token_hex(4)
 
     @property
     def _work(self) -> Path:
@@ -132,7 +129,7 @@ class CorpusDirectory:
         if read_state(seen, list) != stamp:
             require_same_corpus(corpus, plan, advance)
             with contextlib.suppress(FileNotFoundError):  # a finished directory has no such folder
-                write_atomically(seen, json.dumps(stamp), self.tag)
+                write_atomically(seen, json.dumps(stamp))
         return plan
 
     @property
@@ -163,8 +160,8 @@ class CorpusDirectory:
         plan = make_plan(corpus, settings, skipped=skipped, folder=self._work, advance=advance)
         if _stamp(corpus) != stamp:
             raise VectorsError(f"{corpus.files[0]}: the corpus was changed while it was read")
-        write_atomically(self._work / _CORPUS_FILE, json.dumps(stamp), self.tag)
-        write_atomically(self.path / PLAN_FILE, plan_text(plan), self.tag)
+        write_atomically(self._work / _CORPUS_FILE, json.dumps(stamp))
+        write_atomically(self.path / PLAN_FILE, plan_text(plan))
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -172,7 +169,7 @@ class CorpusDirectory:
         nothing breaks where there is none. If no plan comes out of it, nothing stays."""
         made = [path for path in (self.path, *self.path.parents) if not path.exists()]
         self._work.mkdir(parents=True, exist_ok=True)
-        with (self._work / "lock").open("w") as file:
+        with open(self._work / "lock", "w", opener=no_link) as file:
             with contextlib.suppress(OSError):
                 lock(file, wait=True)
             try:
@@ -219,7 +216,7 @@ class CorpusDirectory:
         """Records that a shard's file was written."""
         if not self.is_finished:
             try:
-                write_atomically(self._record_path(number), json.dumps(vars(record)), self.tag)
+                write_atomically(self._record_path(number), json.dumps(vars(record)))
                 return
             except FileNotFoundError:
                 if not self.is_finished:  # by another process just now, which removed the folder
@@ -259,9 +256,9 @@ class CorpusDirectory:
             "shard": ["tokens", "truncated"],
             "shards": [[r.tokens, r.truncated] for r in records],
         }
-        write_atomically(self.path / REPORT_FILE, json.dumps(report) + "\n", self.tag)
+        write_atomically(self.path / REPORT_FILE, json.dumps(report) + "\n")
         entries = tuple(_entry(number, record) for number, record in enumerate(records))
-        write_manifest(self.path, Manifest(info, entries), self.tag)
+        write_manifest(self.path, Manifest(info, entries))
 
     def _final_records(self) -> list[Record]:
         shards = read_manifest(self.path).shards

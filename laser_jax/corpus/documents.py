@@ -19,6 +19,7 @@ from laser_jax.evaluation.beir import (
 from laser_jax.search.trec import DatasetError, open_lines, raw_lines
 
 _ROWS_PER_READ = 1024
+_BEIR = {"documents": "corpus.jsonl", "queries": "queries.jsonl"}
 _LINES, _ROWS = (".jsonl", ".jsonl.gz"), (".parquet",)
 
 
@@ -158,24 +159,38 @@ class Corpus:
             return None
 
 
-def _files(path: Path, texts: str) -> list[Path]:
+def _files(path: Path, texts: Literal["documents", "queries"]) -> list[Path]:
+    names = {role: (name, f"{name}.gz") for role, name in _BEIR.items()}
     if path.is_file():
         if not path.name.endswith((*_LINES, *_ROWS)):
             raise DatasetError(f"{path}: a .jsonl, .jsonl.gz or .parquet is wanted")
+        for role, of_role in names.items():
+            if role != texts and path.name in of_role:
+                raise DatasetError(
+                    f"{path}: a file of this name holds {role}, and {texts} are wanted: encode it "
+                    f"with --texts {role}, or give it another name"
+                )
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is neither a file nor a directory")
-    beir = "corpus.jsonl" if texts == "documents" else "queries.jsonl"
-    for name in (beir, f"{beir}.gz"):
-        if (path / name).is_file():
-            return [path / name]
     files = sorted(p for p in path.iterdir() if p.is_file())
+    beir, wanted = [p for p in files if p.name in names[texts]], _BEIR[texts]
+    if len(beir) == 1:
+        return beir
+    if beir:
+        raise DatasetError(f"{path}: holds both {wanted} and {wanted}.gz: name one of them")
+    others = {name for of_role in names.values() for name in of_role} & {p.name for p in files}
+    if others or (path / "qrels").is_dir():
+        raise FileNotFoundError(
+            f"{path / wanted} is missing: with {min(others, default='qrels')} the directory is one "
+            f"of BEIR, whose {texts} are there or in {wanted}.gz. Restore it, or name a file"
+        )
     kinds = [[p for p in files if p.name.endswith(endings)] for endings in (_LINES, _ROWS)]
     found = [kind for kind in kinds if kind]
     if len(found) != 1:
         what = "both JSON lines and Parquet: name one file" if found else "nothing to read"
         raise DatasetError(
-            f"{path}: holds {what}. A directory of BEIR ({beir}), of .jsonl(.gz) files or of "
+            f"{path}: holds {what}. A directory of BEIR ({wanted}), of .jsonl(.gz) files or of "
             ".parquet files is wanted"
         )
     return found[0]

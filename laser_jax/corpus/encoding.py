@@ -188,6 +188,7 @@ def _vectors_info(
         num_thinking_steps=config.num_thinking_steps or model.num_thinking_steps,
         dtype=config.dtype,
         dimension=model.backbone.hidden_size,
+        role=config.texts,
     )
 
 
@@ -275,9 +276,7 @@ class ShardEncoder:
         directory = self._directory
         origin = self._plan.origin(number, tally.tokens, tally.truncated)
         try:
-            shard = write_shard(
-                directory.path, name, ids, codes_CD, info, directory.tag, origin=origin
-            )
+            shard = write_shard(directory.path, name, ids, codes_CD, info, origin=origin)
         except FileNotFoundError:
             if directory.is_finished:  # by others, who took our part for one of a killed process
                 return directory.finished_shards([number])[number]

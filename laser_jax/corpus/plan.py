@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from laser_jax.config import as_dict, from_dict
 from laser_jax.corpus.documents import Corpus, Fields, Located, Place
@@ -20,7 +20,7 @@ from laser_jax.evaluation.beir import Document, EvalQuery
 from laser_jax.files import read_state
 from laser_jax.search.repeated_ids import RepeatedIds, id_hash
 from laser_jax.search.trec import DatasetError
-from laser_jax.search.vectors import VectorsError, VectorsInfo
+from laser_jax.search.vectors import Role, VectorsError, VectorsInfo
 
 PLAN_FILE = "plan.json"
 _FORMAT, _VERSION = "laser_jax corpus plan", 1
@@ -32,7 +32,6 @@ class Settings:
     write into one directory."""
 
     info: VectorsInfo
-    texts: Literal["documents", "queries"]
     instruction: str | None
     fields: Fields
     skip_bad_lines: bool
@@ -40,6 +39,11 @@ class Settings:
     batch_size: int
     batch_tokens: int
     length_multiple: int
+
+    @property
+    def texts(self) -> Role:
+        """What is encoded."""
+        return self.info.role
 
 
 @dataclass(frozen=True)
@@ -265,6 +269,8 @@ def read_plan(directory: Path) -> Plan:
     if found != (_FORMAT, _VERSION):
         raise VectorsError(f"{path}: wanted {(_FORMAT, _VERSION)}, got {found}")
     try:
+        if "texts" in values["settings"]:  # where older versions put what is the role now
+            values["settings"]["info"]["role"] = values["settings"].pop("texts")
         return Plan(
             from_dict(Settings, values["settings"], source=f"{path}: settings"),
             tuple(values["files"]),

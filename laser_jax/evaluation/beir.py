@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from laser_jax.evaluation.metrics import Qrels
+from laser_jax.search.matching import (
+    IdCount,
+    count_ids,
+    exclusions,
+    identical_count,
+    unmatched,
+)
 from laser_jax.search.trec import (
     DatasetError,
     document_id_fault,
@@ -61,6 +68,34 @@ class BeirDataset:
     documents: list[Document]
     queries: dict[str, EvalQuery]
     qrels: Qrels
+    unmatched: tuple[IdCount, ...] = ()
+    """Ids that match nothing (see `judged_split`)."""
+    ignore_identical_ids: bool = True
+    """BEIR's rule: a query is not given the document that has its own id."""
+
+    def exclusions(self, *, nothing_excluded: bool = False) -> dict[str, Collection[str]]:
+        """Query id -> documents that no ranking of it holds.
+
+        Args:
+            nothing_excluded: leaves out what queries exclude by their `excluded_ids`.
+        """
+        excluded = {} if nothing_excluded else {q.id: q.excluded_ids for q in self.queries.values()}
+        return exclusions(excluded, self._identical() if self.ignore_identical_ids else ())
+
+    @property
+    def id_counts(self) -> tuple[IdCount, ...]:
+        """What the footer of a table says about ids."""
+        identical = self._identical()
+        relevant = [q for q in identical if self.qrels.get(q, {}).get(q, 0) >= 1]
+        return (
+            *self.unmatched,
+            *identical_count(self.queries, identical, self.ignore_identical_ids),
+            *count_ids("of those, judged relevant to it", identical, relevant),
+        )
+
+    def _identical(self) -> list[str]:
+        documents = {document.id for document in self.documents}
+        return [query for query in self.queries if query in documents]
 
 
 def parse_rows(
@@ -315,20 +350,66 @@ def read_qrels(directory: str | Path, split: str) -> Qrels:
     return read_qrels_file(path)
 
 
+def judged_split(
+    where: object,
+    documents: list[Document],
+    queries: Mapping[str, EvalQuery],
+    qrels: Qrels,
+    *,
+    refuse_excluded: bool = True,
+) -> BeirDataset:
+    """The dataset of those queries that are judged, with the ids that match nothing counted.
+
+    Args:
+        where: the directory, which the message names.
+        refuse_excluded: whether it is an error that no excluded document is in the corpus.
+
+    Raises:
+        DatasetError: no judged document, no relevant one or no excluded one is in the corpus.
+    """
+    known = {document.id for document in documents}
+    judged = dict.fromkeys(document for grades in qrels.values() for document in grades)
+    relevant = dict.fromkeys(d for ds in qrels.values() for d, grade in ds.items() if grade >= 1)
+    lacking = unmatched("judged documents that the corpus lacks", judged, known, where)
+    if relevant.keys() != judged.keys():
+        what = "relevant documents that the corpus lacks"
+        lacking += unmatched(what, relevant, known, where)
+    kept = {id_: query for id_, query in queries.items() if id_ in qrels}
+    excluded = [document for query in kept.values() for document in query.excluded_ids]
+    return BeirDataset(
+        documents,
+        kept,
+        {id_: grades for id_, grades in qrels.items() if id_ in queries},
+        (
+            *lacking,
+            *unmatched(
+                "excluded documents that the corpus lacks",
+                excluded,
+                known,
+                where,
+                refuse_all=refuse_excluded,
+            ),
+            *unmatched("queries without judgements, left out", queries, qrels, where),
+            *unmatched("judged queries that are not there, left out", qrels, queries, where),
+        ),
+    )
+
+
 def read_beir(
     directory: str | Path, split: str, *, skipped: list[str] | None = None
 ) -> BeirDataset:
     """Reads one split of a BEIR directory; of the queries, those that have qrels in it.
 
     A judged document that the corpus lacks (ArguAna has some) stays in the qrels, as it does for
-    trec_eval, and counts as never retrieved.
+    trec_eval, and counts as never retrieved. Ids that match nothing are counted (`judged_split`).
 
     Args:
         skipped: as in `read_corpus`. A judged query whose line was left out is left out too.
 
     Raises:
         FileNotFoundError: when a file is missing.
-        DatasetError: when a file cannot be used, or a judged query is not in queries.jsonl.
+        DatasetError: when a file cannot be used, a judged query is not in queries.jsonl, or no
+            judged document is in corpus.jsonl.
     """
     qrels = read_qrels(directory, split)
     bad: list[str] | None = None if skipped is None else []
@@ -342,8 +423,4 @@ def read_beir(
     documents = read_corpus(directory, skipped=bad)
     if skipped is not None:
         skipped += bad or ()
-    return BeirDataset(
-        documents=documents,
-        queries={id_: query for id_, query in queries.items() if id_ in qrels},
-        qrels={id_: grades for id_, grades in qrels.items() if id_ in queries},
-    )
+    return judged_split(f"{directory} ({split})", documents, queries, qrels)

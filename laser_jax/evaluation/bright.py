@@ -25,6 +25,7 @@ from laser_jax.evaluation.beir import (
     EvalQuery,
     json_lines,
     json_object,
+    judged_split,
     parse_rows,
     require_document_id,
     require_query_id,
@@ -137,7 +138,8 @@ def read_bright(
     Raises:
         FileNotFoundError: a file is missing; names the domains, or the rewrites, that are there.
         DatasetError: a missing column, a row of another form, a gold document that the corpus
-            lacks or that is excluded too, an id that stands twice, or an empty file.
+            lacks or that is excluded too, an id that stands twice, or an empty file; the corpus
+            lacks every excluded document.
         ImportError: Parquet without pyarrow.
     """
     source = _documents(long_documents)
@@ -169,10 +171,12 @@ def read_bright(
     rows = _read(directory, rewrites or EXAMPLES, domain, columns, parse, skipped)
     queries = unique(((where, query) for where, (query, _) in rows), "query")
     qrels = {query.id: dict.fromkeys(gold, 1) for _, (query, gold) in rows if gold}
-    return BeirDataset(
-        documents=list(documents.values()),
-        queries={id_: query for id_, query in queries.items() if id_ in qrels},
-        qrels=qrels,
+    return judged_split(
+        f"{directory} ({domain})",
+        list(documents.values()),
+        queries,
+        qrels,
+        refuse_excluded=not long_documents,  # exclusions name passages
     )
 
 

@@ -17,6 +17,7 @@ import jsonargparse
 
 from laser_jax.config import as_dict
 from laser_jax.files import write_atomically
+from laser_jax.search.matching import IdCount
 from laser_jax.search.trec import DatasetError, text_lines
 
 RESULTS_FILE, PER_QUERY_FILE = "results.json", "per_query.tsv"
@@ -67,6 +68,9 @@ class Evaluation:
     shortened: dict[str, int] = field(default_factory=dict)
     """`documents`, or `queries` and how they were read -> how many did not fit into the model's
     limits and lost their ends; empty in files of older versions."""
+    id_counts: list[IdCount] = field(default_factory=list)
+    """Ids that match nothing, and documents with their query's id; empty in files of older
+    versions."""
 
 
 def model_name(directory: str | Path) -> str:

@@ -246,7 +246,7 @@ def rank_ways(
         ways: as `query_ways` and `rewrite_ways` make them.
         depth: documents kept of each ranking.
         nothing_excluded: adds every run once more, named by `unrestricted`, with the documents
-            that queries exclude.
+            that queries exclude. BEIR's rule on identical ids holds in both.
         progress: shows bars on a terminal.
 
     Returns:
@@ -262,14 +262,17 @@ def rank_ways(
     read_at = {way.documents_at or k for way in ways.values() for k in way.steps}
     document_vectors = embed([document_rows[i] for i in order], "documents", sorted(read_at))
 
-    excluded = {query.id: query.excluded_ids for query in dataset.queries.values()}
+    excluded = dataset.exclusions()
+    of_identical = dataset.exclusions(nothing_excluded=True)
     # where processes share the mesh, each has all the vectors and searches for itself
     mesh = device_mesh(encoder.mesh.local_devices) if encoder.mesh is not None else None
     runs: dict[str, Run] = {}
     for way_name, way in ways.items():
         for k, vectors in embed(way.rows, f"queries, {way_name}", way.steps).items():
             name = latent(k) if way_name == "latent" else way_name
-            rankings = {name: excluded} | ({unrestricted(name): {}} if nothing_excluded else {})
+            rankings = {name: excluded}
+            if nothing_excluded:
+                rankings[unrestricted(name)] = of_identical
             for run, removed in rankings.items():
                 runs[run] = search(
                     vectors,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket
+import sys
 import threading
 import traceback
 from dataclasses import dataclass
@@ -19,9 +20,14 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 
 from laser_jax.inspection.page import Form, render_page
 from laser_jax.inspection.thought import Inspector
+from laser_jax.terminal import printable
 
 LARGEST_STEPS = 32
-"""A page with more columns cannot be read, and each new K compiles a program."""
+"""A page with more columns cannot be read."""
+LARGEST_QUEUE = 32
+"""Connections at a time, each of which has a thread."""
+_SECONDS = 30
+"""How long a connection may say nothing, or take nothing."""
 _EXAMPLES = 8
 _MENDS: dict[int | None, str] = {
     errno.EADDRINUSE: "end what holds it, or choose another with --port (0 takes any free one)",
@@ -129,7 +135,7 @@ class PageServer(ThreadingHTTPServer):
     """Listens from its creation on; answers once `site` is set and `serve_forever` runs.
 
     A browser opens connections that it does not use, so each has a thread; the model has one at a
-    time.
+    time. One that is silent is ended, and beyond `LARGEST_QUEUE` none is taken.
 
     Attributes:
         local_only: it listens on the loopback.
@@ -145,6 +151,7 @@ class PageServer(ThreadingHTTPServer):
             OSError: host or port cannot be had; says how to mend it.
         """
         self.model_lock = threading.Lock()
+        self._free = threading.Semaphore(LARGEST_QUEUE)
         try:
             self.address_family, address = _resolved(host, port)
             super().__init__(address, _Handler)
@@ -158,9 +165,23 @@ class PageServer(ThreadingHTTPServer):
         self.local_only = ipaddress.ip_address(bound).is_loopback
         self.url = f"http://[{bound}]:{port}/" if ":" in bound else f"http://{bound}:{port}/"
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Starts the thread of a connection, or ends the connection where there are too many."""
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
 
 class _Handler(BaseHTTPRequestHandler):
     server: PageServer
+    timeout = _SECONDS
 
     def do_GET(self) -> None:
         # Another site can make a browser ask here under a name of its own, and read what comes
@@ -174,7 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
             with self.server.model_lock:
                 reply = answer(site, self.path)
         except Exception as error:  # a fault of ours: the page says so, the terminal where
-            traceback.print_exc()
+            print(printable(traceback.format_exc()), file=sys.stderr)
             text = f"{type(error).__name__}: {error}. The terminal shows where."
             html = render_page(model=site.model, corpus=site.corpus, error=text)
             reply = Reply(HTTPStatus.INTERNAL_SERVER_ERROR, html)

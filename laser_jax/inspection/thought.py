@@ -6,9 +6,11 @@ concern of this file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +18,13 @@ import numpy as np
 
 from laser_jax.batch_encoder import LatentEncoder
 from laser_jax.config import Pooling, appended_thoughts
+from laser_jax.data.buckets import Buckets
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, right_pad
 from laser_jax.encoder import backbone_for, load_pretrained
 from laser_jax.evaluation.beir import (
     Document,
     EvalQuery,
+    judged_split,
     read_corpus,
     read_qrels_file,
     read_queries,
@@ -29,11 +33,12 @@ from laser_jax.evaluation.metrics import Qrels
 from laser_jax.losses import normalize, pool
 from laser_jax.modeling.backbone import Variables
 from laser_jax.retriever import LatentRetriever
+from laser_jax.search.matching import IdCount, exclusions
 from laser_jax.thinking import TopTokens, top_tokens
 from laser_jax.views import explicit_view, latent_view
 
-# Rows and positions are padded to multiples of this, so that few shapes are compiled.
-_PAD_TO = 8
+PROGRAMS = 16
+"""Compiled programs that are kept; beyond it the one that was used longest ago is given up."""
 
 
 @dataclass(frozen=True)
@@ -113,13 +118,23 @@ class Corpus:
     queries: list[EvalQuery] = field(default_factory=list)
     qrels: Qrels = field(default_factory=dict)
     """Of all splits."""
+    unmatched: tuple[IdCount, ...] = ()
+    """Ids that match nothing."""
+    ignore_identical_ids: bool = True
+    """BEIR's rule: a query is not given the document that has its own id."""
 
     def query_of(self, text: str) -> EvalQuery | None:
         """The first query with this text."""
         return next((query for query in self.queries if query.text == text), None)
 
+    def own_document(self, query: EvalQuery) -> str | None:
+        """The document that BEIR's rule keeps from the query, by its id; None without one."""
+        if self.ignore_identical_ids and any(d.id == query.id for d in self.documents):
+            return query.id
+        return None
 
-def load_corpus(directory: str | Path) -> Corpus:
+
+def load_corpus(directory: str | Path, *, ignore_identical_ids: bool = True) -> Corpus:
     """Reads a BEIR directory of which only `corpus.jsonl` is a must.
 
     Raises:
@@ -127,14 +142,16 @@ def load_corpus(directory: str | Path) -> Corpus:
     """
     directory = Path(directory)
     documents = read_corpus(directory)
-    queries = (
-        list(read_queries(directory).values()) if (directory / "queries.jsonl").is_file() else []
-    )
+    queries = read_queries(directory) if (directory / "queries.jsonl").is_file() else {}
     qrels: Qrels = {}
     for path in sorted((directory / "qrels").glob("*.tsv")):
         for query, grades in read_qrels_file(path).items():
             qrels.setdefault(query, {}).update(grades)
-    return Corpus(directory, documents, queries, qrels)
+    counts: tuple[IdCount, ...] = ()
+    if queries:
+        judged = qrels or {query: {} for query in queries}
+        counts = judged_split(directory, documents, queries, judged).unmatched
+    return Corpus(directory, documents, list(queries.values()), qrels, counts, ignore_identical_ids)
 
 
 def rank_documents(
@@ -208,8 +225,15 @@ class Inspector:
         self._vectors_CD = self._embed(variables, corpus)
         self._backbone = backbone_for(self.config, variables)
         self._variables = jax.device_put(variables)
-        self._think = jax.jit(self._latent_steps, static_argnums=3)
-        self._read = jax.jit(self._segment_states)
+        self._width = Buckets().width  # the encoder's own
+        self._program = lru_cache(PROGRAMS)(self._jitted)
+
+    def _jitted(self, kind: Literal["think", "read"], *shape: int) -> Callable[..., Any]:
+        """A function of one shape, whose program goes when the function does. Of "think" it is the
+        width of the row and K, of "read" the widths of row and positions."""
+        if kind == "think":
+            return jax.jit(partial(self._latent_steps, steps=shape[1]))
+        return jax.jit(partial(self._segment_states))
 
     def _embed(self, variables: Variables, corpus: Corpus | None) -> np.ndarray:
         # The retriever is made without a corpus too: it refuses a tokenizer that is not the model's
@@ -287,11 +311,15 @@ class Inspector:
                 f"The query was cut: it takes {prompt.whole_length} tokens, and "
                 f"prompt.query_max_length is {self.config.prompt.query_max_length}."
             )
-        rows = right_pad([prompt.ids], self._prompts.pad_id, _PAD_TO)
-        states, prefixes, tokens = jax.device_get(self._think(self._variables, *rows, K))
+        if self.corpus and (own := self.corpus.own_document(known)) is not None:
+            notices.append(
+                f"Document {own!r} has the query's own id and is left out (BEIR's rule; "
+                "ignore_identical_ids false keeps it)."
+            )
+        states, prefixes, tokens = self._thoughts(prompt.ids, K)
         segments: tuple[Segment, ...] = ()
         if reasoning and reasoning.strip():
-            segments, cut = self._segments(query, instruction, reasoning, states[0])
+            segments, cut = self._segments(query, instruction, reasoning, states)
             if cut:
                 notices.append(
                     "The written chain of thought was cut: with the query it takes more than "
@@ -304,11 +332,20 @@ class Inspector:
             pooling=self.config.pooling,
             steps=self._steps(tokens),
             segments=segments,
-            documents=self._rank(known, prefixes[0]),
+            documents=self._rank(known, prefixes),
             top_documents=self._top_documents,
             corpus_size=len(self._vectors_CD),
             notices=tuple(notices),
         )
+
+    def _thoughts(self, ids: list[int], K: int) -> tuple[np.ndarray, np.ndarray, TopTokens]:
+        """What `_latent_steps` gives for one row: [K, D] twice and tokens [1, K, n]. No step sees
+        a later one, so the program of the next power of two serves every K up to it."""
+        width, steps = self._width(len(ids)), 1 << (K - 1).bit_length()
+        rows = right_pad([ids], self._prompts.pad_id, width)
+        found = self._program("think", width, steps)(self._variables, *rows)
+        states, prefixes, tokens = jax.tree.map(lambda array: array[:, :K], jax.device_get(found))
+        return states[0], prefixes[0], tokens
 
     def _steps(self, tokens: TopTokens) -> tuple[Step, ...]:
         decode = self._prompts.tokenizer.decode
@@ -329,9 +366,11 @@ class Inspector:
         explicit = self._prompts.explicit(query, instruction, reasoning)
         last = len(explicit.ids) - 1
         ends = sorted({*explicit.segment_ends, last})  # the explicit view itself is read at `last`
-        rows = right_pad([explicit.ids], self._prompts.pad_id, _PAD_TO)
-        ends_BM, _ = right_pad([ends], last, _PAD_TO)
-        ends_MD = np.asarray(self._read(self._variables, *rows, ends_BM))[0, : len(ends)]
+        widths = self._width(len(explicit.ids)), self._width(len(ends))
+        rows = right_pad([explicit.ids], self._prompts.pad_id, widths[0])
+        ends_BM, _ = right_pad([ends], last, widths[1])
+        read = self._program("read", *widths)(self._variables, *rows, ends_BM)
+        ends_MD = np.asarray(read)[0, : len(ends)]
         cosine_MK = ends_MD @ states_KD.T
         starts = [explicit.query_length, *(end + 1 for end in ends)]
         texts = [
@@ -347,10 +386,12 @@ class Inspector:
         if self.corpus is None:
             return ()
         grades = self.corpus.qrels.get(known.id, {})
+        own = self.corpus.own_document(known)
+        excluded = exclusions({known.id: known.excluded_ids}, [] if own is None else [own])
         return rank_documents(
             prefixes_KD @ self._vectors_CD.T,
             self.corpus.documents,
             self._top_documents,
             relevant=frozenset(id_ for id_, grade in grades.items() if grade > 0),
-            excluded=frozenset(known.excluded_ids),
+            excluded=frozenset(excluded[known.id]),
         )

@@ -7,8 +7,7 @@ The corpus is read shard by shard and searched on all devices of this machine.
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,9 +17,11 @@ from tqdm import tqdm
 
 from laser_jax.config import ConfigError, parse_command_line
 from laser_jax.search.codes import decode_vectors
+from laser_jax.search.matching import exclusions, identical_count, unmatched
 from laser_jax.search.topk import DEFAULT_CHUNK, Chunk, device_mesh, search_chunks
 from laser_jax.search.trec import Run, read_excluded, trec_order, write_trec_run
 from laser_jax.search.vectors import VectorsError, read_ids, read_manifest, read_shards
+from laser_jax.terminal import fail
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class SearchOptions:
     excluded: str | None = None
     """Documents that a query must not be given: a queries.jsonl with `excluded_ids`, or a .tsv of
     query and document id."""
+    ignore_identical_ids: bool = True
+    """BEIR's rule: a query is not given the document that has its own id."""
     code: Literal["stored", "float16", "int8", "binary"] = "stored"
     """What to search with; other than as stored, it is an approximation."""
     oversample: int = 0
@@ -63,7 +66,8 @@ def search_directories(options: SearchOptions) -> Run:
     Raises:
         FileNotFoundError, VectorsError, DatasetError: bad input; the message names it.
     """
-    corpus, queries = read_manifest(options.corpus_vectors), read_manifest(options.query_vectors)
+    corpus = read_manifest(options.corpus_vectors, "documents")
+    queries = read_manifest(options.query_vectors, "queries")
     for directory, manifest in (
         (options.corpus_vectors, corpus),
         (options.query_vectors, queries),
@@ -77,7 +81,6 @@ def search_directories(options: SearchOptions) -> Run:
                 f"{key} of {options.query_vectors} is {of_queries!r}, that of "
                 f"{options.corpus_vectors} {of_corpus!r}: their vectors cannot be compared"
             )
-    excluded = read_excluded(options.excluded) if options.excluded else {}
     query_ids = read_ids(options.query_vectors, queries)
     for id_ in query_ids:
         if re.search(r"\s", id_, re.ASCII):
@@ -92,6 +95,7 @@ def search_directories(options: SearchOptions) -> Run:
         ]
     )
     doc_ids = read_ids(options.corpus_vectors, corpus)
+    excluded = _excluded(options, query_ids, doc_ids)
     order_C = trec_order(doc_ids)
     rank_C = np.empty(len(order_C), np.int32)
     rank_C[order_C] = np.arange(len(order_C), dtype=np.int32)
@@ -122,6 +126,24 @@ def search_directories(options: SearchOptions) -> Run:
     )
 
 
+def _excluded(
+    options: SearchOptions, query_ids: Sequence[str], doc_ids: Sequence[str]
+) -> dict[str, Collection[str]]:
+    """Query id -> documents that it is not given. Says which ids match nothing."""
+    path = options.excluded
+    excluded = read_excluded(path) if path else {}
+    documents, queries = set(doc_ids), set(query_ids)
+    identical = [query for query in query_ids if query in documents]
+    named = [document for query in query_ids for document in excluded.get(query, ())]
+    for count in (
+        *unmatched("queries with exclusions that have no vector", excluded, queries, path),
+        *unmatched("excluded documents that the corpus lacks", named, documents, path),
+        *identical_count(query_ids, identical, options.ignore_identical_ids),
+    ):
+        print(count)
+    return exclusions(excluded, identical if options.ignore_identical_ids else ())
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     try:
@@ -131,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run = search_directories(options)
         write_trec_run(run, options.output, options.tag)
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
     print(f"{options.output}: {len(run)} queries, {sum(map(len, run.values()))} documents")
 
 

@@ -7,7 +7,7 @@ ids.json      their ids in that order, and what the vectors are (`VectorsInfo`)
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def export_faiss(
     """Builds an inner-product index of a directory of vectors, shard by shard.
 
     Args:
-        vectors: a finished directory of vectors; float16 and int8 rows are decoded.
+        vectors: a finished directory of document vectors; float16 and int8 rows are decoded.
         output: the directory to write.
         factory: FAISS' own description: "Flat" is exact, "SQfp16", "IVF1024,SQ8", "HNSW32" are not.
         training_rows: how many vectors, from the first on, an index that must be trained sees.
@@ -53,7 +53,7 @@ def export_faiss(
         ImportError: without faiss.
     """
     faiss = _faiss()
-    manifest = read_manifest(vectors)
+    manifest = read_manifest(vectors, "documents")
     if manifest.count == 0:
         raise VectorsError(f"{vectors}: holds no vector")
     ids = read_ids(vectors, manifest)
@@ -102,6 +102,11 @@ class FaissIndex:
         )
         if values is None:
             raise VectorsError(f"{directory / IDS_FILE} is damaged: export the index again")
+        if "role" not in values["info"]:
+            raise VectorsError(
+                f"{directory / IDS_FILE}: does not say what the vectors are of, as older versions "
+                "did not: export the index again"
+            )
         info = from_dict(VectorsInfo, values["info"], source=str(directory / IDS_FILE))
         index = faiss.read_index(str(directory / INDEX_FILE))
         if (index.ntotal, index.d) != (len(values["ids"]), info.dimension):
@@ -111,23 +116,32 @@ class FaissIndex:
             )
         return cls(index, values["ids"], info)
 
-    def search(self, queries_QD: np.ndarray, query_ids: Sequence[str], k: int) -> Run:
+    def search(
+        self,
+        queries_QD: np.ndarray,
+        query_ids: Sequence[str],
+        k: int,
+        excluded: Mapping[str, Collection[str]],
+    ) -> Run:
         """The k documents that FAISS finds for each query, in trec_eval's order.
 
         FAISS breaks a tie at the cut in its own way, so the last documents may differ from those of
-        `laser_jax.search.topk.search`, which also leaves out excluded ones.
+        `laser_jax.search.topk.search`.
 
         Args:
             queries_QD: float32.
+            excluded: as there.
         """
-        scores_Qk, places_Qk = self.index.search(np.ascontiguousarray(queries_QD), k)
+        removed = {query: set(excluded.get(query, ())) for query in query_ids}
+        depth = k + max(map(len, removed.values()), default=0)
+        scores_Qk, places_Qk = self.index.search(np.ascontiguousarray(queries_QD), depth)
         run: Run = {}
         for query, scores_k, places_k in zip(query_ids, scores_Qk, places_Qk, strict=True):
             # FAISS pads with -1 where it found fewer
             found = {
                 self.ids[place]: float(score)
                 for place, score in zip(places_k, scores_k, strict=True)
-                if place >= 0
+                if place >= 0 and self.ids[place] not in removed[query]
             }
-            run[query] = {document: found[document] for document in rank_documents(found)}
+            run[query] = {document: found[document] for document in rank_documents(found)[:k]}
         return run

@@ -33,6 +33,11 @@ MANIFEST_FILE = "manifest.json"
 _SCHEMA_KEY = b"laser_jax.vectors"
 
 
+Role = Literal["documents", "queries"]
+"""What the vectors are of: the two are made by different prompts, and one cannot stand for the
+other."""
+
+
 class VectorsError(ValueError):
     """A directory of vectors that cannot be used. Names the shard, and the id or field."""
 
@@ -48,6 +53,7 @@ class VectorsInfo:
     num_thinking_steps: int
     dtype: Literal["float32", "float16", "int8"]
     dimension: int
+    role: Role
 
     def __post_init__(self) -> None:
         if self.num_thinking_steps < 1 or self.dimension < 1:
@@ -127,7 +133,6 @@ def write_shard(
     ids: Sequence[str],
     vectors_CD: np.ndarray,
     info: VectorsInfo,
-    tag: str = "",
     *,
     origin: Mapping[str, Any] | None = None,
 ) -> Shard:
@@ -136,7 +141,6 @@ def write_shard(
 
     Args:
         vectors_CD: coded by `encode_vectors` as `info.dtype`.
-        tag: as in `files.written_whole`, where several processes may write one shard at once.
         origin: what else the shard is to tell about itself, of JSON types; see `recovered_shard`.
 
     Returns:
@@ -157,7 +161,7 @@ def write_shard(
     told["checksum"] = _rows_checksum(ids, vectors_CD, told)
     content = _serialised(ids, vectors_CD, told)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path, tag) as part:
+    with written_whole(path) as part:
         part.write_bytes(content)
     return Shard(file, len(ids), hashlib.sha256(content).hexdigest())
 
@@ -185,9 +189,8 @@ def _rows_checksum(ids: Sequence[str], vectors_CD: np.ndarray, told: Mapping[str
     return digest.hexdigest()
 
 
-def write_manifest(directory: str | Path, manifest: Manifest, tag: str = "") -> None:
-    """Writes `manifest.json`, which makes the directory a finished one. `tag` is as in
-    `write_shard`."""
+def write_manifest(directory: str | Path, manifest: Manifest) -> None:
+    """Writes `manifest.json`, which makes the directory a finished one."""
     values = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -195,18 +198,22 @@ def write_manifest(directory: str | Path, manifest: Manifest, tag: str = "") -> 
         "count": manifest.count,
         "shards": as_dict(manifest)["shards"],
     }
-    write_atomically(Path(directory) / MANIFEST_FILE, json.dumps(values, indent=1) + "\n", tag)
+    write_atomically(Path(directory) / MANIFEST_FILE, json.dumps(values, indent=1) + "\n")
 
 
 # --- reading -----------------------------------------------------------------------------------
 
 
-def read_manifest(directory: str | Path) -> Manifest:
+def read_manifest(directory: str | Path, role: Role | None = None) -> Manifest:
     """Reads `manifest.json`.
+
+    Args:
+        role: what the vectors must be of; None takes either.
 
     Raises:
         FileNotFoundError: when there is none.
-        VectorsError: when it is no manifest of this version, or its parts do not fit together.
+        VectorsError: when it is no manifest of this version, its parts do not fit together, or
+            the vectors are of the other role.
     """
     path = Path(directory) / MANIFEST_FILE
     if not path.is_file():
@@ -224,6 +231,11 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise VectorsError(f"{path}: no manifest of vectors: 'format' must be {FORMAT!r}")
     if (version := values.pop("version", None)) != FORMAT_VERSION:
         raise VectorsError(f"{path}: version {version}, this program reads {FORMAT_VERSION}")
+    if "role" not in values:
+        raise VectorsError(
+            f"{path}: does not say whether its vectors are of documents or of queries, as older "
+            'versions did not. Add the line "role": "documents", or "role": "queries", to it'
+        )
     count, shards = values.pop("count", None), values.pop("shards", None)
     if not isinstance(shards, list) or not all(isinstance(s, dict) for s in shards):
         raise VectorsError(f"{path}: 'shards' must be a list of objects")
@@ -241,6 +253,11 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise VectorsError(
             f"{path}: the shards hold {manifest.count} vectors, 'count' is {count}. "
             "laser_jax.encode_corpus makes it again, by the command that wrote the directory"
+        )
+    if role not in (None, manifest.info.role):
+        raise VectorsError(
+            f"{directory}: holds vectors of {manifest.info.role}, and {role} are wanted here. "
+            f"Exchange the two directories, or encode with --texts {role}"
         )
     return manifest
 
@@ -290,6 +307,7 @@ def read_shard(
         column = table["vector"].combine_chunks()
     except (pyarrow.ArrowException, KeyError, ValueError) as error:
         raise VectorsError(f"{path}: no shard of vectors: {error}") from error
+    stored.setdefault("role", info.role)  # older shards have none; their manifest has
     for key, value in as_dict(info).items():
         if stored.get(key) != value:
             raise VectorsError(

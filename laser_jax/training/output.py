@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from laser_jax.config import Config, as_dict, changes, listed
-from laser_jax.files import lock, read_state, read_state_lines, write_atomically
+from laser_jax.files import lock, no_link, read_state, read_state_lines, write_atomically
 
 # What a resumed run may change. The rest decides on what is trained or on which model is exported.
 CHANGEABLE = (
@@ -129,7 +129,7 @@ class OutputDirectory:
         """The lock file, held; None where its last holder removed it while we were opening it."""
         path = self.path / ".lock"
         with ExitStack() as stack:
-            file = stack.enter_context(path.open("a+"))
+            file = stack.enter_context(open(path, "a+", opener=no_link))
             if not lock(file, wait=False):
                 file.seek(0)
                 holder = file.read().strip() or "another process"

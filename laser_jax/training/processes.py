@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from laser_jax.config import ConfigError, Invocation
 from laser_jax.data.pipeline import Batch, Tokens
 from laser_jax.sharding import batch_sharding
+from laser_jax.terminal import printable
 
 
 def join_processes(invocation: Invocation) -> None:
@@ -38,7 +39,7 @@ def is_first() -> bool:
 def say(text: str) -> None:
     """Prints in the first process."""
     if is_first():
-        print(text, flush=True)
+        print(printable(text), flush=True)
 
 
 def local_rows(mesh: Mesh, rows: int) -> np.ndarray:

@@ -1,0 +1,95 @@
+"""Ids of queries and documents: how many match nothing, and which documents a query is not given.
+
+Judgements, exclusions and runs name documents and queries by ids alone. Where an id is written in
+another way (a blank at its end, another case), nothing matches it, and the score is another one
+without any error. So every ranking counts such ids, and refuses a list of which none matches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from laser_jax.search.trec import DatasetError
+
+
+@dataclass(frozen=True)
+class IdCount:
+    """How many ids something is to be said of, as the footer of a table and its JSON say it."""
+
+    what: str
+    count: int
+    of: int
+    """All different ids that were looked at."""
+    first: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.count} of {self.of}, the first is {self.first!r}"
+
+
+def count_ids(what: str, ids: Iterable[str], picked: Iterable[str]) -> tuple[IdCount, ...]:
+    """One entry that counts `picked` among the different `ids`; none where nothing is picked."""
+    of, found = dict.fromkeys(ids), dict.fromkeys(picked)
+    return (IdCount(what, len(found), len(of), next(iter(found))),) if found else ()
+
+
+def unmatched(
+    what: str,
+    ids: Iterable[str],
+    known: Collection[str],
+    where: object,
+    *,
+    refuse_all: bool = True,
+) -> tuple[IdCount, ...]:
+    """Counts those of `ids` that are not among `known`.
+
+    Args:
+        what: such as "judged documents that the corpus lacks".
+        where: the file or directory that the message names.
+        refuse_all: whether it is an error that there are ids and none of them is known.
+
+    Raises:
+        DatasetError: so it is.
+    """
+    ids = dict.fromkeys(ids)
+    counts = count_ids(what, ids, (id_ for id_ in ids if id_ not in known))
+    if refuse_all and counts and counts[0].count == len(ids):
+        one = min(known, default=None)
+        raise DatasetError(
+            f"{where}: {counts[0]}: not one matches. "
+            + ("There is none to match" if one is None else f"Those looked for are like {one!r}")
+            + "; an id must be written alike everywhere, blanks and case included. Mend the ids, "
+            "or leave the list away"
+        )
+    return counts
+
+
+def exclusions(
+    excluded: Mapping[str, Collection[str]], identical: Iterable[str]
+) -> dict[str, Collection[str]]:
+    """What no ranking of a query holds: its excluded documents, and by BEIR's rule the document
+    whose id is the query's own.
+
+    In ArguAna, Quora and alike the query is itself a document and would be its own best answer.
+    BEIR, mteb and what is made from them drop that document, whatever the judgements say of it.
+
+    Args:
+        excluded: query id -> document ids.
+        identical: the queries that BEIR's rule is followed for.
+    """
+    own = {query: (*excluded.get(query, ()), query) for query in identical}
+    return {**excluded, **own}
+
+
+def identical_count(
+    query_ids: Iterable[str], identical: Iterable[str], dropped: bool
+) -> tuple[IdCount, ...]:
+    """Counts the queries of `identical`, whose own id is a document's.
+
+    Args:
+        dropped: whether BEIR's rule is followed, which the count says.
+    """
+    what = "documents with the id of their query, " + (
+        "dropped from its ranking (BEIR's rule)" if dropped else "kept (ignore_identical_ids false)"
+    )
+    return count_ids(what, query_ids, identical)

@@ -1,0 +1,24 @@
+"""Texts of data on a terminal: shown, not obeyed."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import NoReturn
+
+# Control characters but tab and line feed, and those that turn the direction of writing.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: object) -> str:
+    """The text with its control characters as Python writes them (`\\x1b`).
+
+    A document, a query or an id is written by others. Printed as it is, an escape sequence in it
+    could move the cursor over what was said, set the clipboard, or hide a part of the text.
+    """
+    return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], str(text))
+
+
+def fail(error: object) -> NoReturn:
+    """Ends a program with an error's message, which may quote data."""
+    sys.exit(f"error: {printable(error)}")

@@ -1,0 +1,29 @@
+"""Texts of data on a terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from laser_jax.terminal import fail, printable
+
+PROGRAMS = Path(__file__).resolve().parents[1] / "laser_jax"
+
+
+def test_control_characters_are_shown_and_not_obeyed() -> None:
+    text = "a\tb\nc \x1b]52;c;aGk=\x07\x1b[2J\r\x9b1A\x7f\u202e é 東"
+    shown = "a\tb\nc \\x1b]52;c;aGk=\\x07\\x1b[2J\\r\\x9b1A\\x7f\\u202e é 東"
+    assert printable(text) == shown
+
+
+def test_an_error_quotes_data_without_obeying_it() -> None:
+    with pytest.raises(SystemExit) as ended:
+        fail(ValueError("query \x1b[2J has no instruction"))
+    assert ended.value.code == "error: query \\x1b[2J has no instruction"
+
+
+def test_every_program_ends_so() -> None:
+    """An error's message may quote an id or a file's name as it is."""
+    for path in PROGRAMS.rglob("*.py"):
+        assert 'f"error: {error}' not in path.read_text(encoding="utf-8"), path
