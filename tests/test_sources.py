@@ -193,6 +193,17 @@ def test_blank_lines_count_as_lines_and_hold_no_rows(tmp_path) -> None:
     assert [source.where(i) for i in range(2)] == [f"{path}:2", f"{path}:5"]
 
 
+@pytest.mark.parametrize("name", ["t.jsonl", "t.jsonl.gz"])
+def test_byte_order_marks_are_no_part_of_a_row(tmp_path, name) -> None:
+    mark = b"\xef\xbb\xbf"
+    first, second = (json.dumps(record).encode() for record in RECORDS[:2])
+    content = mark + first + b"\n" + mark + b"\n" + mark + second  # of three files put together
+    (tmp_path / name).write_bytes(gzip.compress(content) if "gz" in name else content)
+    source = open_source(tmp_path / name)
+    assert list(source) == ROWS[:2]
+    assert source.where(1) == f"{tmp_path / name}:3"
+
+
 def test_a_jsonl_source_holds_no_texts(tmp_path) -> None:
     source = JsonlSource(write_jsonl(tmp_path / "t.jsonl", RECORDS * 100))
     assert len(pickle.dumps(source)) < 1000
@@ -292,7 +303,7 @@ def test_an_empty_file_is_refused(tmp_path, name) -> None:
 
 def test_a_line_that_is_no_json_is_named(tmp_path) -> None:
     content = json.dumps(RECORDS[0]).encode() + b"\n{'query'}\n"
-    refused(tmp_path / "t.jsonl", r"t\.jsonl:2: malformed JSON", content)
+    refused(tmp_path / "t.jsonl", r"t\.jsonl:2: not valid JSON", content)
 
 
 def test_a_line_that_is_not_utf_8_is_named(tmp_path) -> None:
@@ -304,7 +315,7 @@ def test_a_line_that_is_not_utf_8_is_named(tmp_path) -> None:
     "content", [b'{"n": ' + b"1" * 5000 + b"}", b"[" * 100_000], ids=["digits", "nesting"]
 )
 def test_a_line_that_python_cannot_hold_is_named(tmp_path, content) -> None:
-    refused(tmp_path / "t.jsonl", r"t\.jsonl:1: malformed JSON", content)
+    refused(tmp_path / "t.jsonl", r"t\.jsonl:1: not valid JSON", content)
 
 
 def test_half_a_gzip_file_is_refused(tmp_path) -> None:

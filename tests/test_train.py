@@ -615,7 +615,7 @@ def without(key: str) -> str:
 @pytest.mark.parametrize(
     ("line", "named"),
     [
-        ("{", "malformed JSON"),
+        ("{", "not valid JSON"),
         ("[]", "an object is wanted"),
         (without("reasoning_query"), "field 'reasoning_query' is missing"),
         (without("positive_passages"), "field 'positive_passages' is missing"),

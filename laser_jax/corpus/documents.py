@@ -16,7 +16,8 @@ from laser_jax.evaluation.beir import (
     parse_document,
     parse_query,
 )
-from laser_jax.search.trec import DatasetError, open_lines, raw_lines
+from laser_jax.files import is_blank, open_lines, raw_lines
+from laser_jax.search.trec import DatasetError
 
 _ROWS_PER_READ = 1024
 _LINES, _ROWS = (".jsonl", ".jsonl.gz"), (".parquet",)
@@ -115,7 +116,7 @@ class Corpus:
         for line, content in raw_lines(path, self._file(number), offset, start.line):
             offset += len(content)
             where = f"{path}:{line}"
-            if content.isspace():
+            if is_blank(content):
                 continue
             item = self._parsed(content, where)
             if item is not None:

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import bisect
 import functools
-import gzip
 import hashlib
-import io
 import itertools
 import json
 import mmap
 import threading
-import zlib
 from abc import ABC, abstractmethod
 from array import array
 from collections import OrderedDict
@@ -28,7 +25,8 @@ from typing import Any, cast
 import numpy as np
 
 from laser_jax.config import DataConfig
-from laser_jax.data.schema import FIELDS, DataError, RowTokens, TrainingRow, parse_json, parse_row
+from laser_jax.data.schema import FIELDS, DataError, RowTokens, TrainingRow, parse_row
+from laser_jax.files import is_blank, open_lines, parse_json, raw_lines, read_json
 
 PREPARED_FILE = "prepare.json"
 """In a directory written by `laser_jax.prepare`: how it was made and what is known of its rows."""
@@ -253,16 +251,16 @@ class JsonlSource(Source):
 
     def __init__(self, path: Path):
         self.path = path
-        self._bytes = _gunzip(path) if path.suffix == ".gz" else _map(path)
-        starts, numbers = array("q"), array("q")
-        with io.BytesIO(self._bytes) if isinstance(self._bytes, bytes) else path.open("rb") as file:
-            start = 0
-            for number, line in enumerate(file, start=1):
-                if not line.isspace():
+        starts, numbers, start, held = array("q"), array("q"), 0, bytearray()
+        with open_lines(path) as file:
+            for number, line in raw_lines(path, file):
+                if not is_blank(line):
                     starts.append(start)
                     numbers.append(number)
                 start += len(line)
-        starts.append(start)  # a row ends where the next starts: JSON ignores the blanks between
+                if path.suffix == ".gz":
+                    held += line
+        self._bytes = held if path.suffix == ".gz" else _map(path)
         self._starts, self._numbers = np.array(starts), np.array(numbers)
 
     def __len__(self) -> int:
@@ -272,7 +270,9 @@ class JsonlSource(Source):
         return f"{self.path}:{self._numbers[index]}"
 
     def __getitem__(self, index: int) -> TrainingRow:
-        line = self._bytes[self._starts[index] : self._starts[index + 1]]
+        start = int(self._starts[index])
+        end = self._bytes.find(b"\n", start)
+        line = bytes(self._bytes[start : len(self._bytes) if end < 0 else end])
         return parse_row(parse_json(line, self.where(index)), self.where(index))
 
 
@@ -281,13 +281,6 @@ def _map(path: Path) -> bytes | mmap.mmap:
         return b""  # an empty file cannot be mapped
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def _gunzip(path: Path) -> bytes:
-    try:
-        return gzip.decompress(path.read_bytes())
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: not a whole gzip file: {error}") from error
 
 
 class _Sharded(Source):
@@ -447,7 +440,7 @@ class ArrayRecordSource(_Sharded):
         record = self._records[index]
         try:
             if record[:1] == b"{":
-                values = json.loads(record.decode())
+                values = parse_json(record, self.where(index))
             else:
                 example: Any = text_features().deserialize_example_np(record)
                 values = _texts(example)
@@ -560,9 +553,10 @@ def _split(ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, ...]:
 def _read_object(file: Path, way_out: str) -> dict[str, Any]:
     """A JSON object out of a file that describes rows."""
     try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise DataError(f"{file} is damaged: {error}; {way_out}") from error
+        values = read_json(file)
+    except DataError as error:
+        fault = str(error).removeprefix(f"{file}: ")
+        raise DataError(f"{file} is damaged: {fault}; {way_out}") from error
     if not isinstance(values, dict):
         raise DataError(f"{file} is damaged: an object is wanted; {way_out}")
     return values

@@ -23,7 +23,6 @@ from laser_jax.evaluation.beir import (
     BeirDataset,
     Document,
     EvalQuery,
-    json_lines,
     json_object,
     parse_rows,
     require_document_id,
@@ -31,6 +30,7 @@ from laser_jax.evaluation.beir import (
     text_field,
     unique,
 )
+from laser_jax.files import json_lines, parse_json
 from laser_jax.search.trec import DatasetError
 
 # The domains in the order of BRIGHT's tables, each with its task in words. The words are those of
@@ -265,15 +265,11 @@ def _rows(file: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, _Row]]:
 
 def _is_list(file: Path) -> bool:
     with file.open("rb") as opened:  # no .gz begins with a bracket
-        return opened.read(64).lstrip().startswith(b"[")
+        return opened.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
 def _list_rows(file: Path) -> Iterator[tuple[str, _Row]]:
-    try:
-        rows = json.loads(file.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{file}: not valid JSON: {error}") from error
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(parse_json(file.read_bytes(), file), start=1):
         # what is no object goes on as a line, whose parser says so
         yield f"{file}, row {number}", row if isinstance(row, dict) else json.dumps(row).encode()
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from laser_jax.config import ConfigError, as_dict, from_dict
-from laser_jax.files import write_atomically, written_whole
+from laser_jax.files import DataError, read_json, write_atomically, written_whole
 from laser_jax.search.repeated_ids import RepeatedIds, id_hash
 from laser_jax.search.trec import document_id_fault
 
@@ -196,9 +196,9 @@ def read_manifest(directory: str | Path) -> Manifest:
             f"{path} is missing: {directory} is no finished directory of vectors"
         )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise VectorsError(f"{path}: not valid JSON: {error}") from error
+        values = read_json(path)
+    except DataError as error:
+        raise VectorsError(str(error)) from error
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
         raise VectorsError(f"{path}: no manifest of vectors: 'format' must be {FORMAT!r}")
     if (version := values.pop("version", None)) != FORMAT_VERSION:

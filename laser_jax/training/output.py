@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from laser_jax.config import Config, as_dict, changes, listed
-from laser_jax.files import write_atomically
+from laser_jax.files import read_json, write_atomically
 
 # What a resumed run may change. The rest decides on what is trained or on which model is exported.
 CHANGEABLE = (
@@ -150,7 +150,7 @@ class OutputDirectory:
         if not path.exists():
             return
         try:
-            changed = changes(json.loads(path.read_text()), self._config, source=str(path))
+            changed = changes(read_json(path), self._config, source=str(path))
         except ValueError as error:
             raise OutputError(
                 f"{path} is no run's config: {error}. Choose another --output"
