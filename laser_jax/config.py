@@ -278,6 +278,8 @@ class DataConfig:
     train: str = ""
     """LaSER rows: JSONL (plain or .gz), Parquet, a Hugging Face `save_to_disk` directory,
     ArrayRecord files, or a directory that `laser_jax.prepare` wrote."""
+    split: str | None = None
+    """Which split of the directory `train`, where it holds several: short for `train/SPLIT`."""
     mixture: tuple[MixtureSource, ...] = ()
     """Several such sources with weights, instead of `train`."""
     eval: str | None = None
@@ -307,6 +309,10 @@ class DataConfig:
         _require(
             not (self.train and self.mixture), "data.train and data.mixture exclude each other"
         )
+        _require(
+            self.split is None or bool(self.train),
+            "data.split goes with data.train; a source of data.mixture names its split in its path",
+        )
         for name in ("group_size", "length_multiple", "bucket_window", "threads"):
             value = getattr(self, name)
             _require(value >= 1, f"data.{name} must be at least 1, got {value}")
@@ -314,7 +320,8 @@ class DataConfig:
 
     @property
     def sources(self) -> tuple[MixtureSource, ...]:
-        return self.mixture or (MixtureSource(self.train),)
+        split = f"/{self.split}" if self.split else ""
+        return self.mixture or (MixtureSource(f"{self.train}{split}"),)
 
 
 # --- the objective ---------------------------------------------------------------------------
@@ -908,8 +915,8 @@ def _fault_of(value: Any, kind: Any, known: list[str], key: str) -> str | None:
             if fault := _fault_of(item, of, known, key):
                 return fault
     numbers = not {int, float}.isdisjoint(members) and str not in members
-    begins_so = numbers and isinstance(value, str) and re.match(r"\W*\d", value)
-    if begins_so and parse_number(value) is None:
+    text = value if numbers and isinstance(value, str) else ""
+    if re.match(r"\W*\d", text) and parse_number(text) is None:
         return f"{key} must be a number in ASCII digits, got {value!r}"
     return None
 

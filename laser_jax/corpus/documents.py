@@ -16,7 +16,7 @@ from laser_jax.evaluation.beir import (
     parse_document,
     parse_query,
 )
-from laser_jax.files import is_blank, open_lines, raw_lines
+from laser_jax.files import is_blank, one_split, open_lines, raw_lines
 from laser_jax.search.trec import DatasetError
 
 _ROWS_PER_READ = 1024
@@ -179,7 +179,7 @@ def _files(path: Path, texts: str) -> list[Path]:
             f"{path}: holds {what}. A directory of BEIR ({beir}), of .jsonl(.gz) files or of "
             ".parquet files is wanted"
         )
-    return found[0]
+    return one_split(path, found[0])
 
 
 def _records(
