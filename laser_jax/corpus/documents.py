@@ -16,7 +16,7 @@ from laser_jax.evaluation.beir import (
     parse_document,
     parse_query,
 )
-from laser_jax.files import is_blank, one_split, open_lines, raw_lines
+from laser_jax.files import is_blank, one_split, open_lines, raw_lines, split_of
 from laser_jax.search.trec import DatasetError
 
 _ROWS_PER_READ = 1024
@@ -164,13 +164,14 @@ def _files(path: Path, texts: str) -> list[Path]:
         if not path.name.endswith((*_LINES, *_ROWS)):
             raise DatasetError(f"{path}: a .jsonl, .jsonl.gz or .parquet is wanted")
         return [path]
-    if not path.is_dir():
+    directory = path if path.is_dir() else path.parent
+    if not path.is_dir() and path.name not in [split_of(p.name) for p in directory.glob("*")]:
         raise FileNotFoundError(f"{path} is neither a file nor a directory")
     beir = "corpus.jsonl" if texts == "documents" else "queries.jsonl"
     for name in (beir, f"{beir}.gz"):
         if (path / name).is_file():
             return [path / name]
-    files = sorted(p for p in path.iterdir() if p.is_file())
+    files = sorted(p for p in directory.iterdir() if p.is_file())
     kinds = [[p for p in files if p.name.endswith(endings)] for endings in (_LINES, _ROWS)]
     found = [kind for kind in kinds if kind]
     if len(found) != 1:

@@ -124,8 +124,6 @@ def read_bright(
     """Reads one domain. Gold documents have grade 1; a query without any is not judged and left
     out, as it is by BRIGHT's own code and by mteb.
 
-    Documents lose blanks at their ends, as in mteb, with which the published numbers were made.
-
     Args:
         directory: the copy.
         domain: one of `DOMAINS`.
@@ -185,7 +183,7 @@ def _in_order(domains: Iterable[str]) -> list[str]:
 
 
 def _document(row: dict[str, Any], where: str) -> Document:
-    document = Document(text_field(row, "id", where), text_field(row, "content", where).strip())
+    document = Document(text_field(row, "id", where), text_field(row, "content", where))
     require_document_id(document.id, where)
     return document
 
