@@ -770,6 +770,8 @@ def changes(stored: dict[str, Any], config: Any, *, source: str) -> list[Change]
 
 
 def _changes(old: Any, new: Any, prefix: str = "") -> list[Change]:
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        old, new = dict(enumerate(old)), dict(enumerate(new))  # one by one
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [] if old == new else [Change(prefix, old, new)]
     return [

@@ -195,6 +195,20 @@ def read_yaml(path: Path) -> Any:
         raise DataError(f"{path}: not a YAML file: {error}") from error
 
 
+def import_pyarrow(path: str | Path) -> Any:
+    """The module, for a Parquet or Arrow file or directory. Raises an ImportError that names the
+    extra."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(
+            f"{path}: reading and writing Parquet and Arrow needs pyarrow: pip install "
+            "laser-jax[parquet]"
+        ) from error
+    return pyarrow
+
+
 def parse_integer(text: str) -> int | None:
     """An integer in ASCII digits; None for anything else, `1_0` and `1.0` included."""
     return int(text) if _INTEGER.fullmatch(text) else None

@@ -191,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             serve(options)
         else:
             show(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 

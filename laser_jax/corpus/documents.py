@@ -16,7 +16,7 @@ from laser_jax.evaluation.beir import (
     parse_document,
     parse_query,
 )
-from laser_jax.files import is_blank, one_split, open_lines, raw_lines, split_of
+from laser_jax.files import import_pyarrow, is_blank, one_split, open_lines, raw_lines, split_of
 from laser_jax.search.trec import DatasetError
 
 _ROWS_PER_READ = 1024
@@ -187,13 +187,7 @@ def _records(
     path: Path, columns: set[str], needed: Sequence[str], start: int
 ) -> Iterator[dict[str, Any]]:
     """The rows of a Parquet file from row `start` on."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError(
-            f"{path}: reading Parquet needs pyarrow: pip install laser-jax[parquet]"
-        ) from error
+    pyarrow = import_pyarrow(path)
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names

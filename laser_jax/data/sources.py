@@ -27,6 +27,7 @@ import numpy as np
 from laser_jax.config import DataConfig
 from laser_jax.data.schema import FIELDS, DataError, RowTokens, TrainingRow, parse_row
 from laser_jax.files import (
+    import_pyarrow,
     is_blank,
     one_split,
     open_lines,
@@ -362,7 +363,7 @@ class ParquetSource(_Sharded):
 
     def __init__(self, path: Path):
         super().__init__(path)
-        pyarrow = _pyarrow(path)
+        pyarrow = import_pyarrow(path)
         self._groups: list[tuple[Path, int]] = []
         for file in self.files:
             try:
@@ -390,7 +391,7 @@ class ParquetSource(_Sharded):
         if group in self._decoded:
             self._decoded.move_to_end(group)
             return self._decoded[group]
-        pyarrow = _pyarrow(self.path)
+        pyarrow = import_pyarrow(self.path)
         file, number = self._groups[group]
         try:
             with pyarrow.parquet.ParquetFile(file) as opened:
@@ -419,7 +420,7 @@ class ArrowSource(_Sharded):
             listed = _member(state, "_data_files", "save the dataset again")
             files = [path / entry["filename"] for entry in listed]
         super().__init__(path, files)
-        pyarrow = _pyarrow(path)
+        pyarrow = import_pyarrow(path)
         self._batches: list[Any] = []
         for file in self.files:
             self._begin_file()
@@ -455,17 +456,6 @@ def _record_batches(pyarrow: Any, file: Path) -> list[Any]:
         return [reader.get_batch(i) for i in range(reader.num_record_batches)]
     mapped.seek(0)
     return list(pyarrow.ipc.open_stream(mapped))
-
-
-def _pyarrow(path: Path) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError(
-            f"{path}: reading Parquet and Arrow needs pyarrow: pip install laser-jax[parquet]"
-        ) from error
-    return pyarrow
 
 
 class ArrayRecordSource(_Sharded):

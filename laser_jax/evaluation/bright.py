@@ -30,7 +30,7 @@ from laser_jax.evaluation.beir import (
     text_field,
     unique,
 )
-from laser_jax.files import json_lines, parse_json
+from laser_jax.files import import_pyarrow, json_lines, parse_json
 from laser_jax.search.trec import DatasetError
 
 # The domains in the order of BRIGHT's tables, each with its task in words. The words are those of
@@ -273,13 +273,7 @@ def _list_rows(file: Path) -> Iterator[tuple[str, _Row]]:
 
 
 def _parquet_rows(file: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, _Row]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError(
-            f"{file}: reading Parquet needs pyarrow: pip install laser-jax[parquet]"
-        ) from error
+    pyarrow = import_pyarrow(file)
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(file) as opened:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from laser_jax.config import ConfigError, as_dict, from_dict
-from laser_jax.files import DataError, read_json, write_atomically, written_whole
+from laser_jax.files import DataError, import_pyarrow, read_json, write_atomically, written_whole
 from laser_jax.search.repeated_ids import RepeatedIds, id_hash
 from laser_jax.search.trec import document_id_fault
 
@@ -78,18 +78,6 @@ class Manifest:
         return sum(shard.count for shard in self.shards)
 
 
-def _pyarrow() -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError(
-            "directories of vectors are Parquet, which needs pyarrow: pip install "
-            "laser-jax[parquet]"
-        ) from error
-    return pyarrow
-
-
 def shard_name(number: int) -> str:
     """`shard-00042.parquet`."""
     return f"shard-{number:05d}.parquet"
@@ -142,7 +130,7 @@ def write_shard(
         VectorsError: on ids or vectors that cannot be used, names the shard and the id.
         OSError: the disk is full or the like; no part of the shard is left.
     """
-    pyarrow = _pyarrow()
+    pyarrow = import_pyarrow(directory)
     path = Path(directory) / file
     if vectors_CD.dtype != info.dtype or vectors_CD.shape != (len(ids), info.dimension):
         raise VectorsError(
@@ -250,7 +238,7 @@ def read_shard(
         FileNotFoundError: when the shard is missing.
         VectorsError: when it is damaged or not what the manifest says.
     """
-    pyarrow = _pyarrow()
+    pyarrow = import_pyarrow(directory)
     path = Path(directory) / shard.file
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, and {MANIFEST_FILE} names it")
@@ -311,7 +299,7 @@ def read_ids(directory: str | Path, manifest: Manifest) -> list[str]:
 
 
 def _read_ids(directory: str | Path, shard: Shard) -> list[str]:
-    pyarrow = _pyarrow()
+    pyarrow = import_pyarrow(directory)
     path = Path(directory) / shard.file
     try:
         return pyarrow.parquet.read_table(path, columns=["id"])["id"].to_pylist()
