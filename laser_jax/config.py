@@ -10,15 +10,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import jsonargparse
 import yaml
+
+from laser_jax.files import DataError, parse_number, parse_yaml, read_json, read_yaml
 
 RETRIEVER_CONFIG_FILE = "laser_config.json"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -274,6 +278,8 @@ class DataConfig:
     train: str = ""
     """LaSER rows: JSONL (plain or .gz), Parquet, a Hugging Face `save_to_disk` directory,
     ArrayRecord files, or a directory that `laser_jax.prepare` wrote."""
+    split: str | None = None
+    """Which split of the directory `train`, where it holds several: short for `train/SPLIT`."""
     mixture: tuple[MixtureSource, ...] = ()
     """Several such sources with weights, instead of `train`."""
     eval: str | None = None
@@ -305,6 +311,10 @@ class DataConfig:
         _require(
             not (self.train and self.mixture), "data.train and data.mixture exclude each other"
         )
+        _require(
+            self.split is None or bool(self.train),
+            "data.split goes with data.train; a source of data.mixture names its split in its path",
+        )
         for name in ("group_size", "length_multiple", "bucket_window", "threads"):
             value = getattr(self, name)
             _require(value >= 1, f"data.{name} must be at least 1, got {value}")
@@ -312,7 +322,8 @@ class DataConfig:
 
     @property
     def sources(self) -> tuple[MixtureSource, ...]:
-        return self.mixture or (MixtureSource(self.train),)
+        split = f"/{self.split}" if self.split else ""
+        return self.mixture or (MixtureSource(f"{self.train}{split}"),)
 
 
 # --- the objective ---------------------------------------------------------------------------
@@ -727,8 +738,8 @@ def from_dict(cls: type[C], values: dict[str, Any], *, source: str) -> C:
     Raises:
         ConfigError: on an unknown key, a missing key or a wrong type; names `source`.
     """
-    unknown = _unknown_key(_names(values), _keys(cls))
-    _require(unknown is None, f"{source}: {unknown}")
+    fault = _fault(get_type_hints(cls), values)
+    _require(fault is None, f"{source}: {fault}")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, "value")
     try:
@@ -761,6 +772,8 @@ def changes(stored: dict[str, Any], config: Any, *, source: str) -> list[Change]
 
 
 def _changes(old: Any, new: Any, prefix: str = "") -> list[Change]:
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        old, new = dict(enumerate(old)), dict(enumerate(new))  # one by one
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [] if old == new else [Change(prefix, old, new)]
     return [
@@ -793,67 +806,122 @@ def parse_command_line(cls: type[C], program: str, arguments: Sequence[str] | No
         f"{argument}=true" if argument in flags and after.startswith("--") else argument
         for argument, after in pairwise([*arguments, "--"])
     ]
-    return _filled(cls, _parsed(_parser(cls, program), _keys(cls), spelled))
+    return _filled(cls, _parsed(_parser(cls, program), get_type_hints(cls), spelled))
 
 
 def _parser(cls: type, program: str) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(prog=program, description=cls.__doc__)
     parser.add_argument("--config", action="config", help="a YAML file of the keys below")
-    parser.add_class_arguments(cls)
+    kinds = get_type_hints(cls)
+    texts = {f.name: f for f in dataclasses.fields(cls) if kinds[f.name] == str | None}
+    parser.add_class_arguments(cls, skip=set(texts))
+    for f in texts.values():
+        _add_text(parser, f, f"(type: str | null, default: {f.default})")
     return parser
 
 
+def _add_text(parser: jsonargparse.ArgumentParser, f: dataclasses.Field[Any], help: str) -> None:
+    """A flag of a `str | None`, as it is written: a plain `str` is not read as YAML."""
+    parser.add_argument(f"--{f.name}", type=str, default=f.default, help=help)
+
+
+def _flag_value(text: str) -> Any:
+    """The value of a flag that is no plain text, or the text itself where YAML finds nothing in it,
+    such as `# heading`, `&x` or `~`. Only the word null is no value."""
+    value = parse_yaml(text)
+    return text if value is None else value
+
+
+jsonargparse.set_loader("yaml", _flag_value, (yaml.YAMLError,))
+
+
 def _parsed(
-    parser: jsonargparse.ArgumentParser, known: Iterable[str], arguments: Sequence[str] | None
+    parser: jsonargparse.ArgumentParser, kinds: dict[str, Any], arguments: Sequence[str] | None
 ) -> dict[str, Any]:
     arguments = sys.argv[1:] if arguments is None else arguments
-    known = [*known, "config", "help", "print_config"]
-    flags = [argument for argument in arguments if argument.startswith("--")]
-    unknown = _unknown_key((flag[2:].partition("=")[0] for flag in flags), known)
-    if unknown:
-        parser.error(unknown)
-    for file in _config_files(arguments):
+    kinds = kinds | dict.fromkeys(("config", "help", "print_config"), str)
+    for name, text in _flags(arguments):
         try:
-            values = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            parser.error(f"{file}: not a YAML file: {error}")
-        unknown = _unknown_key(_names(values), known)
-        if unknown:
-            parser.error(f"{file}: {unknown}")
+            value = _flag_value(text)
+        except yaml.YAMLError:
+            value = text
+        if fault := _fault(kinds, {name: value}):
+            parser.error(fault)
+        if name == "config" and Path(text).is_file():
+            try:
+                fault = _fault(kinds, read_yaml(Path(text)))
+            except DataError as error:
+                parser.error(str(error))
+            if fault:
+                parser.error(f"{text}: {fault}")
     return vars(parser.instantiate(parser.parse_args(arguments)))
 
 
-def _config_files(arguments: Sequence[str]) -> list[Path]:
-    following = pairwise([*arguments, ""])
-    named = [after for argument, after in following if argument == "--config"]
-    named += [argument[9:] for argument in arguments if argument.startswith("--config=")]
-    return [Path(name) for name in named if Path(name).is_file()]
+def _flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The flags of a command line and their values, "" for one that stands alone."""
+    for argument, after in pairwise([*arguments, "--"]):
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            yield name, value if equals or after.startswith("--") else after
 
 
-def _keys(cls: type) -> Iterator[str]:
-    """The dotted names of a config dataclass's fields, those of its groups included."""
-    for name, kind in get_type_hints(cls).items():
+def _keys(kinds: Mapping[str, Any]) -> Iterator[str]:
+    """The dotted names of settings and of those in their groups."""
+    for name, kind in kinds.items():
         yield name
         for group in (kind, *get_args(kind)):
             if isinstance(group, type) and dataclasses.is_dataclass(group):
-                yield from (f"{name}.{key}" for key in _keys(group))
+                yield from (f"{name}.{key}" for key in _keys(get_type_hints(group)))
 
 
-def _names(values: Any) -> Iterator[str]:
-    """The dotted names in nested dicts."""
-    for name, value in values.items() if isinstance(values, dict) else ():
-        yield str(name)
-        yield from (f"{name}.{key}" for key in _names(value))
+def _fault(kinds: Mapping[str, Any], values: Any) -> str | None:
+    """What is wrong with plain values that are to become settings, or None.
+
+    An unknown key; something else where a group of settings belongs, since jsonargparse takes a
+    string there for a class and imports its module; a number that is not in ASCII digits.
+
+    Args:
+        kinds: the types of the settings by their names.
+        values: by name, dotted or nested. What is no dict is left to jsonargparse.
+    """
+    return _fault_in(values, kinds, list(_keys(kinds)), "") if isinstance(values, dict) else None
 
 
-def _unknown_key(names: Iterable[str], known: Iterable[str]) -> str | None:
-    """A message about the first of the names that is not known, with the known one it is most
-    like; None where all are."""
-    known = list(known)
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            return f"unknown key {name}" + (f"; did you mean {near[0]}?" if near else "")
+def _fault_in(
+    values: dict[Any, Any], kinds: Mapping[str, Any], known: list[str], prefix: str
+) -> str | None:
+    for name, value in values.items():
+        head, _, rest = str(name).partition(".")
+        if head not in kinds:
+            key = f"{prefix}{name}"
+            near = difflib.get_close_matches(key, known, n=1)
+            return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
+        below = {rest: value} if rest else value
+        if fault := _fault_of(below, kinds[head], known, prefix + head):
+            return fault
+    return None
+
+
+def _fault_of(value: Any, kind: Any, known: list[str], key: str) -> str | None:
+    members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    for member in members:
+        origin, inner = get_origin(member), get_args(member)
+        if dataclasses.is_dataclass(member) and value is not None:
+            if isinstance(value, dict):
+                return _fault_in(value, get_type_hints(member), known, f"{key}.")
+            return f"{key} must hold settings of its own, got {value!r:.80}"
+        items: Iterable[tuple[Any, Any]] = ()
+        if origin in (tuple, list) and isinstance(value, list | tuple):
+            items = ((item, inner[0]) for item in value)
+        elif origin is dict and isinstance(value, dict):
+            items = ((item, inner[1]) for item in value.values())
+        for item, of in items:
+            if fault := _fault_of(item, of, known, key):
+                return fault
+    numbers = not {int, float}.isdisjoint(members) and str not in members
+    text = value if numbers and isinstance(value, str) else ""
+    if re.match(r"\W*\d", text) and parse_number(text) is None:
+        return f"{key} must be a number in ASCII digits, got {value!r}"
     return None
 
 
@@ -866,9 +934,13 @@ def parse_train_command(arguments: Sequence[str] | None) -> tuple[Config, Invoca
     parser = _parser(Config, "python -m laser_jax.train")
     for f in dataclasses.fields(Invocation):
         kind = get_type_hints(Invocation)[f.name]
+        if kind == str | None:
+            _add_text(parser, f, _HELP[f.name])
+            continue
         bare: dict[str, Any] = {"nargs": "?", "const": True} if kind is bool else {}
         parser.add_argument(f"--{f.name}", type=kind, default=f.default, help=_HELP[f.name], **bare)
-    values = _parsed(parser, [*_keys(Config), *_keys(Invocation)], arguments)
+    kinds = get_type_hints(Config) | get_type_hints(Invocation)
+    values = _parsed(parser, kinds, arguments)
     return _filled(Config, values), _filled(Invocation, values)
 
 
@@ -886,9 +958,9 @@ def load_retriever_config(directory: str | Path) -> RetrieverConfig:
             "plain Hugging Face directory pass a RetrieverConfig of your own"
         )
     try:
-        values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from error
+        values = read_json(path)
+    except DataError as error:
+        raise ConfigError(str(error)) from error
     if isinstance(values, dict) and "prompt" not in values:
         raise ConfigError(
             f"{path}: the prompt settings are missing, and other prompts than those of training "

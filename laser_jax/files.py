@@ -1,26 +1,292 @@
-"""Files that are seen either whole or not at all, locks on them, their checksum, and the one reader
-of what programs keep in small files."""
+"""Files: written so that they are seen either whole or not at all, read by one rule, and locked.
+
+Everything that is read is UTF-8. A byte-order mark at the beginning of a line is no part of it
+(files that were put together have some within). Numbers are written in ASCII digits. A key that
+stands twice in a settings file is refused, since one of its two values would be lost.
+"""
 
 from __future__ import annotations
 
 import errno
 import glob
+import gzip
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, BinaryIO, TypeVar, cast
 
 import numpy as np
+import yaml
 from filelock import lock_descriptor
 
 T = TypeVar("T")
+
+LONGEST_LINE = 64 << 20
+"""Bytes. A longer line is no row of data: a small .gz can hold one that unfolds to gigabytes."""
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+_NUMBER = re.compile(
+    r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(?i:inf|infinity|nan)"
+)
+
+
+class DataError(ValueError):
+    """A file of rows, judgements, rankings or settings that cannot be used. The message names the
+    file, the line and what is wrong there."""
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+def decode(content: bytes, where: str | Path) -> str:
+    """UTF-8 as text, without the byte-order mark that may stand before it.
+
+    Raises:
+        DataError: not UTF-8; begins with `where`.
+    """
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8: {error}") from error
+
+
+def is_blank(line: bytes) -> bool:
+    """Whether a line holds nothing but white space and perhaps a byte-order mark."""
+    return not line.removeprefix(_BYTE_ORDER_MARK).strip()
+
+
+def open_lines(path: Path) -> BinaryIO:
+    """A file of lines, plain or .gz."""
+    return cast("BinaryIO", gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+
+
+def raw_lines(
+    path: Path, file: BinaryIO, offset: int = 0, number: int = 0
+) -> Iterator[tuple[int, bytes]]:
+    """Yields (line number, line) of a file that `open_lines` opened, as they stand, line ends and
+    byte-order mark kept.
+
+    Args:
+        offset: bytes (of a .gz, unpacked) to pass over first, and `number` the lines in them.
+
+    Raises:
+        DataError: a line is longer than `LONGEST_LINE`, or a compressed file is damaged.
+    """
+    try:
+        file.seek(offset)
+        while line := file.readline(LONGEST_LINE + 1):
+            number += 1
+            if len(line) > LONGEST_LINE:
+                raise DataError(
+                    f"{path}:{number}: longer than {LONGEST_LINE:,} bytes, which no row is; one "
+                    "line for each row is wanted"
+                )
+            yield number, line
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(
+            f"{path}:{number + 1}: cannot be read, not a whole gzip file: {error}"
+        ) from error
+
+
+def text_lines(path: str | Path) -> Iterator[tuple[str, str]]:
+    """Yields ("file:line", line) of a UTF-8 file, plain or .gz, line ends kept.
+
+    Raises:
+        FileNotFoundError: when the file is missing.
+        DataError: as `raw_lines`, and where a line is not UTF-8.
+    """
+    path = Path(path)
+    with open_lines(path) as file:
+        for number, line in raw_lines(path, file):
+            yield f"{path}:{number}", decode(line, f"{path}:{number}")
+
+
+def json_lines(path: str | Path) -> Iterator[tuple[str, bytes]]:
+    """("file:line", line) of the lines of a file, plain or .gz, that are not blank."""
+    path = Path(path)
+    with open_lines(path) as file:
+        for number, line in raw_lines(path, file):
+            if not is_blank(line):
+                yield f"{path}:{number}", line
+
+
+def parse_json(content: bytes, where: str | Path) -> Any:
+    """The value of a line, or of a record, of JSON. Of a key that stands twice the last counts.
+
+    Raises:
+        DataError: not UTF-8 or no JSON, or with a number too long or lists too deep for Python.
+    """
+    return _json(content, where)
+
+
+def read_json(path: Path) -> Any:
+    """The value that a JSON file of settings holds. Raises as `parse_json`, and a DataError where a
+    key stands twice in an object."""
+    return _json(path.read_bytes(), path, object_pairs_hook=_unique)
+
+
+def _json(content: bytes, where: str | Path, **options: Any) -> Any:
+    text = decode(content, where)
+    try:
+        return json.loads(text, **options)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not valid JSON: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object; take one of them out")
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose keys stand once, and whose numbers are those of JSON: no 1_000, no octal 010, no
+    1:30, but 1e-3."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None,
+                        None,
+                        f"the key {key.value!r} stands twice; take one of them out",
+                        key.start_mark,
+                    )
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?[0-9]+",
+    "tag:yaml.org,2002:float": r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [entry for entry in entries if entry[0] not in _NUMBERS]
+    for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+for _tag, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), list("-+.0123456789"))
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        yaml.YAMLError: it is none, a key stands twice in a mapping, or it is too deep for Python.
+    """
+    try:
+        return yaml.load(text.removeprefix("\ufeff"), _Loader)
+    except (ValueError, RecursionError) as error:
+        raise yaml.YAMLError(str(error)) from error
+
+
+def read_yaml(path: Path) -> Any:
+    """The value that a YAML file holds. Raises a DataError that names the file and the line."""
+    try:
+        return parse_yaml(decode(path.read_bytes(), path))
+    except yaml.YAMLError as error:
+        raise DataError(f"{path}: not a YAML file: {error}") from error
+
+
+def import_pyarrow(path: str | Path) -> Any:
+    """The module, for a Parquet or Arrow file or directory. Raises an ImportError that names the
+    extra."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(
+            f"{path}: reading and writing Parquet and Arrow needs pyarrow: pip install "
+            "laser-jax[parquet]"
+        ) from error
+    return pyarrow
+
+
+def parse_integer(text: str) -> int | None:
+    """An integer in ASCII digits; None for anything else, `1_0` and `1.0` included."""
+    return int(text) if _INTEGER.fullmatch(text) else None
+
+
+def parse_number(text: str) -> float | None:
+    """A number in ASCII digits, or inf or nan; None for anything else, `1_0` included."""
+    return float(text) if _NUMBER.fullmatch(text) else None
+
+
+# --- splits ----------------------------------------------------------------------------------
+
+_SPLIT = re.compile(r"train|training|valid|validation|val|dev|test|testing|eval|evaluation")
+_SHARD = re.compile(r"(.+?)(\.array_record)?-(\d+)-of-(\d+)([-.].*)?")
+
+
+def split_of(name: str) -> str | None:
+    """The split that a data file's name tells, or None.
+
+    Of a shard it is what stands last before the numbers, as the hub, datasets and tfds name them:
+    `train-00000-of-00002.parquet`, `NAME-train.array_record-00000-of-00002`. Of other names it is
+    the last word that is a split's, such as `train` or `validation`.
+    """
+    if shard := _SHARD.fullmatch(name):
+        return shard[1].rpartition("-")[2]
+    words = re.split(r"[^a-z]+", name.partition(".")[0].lower())
+    return next((word for word in reversed(words) if _SPLIT.fullmatch(word)), None)
+
+
+def one_split(path: Path, files: Sequence[Path]) -> list[Path]:
+    """Those of a directory's data files that belong to one split, so that no test rows are taken
+    for training rows.
+
+    Args:
+        path: the directory, or `directory/SPLIT` for one of several.
+        files: all candidates in the directory.
+
+    Raises:
+        DataError: the directory holds several splits and `path` names none or another one, or a
+            shard of it is missing.
+    """
+    splits: dict[str | None, list[Path]] = {}
+    for file in files:
+        splits.setdefault(split_of(file.name), []).append(file)
+    named = [str(path / split) for split in splits if split is not None]
+    if not path.is_dir():
+        if path.name not in splits:
+            there = " or ".join(str(path.parent / split) for split in splits if split)
+            raise DataError(f"{path}: no such file or directory; {there or 'no split'} is there")
+        chosen = splits[path.name]
+    elif len(splits) == 1:
+        (chosen,) = splits.values()
+    else:
+        rest = "" if None not in splits else f" (of {splits[None][0].name} the name tells none)"
+        raise DataError(f"{path} holds several splits, name one: {' or '.join(named)}{rest}")
+    present = {file.name for file in chosen}
+    for shard in filter(None, map(_SHARD.fullmatch, present)):
+        if shard[5] is None or "-" not in shard[5]:  # no checksum in the names
+            start, end = shard.span(3)
+            for number in range(int(shard[4])):
+                name = f"{shard.string[:start]}{number:0{end - start}d}{shard.string[end:]}"
+                if name not in present:
+                    raise DataError(
+                        f"{chosen[0].parent / name} is missing; fetch or prepare it again, or, if "
+                        "the others are all that is meant, rename them"
+                    )
+    return chosen
+
 
 # --- writing -----------------------------------------------------------------------------------
 

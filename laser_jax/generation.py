@@ -9,7 +9,6 @@ Dimension letters: B batch, T tokens of a prompt, W written tokens, V vocabulary
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from laser_jax.batch_encoder import for_inference
 from laser_jax.config import BackboneConfig, ConfigError
 from laser_jax.data.buckets import Buckets
 from laser_jax.data.tokenization import Tokenizer, right_pad
+from laser_jax.files import DataError, read_json
 from laser_jax.hf import CONFIG_FILE, HFError
 from laser_jax.modeling.attention import KeyValues, choose_kernel
 from laser_jax.modeling.backbone import (
@@ -102,8 +102,8 @@ def stop_ids(directory: str | Path, tokenizer: Tokenizer) -> tuple[int, ...]:
         if not file.is_file():
             continue
         try:
-            named = json.loads(file.read_bytes()).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
+            named = read_json(file).get("eos_token_id")
+        except (DataError, AttributeError) as error:
             raise HFError(f"{file}: not a JSON object: {error}") from error
         ids = named if isinstance(named, list) else [] if named is None else [named]
         if not all(type(id_) is int and id_ >= 0 for id_ in ids):

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from laser_jax.config import PROJECTIONS, BackboneConfig, ConfigError, LoraConfig, RopeScaling
-from laser_jax.files import Digest, folder_written_whole
+from laser_jax.files import DataError, Digest, folder_written_whole, read_json
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -211,8 +211,8 @@ def _value(values: dict[str, Any], key: str, kind: str, file: Path) -> Any:
 def _read_json(file: Path) -> dict[str, Any]:
     """The keys that are not null."""
     try:
-        items = json.loads(file.read_bytes()).items()
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        items = read_json(file).items()
+    except (DataError, AttributeError) as error:
         raise HFError(f"{file}: not a JSON object: {error}") from error
     return {key: value for key, value in items if value is not None}
 

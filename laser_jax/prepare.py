@@ -9,6 +9,7 @@ stays, and the same command goes on with the rest.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import itertools
 import json
@@ -20,12 +21,13 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 from tqdm import tqdm
 
 from laser_jax.config import (
@@ -55,18 +57,21 @@ from laser_jax.data.reasoning_retrieval import (
 from laser_jax.data.schema import DataError, RowTokens, TrainingRow
 from laser_jax.data.sources import (
     PREPARED_FILE,
+    ArrayRecordSource,
     FactFinder,
     Source,
+    changed_shards,
+    checksum_of,
     longest_instructions,
     open_source,
     open_unchecked,
 )
 from laser_jax.data.tokenization import PromptTokenizer, TokenizationError, load_tokenizer
-from laser_jax.files import write_atomically
+from laser_jax.files import parts_of, read_json, read_yaml, write_atomically, written_whole
 from laser_jax.terminal import fail, printable
 
 REPORT_FILE = "report.json"
-_TALLIES = "tallies"
+_TALLIES, _LOCK = ".tallies", ".lock"
 _ROWS_PER_SHARD = 50_000
 _SHOWN = 10
 """Rejected rows that the report names."""
@@ -150,6 +155,8 @@ class Tally:
     row_without_negatives: int | None = None
     """Index among the written."""
     instructions: tuple[str, ...] = ()
+    sha256: str = ""
+    """Of the shard's file."""
 
     def count(self, what: str, length: int, truncated: bool = False) -> None:
         lengths = self.lengths.setdefault(what, {})
@@ -169,13 +176,17 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def _load_tally(path: Path) -> Tally:
-    values = json.loads(path.read_text())
-    values["lengths"] = {
-        what: {int(length): n for length, n in counts.items()}
-        for what, counts in values["lengths"].items()
-    }
-    return Tally(**values)
+def _load_tally(path: Path) -> Tally | None:
+    """None where it is absent or damaged, which is the same: its shard is written again."""
+    try:
+        values = read_json(path)
+        values["lengths"] = {
+            what: {int(length): n for length, n in counts.items()}
+            for what, counts in values["lengths"].items()
+        }
+        return Tally(**values)
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
+        return None
 
 
 # --- a shard ---------------------------------------------------------------------------------
@@ -204,17 +215,19 @@ class Preparation:
         rows = len(self.source)
         return range(shard * rows // self.num_shards, (shard + 1) * rows // self.num_shards)
 
-    def is_written(self, shard: int) -> bool:
-        return self.shard_path(shard).is_file() and self.tally_path(shard).is_file()
+    def tally(self, shard: int) -> Tally | None:
+        """The tally of a shard that is there as it was written; None where it is to be written."""
+        tally, path = _load_tally(self.tally_path(shard)), self.shard_path(shard)
+        return None if tally is None or changed_shards([path], {path.name: tally.sha256}) else tally
 
-    def write(self, shard: int, advance: Callable[[int], Any]) -> None:
+    def write(self, shard: int, advance: Callable[[int], Any]) -> Tally:
         """Writes the shard and its tally; both appear whole or not at all."""
         tally = Tally()
-        path = self.shard_path(shard)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        tally.bytes = write_shard(unfinished, self.features, self._examples(shard, tally, advance))
-        _write_json(self.tally_path(shard), vars(tally))
-        unfinished.replace(path)
+        with written_whole(self.shard_path(shard)) as part:
+            tally.bytes = write_shard(part, self.features, self._examples(shard, tally, advance))
+            tally.sha256 = checksum_of(part)
+            _write_json(self.tally_path(shard), vars(tally))
+        return tally
 
     def _examples(
         self, shard: int, tally: Tally, advance: Callable[[int], Any]
@@ -311,30 +324,63 @@ def _prepare(preparation: Preparation, made: dict[str, Any]) -> dict[str, Any]:
         if config.padding is not None:
             _require_negatives(preparation.source, config.padding)
     made_here = not output.exists()
-    (output / _TALLIES).mkdir(parents=True, exist_ok=True)
-    _write_json(output / PREPARED_FILE, made)
-    _write_shards(preparation)
-    tallies = [_load_tally(preparation.tally_path(i)) for i in range(preparation.num_shards)]
-    if not any(tally.written for tally in tallies):
-        _remove_all(preparation, made_here)
-        raise DataError(f"{config.input}: every row was rejected, such as {tallies[0].rejected[0]}")
-    _write_json(output / PREPARED_FILE, made | {"facts": _facts(tallies)})
-    write_description(
-        output,
-        preparation.features,
-        [tally.written for tally in tallies],
-        sum(tally.bytes for tally in tallies),
-    )
-    report = _report(tallies)
-    _write_json(output / REPORT_FILE, report)
-    _remove_work(output)
+    output.mkdir(parents=True, exist_ok=True)
+    with _locked(output):
+        for name in (REPORT_FILE, "dataset_info.json"):  # not finished from now on
+            (output / name).unlink(missing_ok=True)
+        _write_json(output / PREPARED_FILE, made)
+        (output / _TALLIES).mkdir(exist_ok=True)
+        tallies = _write_shards(preparation)
+        if not any(tally.written for tally in tallies):
+            _remove_all(preparation, made_here)
+            first = tallies[0].rejected[0]
+            raise DataError(f"{config.input}: every row was rejected, such as {first}")
+        shards = range(preparation.num_shards)
+        names = [preparation.shard_path(shard).name for shard in shards]
+        # of the rows that were prepared: all of the source's, unless some were rejected
+        whole = config.on_bad_row == "stop"
+        known = {
+            "facts": _facts(tallies),
+            "fingerprint": (preparation.source if whole else ArrayRecordSource(output)).fingerprint,
+            "checksums": {n: t.sha256 for n, t in zip(names, tallies, strict=True)},
+        }
+        _write_json(output / PREPARED_FILE, made | known)
+        write_description(
+            output,
+            preparation.features,
+            [tally.written for tally in tallies],
+            sum(tally.bytes for tally in tallies),
+        )
+        report = _report(tallies)
+        _write_json(output / REPORT_FILE, report)
+        _remove_work(output)
     return report
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Keeps a second preparation out for as long as this one writes. Raises a DataError."""
+    with (output / _LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(
+                f"{output}: another laser_jax.prepare is writing there; wait for it, or choose "
+                "another output"
+            ) from error
+        except OSError as error:
+            raise DataError(
+                f"{output}: its file system has no locks ({error}); choose an output on a local "
+                "disk, and copy it there"
+            ) from error
+        yield
 
 
 def _remove_work(output: Path) -> None:
     shutil.rmtree(output / _TALLIES)
-    for unfinished in output.glob(".*.array_record-*"):
-        unfinished.unlink()  # of a run that was killed
+    for part in parts_of(output):  # of a run that was killed
+        part.unlink()
+    (output / _LOCK).unlink()
 
 
 def _remove_all(preparation: Preparation, made_here: bool) -> None:
@@ -349,10 +395,7 @@ def _remove_all(preparation: Preparation, made_here: bool) -> None:
 
 
 def _prompt_of(train_config: str) -> PromptConfig:
-    try:
-        values = yaml.safe_load(Path(train_config).read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{train_config}: not valid YAML: {error}") from error
+    values = read_yaml(Path(train_config))
     section = values.get("prompt", {}) if isinstance(values, dict) else {}
     if not isinstance(section, dict):
         raise ConfigError(
@@ -367,7 +410,7 @@ def _settings(preparation: Preparation) -> dict[str, Any]:
     config, prompts = preparation.config, preparation.prompts
     tokenization = tokenization_settings(prompts) if prompts else None
     return {
-        "input": _fingerprint(Path(config.input)),
+        "input": _fingerprint(Path(config.input), preparation.source),
         "shards": preparation.num_shards,
         "on_bad_row": config.on_bad_row,
         "separator": config.prompt.separator,
@@ -376,14 +419,15 @@ def _settings(preparation: Preparation) -> dict[str, Any]:
     }
 
 
-def _fingerprint(path: Path) -> str:
+def _fingerprint(path: Path, source: Source) -> str:
     """Changes with any byte of the input and with the names of a directory's files."""
+    named = {".": path} if path.is_file() else {file.name: file for file in source.files}
+    if path.is_dir():
+        named = {str(p.relative_to(path)): p for p in sorted(path.rglob("*")) if p.is_file()}
     digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            digest.update(str(file.relative_to(path)).encode())
-            with file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    for name, file in named.items():
+        digest.update(name.encode())
+        digest.update(bytes.fromhex(checksum_of(file)))
     return digest.hexdigest()
 
 
@@ -394,11 +438,17 @@ def _finished_report(preparation: Preparation, made: dict[str, Any]) -> dict[str
         DataError: the directory holds something else.
     """
     output = preparation.output
-    if not output.exists() or not any(output.iterdir()):
+    if not output.exists():
         return None
     if not (output / PREPARED_FILE).is_file():
-        raise DataError(f"{output} holds other files; choose an empty or new directory")
-    there = json.loads((output / PREPARED_FILE).read_text())
+        # a run that was killed at once leaves hidden files
+        if any(not file.name.startswith(".") for file in output.iterdir()):
+            raise DataError(f"{output} holds other files; choose an empty or new directory")
+        return None
+    try:
+        there = read_json(output / PREPARED_FILE)
+    except DataError as error:
+        raise DataError(f"{error}; delete {output}, or choose another output") from error
     changed = [key for key, value in made.items() if there.get(key) != value]
     if changed:
         raise DataError(
@@ -406,34 +456,51 @@ def _finished_report(preparation: Preparation, made: dict[str, Any]) -> dict[str
             "output, or delete that directory"
         )
     shards = map(preparation.shard_path, range(preparation.num_shards))
-    if not (output / REPORT_FILE).is_file() or not all(path.is_file() for path in shards):
+    if changed_shards(shards, there.get("checksums", {})):
         return None
-    return json.loads((output / REPORT_FILE).read_text())
+    try:
+        return read_json(output / REPORT_FILE)
+    except (FileNotFoundError, DataError):  # it is made again
+        return None
 
 
-def _write_shards(preparation: Preparation) -> None:
+def _write_shards(preparation: Preparation) -> list[Tally]:
+    """Writes the shards that are missing or damaged. Returns the tallies of all."""
     shards = range(preparation.num_shards)
-    missing = [shard for shard in shards if not preparation.is_written(shard)]
+    there = {shard: preparation.tally(shard) for shard in shards}
+    missing = [shard for shard in shards if there[shard] is None]
     rows = {shard: len(preparation.rows_of(shard)) for shard in shards}
     done = sum(rows.values()) - sum(rows[shard] for shard in missing)
     if done:
         print(f"{len(shards) - len(missing)} of {len(shards)} shards are there already")
-    workers = preparation.config.workers
     with tqdm(
         total=sum(rows.values()), initial=done, desc="prepare", unit="row", disable=None
     ) as progress:
-        if not workers:
+        if preparation.config.workers:
+            for shard, there[shard] in _by_workers(preparation, missing):
+                progress.update(rows[shard])
+        else:
             for shard in missing:
-                preparation.write(shard, progress.update)
-            return
+                there[shard] = preparation.write(shard, progress.update)
+    return [tally for tally in there.values() if tally is not None]
+
+
+def _by_workers(preparation: Preparation, shards: Sequence[int]) -> Iterator[tuple[int, Tally]]:
+    """Writes the shards in processes; yields each with its tally."""
+    config = preparation.config
+    try:
         with ProcessPoolExecutor(
-            workers,
+            config.workers,
             multiprocessing.get_context("spawn"),
             _start_worker,
-            (preparation.config, preparation.num_shards),
+            (config, preparation.num_shards),
         ) as pool:
-            for shard in pool.map(_write_in_worker, missing):
-                progress.update(rows[shard])
+            yield from zip(shards, pool.map(_write_in_worker, shards), strict=True)
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"{config.output}: a worker process was killed, perhaps for want of memory; the same "
+            "command goes on, with fewer --workers if need be"
+        ) from error
 
 
 _worker: Preparation
@@ -444,9 +511,8 @@ def _start_worker(config: PrepareConfig, num_shards: int) -> None:
     _worker = Preparation(config, num_shards)
 
 
-def _write_in_worker(shard: int) -> int:
-    _worker.write(shard, lambda rows: None)
-    return shard
+def _write_in_worker(shard: int) -> Tally:
+    return _worker.write(shard, lambda rows: None)
 
 
 def _write_json(path: Path, values: Any) -> None:

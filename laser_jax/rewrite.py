@@ -447,7 +447,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         options = parse_command_line(RewriteOptions, "python -m laser_jax.rewrite", arguments)
         _print(rewrite(options), options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         fail(error)
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from what is written")

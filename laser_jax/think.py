@@ -7,13 +7,12 @@ terminal, as a page (`--html FILE`), or as a page with a form (`--serve`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from laser_jax.config import ConfigError, parse_command_line
-from laser_jax.files import write_atomically
+from laser_jax.files import DataError, read_json, write_atomically
 from laser_jax.inspection.page import render_page
 from laser_jax.inspection.server import LARGEST_STEPS, PageServer, Site
 from laser_jax.inspection.thought import Corpus, Inspector, Thought, load_corpus
@@ -106,9 +105,9 @@ def _evaluation_set(run: Path) -> str | None:
     """`data.eval` in the config.json of a run; None where it has none."""
     mend = "mend it, or name the corpus with --corpus DIR, then it is not read"
     try:
-        config = json.loads(run.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise ConfigError(f"{run}: not valid JSON: {error}; {mend}") from error
+        config = read_json(run)
+    except DataError as error:
+        raise ConfigError(f"{error}; {mend}") from error
     data = config.get("data", {}) if isinstance(config, dict) else config
     directory = data.get("eval") if isinstance(data, dict) else data
     if not isinstance(data, dict) or not isinstance(directory, str | None):
@@ -195,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             serve(options)
         else:
             show(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         fail(error)
 
 

@@ -658,7 +658,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         join_processes(invocation)
         train(config)
-    except (ValueError, OSError, TrainingError) as error:
+    except (ValueError, OSError, ImportError, TrainingError) as error:
         fail(error)
 
 

@@ -271,11 +271,11 @@ def test_a_document_id_that_no_table_holds_is_refused(beir: Path, id_: str, faul
 def test_a_line_that_is_not_utf8_is_named(beir: Path) -> None:
     path = beir / "corpus.jsonl"
     path.write_bytes(path.read_bytes() + b'{"_id": "d4", "text": "\xff"}\n')
-    with pytest.raises(DatasetError, match=r"corpus\.jsonl:4: cannot be read: 'utf-8'"):
+    with pytest.raises(DatasetError, match=r"corpus\.jsonl:4: not UTF-8"):
         read_corpus(beir)
     skipped: list[str] = []
     assert len(read_corpus(beir, skipped=skipped)) == 3
-    assert skipped[0].startswith(f"{path}:4: cannot be read")
+    assert skipped[0].startswith(f"{path}:4: not UTF-8")
 
 
 def test_judgements_of_trec_eval_are_read_by_their_name(tmp_path: Path) -> None:
@@ -285,3 +285,34 @@ def test_judgements_of_trec_eval_are_read_by_their_name(tmp_path: Path) -> None:
     path.write_text("q1 0 d\n")
     with pytest.raises(DatasetError, match=r"qrels\.txt:1: wanted 'qid iter docid grade'"):
         read_qrels_file(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_an_id(tmp_path: Path) -> None:
+    trec, table = tmp_path / "qrels.txt", tmp_path / "qrels.tsv"
+    trec.write_text("q1 0 a 1\nq2 0 b 1\n", encoding="utf-8-sig")
+    table.write_text("query-id\tcorpus-id\tscore\nq1\ta\t1\nq2\tb\t1\n", encoding="utf-8-sig")
+    assert read_qrels_file(trec) == read_qrels_file(table) == {"q1": {"a": 1}, "q2": {"b": 1}}
+
+
+@pytest.mark.parametrize("grade", ["1", "1.0", "-1.5", "1e0", "1_0", "٣"])
+def test_a_judgement_is_not_taken_for_the_header(tmp_path: Path, grade: str) -> None:
+    path = tmp_path / "test.tsv"
+    path.write_text(f"q1\td1\t{grade}\nq2\td2\t1\n")
+    with pytest.raises(DatasetError, match=r"test\.tsv:1: the header is missing"):
+        read_qrels_file(path)
+    path.write_text(f"query-id\tcorpus-id\tgrade (0-3)\nq1\td1\t{grade}\n")
+    if grade == "1":
+        assert read_qrels_file(path) == {"q1": {"d1": 1}}
+    else:
+        with pytest.raises(DatasetError, match=r"test\.tsv:2: the score must be an integer"):
+            read_qrels_file(path)
+
+
+def test_a_line_too_deep_for_python_can_be_skipped(beir: Path) -> None:
+    path = beir / "corpus.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"_id": ' + b"[" * 100_000 + b"\n")
+    with pytest.raises(DatasetError, match=r"corpus\.jsonl:4: not valid JSON"):
+        read_corpus(beir)
+    skipped: list[str] = []
+    assert len(read_corpus(beir, skipped=skipped)) == 3
+    assert len(skipped) == 1

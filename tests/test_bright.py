@@ -120,7 +120,7 @@ def test_every_form_of_file_gives_the_same_dataset(
 ) -> None:
     dataset = read_bright(write_copy(tmp_path, write, suffix), "biology")
     assert dataset.documents == [
-        Document("light/Moth_0.txt", "Moths keep the moon at one angle."),
+        Document("light/Moth_0.txt", " Moths keep the moon at one angle. "),
         Document("light/Moth 1.txt", "A lamp is too near for that."),
         Document("heat/LED_0.txt", "An LED gives little heat."),
     ]

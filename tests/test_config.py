@@ -96,8 +96,14 @@ def test_unknown_keys_and_wrong_types_exit_and_are_named(arguments, named, capsy
             "unknown key objective.weights.latnt; did you mean objective.weights.latent?",
         ),
         (b"model: {scratch: {num_layer: 2}}", "did you mean model.scratch.num_layers?"),
-        (b"train: \xff", "not a YAML file: 'utf-8' codec can't decode byte 0xff"),
+        (b"train: \xff", "not UTF-8: 'utf-8' codec can't decode byte 0xff"),
         (b"train: {", "not a YAML file: "),
+        (b"train: {seed: 1}\nmodel: {path: x}\ntrain: {seed: 2}", "the key 'train' stands twice"),
+        (b"data: {mixture: [{path: a, path: b}]}", "the key 'path' stands twice"),
+        (b"data: {mixture: [{path: a, wait: 2}]}", "did you mean data.mixture.weight?"),
+        (b"train: {seed: 1_0}", "train.seed must be a number in ASCII digits, got '1_0'"),
+        ("train: {seed: ٣}".encode(), "train.seed must be a number in ASCII digits, got '٣'"),
+        (b"train: " + b"[" * 1000, "not a YAML file: "),
     ],
 )
 def test_a_bad_file_is_named_with_its_key(tmp_path: Path, text, message, capsys) -> None:
@@ -389,3 +395,81 @@ class Choices:
 )
 def test_a_bool_may_stand_alone_and_so_may_the_program(arguments, wanted) -> None:
     assert parse_command_line(Choices, "choices", arguments) == wanted
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Every kind of text that a program takes."""
+
+    plain: str = "a"
+    optional: str | None = None
+    prompt: PromptConfig = dataclasses.field(default_factory=PromptConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# md heading",
+        "&x",
+        "~",
+        "null",
+        "1e3",
+        "yes",
+        "null # c",
+        "{a: 1}",
+        "[x",
+        " x ",
+        "'q'",
+        "-",
+    ],
+)
+def test_a_flag_of_text_is_the_text_as_it_is_written(text: str) -> None:
+    names = ("plain", "optional", "prompt.separator", "data.eval")
+    read = parse_command_line(Texts, "x", [f"--{name}={text}" for name in names])
+    assert (read.plain, read.optional, read.prompt.separator) == (text, text, text)
+    # a key that a settings file may have set can be taken back
+    assert read.data.eval == (None if text == "null" else text)
+
+
+def test_a_text_of_how_a_run_is_started_is_no_yaml_either() -> None:
+    arguments = [*NEEDED, "--dry_run", "--topology", "# none"]
+    assert parse_train_command(arguments)[1].topology == "# none"
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("train: {seed: 3}\n", encoding="utf-8-sig")
+    assert parse("--config", str(file)).train.seed == 3
+
+
+NAMES_A_CLASS: tuple[dict[str, Any], ...] = (
+    {"prompt": "imported_by_name.Class"},
+    {"prompt": {"class_path": "imported_by_name.Class"}},
+    {"lora": "imported_by_name.Class"},
+    {"lora": {"class_path": "imported_by_name.Class"}},
+    {"data": {"mixture": ["imported_by_name.Class"]}},
+    {"data": {"mixture": [{"class_path": "imported_by_name.Class"}]}},
+    {"data.mixture": ["imported_by_name.Class"]},
+)
+
+
+@pytest.mark.parametrize("values", NAMES_A_CLASS, ids=str)
+def test_no_setting_imports_what_it_names(tmp_path, monkeypatch, values) -> None:
+    (tmp_path / "imported_by_name.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"must hold settings of its own|unknown key"):
+        from_dict(Config, values, source="laser_config.json")
+    (key, value), *_ = values.items()
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(values))
+    for arguments in (["--config", str(file)], [f"--{key}={json.dumps(value)}"]):
+        with pytest.raises(SystemExit) as caught:
+            parse(*arguments)
+        assert caught.value.code == 2
+
+
+def test_a_key_twice_in_laser_config_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "laser_config.json").write_text('{"prompt": {}, "dtype": "a", "prompt": {}}')
+    with pytest.raises(ConfigError, match=r"laser_config\.json: .*the key 'prompt' stands twice"):
+        load_retriever_config(tmp_path)

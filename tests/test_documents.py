@@ -144,3 +144,13 @@ def test_a_folder_of_two_kinds_or_none_is_refused(tmp_path: Path) -> None:
         Corpus(tmp_path)
     with pytest.raises(DatasetError, match=r"a \.jsonl, \.jsonl\.gz or \.parquet is wanted"):
         Corpus(Path(__file__))
+
+
+def test_splits_of_a_corpus_are_not_merged(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_bytes(lines(ROWS[:1]))
+    with pytest.raises(DatasetError, match=r"holds several splits, name one"):
+        Corpus(tmp_path)
+    assert Corpus(tmp_path / "test").files == [tmp_path / "test.jsonl"]
+    with pytest.raises(FileNotFoundError, match="neither a file nor a directory"):
+        Corpus(tmp_path / "dev")

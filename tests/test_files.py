@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gzip
 import json
 import os
 import re
@@ -17,13 +18,20 @@ from typing import Any
 import pytest
 
 from laser_jax.files import (
+    DataError,
     flush,
     folder_written_whole,
     lock,
     no_link,
+    parse_integer,
+    parse_number,
+    parse_yaml,
     parts_of,
+    read_json,
     read_state,
     read_state_lines,
+    read_yaml,
+    text_lines,
     write_atomically,
     written_whole,
 )
@@ -254,3 +262,69 @@ def test_the_part_of_a_killed_process_goes_when_the_file_is_written_again(tmp_pa
     other.touch()  # of another file, whose writer may come back to it
     write_atomically(path, "text")
     assert parts_of(tmp_path) == [other]
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+def test_a_line_without_an_end_is_refused_by_name(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("laser_jax.files.LONGEST_LINE", 1000)
+    bomb = tmp_path / "t.jsonl.gz"
+    bomb.write_bytes(gzip.compress(b"x" * 1000 + b"\n"))  # of 1,001 bytes
+    with pytest.raises(DataError, match=r"t\.jsonl\.gz:1: longer than 1,000 bytes"):
+        list(text_lines(bomb))
+    bomb.write_bytes(gzip.compress(b"x" * 999 + b"\n" + b"y" * 1000))
+    assert [len(line) for _, line in text_lines(bomb)] == [1000, 1000]
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("1", 1.0),
+        ("-.5", -0.5),
+        ("+1.e-2", 0.01),
+        ("INF", float("inf")),
+        ("-infinity", -float("inf")),
+    ],
+)
+def test_a_number_is_read(text: str, number: float) -> None:
+    assert parse_number(text) == number
+
+
+@pytest.mark.parametrize("text", ["", " 1", "1_0", "٣", "１", "0x1", "1e", ".", "1\n", "+-1"])
+def test_no_number_is_none(text: str) -> None:
+    assert parse_number(text) is None
+    assert parse_integer(text) is None
+
+
+def test_numbers_and_keys_of_yaml_are_those_of_json(tmp_path: Path) -> None:
+    text = "{a: 010, b: 1_0, c: 1:30, d: 1e-3, e: -.5, f: .inf, g: yes, h: 0x1}"
+    assert parse_yaml(text) == {
+        "a": 10,
+        "b": "1_0",
+        "c": "1:30",
+        "d": 1e-3,
+        "e": -0.5,
+        "f": float("inf"),
+        "g": True,
+        "h": "0x1",
+    }
+    file = tmp_path / "a.yaml"
+    for content in ("a: 1\nb: {c: 1, d: 2, c: 3}\n", "- {c: 1, 'c': 2}\n"):
+        file.write_text(content)
+        with pytest.raises(DataError, match=r"(?s)a\.yaml: .*the key 'c' stands twice.*line"):
+            read_yaml(file)
+    file.write_text("base: &b {x: 1}\nown: {<<: *b, x: 2}\n", encoding="utf-8-sig")
+    assert read_yaml(file) == {"base": {"x": 1}, "own": {"x": 2}}
+
+
+def test_a_settings_file_of_json_says_everything_once(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text('{"a": [{"b": 1, "b": 2}]}')
+    with pytest.raises(DataError, match=r"a\.json: .*the key 'b' stands twice"):
+        read_json(file)
+    file.write_text('{"a": 1}', encoding="utf-8-sig")
+    assert read_json(file) == {"a": 1}
+    file.write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"a\.json: not valid JSON"):
+        read_json(file)

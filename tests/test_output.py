@@ -21,6 +21,7 @@ from laser_jax.config import (
     Config,
     DataConfig,
     MeshConfig,
+    MixtureSource,
     ModelConfig,
     ScratchConfig,
     TrainConfig,
@@ -169,6 +170,22 @@ def test_a_resumed_run_may_change_what_is_not_trained(tmp_path: Path) -> None:
     )
     claim(changed)
     assert json.loads((tmp_path / "config.json").read_text())["mesh"]["tensor"] == 4
+
+
+def test_the_same_rows_may_lie_elsewhere(tmp_path: Path) -> None:
+    first = config(tmp_path)
+    claim(first)
+    claim(replace(first, data=DataConfig(train="moved", split="train")))
+    mixture = (MixtureSource("a"), MixtureSource("b", 2.0))
+    mixed = replace(config(tmp_path / "mixed"), data=DataConfig(mixture=mixture))
+    claim(mixed)
+    claim(replace(mixed, data=DataConfig(mixture=(MixtureSource("/x/a"), mixture[1]))))
+    for other, change in (
+        ((mixture[0], MixtureSource("b", 3.0)), r"data\.mixture\.1\.weight was 2.0, is 3.0"),
+        (mixture[:1], r"data\.mixture was "),
+    ):
+        with pytest.raises(OutputError, match=change):
+            OutputDirectory(replace(mixed, data=DataConfig(mixture=other)))
 
 
 def test_a_setting_that_an_older_release_did_not_have_counts_as_its_default(tmp_path: Path) -> None:

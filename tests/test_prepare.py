@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -312,12 +314,102 @@ def test_a_directory_with_other_files_is_refused(config) -> None:
         prepare(config)
 
 
-def test_a_lost_shard_is_written_again(config) -> None:
+def spoil(output: Path, how: str) -> None:
+    first, second = sorted(output.glob("*.array_record-*"))[:2]
+    if how == "lost":
+        second.unlink()
+    elif how == "cut short":
+        second.write_bytes(second.read_bytes()[:-100])
+    elif how == "swapped":
+        content = first.read_bytes()
+        first.write_bytes(second.read_bytes())
+        second.write_bytes(content)
+    elif how == "report":
+        (output / "report.json").write_text('{"rows":')
+
+
+@pytest.mark.parametrize("how", ["lost", "cut short", "swapped", "report"])
+def test_what_is_lost_or_damaged_is_written_again(config, how) -> None:
     prepare(config)
     before = files(Path(config.output))
-    next(Path(config.output).glob("*00001-of-*")).unlink()
+    spoil(Path(config.output), how)
     prepare(config)
     assert files(Path(config.output)) == before
+
+
+def test_swapped_shards_are_no_rows_to_train_on(config) -> None:
+    prepare(config)
+    spoil(Path(config.output), "swapped")
+    with pytest.raises(DataError, match=r"00000-of-00003 is not as it was prepared: .*writes it"):
+        open_source(config.output)
+
+
+@pytest.mark.parametrize("left", [".lock", ".prepare.json.part", ".tallies/"])
+def test_a_run_that_was_killed_before_its_first_file_goes_on(config, left) -> None:
+    output = Path(config.output)
+    output.mkdir()
+    (output / left).mkdir() if left.endswith("/") else (output / left).touch()
+    assert prepare(config)["written"] == 20
+    assert not list(output.glob(".*"))
+
+
+def test_a_damaged_tally_of_a_stopped_run_is_made_again(config, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("laser_jax.prepare.write_description", lambda *_: 1 / 0)  # stopped there
+        with pytest.raises(ZeroDivisionError):
+            prepare(config)
+    (Path(config.output) / ".tallies" / "00001.json").write_bytes(b"{\0")
+    assert prepare(config)["written"] == 20
+    assert len(open_source(config.output)) == 20
+
+
+def test_a_second_preparation_at_once_is_refused(config) -> None:
+    Path(config.output).mkdir()
+    with (Path(config.output) / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit, match=r"^error: .*another laser_jax\.prepare is writing"):
+            main([f"--input={config.input}", f"--output={config.output}"])
+    assert prepare(config)["written"] == 20
+
+
+def test_a_full_disk_ends_with_one_line_and_the_run_goes_on(config, monkeypatch) -> None:
+    records = [record(n, prompt=os.urandom(40_000).hex()) for n in range(9)]
+    write_rows(Path(config.input), records)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, hard))
+    try:
+        with pytest.raises(SystemExit, match=r"^error: .*cannot be written: .*File too large"):
+            main([f"--input={config.input}", f"--output={config.output}", "--shards=3"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(Path(config.output).glob("*array_record*"))
+    assert not list(Path(config.output).glob(".*.part"))
+    assert prepare(config)["written"] == 9
+
+
+def test_prepared_rows_are_the_rows_they_were_made_from(config, tmp_path) -> None:
+    prepare(config)
+    assert open_source(config.output).fingerprint == open_source(config.input).fingerprint
+    good = write_rows(tmp_path / "good.jsonl", [record(n) for n in range(4)])
+    write_rows(Path(config.input), [record(0), {}, *(record(n) for n in range(1, 4))])
+    rest = replace(config, output=str(tmp_path / "rest"), on_bad_row="reject")
+    prepare(rest)
+    assert open_source(rest.output).fingerprint == open_source(good).fingerprint
+
+
+def test_one_split_is_prepared(config, tmp_path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "hub").mkdir()
+    for n, split in enumerate(("train", "test")):
+        table = pyarrow.Table.from_pylist([record(n)])
+        parquet.write_table(table, tmp_path / "hub" / f"{split}-00000-of-00001.parquet")
+    with pytest.raises(DataError, match="holds several splits"):
+        prepare(replace(config, input=str(tmp_path / "hub"), shards=1))
+    prepare(replace(config, input=str(tmp_path / "hub" / "test"), shards=1))
+    assert [row.query for row in open_source(config.output)] == [record(1)["query"]]
 
 
 def test_a_killed_run_goes_on_and_keeps_what_is_finished(with_tokens, tmp_path, capsys) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from laser_jax.config import DataConfig, MixtureSource
+from laser_jax.config import ConfigError, DataConfig, MixtureSource
 from laser_jax.data.reasoning_retrieval import (
     example_of,
     text_features,
@@ -26,6 +26,7 @@ from laser_jax.data.sources import (
     JsonlSource,
     RowsSource,
     describe_row,
+    is_there,
     locate,
     longest_instructions,
     open_source,
@@ -193,6 +194,17 @@ def test_blank_lines_count_as_lines_and_hold_no_rows(tmp_path) -> None:
     assert [source.where(i) for i in range(2)] == [f"{path}:2", f"{path}:5"]
 
 
+@pytest.mark.parametrize("name", ["t.jsonl", "t.jsonl.gz"])
+def test_byte_order_marks_are_no_part_of_a_row(tmp_path, name) -> None:
+    mark = b"\xef\xbb\xbf"
+    first, second = (json.dumps(record).encode() for record in RECORDS[:2])
+    content = mark + first + b"\n" + mark + b"\n" + mark + second  # of three files put together
+    (tmp_path / name).write_bytes(gzip.compress(content) if "gz" in name else content)
+    source = open_source(tmp_path / name)
+    assert list(source) == ROWS[:2]
+    assert source.where(1) == f"{tmp_path / name}:3"
+
+
 def test_a_jsonl_source_holds_no_texts(tmp_path) -> None:
     source = JsonlSource(write_jsonl(tmp_path / "t.jsonl", RECORDS * 100))
     assert len(pickle.dumps(source)) < 1000
@@ -251,6 +263,74 @@ def test_rows_in_memory_are_a_source() -> None:
     assert source.where(2) == "rows: row 3"
 
 
+# --- splits ----------------------------------------------------------------------------------
+
+SHARDS: dict[str, tuple[str, Writer]] = {
+    "parquet of the hub": ("{}-00000-of-00001.parquet", write_parquet),
+    "parquet": ("{}.parquet", write_parquet),
+    "cache of datasets": ("my_set-{}-00000-of-00001.arrow", write_arrow),
+    "arrow": ("my_set-{}.arrow", write_arrow),
+    "array_record": ("rows_{}.array_record", write_json_records),
+    "array_record shards": ("rows-{}.array_record-00000-of-00001", write_tf_examples),
+}
+
+
+@pytest.mark.parametrize("shards", SHARDS.values(), ids=SHARDS)
+def test_one_of_several_splits_is_named_and_no_other_row_trains(tmp_path, shards) -> None:
+    name, write = shards
+    write(tmp_path / name.format("train"), RECORDS[:4])
+    assert list(open_source(tmp_path)) == ROWS[:4]
+    write(tmp_path / name.format("validation"), RECORDS[4:5])
+    write(tmp_path / name.format("test"), RECORDS[5:])
+    paths = [f"{tmp_path}/{split}" for split in ("test", "train", "validation")]
+    refused(tmp_path, f"{tmp_path} holds several splits, name one: {' or '.join(paths)}")
+    chosen = open_source(tmp_path / "train")
+    assert list(pickle.loads(pickle.dumps(chosen))) == list(chosen) == ROWS[:4]
+    assert chosen.where(0).startswith(str(tmp_path / name.format("train")))
+    (of_config,) = open_sources(DataConfig(train=str(tmp_path), split="test"))
+    assert list(of_config) == ROWS[5:]
+    refused(tmp_path / "dev", "dev: no such file or directory; .*train")
+    assert is_there(tmp_path / "train")
+    assert not is_there(tmp_path / "dev")
+
+
+def test_splits_of_a_tfds_directory_are_not_merged(tmp_path) -> None:
+    path = write_tfds(tmp_path / "prepared", RECORDS)
+    write_tf_examples(path / "reasoning_retrieval-test.array_record-00000-of-00001", RECORDS[:1])
+    refused(path, f"several splits, name one: {path}/test or {path}/train")
+    assert list(open_source(path / "train")) == ROWS
+
+
+def test_by_products_of_datasets_do_not_train(tmp_path) -> None:
+    write_arrow(tmp_path / "cache-0123456789abcdef.arrow", RECORDS[3:])
+    refused(tmp_path, "holds no rows of a known kind")
+    write_arrow(tmp_path / "my_set-train.arrow", RECORDS[:3])
+    assert list(open_source(tmp_path)) == ROWS[:3]
+
+
+def test_files_of_no_known_split_beside_one_are_refused(tmp_path) -> None:
+    write_parquet(tmp_path / "train.parquet", RECORDS[:3])
+    write_parquet(tmp_path / "more.parquet", RECORDS[3:])
+    refused(tmp_path, rf"name one: {tmp_path}/train \(of more\.parquet the name tells none\)")
+
+
+def test_files_of_several_kinds_are_refused(tmp_path) -> None:
+    write_parquet(tmp_path / "a.parquet", RECORDS[:3])
+    write_arrow(tmp_path / "a.arrow", RECORDS[3:])
+    refused(tmp_path, r"holds \*\.arrow and \*\.parquet: name one file")
+
+
+def test_a_missing_shard_is_named(tmp_path) -> None:
+    write_parquet(tmp_path / "train-00001-of-00003.parquet", RECORDS)
+    write_parquet(tmp_path / "train-00002-of-00003.parquet", RECORDS)
+    refused(tmp_path, r"train-00000-of-00003\.parquet is missing")
+
+
+def test_a_split_belongs_to_one_source() -> None:
+    with pytest.raises(ConfigError, match=r"data\.split goes with data\.train"):
+        DataConfig(mixture=(MixtureSource("a"),), split="train")
+
+
 # --- what is refused -------------------------------------------------------------------------
 
 
@@ -292,7 +372,7 @@ def test_an_empty_file_is_refused(tmp_path, name) -> None:
 
 def test_a_line_that_is_no_json_is_named(tmp_path) -> None:
     content = json.dumps(RECORDS[0]).encode() + b"\n{'query'}\n"
-    refused(tmp_path / "t.jsonl", r"t\.jsonl:2: malformed JSON", content)
+    refused(tmp_path / "t.jsonl", r"t\.jsonl:2: not valid JSON", content)
 
 
 def test_a_line_that_is_not_utf_8_is_named(tmp_path) -> None:
@@ -304,7 +384,7 @@ def test_a_line_that_is_not_utf_8_is_named(tmp_path) -> None:
     "content", [b'{"n": ' + b"1" * 5000 + b"}", b"[" * 100_000], ids=["digits", "nesting"]
 )
 def test_a_line_that_python_cannot_hold_is_named(tmp_path, content) -> None:
-    refused(tmp_path / "t.jsonl", r"t\.jsonl:1: malformed JSON", content)
+    refused(tmp_path / "t.jsonl", r"t\.jsonl:1: not valid JSON", content)
 
 
 def test_half_a_gzip_file_is_refused(tmp_path) -> None:
@@ -391,6 +471,26 @@ def test_a_preparation_that_was_not_finished_is_refused(tmp_path) -> None:
     (path / "features.json").unlink()
     (path / "prepare.json").write_text("{}")
     refused(path, "its preparation was not finished")
+
+
+def test_a_directory_of_tfds_imports_nothing_that_it_names(tmp_path, monkeypatch) -> None:
+    path = write_tfds(tmp_path / "prepared", RECORDS)
+    (tmp_path / "imported_by_name.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    features = json.loads((path / "features.json").read_text())
+    for place in (features, features["featuresDict"]["features"]["query"]):
+        place["pythonClassName"] = "imported_by_name.Text"
+    (path / "features.json").write_text(json.dumps(features))
+    info = json.loads((path / "dataset_info.json").read_text())
+    info["moduleName"] = "imported_by_name"
+    (path / "dataset_info.json").write_text(json.dumps(info))
+    assert list(open_source(path)) == ROWS
+
+
+def test_a_damaged_record_is_named(tmp_path) -> None:
+    path = write_json_records(tmp_path / "t.array_record", RECORDS * 300)
+    overwrite(path, 20_000, 8)
+    refused(path, r"t\.array_record: row \d+: the file is damaged: .*fetch it again")
 
 
 @pytest.mark.parametrize("name", ["t.parquet", "t.arrow"])

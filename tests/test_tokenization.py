@@ -386,3 +386,20 @@ def test_padding_stops_at_the_limit() -> None:
 def test_nothing_to_pad_is_refused(rows) -> None:
     with pytest.raises(ValueError, match="at least one"):
         right_pad(rows, 0, 4)
+
+
+@pytest.mark.parametrize("truncation", ["content", "sequence"])
+def test_a_text_is_read_without_the_white_space_around_it(prompts, truncation) -> None:
+    p = prompts(truncation=truncation)
+    for text in (QUERY, "word " * 600):
+        padded = f" \n\t{text.strip()}\u3000\n\n"
+        text = text.strip()
+        assert p.query(padded, INSTRUCTION) == p.query(text, INSTRUCTION)
+        assert p.document(padded) == p.document(text)
+        assert p.document_prompt(padded) == p.document_prompt(text)
+        assert p.explicit(padded, INSTRUCTION, REASONING) == p.explicit(
+            text, INSTRUCTION, REASONING
+        )
+    # a chain of thought stays as it is: its line ends close segments
+    longer = p.explicit(QUERY, INSTRUCTION, f"{REASONING}\n\n\n\n").ids
+    assert len(longer) > len(p.explicit(QUERY, INSTRUCTION, REASONING).ids)

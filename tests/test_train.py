@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -706,7 +707,7 @@ def without(key: str) -> str:
 @pytest.mark.parametrize(
     ("line", "named"),
     [
-        ("{", "malformed JSON"),
+        ("{", "not valid JSON"),
         ("[]", "an object is wanted"),
         (without("reasoning_query"), "field 'reasoning_query' is missing"),
         (without("positive_passages"), "field 'positive_passages' is missing"),
@@ -911,3 +912,13 @@ def test_an_output_that_is_a_file_is_named(arguments, tmp_path, capsys) -> None:
     (tmp_path / "run").write_text("mine")
     assert str(tmp_path / "run") in refusal(arguments(tmp_path / "run"), capsys)
     assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_a_missing_extra_ends_with_one_line(arguments, tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "rows.parquet").write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    message = refusal(
+        arguments(tmp_path / "run", "--data.train", f"{tmp_path}/rows.parquet"), capsys
+    )
+    assert "rows.parquet: reading and writing Parquet and Arrow needs pyarrow" in message
+    assert "pip install laser-jax[parquet]" in message

@@ -51,6 +51,9 @@ def test_a_run_is_read_from_both_ends(tmp_path: Path) -> None:
         ("q Q0 d 1 0.5", "wanted 'qid Q0 docid rank score tag'"),
         ("q Q0 d first 0.5 t", "wanted 'qid Q0 docid rank score tag'"),
         ("q Q0 d 1 high t", "the score must be a number, got 'high'"),
+        ("q Q0 d 1 1_0 t", "the score must be a number, got '1_0'"),
+        ("q Q0 d 1 ٣ t", "the score must be a number, got '٣'"),
+        ("q Q0 d ٣ 1 t", "wanted 'qid Q0 docid rank score tag'"),
         ("q Q0 d 1 NaN t", "the score of document 'd' of query 'q' is NaN"),
         ("q Q0 a 2 0.5 t", "query 'q' ranks 'a' a second time"),
     ],
@@ -108,3 +111,22 @@ def test_excluded_documents_come_from_queries_or_a_table(tmp_path: Path) -> None
         read_excluded(table)
     with pytest.raises(DatasetError, match=r"from a \.jsonl or a \.tsv file"):
         read_excluded(tmp_path / "excluded.json")
+
+
+def test_a_byte_order_mark_is_no_part_of_an_id(tmp_path: Path) -> None:
+    run = tmp_path / "run.trec"
+    # as of two files that were put together
+    run.write_bytes(b"\xef\xbb\xbfq1 Q0 a 1 1e-1 t\n\xef\xbb\xbfq1 Q0 b 2 .5 t\n")
+    assert read_trec_run(run) == {"q1": {"a": 0.1, "b": 0.5}}
+    table, queries = tmp_path / "excluded.tsv", tmp_path / "queries.jsonl"
+    table.write_text("q1\td1\nq2\td2\n", encoding="utf-8-sig")
+    assert read_excluded(table) == {"q1": ("d1",), "q2": ("d2",)}
+    queries.write_text('{"_id": "q1", "excluded_ids": ["d1"]}\n', encoding="utf-8-sig")
+    assert read_excluded(queries) == {"q1": ("d1",)}
+
+
+def test_an_excluded_line_too_deep_for_python_is_named(tmp_path: Path) -> None:
+    queries = tmp_path / "queries.jsonl"
+    queries.write_text('{"_id": ' + "[" * 100_000)
+    with pytest.raises(DatasetError, match=r"queries\.jsonl:1: not valid JSON"):
+        read_excluded(queries)

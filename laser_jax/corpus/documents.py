@@ -16,7 +16,8 @@ from laser_jax.evaluation.beir import (
     parse_document,
     parse_query,
 )
-from laser_jax.search.trec import DatasetError, open_lines, raw_lines
+from laser_jax.files import import_pyarrow, is_blank, one_split, open_lines, raw_lines, split_of
+from laser_jax.search.trec import DatasetError
 
 _ROWS_PER_READ = 1024
 _BEIR = {"documents": "corpus.jsonl", "queries": "queries.jsonl"}
@@ -116,7 +117,7 @@ class Corpus:
         for line, content in raw_lines(path, self._file(number), offset, start.line):
             offset += len(content)
             where = f"{path}:{line}"
-            if content.isspace():
+            if is_blank(content):
                 continue
             item = self._parsed(content, where)
             if item is not None:
@@ -171,7 +172,8 @@ def _files(path: Path, texts: Literal["documents", "queries"]) -> list[Path]:
                     f"with --texts {role}, or give it another name"
                 )
         return [path]
-    if not path.is_dir():
+    directory = path if path.is_dir() else path.parent
+    if not path.is_dir() and path.name not in [split_of(p.name) for p in directory.glob("*")]:
         raise FileNotFoundError(f"{path} is neither a file nor a directory")
     files = sorted(p for p in path.iterdir() if p.is_file())
     beir, wanted = [p for p in files if p.name in names[texts]], _BEIR[texts]
@@ -193,20 +195,14 @@ def _files(path: Path, texts: Literal["documents", "queries"]) -> list[Path]:
             f"{path}: holds {what}. A directory of BEIR ({wanted}), of .jsonl(.gz) files or of "
             ".parquet files is wanted"
         )
-    return found[0]
+    return one_split(path, found[0])
 
 
 def _records(
     path: Path, columns: set[str], needed: Sequence[str], start: int
 ) -> Iterator[dict[str, Any]]:
     """The rows of a Parquet file from row `start` on."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError(
-            f"{path}: reading Parquet needs pyarrow: pip install laser-jax[parquet]"
-        ) from error
+    pyarrow = import_pyarrow(path)
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names

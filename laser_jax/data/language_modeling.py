@@ -10,8 +10,9 @@ from typing import Any
 import flax.struct
 import numpy as np
 
-from laser_jax.data.schema import FIELDS, DataError, parse_json, require_unicode
+from laser_jax.data.schema import FIELDS, DataError, require_unicode
 from laser_jax.data.tokenization import PromptTokenizer
+from laser_jax.files import json_lines, parse_json
 
 _TEXTS = {*FIELDS, "text", "document", "reasoning"}
 
@@ -53,37 +54,32 @@ def read_language_rows(path: str | Path) -> tuple[list[str], list[WrittenReasoni
         raise FileNotFoundError(f"{path}: no such file; JSONL texts are wanted")
     texts: dict[str, None] = {}
     reasonings: list[WrittenReasoning] = []
-    if path.suffix == ".gz":
-        raise DataError(f"{path} is compressed; plain JSONL texts are wanted: gunzip it first")
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            row = parse_json(line, f"{path}:{number}")
-            if isinstance(row, dict):
-                for key in _TEXTS & row.keys():
-                    _require_unicode_in(row[key], f"{path}:{number}: {key}")
-            match row:
-                case {"text": str(text)}:
-                    texts[text] = None
-                case {"prompt": str(prompt), "query": str(query), "reasoning": str(reasoning)} | {
-                    "prompt": str(prompt),
-                    "query": str(query),
-                    "reasoning_query": str(reasoning),
-                }:
-                    reasonings.append(WrittenReasoning(query, reasoning, prompt))
-                    for key in ("positive_passages", "negative_passages"):
-                        passages = row.get(key, [])
-                        if not isinstance(passages, list) or {*map(type, passages)} - {str}:
-                            raise DataError(f"{path}:{number}: {key} must be a list of strings")
-                        texts |= dict.fromkeys(passages)
-                case {"document": str(document), "reasoning": str(reasoning)}:
-                    reasonings.append(WrittenReasoning(document, reasoning, None))
-                case _:
-                    raise DataError(
-                        f'{path}:{number}: wanted "text", or "prompt", "query" and "reasoning", or '
-                        '"document" and "reasoning" (all strings)'
-                    )
+    for where, line in json_lines(path):
+        row = parse_json(line, where)
+        if isinstance(row, dict):
+            for key in _TEXTS & row.keys():
+                _require_unicode_in(row[key], f"{where}: {key}")
+        match row:
+            case {"text": str(text)}:
+                texts[text] = None
+            case {"prompt": str(prompt), "query": str(query), "reasoning": str(reasoning)} | {
+                "prompt": str(prompt),
+                "query": str(query),
+                "reasoning_query": str(reasoning),
+            }:
+                reasonings.append(WrittenReasoning(query, reasoning, prompt))
+                for key in ("positive_passages", "negative_passages"):
+                    passages = row.get(key, [])
+                    if not isinstance(passages, list) or {*map(type, passages)} - {str}:
+                        raise DataError(f"{where}: {key} must be a list of strings")
+                    texts |= dict.fromkeys(passages)
+            case {"document": str(document), "reasoning": str(reasoning)}:
+                reasonings.append(WrittenReasoning(document, reasoning, None))
+            case _:
+                raise DataError(
+                    f'{where}: wanted "text", or "prompt", "query" and "reasoning", or '
+                    '"document" and "reasoning" (all strings)'
+                )
     if not texts and not reasonings:
         raise DataError(f"{path} is empty")
     return list(texts), reasonings

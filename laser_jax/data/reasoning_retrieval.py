@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -124,21 +125,36 @@ def write_shard(
 
     Returns:
         Bytes of the records, before compression.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
     specs: Any = features.get_serialized_info()
     serializer = example_serializer.ExampleSerializer(specs)
-    writer = ArrayRecordWriter(str(path), "group_size:1")
     num_bytes = 0
+    with _named(path):
+        writer = ArrayRecordWriter(str(path), "group_size:1")
     for example in examples:
         encoded: Any = features.encode_example(example)
         # tfds' own serialisation leaves the order of the features open
         record = serializer.get_tf_example(encoded).SerializeToString(deterministic=True)
-        writer.write(record)
+        with _named(path):
+            writer.write(record)
         num_bytes += len(record)
-    writer.close()
+    with _named(path):
+        writer.close()
     return num_bytes
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turns what ArrayRecord says of a file that cannot be written into an OSError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def write_description(

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from laser_jax.files import DataError
+
 _STRINGS = ("query", "reasoning_query", "prompt")
 _STRING_LISTS = ("positive_passages", "negative_passages")
 FIELDS = (*_STRINGS, *_STRING_LISTS)
-
-
-class DataError(ValueError):
-    """Training data that cannot be used. The message names the file, the line and the field."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +51,6 @@ class TrainingRow:
     positive_passages: tuple[str, ...]
     negative_passages: tuple[str, ...]
     tokens: RowTokens | None = field(default=None, compare=False, repr=False)
-
-
-def parse_json(line: bytes, where: str) -> Any:
-    """The value of a line of JSON.
-
-    Raises:
-        DataError: not UTF-8 or no JSON, or with a number too long or lists too deep for Python.
-    """
-    try:
-        return json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: malformed JSON: {error}") from error
 
 
 def parse_row(record: Any, where: str) -> TrainingRow:

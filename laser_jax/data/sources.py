@@ -9,26 +9,33 @@ from __future__ import annotations
 
 import bisect
 import functools
-import gzip
 import hashlib
-import io
 import itertools
 import json
 import mmap
 import threading
-import zlib
 from abc import ABC, abstractmethod
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from laser_jax.config import DataConfig
-from laser_jax.data.schema import FIELDS, DataError, RowTokens, TrainingRow, parse_json, parse_row
+from laser_jax.data.schema import FIELDS, DataError, RowTokens, TrainingRow, parse_row
+from laser_jax.files import (
+    import_pyarrow,
+    is_blank,
+    one_split,
+    open_lines,
+    parse_json,
+    raw_lines,
+    read_json,
+    split_of,
+)
 
 PREPARED_FILE = "prepare.json"
 """In a directory written by `laser_jax.prepare`: how it was made and what is known of its rows."""
@@ -63,10 +70,12 @@ class Source(ABC):
 
     Attributes:
         path: as given to `open_source`.
+        files: in the order in which they are read; none where the rows are in memory.
         tokenization: how the rows' tokens were made; None for rows without tokens.
     """
 
     path: Path
+    files: Sequence[Path] = ()
     tokenization: dict[str, Any] | None = None
 
     @abstractmethod
@@ -144,7 +153,8 @@ def open_source(path: str | Path) -> Source:
     Args:
         path: a `.jsonl`, `.jsonl.gz`, `.parquet`, `.arrow` or ArrayRecord file; a directory of
             Parquet, Arrow or ArrayRecord shards, read in the order of their names; a directory of
-            Hugging Face `save_to_disk`; or one of `laser_jax.prepare` or tfds.
+            Hugging Face `save_to_disk`; or one of `laser_jax.prepare` or tfds. Of a directory with
+            several splits, `directory/SPLIT`.
 
     Raises:
         DataError: nothing there, no rows, an unknown kind, or a damaged or wrong row. The message
@@ -166,7 +176,7 @@ def open_sources(data: DataConfig) -> list[Source]:
 def open_unchecked(path: str | Path) -> Source:
     """As `open_source`, but a wrong row is found only when it is read."""
     path = Path(path)
-    if path.is_dir():
+    if path.is_dir() or (not path.exists() and _kinds_in(path.parent)):
         source = _open_directory(path)
     elif not path.is_file():
         raise DataError(f"{path}: no such file or directory; {_ACCEPTED}")
@@ -185,8 +195,16 @@ def open_unchecked(path: str | Path) -> Source:
     return source
 
 
+def is_there(path: str | Path) -> bool:
+    """Whether `path` is a file, a directory, or a split of a directory."""
+    path = Path(path)
+    return path.exists() or any(split_of(p.name) == path.name for p in path.parent.glob("*"))
+
+
 def _open_directory(path: Path) -> Source:
-    if any((path / name).is_file() for name in ("features.json", PREPARED_FILE)):
+    """Of a directory, or of `directory/SPLIT`."""
+    directory = path if path.is_dir() else path.parent
+    if any((directory / name).is_file() for name in ("features.json", PREPARED_FILE)):
         return PreparedSource(path)
     if (path / "dataset_dict.json").is_file():
         splits = _member(path / "dataset_dict.json", "splits", "save the dataset again")
@@ -194,15 +212,29 @@ def _open_directory(path: Path) -> Source:
             f"{path} holds several splits, name one: "
             + " or ".join(str(path / split) for split in splits)
         )
-    if (path / "state.json").is_file() or any(path.glob("*.arrow")):
+    if (path / "state.json").is_file():
         return ArrowSource(path)
-    if any(path.glob("*.parquet")):
-        return ParquetSource(path)
-    if any(path.glob("*.array_record*")):
-        return ArrayRecordSource(path)
+    kinds = _kinds_in(directory)
+    if len(kinds) == 1:
+        return kinds[0](path)
+    if kinds:
+        raise DataError(
+            f"{path} holds {' and '.join(kind.pattern for kind in kinds)}: name one file, or move "
+            "the others away"
+        )
     nested = next(iter(sorted(path.rglob("features.json"))), None)
     meant = f". Was {nested.parent} meant?" if nested else ""
     raise DataError(f"{path}: holds no rows of a known kind; {_ACCEPTED}{meant}")
+
+
+def _kinds_in(directory: Path) -> list[type[_Sharded]]:
+    kinds: tuple[type[_Sharded], ...] = (ArrowSource, ParquetSource, ArrayRecordSource)
+    return [kind for kind in kinds if _candidates(directory, kind.pattern)]
+
+
+def _candidates(directory: Path, pattern: str) -> list[Path]:
+    # datasets leaves what map and filter made, as cache-*.arrow, beside the rows
+    return [p for p in sorted(directory.glob(pattern)) if not p.name.startswith(("cache-", "."))]
 
 
 def rows_per_epoch(sources: Sequence[Source]) -> int:
@@ -252,17 +284,17 @@ class JsonlSource(Source):
     """One JSON object a line; blank lines are skipped."""
 
     def __init__(self, path: Path):
-        self.path = path
-        self._bytes = _gunzip(path) if path.suffix == ".gz" else _map(path)
-        starts, numbers = array("q"), array("q")
-        with io.BytesIO(self._bytes) if isinstance(self._bytes, bytes) else path.open("rb") as file:
-            start = 0
-            for number, line in enumerate(file, start=1):
-                if not line.isspace():
+        self.path, self.files = path, (path,)
+        starts, numbers, start, held = array("q"), array("q"), 0, bytearray()
+        with open_lines(path) as file:
+            for number, line in raw_lines(path, file):
+                if not is_blank(line):
                     starts.append(start)
                     numbers.append(number)
                 start += len(line)
-        starts.append(start)  # a row ends where the next starts: JSON ignores the blanks between
+                if path.suffix == ".gz":
+                    held += line
+        self._bytes = held if path.suffix == ".gz" else _map(path)
         self._starts, self._numbers = np.array(starts), np.array(numbers)
 
     def __len__(self) -> int:
@@ -272,7 +304,9 @@ class JsonlSource(Source):
         return f"{self.path}:{self._numbers[index]}"
 
     def __getitem__(self, index: int) -> TrainingRow:
-        line = self._bytes[self._starts[index] : self._starts[index + 1]]
+        start = int(self._starts[index])
+        end = self._bytes.find(b"\n", start)
+        line = bytes(self._bytes[start : len(self._bytes) if end < 0 else end])
         return parse_row(parse_json(line, self.where(index)), self.where(index))
 
 
@@ -283,19 +317,20 @@ def _map(path: Path) -> bytes | mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _gunzip(path: Path) -> bytes:
-    try:
-        return gzip.decompress(path.read_bytes())
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: not a whole gzip file: {error}") from error
-
-
 class _Sharded(Source):
-    """Rows in parts (files, row groups, record batches), found by bisection."""
+    """Rows in parts (files, row groups, record batches), found by bisection. The files are a single
+    one, or those in a directory that the pattern fits and that are of one split."""
 
-    def __init__(self, path: Path, files: Sequence[Path]):
+    pattern: str
+
+    def __init__(self, path: Path, files: Sequence[Path] | None = None):
         self.path = path
-        self._files = files
+        if files is None and not path.is_file():
+            found = _candidates(path if path.is_dir() else path.parent, self.pattern)
+            if not found:
+                raise DataError(f"{path}: holds no rows in {self.pattern}; {_ACCEPTED}")
+            files = one_split(path, found)
+        self.files = (path,) if files is None else files
         self._ends: list[int] = []
         """Number of rows up to and including each part."""
         self._file_starts: list[int] = []
@@ -317,18 +352,20 @@ class _Sharded(Source):
 
     def where(self, index: int) -> str:
         file = bisect.bisect_right(self._file_starts, index) - 1
-        return f"{self._files[file]}: row {index - self._file_starts[file] + 1}"
+        return f"{self.files[file]}: row {index - self._file_starts[file] + 1}"
 
 
 class ParquetSource(_Sharded):
     """A Parquet file or the `*.parquet` of a directory. Row groups are decoded when first read and
     stay so up to 2 GiB: larger data is slow in shuffled order, and wants `laser_jax.prepare`."""
 
+    pattern = "*.parquet"
+
     def __init__(self, path: Path):
-        super().__init__(path, _files(path, "*.parquet"))
-        pyarrow = _pyarrow(path)
+        super().__init__(path)
+        pyarrow = import_pyarrow(path)
         self._groups: list[tuple[Path, int]] = []
-        for file in self._files:
+        for file in self.files:
             try:
                 with pyarrow.parquet.ParquetFile(file) as opened:
                     metadata = opened.metadata
@@ -354,7 +391,7 @@ class ParquetSource(_Sharded):
         if group in self._decoded:
             self._decoded.move_to_end(group)
             return self._decoded[group]
-        pyarrow = _pyarrow(self.path)
+        pyarrow = import_pyarrow(self.path)
         file, number = self._groups[group]
         try:
             with pyarrow.parquet.ParquetFile(file) as opened:
@@ -374,16 +411,18 @@ class ArrowSource(_Sharded):
     """Arrow files, memory-mapped: those of Hugging Face `save_to_disk`, a directory's `*.arrow`, or
     a single one."""
 
+    pattern = "*.arrow"
+
     def __init__(self, path: Path):
         state = path / "state.json"
-        files = _files(path, "*.arrow")
+        files = None
         if state.is_file():
             listed = _member(state, "_data_files", "save the dataset again")
             files = [path / entry["filename"] for entry in listed]
         super().__init__(path, files)
-        pyarrow = _pyarrow(path)
+        pyarrow = import_pyarrow(path)
         self._batches: list[Any] = []
-        for file in self._files:
+        for file in self.files:
             self._begin_file()
             try:
                 for batch in _record_batches(pyarrow, file):
@@ -419,44 +458,55 @@ def _record_batches(pyarrow: Any, file: Path) -> list[Any]:
     return list(pyarrow.ipc.open_stream(mapped))
 
 
-def _pyarrow(path: Path) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError(
-            f"{path}: reading Parquet and Arrow needs pyarrow: pip install laser-jax[parquet]"
-        ) from error
-    return pyarrow
-
-
 class ArrayRecordSource(_Sharded):
-    """ArrayRecord files without tfds' description: each record is a JSON object, or a tf.Example
-    with the features of `laser_jax.data.reasoning_retrieval`."""
+    """ArrayRecord files: each record is a JSON object, or a tf.Example with the features of
+    `laser_jax.data.reasoning_retrieval`.
+
+    tfds is not asked, even of a directory that it wrote: it imports whatever class the directory's
+    features.json names.
+    """
+
+    pattern = "*.array_record*"
 
     def __init__(self, path: Path):
-        super().__init__(path, _files(path, "*.array_record*"))
-        self._records = _array_records(self._files)
-        for file in self._files:
+        super().__init__(path)
+        self._records = _array_records(self.files)
+        for file in self.files:
             self._begin_file()
             self._add_part(len(_array_records([file])))
 
     def __getitem__(self, index: int) -> TrainingRow:
-        from laser_jax.data.reasoning_retrieval import text_features
+        return self._row(index)[0]
 
-        record = self._records[index]
+    def _row(self, index: int) -> tuple[TrainingRow, Any]:
+        """The row, and the features of its tf.Example by name, {} of a JSON object."""
+        where, record = _Sharded.where(self, index), self._record(index)
+        if record[:1] == b"{":
+            return parse_row(parse_json(record, where), where), {}
+        features = _features(record, where)
+        return parse_row(_fields(features, where), where), features
+
+    def _record(self, index: int) -> bytes:
         try:
-            if record[:1] == b"{":
-                values = json.loads(record.decode())
-            else:
-                example: Any = text_features().deserialize_example_np(record)
-                values = _texts(example)
-        except Exception as error:  # whatever a protobuf parser makes of foreign bytes
+            return self._records[index]
+        except (RuntimeError, ValueError) as error:
             raise DataError(
-                f"{self.where(index)}: neither a JSON object nor a tf.Example of training rows: "
-                f"{error}"
+                f"{_Sharded.where(self, index)}: the file is damaged: {error}; {_FETCH_AGAIN}"
             ) from error
-        return parse_row(values, self.where(index))
+
+
+def _features(record: bytes, where: str) -> Any:
+    """The features of a tf.Example by name."""
+    from google.protobuf.message import DecodeError
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    messages: Any = tf_example_pb2
+    try:
+        return messages.Example.FromString(record).features.feature
+    except DecodeError as error:
+        raise DataError(
+            f"{where}: neither a JSON object nor a tf.Example of training rows: {error}"
+        ) from error
 
 
 def _array_records(files: Sequence[Path]) -> Any:
@@ -466,90 +516,104 @@ def _array_records(files: Sequence[Path]) -> Any:
         return ArrayRecordDataSource([str(file) for file in files])
     except (RuntimeError, ValueError) as error:
         raise DataError(
-            f"{', '.join(map(str, files))}: not an ArrayRecord file: {error}"
+            f"{', '.join(map(str, files))}: not an ArrayRecord file, or a damaged one: {error}; "
+            f"{_FETCH_AGAIN}"
         ) from error
 
 
-class PreparedSource(Source):
-    """A tfds directory with ArrayRecord files, such as `laser_jax.prepare` writes. Of several
-    splits it is `train`."""
+class PreparedSource(ArrayRecordSource):
+    """A tfds directory with ArrayRecord files, such as `laser_jax.prepare` writes."""
 
     def __init__(self, path: Path):
-        import tensorflow_datasets as tfds
-
-        self.path = path
-        known = path / PREPARED_FILE
-        if not (path / "dataset_info.json").is_file():
+        directory = path if path.is_dir() else path.parent
+        if not (directory / "dataset_info.json").is_file():
             raise DataError(
-                f"{path} has no dataset_info.json: its preparation was not finished; run the same "
-                "laser_jax.prepare again"
+                f"{directory} has no dataset_info.json: its preparation was not finished; run the "
+                "same laser_jax.prepare again"
             )
+        super().__init__(path)
+        known = directory / PREPARED_FILE
         again = "delete it, or prepare the rows again into another directory"
         self._known = _read_object(known, again) if known.is_file() else {}
         self.tokenization = self._known.get("tokenization")
-        builder = cast(Any, tfds.builder_from_directory(str(path)))
-        if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-            raise DataError(f"{path}: {builder.info.file_format} files; array_record is wanted")
-        splits = list(builder.info.splits)
-        if "train" not in splits and len(splits) != 1:
-            raise DataError(f"{path}: a split 'train' is wanted, {splits} are there")
-        split = "train" if "train" in splits else splits[0]
-        info = builder.info.splits[split]
-        for file in info.filenames:
-            if not (path / file).is_file():
-                raise DataError(f"{path / file} is missing; prepare {path} again")
-        self._rows: Any = builder.as_data_source(split)
 
-    @property
+    @functools.cached_property
     def facts(self) -> Facts:
+        """As they were found when the rows were prepared, if the files are still those."""
         if "facts" not in self._known:
             return super().facts
+        # older releases wrote no checksums
+        if changed := changed_shards(self.files, self._known.get("checksums")):
+            raise DataError(
+                f"{changed[0]} is not as it was prepared: cut short, changed, or another shard's; "
+                "run the same laser_jax.prepare again, which writes it anew"
+            )
         values = self._known["facts"]
         return Facts(values["row_without_negatives"], tuple(values["instructions"]))
 
     @property
     def fingerprint(self) -> str:
+        if "fingerprint" in self._known:
+            return self._known["fingerprint"]
         if "input" not in self._known:
             return super().fingerprint
-        # of the bytes that were prepared, so that no row is read
+        # of an older release: of the bytes that were prepared
         made_of = [self._known["input"], self._known.get("on_bad_row")]
         return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
     def where(self, index: int) -> str:
-        origin = self._rows[index].get("origin", b"").decode()
-        return f"{self.path}: row {index + 1}" + (f" ({origin})" if origin else "")
+        place = f"{self.path}: row {index + 1}"
+        features = _features(self._record(index), place)
+        origin = b"".join(features["origin"].bytes_list.value).decode(errors="replace")
+        return f"{place} ({origin})" if origin else place
 
     def __getitem__(self, index: int) -> TrainingRow:
-        example = self._rows[index]
-        try:
-            row = parse_row(_texts(example), f"{self.path}: row {index + 1}")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{self.path}: row {index + 1}: not UTF-8: {error}") from error
+        row, features = self._row(index)
         if self.tokenization is None:
             return row
+
+        def ids(name: str) -> np.ndarray:
+            return np.array(features[name].int64_list.value, np.int32)
+
         tokens = RowTokens(
-            query=example["query_ids"],
-            explicit=example["explicit_ids"],
-            segment_ends=example["segment_ends"],
-            positives=_split(example["positive_ids"], example["positive_lengths"]),
-            negatives=_split(example["negative_ids"], example["negative_lengths"]),
+            query=ids("query_ids"),
+            explicit=ids("explicit_ids"),
+            segment_ends=ids("segment_ends"),
+            positives=_split(ids("positive_ids"), ids("positive_lengths")),
+            negatives=_split(ids("negative_ids"), ids("negative_lengths")),
         )
         return replace(row, tokens=tokens)
 
 
-def _texts(example: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a training row among tfds features, bytes decoded."""
+def changed_shards(files: Iterable[Path], checksums: dict[str, str] | None) -> list[Path]:
+    """Those that are not as their sha256, by name, says; none where there are no checksums."""
+    return [
+        file
+        for file in files
+        if checksums is not None
+        and not (file.is_file() and checksums.get(file.name) == checksum_of(file))
+    ]
 
-    def decoded(value: Any) -> Any:
-        return value.decode() if isinstance(value, bytes) else value
 
+def checksum_of(file: Path) -> str:
+    """The sha256 of a file's bytes."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _fields(features: Any, where: str) -> dict[str, Any]:
+    """The fields of a training row among the features of a tf.Example, which are lists all."""
+    try:
+        lists = {
+            name: [text.decode() for text in features[name].bytes_list.value]
+            for name in FIELDS
+            if name in features
+        }
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8: {error}") from error
     return {
-        name: [decoded(v) for v in value] if isinstance(value, list) else decoded(value)
-        for name in FIELDS
-        if (value := example.get(name)) is not None
+        name: texts[0] if not name.endswith("passages") and len(texts) == 1 else texts
+        for name, texts in lists.items()
     }
 
 
@@ -560,9 +624,10 @@ def _split(ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, ...]:
 def _read_object(file: Path, way_out: str) -> dict[str, Any]:
     """A JSON object out of a file that describes rows."""
     try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise DataError(f"{file} is damaged: {error}; {way_out}") from error
+        values = read_json(file)
+    except DataError as error:
+        fault = str(error).removeprefix(f"{file}: ")
+        raise DataError(f"{file} is damaged: {fault}; {way_out}") from error
     if not isinstance(values, dict):
         raise DataError(f"{file} is damaged: an object is wanted; {way_out}")
     return values
@@ -574,7 +639,3 @@ def _member(file: Path, key: str, way_out: str) -> list[Any]:
     if not isinstance(value, list):
         raise DataError(f"{file} is damaged: it has no list {key!r}; {way_out}")
     return value
-
-
-def _files(path: Path, pattern: str) -> list[Path]:
-    return sorted(path.glob(pattern)) if path.is_dir() else [path]

@@ -238,11 +238,11 @@ class PromptTokenizer:
 
     def query_prompt_text(self, text: str, instruction: str) -> str:
         """The whole query prompt as a string, before any truncation."""
-        return self._wrap(query_content(text, instruction, self.config))
+        return self._query_turn(as_read(text), instruction)
 
     def document_prompt_text(self, text: str) -> str:
         """The whole document prompt as a string, before any truncation."""
-        return self._wrap(_fill(self.config.document_template, {"document": text}))
+        return self._document_turn(as_read(text))
 
     def query_prompt(self, text: str, instruction: str) -> PromptTokens:
         """The query prompt, at most `query_max_length` tokens.
@@ -251,12 +251,12 @@ class PromptTokenizer:
             TokenizationError: when the templates and the instruction leave no room for the text.
         """
         return self._prompt(
-            lambda shorter: self.query_prompt_text(shorter, instruction), text, "query_max_length"
+            lambda shorter: self._query_turn(shorter, instruction), text, "query_max_length"
         )
 
     def document_prompt(self, text: str) -> PromptTokens:
         """The document prompt, at most `document_max_length` tokens. Raises as `query_prompt`."""
-        return self._prompt(self.document_prompt_text, text, "document_max_length")
+        return self._prompt(self._document_turn, text, "document_max_length")
 
     def query(self, text: str, instruction: str) -> list[int]:
         """The token ids of `query_prompt`."""
@@ -341,6 +341,12 @@ class PromptTokenizer:
             if explicit:
                 self.explicit(endless, instruction, endless)
 
+    def _query_turn(self, text: str, instruction: str) -> str:
+        return self._wrap(query_content(text, instruction, self.config))
+
+    def _document_turn(self, text: str) -> str:
+        return self._wrap(_fill(self.config.document_template, {"document": text}))
+
     def _wrap(self, content: str) -> str:
         if not self.config.chat_template:
             return content
@@ -350,6 +356,7 @@ class PromptTokenizer:
         return f"{turn}{self.config.thinking_suffix}"
 
     def _prompt(self, render: Callable[[str], str], text: str, limit_key: str) -> PromptTokens:
+        text = as_read(text)
         max_length: int = getattr(self.config, limit_key)
         if self.config.truncation == "sequence":
             return self._cut_sequence(render(text), max_length, self.config.append_eos)
@@ -410,6 +417,13 @@ class PromptTokenizer:
 
     def _part(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def as_read(text: str) -> str:
+    """A query or a document as every prompt holds it, whatever file or call it came from: without
+    the white space around it, as mteb reads documents. A chain of thought and an instruction stay
+    as they are."""
+    return text.strip()
 
 
 def query_content(text: str, instruction: str, config: PromptConfig) -> str:

@@ -7,14 +7,14 @@ more: `instruction`, `reasoning` (a chain of thought) and BRIGHT's `excluded_ids
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from laser_jax.evaluation.metrics import Qrels
+from laser_jax.files import json_lines, parse_integer, parse_json, text_lines
 from laser_jax.search.matching import (
     IdCount,
     count_ids,
@@ -22,14 +22,7 @@ from laser_jax.search.matching import (
     identical_count,
     unmatched,
 )
-from laser_jax.search.trec import (
-    DatasetError,
-    document_id_fault,
-    excluded_ids,
-    open_lines,
-    raw_lines,
-    text_lines,
-)
+from laser_jax.search.trec import DatasetError, document_id_fault, excluded_ids
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -126,24 +119,10 @@ def json_object(line: bytes, where: str) -> dict[str, Any]:
     Raises:
         DatasetError: where it holds something else, or is not UTF-8.
     """
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{where}: cannot be read: {error}") from error
-    except ValueError as error:
-        raise DatasetError(f"{where}: not valid JSON: {error}") from error
+    row = parse_json(line, where)
     if not isinstance(row, dict):
         raise DatasetError(f"{where}: wanted a JSON object, got {type(row).__name__}")
     return row
-
-
-def json_lines(path: str | Path) -> Iterator[tuple[str, bytes]]:
-    """("file:line", line) of the lines of a file, plain or .gz, that are not blank."""
-    path = Path(path)
-    with open_lines(path) as file:
-        for number, line in raw_lines(path, file):
-            if not line.isspace():
-                yield f"{path}:{number}", line
 
 
 def _read_json_lines(
@@ -279,15 +258,12 @@ def read_queries(
     return unique(_read_json_lines(path, parse_query, skipped), "query")
 
 
-def _is_integer(text: str) -> bool:
-    return re.fullmatch(r"[+-]?[0-9]+", text) is not None
-
-
 def _add_judgement(qrels: Qrels, query: str, document: str, grade: str, where: str) -> None:
-    if not _is_integer(grade):
+    value = parse_integer(grade)
+    if value is None:
         raise DatasetError(f"{where}: the score must be an integer, got {grade!r}")
     grades = qrels.setdefault(query, {})
-    if grades.setdefault(document, int(grade)) != int(grade):
+    if grades.setdefault(document, value) != value:
         raise DatasetError(
             f"{where}: query {query!r} and document {document!r} have score "
             f"{grades[document]} above and {grade} here"
@@ -324,7 +300,7 @@ def read_qrels_file(path: str | Path) -> Qrels:
         query, document, grade = fields
         if number > 1:
             _add_judgement(qrels, query, document, grade, where)
-        elif _is_integer(grade):
+        elif re.match(r"\W*\d", grade):  # a number of any form, which names no column
             raise DatasetError(
                 f"{where}: the header is missing; put 'query-id\\tcorpus-id\\tscore' above"
             )

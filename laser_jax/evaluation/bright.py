@@ -23,7 +23,6 @@ from laser_jax.evaluation.beir import (
     BeirDataset,
     Document,
     EvalQuery,
-    json_lines,
     json_object,
     judged_split,
     parse_rows,
@@ -32,6 +31,7 @@ from laser_jax.evaluation.beir import (
     text_field,
     unique,
 )
+from laser_jax.files import import_pyarrow, json_lines, parse_json
 from laser_jax.search.trec import DatasetError
 
 # The domains in the order of BRIGHT's tables, each with its task in words. The words are those of
@@ -125,8 +125,6 @@ def read_bright(
     """Reads one domain. Gold documents have grade 1; a query without any is not judged and left
     out, as it is by BRIGHT's own code and by mteb.
 
-    Documents lose blanks at their ends, as in mteb, with which the published numbers were made.
-
     Args:
         directory: the copy.
         domain: one of `DOMAINS`.
@@ -189,7 +187,7 @@ def _in_order(domains: Iterable[str]) -> list[str]:
 
 
 def _document(row: dict[str, Any], where: str) -> Document:
-    document = Document(text_field(row, "id", where), text_field(row, "content", where).strip())
+    document = Document(text_field(row, "id", where), text_field(row, "content", where))
     require_document_id(document.id, where)
     return document
 
@@ -269,27 +267,17 @@ def _rows(file: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, _Row]]:
 
 def _is_list(file: Path) -> bool:
     with file.open("rb") as opened:  # no .gz begins with a bracket
-        return opened.read(64).lstrip().startswith(b"[")
+        return opened.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
 def _list_rows(file: Path) -> Iterator[tuple[str, _Row]]:
-    try:
-        rows = json.loads(file.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{file}: not valid JSON: {error}") from error
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(parse_json(file.read_bytes(), file), start=1):
         # what is no object goes on as a line, whose parser says so
         yield f"{file}, row {number}", row if isinstance(row, dict) else json.dumps(row).encode()
 
 
 def _parquet_rows(file: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, _Row]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError(
-            f"{file}: reading Parquet needs pyarrow: pip install laser-jax[parquet]"
-        ) from error
+    pyarrow = import_pyarrow(file)
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(file) as opened:

@@ -13,12 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jsonargparse
-
-from laser_jax.config import as_dict
-from laser_jax.files import write_atomically
+from laser_jax.config import ConfigError, as_dict, from_dict
+from laser_jax.files import parse_number, read_json, text_lines, write_atomically
 from laser_jax.search.matching import IdCount
-from laser_jax.search.trec import DatasetError, text_lines
+from laser_jax.search.trec import DatasetError
 
 RESULTS_FILE, PER_QUERY_FILE = "results.json", "per_query.tsv"
 
@@ -107,14 +105,13 @@ def read_per_query(path: Path) -> dict[str, QueryScores]:
                 raise DatasetError(f"{where}: wanted the header query_id, run, metrics")
             metrics = fields[2:]
             continue
-        try:
-            query, run, *values = fields
-            scores = dict(zip(metrics, map(float, values), strict=True))
-        except ValueError as error:
+        values = [value for field in fields[2:] if (value := parse_number(field)) is not None]
+        if not len(fields) - 2 == len(values) == len(metrics):
             raise DatasetError(
                 f"{where}: wanted query_id, run and {len(metrics)} numbers, got {line!r}"
-            ) from error
-        per_query.setdefault(run, {})[query] = scores
+            )
+        query, run = fields[:2]
+        per_query.setdefault(run, {})[query] = dict(zip(metrics, values, strict=True))
     return per_query
 
 
@@ -136,13 +133,9 @@ def read_evaluation(directory: str | Path) -> Evaluation:
         raise FileNotFoundError(
             f"{path} is missing: wanted a directory that python -m laser_jax.evaluate --model wrote"
         )
-    # not `from_dict`, which would take the names of runs and metrics for keys
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Evaluation, "value")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return parser.instantiate(parser.parse_object({"value": values}))["value"]
-    except (jsonargparse.ArgumentError, json.JSONDecodeError) as error:
+        return from_dict(Evaluation, read_json(path), source=str(path))
+    except (ConfigError, DatasetError) as error:
         raise DatasetError(f"{path}: no results of laser_jax.evaluate: {error}") from error
 
 

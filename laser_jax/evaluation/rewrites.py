@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from laser_jax.evaluation.beir import EvalQuery, json_lines, json_object
+from laser_jax.evaluation.beir import EvalQuery, json_object
+from laser_jax.files import json_lines
 from laser_jax.search.trec import DatasetError
 
 _NUMBERS = ("prompt_tokens", "tokens", "rows", "prefill_seconds", "decode_seconds")

@@ -6,18 +6,15 @@ descending. It stores scores as C floats, so two scores that agree in float32 ar
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
 import re
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import numpy as np
 
-from laser_jax.files import written_whole
+from laser_jax.files import DataError, parse_json, parse_number, text_lines, written_whole
 
 Run = dict[str, dict[str, float]]
 """Query id -> document id -> score."""
@@ -26,8 +23,8 @@ Run = dict[str, dict[str, float]]
 _LINE = re.compile(r"\s*(\S+)\s+\S+\s+(\S.*?)\s+([0-9]+)\s+(\S+)\s+\S+\s*", re.ASCII)
 
 
-class DatasetError(ValueError):
-    """A file of a dataset or run that cannot be used. The message names file and line."""
+DatasetError = DataError
+"""The name of a `DataError` where the file is of a dataset or a run."""
 
 
 def rank_documents(scores: Mapping[str, float]) -> list[str]:
@@ -68,47 +65,6 @@ def document_id_fault(document: str) -> str | None:
     return None
 
 
-def text_lines(path: str | Path) -> Iterator[tuple[str, str]]:
-    """Yields ("file:line", line) of a UTF-8 file, plain or .gz, line ends kept.
-
-    Raises:
-        FileNotFoundError: when the file is missing.
-        DatasetError: where a line is not UTF-8, or the compressed file is damaged.
-    """
-    path = Path(path)
-    with open_lines(path) as file:
-        for number, line in raw_lines(path, file):
-            try:
-                yield f"{path}:{number}", line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise DatasetError(f"{path}:{number}: cannot be read: {error}") from error
-
-
-def open_lines(path: Path) -> BinaryIO:
-    """A file of lines, plain or .gz."""
-    return cast("BinaryIO", gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
-
-
-def raw_lines(
-    path: Path, file: BinaryIO, offset: int = 0, number: int = 0
-) -> Iterator[tuple[int, bytes]]:
-    """Yields (line number, line) of a file that `open_lines` opened, line ends kept.
-
-    Args:
-        offset: bytes (of a .gz, unpacked) to pass over first, and `number` the lines in them.
-
-    Raises:
-        DatasetError: where a compressed file is damaged.
-    """
-    try:
-        file.seek(offset)
-        for line in file:
-            number += 1
-            yield number, line
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DatasetError(f"{path}:{number + 1}: cannot be read: {error}") from error
-
-
 def read_trec_run(path: str | Path) -> Run:
     """Reads a TREC run, plain or .gz: `qid Q0 docid rank score tag`, where docid may hold blanks.
 
@@ -127,10 +83,9 @@ def read_trec_run(path: str | Path) -> Run:
         if match is None:
             raise DatasetError(f"{where}: wanted 'qid Q0 docid rank score tag', got {line!r}")
         query, document, _, score = match.groups()
-        try:
-            value = float(score)
-        except ValueError as error:
-            raise DatasetError(f"{where}: the score must be a number, got {score!r}") from error
+        value = parse_number(score)
+        if value is None:
+            raise DatasetError(f"{where}: the score must be a number, got {score!r}")
         if math.isnan(value):
             raise DatasetError(
                 f"{where}: the score of document {document!r} of query {query!r} is NaN; a ranking "
@@ -210,10 +165,7 @@ def read_excluded(path: str | Path) -> dict[str, tuple[str, ...]]:
 
 
 def _excluded_of(line: str, where: str) -> tuple[str, tuple[str, ...]]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DatasetError(f"{where}: not valid JSON: {error}") from error
+    row = parse_json(line.encode(), where)
     if not isinstance(row, dict) or not isinstance(row.get("_id"), str):
         raise DatasetError(f"{where}: wanted an object with a string '_id', got {line!r}")
     return row["_id"], excluded_ids(row, where)

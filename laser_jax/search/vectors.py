@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from laser_jax.config import ConfigError, as_dict, from_dict
-from laser_jax.files import write_atomically, written_whole
+from laser_jax.files import DataError, import_pyarrow, read_json, write_atomically, written_whole
 from laser_jax.search.repeated_ids import RepeatedIds, id_hash
 from laser_jax.search.trec import document_id_fault
 
@@ -83,18 +83,6 @@ class Manifest:
     @property
     def count(self) -> int:
         return sum(shard.count for shard in self.shards)
-
-
-def _pyarrow() -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError(
-            "directories of vectors are Parquet, which needs pyarrow: pip install "
-            "laser-jax[parquet]"
-        ) from error
-    return pyarrow
 
 
 def shard_name(number: int) -> str:
@@ -159,16 +147,18 @@ def write_shard(
     _check_shard(path, ids, vectors_CD)
     told = {**as_dict(info), **(origin or {})}
     told["checksum"] = _rows_checksum(ids, vectors_CD, told)
-    content = _serialised(ids, vectors_CD, told)
+    content = _serialised(path, ids, vectors_CD, told)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as part:
         part.write_bytes(content)
     return Shard(file, len(ids), hashlib.sha256(content).hexdigest())
 
 
-def _serialised(ids: Sequence[str], vectors_CD: np.ndarray, told: Mapping[str, Any]) -> bytes:
-    """The Parquet file of a shard that tells `told` about itself."""
-    pyarrow = _pyarrow()
+def _serialised(
+    path: Path, ids: Sequence[str], vectors_CD: np.ndarray, told: Mapping[str, Any]
+) -> bytes:
+    """The Parquet file of the shard at `path` that tells `told` about itself."""
+    pyarrow = import_pyarrow(path)
     values = pyarrow.array(np.ascontiguousarray(vectors_CD).reshape(-1))
     table = pyarrow.table(
         {
@@ -221,11 +211,11 @@ def read_manifest(directory: str | Path, role: Role | None = None) -> Manifest:
             f"{path} is missing: {directory} is no finished directory of vectors"
         )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        values = read_json(path)
+    except DataError as error:
         raise VectorsError(
-            f"{path}: not valid JSON: {error}. laser_jax.encode_corpus makes it again, by the "
-            "command that wrote the directory"
+            f"{error}. laser_jax.encode_corpus makes it again, by the command that wrote the "
+            "directory"
         ) from error
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
         raise VectorsError(f"{path}: no manifest of vectors: 'format' must be {FORMAT!r}")
@@ -291,7 +281,7 @@ def read_shard(
         FileNotFoundError: when the shard is missing.
         VectorsError: when it is damaged or not what the manifest says.
     """
-    pyarrow = _pyarrow()
+    pyarrow = import_pyarrow(directory)
     path = Path(directory) / shard.file
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, and {MANIFEST_FILE} names it")
@@ -330,9 +320,9 @@ def recovered_shard(
 ) -> tuple[Shard, dict[str, Any]] | None:
     """The entry of a shard whose own is lost, and what the shard tells about itself, as in
     `write_shard`. None unless it is there, whole by its own checksum, and of `info`."""
-    pyarrow = _pyarrow()
+    pyarrow, path = import_pyarrow(directory), Path(directory) / file
     try:
-        content = (Path(directory) / file).read_bytes()
+        content = path.read_bytes()
         schema = pyarrow.parquet.read_schema(pyarrow.BufferReader(content))
         told = json.loads(schema.metadata[_SCHEMA_KEY])
         rows = pyarrow.parquet.read_metadata(pyarrow.BufferReader(content)).num_rows
@@ -342,7 +332,8 @@ def recovered_shard(
         return None
     rest = {key: value for key, value in told.items() if key != "checksum"}
     whole = told.get("checksum") == _rows_checksum(ids, vectors_CD, rest)
-    return (shard, rest) if whole and content == _serialised(ids, vectors_CD, told) else None
+    same_bytes = content == _serialised(path, ids, vectors_CD, told)
+    return (shard, rest) if whole and same_bytes else None
 
 
 def read_shards(
@@ -373,7 +364,7 @@ def read_ids(directory: str | Path, manifest: Manifest) -> list[str]:
 
 
 def _read_ids(directory: str | Path, shard: Shard) -> list[str]:
-    pyarrow = _pyarrow()
+    pyarrow = import_pyarrow(directory)
     path = Path(directory) / shard.file
     try:
         return pyarrow.parquet.read_table(path, columns=["id"])["id"].to_pylist()

@@ -27,7 +27,7 @@ from laser_jax.config import (
     load_retriever_config,
 )
 from laser_jax.data.pipeline import Batch, Tokens, training_batches
-from laser_jax.data.sources import open_sources, rows_per_epoch
+from laser_jax.data.sources import is_there, open_sources, rows_per_epoch
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
 from laser_jax.hf import read_backbone_config
 from laser_jax.modeling.backbone import Backbone
@@ -168,7 +168,7 @@ def _expected(config: Config) -> tuple[Expected, int | None]:
     """The batches, and the rows of an epoch where they are there."""
     prompt, data = config.prompt, config.data
     path = config.model.path
-    there = all(Path(source.path).exists() for source in data.sources)
+    there = all(is_there(source.path) for source in data.sources)
     rows, prompts = None, None
     if there:
         rows = rows_per_epoch(open_sources(data))

@@ -9,6 +9,7 @@ import socket
 import subprocess
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,6 +26,9 @@ CHANGEABLE = (
     # nothing of what is trained
     "output",
     "data.eval_split",
+    "data.mixture.*.path",  # of the rows their content counts, which every checkpoint knows
+    "data.split",
+    "data.train",
     "data.threads",
     "data.workers",
     "train.checkpoint_every",
@@ -160,7 +164,7 @@ class OutputDirectory:
         refused = [
             change
             for change in changed
-            if not any(change.key == c or change.key.startswith(f"{c}.") for c in changeable)
+            if not any(fnmatch(change.key, c) or fnmatch(change.key, f"{c}.*") for c in changeable)
         ]
         if refused:
             raise OutputError(
