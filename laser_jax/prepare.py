@@ -15,7 +15,6 @@ import itertools
 import json
 import math
 import multiprocessing
-import os
 import re
 import shutil
 from collections import Counter
