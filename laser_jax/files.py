@@ -400,7 +400,7 @@ def read_state(path: Path, parse: Callable[[Any], T]) -> T | None:
     """
     try:
         return parse(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         print(f"{path} is damaged and counts as absent: {error!r}", file=sys.stderr)

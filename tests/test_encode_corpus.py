@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from laser_jax import files
 from laser_jax.config import (
     LoraConfig,
     PromptConfig,
@@ -26,6 +27,7 @@ from laser_jax.config import (
     ScratchConfig,
     save_retriever_config,
 )
+from laser_jax.corpus import directory as module
 from laser_jax.corpus.directory import CorpusDirectory
 from laser_jax.corpus.encoding import CorpusConfig, ShardEncoder, weights_hash
 from laser_jax.corpus.on_ray import Worker
@@ -521,6 +523,30 @@ def test_a_shard_of_another_corpus_is_not_taken_for_one_that_lost_its_record(
         changed[place] ^= 1
         (copy / shard_name(1)).write_bytes(changed)
         assert not copied.recover(1, read_plan(copy)), place
+
+
+def test_who_is_overtaken_at_the_very_end_is_finished_too(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process finishes the directory while this one writes the report, and removes its
+    part."""
+    manifest, plan = (copy / "manifest.json").read_bytes(), read_plan(copy)
+    (copy / "manifest.json").unlink()
+    (copy / ".work").mkdir()
+    directory = CorpusDirectory(copy)
+    for number in range(len(plan.shards)):
+        assert directory.recover(number, plan)
+    write = module.write_atomically
+
+    def overtaken(path: Path, text: str, tag: str) -> None:
+        (copy / "manifest.json").write_bytes(manifest)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(files, "flush", lambda part: part.unlink())
+            write(path, text, tag)
+
+    monkeypatch.setattr(module, "write_atomically", overtaken)
+    assert directory.finish(plan)
+    assert verify(copy) == []
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

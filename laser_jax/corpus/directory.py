@@ -242,8 +242,12 @@ class CorpusDirectory:
             records = self.finished_shards(range(len(plan.shards)))
             if len(records) < len(plan.shards) and not self.is_finished:
                 return False
-            if not self.is_finished:  # else another process was quicker and has removed the records
-                self._write_end(plan.settings.info, list(records.values()))
+            try:
+                if not self.is_finished:  # else another process was quicker, and took the records
+                    self._write_end(plan.settings.info, list(records.values()))
+            except FileNotFoundError:  # it was quicker just now, and took our part for a dead one's
+                if not self.is_finished:
+                    raise
         shutil.rmtree(self._work, ignore_errors=True)
         for part in parts_of(self.path):  # of processes that were killed
             part.unlink(missing_ok=True)
