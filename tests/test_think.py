@@ -114,8 +114,8 @@ def test_few_programs_serve_all_lengths_and_numbers_of_steps(
     assert [len(thought.steps) for thought in (of_three, longer)] == [3, 4]
     assert again == of_three
     kept = inspector._program.cache_info()
-    assert kept.currsize <= kept.maxsize == PROGRAMS
-    assert kept.currsize == kept.misses  # none of so few was given up
+    assert kept.maxsize == PROGRAMS
+    assert kept.currsize == kept.misses <= PROGRAMS  # none of so few was given up
 
 
 def test_a_cut_text_is_noted(inspector: Inspector) -> None:
