@@ -220,6 +220,9 @@ class PromptConfig:
     """Wrap the content as a user turn of the tokenizer's chat template, with generation prompt."""
     thinking_suffix: str = "<think>\n\n</think>\n\n"
     """Appended after the generation prompt (only with `chat_template`)."""
+    allow_special_tokens: bool = False
+    """Whether `<|im_end|>`, `<think>` and the like become control tokens where they stand in a
+    text, as in the released code. Otherwise only those of the templates do."""
     append_eos: bool = False
     """End queries and documents with EOS."""
     append_eos_to_reasoning: bool = True

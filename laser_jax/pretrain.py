@@ -45,6 +45,7 @@ from laser_jax.data.tokenization import (
     special_token_ids,
     train_tokenizer,
 )
+from laser_jax.data.tokenizer_files import save_tokenizer
 from laser_jax.evaluation.beir import read_beir
 from laser_jax.files import write_atomically
 from laser_jax.hf import load_params, read_backbone_config, resolve_directory, save_params
@@ -270,7 +271,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         lora=None,
         **special_token_ids(tokenizer),
     )
-    tokenizer.save_pretrained(output)
+    save_tokenizer(tokenizer, output)
     write_atomically(output / REPORT, json.dumps(report, indent=2) + "\n")
     return report
 

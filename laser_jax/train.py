@@ -47,6 +47,7 @@ from laser_jax.data.tokenization import (
     special_token_ids,
     train_tokenizer,
 )
+from laser_jax.data.tokenizer_files import save_tokenizer
 from laser_jax.evaluation.beir import BeirDataset, read_beir
 from laser_jax.evaluation.retrieval import (
     format_table,
@@ -204,7 +205,7 @@ def export_model(run: _Run) -> None:
         **special_token_ids(run.tokenizer),
     )
     if is_first():
-        run.tokenizer.save_pretrained(output / "model")
+        save_tokenizer(run.tokenizer, output / "model")
         save_retriever_config(_retriever_config(run, None), output / "model")
     if config.lora is not None:
         save_adapter(

@@ -486,10 +486,11 @@ def tokenization_settings(prompts: PromptTokenizer) -> dict[str, Any]:
 def _require_same_tokenization(source: Source, prompts: PromptTokenizer) -> None:
     assert source.tokenization is not None
     stored, wanted = source.tokenization, tokenization_settings(prompts)
+    prompt = {"allow_special_tokens": True, **stored["prompt"]}  # as before there was the setting
     differing = [
-        f"prompt.{key} was {stored['prompt'].get(key)!r}, is {value!r}"
+        f"prompt.{key} was {prompt.get(key)!r}, is {value!r}"
         for key, value in wanted["prompt"].items()
-        if stored["prompt"].get(key) != value
+        if prompt.get(key) != value
     ]
     if stored["tokenizer"] != wanted["tokenizer"]:
         differing.append("the tokenizer is another")
