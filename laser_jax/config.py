@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import jsonargparse
 import yaml
@@ -43,6 +43,10 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _require_positive(key: str, value: float) -> None:
+    _require(0 < value < float("inf"), f"{key} must be a positive number, got {value}")
+
+
 def _require_seed(key: str, seed: int) -> None:
     _require(0 <= seed < 2**32, f"{key} must lie in [0, 2^32), got {seed}")
 
@@ -58,6 +62,23 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            _require_positive(f"rope_scaling.{f.name}", getattr(self, f.name))
+
+
+# Far beyond every model, and small enough that a damaged or hostile config.json is refused at once.
+_LARGEST_SIZES = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "num_layers": 1000,
+    "num_heads": 2**16,
+    "num_kv_heads": 2**16,
+    "head_dim": 2**16,
+    "intermediate_size": 2**24,
+    "max_position_embeddings": 2**31 - 1,
+}
 
 
 @dataclass(frozen=True)
@@ -79,8 +100,11 @@ class BackboneConfig:
     max_position_embeddings: int
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads"):
-            _require(getattr(self, name) >= 1, f"backbone.{name} must be at least 1")
+        for name, most in _LARGEST_SIZES.items():
+            size = getattr(self, name)
+            _require(1 <= size <= most, f"backbone.{name} must lie in 1..{most}, got {size}")
+        for name in ("rms_norm_eps", "rope_theta"):
+            _require_positive(f"backbone.{name}", getattr(self, name))
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"backbone.num_heads {self.num_heads} must be a multiple of num_kv_heads "
@@ -728,14 +752,32 @@ def from_dict(cls: type[C], values: dict[str, Any], *, source: str) -> C:
     Raises:
         ConfigError: on an unknown key, a missing key or a wrong type; names `source`.
     """
-    unknown = _unknown_key(_names(values), _keys(cls))
-    _require(unknown is None, f"{source}: {unknown}")
+    fault = _misplaced(cls, values) or _unknown_key(_names(values), _keys(cls))
+    _require(fault is None, f"{source}: {fault}")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, "value")
     try:
         return parser.instantiate(parser.parse_object({"value": values}))["value"]
     except (jsonargparse.ArgumentError, ConfigError) as error:
         raise ConfigError(f"{source}: {error}") from error
+
+
+def _misplaced(cls: type, values: Any, name: str = "") -> str | None:
+    """A message about the first section of a config dataclass that is none, or null that may not
+    be; None where all are in place."""
+    if not isinstance(values, dict):
+        return f"{name or 'the whole'} must be an object of keys and values, got {values!r:.60}"
+    for key, kind in get_type_hints(cls).items():
+        kinds, inner = (kind, *get_args(kind)), f"{name}.{key}".lstrip(".")
+        group = next((k for k in kinds if dataclasses.is_dataclass(k)), None)
+        if key in values and values[key] is None:
+            if type(None) not in kinds:
+                return f"{inner} must not be null; leave it out for its default"
+        elif key in values and group is not None and get_origin(kind) is not tuple:
+            fault = _misplaced(cast(type, group), values[key], inner)
+            if fault:
+                return fault
+    return None
 
 
 @dataclass(frozen=True)
@@ -887,8 +929,8 @@ def load_retriever_config(directory: str | Path) -> RetrieverConfig:
             "plain Hugging Face directory pass a RetrieverConfig of your own"
         )
     try:
-        values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from error
     if isinstance(values, dict) and "prompt" not in values:
         raise ConfigError(

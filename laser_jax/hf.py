@@ -16,6 +16,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,14 @@ INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 # Whatever of these is no weight is small. Subfolders hold other formats and are left out.
-_HUB_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "model*.safetensors", ADAPTER_FILE]
+_HUB_FILES = [
+    "*.json",
+    "*.jinja",
+    "merges.txt",
+    "tokenizer.model",
+    "model*.safetensors",
+    ADAPTER_FILE,
+]
 
 Array = Any  # numpy or jax
 Tree = dict[str, Any]
@@ -66,6 +74,12 @@ def resolve_directory(name: str | Path) -> Path:
             f"{name} is no directory, and the Hugging Face hub did not give it: {error}\nMend the "
             f"path, or run `hf download {name} --local-dir DIR` with a network, and name that DIR"
         ) from error
+
+
+def model_files(directory: str | Path) -> list[Path]:
+    """The files of a model or adapter that are read, sorted: those that would be downloaded."""
+    files = sorted(path for path in Path(directory).iterdir() if path.is_file())
+    return [file for file in files if any(fnmatch(file.name, wanted) for wanted in _HUB_FILES)]
 
 
 # --- config.json -----------------------------------------------------------------------------
@@ -103,7 +117,8 @@ def read_backbone_config(path: str | Path) -> BackboneConfig:
     values = _read_json(file)
     family = _value(values, "model_type", "str", file)
     _check_supported(values, _SUPPORTED, file)
-    for layer_type in values.get("layer_types", []):
+    layer_types = values.get("layer_types", [])
+    for layer_type in layer_types if isinstance(layer_types, list) else [layer_types]:
         _check_supported({"layer_types": layer_type}, {"layer_types": ("full_attention",)}, file)
     width = _value(values, "hidden_size", "int", file)
     heads = _value(values, _HF_KEYS["num_heads"], "int", file)
@@ -114,9 +129,9 @@ def read_backbone_config(path: str | Path) -> BackboneConfig:
         "tie_word_embeddings": False,
         "max_position_embeddings": 32_768 if family == "qwen3" else 2048,
     }
-    theta, scaling = _read_rope(values, file)
-    rest = {"family": family, "rope_theta": theta, "rope_scaling": scaling}
     try:
+        theta, scaling = _read_rope(values, file)
+        rest = {"family": family, "rope_theta": theta, "rope_scaling": scaling}
         return BackboneConfig(**rest, **_fields(BackboneConfig, defaults | values, file, set(rest)))
     except ConfigError as error:
         raise HFError(f"{file}: {error}") from error
@@ -159,6 +174,9 @@ def _read_rope(values: dict[str, Any], file: Path) -> tuple[float, RopeScaling |
     keys = [key for key in ("rope_theta", "rope_scaling", "rope_parameters") if values.get(key)]
     given = {key: values[key] for key in keys}
     theta = given.pop("rope_theta", 1e4)
+    for key, block in given.items():
+        if not isinstance(block, dict):
+            raise HFError(f"{file}: {key} = {block!r} has the wrong type; an object is wanted")
     blocks = [{"rope_theta": theta} | block for block in given.values()]
     found = {_read_rope_block(block, file) for block in blocks or [{"rope_theta": theta}]}
     rope_theta, scaling = next(iter(found))
@@ -213,7 +231,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     """The keys that are not null."""
     try:
         items = json.loads(file.read_bytes()).items()
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise HFError(f"{file}: not a JSON object: {error}") from error
     return {key: value for key, value in items if value is not None}
 
@@ -452,6 +470,12 @@ def _shard_headers(index: Path) -> tuple[list[_Stored], list[str]]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise HFError(f"{index}: weight_map, tensor -> file, is missing or empty")
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or name != Path(name).name or not name:
+            raise HFError(
+                f"{index}: weight_map names {name!r} as the file of {key}; the name of a "
+                "safetensors file beside it is wanted. Download the file again"
+            )
     files = [index.with_name(name) for name in sorted(set(weight_map.values()))]
     if absent := [file.name for file in files if not file.is_file()]:
         raise FileNotFoundError(f"{index} names shards that are missing: {absent}")
@@ -466,7 +490,11 @@ def _fitting(
 ) -> dict[_Slot, _Stored]:
     """The one tensor of each slot; raises an error that lists all that do not fit."""
     shapes = {slot.name: list(slot.shape[:: slot.order]) for slot in slots}
-    problems = [*problems, *(f"missing: {name}" for name in shapes if name not in by_name)]
+    hints = {
+        "lm_head.weight": f' (for a model without, "tie_word_embeddings": true in {CONFIG_FILE})'
+    }
+    absent = [f"missing: {name}{hints.get(name, '')}" for name in shapes if name not in by_name]
+    problems = [*problems, *absent]
     for name, tensors in by_name.items():
         if len(tensors) > 1:
             problems.append(f"duplicate: {', '.join(map(str, tensors))}")

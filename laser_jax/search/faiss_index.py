@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from laser_jax.config import as_dict, from_dict
+from laser_jax.data.schema import as_strings
 from laser_jax.files import write_atomically, written_whole
 from laser_jax.search.codes import decode_vectors
 from laser_jax.search.trec import Run, rank_documents
@@ -116,6 +117,7 @@ class FaissIndex:
         Args:
             queries_QD: float32.
         """
+        query_ids = as_strings("query id", query_ids)
         scores_Qk, places_Qk = self.index.search(np.ascontiguousarray(queries_QD), k)
         run: Run = {}
         for query, scores_k, places_k in zip(query_ids, scores_Qk, places_Qk, strict=True):
