@@ -16,7 +16,6 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,14 +35,7 @@ INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 # Whatever of these is no weight is small. Subfolders hold other formats and are left out.
-_HUB_FILES = [
-    "*.json",
-    "*.jinja",
-    "merges.txt",
-    "tokenizer.model",
-    "model*.safetensors",
-    ADAPTER_FILE,
-]
+_HUB_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "model*.safetensors", ADAPTER_FILE]
 
 Array = Any  # numpy or jax
 Tree = dict[str, Any]
@@ -74,12 +66,6 @@ def resolve_directory(name: str | Path) -> Path:
             f"{name} is no directory, and the Hugging Face hub did not give it: {error}\nMend the "
             f"path, or run `hf download {name} --local-dir DIR` with a network, and name that DIR"
         ) from error
-
-
-def model_files(directory: str | Path) -> list[Path]:
-    """The files of a model or adapter that are read, sorted: those that would be downloaded."""
-    files = sorted(path for path in Path(directory).iterdir() if path.is_file())
-    return [file for file in files if any(fnmatch(file.name, wanted) for wanted in _HUB_FILES)]
 
 
 # --- config.json -----------------------------------------------------------------------------
@@ -471,11 +457,9 @@ def _shard_headers(index: Path) -> tuple[list[_Stored], list[str]]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise HFError(f"{index}: weight_map, tensor -> file, is missing or empty")
     for key, name in weight_map.items():
-        if not isinstance(name, str) or name != Path(name).name or not name:
-            raise HFError(
-                f"{index}: weight_map names {name!r} as the file of {key}; the name of a "
-                "safetensors file beside it is wanted. Download the file again"
-            )
+        if not isinstance(name, str) or not name or name != Path(name).name:
+            wanted = "the name of a file beside the index is wanted"
+            raise HFError(f"{index}: weight_map has {name!r} as the file of {key}; {wanted}")
     files = [index.with_name(name) for name in sorted(set(weight_map.values()))]
     if absent := [file.name for file in files if not file.is_file()]:
         raise FileNotFoundError(f"{index} names shards that are missing: {absent}")
@@ -490,11 +474,8 @@ def _fitting(
 ) -> dict[_Slot, _Stored]:
     """The one tensor of each slot; raises an error that lists all that do not fit."""
     shapes = {slot.name: list(slot.shape[:: slot.order]) for slot in slots}
-    hints = {
-        "lm_head.weight": f' (for a model without, "tie_word_embeddings": true in {CONFIG_FILE})'
-    }
-    absent = [f"missing: {name}{hints.get(name, '')}" for name in shapes if name not in by_name]
-    problems = [*problems, *absent]
+    hint = {"lm_head.weight": f' (for a model without: "tie_word_embeddings": true, {CONFIG_FILE})'}
+    problems = [*problems, *(f"missing: {n}{hint.get(n, '')}" for n in shapes if n not in by_name)]
     for name, tensors in by_name.items():
         if len(tensors) > 1:
             problems.append(f"duplicate: {', '.join(map(str, tensors))}")

@@ -355,6 +355,15 @@ def test_an_absent_or_broken_laser_config_is_named(tmp_path: Path) -> None:
         load_retriever_config(tmp_path)
 
 
+def test_only_the_released_codes_preset_lets_texts_make_control_tokens() -> None:
+    configs = Path(__file__).parents[1] / "configs"
+    allowing = [f.name for f in configs.rglob("*.yaml") if "allow_special_tokens" in f.read_text()]
+    assert allowing == ["official.yaml"]
+    config, _ = parse_train_command([f"--config={configs / 'official.yaml'}", "--model.path=m"])
+    assert config.prompt.allow_special_tokens
+    assert not PromptConfig().allow_special_tokens
+
+
 # --- named backbones ---------------------------------------------------------------------------
 
 

@@ -387,7 +387,7 @@ def test_all_misfits_are_listed_with_their_tensors_and_files(tmp_path: Path) -> 
     inside = "in model.safetensors"
     assert lines == {
         "missing: model.layers.1.mlp.up_proj.weight",
-        'missing: lm_head.weight (for a model without, "tie_word_embeddings": true in config.json)',
+        'missing: lm_head.weight (for a model without: "tie_word_embeddings": true, config.json)',
         f"unknown: model.layers.0.self_attn.q_proj.bias {inside}",
         f"unknown: model.layers.3.mlp.up_proj.weight {inside}",
         f"mis-shaped: model.layers.2.mlp.down_proj.weight {inside} is [12, 8], not [8, 12]",
@@ -481,7 +481,7 @@ def test_faults_of_shards_and_index_are_named(tmp_path: Path) -> None:
 def test_an_index_that_names_no_file_beside_it_is_refused_by_tensor(tmp_path: Path, place) -> None:
     index = {"weight_map": {"model.norm.weight": place}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(HFError, match=r"index\.json: weight_map names .* of model\.norm\.weight"):
+    with pytest.raises(HFError, match=r"index\.json: weight_map has .* of model\.norm\.weight"):
         load_params(tmp_path, tiny(), dtype="float32")
 
 

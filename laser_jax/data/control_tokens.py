@@ -91,8 +91,7 @@ def _with_aliases(
     """A copy whose added tokens have other names and the same ids. It shares the model, unless that
     has the tokens in its own vocabulary, by which it could make them of a text."""
     model: Any = backend.model
-    own = backend.get_vocab(with_added_tokens=False)
-    if any(content in own for content in aliases):
+    if any(model.token_to_id(content) is not None for content in aliases):
         state = json.loads(backend.to_str())
         bare = {"version": state["version"], "added_tokens": []}
         model = tokenizers.Tokenizer.from_str(

@@ -23,7 +23,6 @@ import numpy as np
 from laser_jax.data.schema import as_strings
 from laser_jax.evaluation.bright import INSTRUCTIONS
 from laser_jax.files import checksum
-from laser_jax.hf import model_files
 from laser_jax.retriever import LatentRetriever
 
 try:
@@ -206,8 +205,9 @@ def model_revision(*directories: str | Path) -> str:
     """A revision of 16 hexadecimal digits, of the bytes of all files of a model and its adapter
     that are read: weights, settings, tokenizer and chat template. So results of another model or
     of other prompts are not taken for these."""
-    files = [path for directory in directories for path in model_files(directory)]
-    return checksum(files)[:16]
+    files = [path for directory in directories for path in sorted(Path(directory).iterdir())]
+    kinds = (".safetensors", ".json", ".jinja", ".model")
+    return checksum(f for f in files if f.suffix in kinds or f.name == "merges.txt")[:16]
 
 
 # --- tasks -------------------------------------------------------------------------------------
