@@ -103,7 +103,7 @@ def stop_ids(directory: str | Path, tokenizer: Tokenizer) -> tuple[int, ...]:
             continue
         try:
             named = json.loads(file.read_bytes()).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise HFError(f"{file}: not a JSON object: {error}") from error
         ids = named if isinstance(named, list) else [] if named is None else [named]
         if not all(type(id_) is int and id_ >= 0 for id_ in ids):

@@ -122,16 +122,6 @@ def test_an_export_names_what_transformers_4_and_5_both_know(tokenizer, tmp_path
     assert "extra_special_tokens" not in values
 
 
-@pytest.mark.parametrize("model_type", [None, "qwen3", "llama"])
-def test_an_export_gives_the_same_tokenizer_again(tokenizer, directory, model_type) -> None:
-    if model_type:
-        change(directory / "config.json", model_type=model_type)
-    again = load_tokenizer(directory)
-    assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
-    assert again.all_special_tokens == tokenizer.all_special_tokens
-    assert again.chat_template == tokenizer.chat_template
-
-
 @pytest.mark.skipif(
     "LASER_TRANSFORMERS_4" not in os.environ,
     reason="LASER_TRANSFORMERS_4 names no Python that has transformers 4.57",

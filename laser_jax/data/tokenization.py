@@ -32,11 +32,7 @@ from laser_jax.alignment import token_segment_ends
 from laser_jax.config import BackboneConfig, ConfigError, PromptConfig
 from laser_jax.data.chat_template import bounded, user_turn
 from laser_jax.data.control_tokens import TextTokenizer
-from laser_jax.data.tokenizer_files import (
-    TokenizationError,
-    require_effect,
-    tokenizer_config,
-)
+from laser_jax.data.tokenizer_files import TokenizationError, require_effect, tokenizer_config
 
 _PAD, _TURN_START, _TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 _THINK = ("<think>", "</think>")
@@ -360,14 +356,13 @@ class PromptTokenizer:
                 self.explicit(endless, instruction, endless)
 
     def _query(self, text: str, instruction: str) -> str:
-        """As `query_prompt_text`, with the control tokens that are not of the texts as aliases."""
-        template = self.config.query_template
-        texts = {"instruction": instruction, "query": text}
-        return self._texts.prompt(lambda values: self._wrap(_fill(template, values)), texts)
+        return self._filled(self.config.query_template, instruction=instruction, query=text)
 
     def _document(self, text: str) -> str:
-        template = self.config.document_template
-        texts = {"document": text}
+        return self._filled(self.config.document_template, document=text)
+
+    def _filled(self, template: str, **texts: str) -> str:
+        """A prompt in which the control tokens that are not of the texts stand under aliases."""
         return self._texts.prompt(lambda values: self._wrap(_fill(template, values)), texts)
 
     def _wrap(self, content: str) -> str:

@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from laser_jax.files import write_atomically
 
 
@@ -39,17 +37,13 @@ def require_effect(config: dict[str, Any], tokenizer: Any, directory: Path) -> N
     """Raises a TokenizationError where tokenizer_config.json has a BOS or EOS setting that the
     tokenizer does not follow: transformers 5 drops them beside a tokenizer.json, and of 4.x some
     classes do."""
-    inside = np.flatnonzero(
-        np.equal(tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"], 0)
-    )
-    length = len(tokenizer("a")["input_ids"])
-    does = {
-        "add_bos_token": inside[0] > 0,
-        "add_eos_token": inside[-1] < length - 1,
-    }
-    for key, done in does.items() if len(inside) else ():
-        if isinstance(config.get(key), bool) and config[key] != done:
-            wanted = {name: config.get(name, does[name]) for name in does}
+    added = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+    does = {"add_bos_token": added[0] == 1, "add_eos_token": added[-1] == 1} if 0 in added else {}
+    for key, done in does.items():
+        if config.get(key) in (True, False) and config[key] != done:
+            wanted = {
+                name: does[name] if config.get(name) is None else config[name] for name in does
+            }
             made = "; ".join(f"tokenizer.{name} = {value}" for name, value in wanted.items())
             raise TokenizationError(
                 f"{directory}: tokenizer_config.json says {key}: {str(config[key]).lower()}, and "
