@@ -210,7 +210,10 @@ def load(export: Export, transcription: Transcription, *, train: bool) -> Model:
     """The causal LM, its adapters in place. What wants gradients is what is trained: the adapters,
     or everything where there are none."""
     model: Model = transformers.AutoModelForCausalLM.from_pretrained(
-        export.model, attn_implementation=transcription.attention, dtype="auto"
+        export.model,
+        attn_implementation=transcription.attention,
+        dtype="auto",
+        trust_remote_code=False,
     )
     if export.adapter is not None:
         wrapped = peft.PeftModel.from_pretrained(model, str(export.adapter), is_trainable=train)

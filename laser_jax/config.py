@@ -47,6 +47,10 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _require_positive(key: str, value: float) -> None:
+    _require(0 < value < float("inf"), f"{key} must be a positive number, got {value}")
+
+
 def _require_seed(key: str, seed: int) -> None:
     _require(0 <= seed < 2**32, f"{key} must lie in [0, 2^32), got {seed}")
 
@@ -62,6 +66,23 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            _require_positive(f"rope_scaling.{f.name}", getattr(self, f.name))
+
+
+# Far beyond every model, and small enough that a damaged or hostile config.json is refused at once.
+_LARGEST_SIZES = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "num_layers": 1000,
+    "num_heads": 2**16,
+    "num_kv_heads": 2**16,
+    "head_dim": 2**16,
+    "intermediate_size": 2**24,
+    "max_position_embeddings": 2**31 - 1,
+}
 
 
 @dataclass(frozen=True)
@@ -83,8 +104,11 @@ class BackboneConfig:
     max_position_embeddings: int
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads"):
-            _require(getattr(self, name) >= 1, f"backbone.{name} must be at least 1")
+        for name, most in _LARGEST_SIZES.items():
+            size = getattr(self, name)
+            _require(1 <= size <= most, f"backbone.{name} must lie in 1..{most}, got {size}")
+        for name in ("rms_norm_eps", "rope_theta"):
+            _require_positive(f"backbone.{name}", getattr(self, name))
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"backbone.num_heads {self.num_heads} must be a multiple of num_kv_heads "
@@ -224,6 +248,9 @@ class PromptConfig:
     """Wrap the content as a user turn of the tokenizer's chat template, with generation prompt."""
     thinking_suffix: str = "<think>\n\n</think>\n\n"
     """Appended after the generation prompt (only with `chat_template`)."""
+    allow_special_tokens: bool = False
+    """Whether `<|im_end|>`, `<think>` and the like become control tokens where they stand in a
+    text, as in the released code. Otherwise only those of the templates do."""
     append_eos: bool = False
     """End queries and documents with EOS."""
     append_eos_to_reasoning: bool = True
@@ -738,6 +765,8 @@ def from_dict(cls: type[C], values: dict[str, Any], *, source: str) -> C:
     Raises:
         ConfigError: on an unknown key, a missing key or a wrong type; names `source`.
     """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source}: an object of keys and values is wanted, got {values!r:.60}")
     fault = _fault(get_type_hints(cls), values)
     _require(fault is None, f"{source}: {fault}")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
@@ -904,6 +933,8 @@ def _fault_in(
 
 def _fault_of(value: Any, kind: Any, known: list[str], key: str) -> str | None:
     members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if value is None and not {type(None), Any}.intersection(members):
+        return f"{key} must not be null; leave it out for its default"
     for member in members:
         origin, inner = get_origin(member), get_args(member)
         if dataclasses.is_dataclass(member) and value is not None:

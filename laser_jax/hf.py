@@ -102,7 +102,8 @@ def read_backbone_config(path: str | Path) -> BackboneConfig:
     values = _read_json(file)
     family = _value(values, "model_type", "str", file)
     _check_supported(values, _SUPPORTED, file)
-    for layer_type in values.get("layer_types", []):
+    layer_types = values.get("layer_types", [])
+    for layer_type in layer_types if isinstance(layer_types, list) else [layer_types]:
         _check_supported({"layer_types": layer_type}, {"layer_types": ("full_attention",)}, file)
     width = _value(values, "hidden_size", "int", file)
     heads = _value(values, _HF_KEYS["num_heads"], "int", file)
@@ -113,9 +114,9 @@ def read_backbone_config(path: str | Path) -> BackboneConfig:
         "tie_word_embeddings": False,
         "max_position_embeddings": 32_768 if family == "qwen3" else 2048,
     }
-    theta, scaling = _read_rope(values, file)
-    rest = {"family": family, "rope_theta": theta, "rope_scaling": scaling}
     try:
+        theta, scaling = _read_rope(values, file)
+        rest = {"family": family, "rope_theta": theta, "rope_scaling": scaling}
         return BackboneConfig(**rest, **_fields(BackboneConfig, defaults | values, file, set(rest)))
     except ConfigError as error:
         raise HFError(f"{file}: {error}") from error
@@ -158,6 +159,9 @@ def _read_rope(values: dict[str, Any], file: Path) -> tuple[float, RopeScaling |
     keys = [key for key in ("rope_theta", "rope_scaling", "rope_parameters") if values.get(key)]
     given = {key: values[key] for key in keys}
     theta = given.pop("rope_theta", 1e4)
+    for key, block in given.items():
+        if not isinstance(block, dict):
+            raise HFError(f"{file}: {key} = {block!r} has the wrong type; an object is wanted")
     blocks = [{"rope_theta": theta} | block for block in given.values()]
     found = {_read_rope_block(block, file) for block in blocks or [{"rope_theta": theta}]}
     rope_theta, scaling = next(iter(found))
@@ -456,6 +460,10 @@ def _shard_headers(index: Path) -> tuple[list[_Stored], list[str]]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise HFError(f"{index}: weight_map, tensor -> file, is missing or empty")
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or not name or name != Path(name).name:
+            wanted = "the name of a file beside the index is wanted"
+            raise HFError(f"{index}: weight_map has {name!r} as the file of {key}; {wanted}")
     files = [index.with_name(name) for name in sorted(set(weight_map.values()))]
     if absent := [file.name for file in files if not file.is_file()]:
         raise FileNotFoundError(f"{index} names shards that are missing: {absent}")
@@ -470,7 +478,8 @@ def _fitting(
 ) -> dict[_Slot, _Stored]:
     """The one tensor of each slot; raises an error that lists all that do not fit."""
     shapes = {slot.name: list(slot.shape[:: slot.order]) for slot in slots}
-    problems = [*problems, *(f"missing: {name}" for name in shapes if name not in by_name)]
+    hint = {"lm_head.weight": f' (for a model without: "tie_word_embeddings": true, {CONFIG_FILE})'}
+    problems = [*problems, *(f"missing: {n}{hint.get(n, '')}" for n in shapes if n not in by_name)]
     for name, tensors in by_name.items():
         if len(tensors) > 1:
             problems.append(f"duplicate: {', '.join(map(str, tensors))}")

@@ -45,6 +45,7 @@ from laser_jax.data.tokenization import (
     special_token_ids,
     train_tokenizer,
 )
+from laser_jax.data.tokenizer_files import save_tokenizer
 from laser_jax.evaluation.beir import read_beir
 from laser_jax.files import folder_written_whole, read_state, write_atomically
 from laser_jax.hf import (
@@ -283,7 +284,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         **special_token_ids(tokenizer),
     )
     with folder_written_whole(output) as folder:
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
     write_atomically(output / REPORT, json.dumps(report, indent=2) + "\n")
     return report
 

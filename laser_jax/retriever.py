@@ -25,6 +25,7 @@ from laser_jax.config import (
     load_retriever_config,
 )
 from laser_jax.data.buckets import IndexedRow
+from laser_jax.data.schema import as_strings
 from laser_jax.data.tokenization import (
     PromptTokenizer,
     PromptTokens,
@@ -149,7 +150,7 @@ class LatentRetriever:
         """Embeds queries.
 
         Args:
-            texts: one query or several.
+            texts: one query, or several in a list, tuple or Series.
             instruction: the task, for all queries or one each; "" for none. Wanted wherever the
                 model's query template has a place for it, as a forgotten one only shows in the
                 scores.
@@ -170,21 +171,20 @@ class LatentRetriever:
             ValueError: an argument that cannot be.
         """
         template = self.prompts.config.query_template
-        count = 1 if isinstance(texts, str) else len(texts)
+        listed = as_strings("text", [texts] if isinstance(texts, str) else texts)
         if instruction is None and "{instruction}" in template:
             raise ValueError(
                 f"the query template {template!r} wants an instruction: pass instruction=..., the "
                 'task in words, or "" for none'
             )
         if instruction is None or isinstance(instruction, str):
-            instructions = [instruction or ""] * count
+            instructions = as_strings("instruction", [instruction or ""]) * len(listed)
         else:
-            instructions = list(instruction)
-        if len(instructions) != count:
-            raise ValueError(f"{len(instructions)} instructions for {count} queries")
-        _require_texts("instruction", instructions)
-        return self._encode(
-            texts,
+            instructions = as_strings("instruction", instruction)
+        if len(instructions) != len(listed):
+            raise ValueError(f"{len(instructions)} instructions for {len(listed)} queries")
+        vectors = self._encode(
+            listed,
             lambda place, text: self.prompts.query_prompt(text, instructions[place]),
             "query_max_length",
             batch_size,
@@ -194,6 +194,7 @@ class LatentRetriever:
             on_overflow,
             tally,
         )
+        return vectors[0] if isinstance(texts, str) else vectors
 
     def encode_document(
         self,
@@ -207,8 +208,8 @@ class LatentRetriever:
         tally: Tally | None = None,
     ) -> np.ndarray:
         """Embeds documents. Arguments, result and errors as for `encode_query`."""
-        return self._encode(
-            texts,
+        vectors = self._encode(
+            as_strings("text", [texts] if isinstance(texts, str) else texts),
             lambda _, text: self.prompts.document_prompt(text),
             "document_max_length",
             batch_size,
@@ -218,6 +219,7 @@ class LatentRetriever:
             on_overflow,
             tally,
         )
+        return vectors[0] if isinstance(texts, str) else vectors
 
     @staticmethod
     def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -262,7 +264,7 @@ class LatentRetriever:
 
     def _encode(
         self,
-        texts: str | Sequence[str],
+        listed: list[str],
         tokenise: Callable[[int, str], PromptTokens],
         limit_key: LimitKey,
         batch_size: int | None,
@@ -273,8 +275,6 @@ class LatentRetriever:
         tally: Tally | None,
     ) -> np.ndarray:
         config = self.encoder.config
-        listed = [texts] if isinstance(texts, str) else list(texts)
-        _require_texts("text", listed)
         width = config.backbone.hidden_size
         if truncate_dim is not None and not 1 <= truncate_dim <= width:
             raise ValueError(f"truncate_dim must lie in 1..{width}, got {truncate_dim}")
@@ -329,22 +329,7 @@ class LatentRetriever:
             )
         if truncate_dim is not None:
             vectors = _unit(vectors[:, :truncate_dim])
-        return vectors[0] if isinstance(texts, str) else vectors
-
-
-def _require_texts(what: str, listed: Sequence[object]) -> None:
-    """Raises a ValueError that names the place of the first that no tokenizer takes."""
-    for place, text in enumerate(listed):
-        if not isinstance(text, str):
-            raise ValueError(f"{what} {place} is no string but {text!r:.60}")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{what} {place} is no Unicode text: its character {error.start} is half a "
-                f"surrogate pair, {text[error.start]!r}; take it out, or replace it by "
-                'text.encode(errors="replace").decode()'
-            ) from error
+        return vectors
 
 
 def require_matching(config: RetrieverConfig, prompts: PromptTokenizer) -> None:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from laser_jax.checkpoint import fingerprint
 from laser_jax.config import ConfigError, Dtype, PromptConfig, parse_command_line
-from laser_jax.data.tokenization import PromptTokenizer, Tokenizer, load_tokenizer
+from laser_jax.data.tokenization import PromptTokenizer, Tokenizer, load_tokenizer_for
 from laser_jax.evaluation.beir import BeirDataset, EvalQuery, read_qrels, read_queries
 from laser_jax.evaluation.results import markdown_table
 from laser_jax.evaluation.retrieval import require_instructions
@@ -294,15 +294,9 @@ def rewrite(options: RewriteOptions) -> dict[str, Any]:
     if not output.parent.is_dir():
         raise ConfigError(f"the folder {output.parent} does not exist; make it first")
     backbone = read_backbone_config(directory)
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer_for(directory, backbone)
     prompts = prompt_maker(options, tokenizer, backbone.max_position_embeddings)
     made = {id_: prompts.query_prompt(q.text, q.instruction or "") for id_, q in queries.items()}
-    largest = max(max(prompt.ids) for prompt in made.values())
-    if largest >= backbone.vocab_size:
-        raise ConfigError(
-            f"{directory}: the tokenizer makes the token {largest}, and the model has "
-            f"{backbone.vocab_size}: they are not of one model"
-        )
     params = load_params(directory, backbone, dtype=jnp.dtype(options.dtype))
     stops = stop_ids(directory, tokenizer)
     settings = _settings(options, prompts, stops, fingerprint(params))

@@ -57,6 +57,7 @@ from laser_jax.data.tokenization import (
     special_token_ids,
     train_tokenizer,
 )
+from laser_jax.data.tokenizer_files import save_tokenizer
 from laser_jax.evaluation.beir import BeirDataset, read_beir
 from laser_jax.evaluation.retrieval import (
     format_table,
@@ -228,7 +229,7 @@ def export_model(run: _Run) -> None:
     )
     if is_first():
         with folder_written_whole(output / "model") as folder:
-            run.tokenizer.save_pretrained(folder)
+            save_tokenizer(run.tokenizer, folder)
             save_retriever_config(_retriever_config(run, None), folder)
     if config.lora is not None:
         save_adapter(

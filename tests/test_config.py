@@ -29,6 +29,7 @@ from laser_jax.config import (
     PretrainConfig,
     PromptConfig,
     RetrieverConfig,
+    RopeScaling,
     ScratchConfig,
     TrainConfig,
     as_dict,
@@ -184,6 +185,23 @@ def test_a_missing_key_is_named() -> None:
         (lambda: RetrieverConfig(BACKBONES["qwen3-0.6b"], num_thinking_steps=0), "got 0"),
         (lambda: ScratchConfig(num_heads=3, num_kv_heads=2).backbone(99), "num_heads 3 .* 2"),
         (lambda: ScratchConfig(head_dim=5).backbone(99), "backbone.head_dim 5 must be even"),
+        (
+            lambda: ScratchConfig(num_layers=10**7).backbone(99),
+            r"num_layers .* 1\.\.1000, got 10000",
+        ),
+        (lambda: ScratchConfig(hidden_size=2**40).backbone(99), "hidden_size must lie in"),
+        (lambda: ScratchConfig().backbone(2**40), "backbone.vocab_size must lie in"),
+        (lambda: ScratchConfig(head_dim=0).backbone(99), "backbone.head_dim must lie in"),
+        (lambda: ScratchConfig(intermediate_size=-1).backbone(99), "intermediate_size must lie"),
+        (
+            lambda: ScratchConfig(rope_theta=float("nan")).backbone(9),
+            "rope_theta must be a positive",
+        ),
+        (
+            lambda: ScratchConfig(rope_theta=float("inf")).backbone(9),
+            "rope_theta must be a positive",
+        ),
+        (lambda: RopeScaling(0.0, 1.0, 4.0, 8192), "rope_scaling.factor must be a positive"),
     ],
 )
 def test_an_impossible_value_is_refused_by_name(make, message) -> None:
@@ -315,6 +333,13 @@ def test_the_retriever_config_survives_its_file(tmp_path: Path) -> None:
         ({"dtype": "int8"}, "dtype.*\n.*int8"),
         ({"backbone": {"family": "qwen3"}}, "backbone.vocab_size"),
         ({"prompt": {"seperator": "x"}}, "seperator"),
+        ({"prompt": []}, r"prompt must be an object of keys and values, got \[\]"),
+        ({"prompt": 3}, "prompt must be an object"),
+        ({"prompt": None}, "prompt must not be null"),
+        ({"backbone": []}, "backbone must be an object"),
+        ({"lora": "x"}, "lora must be an object"),
+        ({"num_thinking_steps": None}, "num_thinking_steps must not be null"),
+        ({"dtype": None}, "dtype must not be null"),
     ],
 )
 def test_a_bad_laser_config_names_file_and_key(tmp_path: Path, change, message) -> None:
@@ -327,9 +352,22 @@ def test_a_bad_laser_config_names_file_and_key(tmp_path: Path, change, message) 
 def test_an_absent_or_broken_laser_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"laser_config\.json is missing"):
         load_retriever_config(tmp_path)
-    (tmp_path / "laser_config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"laser_config\.json: not valid JSON"):
+    for content in (b"{", b"\xff\xfe{", b"[" * 100_000):
+        (tmp_path / "laser_config.json").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"laser_config\.json: not valid JSON"):
+            load_retriever_config(tmp_path)
+    (tmp_path / "laser_config.json").write_text("[]")
+    with pytest.raises(ConfigError, match="the whole must be an object"):
         load_retriever_config(tmp_path)
+
+
+def test_only_the_released_codes_preset_lets_texts_make_control_tokens() -> None:
+    configs = Path(__file__).parents[1] / "configs"
+    allowing = [f.name for f in configs.rglob("*.yaml") if "allow_special_tokens" in f.read_text()]
+    assert allowing == ["official.yaml"]
+    config, _ = parse_train_command([f"--config={configs / 'official.yaml'}", "--model.path=m"])
+    assert config.prompt.allow_special_tokens
+    assert not PromptConfig().allow_special_tokens
 
 
 # --- named backbones ---------------------------------------------------------------------------

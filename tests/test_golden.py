@@ -265,7 +265,12 @@ def test_trace(case: Path) -> None:
 @each("encode_*.npz")
 def test_texts_become_the_recorded_tokens(case: Path) -> None:
     golden = np.load(case)
-    config = PromptConfig(query_template="{query}", chat_template=False, query_max_length=8192)
+    config = PromptConfig(
+        query_template="{query}",
+        chat_template=False,
+        allow_special_tokens=True,
+        query_max_length=8192,
+    )
     prompts = PromptTokenizer(load_tokenizer(GOLDEN / model_of(case)), config)
     rows = [prompts.query(text, "") for text in golden["texts"].tolist()]
     assert rows == unpadded(golden["input_ids"], golden["attention_mask"])
@@ -442,6 +447,7 @@ def test_features_become_the_recorded_tokens(case: Path) -> None:
         query_template="{query}",
         truncation="sequence",
         segmentation="token",
+        allow_special_tokens=True,
         chat_template=collator.get("add_chat_template", False),
         append_eos=collator.get("append_eos_token", False),
         query_max_length=collator.get("query_max_len", 512),

@@ -28,6 +28,7 @@ OFFICIAL: dict[str, Any] = {
     "query_template": "{query}",
     "truncation": "sequence",
     "segmentation": "token",
+    "allow_special_tokens": True,
 }
 
 

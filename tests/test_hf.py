@@ -231,6 +231,25 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
         ({"hidden_size": "8"}, "hidden_size = '8'"),
         ({"num_hidden_layers": 0}, "num_layers"),
         ({"num_attention_heads": 3}, "num_heads 3"),
+        ({"num_hidden_layers": 10**7}, "num_layers must lie in 1..1000, got 10000000"),
+        ({"vocab_size": 10**12}, "vocab_size must lie in"),
+        ({"intermediate_size": -8}, "intermediate_size must lie in"),
+        ({"max_position_embeddings": 10**12}, "max_position_embeddings must lie in"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive number"),
+        ({"layer_types": 5}, "layer_types = 5"),
+        ({"rope_scaling": 5, "rope_parameters": ...}, "rope_scaling = 5 has the wrong type"),
+        ({"rope_parameters": ["llama3"]}, "rope_parameters = ['llama3'] has the wrong type"),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    **dataclasses.asdict(LLAMA3),
+                    "factor": 0.0,
+                },
+                "rope_parameters": ...,
+            },
+            "rope_scaling.factor must be a positive number",
+        ),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings = 'yes'"),
         ({"attention_bias": True}, "attention_bias = True"),
         ({"mlp_bias": True}, "mlp_bias = True"),
@@ -368,7 +387,7 @@ def test_all_misfits_are_listed_with_their_tensors_and_files(tmp_path: Path) -> 
     inside = "in model.safetensors"
     assert lines == {
         "missing: model.layers.1.mlp.up_proj.weight",
-        "missing: lm_head.weight",
+        'missing: lm_head.weight (for a model without: "tie_word_embeddings": true, config.json)',
         f"unknown: model.layers.0.self_attn.q_proj.bias {inside}",
         f"unknown: model.layers.3.mlp.up_proj.weight {inside}",
         f"mis-shaped: model.layers.2.mlp.down_proj.weight {inside} is [12, 8], not [8, 12]",
@@ -454,6 +473,16 @@ def test_faults_of_shards_and_index_are_named(tmp_path: Path) -> None:
 
     empty = write_shards(tmp_path / "empty", {})
     assert "weight_map" in error_of(empty)
+
+
+@pytest.mark.parametrize(
+    "place", [5, None, [], {}, "", "../other.safetensors", "/model.safetensors"]
+)
+def test_an_index_that_names_no_file_beside_it_is_refused_by_tensor(tmp_path: Path, place) -> None:
+    index = {"weight_map": {"model.norm.weight": place}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(HFError, match=r"index\.json: weight_map has .* of model\.norm\.weight"):
+        load_params(tmp_path, tiny(), dtype="float32")
 
 
 # --- weights in, straight into their shards ----------------------------------------------------

@@ -162,3 +162,14 @@ def test_a_row_length_that_cuts_a_reasoning_is_refused_with_the_one_that_would_d
     reasoning_rows([query], prompts, longest)
     with pytest.raises(DataError, match=f"row_length {longest - 1} .* {longest} or more"):
         reasoning_rows([query], prompts, longest - 1)
+
+
+def test_texts_and_reasonings_hold_no_control_tokens(prompts) -> None:
+    marked = "<|im_end|><think>"
+    assert prompts.eos_id not in prompts.text_ids(marked)
+    rows = pack_texts([marked], prompts, 64, repeats=1)
+    assert predicted(rows) == [[*prompts.text_ids(marked), prompts.eos_id][1:]]
+    for instruction in (None, "Find"):
+        item = WrittenReasoning("Ulm", marked, instruction)
+        rows = reasoning_rows([item], prompts, 128)
+        assert predicted(rows) == [[*prompts.text_ids(marked), prompts.eos_id]]

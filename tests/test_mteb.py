@@ -272,6 +272,35 @@ def test_a_revision_is_of_the_weights_and_the_settings(model: Path, tmp_path: Pa
     assert ours.model_revision(other) != ours.model_revision(model)
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.model", "merges.txt"])
+def test_a_revision_is_of_the_files_that_make_the_prompts(model: Path, tmp_path, name) -> None:
+    other = shutil.copytree(model, tmp_path / "other")
+    (other / name).write_text("changed")
+    assert ours.model_revision(other) != ours.model_revision(model)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (["Ulm", "Jena"], '"text" is a list of strings, .* not a list of str'),
+        ({"text": ["Ulm"]}, "not a dict of str"),
+        ([{"text": "Ulm"}], "every text is wanted, not a str"),
+        ([{"text": {"Ulm": 1}}], "every text is wanted, not a dict"),
+        ([{"text": ["Ulm", None]}], "text 1 is no string but None"),
+    ],
+)
+def test_inputs_other_than_batches_of_texts_are_refused(retriever, inputs, message) -> None:
+    model = MtebRetriever(retriever, name=NAME)
+    with pytest.raises(ValueError, match=message):
+        model.encode(
+            inputs,
+            task_metadata=SlicedScifact.metadata,
+            hf_split="test",
+            hf_subset="default",
+            prompt_type=PromptType.document,
+        )
+
+
 # --- FollowIR ----------------------------------------------------------------------------------
 
 

@@ -169,6 +169,22 @@ def test_stored_tokens_are_refused_under_other_settings(with_tokens, tokenizer) 
     assert batches_with(with_tokens, used, PROMPT)
 
 
+def test_tokens_stored_before_texts_were_kept_plain_train_only_as_they_were_made(
+    with_tokens, tokenizer
+) -> None:
+    prepare(with_tokens)
+    source = open_source(with_tokens.output)
+    assert source.tokenization is not None
+    assert source.tokenization["prompt"].pop("allow_special_tokens") is False
+    plain, allowing = (
+        PromptTokenizer(load_tokenizer(tokenizer), replace(PROMPT, allow_special_tokens=allow))
+        for allow in (False, True)
+    )
+    with pytest.raises(DataError, match=r"allow_special_tokens was True, is False.*rows again"):
+        training_batches([source], plain, DataConfig(train="x"), **SETTINGS)
+    assert training_batches([source], allowing, DataConfig(train="x"), **SETTINGS)
+
+
 def test_without_stored_tokens_any_settings_may_train(with_tokens, tokenizer) -> None:
     config = replace(with_tokens, store_tokens=False)
     prepare(config)

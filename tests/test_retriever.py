@@ -317,6 +317,45 @@ def test_a_text_that_is_no_string_is_named(retriever) -> None:
         retriever.encode_document(["Jena.", None])
 
 
+@pytest.mark.parametrize(
+    "texts",
+    [
+        {"a": "Jena.", "b": "Ulm."},
+        {"a": "Jena.", "b": "Ulm."}.values(),
+        {"Jena.", "Ulm."},
+        iter(["Jena.", "Ulm."]),
+        (text for text in ["Jena.", "Ulm."]),
+        np.array([["Jena."], ["Ulm."]]),
+        np.array("Jena."),
+        b"Jena.",
+        7,
+        None,
+    ],
+    ids=lambda texts: type(texts).__name__,
+)
+def test_texts_in_no_list_are_refused_by_type(retriever, texts) -> None:
+    match = f"with a string for every text is wanted, not a {type(texts).__name__}"
+    with pytest.raises(ValueError, match=match):
+        retriever.encode_document(texts)
+    with pytest.raises(ValueError, match=match):
+        retriever.encode_query(texts, instruction=TASK)
+    if texts is not None:
+        with pytest.raises(ValueError, match=match.replace("every text", "every instruction")):
+            retriever.encode_query(["Ulm?", "Bonn?"], instruction=texts)
+
+
+def test_a_data_frame_is_refused_and_its_column_taken(retriever) -> None:
+    pandas, texts = pytest.importorskip("pandas"), ["Jena.", "Ulm."]
+    frame = pandas.DataFrame({"text": texts}, index=[5, 3])
+    with pytest.raises(ValueError, match="every text is wanted, not a DataFrame"):
+        retriever.encode_document(frame)
+    with pytest.raises(ValueError, match="text 1 is no string but nan"):
+        retriever.encode_document(pandas.Series(["Jena.", float("nan")]))
+    expected = retriever.encode_document(texts)
+    for column in (frame["text"], tuple(texts), np.array(texts), frame["text"].to_numpy()):
+        np.testing.assert_array_equal(retriever.encode_document(column), expected)
+
+
 def test_a_text_that_is_no_unicode_is_named(retriever) -> None:
     with pytest.raises(ValueError, match=r"^text 1 is no Unicode text: its character 2 is half a"):
         retriever.encode_document(["Jena.", "a \ud800"])
@@ -376,7 +415,9 @@ def test_a_tokenizer_without_chat_template_is_refused(copy) -> None:
 
 def test_a_tokenizer_of_another_model_is_refused(copy) -> None:
     train_tokenizer([*DOCUMENTS, LONG, "more words than before"], 330).save_pretrained(copy)
-    with pytest.raises(ValueError, match=r"a token with the id \d+, and the model \d+ tokens"):
+    with pytest.raises(
+        ValueError, match=r"\d+ token\(s\) without an embedding, .* not of one model"
+    ):
         LatentRetriever.from_pretrained(copy)
 
 

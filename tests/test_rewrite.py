@@ -340,7 +340,7 @@ def test_a_model_without_tokenizer_or_with_another_one_is_named(
     with pytest.raises(SystemExit, match="holds no tokenizer"):
         main(arguments(bare, data, tmp_path / "out.jsonl"))
     train_tokenizer(["Where is Ulm? " * 3, "Where is Kiel?"], 400).save_pretrained(bare)
-    with pytest.raises(SystemExit, match="they are not of one model"):
+    with pytest.raises(SystemExit, match="They are not of one model"):
         main(arguments(bare, data, tmp_path / "out.jsonl"))
     assert not (tmp_path / "out.jsonl").exists()
 

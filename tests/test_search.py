@@ -329,6 +329,21 @@ def test_a_search_cuts_the_ranking_of_trec_eval(mesh: Mesh | None, chunk: int) -
     assert [len(ranking) for ranking in run.values()] == [10, 10, 10, 5, 10, 10]
 
 
+@pytest.mark.parametrize("ids", [{"a", "b"}, {"a": 1, "b": 2}, iter("ab"), "ab", b"ab"])
+def test_ids_in_no_list_are_refused_by_type(ids) -> None:
+    rows, kind = np.eye(2, dtype=np.float32), type(ids).__name__
+    with pytest.raises(ValueError, match=f"every query id is wanted, not a {kind}"):
+        search(rows, rows, ids, ["a", "b"], 1, {})
+    with pytest.raises(ValueError, match=f"every document id is wanted, not a {kind}"):
+        search(rows, rows, ["a", "b"], ids, 1, {})
+
+
+def test_an_excluded_id_that_stands_in_no_list_is_refused() -> None:
+    rows = np.eye(2, dtype=np.float32)
+    with pytest.raises(ValueError, match=r"excluded\['a'\] must be a list or set of ids"):
+        search(rows, rows, ["a", "b"], ["a", "b"], 1, {"a": "b"})
+
+
 def test_a_search_names_what_is_wrong_with_its_rows() -> None:
     one, two = np.ones((1, 2), np.float32), np.ones((2, 2), np.float32)
     with pytest.raises(ValueError, match="2 document embeddings for 1 document ids"):

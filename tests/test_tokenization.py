@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from laser_jax.config import PromptConfig
+from laser_jax.config import ConfigError, PromptConfig, ScratchConfig
 from laser_jax.data.tokenization import (
     PromptTokenizer,
     TokenizationError,
     load_tokenizer,
+    load_tokenizer_for,
     right_pad,
     train_tokenizer,
 )
+from laser_jax.data.tokenizer_files import save_tokenizer
 
 TEXTS = [
     "Which river flows through the city where the author was born? It ends there.\n\nNext",
@@ -76,7 +78,7 @@ def test_control_tokens_are_single_tokens(tokenizer) -> None:
 def test_saving_and_loading_keeps_ids_template_and_padding_side(
     tokenizer, tmp_path, model_type
 ) -> None:
-    tokenizer.save_pretrained(tmp_path)
+    save_tokenizer(tokenizer, tmp_path)
     if model_type:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     loaded = load_tokenizer(tmp_path)
@@ -86,6 +88,8 @@ def test_saving_and_loading_keeps_ids_template_and_padding_side(
         assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert (after.pad_id, after.eos_id) == (before.pad_id, before.eos_id)
     assert loaded.padding_side == tokenizer.padding_side
+    assert loaded.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    assert loaded.all_special_tokens == tokenizer.all_special_tokens
 
 
 def test_a_directory_without_tokenizer_files_is_named(tmp_path) -> None:
@@ -106,6 +110,19 @@ def test_a_missing_pad_token_is_replaced_by_eos(tokenizer, tmp_path) -> None:
     path.write_text(json.dumps(settings))
     with pytest.raises(TokenizationError, match="neither a pad token nor an EOS token"):
         load_tokenizer(tmp_path)
+
+
+def test_a_pad_token_without_an_embedding_is_named_with_the_way_out(tokenizer, tmp_path) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"pad_token": "<pad>"}))
+    backbone = ScratchConfig().backbone(len(tokenizer))
+    message = r"1 token\(s\) without an embedding, '<pad>' = 360: the model's vocab_size is 360.*"
+    with pytest.raises(ConfigError, match=message + "pad token can be the EOS token: pad_token in"):
+        load_tokenizer_for(tmp_path, backbone)
+    path.write_text(json.dumps(settings | {"pad_token": settings["eos_token"]}))
+    assert load_tokenizer_for(tmp_path, backbone).pad_token_id == tokenizer.eos_token_id
 
 
 def test_a_tokenizer_without_chat_template_is_refused(tokenizer) -> None:

@@ -99,10 +99,7 @@ def pack_texts(
     Args:
         repeats: how often the texts stand in the rows, every time in another order.
     """
-    ids = [
-        [*prompts.tokenizer(text, add_special_tokens=False)["input_ids"], prompts.eos_id]
-        for text in texts
-    ]
+    ids = [[*prompts.text_ids(text), prompts.eos_id] for text in texts]
     rng = np.random.default_rng(0)
     stream = [i for _ in range(repeats) for t in rng.permutation(len(ids)) for i in ids[t]]
     padding = -len(stream) % length
@@ -142,5 +139,5 @@ def _input(item: WrittenReasoning, prompts: PromptTokenizer) -> tuple[list[int],
         tokens = prompts.explicit(item.text, item.instruction, item.reasoning)
         return tokens.ids, tokens.query_length
     prompt = prompts.document(item.text)
-    written = prompts.tokenizer(item.reasoning, add_special_tokens=False)["input_ids"]
+    written = prompts.text_ids(item.reasoning)
     return [*prompt, *written, prompts.eos_id], len(prompt)

@@ -480,16 +480,20 @@ def tokenization_settings(prompts: PromptTokenizer) -> dict[str, Any]:
     fingerprint = [{k: v for k, v in model.items() if k not in ("truncation", "padding")}]
     fingerprint += [tokenizer.chat_template, tokenizer.bos_token, prompts.eos_id, prompts.pad_id]
     digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
-    return {"prompt": as_dict(prompts.config), "tokenizer": digest}
+    prompt = as_dict(prompts.config)
+    if prompt["allow_special_tokens"]:  # what is stored elsewhere may be older than the setting
+        del prompt["allow_special_tokens"]
+    return {"prompt": prompt, "tokenizer": digest}
 
 
 def _require_same_tokenization(source: Source, prompts: PromptTokenizer) -> None:
     assert source.tokenization is not None
     stored, wanted = source.tokenization, tokenization_settings(prompts)
+    was, is_ = ({"allow_special_tokens": True} | of["prompt"] for of in (stored, wanted))
     differing = [
-        f"prompt.{key} was {stored['prompt'].get(key)!r}, is {value!r}"
-        for key, value in wanted["prompt"].items()
-        if stored["prompt"].get(key) != value
+        f"prompt.{key} was {was.get(key)!r}, is {value!r}"
+        for key, value in is_.items()
+        if was.get(key) != value
     ]
     if stored["tokenizer"] != wanted["tokenizer"]:
         differing.append("the tokenizer is another")

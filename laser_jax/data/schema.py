@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,6 +116,35 @@ def require_unicode(text: str, what: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(f"{what} is not valid Unicode: {error}") from error
+
+
+def as_strings(what: str, values: Any) -> list[str]:
+    """The items of a list, tuple, one-dimensional array or Series of strings.
+
+    Raises:
+        ValueError: another container, whose items come in no order (a set), are not its content (a
+            dict, a DataFrame) or come once only (an iterator); or the place of the first item that
+            is no string, or no Unicode. `what` is an item's name.
+    """
+    ordered = isinstance(values, Sequence) or len(getattr(values, "shape", ())) == 1
+    if not ordered or isinstance(values, str | bytes):
+        raise ValueError(
+            f"a list, tuple or Series with a string for every {what} is wanted, not a "
+            f"{type(values).__name__}: pass the strings as a list, in the order of the results"
+        )
+    listed = list(values)
+    for place, text in enumerate(listed):
+        if not isinstance(text, str):
+            raise ValueError(f"{what} {place} is no string but {text!r:.60}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{what} {place} is no Unicode text: its character {error.start} is half a "
+                f"surrogate pair, {text[error.start]!r}; take it out, or replace it by "
+                'text.encode(errors="replace").decode()'
+            ) from error
+    return listed
 
 
 def _may_be_empty(name: str) -> str:

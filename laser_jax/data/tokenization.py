@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +30,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from laser_jax.alignment import token_segment_ends
 from laser_jax.config import BackboneConfig, ConfigError, PromptConfig
+from laser_jax.data.chat_template import bounded, user_turn
+from laser_jax.data.control_tokens import TextTokenizer
+from laser_jax.data.tokenizer_files import TokenizationError, require_effect, tokenizer_config
 
 _PAD, _TURN_START, _TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 _THINK = ("<think>", "</think>")
@@ -51,10 +54,6 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 Tokenizer = PreTrainedTokenizerBase
 
 
-class TokenizationError(ValueError):
-    """A tokenizer that cannot serve, or a text that cannot become a prompt."""
-
-
 # --- tokenizers ------------------------------------------------------------------------------
 
 
@@ -73,10 +72,16 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
             f"{directory} holds no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there. "
             "Copy the tokenizer files of the base model into it"
         )
+    config = tokenizer_config(directory)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise TokenizationError(f"{directory}: the tokenizer does not load: {error}") from error
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # tokenizers and transformers raise anything on a damaged file
+        raise TokenizationError(
+            f"{directory}: the tokenizer does not load: {type(error).__name__}: {error}"
+        ) from error
+    require_effect(config, tokenizer, directory)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise TokenizationError(
@@ -90,11 +95,14 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
 def require_embedded_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """Raises a ConfigError where the tokenizer makes ids that a model of `vocab_size` tokens has no
     embedding for: it would read NaN there."""
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= vocab_size:
+    beyond = {id_: token for token, id_ in tokenizer.get_vocab().items() if id_ >= vocab_size}
+    if beyond:
+        named = ", ".join(f"{token!r} = {id_}" for id_, token in sorted(beyond.items())[:5])
         raise ConfigError(
-            f"the tokenizer has a token with the id {largest}, and the model {vocab_size} tokens: "
-            "they are not of one model"
+            f"the tokenizer has {len(beyond)} token(s) without an embedding, {named}: the model's "
+            f"vocab_size is {vocab_size}. They are not of one model, or tokens were added: take "
+            "those out (of added_tokens in tokenizer.json; a pad token can be the EOS token: "
+            "pad_token in tokenizer_config.json), or give the model a larger embedding"
         )
 
 
@@ -231,10 +239,15 @@ class PromptTokenizer:
         self.eos_id = cast(int, tokenizer.eos_token_id)
         pad_id = cast("int | None", tokenizer.pad_token_id)
         self.pad_id = self.eos_id if pad_id is None else pad_id
-        separator_ids = self._part(config.separator)
+        backend: Any = tokenizer.backend_tokenizer
+        self._texts = TextTokenizer(backend, allow_special_tokens=config.allow_special_tokens)
+        self._separator = self._texts.control(config.separator)
+        separator_ids = self.text_ids(self._separator)
         self.separator_id = separator_ids[0] if len(separator_ids) == 1 else None
         self._one_string = config.truncation == "sequence" and config.segmentation == "token"
         self.explicit_continues_query = not self._one_string
+        if config.chat_template:
+            bounded(self._require_texts_unchanged)
 
     def query_prompt_text(self, text: str, instruction: str) -> str:
         """The whole query prompt as a string, before any truncation."""
@@ -266,6 +279,10 @@ class PromptTokenizer:
         """The token ids of `document_prompt`."""
         return self.document_prompt(text).ids
 
+    def text_ids(self, text: str) -> list[int]:
+        """The token ids of a text that stands in no prompt; nothing is added to them."""
+        return self._texts.encode(text, whole=False).ids
+
     def explicit(self, text: str, instruction: str, reasoning: str) -> ExplicitTokens:
         """The explicit view's input, at most `explicit_max_length` tokens.
 
@@ -285,9 +302,10 @@ class PromptTokenizer:
         limit, eos = self.config.explicit_max_length, self.config.append_eos_to_reasoning
         query_ids = self.query(text, instruction)
         start = len(query_ids)
+        reasoning = reasoning.replace(self.config.separator, self._separator)
         if self._one_string:
             whole = self._cut_sequence(
-                self.query_prompt_text(text, instruction) + reasoning, limit, self.config.append_eos
+                self._query_turn(text, instruction) + reasoning, limit, self.config.append_eos
             )
             ends = token_segment_ends(whole.ids, start, self.separator_id)
             ids = whole.ids + [self.eos_id] * eos
@@ -301,8 +319,8 @@ class PromptTokenizer:
             )
         by_text = self.config.segmentation == "text"
         ids, ends, truncated = list(query_ids), [], False
-        for segment in _segments(reasoning, self.config.separator) if by_text else [reasoning]:
-            segment_ids = self._part(segment)
+        for segment in _segments(reasoning, self._separator) if by_text else [reasoning]:
+            segment_ids = self.text_ids(segment)
             kept = segment_ids[: room - (len(ids) - start)]
             truncated |= len(kept) < len(segment_ids)
             ids += kept
@@ -315,14 +333,10 @@ class PromptTokenizer:
     def checksum(self) -> str:
         """Of the tokens that this makes of a sample, before any truncation: tells another
         tokenizer, chat template or prompt template from the same one."""
-        query, document = (
-            self.query_prompt_text("Öl, 2 μm?", "Find"),
-            self.document_prompt_text("A"),
-        )
         sample = [
-            self._whole(query)[0],
-            self._whole(document)[0],
-            self._part("B.\n\nC"),
+            self._whole(self._query_turn("Öl, 2 μm?", "Find"))[0],
+            self._whole(self._document_turn("A"))[0],
+            self.text_ids("B.\n\nC"),
             self.eos_id,
         ]
         return hashlib.sha256(repr(sample).encode()).hexdigest()[:16]
@@ -342,18 +356,30 @@ class PromptTokenizer:
                 self.explicit(endless, instruction, endless)
 
     def _query_turn(self, text: str, instruction: str) -> str:
-        return self._wrap(query_content(text, instruction, self.config))
+        return self._filled(self.config.query_template, instruction=instruction, query=text)
 
     def _document_turn(self, text: str) -> str:
-        return self._wrap(_fill(self.config.document_template, {"document": text}))
+        return self._filled(self.config.document_template, document=text)
+
+    def _filled(self, template: str, **texts: str) -> str:
+        """A prompt in which the control tokens that are not of the texts stand under aliases."""
+        return self._texts.prompt(lambda values: self._wrap(_fill(template, values)), texts)
 
     def _wrap(self, content: str) -> str:
         if not self.config.chat_template:
             return content
-        turn = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-        return f"{turn}{self.config.thinking_suffix}"
+        return f"{user_turn(self.tokenizer, content)}{self.config.thinking_suffix}"
+
+    def _require_texts_unchanged(self) -> None:
+        """Renders the chat template once. Raises a TokenizationError where it fails, or changes the
+        texts, which it is given only as placeholders unless they may hold control tokens."""
+        text = ' "It\'s" <b>1 & 2</b>\\\n\nÉa {0}  '
+        if self._texts.shown(self._document_turn(text)) != self.document_prompt_text(text):
+            raise TokenizationError(
+                "the tokenizer's chat template changes the text of a user's turn, which cannot be "
+                "kept apart from control tokens then: set prompt.allow_special_tokens: true, or "
+                "prompt.chat_template: false"
+            )
 
     def _prompt(self, render: Callable[[str], str], text: str, limit_key: str) -> PromptTokens:
         text = as_read(text)
@@ -371,9 +397,7 @@ class PromptTokenizer:
         self, render: Callable[[str], str], text: str, limit: int, limit_key: str
     ) -> list[int]:
         """The prompt of the longest start of `text`, cut between tokens, within `limit` tokens."""
-        offsets = self.tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )["offset_mapping"]
+        offsets = self._texts.encode(text, whole=False).offsets
         template_length = len(self._whole(render(""))[0])
         keep = min(limit - template_length, len(offsets))
         while (end := _character_end(offsets, keep)) > 0:
@@ -404,19 +428,11 @@ class PromptTokenizer:
 
     def _whole(self, text: str) -> tuple[list[int], int]:
         """The ids of a finished prompt and how many the tokenizer itself put at the end."""
-        bos = cast("str | None", self.tokenizer.bos_token)
-        encoding = self.tokenizer(
-            text,
-            add_special_tokens=not (bos and text.startswith(bos)),
-            return_special_tokens_mask=True,
-            verbose=False,
-        )
-        content = np.flatnonzero(np.equal(encoding["special_tokens_mask"], 0))
-        ids: list[int] = encoding["input_ids"]
+        bos = self._texts.control(cast("str | None", self.tokenizer.bos_token) or "")
+        encoding = self._texts.encode(text, whole=not (bos and text.startswith(bos)))
+        content = np.flatnonzero(np.equal(encoding.special_tokens_mask, 0))
+        ids = encoding.ids
         return ids, len(ids) - 1 - int(content[-1]) if len(content) else 0
-
-    def _part(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def as_read(text: str) -> str:
@@ -431,7 +447,7 @@ def query_content(text: str, instruction: str, config: PromptConfig) -> str:
     return _fill(config.query_template, {"instruction": instruction, "query": text})
 
 
-def _fill(template: str, values: dict[str, str]) -> str:
+def _fill(template: str, values: Mapping[str, str]) -> str:
     """Fills the known placeholders in one pass: braces elsewhere, texts' own included, stay."""
     return re.sub(
         "|".join(re.escape(f"{{{name}}}") for name in values),

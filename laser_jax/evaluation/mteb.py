@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from laser_jax.data.schema import as_strings
 from laser_jax.evaluation.bright import INSTRUCTIONS
 from laser_jax.files import checksum
 from laser_jax.retriever import LatentRetriever
@@ -145,8 +146,18 @@ class MtebRetriever(AbsEncoder):
 
         Returns:
             [N, D] float32 unit rows.
+
+        Raises:
+            ValueError: other inputs, and as `LatentRetriever.encode_query`.
         """
-        texts = [text for batch in inputs for text in batch["text"]]
+        texts: list[str] = []
+        for batch in inputs:
+            if not isinstance(batch, Mapping):
+                raise ValueError(
+                    'batches are wanted whose "text" is a list of strings, as mteb\'s DataLoader '
+                    f"gives them, not a {type(inputs).__name__} of {type(batch).__name__}"
+                )
+            texts += as_strings("text", batch["text"])
         options: dict[str, Any] = {
             "batch_size": batch_size,
             "show_progress_bar": show_progress_bar,
@@ -161,7 +172,7 @@ class MtebRetriever(AbsEncoder):
         """Keeps the last corpus, which is searched twice where documents are excluded."""
         digest = hashlib.sha256()
         for text in texts:
-            digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+            digest.update(hashlib.sha256(text.encode()).digest())
         key = digest.digest()
         if not self._last_documents or self._last_documents[0][0] != key:
             self._last_documents.clear()  # before the next one is in memory
@@ -191,10 +202,12 @@ class MtebRetriever(AbsEncoder):
 
 
 def model_revision(*directories: str | Path) -> str:
-    """A revision of 16 hexadecimal digits, of the bytes of all weights and JSON files of a model
-    and its adapter, so that results of other weights are not taken for these."""
+    """A revision of 16 hexadecimal digits, of the bytes of all files of a model and its adapter
+    that are read: weights, settings, tokenizer and chat template. So results of another model or
+    of other prompts are not taken for these."""
     files = [path for directory in directories for path in sorted(Path(directory).iterdir())]
-    return checksum(path for path in files if path.suffix in (".safetensors", ".json"))[:16]
+    kinds = (".safetensors", ".json", ".jinja", ".model")
+    return checksum(f for f in files if f.suffix in kinds or f.name == "merges.txt")[:16]
 
 
 # --- tasks -------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from laser_jax.config import as_dict, from_dict
+from laser_jax.data.schema import as_strings
 from laser_jax.files import read_state, write_atomically, written_whole
 from laser_jax.search.codes import decode_vectors
 from laser_jax.search.trec import Run, rank_documents
@@ -132,6 +133,7 @@ class FaissIndex:
             queries_QD: float32.
             excluded: as there.
         """
+        query_ids = as_strings("query id", query_ids)
         removed = {query: set(excluded.get(query, ())) for query in query_ids}
         depth = k + max(map(len, removed.values()), default=0)
         scores_Qk, places_Qk = self.index.search(np.ascontiguousarray(queries_QD), depth)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from laser_jax.data.schema import as_strings
 from laser_jax.search.codes import Code, decode_vectors, encode_vectors, storage_dtype
 from laser_jax.search.trec import Run, trec_order
 
@@ -283,6 +284,7 @@ def rescored(
 
 
 def _check_rows(name: str, embeddings: np.ndarray, ids: Sequence[str]) -> None:
+    ids = as_strings(f"{name} id", ids)
     if len(embeddings) != len(ids):
         raise ValueError(f"{len(embeddings)} {name} embeddings for {len(ids)} {name} ids")
     if len(set(ids)) != len(ids):
@@ -321,6 +323,11 @@ def search_chunks(
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
+    for query, ids in excluded.items():
+        if isinstance(ids, str):
+            raise ValueError(
+                f"excluded[{query!r}] must be a list or set of ids, not the text {ids!r}"
+            )
     wanted = {document for ids in excluded.values() for document in ids}
     corpus = wanted.intersection(ranked_ids)
     removed = {query: corpus.intersection(excluded.get(query, ())) for query in query_ids}
