@@ -175,6 +175,7 @@ def _starting_point(
         attention=kernel,
         remat=model.remat,
         unroll_layers=model.unroll_layers,
+        reverse_only=True,
     )
     return tokenizer, backbone, params
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -193,6 +194,43 @@ def test_all_steps_come_from_one_pass(base, separate) -> None:
     vectors_BKD = every(base, *batch, config=CONFIG, num_thinking_steps=3)
     np.testing.assert_allclose(vectors_BKD, separate.swapaxes(0, 1), atol=1e-6)
     assert vectors_BKD.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_it_differentiates_forward_and_backward(base, dtype) -> None:
+    """A single row, which in bfloat16 has a product of its own on a CPU."""
+    config = dataclasses.replace(CONFIG, dtype=dtype, num_thinking_steps=2)
+    base = jax.tree.map(lambda a: jnp.asarray(a, dtype), base)
+    norm, ids_BT = base["params"]["norm"]["scale"], jnp.asarray([ROWS[0]])
+    direction_D = jnp.asarray(np.random.default_rng(3).normal(size=norm.shape), dtype)
+
+    def vector(scale_D: jax.Array) -> jax.Array:
+        params = base["params"] | {"norm": {"scale": scale_D}}
+        return encode({"params": params}, ids_BT, jnp.ones_like(ids_BT), config=config)[0]
+
+    def value(scale_D: jax.Array) -> jax.Array:
+        return (vector(scale_D) * jnp.linspace(-1, 1, 16)).sum()
+
+    def hessian_times(scale_D: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The gradient, and the Hessian times the direction."""
+        return jax.jvp(jax.grad(value), (scale_D,), (direction_D,))
+
+    def derivatives(scale_D: jax.Array) -> Any:
+        linear = jax.linearize(vector, scale_D)[1]
+        backward = jax.vjp(jax.grad(value), scale_D)[1]
+        return linear(direction_D), jax.jacfwd(vector)(scale_D), backward(direction_D)
+
+    jax.eval_shape(derivatives, norm)
+    jax.eval_shape(hessian_times, norm)
+    if dtype != "float32":
+        return
+    gradient_D, curved_D = jax.jit(hessian_times)(norm)
+    moved_D = jax.jit(lambda scale_D: jax.jvp(vector, (scale_D,), (direction_D,))[1])(norm)
+    slope = (np.asarray(moved_D) * np.linspace(-1, 1, 16)).sum()
+    np.testing.assert_allclose((gradient_D * direction_D).sum(), slope, rtol=1e-4)
+    run, step = jax.jit(jax.grad(value)), 1e-3
+    wanted_D = (run(norm + step * direction_D) - run(norm - step * direction_D)) / (2 * step)
+    assert np.linalg.norm(curved_D - wanted_D) < 1e-2 * np.linalg.norm(wanted_D)
 
 
 def test_encoding_scoring_and_ranking_are_one_program(base, wanted) -> None:

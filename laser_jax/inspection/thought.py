@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from laser_jax.batch_encoder import LatentEncoder
+from laser_jax.batch_encoder import LatentEncoder, NotFiniteError
 from laser_jax.config import Pooling, appended_thoughts
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, right_pad
 from laser_jax.encoder import backbone_for, load_pretrained
@@ -263,6 +263,7 @@ class Inspector:
             num_thinking_steps: K; None for the model's.
 
         Raises:
+            NotFiniteError: a state is not finite.
             ValueError: a blank query, a K below 1 or beyond the model's positions, or texts that
                 leave no room in the prompt.
         """
@@ -289,6 +290,8 @@ class Inspector:
             )
         rows = right_pad([prompt.ids], self._prompts.pad_id, _PAD_TO)
         states, prefixes, tokens = jax.device_get(self._think(self._variables, *rows, K))
+        if not np.isfinite(prefixes).all():
+            raise NotFiniteError(f"the query {query!r:.60}", self.config.dtype)
         segments: tuple[Segment, ...] = ()
         if reasoning and reasoning.strip():
             segments, cut = self._segments(query, instruction, reasoning, states[0])

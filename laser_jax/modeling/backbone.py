@@ -73,7 +73,9 @@ class RMSNorm(nn.Module):
 def _rms_normed(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Kept for the backward pass is x alone, not the float32 values between."""
     wide = x.astype(accumulation_dtype(x.dtype))
-    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    # x comes second: jaxlib 0.10 on a CPU loses a broadcast first factor that is read again, which
+    # it is where this backward pass is batched over cotangents (docs/upstream.md)
+    normed = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps) * wide
     shape = (1,) * (x.ndim - 1) + (-1,)
     return normed.astype(x.dtype) * scale.astype(x.dtype).reshape(shape)
 
@@ -113,11 +115,17 @@ class Attention(nn.Module):
     lora: LoraConfig | None
     dtype: DTypeLike
     param_dtype: DTypeLike
+    reverse_only: bool
     kernel: AttentionKernel
 
     def setup(self) -> None:
         c = self.config
-        kwargs = {"lora": self.lora, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        kwargs = {
+            "lora": self.lora,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "reverse_only": self.reverse_only,
+        }
         self.q_proj = Projection(c.num_heads * c.head_dim, ("embed", "heads"), **kwargs)
         self.k_proj = Projection(c.num_kv_heads * c.head_dim, ("embed", "kv_heads"), **kwargs)
         self.v_proj = Projection(c.num_kv_heads * c.head_dim, ("embed", "kv_heads"), **kwargs)
@@ -168,10 +176,16 @@ class MLP(nn.Module):
     lora: LoraConfig | None
     dtype: DTypeLike
     param_dtype: DTypeLike
+    reverse_only: bool
 
     def setup(self) -> None:
         c = self.config
-        kwargs = {"lora": self.lora, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        kwargs = {
+            "lora": self.lora,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "reverse_only": self.reverse_only,
+        }
         self.gate_proj = Projection(c.intermediate_size, ("embed", "ffn"), **kwargs)
         self.up_proj = Projection(c.intermediate_size, ("embed", "ffn"), **kwargs)
         self.down_proj = Projection(c.hidden_size, ("ffn", "embed"), **kwargs)
@@ -187,10 +201,11 @@ class Layer(nn.Module):
     lora: LoraConfig | None
     dtype: DTypeLike
     param_dtype: DTypeLike
+    reverse_only: bool
     kernel: AttentionKernel
 
     def setup(self) -> None:
-        args = (self.config, self.lora, self.dtype, self.param_dtype)
+        args = (self.config, self.lora, self.dtype, self.param_dtype, self.reverse_only)
         self.input_layernorm = RMSNorm(self.config.rms_norm_eps, "embed", self.param_dtype)
         self.self_attn = Attention(*args, self.kernel)
         self.post_attention_layernorm = RMSNorm(self.config.rms_norm_eps, "embed", self.param_dtype)
@@ -223,7 +238,8 @@ class Layer(nn.Module):
 class Backbone(nn.Module):
     """The decoder. `scan_layers` says which parameter layout it reads (see `unstack_layers`);
     `unroll_layers` that stacked layers are laid out one behind the other instead of looped over;
-    `remat` what the backward pass through stacked layers recomputes."""
+    `remat` what the backward pass through stacked layers recomputes; `reverse_only` that its
+    products need no forward mode (see `kernels.matmul`)."""
 
     config: BackboneConfig
     lora: LoraConfig | None = None
@@ -233,10 +249,11 @@ class Backbone(nn.Module):
     attention: AttentionKernel = "xla"
     remat: Remat = "none"
     unroll_layers: bool = False
+    reverse_only: bool = False
 
     def setup(self) -> None:
         c = self.config
-        args = (c, self.lora, self.dtype, self.param_dtype, self.attention)
+        args = (c, self.lora, self.dtype, self.param_dtype, self.reverse_only, self.attention)
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, self.param_dtype)
         if not c.tie_word_embeddings:
             self.lm_head = Embedding(c.vocab_size, c.hidden_size, self.param_dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,8 @@ class Projection(nn.Module):
     """y = x W + scale (x A) B, without bias. W is `[in, out]`; A and B are kept in float32.
 
     A starts uniform in ±1/sqrt(in) as in PEFT, B at zero: a fresh adapter changes nothing. Dropout
-    on the adapter's input acts only where a random stream `dropout` is given.
+    on the adapter's input acts only where a random stream `dropout` is given. `reverse_only` is
+    that of `kernels.matmul`.
     """
 
     features: int
@@ -24,17 +27,19 @@ class Projection(nn.Module):
     lora: LoraConfig | None
     dtype: DTypeLike
     param_dtype: DTypeLike
+    reverse_only: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         in_features = x.shape[-1]
+        times = functools.partial(matmul, reverse_only=self.reverse_only)
         kernel = self.param(
             "kernel",
             with_axes(nn.initializers.normal(in_features**-0.5), self.axes),
             (in_features, self.features),
             self.param_dtype,
         )
-        y = matmul(x, kernel.astype(self.dtype))
+        y = times(x, kernel.astype(self.dtype))
         if self.lora is None or self.name not in self.lora.targets:
             return y
 
@@ -54,4 +59,4 @@ class Projection(nn.Module):
         if self.lora.dropout and self.has_rng("dropout"):
             x = nn.Dropout(self.lora.dropout, deterministic=False)(x)
         # the scale meets the narrow product
-        return y + matmul(matmul(x, a) * jnp.asarray(self.lora.scale, self.dtype), b)
+        return y + times(times(x, a) * jnp.asarray(self.lora.scale, self.dtype), b)
