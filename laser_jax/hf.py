@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
@@ -509,12 +511,14 @@ def save_params(
     eos_token_id: int | list[int] | None = None,
     bos_token_id: int | None = None,
     pad_token_id: int | None = None,
+    merged: Sequence[str] = (),
     max_shard_bytes: float = 5e9,
 ) -> None:
     """Writes `config.json` and the weights, in `dtype`, as transformers loads them.
 
-    Adapters are merged in float32 before the cast. Files appear under their names only once all
-    of them are written; weights of an earlier export in the directory are removed.
+    Adapters are merged in float32 before the cast, and `config.json` says so. Files appear under
+    their names only once all of them are written; weights of an earlier export in the directory are
+    removed.
 
     Where the arrays span several processes all of them call this: each tensor is gathered in turn,
     and process 0 alone writes. Its host holds one file's tensors at a time, that of the others one
@@ -523,6 +527,7 @@ def save_params(
     Args:
         variables: `{"params": tree}`, or `{"params": tree, "lora": tree}`; numpy or jax arrays.
         lora: the adapters' settings, exactly when `variables` holds "lora".
+        merged: the `merged_adapters` of the model that the weights were trained from.
         max_shard_bytes: above this the weights are split, with `model.safetensors.index.json`.
 
     Raises:
@@ -537,12 +542,15 @@ def save_params(
     params = _checked_leaves(variables["params"], slots, "params")
     lora_slots = [] if lora is None else _lora_slots(backbone, lora)
     adapters = _checked_leaves(variables.get("lora", {}), lora_slots, "lora")
+    digest = hashlib.sha256()
 
     def exported(slot: _Slot) -> np.ndarray:
         value, module = _gathered(slot, params), slot.path[:-1]
         if lora is not None and (*module, "lora_a") in adapters:
             parts = (slot._replace(path=(*module, leaf)) for leaf in ("lora_a", "lora_b"))
             a, b = (_gathered(part, adapters) for part in parts)
+            for part in (a, b):
+                digest.update(_rounded_bytes(part))
             value = _merged(value, a, b, lora.scale)
         return slot.turned(value)
 
@@ -561,9 +569,10 @@ def save_params(
             return
         tokens = {"eos_token_id": eos_token_id, "bos_token_id": bos_token_id}
         config = hf_config_dict(backbone, dtype=dtype.name, **tokens, pad_token_id=pad_token_id)
-        _write_json(stage / CONFIG_FILE, config)
         for name, shard in files.items():
             _write_tensors(stage / name, shard, tensors, dtype)
+        merged = [*merged, *([] if lora is None else [digest.hexdigest()])]
+        _write_json(stage / CONFIG_FILE, config | ({_MERGED_KEY: merged} if merged else {}))
         if count > 1:
             weight_map = {slot.name: name for name, shard in files.items() for slot in shard}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
@@ -652,6 +661,8 @@ _ADAPTER_KEYS_WITHOUT_EFFECT = {
     *("megatron_core", "peft_version", "qalora_group_size", "revision", "task_type"),
 }
 _ADAPTER_PREFIX = re.compile(r"^(encoder\.)?base_model\.model\.(model\.)?")
+_MERGED_KEY = "laser_merged_adapters"
+"""In config.json, which transformers leaves alone where it does not know a key."""
 _ADAPTER_INFIX = re.compile(r"\.(lora_[AB])\.default\.weight$")
 
 
@@ -687,6 +698,23 @@ def _merged(kernel: Array, a: Array, b: Array, scale: float) -> Array:
     with jax.default_matmul_precision("highest"):  # GPU and TPU multiply float32 at less otherwise
         update = a.astype(np.float32) @ b.astype(np.float32)
     return kernel.astype(np.float32) + scale * update
+
+
+def merged_adapters(directory: str | Path) -> list[str]:
+    """The `adapter_digest` of every adapter that is merged into an exported model."""
+    return _read_json(Path(directory) / CONFIG_FILE).get(_MERGED_KEY, [])
+
+
+def adapter_digest(lora_tree: Tree, lora: LoraConfig, backbone: BackboneConfig) -> str:
+    """A checksum of the tree under `lora`, the same for a copy in bfloat16."""
+    digest, leaves = hashlib.sha256(), flatten_dict(lora_tree)
+    for slot in _lora_slots(backbone, lora):
+        digest.update(_rounded_bytes(slot.of(leaves[slot.path])))
+    return digest.hexdigest()
+
+
+def _rounded_bytes(value: Array) -> bytes:
+    return np.asarray(value, np.float32).astype(jnp.bfloat16).tobytes()
 
 
 def load_adapter(directory: str | Path, backbone: BackboneConfig) -> tuple[Tree, LoraConfig]:

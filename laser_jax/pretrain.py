@@ -47,7 +47,13 @@ from laser_jax.data.tokenization import (
 )
 from laser_jax.evaluation.beir import read_beir
 from laser_jax.files import write_atomically
-from laser_jax.hf import load_params, read_backbone_config, resolve_directory, save_params
+from laser_jax.hf import (
+    load_params,
+    merged_adapters,
+    read_backbone_config,
+    resolve_directory,
+    save_params,
+)
 from laser_jax.modeling.attention import choose_kernel
 from laser_jax.modeling.backbone import Backbone, Variables, apply
 from laser_jax.step import learning_rate_schedule, make_optimizer
@@ -270,6 +276,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         dtype=config.model.param_dtype,
         lora=None,
         **special_token_ids(tokenizer),
+        merged=merged_adapters(resolve_directory(config.model.path)) if config.model.path else (),
     )
     tokenizer.save_pretrained(output)
     write_atomically(output / REPORT, json.dumps(report, indent=2) + "\n")

@@ -31,7 +31,7 @@ from laser_jax.encoder import (
     load_pretrained,
     right_padded,
 )
-from laser_jax.hf import save_adapter, save_params
+from laser_jax.hf import merged_adapters, save_adapter, save_params
 from laser_jax.modeling.backbone import Backbone, Variables, unstack_layers
 from laser_jax.sharding import MESH_AXES, make_mesh
 
@@ -319,6 +319,36 @@ def test_merged_adapters_and_separate_ones_give_the_same_vectors(variables, tmp_
     )
     loaded, _ = load_pretrained(plain, adapter=tmp_path / "adapter")
     np.testing.assert_allclose(embed(loaded, *batch), wanted, atol=1e-5)
+
+
+def test_an_adapter_is_not_applied_to_a_model_that_it_is_merged_into(variables, tmp_path) -> None:
+    separate = dataclasses.replace(CONFIG, lora=LORA)
+    merged = export(tmp_path / "merged", variables, separate)
+    trained_on = {"params": load_pretrained(merged)[0]["params"]}
+    further = tmp_path / "further"
+    save_params(
+        further,
+        trained_on,
+        CONFIG.backbone,
+        dtype=np.float32,
+        lora=None,
+        merged=merged_adapters(merged),
+    )
+    save_retriever_config(CONFIG, further)
+    adapter = tmp_path / "adapter"
+    # a copy in bfloat16 is the same adapter
+    for round_to in ("float32", "bfloat16"):
+        lora = jax.tree.map(
+            lambda a, dtype=round_to: np.asarray(jnp.asarray(a, dtype), np.float32),
+            variables["lora"],
+        )
+        save_adapter(adapter, lora, LORA, CONFIG.backbone, base_model="base")
+        for model in (merged, further):
+            with pytest.raises(ValueError, match=rf"adapter: this adapter is merged into {model}"):
+                load_pretrained(model, adapter=adapter)
+    other = jax.tree.map(lambda a: a + 1, variables["lora"])
+    save_adapter(adapter, other, LORA, CONFIG.backbone, base_model="base")
+    load_pretrained(merged, adapter=adapter)
 
 
 def test_a_plain_hugging_face_directory_wants_a_config(base, tmp_path: Path) -> None:

@@ -205,7 +205,8 @@ class PromptTokenizer:
     Attributes:
         tokenizer, config: as given.
         pad_id, eos_id: the tokenizer's; EOS pads when there is no pad token.
-        separator_id: the one token of `config.separator`; None when it takes several.
+        separator_id: the last token of `config.separator`, which ends a segment under
+            `segmentation: token`, as in the released code.
         explicit_continues_query: whether the query's tokens are always an exact prefix of the
             explicit input's, which the shared-prefix dual view (`views: fast`) needs.
 
@@ -231,8 +232,7 @@ class PromptTokenizer:
         self.eos_id = cast(int, tokenizer.eos_token_id)
         pad_id = cast("int | None", tokenizer.pad_token_id)
         self.pad_id = self.eos_id if pad_id is None else pad_id
-        separator_ids = self._part(config.separator)
-        self.separator_id = separator_ids[0] if len(separator_ids) == 1 else None
+        self.separator_id = next(reversed(self._part(config.separator)), None)
         self._one_string = config.truncation == "sequence" and config.segmentation == "token"
         self.explicit_continues_query = not self._one_string
 
