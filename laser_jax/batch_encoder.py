@@ -226,10 +226,9 @@ class LatentEncoder:
             def finish() -> None:
                 batch, embeddings = started.popleft()
                 vectors_SBD = np.asarray(embeddings)[:, : len(batch)]
-                finite_B = np.isfinite(vectors_SBD).all(axis=(0, 2))
-                if not finite_B.all():
-                    places = (place for place, _ in batch)
-                    first = min(p for p, finite in zip(places, finite_B, strict=True) if not finite)
+                broken = np.flatnonzero(~np.isfinite(vectors_SBD).all(axis=(0, 2)))
+                if len(broken):
+                    first = min(batch[row][0] for row in broken)
                     raise NotFiniteError(describe(first), self.config.dtype, first)
                 out[:, [place for place, _ in batch]] = vectors_SBD
                 bar.update(len(batch))

@@ -8,14 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from laser_jax.config import AttentionKernel, RetrieverConfig, load_retriever_config
-from laser_jax.hf import (
-    adapter_digest,
-    load_adapter,
-    load_params,
-    merge_lora,
-    merged_adapters,
-    read_backbone_config,
-)
+from laser_jax.hf import load_adapter, load_params, merge_lora, read_backbone_config
 from laser_jax.losses import pool
 from laser_jax.modeling.backbone import Backbone, Variables, is_stacked
 from laser_jax.views import latent_view
@@ -55,13 +48,7 @@ def load_pretrained(
         )
     params = load_params(directory, backbone, dtype=jnp.dtype(config.dtype))
     if adapter is not None:
-        lora, lora_config = load_adapter(adapter, backbone)
-        if adapter_digest(lora, lora_config, backbone) in merged_adapters(directory):
-            raise ValueError(
-                f"{adapter}: this adapter is merged into {directory} already (its config.json says "
-                "so) and would be applied twice; load the model without it, or the adapter over "
-                "the model that it was trained on"
-            )
+        lora, lora_config = load_adapter(adapter, backbone, base=directory)
         params = merge_lora(params, lora, lora_config.scale)
     return {"params": params}, config
 

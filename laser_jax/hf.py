@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
@@ -549,8 +548,7 @@ def save_params(
         if lora is not None and (*module, "lora_a") in adapters:
             parts = (slot._replace(path=(*module, leaf)) for leaf in ("lora_a", "lora_b"))
             a, b = (_gathered(part, adapters) for part in parts)
-            for part in (a, b):
-                digest.update(_rounded_bytes(part))
+            digest.update(_rounded_bytes(a) + _rounded_bytes(b))
             value = _merged(value, a, b, lora.scale)
         return slot.turned(value)
 
@@ -701,28 +699,26 @@ def _merged(kernel: Array, a: Array, b: Array, scale: float) -> Array:
 
 
 def merged_adapters(directory: str | Path) -> list[str]:
-    """The `adapter_digest` of every adapter that is merged into an exported model."""
+    """A checksum of every adapter that is merged into an exported model."""
     return _read_json(Path(directory) / CONFIG_FILE).get(_MERGED_KEY, [])
 
 
-def adapter_digest(lora_tree: Tree, lora: LoraConfig, backbone: BackboneConfig) -> str:
-    """A checksum of the tree under `lora`, the same for a copy in bfloat16."""
-    digest, leaves = hashlib.sha256(), flatten_dict(lora_tree)
-    for slot in _lora_slots(backbone, lora):
-        digest.update(_rounded_bytes(slot.of(leaves[slot.path])))
-    return digest.hexdigest()
-
-
 def _rounded_bytes(value: Array) -> bytes:
-    return np.asarray(value, np.float32).astype(jnp.bfloat16).tobytes()
+    """What an adapter is known by: a copy in bfloat16 is the same one."""
+    return np.asarray(value, np.float32).astype("bfloat16").tobytes()
 
 
-def load_adapter(directory: str | Path, backbone: BackboneConfig) -> tuple[Tree, LoraConfig]:
+def load_adapter(
+    directory: str | Path, backbone: BackboneConfig, base: str | Path | None = None
+) -> tuple[Tree, LoraConfig]:
     """Reads a PEFT LoRA adapter: `adapter_config.json` and `adapter_model.safetensors`.
 
     Keys may begin with `base_model.model.model.` or `base_model.model.` (an adapter of a bare
     AutoModel), with `encoder.` before either (as the published LaSER trainer saves), and may carry
     the adapter name `default`.
+
+    Args:
+        base: the model's directory, where the adapter is to be applied.
 
     Returns:
         The tree under `lora`, float32 numpy arrays, and the adapter's settings.
@@ -730,7 +726,8 @@ def load_adapter(directory: str | Path, backbone: BackboneConfig) -> tuple[Tree,
     Raises:
         FileNotFoundError: one of the two files is missing.
         HFError: a setting that is not implemented (names key and value), or missing, unknown,
-            duplicate, mis-shaped or ill-typed tensors (lists all of them).
+            duplicate, mis-shaped or ill-typed tensors (lists all of them); the adapter is merged
+            into `base` already.
     """
     directory = Path(directory)
     lora = _read_lora_config(directory / ADAPTER_CONFIG_FILE)
@@ -738,8 +735,16 @@ def load_adapter(directory: str | Path, backbone: BackboneConfig) -> tuple[Tree,
     for tensor in _headers(directory / ADAPTER_FILE):
         name = _ADAPTER_INFIX.sub(r".\1.weight", _ADAPTER_PREFIX.sub("model.", tensor.key))
         by_name.setdefault(name, []).append(tensor)
-    stored = _fitting(_lora_slots(backbone, lora), by_name, directory)
-    return _read(stored, np.float32), lora
+    slots = _lora_slots(backbone, lora)
+    tree = _read(_fitting(slots, by_name, directory), np.float32)
+    leaves = flatten_dict(tree)
+    digest = hashlib.sha256(b"".join(_rounded_bytes(s.of(leaves[s.path])) for s in slots))
+    if base is not None and digest.hexdigest() in merged_adapters(base):
+        raise HFError(
+            f"{directory}: this adapter is merged into {base} already, its {CONFIG_FILE} says. "
+            "Load the model without it, or it over the model that it was trained on"
+        )
+    return tree, lora
 
 
 def _read_lora_config(file: Path) -> LoraConfig:

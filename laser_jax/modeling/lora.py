@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from laser_jax.config import LoraConfig
-from laser_jax.kernels import matmul
 from laser_jax.sharding import with_axes
 
 
@@ -18,8 +17,8 @@ class Projection(nn.Module):
     """y = x W + scale (x A) B, without bias. W is `[in, out]`; A and B are kept in float32.
 
     A starts uniform in ±1/sqrt(in) as in PEFT, B at zero: a fresh adapter changes nothing. Dropout
-    on the adapter's input acts only where a random stream `dropout` is given. `reverse_only` is
-    that of `kernels.matmul`.
+    on the adapter's input acts only where a random stream `dropout` is given. `product` is
+    x, W -> x W.
     """
 
     features: int
@@ -27,19 +26,18 @@ class Projection(nn.Module):
     lora: LoraConfig | None
     dtype: DTypeLike
     param_dtype: DTypeLike
-    reverse_only: bool = False
+    product: Callable[[jax.Array, jax.Array], jax.Array]
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         in_features = x.shape[-1]
-        times = functools.partial(matmul, reverse_only=self.reverse_only)
         kernel = self.param(
             "kernel",
             with_axes(nn.initializers.normal(in_features**-0.5), self.axes),
             (in_features, self.features),
             self.param_dtype,
         )
-        y = times(x, kernel.astype(self.dtype))
+        y = self.product(x, kernel.astype(self.dtype))
         if self.lora is None or self.name not in self.lora.targets:
             return y
 
@@ -59,4 +57,4 @@ class Projection(nn.Module):
         if self.lora.dropout and self.has_rng("dropout"):
             x = nn.Dropout(self.lora.dropout, deterministic=False)(x)
         # the scale meets the narrow product
-        return y + times(times(x, a) * jnp.asarray(self.lora.scale, self.dtype), b)
+        return y + self.product(self.product(x, a) * jnp.asarray(self.lora.scale, self.dtype), b)

@@ -253,7 +253,7 @@ def _require_no_overflow(queries_QD: np.ndarray, rows_MD: np.ndarray) -> None:
     """Raises a ValueError where a dot product may leave float32: it would be Inf or NaN, or sort a
     document behind all others."""
     peaks = [max(float(a.max(initial=0)), -float(a.min(initial=0))) for a in (queries_QD, rows_MD)]
-    if not peaks[0] * peaks[1] * queries_QD.shape[1] < np.finfo(np.float32).max:
+    if not peaks[0] * peaks[1] * queries_QD.shape[1] < float(np.finfo(np.float32).max):
         raise ValueError(
             f"dot products may overflow float32: the queries hold numbers up to {peaks[0]:.3g}, "
             f"the documents up to {peaks[1]:.3g}; normalise both to length 1"
