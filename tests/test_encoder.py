@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -196,9 +195,10 @@ def test_all_steps_come_from_one_pass(base, separate) -> None:
     assert vectors_BKD.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_differentiates_forward_and_backward(base, dtype) -> None:
-    """A single row, which in bfloat16 has a product of its own on a CPU."""
+    """A single row, which in bfloat16 has a product of its own on a CPU. What only has to be
+    possible is traced and not compiled."""
     config = dataclasses.replace(CONFIG, dtype=dtype, num_thinking_steps=2)
     base = jax.tree.map(lambda a: jnp.asarray(a, dtype), base)
     norm, ids_BT = base["params"]["norm"]["scale"], jnp.asarray([ROWS[0]])
@@ -211,25 +211,20 @@ def test_it_differentiates_forward_and_backward(base, dtype) -> None:
     def value(scale_D: jax.Array) -> jax.Array:
         return (vector(scale_D) * jnp.linspace(-1, 1, 16)).sum()
 
-    def hessian_times(scale_D: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The gradient, and the Hessian times the direction."""
-        return jax.jvp(jax.grad(value), (scale_D,), (direction_D,))
+    def derivatives(scale_D: jax.Array) -> tuple[jax.Array, ...]:
+        """The slope of the value along the direction; its gradient; and the Hessian times it."""
+        slope = jax.jvp(value, (scale_D,), (direction_D,))[1]
+        return slope, *jax.jvp(jax.grad(value), (scale_D,), (direction_D,))
 
-    def derivatives(scale_D: jax.Array) -> Any:
-        linear = jax.linearize(vector, scale_D)[1]
-        backward = jax.vjp(jax.grad(value), scale_D)[1]
-        return linear(direction_D), jax.jacfwd(vector)(scale_D), backward(direction_D)
-
-    jax.eval_shape(derivatives, norm)
-    jax.eval_shape(hessian_times, norm)
     if dtype != "float32":
+        jax.eval_shape(derivatives, norm)
+        jax.eval_shape(lambda a: (jax.jacfwd(vector)(a), jax.linearize(vector, a)[1](a)), norm)
         return
-    gradient_D, curved_D = jax.jit(hessian_times)(norm)
-    moved_D = jax.jit(lambda scale_D: jax.jvp(vector, (scale_D,), (direction_D,))[1])(norm)
-    slope = (np.asarray(moved_D) * np.linspace(-1, 1, 16)).sum()
+    run, step = jax.jit(derivatives), 1e-3
+    slope, gradient_D, curved_D = run(norm)
     np.testing.assert_allclose((gradient_D * direction_D).sum(), slope, rtol=1e-4)
-    run, step = jax.jit(jax.grad(value)), 1e-3
-    wanted_D = (run(norm + step * direction_D) - run(norm - step * direction_D)) / (2 * step)
+    ahead_D, behind_D = (run(norm + move * direction_D)[1] for move in (step, -step))
+    wanted_D = (ahead_D - behind_D) / (2 * step)
     assert np.linalg.norm(curved_D - wanted_D) < 1e-2 * np.linalg.norm(wanted_D)
 
 
