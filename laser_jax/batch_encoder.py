@@ -36,6 +36,22 @@ def for_inference(variables: Variables) -> Variables:
     return jax.device_put(unstack_layers(variables) if unstack else variables)
 
 
+class NotFiniteError(ValueError):
+    """A vector with NaN or Inf, which has no place in any ranking.
+
+    Attributes:
+        place: of its row, counted from 0.
+    """
+
+    def __init__(self, what: str, dtype: str, place: int = 0) -> None:
+        usual = " (float16 ends at 65,504, which is the usual cause)" if dtype == "float16" else ""
+        super().__init__(
+            f"the vector of {what} is not finite. Look for NaN in the model's weights; where they "
+            f"are sound, the model overflows {dtype}{usual}: compute in bfloat16 or float32"
+        )
+        self.place = place
+
+
 class LatentEncoder:
     """Embeds many token rows, in batches of few shapes, each compiled once ahead of time.
 
@@ -157,7 +173,12 @@ class LatentEncoder:
         return self._program(size, width, steps)(self._variables, *batch)
 
     def encode_tokens(
-        self, rows: Sequence[Sequence[int]], steps: Sequence[int], *, progress: str | None = None
+        self,
+        rows: Sequence[Sequence[int]],
+        steps: Sequence[int],
+        *,
+        progress: str | None = None,
+        describe: Callable[[int], str] = "row {}".format,
     ) -> np.ndarray:
         """The embeddings of `rows` at every K of `steps`, from one pass with the largest K.
 
@@ -165,11 +186,18 @@ class LatentEncoder:
             rows: token ids, unpadded; on a mesh the same in every process.
             steps: values of K, each at least 1.
             progress: label of a progress bar; None for silence.
+            describe: names the row at a place, for an error.
 
         Returns:
             [len(steps), len(rows), D] float32, in the order given, in every process.
+
+        Raises:
+            NotFiniteError: a vector is not finite; names the row.
+            ValueError: a K below 1.
         """
-        return self.encode_blocks([list(enumerate(rows))], len(rows), steps, progress=progress)
+        return self.encode_blocks(
+            [list(enumerate(rows))], len(rows), steps, progress=progress, describe=describe
+        )
 
     def encode_blocks(
         self,
@@ -178,6 +206,7 @@ class LatentEncoder:
         steps: Sequence[int],
         *,
         progress: str | None = None,
+        describe: Callable[[int], str] = "row {}".format,
         advance: Callable[[Sequence[IndexedRow]], object] | None = None,
     ) -> np.ndarray:
         """`encode_tokens` for `count` rows that arrive in blocks, each with its place in the
@@ -196,7 +225,12 @@ class LatentEncoder:
 
             def finish() -> None:
                 batch, embeddings = started.popleft()
-                out[:, [place for place, _ in batch]] = np.asarray(embeddings)[:, : len(batch)]
+                vectors_SBD = np.asarray(embeddings)[:, : len(batch)]
+                broken = np.flatnonzero(~np.isfinite(vectors_SBD).all(axis=(0, 2)))
+                if len(broken):
+                    first = min(batch[row][0] for row in broken)
+                    raise NotFiniteError(describe(first), self.config.dtype, first)
+                out[:, [place for place, _ in batch]] = vectors_SBD
                 bar.update(len(batch))
                 if advance is not None:
                     advance(batch)

@@ -259,7 +259,7 @@ class PromptConfig:
     """Ends a segment of the chain of thought."""
     segmentation: Literal["text", "token"] = "text"
     """`text` cuts the chain of thought at every separator before tokenising; `token` (official)
-    finds the separator's own token afterwards and misses merged ones."""
+    finds the separator's last token afterwards and misses merged ones."""
     truncation: Literal["content", "sequence"] = "content"
     """`content` shortens the text inside the template; `sequence` (official) cuts the finished
     token sequence, closing suffix included."""

@@ -38,7 +38,8 @@ def load_pretrained(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a config, tensor or adapter is not what it should be; names it.
+        ValueError: a config, tensor or adapter is not what it should be, or the adapter is merged
+            into the model already; names it.
     """
     if config is None:
         config = load_retriever_config(directory)
@@ -50,7 +51,7 @@ def load_pretrained(
         )
     params = load_params(directory, backbone, dtype=jnp.dtype(config.dtype), seen=seen)
     if adapter is not None:
-        lora, lora_config = load_adapter(adapter, backbone)
+        lora, lora_config = load_adapter(adapter, backbone, base=directory)
         if seen is not None:
             seen.add_tree({"scale": lora_config.scale, **lora}, "lora")
         params = merge_lora(params, lora, lora_config.scale)

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -523,12 +524,14 @@ def save_params(
     eos_token_id: int | list[int] | None = None,
     bos_token_id: int | None = None,
     pad_token_id: int | None = None,
+    merged: Sequence[str] = (),
     max_shard_bytes: float = 5e9,
 ) -> None:
     """Writes `config.json` and the weights, in `dtype`, as transformers loads them.
 
-    Adapters are merged in float32 before the cast. Files appear under their names only once all
-    of them are written; weights of an earlier export in the directory are removed.
+    Adapters are merged in float32 before the cast, and `config.json` says so. Files appear under
+    their names only once all of them are written; weights of an earlier export in the directory are
+    removed.
 
     Where the arrays span several processes all of them call this: each tensor is gathered in turn,
     and process 0 alone writes. Its host holds one file's tensors at a time, that of the others one
@@ -537,6 +540,7 @@ def save_params(
     Args:
         variables: `{"params": tree}`, or `{"params": tree, "lora": tree}`; numpy or jax arrays.
         lora: the adapters' settings, exactly when `variables` holds "lora".
+        merged: the `merged_adapters` of the model that the weights were trained from.
         max_shard_bytes: above this the weights are split, with `model.safetensors.index.json`.
 
     Raises:
@@ -551,12 +555,14 @@ def save_params(
     params = _checked_leaves(variables["params"], slots, "params")
     lora_slots = [] if lora is None else _lora_slots(backbone, lora)
     adapters = _checked_leaves(variables.get("lora", {}), lora_slots, "lora")
+    digest = hashlib.sha256()
 
     def exported(slot: _Slot) -> np.ndarray:
         value, module = _gathered(slot, params), slot.path[:-1]
         if lora is not None and (*module, "lora_a") in adapters:
             parts = (slot._replace(path=(*module, leaf)) for leaf in ("lora_a", "lora_b"))
             a, b = (_gathered(part, adapters) for part in parts)
+            digest.update(_rounded_bytes(a) + _rounded_bytes(b))
             value = _merged(value, a, b, lora.scale)
         return slot.turned(value)
 
@@ -575,9 +581,10 @@ def save_params(
             return
         tokens = {"eos_token_id": eos_token_id, "bos_token_id": bos_token_id}
         config = hf_config_dict(backbone, dtype=dtype.name, **tokens, pad_token_id=pad_token_id)
-        _write_json(stage / CONFIG_FILE, config)
         for name, shard in files.items():
             _write_tensors(stage / name, shard, tensors, dtype)
+        merged = [*merged, *([] if lora is None else [digest.hexdigest()])]
+        _write_json(stage / CONFIG_FILE, config | ({_MERGED_KEY: merged} if merged else {}))
         if count > 1:
             weight_map = {slot.name: name for name, shard in files.items() for slot in shard}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
@@ -663,6 +670,8 @@ _ADAPTER_KEYS_WITHOUT_EFFECT = {
     *("megatron_core", "peft_version", "qalora_group_size", "revision", "task_type"),
 }
 _ADAPTER_PREFIX = re.compile(r"^(encoder\.)?base_model\.model\.(model\.)?")
+_MERGED_KEY = "laser_merged_adapters"
+"""In config.json, which transformers leaves alone where it does not know a key."""
 _ADAPTER_INFIX = re.compile(r"\.(lora_[AB])\.default\.weight$")
 
 
@@ -700,12 +709,27 @@ def _merged(kernel: Array, a: Array, b: Array, scale: float) -> Array:
     return kernel.astype(np.float32) + scale * update
 
 
-def load_adapter(directory: str | Path, backbone: BackboneConfig) -> tuple[Tree, LoraConfig]:
+def merged_adapters(directory: str | Path) -> list[str]:
+    """A checksum of every adapter that is merged into an exported model."""
+    return _read_json(Path(directory) / CONFIG_FILE).get(_MERGED_KEY, [])
+
+
+def _rounded_bytes(value: Array) -> bytes:
+    """What an adapter is known by: a copy in bfloat16 is the same one."""
+    return np.asarray(value, np.float32).astype("bfloat16").tobytes()
+
+
+def load_adapter(
+    directory: str | Path, backbone: BackboneConfig, base: str | Path | None = None
+) -> tuple[Tree, LoraConfig]:
     """Reads a PEFT LoRA adapter: `adapter_config.json` and `adapter_model.safetensors`.
 
     Keys may begin with `base_model.model.model.` or `base_model.model.` (an adapter of a bare
     AutoModel), with `encoder.` before either (as the published LaSER trainer saves), and may carry
     the adapter name `default`.
+
+    Args:
+        base: the model's directory, where the adapter is to be applied.
 
     Returns:
         The tree under `lora`, float32 numpy arrays, and the adapter's settings.
@@ -713,7 +737,8 @@ def load_adapter(directory: str | Path, backbone: BackboneConfig) -> tuple[Tree,
     Raises:
         FileNotFoundError: one of the two files is missing.
         HFError: a setting that is not implemented (names key and value), or missing, unknown,
-            duplicate, mis-shaped or ill-typed tensors (lists all of them).
+            duplicate, mis-shaped or ill-typed tensors (lists all of them); the adapter is merged
+            into `base` already.
     """
     directory = Path(directory)
     lora = _read_lora_config(directory / ADAPTER_CONFIG_FILE)
@@ -721,8 +746,16 @@ def load_adapter(directory: str | Path, backbone: BackboneConfig) -> tuple[Tree,
     for tensor in _headers(directory / ADAPTER_FILE):
         name = _ADAPTER_INFIX.sub(r".\1.weight", _ADAPTER_PREFIX.sub("model.", tensor.key))
         by_name.setdefault(name, []).append(tensor)
-    stored = _fitting(_lora_slots(backbone, lora), by_name, directory)
-    return _read(stored, np.float32), lora
+    slots = _lora_slots(backbone, lora)
+    tree = _read(_fitting(slots, by_name, directory), np.float32)
+    leaves = flatten_dict(tree)
+    digest = hashlib.sha256(b"".join(_rounded_bytes(s.of(leaves[s.path])) for s in slots))
+    if base is not None and digest.hexdigest() in merged_adapters(base):
+        raise HFError(
+            f"{directory}: this adapter is merged into {base} already, its {CONFIG_FILE} says. "
+            "Load the model without it, or it over the model that it was trained on"
+        )
+    return tree, lora
 
 
 def _read_lora_config(file: Path) -> LoraConfig:

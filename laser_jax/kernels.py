@@ -216,8 +216,7 @@ def _product(x: jax.Array, y: jax.Array, x_axes: Axes, y_axes: Axes) -> jax.Arra
     """Sums over these axes of x and y, in their dtype. On a CPU with units for bfloat16 (AMX) XLA
     takes them only where float32 comes out; else it computes in float32, five times slower.
 
-    float32 is multiplied as such, said here since a backward pass of one's own is traced outside
-    of `modeling.attention.exact_matmuls`.
+    float32 is multiplied as such, also outside of `modeling.attention.exact_matmuls`.
     """
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     wide = np.promote_types(x.dtype, WIDE) if _platform() == "cpu" else None
@@ -231,19 +230,30 @@ def _rows_times(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
     return _product(paired(x), w, (x.ndim - 1,), (axis,))[: x.shape[0]]
 
 
-def _matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+def matmul(x: jax.Array, w: jax.Array, *, reverse_only: bool = False) -> jax.Array:
+    """x @ w for x [..., I] and w [I, O], in their dtype; the gradient of a frozen weight is not
+    computed.
+
+    Args:
+        reverse_only: no forward mode is wanted, only `jax.grad`. Gradients of 2-byte arrays on a
+            CPU then have a form of their own; nothing else changes.
+    """
+    narrow = x.dtype.itemsize == 2 and _platform() == "cpu"
+    return _narrow_matmul(x, w) if reverse_only and narrow else _rows_times(x, w, 0)
+
+
+@jax.custom_vjp
+def _narrow_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """`matmul`, whose gradients are products of 2-byte arrays as well: jax's own would take the
+    float32 that comes out of the product, and the weights would be widened to meet it."""
     return _rows_times(x, w, 0)
 
 
-matmul = jax.custom_vjp(_matmul)
-"""x @ w for x [..., I] and w [I, O]; the gradient of a frozen weight is not computed."""
+def _narrow_forward(x: Any, w: Any) -> tuple[jax.Array, Any]:
+    return _rows_times(x.value, w.value, 0), (x.value if w.perturbed else None, w.value)
 
 
-def _matmul_forward(x: Any, w: Any) -> tuple[jax.Array, Any]:
-    return _matmul(x.value, w.value), (x.value if w.perturbed else None, w.value)
-
-
-def _matmul_backward(
+def _narrow_backward(
     saved: tuple[jax.Array | None, jax.Array], g: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
     x, w = saved
@@ -256,4 +266,4 @@ def _matmul_backward(
     return dx, _product(g, x, rows, rows).T if wide else _product(x, g, rows, rows)
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
+_narrow_matmul.defvjp(_narrow_forward, _narrow_backward, symbolic_zeros=True)

@@ -18,7 +18,8 @@ Terms = dict[str, jax.Array]
 
 def normalize(x: jax.Array) -> jax.Array:
     """x / ||x|| over the last axis; a zero vector stays zero, also in the gradient."""
-    return x * jax.lax.rsqrt(jnp.maximum((x * x).sum(axis=-1, keepdims=True), 1e-24))
+    # x comes second for the reason given in `modeling.backbone._rms_normed`
+    return jax.lax.rsqrt(jnp.maximum((x * x).sum(axis=-1, keepdims=True), 1e-24)) * x
 
 
 def pool(hidden_BKD: jax.Array) -> jax.Array:

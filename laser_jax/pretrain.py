@@ -52,6 +52,7 @@ from laser_jax.hf import (
     HFError,
     find_params,
     load_params,
+    merged_adapters,
     read_backbone_config,
     resolve_directory,
     save_params,
@@ -188,6 +189,7 @@ def _starting_point(
         attention=kernel,
         remat=model.remat,
         unroll_layers=model.unroll_layers,
+        reverse_only=True,
     )
     return tokenizer, backbone, params
 
@@ -282,6 +284,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         dtype=config.model.param_dtype,
         lora=None,
         **special_token_ids(tokenizer),
+        merged=merged_adapters(resolve_directory(config.model.path)) if config.model.path else (),
     )
     with folder_written_whole(output) as folder:
         save_tokenizer(tokenizer, folder)

@@ -168,6 +168,7 @@ class LatentRetriever:
         Raises:
             OverlongTextError: a text does not fit, under `on_overflow="error"`; names its place.
             TokenizationError: the instruction leaves no room for the text.
+            NotFiniteError: a vector is not finite; names the text.
             ValueError: an argument that cannot be.
         """
         template = self.prompts.config.query_template
@@ -319,6 +320,7 @@ class LatentRetriever:
             len(listed),
             [steps],
             progress=label,
+            describe=lambda place: f"text {place}, {listed[place]!r:.60},",
             advance=count if tally is not None else None,
         )[0]
         if cut and tally is None:

@@ -68,6 +68,7 @@ from laser_jax.evaluation.retrieval import (
 from laser_jax.files import folder_written_whole, write_atomically
 from laser_jax.hf import (
     load_sharded_params,
+    merged_adapters,
     read_backbone_config,
     resolve_directory,
     save_adapter,
@@ -226,6 +227,7 @@ def export_model(run: _Run) -> None:
         dtype=config.model.param_dtype,
         lora=config.lora,
         **special_token_ids(run.tokenizer),
+        merged=merged_adapters(resolve_directory(config.model.path)) if config.model.path else (),
     )
     if is_first():
         with folder_written_whole(output / "model") as folder:

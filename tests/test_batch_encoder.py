@@ -17,7 +17,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from laser_jax.batch_encoder import LatentEncoder
+from laser_jax.batch_encoder import LatentEncoder, NotFiniteError
 from laser_jax.config import (
     ConfigError,
     MeshConfig,
@@ -71,6 +71,22 @@ def alone(separate: np.ndarray) -> np.ndarray:
 def encoder(base: Variables, **settings: Any) -> LatentEncoder:
     settings = {"batch_size": 2, "length_multiple": 4, **settings}
     return LatentEncoder(base, CONFIG, **settings)
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_a_vector_that_is_not_finite_is_refused_and_its_row_named(base, broken) -> None:
+    params = dict(base["params"])
+    table = np.array(params["embed_tokens"]["embedding"])
+    table[6] = broken
+    params["embed_tokens"] = {"embedding": table}
+    with pytest.raises(NotFiniteError, match="the vector of row 2 is not finite") as caught:
+        encoder({"params": params}).encode_tokens(ROWS, [1])
+    assert caught.value.place == 2
+
+
+def test_float16_is_named_as_the_usual_cause() -> None:
+    assert "float16 ends at 65,504" in str(NotFiniteError("row 2", "float16"))
+    assert "65,504" not in str(NotFiniteError("row 2", "bfloat16"))
 
 
 def test_every_k_comes_from_one_pass_in_the_order_given(base, separate) -> None:

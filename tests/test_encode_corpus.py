@@ -782,7 +782,7 @@ def test_a_vector_that_is_not_a_number_names_its_document(
     for dtype in ("float32", "int8"):
         output = tmp_path / dtype
         with pytest.raises(
-            SystemExit, match=r"corpus\.jsonl:7: the vector of 'd6' is not finite, one of 1 "
+            SystemExit, match=r"corpus\.jsonl:7, id 'd6': the vector of text .* is not finite"
         ):
             encode(broken, corpus, output, dtype=dtype, num_thinking_steps=1)
         assert [path.name for path in output.glob("*.parquet")] == [shard_name(0)]

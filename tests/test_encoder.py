@@ -30,7 +30,7 @@ from laser_jax.encoder import (
     load_pretrained,
     right_padded,
 )
-from laser_jax.hf import save_adapter, save_params
+from laser_jax.hf import merged_adapters, save_adapter, save_params
 from laser_jax.modeling.backbone import Backbone, Variables, unstack_layers
 from laser_jax.sharding import MESH_AXES, make_mesh
 
@@ -195,6 +195,39 @@ def test_all_steps_come_from_one_pass(base, separate) -> None:
     assert vectors_BKD.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_differentiates_forward_and_backward(base, dtype) -> None:
+    """A single row, which in bfloat16 has a product of its own on a CPU. What only has to be
+    possible is traced and not compiled."""
+    config = dataclasses.replace(CONFIG, dtype=dtype, num_thinking_steps=2)
+    base = jax.tree.map(lambda a: jnp.asarray(a, dtype), base)
+    norm, ids_BT = base["params"]["norm"]["scale"], jnp.asarray([ROWS[0]])
+    direction_D = jnp.asarray(np.random.default_rng(3).normal(size=norm.shape), dtype)
+
+    def vector(scale_D: jax.Array) -> jax.Array:
+        params = base["params"] | {"norm": {"scale": scale_D}}
+        return encode({"params": params}, ids_BT, jnp.ones_like(ids_BT), config=config)[0]
+
+    def value(scale_D: jax.Array) -> jax.Array:
+        return (vector(scale_D) * jnp.linspace(-1, 1, 16)).sum()
+
+    def derivatives(scale_D: jax.Array) -> tuple[jax.Array, ...]:
+        """The slope of the value along the direction; its gradient; and the Hessian times it."""
+        slope = jax.jvp(value, (scale_D,), (direction_D,))[1]
+        return slope, *jax.jvp(jax.grad(value), (scale_D,), (direction_D,))
+
+    if dtype != "float32":
+        jax.eval_shape(derivatives, norm)
+        jax.eval_shape(lambda a: (jax.jacfwd(vector)(a), jax.linearize(vector, a)[1](a)), norm)
+        return
+    run, step = jax.jit(derivatives), 1e-3
+    slope, gradient_D, curved_D = run(norm)
+    np.testing.assert_allclose((gradient_D * direction_D).sum(), slope, rtol=1e-4)
+    ahead_D, behind_D = (run(norm + move * direction_D)[1] for move in (step, -step))
+    wanted_D = (ahead_D - behind_D) / (2 * step)
+    assert np.linalg.norm(curved_D - wanted_D) < 1e-2 * np.linalg.norm(wanted_D)
+
+
 def test_encoding_scoring_and_ranking_are_one_program(base, wanted) -> None:
     @jax.jit
     def rank(variables, ids_BT, mask_BT, documents_CD):
@@ -281,6 +314,36 @@ def test_merged_adapters_and_separate_ones_give_the_same_vectors(variables, tmp_
     )
     loaded, _ = load_pretrained(plain, adapter=tmp_path / "adapter")
     np.testing.assert_allclose(embed(loaded, *batch), wanted, atol=1e-5)
+
+
+def test_an_adapter_is_not_applied_to_a_model_that_it_is_merged_into(variables, tmp_path) -> None:
+    separate = dataclasses.replace(CONFIG, lora=LORA)
+    merged = export(tmp_path / "merged", variables, separate)
+    trained_on = {"params": load_pretrained(merged)[0]["params"]}
+    further = tmp_path / "further"
+    save_params(
+        further,
+        trained_on,
+        CONFIG.backbone,
+        dtype=np.float32,
+        lora=None,
+        merged=merged_adapters(merged),
+    )
+    save_retriever_config(CONFIG, further)
+    adapter = tmp_path / "adapter"
+    # a copy in bfloat16 is the same adapter
+    for round_to in ("float32", "bfloat16"):
+        lora = jax.tree.map(
+            lambda a, dtype=round_to: np.asarray(jnp.asarray(a, dtype), np.float32),
+            variables["lora"],
+        )
+        save_adapter(adapter, lora, LORA, CONFIG.backbone, base_model="base")
+        for model in (merged, further):
+            with pytest.raises(ValueError, match=rf"adapter: this adapter is merged into {model}"):
+                load_pretrained(model, adapter=adapter)
+    other = jax.tree.map(lambda a: a + 1, variables["lora"])
+    save_adapter(adapter, other, LORA, CONFIG.backbone, base_model="base")
+    load_pretrained(merged, adapter=adapter)
 
 
 def test_a_plain_hugging_face_directory_wants_a_config(base, tmp_path: Path) -> None:

@@ -403,7 +403,9 @@ def compiled(backbone: Backbone, objective: ObjectiveConfig) -> Any:
             stacked = jnp.stack([values[name] for name in TERMS])
             return stacked, (stacked, hidden_BKD, documents_CD, teacher)
 
-        return jax.jacrev(terms, has_aux=True)(variables[trainable])
+        # one term after the other: batched, some compilers lose a factor (docs/upstream.md)
+        _, backward, rest = jax.vjp(terms, variables[trainable], has_aux=True)
+        return jax.lax.map(lambda g: backward(g)[0], jnp.eye(len(TERMS))), rest
 
     return run
 

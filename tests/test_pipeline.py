@@ -268,6 +268,24 @@ def test_a_duplicate_of_a_positive_is_not_contrasted() -> None:
     assert contrast([draw(row)], True).tolist() == [[True, False, True]]
 
 
+def test_positives_of_the_same_query_in_another_row_are_not_contrasted() -> None:
+    """Not those that the other row shows, and not those that it only knows."""
+    one = replace(ROWS[0], query="Which?", positive_passages=("a",), negative_passages=("n", "c"))
+    other = replace(
+        ROWS[1], query=" which? ", positive_passages=("b", "C"), negative_passages=("m", "a")
+    )
+    stranger = replace(ROWS[2], positive_passages=("b",), negative_passages=("x", "y"))
+    examples = [draw(one), draw(other), draw(stranger)]
+    documents = [d for e in examples for d in e.documents]
+    assert documents == ["a", "n", "c", "b", "m", "a", "b", "x", "y"]
+    no, yes = False, True
+    assert contrast(examples, True).tolist() == [
+        [yes, yes, no, no, yes, no, no, yes, yes],
+        [no, yes, no, yes, yes, no, no, yes, yes],
+        [yes, yes, yes, no, yes, yes, yes, yes, yes],
+    ]
+
+
 def test_a_row_that_meets_itself_in_a_batch_does_not_contrast_its_positive(prompts) -> None:
     one = [RowsSource(ROWS[:1])]
     [batch] = batches_of(prompts, 1, one)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+import laser_jax.kernels
 from benchmarks.flops import matmul_flops
 from laser_jax import encode
 from laser_jax.config import RetrieverConfig, RopeScaling, ScratchConfig
@@ -30,13 +31,16 @@ def random(shape: tuple[int, ...], dtype: str, seed: int) -> jax.Array:
 
 @pytest.mark.parametrize("out", [5, 300])  # the gradient of a wide and of a narrow weight
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_product_and_its_gradients_are_rounded_once(dtype: str, out: int) -> None:
+@pytest.mark.parametrize("reverse_only", [False, True])
+def test_a_product_and_its_gradients_are_rounded_once(
+    dtype: str, out: int, reverse_only: bool
+) -> None:
     x, w, g = (
         random((2, 7, 64), dtype, 0),
         random((64, out), dtype, 1),
         random((2, 7, out), dtype, 2),
     )
-    y, backward = jax.vjp(matmul, x, w)
+    y, backward = jax.vjp(functools.partial(matmul, reverse_only=reverse_only), x, w)
     dx, dw = backward(g)
     exact = [np.asarray(a, np.float64) for a in (x, w, g)]
     wanted = {
@@ -56,12 +60,16 @@ def test_a_product_and_its_gradients_are_rounded_once(dtype: str, out: int) -> N
 
 
 def sums_of_bfloat16() -> set[str]:
+    """The dtypes that come out of the three products, all of bfloat16, of a training step."""
     x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((3, 4), (4, 5)))
-    gradients = jax.grad(lambda x, w: matmul(x, w).astype(jnp.float32).sum(), (0, 1))
+    gradients = jax.grad(
+        lambda x, w: matmul(x, w, reverse_only=True).astype(jnp.float32).sum(), (0, 1)
+    )
     equations = jax.make_jaxpr(gradients)(x, w).jaxpr.eqns
-    outs = [e.outvars[0].aval for e in equations if e.primitive.name == "dot_general"]
-    assert len(outs) == 3
-    return {str(out.dtype) for out in outs}
+    products = [e for e in equations if e.primitive.name == "dot_general"]
+    assert len(products) == 3
+    assert {str(v.aval.dtype) for e in products for v in e.invars} == {"bfloat16"}
+    return {str(e.outvars[0].aval.dtype) for e in products}
 
 
 def test_sums_of_bfloat16_come_out_as_float32_on_a_cpu_alone() -> None:
@@ -82,6 +90,22 @@ def test_gradients_of_float32_are_not_rounded_to_less() -> None:
     assert found == [(jax.lax.Precision.HIGHEST,) * 2] * 3
 
 
+@pytest.mark.parametrize(
+    ("platform", "dtype"), [("cpu", "float32"), ("cpu", "float64"), ("cuda", "bfloat16")]
+)
+def test_the_form_that_has_no_forward_mode_is_for_two_bytes_on_a_cpu_alone(
+    platform: str, dtype: str
+) -> None:
+    device = AbstractDevice("a device", None, platform)
+    run = functools.partial(matmul, reverse_only=True)
+    with (
+        jax.enable_x64(True),
+        use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)),
+    ):
+        x, w = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((3, 4), (4, 5)))
+        jax.eval_shape(lambda x, w: jax.jvp(run, (x, w), (x, w)), x, w)
+
+
 def same(got: jax.Array, wanted: jax.Array) -> None:
     """But for a rounding of bfloat16: other shapes may sum in another order."""
     got, wanted = got.astype(jnp.float32), wanted.astype(jnp.float32)
@@ -89,8 +113,12 @@ def same(got: jax.Array, wanted: jax.Array) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 64), (1, 1, 64)])
-def test_a_single_row_is_what_it_is_among_others(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("reverse_only", [False, True])
+def test_a_single_row_is_what_it_is_among_others(
+    shape: tuple[int, ...], reverse_only: bool
+) -> None:
     """Of bfloat16 it is doubled on a CPU, where XLA is slow with one."""
+    matmul = functools.partial(laser_jax.kernels.matmul, reverse_only=reverse_only)
     x, w = random(shape, "bfloat16", 0), random((64, 5), "bfloat16", 1)
     g = random((*shape[:-1], 5), "bfloat16", 2)
     y, backward = jax.vjp(matmul, x, w)
@@ -116,11 +144,13 @@ def test_the_soft_token_of_a_single_row_is_what_it_is_among_others() -> None:
         same(alone, among)
 
 
-def test_the_gradient_of_a_frozen_weight_is_not_computed() -> None:
-    x, w = random((3, 4), "float32", 0), random((2, 4, 4), "float32", 1)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gradient_of_a_frozen_weight_is_not_computed(dtype: str) -> None:
+    x, w = random((3, 4), dtype, 0), random((2, 4, 4), dtype, 1)
 
     def stacked(x: jax.Array, w: jax.Array) -> jax.Array:
-        return jax.lax.scan(lambda x, w: (matmul(x, w), None), x, w)[0].sum()
+        times = functools.partial(matmul, reverse_only=True)
+        return jax.lax.scan(lambda x, w: (times(x, w), None), x, w)[0].sum()
 
     product = 2 * 3 * 4 * 4
     assert matmul_flops(stacked, x, w) == 2 * product

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import runpy
@@ -310,6 +311,16 @@ def test_a_text_may_take_all_positions_of_the_model(model) -> None:
     assert full.encode_query("Ulm?", instruction=TASK).shape == (16,)
     with pytest.raises(ValueError, match="query_max_length 128 and 3 thinking steps take 130"):
         full.encode_query("Ulm?", instruction=TASK, num_thinking_steps=3)
+
+
+def test_the_first_text_whose_vector_is_not_finite_is_named(retriever) -> None:
+    nothing = jax.tree.map(lambda a: a * np.nan, retriever.encoder._variables)
+    broken = LatentRetriever(retriever.encoder.with_variables(nothing), retriever.prompts)
+    queries = functools.partial(broken.encode_query, instruction="")
+    for run in (broken.encode_document, queries):
+        for texts in ("Kiel", ["Kiel", "Ulm"]):
+            with pytest.raises(ValueError, match="the vector of text 0, 'Kiel', is not finite"):
+                run(texts)
 
 
 def test_a_text_that_is_no_string_is_named(retriever) -> None:

@@ -352,6 +352,9 @@ def test_a_search_names_what_is_wrong_with_its_rows() -> None:
         search(one, two, ["q"], ["a", "a"], 1, {})
     with pytest.raises(ValueError, match="1 of 2 document ids are not finite, the first is 'b'"):
         search(one, np.array([[1, 1], [np.nan, 1]], np.float32), ["q"], ["a", "b"], 1, {})
+    for far, near in ((1e30 * one, 1e30 * two), (3e38 * one, two), (one, -3e38 * two)):
+        with pytest.raises(ValueError, match="dot products may overflow float32"):
+            search(np.float32(far), np.float32(near), ["q"], ["a", "b"], 1, {})
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
         search(one, two, ["q"], ["a", "b"], 0, {"q": ["a"]})
     with pytest.raises(ValueError, match="documents must be a float32 matrix, got float64"):

@@ -7,6 +7,7 @@ import json
 from contextlib import nullcontext
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -123,6 +124,15 @@ def test_a_cut_text_is_noted(inspector: Inspector) -> None:
     assert len(thought.notices) == 2
     assert "prompt.query_max_length" in thought.notices[0]
     assert "prompt.explicit_max_length" in thought.notices[1]
+
+
+def test_a_thought_that_is_not_finite_is_refused(
+    inspector: Inspector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = jax.tree.map(lambda a: a * np.nan, inspector._variables)
+    monkeypatch.setattr(inspector, "_variables", broken)
+    with pytest.raises(ValueError, match=r"the query 'Where is Ulm\?' is not finite"):
+        inspector.think("Where is Ulm?")
 
 
 def test_too_many_steps_for_the_positions_are_refused(inspector: Inspector) -> None:

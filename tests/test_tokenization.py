@@ -316,6 +316,20 @@ def test_token_segmentation_misses_merged_separators(prompts) -> None:
     assert len(tokens.segment_ends) == 1
 
 
+def test_the_last_token_of_a_long_separator_ends_a_segment(prompts, tokenizer) -> None:
+    """The released code takes the last token of what the tokenizer makes of the separator, and cuts
+    wherever it stands."""
+    separator = " ###"
+    *others, last = tokenizer(separator, add_special_tokens=False)["input_ids"]
+    assert others
+    p = prompts(segmentation="token", separator=separator, append_eos_to_reasoning=False)
+    tokens = p.explicit(QUERY, INSTRUCTION, "one ### two ### three")
+    reasoning = range(tokens.query_length, len(tokens.ids))
+    ends = [i for i in reasoning if tokens.ids[i] == last]
+    assert len(ends) >= 2
+    assert tokens.segment_ends == [*ends, len(tokens.ids) - 1]
+
+
 def test_the_last_separator_ends_the_last_segment(prompts) -> None:
     p = prompts(append_eos_to_reasoning=False)
     tokens = p.explicit(QUERY, INSTRUCTION, "one\n\ntwo\n\n")

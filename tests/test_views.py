@@ -166,7 +166,15 @@ def values_and_gradients(objective: ObjectiveConfig, *teacher: Any) -> tuple[Any
         terms = objective_terms(BACKBONE, variables, BATCH, objective, jnp.ones(()), *teacher)
         return terms, terms
 
-    gradients, terms = jax.jit(jax.jacrev(run, has_aux=True))(random_variables())
+    @jax.jit
+    def one_after_the_other(variables: Variables) -> Any:
+        _, backward, terms = jax.vjp(run, variables, has_aux=True)
+        each = dict(zip(terms, jnp.eye(len(terms)), strict=True))
+        return jax.lax.map(lambda g: backward(g)[0], each), terms
+
+    stacked, terms = one_after_the_other(random_variables())
+    places = {name: i for i, name in enumerate(terms)}
+    gradients = {name: jax.tree.map(lambda a, i=i: a[i], stacked) for name, i in places.items()}
     return terms, gradients
 
 

@@ -14,6 +14,7 @@ from typing import Literal
 import jax
 import numpy as np
 
+from laser_jax.batch_encoder import NotFiniteError
 from laser_jax.config import (
     ConfigError,
     Dtype,
@@ -269,8 +270,11 @@ class ShardEncoder:
         name, info = shard_name(number), self._info
         documents = read_planned(self._corpus, self._plan.shards[number], name)
         tally = Tally(watch=watch)
-        vectors_CD = self._vectors(documents, tally)
-        _require_finite(documents, vectors_CD)
+        try:
+            vectors_CD = self._vectors(documents, tally)
+        except NotFiniteError as error:
+            first = documents[error.place]
+            raise VectorsError(f"{first.where}, id {first.item.id!r}: {error}") from error
         ids = [located.item.id for located in documents]
         codes_CD = encode_vectors(vectors_CD, info.dtype)
         directory = self._directory
@@ -295,15 +299,4 @@ class ShardEncoder:
             instruction=[query_instruction(d, self._config.instruction) for d in documents],
             num_thinking_steps=steps,
             tally=tally,
-        )
-
-
-def _require_finite(documents: list[Located], vectors_CD: np.ndarray) -> None:
-    broken_C = ~np.isfinite(vectors_CD).all(axis=1)
-    if broken_C.any():
-        first = documents[int(broken_C.argmax())]
-        raise VectorsError(
-            f"{first.where}: the vector of {first.item.id!r} is not finite, one of "
-            f"{broken_C.sum()} among {len(documents)} of its shard. Look for NaN in the model's "
-            "weights; where they are sound, --compute_dtype float32 does not overflow so soon"
         )

@@ -61,8 +61,8 @@ class Batch:
     keyframes_BK: Array | None
     """int32 token positions in `explicit` of the states that teach the K thinking steps."""
     contrast_BC: Array
-    """bool, True where document c is contrasted with query b. False at a passage that is one of the
-    query's own positives, unless c is the query's designated positive b G."""
+    """bool, True where document c is contrasted with query b. False at a positive of any row of the
+    batch with this query's text, unless c is the query's designated positive b G."""
     rows_B: Array | None = None
     """int32, each query's row in the concatenation of the sources (see `describe_row`)."""
 
@@ -144,8 +144,8 @@ def _no_negatives(where: str, row: TrainingRow, data: DataConfig) -> DataError:
 def contrast(examples: Sequence[Example], mask_false_negatives: bool) -> np.ndarray:
     """Which documents of the batch are contrasted with which query.
 
-    Two passages are the same when they differ in case, in white space or in compatible Unicode
-    forms (NFKC) alone.
+    Two texts are the same when they differ in case, in white space or in compatible Unicode forms
+    (NFKC) alone. A query's positives are those of all examples with the same query.
 
     Returns:
         [B, C] bool. All True without `mask_false_negatives`; with it, False where document c is one
@@ -157,15 +157,19 @@ def contrast(examples: Sequence[Example], mask_false_negatives: bool) -> np.ndar
         columns = defaultdict(list)
         for c, text in enumerate(texts):
             columns[text].append(c)
+        queries = [same_passage(example.query) for example in examples]
+        positives = defaultdict(set)
+        for query, example in zip(queries, examples, strict=True):
+            positives[query].update(map(same_passage, example.positives))
         for b, example in enumerate(examples):
-            for positive in example.positives:
-                contrast_BC[b, columns.get(same_passage(positive), [])] = False
+            for positive in positives[queries[b]]:
+                contrast_BC[b, columns.get(positive, [])] = False
             contrast_BC[b, b * len(example.documents)] = True
     return contrast_BC
 
 
 def same_passage(passage: str) -> str:
-    """A form that is equal for passages that count as the same."""
+    """A form that is equal for passages, or queries, that count as the same."""
     return " ".join(unicodedata.normalize("NFKC", passage).casefold().split())
 
 

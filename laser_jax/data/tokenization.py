@@ -213,7 +213,8 @@ class PromptTokenizer:
     Attributes:
         tokenizer, config: as given.
         pad_id, eos_id: the tokenizer's; EOS pads when there is no pad token.
-        separator_id: the one token of `config.separator`; None when it takes several.
+        separator_id: the last token of `config.separator`, which ends a segment under
+            `segmentation: token`, as in the released code.
         explicit_continues_query: whether the query's tokens are always an exact prefix of the
             explicit input's, which the shared-prefix dual view (`views: fast`) needs.
 
@@ -242,8 +243,7 @@ class PromptTokenizer:
         backend: Any = tokenizer.backend_tokenizer
         self._texts = TextTokenizer(backend, allow_special_tokens=config.allow_special_tokens)
         self._separator = self._texts.control(config.separator)
-        separator_ids = self.text_ids(self._separator)
-        self.separator_id = separator_ids[0] if len(separator_ids) == 1 else None
+        self.separator_id = next(reversed(self.text_ids(self._separator)), None)
         self._one_string = config.truncation == "sequence" and config.segmentation == "token"
         self.explicit_continues_query = not self._one_string
         if config.chat_template:

@@ -255,12 +255,23 @@ def rank_ways(
     order = trec_order([document.id for document in dataset.documents])
     documents = [dataset.documents[i] for i in order]
 
-    def embed(rows: list[list[int]], what: str, wanted: Sequence[int]) -> dict[int, np.ndarray]:
-        label = f"encode {what}" if progress else None
-        return dict(zip(wanted, encoder.encode_tokens(rows, wanted, progress=label), strict=True))
+    document_ids, query_ids = [document.id for document in documents], list(dataset.queries)
+
+    def embed(
+        rows: list[list[int]], what: str, ids: list[str], wanted: Sequence[int]
+    ) -> dict[int, np.ndarray]:
+        vectors = encoder.encode_tokens(
+            rows,
+            wanted,
+            progress=f"encode {what}" if progress else None,
+            describe=lambda place: f"{ids[place]!r} ({what})",
+        )
+        return dict(zip(wanted, vectors, strict=True))
 
     read_at = {way.documents_at or k for way in ways.values() for k in way.steps}
-    document_vectors = embed([document_rows[i] for i in order], "documents", sorted(read_at))
+    document_vectors = embed(
+        [document_rows[i] for i in order], "documents", document_ids, sorted(read_at)
+    )
 
     excluded = dataset.exclusions()
     of_identical = dataset.exclusions(nothing_excluded=True)
@@ -268,7 +279,7 @@ def rank_ways(
     mesh = device_mesh(encoder.mesh.local_devices) if encoder.mesh is not None else None
     runs: dict[str, Run] = {}
     for way_name, way in ways.items():
-        for k, vectors in embed(way.rows, f"queries, {way_name}", way.steps).items():
+        for k, vectors in embed(way.rows, f"queries, {way_name}", query_ids, way.steps).items():
             name = latent(k) if way_name == "latent" else way_name
             rankings = {name: excluded}
             if nothing_excluded:
@@ -277,8 +288,8 @@ def rank_ways(
                 runs[run] = search(
                     vectors,
                     document_vectors[way.documents_at or k],
-                    list(dataset.queries),
-                    [document.id for document in documents],
+                    query_ids,
+                    document_ids,
                     depth,
                     removed,
                     mesh=mesh,

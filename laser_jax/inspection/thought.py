@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from laser_jax.batch_encoder import LatentEncoder
+from laser_jax.batch_encoder import LatentEncoder, NotFiniteError
 from laser_jax.config import Pooling, appended_thoughts
 from laser_jax.data.buckets import Buckets
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, right_pad
@@ -287,6 +287,7 @@ class Inspector:
             num_thinking_steps: K; None for the model's.
 
         Raises:
+            NotFiniteError: a state is not finite.
             ValueError: a blank query, a K below 1 or beyond the model's positions, or texts that
                 leave no room in the prompt.
         """
@@ -317,6 +318,8 @@ class Inspector:
                 "ignore_identical_ids false keeps it)."
             )
         states, prefixes, tokens = self._thoughts(prompt.ids, K)
+        if not np.isfinite(prefixes).all():
+            raise NotFiniteError(f"the query {query!r:.60}", self.config.dtype)
         segments: tuple[Segment, ...] = ()
         if reasoning and reasoning.strip():
             segments, cut = self._segments(query, instruction, reasoning, states)

@@ -135,11 +135,7 @@ def split_groups(x: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
 
 
 def thinking_attention(
-    q_B1NH: jax.Array,
-    past: Past,
-    lengths_B: jax.Array,
-    slot: jax.Array,
-    kernel: AttentionKernel,
+    q_B1NH: jax.Array, past: Past, lengths_B: jax.Array, slot: jax.Array, kernel: AttentionKernel
 ) -> jax.Array:
     """One more position behind each prompt and the thoughts up to `slot`. Returns [B, 1, N, H]."""
 

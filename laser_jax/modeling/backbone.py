@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from laser_jax.config import AttentionKernel, BackboneConfig, LoraConfig, Remat
-from laser_jax.kernels import paired
+from laser_jax.kernels import matmul, paired
 from laser_jax.modeling.attention import (
     KeyValues,
     Past,
@@ -61,10 +61,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param(
-            "scale",
-            with_axes(nn.initializers.ones, (self.axis,)),
-            (x.shape[-1],),
-            self.param_dtype,
+            "scale", with_axes(nn.initializers.ones, (self.axis,)), (x.shape[-1],), self.param_dtype
         )
         return _rms_normed(x, scale, self.eps)
 
@@ -73,9 +70,10 @@ class RMSNorm(nn.Module):
 def _rms_normed(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Kept for the backward pass is x alone, not the float32 values between."""
     wide = x.astype(accumulation_dtype(x.dtype))
-    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    shape = (1,) * (x.ndim - 1) + (-1,)
-    return normed.astype(x.dtype) * scale.astype(x.dtype).reshape(shape)
+    # x comes second: jaxlib 0.10.2 on a CPU loses a broadcast first factor that is read again, as
+    # x is where this backward pass is batched over cotangents (docs/upstream.md)
+    normed = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps) * wide
+    return normed.astype(x.dtype) * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -110,18 +108,16 @@ class Embedding(nn.Module):
 
 class Attention(nn.Module):
     config: BackboneConfig
-    lora: LoraConfig | None
-    dtype: DTypeLike
+    project: Callable[..., Projection]
     param_dtype: DTypeLike
     kernel: AttentionKernel
 
     def setup(self) -> None:
         c = self.config
-        kwargs = {"lora": self.lora, "dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.q_proj = Projection(c.num_heads * c.head_dim, ("embed", "heads"), **kwargs)
-        self.k_proj = Projection(c.num_kv_heads * c.head_dim, ("embed", "kv_heads"), **kwargs)
-        self.v_proj = Projection(c.num_kv_heads * c.head_dim, ("embed", "kv_heads"), **kwargs)
-        self.o_proj = Projection(c.hidden_size, ("heads", "embed"), **kwargs)
+        self.q_proj = self.project(c.num_heads * c.head_dim, ("embed", "heads"))
+        self.k_proj = self.project(c.num_kv_heads * c.head_dim, ("embed", "kv_heads"))
+        self.v_proj = self.project(c.num_kv_heads * c.head_dim, ("embed", "kv_heads"))
+        self.o_proj = self.project(c.hidden_size, ("heads", "embed"))
         if c.qk_norm:
             self.q_norm = RMSNorm(c.rms_norm_eps, "head_dim", self.param_dtype)
             self.k_norm = RMSNorm(c.rms_norm_eps, "head_dim", self.param_dtype)
@@ -165,36 +161,32 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     config: BackboneConfig
-    lora: LoraConfig | None
-    dtype: DTypeLike
-    param_dtype: DTypeLike
+    project: Callable[..., Projection]
 
     def setup(self) -> None:
         c = self.config
-        kwargs = {"lora": self.lora, "dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.gate_proj = Projection(c.intermediate_size, ("embed", "ffn"), **kwargs)
-        self.up_proj = Projection(c.intermediate_size, ("embed", "ffn"), **kwargs)
-        self.down_proj = Projection(c.hidden_size, ("ffn", "embed"), **kwargs)
+        self.gate_proj = self.project(c.intermediate_size, ("embed", "ffn"))
+        self.up_proj = self.project(c.intermediate_size, ("embed", "ffn"))
+        self.down_proj = self.project(c.hidden_size, ("ffn", "embed"))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down_proj(_swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):
-    """A pre-norm decoder layer. Returns its output and the keys and values it leaves behind."""
+    """A pre-norm decoder layer. Returns its output and the keys and values it leaves behind.
+    `project` makes a projection of so many features along such axes."""
 
     config: BackboneConfig
-    lora: LoraConfig | None
-    dtype: DTypeLike
+    project: Callable[..., Projection]
     param_dtype: DTypeLike
     kernel: AttentionKernel
 
     def setup(self) -> None:
-        args = (self.config, self.lora, self.dtype, self.param_dtype)
         self.input_layernorm = RMSNorm(self.config.rms_norm_eps, "embed", self.param_dtype)
-        self.self_attn = Attention(*args, self.kernel)
+        self.self_attn = Attention(self.config, self.project, self.param_dtype, self.kernel)
         self.post_attention_layernorm = RMSNorm(self.config.rms_norm_eps, "embed", self.param_dtype)
-        self.mlp = MLP(*args)
+        self.mlp = MLP(self.config, self.project)
 
     def _feed_forward(self, x: jax.Array) -> jax.Array:
         x = constrain(x, "batch", None, None)  # else fsdp splits activations over D, not weights
@@ -223,7 +215,8 @@ class Layer(nn.Module):
 class Backbone(nn.Module):
     """The decoder. `scan_layers` says which parameter layout it reads (see `unstack_layers`);
     `unroll_layers` that stacked layers are laid out one behind the other instead of looped over;
-    `remat` what the backward pass through stacked layers recomputes."""
+    `remat` what the backward pass through stacked layers recomputes; `reverse_only` that its
+    products need no forward mode (see `kernels.matmul`)."""
 
     config: BackboneConfig
     lora: LoraConfig | None = None
@@ -233,17 +226,25 @@ class Backbone(nn.Module):
     attention: AttentionKernel = "xla"
     remat: Remat = "none"
     unroll_layers: bool = False
+    reverse_only: bool = False
 
     def setup(self) -> None:
         c = self.config
-        args = (c, self.lora, self.dtype, self.param_dtype, self.attention)
+        product = functools.partial(matmul, reverse_only=self.reverse_only)
+        project = functools.partial(
+            Projection,
+            lora=self.lora,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            product=product,
+        )
+        args = (c, project, self.param_dtype, self.attention)
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, self.param_dtype)
         if not c.tie_word_embeddings:
             self.lm_head = Embedding(c.vocab_size, c.hidden_size, self.param_dtype)
-        if self.scan_layers and c.num_layers > 1:
-            self.layers = Layer(*args)  # one module whose variables are stacked, see _scan
-        else:
-            self.layers = [Layer(*args) for _ in range(c.num_layers - 1)]
+        # stacked, it is one module whose variables are stacked, see _scan
+        stacked = self.scan_layers and c.num_layers > 1
+        self.layers = Layer(*args) if stacked else [Layer(*args) for _ in range(c.num_layers - 1)]
         self.last_layer = Layer(*args)
         self.norm = RMSNorm(c.rms_norm_eps, "embed", self.param_dtype)
 
@@ -360,8 +361,7 @@ class Backbone(nn.Module):
             table.reshape(parts, -1, table.shape[1]),
             preferred_element_type=accumulate,
         )
-        t_BD = t_SBD.sum(axis=0)[: h_BD.shape[0]]
-        return constrain(t_BD.astype(self.dtype), "batch", None)
+        return constrain(t_SBD.sum(axis=0)[: h_BD.shape[0]].astype(self.dtype), "batch", None)
 
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
         """Logits at every position, [B, T, V] float32: for causal-LM training and for init."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from laser_jax.config import LoraConfig
-from laser_jax.kernels import matmul
 from laser_jax.sharding import with_axes
 
 
@@ -16,7 +17,8 @@ class Projection(nn.Module):
     """y = x W + scale (x A) B, without bias. W is `[in, out]`; A and B are kept in float32.
 
     A starts uniform in ±1/sqrt(in) as in PEFT, B at zero: a fresh adapter changes nothing. Dropout
-    on the adapter's input acts only where a random stream `dropout` is given.
+    on the adapter's input acts only where a random stream `dropout` is given. `product` is
+    x, W -> x W.
     """
 
     features: int
@@ -24,6 +26,7 @@ class Projection(nn.Module):
     lora: LoraConfig | None
     dtype: DTypeLike
     param_dtype: DTypeLike
+    product: Callable[[jax.Array, jax.Array], jax.Array]
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -34,7 +37,7 @@ class Projection(nn.Module):
             (in_features, self.features),
             self.param_dtype,
         )
-        y = matmul(x, kernel.astype(self.dtype))
+        y = self.product(x, kernel.astype(self.dtype))
         if self.lora is None or self.name not in self.lora.targets:
             return y
 
@@ -54,4 +57,4 @@ class Projection(nn.Module):
         if self.lora.dropout and self.has_rng("dropout"):
             x = nn.Dropout(self.lora.dropout, deterministic=False)(x)
         # the scale meets the narrow product
-        return y + matmul(matmul(x, a) * jnp.asarray(self.lora.scale, self.dtype), b)
+        return y + self.product(self.product(x, a) * jnp.asarray(self.lora.scale, self.dtype), b)

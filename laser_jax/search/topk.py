@@ -194,8 +194,8 @@ def exact_top_k(
         scores float32 and ranks int32, each [Q, min(k, C)], best first.
 
     Raises:
-        ValueError: on queries or documents of another type or width, on no document, or on k,
-            chunk or query_block below 1.
+        ValueError: on queries or documents of another type or width, or so long that a dot product
+            may overflow; on no document, or on k, chunk or query_block below 1.
     """
     queries_QD = np.asarray(queries_QD)
     if queries_QD.ndim != 2 or queries_QD.dtype != np.float32:
@@ -232,6 +232,8 @@ def exact_top_k(
                     f"documents must be {storage_dtype(code)} of width {width} ({code}, queries of "
                     f"width {D}), got {piece[0].dtype} of shape {piece[0].shape}"
                 )
+            if code != "binary":
+                _require_no_overflow(queries_QD, piece[0])
             count += int((np.asarray(piece[1]) != NO_RANK).sum())
             codes_MW, ranks_M = jax.device_put(_filled(piece, -(-rows // P) * P), split)
             # or the host would run ahead and put the whole corpus on the devices
@@ -246,6 +248,17 @@ def exact_top_k(
     scores_Qk = np.concatenate([np.zeros((0, k), np.float32), *(scores for scores, _ in merged)])
     ranks_Qk = np.concatenate([np.zeros((0, k), np.int32), *(ranks for _, ranks in merged)])
     return scores_Qk[:Q, :count], ranks_Qk[:Q, :count]
+
+
+def _require_no_overflow(queries_QD: np.ndarray, rows_MD: np.ndarray) -> None:
+    """Raises a ValueError where a dot product may leave float32: it would be Inf or NaN, or sort a
+    document behind all others."""
+    peaks = [max(float(a.max(initial=0)), -float(a.min(initial=0))) for a in (queries_QD, rows_MD)]
+    if not peaks[0] * peaks[1] * queries_QD.shape[1] < float(np.finfo(np.float32).max):
+        raise ValueError(
+            f"dot products may overflow float32: the queries hold numbers up to {peaks[0]:.3g}, "
+            f"the documents up to {peaks[1]:.3g}; normalise both to length 1"
+        )
 
 
 def rescored(

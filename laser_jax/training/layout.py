@@ -85,6 +85,7 @@ def lay_out(
         attention=kernel,
         remat=config.model.remat,
         unroll_layers=config.model.unroll_layers,
+        reverse_only=True,
     )
     optimizer = make_optimizer(config.optimizer, steps)
 
