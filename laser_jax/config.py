@@ -827,7 +827,7 @@ def _flag_value(text: str) -> Any:
     """The value of a flag that is no plain text, or the text itself where YAML finds nothing in it,
     such as `# heading`, `&x` or `~`. Only the word null is no value."""
     value = parse_yaml(text)
-    return text if value is None else value
+    return text if value is None and text.strip() != "null" else value
 
 
 jsonargparse.set_loader("yaml", _flag_value, (yaml.YAMLError,))
