@@ -841,12 +841,17 @@ def parse_command_line(cls: type[C], program: str, arguments: Sequence[str] | No
 def _parser(cls: type, program: str) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(prog=program, description=cls.__doc__)
     parser.add_argument("--config", action="config", help="a YAML file of the keys below")
+    add_settings(parser, cls)
+    return parser
+
+
+def add_settings(parser: jsonargparse.ArgumentParser, cls: type) -> None:
+    """Adds a flag for every field of a config dataclass."""
     kinds = get_type_hints(cls)
     texts = {f.name: f for f in dataclasses.fields(cls) if kinds[f.name] == str | None}
     parser.add_class_arguments(cls, skip=set(texts))
     for f in texts.values():
         _add_text(parser, f, f"(type: str | null, default: {f.default})")
-    return parser
 
 
 def _add_text(parser: jsonargparse.ArgumentParser, f: dataclasses.Field[Any], help: str) -> None:
@@ -858,7 +863,7 @@ def _flag_value(text: str) -> Any:
     """The value of a flag that is no plain text, or the text itself where YAML finds nothing in it,
     such as `# heading`, `&x` or `~`. Only the word null is no value."""
     value = parse_yaml(text)
-    return text if value is None else value
+    return text if value is None and text.strip() != "null" else value
 
 
 jsonargparse.set_loader("yaml", _flag_value, (yaml.YAMLError,))

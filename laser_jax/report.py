@@ -17,7 +17,7 @@ from typing import Literal
 import jsonargparse
 import numpy as np
 
-from laser_jax.config import ConfigError
+from laser_jax.config import ConfigError, add_settings
 from laser_jax.evaluation.bright import EXAMPLES
 from laser_jax.evaluation.plots import LatencyPoint, plot_latency_quality, require_matplotlib
 from laser_jax.evaluation.results import (
@@ -306,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m laser_jax.report", description=ReportOptions.__doc__
     )
     parser.add_argument("directories", nargs="+", help="what laser_jax.evaluate --model wrote")
-    parser.add_class_arguments(ReportOptions)
+    add_settings(parser, ReportOptions)
     try:
         values = vars(parser.parse_args(arguments))
         directories = values.pop("directories")

@@ -470,6 +470,11 @@ def test_a_flag_of_text_is_the_text_as_it_is_written(text: str) -> None:
     assert read.data.eval == (None if text == "null" else text)
 
 
+def test_a_group_may_be_taken_back_by_the_word_null() -> None:
+    arguments = ["--model.scratch.vocab_size=300", "--model.scratch", "null", "--lora=null"]
+    assert parse(*arguments).model.scratch is None
+
+
 def test_a_text_of_how_a_run_is_started_is_no_yaml_either() -> None:
     arguments = [*NEEDED, "--dry_run", "--topology", "# none"]
     assert parse_train_command(arguments)[1].topology == "# none"
