@@ -15,9 +15,9 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -307,6 +307,24 @@ def _leaf_shapes(slots: Iterable[_Slot]) -> dict[TreePath, tuple[int, ...]]:
 # --- reading -----------------------------------------------------------------------------------
 
 
+class StoredTensor(Protocol):
+    """A tensor that can be read; `str` says where it stands."""
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def shape(self) -> list[int]: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    def read(self) -> np.ndarray: ...
+
+
+T = TypeVar("T", bound=StoredTensor)
+
+
 class _Stored(NamedTuple):
     """A tensor as the header of a safetensors file describes it."""
 
@@ -341,6 +359,21 @@ def load_params(directory: str | Path, backbone: BackboneConfig, *, dtype: DType
             lists all of them with their files.
     """
     return _read(_find_params(Path(directory), backbone), dtype)
+
+
+def read_tensors(
+    tensors: Iterable[StoredTensor], backbone: BackboneConfig, *, where: Path, dtype: DTypeLike
+) -> Tree:
+    """The same from tensors of another kind of file, with Hugging Face's names and shapes.
+
+    Raises:
+        HFError: missing, unknown, duplicate, mis-shaped or ill-typed tensors; lists all of them
+            and names `where`.
+    """
+    by_name: dict[str, list[StoredTensor]] = {}
+    for tensor in tensors:
+        by_name.setdefault(tensor.key, []).append(tensor)
+    return _read(_fitting(_param_slots(backbone), by_name, where), dtype)
 
 
 def load_sharded_params(directory: str | Path, backbone: BackboneConfig, like: Tree) -> Tree:
@@ -462,8 +495,8 @@ def _shard_headers(index: Path) -> tuple[list[_Stored], list[str]]:
 
 
 def _fitting(
-    slots: list[_Slot], by_name: dict[str, list[_Stored]], where: Path, problems: Iterable[str] = ()
-) -> dict[_Slot, _Stored]:
+    slots: list[_Slot], by_name: dict[str, list[T]], where: Path, problems: Iterable[str] = ()
+) -> dict[_Slot, T]:
     """The one tensor of each slot; raises an error that lists all that do not fit."""
     shapes = {slot.name: list(slot.shape[:: slot.order]) for slot in slots}
     problems = [*problems, *(f"missing: {name}" for name in shapes if name not in by_name)]
@@ -489,7 +522,7 @@ def _refuse(where: str, problems: list[str]) -> None:
         raise HFError(f"{where} does not fit its config, {len(problems)} problem(s):\n  {lines}")
 
 
-def _read(stored: dict[_Slot, _Stored], dtype: DTypeLike) -> Tree:
+def _read(stored: Mapping[_Slot, StoredTensor], dtype: DTypeLike) -> Tree:
     leaves = {path: np.empty(shape, dtype) for path, shape in _leaf_shapes(stored).items()}
     for slot, tensor in stored.items():
         slot.of(leaves[slot.path])[...] = slot.turned(tensor.read())
