@@ -15,7 +15,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -308,7 +308,7 @@ def _leaf_shapes(slots: Iterable[_Slot]) -> dict[TreePath, tuple[int, ...]]:
 
 
 class StoredTensor(Protocol):
-    """A tensor that can be read; `str` says where it stands."""
+    """A tensor of a file, of whatever kind; `str` says where it stands."""
 
     @property
     def key(self) -> str: ...
@@ -317,7 +317,9 @@ class StoredTensor(Protocol):
     def shape(self) -> list[int]: ...
 
     @property
-    def dtype(self) -> str: ...
+    def dtype(self) -> str:
+        """As safetensors names it: F32, F16, BF16."""
+        ...
 
     def read(self) -> np.ndarray: ...
 
@@ -359,21 +361,6 @@ def load_params(directory: str | Path, backbone: BackboneConfig, *, dtype: DType
             lists all of them with their files.
     """
     return _read(_find_params(Path(directory), backbone), dtype)
-
-
-def read_tensors(
-    tensors: Iterable[StoredTensor], backbone: BackboneConfig, *, where: Path, dtype: DTypeLike
-) -> Tree:
-    """The same from tensors of another kind of file, with Hugging Face's names and shapes.
-
-    Raises:
-        HFError: missing, unknown, duplicate, mis-shaped or ill-typed tensors; lists all of them
-            and names `where`.
-    """
-    by_name: dict[str, list[StoredTensor]] = {}
-    for tensor in tensors:
-        by_name.setdefault(tensor.key, []).append(tensor)
-    return _read(_fitting(_param_slots(backbone), by_name, where), dtype)
 
 
 def load_sharded_params(directory: str | Path, backbone: BackboneConfig, like: Tree) -> Tree:
@@ -522,7 +509,7 @@ def _refuse(where: str, problems: list[str]) -> None:
         raise HFError(f"{where} does not fit its config, {len(problems)} problem(s):\n  {lines}")
 
 
-def _read(stored: Mapping[_Slot, StoredTensor], dtype: DTypeLike) -> Tree:
+def _read(stored: dict[_Slot, _Stored], dtype: DTypeLike) -> Tree:
     leaves = {path: np.empty(shape, dtype) for path, shape in _leaf_shapes(stored).items()}
     for slot, tensor in stored.items():
         slot.of(leaves[slot.path])[...] = slot.turned(tensor.read())
@@ -565,7 +552,6 @@ def save_params(
     """
     if ("lora" in variables) != (lora is not None):
         raise HFError(f"adapters need their LoraConfig: got {sorted(variables)} and lora = {lora}")
-    dtype = np.dtype(dtype)
     slots = _param_slots(backbone)
     params = _checked_leaves(variables["params"], slots, "params")
     lora_slots = [] if lora is None else _lora_slots(backbone, lora)
@@ -579,6 +565,55 @@ def save_params(
             value = _merged(value, a, b, lora.scale)
         return slot.turned(value)
 
+    tokens = {
+        "eos_token_id": eos_token_id,
+        "bos_token_id": bos_token_id,
+        "pad_token_id": pad_token_id,
+    }
+    _save(Path(directory), backbone, map(exported, slots), np.dtype(dtype), tokens, max_shard_bytes)
+
+
+def save_tensors(
+    directory: str | Path,
+    tensors: Iterable[StoredTensor],
+    backbone: BackboneConfig,
+    *,
+    where: Path,
+    dtype: DTypeLike,
+    tokens: dict[str, Any],
+    max_shard_bytes: float = 5e9,
+) -> None:
+    """Writes the same from tensors of another kind of file, with Hugging Face's names and shapes.
+
+    They are read one at a time, so the peak is what one file of the export holds and one tensor.
+
+    Args:
+        where: the file that holds them, for messages.
+        tokens: the ids of eos_token_id, bos_token_id and pad_token_id for `config.json`.
+        max_shard_bytes: as in `save_params`.
+
+    Raises:
+        HFError: missing, unknown, duplicate or mis-shaped tensors; lists all of them.
+        OSError: a file cannot be written; an older export is still whole.
+    """
+    by_name: dict[str, list[StoredTensor]] = {}
+    for tensor in tensors:
+        by_name.setdefault(tensor.key, []).append(tensor)
+    found = _fitting(_param_slots(backbone), by_name, where)
+    weights = (tensor.read() for tensor in found.values())
+    _save(Path(directory), backbone, weights, np.dtype(dtype), tokens, max_shard_bytes)
+
+
+def _save(
+    directory: Path,
+    backbone: BackboneConfig,
+    tensors: Iterator[np.ndarray],
+    dtype: np.dtype,
+    tokens: dict[str, Any],
+    max_shard_bytes: float,
+) -> None:
+    """Writes `tensors`, which come in the order of the slots and in Hugging Face's layout."""
+    slots = _param_slots(backbone)
     sizes = {slot.name: math.prod(slot.shape) * dtype.itemsize for slot in slots}
     shards: list[list[_Slot]] = [[]]
     for slot in slots:
@@ -588,13 +623,10 @@ def save_params(
     count = len(shards)
     names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     files = dict(zip(names if count > 1 else [WEIGHTS_FILE], shards, strict=True))
-    directory, tensors = Path(directory), map(exported, slots)
     with _staged(directory, tensors) as stage:
         if stage is None:
             return
-        tokens = {"eos_token_id": eos_token_id, "bos_token_id": bos_token_id}
-        config = hf_config_dict(backbone, dtype=dtype.name, **tokens, pad_token_id=pad_token_id)
-        _write_json(stage / CONFIG_FILE, config)
+        _write_json(stage / CONFIG_FILE, hf_config_dict(backbone, dtype=dtype.name, **tokens))
         for name, shard in files.items():
             _write_tensors(stage / name, shard, tensors, dtype)
         if count > 1:

