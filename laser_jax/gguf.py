@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import numpy as np
 
 from laser_jax.config import BackboneConfig, ConfigError, RopeScaling
-from laser_jax.hf import HFError
+from laser_jax.hf import HFError, Stored, fitting_tensors
 from laser_jax.modeling.rope import inverse_frequencies
 
 if TYPE_CHECKING:
@@ -375,23 +375,18 @@ def _rope_scaling(file: GGUFFile, plain: BackboneConfig) -> RopeScaling | None:
     raise HFError(f"{file.path}: {_ROPE_FACTORS} is not the RoPE scaling of Llama 3.1 to 3.3")
 
 
-class GGUFWeight(NamedTuple):
-    """A weight under Hugging Face's name and in its layout, as `hf.save_tensors` takes it."""
+@dataclasses.dataclass(frozen=True)
+class GGUFWeight(Stored):
+    """A weight under Hugging Face's name and in its layout."""
 
-    key: str
     tensor: GGUFTensor
     interleaved_heads: int
     """Of a query or key projection whose rows llama.cpp reorders, how many heads; otherwise 0."""
-    dtype: str = "F32"
-
-    @property
-    def shape(self) -> list[int]:
-        return self.tensor.shape
 
     def __str__(self) -> str:
         return str(self.tensor)
 
-    def read(self) -> np.ndarray:
+    def read(self, *index: slice) -> np.ndarray:
         """The weight in float32. llama.cpp rotates neighbouring pairs of a head where Hugging Face
         rotates its halves, so its converter interleaves them. Raises an HFError as the tensor."""
         weight = self.tensor.read()
@@ -403,20 +398,24 @@ class GGUFWeight(NamedTuple):
         return pairs.swapaxes(1, 2).reshape(rows, columns)
 
 
-def gguf_weights(file: GGUFFile, backbone: BackboneConfig) -> list[GGUFWeight]:
-    """Every tensor of the file that is a weight. One whose name is unknown keeps it, for the check
-    of the whole checkpoint to refuse."""
+def gguf_weights(file: GGUFFile, backbone: BackboneConfig) -> Iterator[np.ndarray]:
+    """The weights as `hf.save_weights` takes them, read one at a time, once all are known to fit.
+
+    Raises:
+        HFError: missing, unknown, duplicate or mis-shaped tensors (lists all of them); while they
+            are read, as `GGUFTensor.read`.
+    """
     heads = {"attn_q": backbone.num_heads, "attn_k": backbone.num_kv_heads}
-    weights = []
+    by_name: dict[str, list[Stored]] = {}
     for name, tensor in file.tensors.items():
-        match = _NAME.fullmatch(name)
         if name == _ROPE_FACTORS:
             continue
-        if match is None or match["module"] not in _TENSORS:
-            weights.append(GGUFWeight(name, tensor, 0))
-            continue
-        module = f"{_TENSORS[match['module']]}.weight"
-        key = module if match["layer"] is None else f"model.layers.{match['layer']}.{module}"
-        interleaved = heads.get(match["module"], 0) if backbone.family == "llama" else 0
-        weights.append(GGUFWeight(key, tensor, interleaved))
-    return weights
+        key, interleaved = name, 0  # an unknown name stays as it is, to be refused
+        match = _NAME.fullmatch(name)
+        if match is not None and match["module"] in _TENSORS:
+            layer = "" if match["layer"] is None else f"model.layers.{match['layer']}."
+            key = f"{layer}{_TENSORS[match['module']]}.weight"
+            interleaved = heads.get(match["module"], 0) if backbone.family == "llama" else 0
+        weight = GGUFWeight(key, file.path, tensor.shape, "F32", tensor, interleaved)
+        by_name.setdefault(key, []).append(weight)
+    return (tensor.read() for tensor in fitting_tensors(by_name, backbone, file.path))

@@ -17,7 +17,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -123,16 +123,12 @@ def read_backbone_config(path: str | Path) -> BackboneConfig:
 
 
 def hf_config_dict(
-    backbone: BackboneConfig,
-    *,
-    dtype: str,
-    eos_token_id: int | list[int] | None,
-    bos_token_id: int | None,
-    pad_token_id: int | None,
+    backbone: BackboneConfig, *, dtype: str, **tokens: int | list[int] | None
 ) -> dict[str, Any]:
     """A `config.json` that transformers 4.5x and 5.x read as the same model.
 
     RoPE and dtype (of the stored weights, by name) are written twice, under the names of either.
+    `tokens` are eos_token_id, bos_token_id and pad_token_id.
     """
     values = dataclasses.asdict(backbone)
     family, theta, scaling = (values.pop(key) for key in ("family", "rope_theta", "rope_scaling"))
@@ -148,9 +144,7 @@ def hf_config_dict(
         ("use_sliding_window" if family == "qwen3" else "mlp_bias"): False,
         "dtype": dtype,
         "torch_dtype": dtype,
-        "eos_token_id": eos_token_id,
-        "bos_token_id": bos_token_id,
-        "pad_token_id": pad_token_id,
+        **tokens,
     }
 
 
@@ -307,28 +301,9 @@ def _leaf_shapes(slots: Iterable[_Slot]) -> dict[TreePath, tuple[int, ...]]:
 # --- reading -----------------------------------------------------------------------------------
 
 
-class StoredTensor(Protocol):
-    """A tensor of a file, of whatever kind; `str` says where it stands."""
-
-    @property
-    def key(self) -> str: ...
-
-    @property
-    def shape(self) -> list[int]: ...
-
-    @property
-    def dtype(self) -> str:
-        """As safetensors names it: F32, F16, BF16."""
-        ...
-
-    def read(self) -> np.ndarray: ...
-
-
-T = TypeVar("T", bound=StoredTensor)
-
-
-class _Stored(NamedTuple):
-    """A tensor as the header of a safetensors file describes it."""
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A tensor as the header of a safetensors file describes it; `gguf` derives its own from it."""
 
     key: str
     file: Path
@@ -361,6 +336,18 @@ def load_params(directory: str | Path, backbone: BackboneConfig, *, dtype: DType
             lists all of them with their files.
     """
     return _read(_find_params(Path(directory), backbone), dtype)
+
+
+def fitting_tensors(
+    by_name: dict[str, list[Stored]], backbone: BackboneConfig, where: Path
+) -> list[Stored]:
+    """The tensors of another kind of file, by Hugging Face's names, as `save_weights` wants them.
+
+    Raises:
+        HFError: missing, unknown, duplicate or mis-shaped tensors; lists all of them, and names
+            the file `where`.
+    """
+    return list(_fitting(_param_slots(backbone), by_name, where).values())
 
 
 def load_sharded_params(directory: str | Path, backbone: BackboneConfig, like: Tree) -> Tree:
@@ -396,7 +383,7 @@ def load_sharded_params(directory: str | Path, backbone: BackboneConfig, like: T
     return unflatten_dict(leaves)
 
 
-def _read_shards(slot: _Slot, tensor: _Stored, leaf: Any) -> jax.Array:
+def _read_shards(slot: _Slot, tensor: Stored, leaf: Any) -> jax.Array:
     """One tensor, laid out as (its row of) the leaf; on the devices when this returns."""
     spec = leaf.sharding.spec[0 if slot.row is None else 1 :]
     sharding = jax.NamedSharding(leaf.sharding.mesh, jax.P(*spec))
@@ -420,7 +407,7 @@ def _with_row(stack: jax.Array, part: jax.Array, row: jax.Array) -> jax.Array:
     return updated.view(stack.dtype)
 
 
-def _find_params(directory: Path, backbone: BackboneConfig) -> dict[_Slot, _Stored]:
+def _find_params(directory: Path, backbone: BackboneConfig) -> dict[_Slot, Stored]:
     """Where the tensor of each slot is stored, once all are known to fit."""
     single, index = directory / WEIGHTS_FILE, directory / INDEX_FILE
     if single.is_file() and index.is_file():
@@ -428,7 +415,7 @@ def _find_params(directory: Path, backbone: BackboneConfig) -> dict[_Slot, _Stor
     if not single.is_file() and not index.is_file():
         raise FileNotFoundError(f"{directory} holds neither {single.name} nor {index.name}")
     stored, problems = (_headers(single), []) if single.is_file() else _shard_headers(index)
-    by_name: dict[str, list[_Stored]] = {}
+    by_name: dict[str, list[Stored]] = {}
     for tensor in stored:
         if not tensor.key.endswith("rotary_emb.inv_freq"):
             has_prefix = tensor.key.startswith(("model.", "lm_head."))
@@ -461,13 +448,13 @@ def _open(file: Path) -> safe_open:
         ) from error
 
 
-def _headers(file: Path) -> list[_Stored]:
+def _headers(file: Path) -> list[Stored]:
     with _open(file) as opened:
         views = [(key, opened.get_slice(key)) for key in opened.keys()]  # noqa: SIM118  (no mapping)
-        return [_Stored(key, file, view.get_shape(), view.get_dtype()) for key, view in views]
+        return [Stored(key, file, view.get_shape(), view.get_dtype()) for key, view in views]
 
 
-def _shard_headers(index: Path) -> tuple[list[_Stored], list[str]]:
+def _shard_headers(index: Path) -> tuple[list[Stored], list[str]]:
     """The tensors of every shard, and where the index is wrong about them."""
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -482,8 +469,8 @@ def _shard_headers(index: Path) -> tuple[list[_Stored], list[str]]:
 
 
 def _fitting(
-    slots: list[_Slot], by_name: dict[str, list[T]], where: Path, problems: Iterable[str] = ()
-) -> dict[_Slot, T]:
+    slots: list[_Slot], by_name: dict[str, list[Stored]], where: Path, problems: Iterable[str] = ()
+) -> dict[_Slot, Stored]:
     """The one tensor of each slot; raises an error that lists all that do not fit."""
     shapes = {slot.name: list(slot.shape[:: slot.order]) for slot in slots}
     problems = [*problems, *(f"missing: {name}" for name in shapes if name not in by_name)]
@@ -509,7 +496,7 @@ def _refuse(where: str, problems: list[str]) -> None:
         raise HFError(f"{where} does not fit its config, {len(problems)} problem(s):\n  {lines}")
 
 
-def _read(stored: dict[_Slot, _Stored], dtype: DTypeLike) -> Tree:
+def _read(stored: dict[_Slot, Stored], dtype: DTypeLike) -> Tree:
     leaves = {path: np.empty(shape, dtype) for path, shape in _leaf_shapes(stored).items()}
     for slot, tensor in stored.items():
         slot.of(leaves[slot.path])[...] = slot.turned(tensor.read())
@@ -565,54 +552,29 @@ def save_params(
             value = _merged(value, a, b, lora.scale)
         return slot.turned(value)
 
-    tokens = {
-        "eos_token_id": eos_token_id,
-        "bos_token_id": bos_token_id,
-        "pad_token_id": pad_token_id,
-    }
-    _save(Path(directory), backbone, map(exported, slots), np.dtype(dtype), tokens, max_shard_bytes)
+    tokens = {"eos_token_id": eos_token_id, "bos_token_id": bos_token_id}
+    tokens["pad_token_id"] = pad_token_id
+    save_weights(directory, backbone, map(exported, slots), dtype, tokens, max_shard_bytes)
 
 
-def save_tensors(
+def save_weights(
     directory: str | Path,
-    tensors: Iterable[StoredTensor],
     backbone: BackboneConfig,
-    *,
-    where: Path,
+    weights: Iterator[np.ndarray],
     dtype: DTypeLike,
     tokens: dict[str, Any],
     max_shard_bytes: float = 5e9,
 ) -> None:
-    """Writes the same from tensors of another kind of file, with Hugging Face's names and shapes.
-
-    They are read one at a time, so the peak is what one file of the export holds and one tensor.
+    """Writes the same as `save_params` from weights that come one at a time, in the order of a
+    checkpoint's slots and in Hugging Face's layout. A file's weights are held until it is written.
 
     Args:
-        where: the file that holds them, for messages.
-        tokens: the ids of eos_token_id, bos_token_id and pad_token_id for `config.json`.
-        max_shard_bytes: as in `save_params`.
+        tokens: `eos_token_id`, `bos_token_id` and `pad_token_id` for config.json.
 
     Raises:
-        HFError: missing, unknown, duplicate or mis-shaped tensors; lists all of them.
-        OSError: a file cannot be written; an older export is still whole.
+        HFError, OSError: as `save_params`.
     """
-    by_name: dict[str, list[StoredTensor]] = {}
-    for tensor in tensors:
-        by_name.setdefault(tensor.key, []).append(tensor)
-    found = _fitting(_param_slots(backbone), by_name, where)
-    weights = (tensor.read() for tensor in found.values())
-    _save(Path(directory), backbone, weights, np.dtype(dtype), tokens, max_shard_bytes)
-
-
-def _save(
-    directory: Path,
-    backbone: BackboneConfig,
-    tensors: Iterator[np.ndarray],
-    dtype: np.dtype,
-    tokens: dict[str, Any],
-    max_shard_bytes: float,
-) -> None:
-    """Writes `tensors`, which come in the order of the slots and in Hugging Face's layout."""
+    directory, dtype = Path(directory), np.dtype(dtype)
     slots = _param_slots(backbone)
     sizes = {slot.name: math.prod(slot.shape) * dtype.itemsize for slot in slots}
     shards: list[list[_Slot]] = [[]]
@@ -623,12 +585,12 @@ def _save(
     count = len(shards)
     names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     files = dict(zip(names if count > 1 else [WEIGHTS_FILE], shards, strict=True))
-    with _staged(directory, tensors) as stage:
+    with _staged(directory, weights) as stage:
         if stage is None:
             return
         _write_json(stage / CONFIG_FILE, hf_config_dict(backbone, dtype=dtype.name, **tokens))
         for name, shard in files.items():
-            _write_tensors(stage / name, shard, tensors, dtype)
+            _write_tensors(stage / name, shard, weights, dtype)
         if count > 1:
             weight_map = {slot.name: name for name, shard in files.items() for slot in shard}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
@@ -771,7 +733,7 @@ def load_adapter(directory: str | Path, backbone: BackboneConfig) -> tuple[Tree,
     """
     directory = Path(directory)
     lora = _read_lora_config(directory / ADAPTER_CONFIG_FILE)
-    by_name: dict[str, list[_Stored]] = {}
+    by_name: dict[str, list[Stored]] = {}
     for tensor in _headers(directory / ADAPTER_FILE):
         name = _ADAPTER_INFIX.sub(r".\1.weight", _ADAPTER_PREFIX.sub("model.", tensor.key))
         by_name.setdefault(name, []).append(tensor)

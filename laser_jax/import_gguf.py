@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ml_dtypes
-import numpy as np
 
 from laser_jax.config import ConfigError, Dtype, parse_command_line
 from laser_jax.data.gguf_tokenizer import read_gguf_tokenizer
 from laser_jax.data.tokenization import special_token_ids
 from laser_jax.gguf import PACKAGED, gguf_weights, open_gguf, packaged_file, read_gguf_config
-from laser_jax.hf import save_tensors
+from laser_jax.hf import save_weights
 
 
 @dataclass(frozen=True)
@@ -52,17 +51,12 @@ def import_gguf(options: ImportOptions) -> None:
     file = open_gguf(packaged_file(options.file) if is_packaged else options.file)
     backbone = read_gguf_config(file)
     tokenizer = read_gguf_tokenizer(file)
+    weights = gguf_weights(file, backbone)
+    dtype = getattr(ml_dtypes, options.store_dtype, options.store_dtype)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as stage:
         made = Path(stage) / output.name
-        save_tensors(
-            made,
-            gguf_weights(file, backbone),
-            backbone,
-            where=file.path,
-            dtype=np.dtype(getattr(ml_dtypes, options.store_dtype, options.store_dtype)),
-            tokens=special_token_ids(tokenizer),
-        )
+        save_weights(made, backbone, weights, dtype, special_token_ids(tokenizer))
         tokenizer.save_pretrained(made)
         made.replace(output)
     print(
