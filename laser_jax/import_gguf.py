@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import ml_dtypes
@@ -68,8 +69,9 @@ def import_gguf(options: ImportOptions) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    if len(given) >= 2 and not any(argument.startswith("-") for argument in given[:2]):
-        given = ["--file", given[0], "--output", given[1], *given[2:]]
+    places = list(takewhile(lambda argument: not argument.startswith("-"), given))[:2]
+    flags = [part for pair in zip(("--file", "--output"), places, strict=False) for part in pair]
+    given = flags + given[len(places) :]
     try:
         import_gguf(parse_command_line(ImportOptions, "python -m laser_jax.import_gguf", given))
     except (ValueError, OSError, ImportError) as error:

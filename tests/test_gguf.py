@@ -527,6 +527,12 @@ def test_places_and_flags_are_the_same_command(
     assert b.read_bytes() == c.read_bytes()
 
 
+def test_a_command_without_a_directory_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["a.gguf"])
+    assert "output" in capsys.readouterr().err
+
+
 def test_errors_end_the_program_with_one_line(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"^error: .*absent.gguf: no such file; a model in"):
         main([str(tmp_path / "absent.gguf"), str(tmp_path / "b")])
