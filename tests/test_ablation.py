@@ -14,23 +14,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from benchmarks import ablation
+from benchmarks import ablation, ablation_table
 from benchmarks.ablation import (
     CROPPED_WORDS,
     ROWS,
     TINY_WORLD,
-    Result,
     Seed,
     crop_rows,
-    over_seeds,
-    paired_difference,
     probe,
     run_missing,
     setting_of,
-    summarise,
     train_command,
     write_texts,
 )
+from benchmarks.ablation_table import Result, over_seeds, paired_difference, summarise
 from benchmarks.measure import BenchmarkError
 from laser_jax.config import parse_train_command
 from laser_jax.data.schema import parse_row
@@ -304,11 +301,8 @@ def test_other_queries_under_one_seed_are_no_pairs() -> None:
 
 
 def test_the_commits_that_trained_rows_are_told() -> None:
-    results = {
-        "laser": Result(7, code={1: "abc", 2: "def"}),
-        "gircse": Result(7, code={1: "abc", 2: "abc"}),
-    }
-    assert ablation.commits_told(results) == [
+    code = {"laser": {1: "abc", 2: "def"}, "gircse": {1: "abc", 2: "abc"}}
+    assert ablation_table.commits_told(code) == [
         "Trained by abc: laser (seed 1); gircse (seeds 1, 2).",
         "Trained by def: laser (seed 2).",
     ]
@@ -322,17 +316,16 @@ def test_one_seed_says_nothing_about_other_seeds() -> None:
 
 
 def test_colearning_compares_the_explicit_views_and_a_row_the_scored_ones() -> None:
-    def result(K: int, **runs: float) -> Result:
+    def result(K: int, scored: str, **runs: float) -> Result:
         names = {"latent": latent(K), "explicit": EXPLICIT}
-        steps = {latent(k): {"a": dict.fromkeys(ablation.METRICS, 0.0)} for k in ablation.STEPS}
-        scored = {
-            names[run]: {"a": dict.fromkeys(ablation.METRICS, value)} for run, value in runs.items()
-        }
-        return Result(K, per_query={1: steps | scored})
+        metrics = ablation_table.METRICS
+        steps = {latent(k): {"a": dict.fromkeys(metrics, 0.0)} for k in ablation_table.STEPS}
+        given = {names[run]: {"a": dict.fromkeys(metrics, value)} for run, value in runs.items()}
+        return Result("a row", names[scored], K, per_query={1: steps | given})
 
     results = {
-        "laser": result(7, latent=0.75, explicit=1.0),
-        "explicit": result(1, latent=0.125, explicit=0.875),
+        "laser": result(7, "latent", latent=0.75, explicit=1.0),
+        "explicit": result(1, "explicit", latent=0.125, explicit=0.875),
     }
     laser, explicit = (summarise(row, results) for row in results)
     assert explicit["scores"]["Hit@1"]["mean"] == 0.875
