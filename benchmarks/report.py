@@ -219,11 +219,11 @@ def headline(reports: Sequence[Mapping[str, Any]]) -> str:
     """How many targets are met, and which are not."""
     found = [(target, reached(target, reports)) for target in TARGETS]
     missed = [
-        f"{t.what}, {r.value:.3g}{t.unit} ({t.goal_told})"
+        f"{t.what}{t.device and f' on an {t.device}'}, {r.value:.3g}{t.unit} ({t.goal_told})"
         for t, r in found
         if r is not None and not t.met(r.value)
     ]
-    absent = [t.what for t, r in found if r is None]
+    absent = [t.what + (t.device and f" on an {t.device}") for t, r in found if r is None]
     told = [f"**{len(found) - len(missed) - len(absent)} of {len(found)} targets are met.**"]
     told += [f"Missed: {'; '.join(missed)}."] if missed else []
     return "\n\n".join([*told, *([f"Not measured: {'; '.join(absent)}."] if absent else [])])
