@@ -157,7 +157,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--measured_tokens", type=positive, help=text)
 
 
-QUICK = {"backbone": workload.TINY, "batches": [1, 2], "query_tokens": 8, "prompt_tokens": 8}
+QUICK = {"backbone": workload.TINY, "batches": [2], "query_tokens": 8, "prompt_tokens": 8}
 QUICK |= {"new_tokens": 6, "measured_tokens": 4}
 PROGRAM = measure.Program("rewrite_latency", __doc__, fill, COLUMNS, add_flags, QUICK, repeats=5)
 

@@ -100,12 +100,12 @@ def names_of(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def test_train_step_times_every_contender_that_agrees(tmp_path: Path, capsys) -> None:
-    rows = run(train_step.PROGRAM, tmp_path)
-    assert names_of(rows) == ["fast", "parity", "gradcache / 2", "plain / 2", *PYTORCH]
+    only = ["fast", "gradcache / 2", "plain / 2"]  # that parity is fast, other tests say
+    rows = run(train_step.PROGRAM, tmp_path, "--only", *only)
+    assert names_of(rows) == [*only, *PYTORCH]
     found = {row["contender"]: row for row in rows}
     assert all(row["seconds"]["median"] > 0 < row["queries_per_second"] for row in rows)
     assert found["fast"]["ratio"]["maximum"] == 1.0
-    assert found["fast"]["matmul_flops"] < found["parity"]["matmul_flops"]
     assert found["fast"]["matmul_flops"] < found["gradcache / 2"]["matmul_flops"]
     losses = {name: row["first_step"]["loss"] for name, row in found.items()}
     assert abs(losses.pop("plain / 2") / losses["fast"] - 1) > 1e-2  # fewer negatives
@@ -175,10 +175,8 @@ def test_rewrite_latency_compares_three_methods_and_says_what_was_scaled(
 ) -> None:
     rows = run(rewrite_latency.PROGRAM, tmp_path)
     methods = ["standard retriever", "latent, K = 3", "rewrite-then-retrieve"]
-    assert [(row["method"], row["rows"]) for row in rows] == [
-        (method, batch) for batch in (1, 2) for method in methods
-    ]
-    rewrite = rows[5]
+    assert [(row["method"], row["rows"]) for row in rows] == [(method, 2) for method in methods]
+    rewrite = rows[2]
     assert rewrite["of_rewrite"]["median"] == 1
     assert 0 < rewrite["decode_seconds"]["median"] < rewrite["seconds"]["median"]
     assert rewrite["tokens_per_second"] == pytest.approx(
