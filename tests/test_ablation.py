@@ -78,7 +78,7 @@ def test_a_quick_run_scores_every_row_at_every_k(report: dict[str, Any]) -> None
     means = [row["scores"]["Hit@1"]["mean"] for row in (laser, contrastive)]
     difference = contrastive["laser_minus"]["Hit@1"]
     assert difference["difference"] == pytest.approx(means[0] - means[1])
-    assert report["notes"] == [f"All rows were trained by {laser['trained_by']['1']}."]
+    assert laser["trained_by"]["1"] in report["notes"][0]
 
 
 def test_the_probe_reads_the_row_and_the_backbone_before_it(report: dict[str, Any]) -> None:
@@ -114,9 +114,8 @@ def test_finished_runs_are_not_trained_again_and_the_missing_are_named(
     again = json.loads(output.read_text())
     assert again["rows"] == report["rows"]
     assert again["settings"]["not_run"] == {"laser": [2], "contrastive": [2], "explicit": [1, 2]}
-    assert again["notes"][1:] == [
-        "Not run: laser (seed 2); contrastive (seed 2); explicit (seeds 1, 2)."
-    ]
+    missing = "laser (seed 2); contrastive (seed 2); explicit (seeds 1, 2)"
+    assert again["notes"][-1] == f"Not run: {missing}."
 
 
 def test_a_finished_run_of_another_config_is_refused_by_name(
