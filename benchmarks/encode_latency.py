@@ -1,116 +1,96 @@
-"""Time to embed one batch: ours, the published PyTorch loop, a tuned PyTorch loop.
+"""Time to embed one batch, and what each thinking step costs: ours, published and tuned PyTorch.
 
     python -m benchmarks.encode_latency [--backbone NAME] [--batches 1x128 8x512] [--steps 1 3]
 
-For every batch shape (rows x tokens) and number K of thinking steps the contenders are timed in
-turn. Rows are full: no contender gains from padding. Ours is the pure `laser_jax.encode` under
-`jax.jit`, on unstacked layers. See benchmarks/torch_reference.py for PyTorch's.
+For every batch shape (rows x tokens) all contenders at all numbers K of thinking steps are timed in
+turn. Each is compared with ours at the same K, with itself at K = 1 where 1 is among the steps,
+which is an ordinary last-token retriever, and with what the device can do. Rows are full: no
+contender gains from padding. Ours is the pure `laser_jax.encode` under `jax.jit` on unstacked
+layers. See benchmarks/torch_reference.py for PyTorch's.
+
+Reading the prompts and each thought are two kinds of work: the first is bound by matmuls, the
+second by reading the weights. Two ceilings are measured in turn with the encoders, a large matmul
+and a large copy, and the roofline is the sum of both kinds at the slower ceiling of each:
+
+    roofline = max(FLOPs / matmul, bytes / copy) of reading + (K - 1) times that of a thought
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.encode_contenders import OURS, EncodeContenders
-from benchmarks.measure import (
-    Report,
-    command_line,
-    environment,
-    positive,
-    ratio_cell,
-    seconds_cell,
-    time_alternating,
-    timing_fields,
-    torch_threads,
-)
-from benchmarks.workload import (
-    SHAPES,
-    TINY,
-    add_backbone,
-    add_contenders,
-    add_torch_compile,
-    random_tokens,
-)
-from laser_jax.config import as_dict
+from benchmarks import flops, kernels, measure, workload
+from benchmarks.encoders import OURS, Encoders
+from benchmarks.measure import Report, Row, Run, paired_ratio, positive, timing_fields
 
 BATCHES = [(1, 128), (8, 128), (8, 512)]
 
 
-def rows_by_tokens(text: str) -> tuple[int, int]:
-    """An argparse type: `8x128` is 8 rows of 128 tokens."""
-    rows, found, tokens = text.partition("x")
-    if not found:
-        raise argparse.ArgumentTypeError(f"ROWSxTOKENS is wanted, such as 8x128, got {text}")
-    return positive(rows), positive(tokens)
-
-
-def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
+def fill(options: argparse.Namespace, report: Report) -> None:
     """Checks and times the contenders on every batch.
 
     Raises:
         BenchmarkError: two contenders give different vectors.
     """
-    backbone = SHAPES[TINY if options.quick else options.backbone]
-    batches, steps = ([(2, 8)], [2]) if options.quick else (options.batches, options.steps)
-    settings = {
-        "backbone": as_dict(backbone),
-        "dtype": options.dtype,
-        "repeats": options.repeats,
-        "torch_threads": torch_threads(),
-    }
-    encoders = EncodeContenders(
-        backbone,
-        options.dtype,
-        options.attention,
-        with_torch=not options.no_torch,
-        torch_compile=options.torch_compile,
-    )
-    settings["attention"] = encoders.kernel
-    report = Report("encode_latency", arguments, settings, environment())
+    encoders = Encoders(options)
+    report.settings["attention"] = encoders.kernel
     report.notes += encoders.notes
-    rng = np.random.default_rng(0)
-    for rows, width in batches:
-        tokens = random_tokens(rng, rows, width, backbone.vocab_size)
-        for K in steps:
-            contenders = encoders.on(tokens, K)
-            times = time_alternating(contenders, repeats=options.repeats)
-            report.rows += [
-                {"rows": rows, "tokens": width, "thinking_steps": K, "contender": name}
-                | timing_fields(times, name, base=OURS)
-                | {"rows_per_second": rows / float(np.median(times[name]))}
-                for name in contenders
-            ]
-    return report
+    backbone, rng = encoders.config.backbone, np.random.default_rng(0)
+    of = flops.ceiling_sizes(quick=options.quick)
+    for rows, width in options.batches:
+        tokens = workload.random_tokens(rng, rows, width, backbone.vocab_size)
+        contenders: dict[tuple[str, int], Run] = {
+            (name, K): run for K in options.steps for name, run in encoders.on(tokens, K).items()
+        }
+        ceiling = {(name, 0): run for name, run in flops.ceiling_runs(options.dtype, of).items()}
+        times = measure.time_alternating(contenders | ceiling, repeats=options.repeats)
+        ceilings = {name: times[name, 0] for name, _ in ceiling}
+        best = flops.ceilings(ceilings, options.dtype, of)
+        for name, K in contenders:
+            row: Row = {"rows": rows, "tokens": width, "thinking_steps": K, "contender": name}
+            row |= timing_fields(times, (name, K), base=(OURS, K))
+            if (name, 1) in times:
+                row["over_one_step"] = vars(paired_ratio(times[name, K], times[name, 1]))
+            median = row["seconds"]["median"]
+            row["rows_per_second"] = rows / median
+            needed = flops.encode_work([width] * rows, K, backbone, options.dtype)
+            row |= best.shares(needed.flops, median)
+            row["roofline_fraction"] = needed.seconds(best) / median
+            if options.profile and name == OURS:
+                row["kernels"] = kernels.profiled(contenders[name, K])
+            report.rows.append(row)
 
 
 COLUMNS = {
-    "encoder": lambda row: row["contender"],
-    "batch": lambda row: f"{row['rows']}×{row['tokens']}",
-    "K": lambda row: str(row["thinking_steps"]),
-    "time (quartiles)": lambda row: seconds_cell(row["seconds"]),
-    "× ours (quartiles)": lambda row: ratio_cell(row["ratio"]),
-    "rows/s": lambda row: f"{row['rows_per_second']:.1f}",
+    "encoder": measure.value("contender"),
+    "batch": measure.batch_cell,
+    "K": measure.value("thinking_steps"),
+    "time (quartiles)": measure.seconds(),
+    "× ours (quartiles)": measure.ratio(),
+    "× its K = 1 (quartiles)": measure.ratio("over_one_step"),
+    "rows/s": measure.value("rows_per_second", ".1f"),
+    "of roofline": measure.value("roofline_fraction", ".0%"),
+    "of large matmul": measure.value("of_matmul", ".0%"),
+    "MFU, data sheet": measure.value("mfu", ".0%"),
+    "kernels": kernels.told,
 }
 
 
-def main(arguments: Sequence[str]) -> None:
-    """The command line."""
-    parser = command_line("encode_latency", __doc__)
-    add_backbone(parser)
-    add_contenders(parser)
-    add_torch_compile(parser)
-    shapes = " ".join(f"{rows}x{tokens}" for rows, tokens in BATCHES)
-    parser.add_argument(
-        "--batches", type=rows_by_tokens, nargs="+", default=BATCHES, help=f"default {shapes}"
-    )
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    workload.add_backbone(parser)
+    workload.add_contenders(parser)
+    batch = measure.sizes_of("rows", "tokens")
+    text = f"default {' '.join(f'{rows}x{tokens}' for rows, tokens in BATCHES)}"
+    parser.add_argument("--batches", type=batch, nargs="+", default=BATCHES, help=text)
     parser.add_argument("--steps", type=positive, nargs="+", default=[1, 3], help="default 1 3")
-    options = parser.parse_args(arguments)
-    measure(options, arguments).finish(COLUMNS, options.output)
+    parser.add_argument("--profile", action="store_true", help="the kernels of ours, by kind")
 
+
+QUICK = {"backbone": workload.TINY, "batches": [(2, 8)], "steps": [1, 2]}
+PROGRAM = measure.Program("encode_latency", __doc__, fill, COLUMNS, add_flags, QUICK)
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    PROGRAM.main(sys.argv[1:])

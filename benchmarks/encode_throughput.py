@@ -30,25 +30,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.ceilings import ceiling_runs, ceilings, sizes
-from benchmarks.encode_contenders import OURS, EncodeContenders, require_same_vectors
-from benchmarks.encode_latency import rows_by_tokens
-from benchmarks.flops import encode_reading
-from benchmarks.measure import (
-    Report,
-    Run,
-    command_line,
-    environment,
-    positive,
-    ratio_cell,
-    seconds_cell,
-    time_alternating,
-    timing_fields,
-    torch_threads,
-)
-from benchmarks.workload import SHAPES, TINY, add_backbone, add_contenders
+from benchmarks import flops, measure, workload
+from benchmarks.encoders import OURS, Encoders, require_same_vectors
+from benchmarks.measure import Report, Row, Run, timing_fields
 from laser_jax.batch_encoder import LatentEncoder
-from laser_jax.config import PromptConfig, as_dict
+from laser_jax.config import PromptConfig
 from laser_jax.data.buckets import IndexedRow
 from laser_jax.data.pipeline import Tokens
 from laser_jax.data.tokenization import PromptTokenizer, right_pad, train_tokenizer
@@ -58,8 +44,6 @@ from laser_jax.training.throughput import forward_flops
 FULL = [(8, 128), (8, 512)]
 DATA = ("../shared/data", "shared/data")
 SETS = ("entailmentbank", "scifact")
-VOCABULARY = 16_000
-"""Of the tokenizer that is trained on the two corpora."""
 SHORT_BATCHES = (1, 8)
 """Of ours, for what is left over; those of `LatentRetriever`."""
 AS_PUBLISHED, SORTED = "tuned, as published", "tuned, sorted"
@@ -78,16 +62,8 @@ class Workload:
     sorting_matters: bool
 
 
-def full_workload(
-    rng: np.random.Generator, batches: int, rows: int, width: int, vocab_size: int
-) -> Workload:
-    """Batches of rows that are all as long."""
-    tokens = rng.integers(0, vocab_size, (batches * rows, width)).tolist()
-    return Workload(f"{rows}×{width}", tokens, rows, rows, rows * width, False)
-
-
 def mixed_lengths(
-    data: Path, documents: int, longest: int, vocabulary: int, most: int | None = None
+    data: Path, documents: int, longest: int, vocabulary: int, most: int | None
 ) -> list[int]:
     """Tokens of the prompts of `documents` documents, in the order of their arrival.
 
@@ -124,7 +100,7 @@ def padded(batch: Sequence[IndexedRow]) -> Tokens:
 class Contenders:
     """What embeds the whole of a workload, and how much of it was padding."""
 
-    def __init__(self, encoders: EncodeContenders, workload: Workload, thinking_steps: int):
+    def __init__(self, encoders: Encoders, workload: Workload, thinking_steps: int):
         self.runs: dict[str, Run] = {}
         self.padding: dict[str, float] = {}
         self._real = sum(map(len, workload.rows))
@@ -144,9 +120,8 @@ class Contenders:
             sum(rows * width for rows, width in shapes),
         )
         for transcription, model in encoders.torch_models.items():
-            tuned = transcription.name.startswith("tuned")
             ways = {transcription.name: arrival_batches(workload)}
-            if tuned and workload.sorting_matters:
+            if transcription.name.startswith("tuned") and workload.sorting_matters:
                 ways = {AS_PUBLISHED: arrival_batches(workload), SORTED: sorted_batches}
             for name, batches in ways.items():
                 self._add_torch(name, transcription, model, batches, thinking_steps)
@@ -172,8 +147,7 @@ class Contenders:
         places = np.argsort([place for batch in batches for place, _ in batch])
 
         def run() -> np.ndarray:
-            parts = [encode().cpu().numpy() for encode in encoders]
-            return np.concatenate(parts)[places]
+            return np.concatenate([encode().cpu().numpy() for encode in encoders])[places]
 
         self._add(name, run, sum(t.ids_BT.size for t in tokens))
 
@@ -181,125 +155,105 @@ class Contenders:
 def workloads(options: argparse.Namespace, vocab_size: int, report: Report) -> Iterator[Workload]:
     """The full batches, and the mix where its data are there."""
     rng = np.random.default_rng(0)
-    for rows, width in [(2, 32)] if options.quick else options.full:
-        yield full_workload(rng, 2 if options.quick else options.batches, rows, width, vocab_size)
+    for rows, width in options.full:
+        tokens = rng.integers(0, vocab_size, (options.batches * rows, width)).tolist()
+        yield Workload(f"{rows}×{width}", tokens, rows, rows, rows * width, False)
     if options.documents == 0:
         return
     absent = [name for name in SETS if not (options.data / name).is_dir()]
     if absent:
         report.notes.append(f"The mix is not measured: {options.data} has no {', '.join(absent)}.")
         return
-    documents, longest, vocabulary, most = options.documents, options.longest, VOCABULARY, None
-    if options.quick:
-        documents, longest, vocabulary, most = 8, 96, 300, 200
-    lengths = mixed_lengths(options.data, documents, longest, vocabulary, most)
+    longest, vocabulary = options.longest, options.vocabulary
+    most = 200 if options.quick else None
+    lengths = mixed_lengths(options.data, options.documents, longest, vocabulary, most)
     q = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1]).astype(int).tolist()
     report.notes.append(
         f"The mix: {len(lengths)} documents of {sum(lengths):,} tokens (quartiles {q}, at most "
         f"{longest}), by a BPE of {vocabulary:,} tokens trained on the two corpora."
     )
     rows = [rng.integers(0, vocab_size, length).tolist() for length in lengths]
-    theirs, size = (4, 4) if options.quick else (options.batch_size, options.our_batch_size)
-    yield Workload("mix", rows, theirs, size, options.batch_tokens, True)
+    ours, theirs = options.our_batch_size, options.batch_size
+    yield Workload("mix", rows, theirs, ours, options.batch_tokens, True)
 
 
-def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
+def fill(options: argparse.Namespace, report: Report) -> None:
     """Checks and times the contenders on every workload.
 
     Raises:
         BenchmarkError: two contenders give different vectors.
     """
-    backbone = SHAPES[TINY if options.quick else options.backbone]
-    settings = {
-        "backbone": as_dict(backbone),
-        "dtype": options.dtype,
-        "thinking_steps": options.thinking_steps,
-        "batches": options.batches,
-        "batch_size": options.batch_size,
-        "our_batch_size": options.our_batch_size,
-        "our_batch_tokens": options.batch_tokens,
-        "repeats": options.repeats,
-        "torch_threads": torch_threads(),
-    }
-    encoders = EncodeContenders(
-        backbone, options.dtype, options.attention, with_torch=not options.no_torch
-    )
-    settings["attention"] = encoders.kernel
-    report = Report("encode_throughput", arguments, settings, environment())
+    encoders = Encoders(options)
+    report.settings["attention"] = encoders.kernel
     report.notes += encoders.notes
-    K, of = options.thinking_steps, sizes(quick=options.quick)
-    for workload in workloads(options, backbone.vocab_size, report):
-        contenders = Contenders(encoders, workload, K)
+    K, of = options.thinking_steps, flops.ceiling_sizes(quick=options.quick)
+    backbone = encoders.config.backbone
+    for workload_ in workloads(options, backbone.vocab_size, report):
+        contenders = Contenders(encoders, workload_, K)
         wanted_ND = contenders.runs[OURS]()
         for name in contenders.runs.keys() - {OURS}:
             require_same_vectors(name, contenders.runs[name](), wanted_ND, options.dtype)
-        ceiling = ceiling_runs(options.dtype, of)
+        ceiling = flops.ceiling_runs(options.dtype, of)
         for run in ceiling.values():
             jax.block_until_ready(run())
         # the comparison of the vectors has warmed all of them up
-        times = time_alternating(contenders.runs | ceiling, repeats=options.repeats, warmup=0)
-        best = ceilings(times, options.dtype, of)
-        lengths = list(map(len, workload.rows))
-        flops = forward_flops(backbone, encode_reading(lengths, K))
+        both = contenders.runs | ceiling
+        times = measure.time_alternating(both, repeats=options.repeats, warmup=0)
+        best = flops.ceilings(times, options.dtype, of)
+        lengths = list(map(len, workload_.rows))
+        needed = forward_flops(backbone, flops.encode_reading(lengths, K))
         for name in contenders.runs:
-            seconds = float(np.median(times[name]))
-            row: dict[str, Any] = {"contender": name, "workload": workload.name}
-            row |= {"documents": len(lengths), "tokens": sum(lengths), "thinking_steps": K}
+            row: Row = {"contender": name, "workload": workload_.name, "thinking_steps": K}
+            row |= {"documents": len(lengths), "tokens": sum(lengths), "flops": needed}
             row |= timing_fields(times, name, base=OURS)
-            row |= {
-                "documents_per_second": len(lengths) / seconds,
-                "tokens_per_second": sum(lengths) / seconds,
-                "padding_share": contenders.padding[name],
-                "flops": flops,
-                "of_matmul": flops / seconds / best.flops.median,
-                "matmul_flops_per_second": best.flops.median,
-            }
-            if best.data_sheet_flops is not None:
-                row["mfu"] = flops / seconds / best.data_sheet_flops
-            report.rows.append(row)
-    return report
+            median = row["seconds"]["median"]
+            row["documents_per_second"] = len(lengths) / median
+            row["tokens_per_second"] = sum(lengths) / median
+            row["padding_share"] = contenders.padding[name]
+            report.rows.append(row | best.shares(needed, median))
 
 
 COLUMNS = {
-    "encoder": lambda row: row["contender"],
-    "documents": lambda row: row["workload"],
-    "K": lambda row: str(row["thinking_steps"]),
-    "time (quartiles)": lambda row: seconds_cell(row["seconds"]),
-    "× ours (quartiles)": lambda row: ratio_cell(row["ratio"]),
-    "docs/s": lambda row: f"{row['documents_per_second']:,.1f}",
-    "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
-    "padding": lambda row: f"{row['padding_share']:.0%}",
-    "of large matmul": lambda row: f"{row['of_matmul']:.0%}",
-    "MFU, data sheet": lambda row: f"{row['mfu']:.0%}" if "mfu" in row else "",
+    "encoder": measure.value("contender"),
+    "documents": measure.value("workload"),
+    "K": measure.value("thinking_steps"),
+    "time (quartiles)": measure.seconds(),
+    "× ours (quartiles)": measure.ratio(),
+    "docs/s": measure.value("documents_per_second", ",.1f"),
+    "tokens/s": measure.value("tokens_per_second", ",.0f"),
+    "padding": measure.value("padding_share", ".0%"),
+    "of large matmul": measure.value("of_matmul", ".0%"),
+    "MFU, data sheet": measure.value("mfu", ".0%"),
 }
 
 
-def main(arguments: Sequence[str]) -> None:
-    """The command line."""
-    parser = command_line("encode_throughput", __doc__, repeats=5)
-    add_backbone(parser)
-    add_contenders(parser)
-    shapes = " ".join(f"{rows}x{tokens}" for rows, tokens in FULL)
-    parser.add_argument(
-        "--full", type=rows_by_tokens, nargs="*", default=FULL, help=f"default {shapes}"
-    )
-    parser.add_argument("--batches", type=positive, default=2, help="of each full shape; default 2")
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    workload.add_backbone(parser)
+    workload.add_contenders(parser)
+    batch = measure.sizes_of("rows", "tokens")
+    text = f"default {' '.join(f'{rows}x{tokens}' for rows, tokens in FULL)}"
+    parser.add_argument("--full", type=batch, nargs="*", default=FULL, help=text)
     there = Path(next((folder for folder in DATA if Path(folder).is_dir()), DATA[0]))
     parser.add_argument("--data", type=Path, default=there, help=f"default {' or '.join(DATA)}")
-    for name, value, what in (
-        ("thinking_steps", 3, "K"),
-        ("longest", 512, "tokens of the longest prompt of the mix"),
-        ("batch_size", 8, "rows of PyTorch's batches in the mix"),
-        ("our_batch_size", 16, "the most rows of ours; for CPUs"),
-        ("batch_tokens", 2048, "the most tokens of ours; for CPUs"),
-    ):
-        parser.add_argument(f"--{name}", type=positive, default=value, help=f"{what}; {value}")
-    parser.add_argument(
-        "--documents", type=int, default=192, help="of the mix, 0 for none; default 192"
-    )
-    options = parser.parse_args(arguments)
-    measure(options, arguments).finish(COLUMNS, options.output)
+    numbers = {
+        "batches": (2, "of each full shape"),
+        "thinking_steps": (3, "K"),
+        "longest": (512, "tokens of the longest prompt of the mix"),
+        "vocabulary": (16_000, "of the tokenizer that is trained on the mix's corpora"),
+        "batch_size": (8, "rows of PyTorch's batches in the mix"),
+        "our_batch_size": (16, "the most rows of ours; for CPUs"),
+        "batch_tokens": (2048, "the most tokens of ours; for CPUs"),
+    }
+    measure.add_numbers(parser, numbers)
+    text = "of the mix, 0 for none; default 192"
+    parser.add_argument("--documents", type=int, default=192, help=text)
 
+
+QUICK = {"backbone": workload.TINY, "full": [(2, 32)], "documents": 8, "longest": 96}
+QUICK |= {"vocabulary": 300, "batch_size": 4, "our_batch_size": 4}
+PROGRAM = measure.Program(
+    "encode_throughput", __doc__, fill, COLUMNS, add_flags, quick=QUICK, repeats=5
+)
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    PROGRAM.main(sys.argv[1:])

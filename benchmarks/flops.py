@@ -1,22 +1,29 @@
-"""What a program computes and moves, counted by formula.
+"""What a program computes and moves, counted, and what the device can do at best, measured.
 
 `compiled.cost_analysis()` counts the body of a loop once, however often it runs, and our layers and
 thinking steps are loops. So the matmuls are counted in the traced program instead, where a scan
-knows its length; both agree on programs without loops (tests/test_benchmarks.py). What encoding
-costs by formula, whatever the program, is `laser_jax.training.throughput.forward_flops` of
-`encode_reading`; the least bytes that it moves are below.
+knows its length; both agree on programs without loops (tests/test_roofline.py). What encoding costs
+by formula, whatever the program, is `laser_jax.training.throughput.forward_flops` of
+`encode_reading`; the least bytes that it moves are below, and so are the two ceilings that are
+timed beside the contenders: a large matmul and a large copy.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from laser_jax.config import BackboneConfig
-from laser_jax.training.throughput import Reading
+from benchmarks.measure import Run, Spread
+from laser_jax.config import BackboneConfig, Dtype
+from laser_jax.modeling.attention import exact_matmuls
+from laser_jax.training.throughput import Reading, forward_flops, known_device
+
+# --- counted in a traced program -----------------------------------------------------------------
 
 
 def matmul_flops(function: Callable[..., Any], *args: Any) -> int:
@@ -85,24 +92,123 @@ def parameters(config: BackboneConfig) -> int:
     return config.num_layers * layer + D + V * D * (1 if config.tie_word_embeddings else 2)
 
 
-def reading_bytes(config: BackboneConfig, lengths: Sequence[int], itemsize: int) -> float:
-    """The least traffic of reading prompts: the weights of all layers and the tokens' embeddings
-    in, keys and values out, once each. Activations are taken to stay on the chip."""
-    D, V = config.hidden_size, config.vocab_size
+def moved_bytes(
+    config: BackboneConfig, lengths: Sequence[int], itemsize: int
+) -> tuple[float, float]:
+    """The least traffic of reading prompts, and of one thinking step of all rows. Activations are
+    taken to stay on the chip.
+
+    Reading: the weights of all layers and the tokens' embeddings in, keys and values out, once
+    each. A thought: the weights of all layers, the LM head and the embedding table, which the
+    softmax between them makes two readings of V D numbers even where they are one table, and the
+    prompts' keys and values.
+    """
+    D, V, tokens = config.hidden_size, config.vocab_size, sum(lengths)
     layers = parameters(config) - V * D * (1 if config.tie_word_embeddings else 2)
-    tokens = sum(lengths)
-    return itemsize * (layers + tokens * D + tokens * _key_values(config))
+    key_values = config.num_layers * 2 * config.num_kv_heads * config.head_dim
+    reading = layers + tokens * D + tokens * key_values
+    return itemsize * reading, itemsize * (layers + 2 * V * D + tokens * key_values)
 
 
-def thought_bytes(config: BackboneConfig, lengths: Sequence[int], itemsize: int) -> float:
-    """The least traffic of one thinking step of all rows: the weights of all layers, the LM head
-    and the embedding table, which the softmax between them makes two readings of V D numbers even
-    where they are one table, and the prompts' keys and values."""
-    D, V = config.hidden_size, config.vocab_size
-    layers = parameters(config) - V * D * (1 if config.tie_word_embeddings else 2)
-    return itemsize * (layers + 2 * V * D + sum(lengths) * _key_values(config))
+@dataclass(frozen=True)
+class Work:
+    """FLOPs by formula and least bytes, of reading and of each of some thoughts."""
+
+    reading: tuple[float, float]
+    thought: tuple[float, float]
+    thoughts: int
+
+    @property
+    def flops(self) -> float:
+        return self.reading[0] + self.thoughts * self.thought[0]
+
+    def seconds(self, best: Ceilings) -> float:
+        """The roofline."""
+        return best.seconds(*self.reading) + self.thoughts * best.seconds(*self.thought)
 
 
-def _key_values(config: BackboneConfig) -> int:
-    """Numbers that all layers keep of a token."""
-    return config.num_layers * 2 * config.num_kv_heads * config.head_dim
+def encode_work(
+    lengths: Sequence[int], thinking_steps: int, config: BackboneConfig, dtype: Dtype
+) -> Work:
+    """What embedding rows of these lengths costs."""
+    read, one = (forward_flops(config, encode_reading(lengths, K)) for K in (1, 2))
+    bytes_read, bytes_thought = moved_bytes(config, lengths, jnp.dtype(dtype).itemsize)
+    return Work((read, bytes_read), (one - read, bytes_thought), thinking_steps - 1)
+
+
+# --- the device at its best ----------------------------------------------------------------------
+
+MATMUL, COPY = "large matmul", "large copy"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Side of the square matrices, and bytes that are copied."""
+
+    side: int
+    copied: int
+
+
+def ceiling_sizes(*, quick: bool) -> Sizes:
+    """Large enough to fill the device, small enough to be short beside the contenders."""
+    if quick:
+        return Sizes(128, 2**20)
+    return Sizes(2048, 2**28) if jax.default_backend() == "cpu" else Sizes(8192, 2**31)
+
+
+def ceiling_runs(dtype: Dtype, of: Sizes) -> dict[str, Run]:
+    """Two contenders for `time_alternating`. The copy adds 1 in place: that reads and writes every
+    number, cannot be left out, and takes no new pages from the system."""
+    key = jax.random.key(0)
+    shape = (of.side, of.side)
+    a, b = (jax.random.normal(k, shape, jnp.dtype(dtype)) for k in jax.random.split(key))
+    add = jax.jit(lambda x: x + 1.0, donate_argnums=0)
+    numbers = jnp.zeros(of.copied // 4, jnp.float32)
+
+    def copy() -> jax.Array:
+        nonlocal numbers
+        numbers = add(numbers)
+        return numbers
+
+    @jax.jit
+    def multiply(a: jax.Array, b: jax.Array) -> jax.Array:
+        with exact_matmuls(dtype):
+            return a @ b
+
+    return {MATMUL: lambda: multiply(a, b), COPY: copy}
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """FLOP/s and bytes/s of the repeats."""
+
+    flops: Spread
+    bytes: Spread
+    data_sheet_flops: float | None
+    """Of dense bfloat16 matmuls; None in another dtype or where the device is not known."""
+
+    def seconds(self, flops: float, moved: float) -> float:
+        """The least time for work that can overlap its own traffic, of the medians: the
+        roofline."""
+        return max(flops / self.flops.median, moved / self.bytes.median)
+
+    def shares(self, flops: float, seconds: float) -> dict[str, float]:
+        """What work that took so long reached of a large matmul and, where it is known, of the
+        data sheet (MFU)."""
+        found = {
+            "of_matmul": flops / seconds / self.flops.median,
+            "matmul_flops_per_second": self.flops.median,
+        }
+        if self.data_sheet_flops is not None:
+            found["mfu"] = flops / seconds / self.data_sheet_flops
+        return found
+
+
+def ceilings(times: Mapping[str, Sequence[float]], dtype: Dtype, of: Sizes) -> Ceilings:
+    """From the times of `ceiling_runs`."""
+    known = known_device(jax.devices()[0]) if jnp.dtype(dtype).itemsize == 2 else None
+    return Ceilings(
+        flops=Spread.of([2 * of.side**3 / seconds for seconds in times[MATMUL]]),
+        bytes=Spread.of([2 * of.copied / seconds for seconds in times[COPY]]),
+        data_sheet_flops=known.tflops * 1e12 if known else None,
+    )

@@ -31,7 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.measure import Report, command_line, environment, positive
+from benchmarks import measure
+from benchmarks.measure import Report, Row
 from laser_jax.alignment import keyframe_positions, token_segment_ends
 from laser_jax.config import (
     AttentionKernel,
@@ -45,15 +46,7 @@ from laser_jax.data.pipeline import Batch, Tokens
 from laser_jax.data.tokenization import right_pad
 from laser_jax.encoder import encode_all_steps
 from laser_jax.hf import load_params, read_backbone_config
-from laser_jax.modeling.attention import (
-    KeyValues,
-    Past,
-    causal_attention,
-    choose_kernel,
-    counted_attention,
-    exact_matmuls,
-    thinking_attention,
-)
+from laser_jax.modeling import attention
 from laser_jax.modeling.backbone import Backbone
 from laser_jax.step import objective_terms
 
@@ -68,10 +61,6 @@ LENGTHS = (64, 128, 192, 222, 1024)
 """Multiples of 128 and others; cuDNN's backward pass has been wrong at 64 above one."""
 ATTENTION = 2.0, 1e-3
 """How many times as far off as XLA's bfloat16 a kernel may be, and how far in any case."""
-ATTENTIONS = READING, THINKING = "reading", "thinking"
-"""How their checks' names begin."""
-
-Row = dict[str, Any]
 
 
 def row(check: str, value: float, bound: float) -> Row:
@@ -116,7 +105,7 @@ def embedding_check(case: Path, dtype: Dtype) -> Check:
     variables = {"params": load_params(model_of(case), config, dtype=jnp.dtype(dtype))}
     ids_BT, mask_BT = (golden[k].astype(np.int32) for k in ("input_ids", "attention_mask"))
     Ks = [int(K) for K in golden["Ks"]]
-    kernel, _ = choose_kernel("auto", jax.default_backend(), dtype, config.head_dim)
+    kernel, _ = attention.choose_kernel("auto", jax.default_backend(), dtype, config.head_dim)
     program = functools.partial(
         encode_all_steps, config=RetrieverConfig(config, max(Ks), dtype=dtype), attention=kernel
     )
@@ -204,7 +193,7 @@ def parts_of(
 
     def run(*inputs: jax.Array) -> dict[str, jax.Array]:
         def loss(*inputs: jax.Array) -> Any:
-            with exact_matmuls(inputs[0].dtype):
+            with attention.exact_matmuls(inputs[0].dtype):
                 out = attend(*inputs)
             return (out.astype(jnp.float32) * weights).sum(), out
 
@@ -259,13 +248,15 @@ def reading_check(
 
     def attend(kernel: AttentionKernel) -> Callable[..., jax.Array]:
         if kernel == "xla":
-            return lambda q, k, v: counted_attention(q, KeyValues(k, v), visible_BP)
-        return lambda q, k, v: causal_attention(q, KeyValues(k, v), kernel)
+            return lambda q, k, v: attention.counted_attention(
+                q, attention.KeyValues(k, v), visible_BP
+            )
+        return lambda q, k, v: attention.causal_attention(q, attention.KeyValues(k, v), kernel)
 
     *inputs, weights = drawn(length, *((4, length, heads, H) for heads in (N, G, G, N)))
     named = dict(zip("qkv", inputs, strict=True))
     attentions = {kernel: attend(kernel) for kernel in kernels}
-    return against_float32(f"{READING}, {N}/{G}×{H}, T = {length}", attentions, named, weights)
+    return against_float32(f"reading, {N}/{G}×{H}, T = {length}", attentions, named, weights)
 
 
 def thinking_check(
@@ -277,8 +268,10 @@ def thinking_check(
 
     def attend(kernel: AttentionKernel) -> Callable[..., jax.Array]:
         def run(q: jax.Array, *others: jax.Array) -> jax.Array:
-            prefix, suffix = KeyValues(*others[:2]), KeyValues(*others[2:])
-            return thinking_attention(q, Past((prefix,), suffix), lengths_B, jnp.asarray(1), kernel)
+            prefix, suffix = attention.KeyValues(*others[:2]), attention.KeyValues(*others[2:])
+            return attention.thinking_attention(
+                q, attention.Past((prefix,), suffix), lengths_B, jnp.asarray(1), kernel
+            )
 
         return run
 
@@ -287,13 +280,12 @@ def thinking_check(
     names = ["q", "k", "v", "k of thoughts", "v of thoughts"]
     named = dict(zip(names, inputs, strict=True))
     attentions = {kernel: attend(kernel) for kernel in kernels}
-    return against_float32(f"{THINKING}, {N}/{G}×{H}, T = {length}", attentions, named, weights)
+    return against_float32(f"thinking, {N}/{G}×{H}, T = {length}", attentions, named, weights)
 
 
-def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
+def fill(options: argparse.Namespace, report: Report) -> None:
     """All checks; none of them raises."""
     heads, lengths = (((4, 2, 16),), (96,)) if options.quick else (HEADS, LENGTHS)
-    report = Report("gpu_checks", arguments, {"heads": heads, "lengths": lengths}, environment())
     folder = golden_folder(options.golden)
     numbers: list[Check] = []
     if folder is None:
@@ -305,14 +297,14 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
     kernels: list[AttentionKernel] = ["xla"]
     try:
         platform = jax.default_backend()
-        kernels.append(choose_kernel("cudnn", platform, "bfloat16", heads[0][2])[0])
+        kernels.append(attention.choose_kernel("cudnn", platform, "bfloat16", heads[0][2])[0])
     except ConfigError as error:
         report.notes.append(f"cuDNN is not checked: {error}.")
-    attention: list[Check] = []
+    kernel_checks: list[Check] = []
     for shape in heads:
-        attention += [reading_check(kernels, shape, length) for length in lengths]
-        attention += [thinking_check(kernels, shape, length) for length in lengths[-2:]]
-    for checks in (numbers, attention):
+        kernel_checks += [reading_check(kernels, shape, length) for length in lengths]
+        kernel_checks += [thinking_check(kernels, shape, length) for length in lengths[-2:]]
+    for checks in (numbers, kernel_checks):
         # Compiling is most of the time. Nothing runs beside it: XLA 0.11 then aborted on a GPU.
         with ThreadPoolExecutor(options.threads) as pool:
             compiled = list(pool.map(Check.compiled, checks))
@@ -322,42 +314,28 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
             report.write(options.output)  # what is known, should the next ones take too long
     failed = [r["check"] for r in report.rows if not r["passed"]]
     report.notes.append(f"{len(failed)} of {len(report.rows)} checks failed: {failed or 'none'}.")
-    return report
 
 
 COLUMNS = {
-    "check": lambda row: row["check"],
-    "off by": lambda row: f"{row['value']:.2g}",
-    "at most": lambda row: f"{row['bound']:.2g}",
+    "check": measure.value("check"),
+    "off by": measure.value("value", ".2g"),
+    "at most": measure.value("bound", ".2g"),
     "passed": lambda row: "yes" if row["passed"] else "NO",
 }
 
 
-def shown_rows(rows: Sequence[Row]) -> list[Row]:
-    """The rows of the report's table: of every attention, that part alone which is nearest to its
-    bound. Where one fails, all that fail."""
-
-    def part_of(checked: Row) -> str:
-        name = str(checked["check"])
-        return name.rpartition(", ")[0] if name.startswith(ATTENTIONS) else name
-
-    nearest: dict[str, Row] = {}
-    passed = (r for r in rows if r["passed"])
-    for checked in sorted(passed, key=lambda r: r["value"] / r["bound"]):
-        nearest[part_of(checked)] = checked
-    return [r for r in rows if not r["passed"] or nearest.get(part_of(r)) is r]
-
-
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
-    parser = command_line("gpu_checks", __doc__)
-    parser.add_argument("--threads", type=positive, default=4, help="default 4")
-    parser.add_argument("--golden", type=Path, help=f"default {' or '.join(FOLDERS)}")
-    options = parser.parse_args(arguments)
-    report = measure(options, arguments)
-    report.finish(COLUMNS, options.output)
+    report = PROGRAM.main(arguments)
     sys.exit(0 if all(r["passed"] for r in report.rows) else 1)
 
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    measure.add_numbers(parser, {"threads": (4, "that compile")})
+    parser.add_argument("--golden", type=Path, help=f"default {' or '.join(FOLDERS)}")
+
+
+PROGRAM = measure.Program("gpu_checks", __doc__, fill, COLUMNS, add_flags, repeats=None)
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""The measuring core: several contenders timed in turn on one machine, and the report of a run.
+"""The measuring core: contenders timed in turn on one machine, and the program around them.
 
 Speeds of a machine drift by more than the differences that are looked for. So every repeat times
 all contenders one after the other, each repeat begins with another one, and a ratio is taken within
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import gzip
 import importlib.metadata
 import importlib.util
 import json
@@ -28,7 +29,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from laser_jax.files import lock, write_atomically
+from laser_jax.files import lock, written_whole
 from laser_jax.training.output import code_version
 
 PACKAGES = (
@@ -42,15 +43,16 @@ work, on the cores of whoever comes next."""
 LOCK = "LASER_BENCHMARK_LOCK"
 """Names a file by which programs that run at once are timed one after the other."""
 
-Columns = Mapping[str, Callable[[dict[str, Any]], str]]
+Row = dict[str, Any]
+Cell = Callable[[Row], str]
+Columns = Mapping[str, Cell]
 """From a heading to the text of a row's cell."""
 
 Run = Callable[[], Any]
 """One whole piece of work. What it returns is waited for; PyTorch contenders wait by themselves."""
 
-
 Name = TypeVar("Name", str, tuple[str, int])
-"""Of a contender."""
+"""The name of a contender."""
 
 T = TypeVar("T")
 
@@ -89,43 +91,38 @@ def time_alternating(
     Raises:
         ValueError: when there is nothing to time or no repeat.
     """
-    seconds: dict[Name, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    if not names or repeats < 1 or warmup < 0:
+        raise ValueError(
+            f"at least one contender and one repeat are wanted, got {names}, "
+            f"{repeats} repeats and {warmup} warm-up rounds"
+        )
+    seconds: dict[Name, list[float]] = {name: [] for name in names}
     with alone():
-        for name, counts in in_turn(list(contenders), repeats=repeats, warmup=warmup):
-            began = time.perf_counter()
-            jax.block_until_ready(contenders[name]())
-            taken = time.perf_counter() - began
-            if counts:
-                seconds[name].append(taken)
+        for round_ in range(warmup + repeats):
+            first = round_ % len(names)
+            for name in [*names[first:], *names[:first]]:
+                time.sleep(REST_SECONDS)
+                began = time.perf_counter()
+                jax.block_until_ready(contenders[name]())
+                taken = time.perf_counter() - began
+                if round_ >= warmup:
+                    seconds[name].append(taken)
     return seconds
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """Within this no other program is timed that shares the file which LASER_BENCHMARK_LOCK names;
-    they may load and compile. Without such a file nothing is waited for."""
-    with contextlib.ExitStack() as held:
-        if LOCK in os.environ:
-            lock(held.enter_context(open(os.environ[LOCK], "w")), wait=True)
+def locked(path: str | Path) -> Iterator[None]:
+    """Holds the lock of a file; another process that wants it waits."""
+    with open(path, "w") as file:
+        lock(file, wait=True)
         yield
 
 
-def in_turn(names: Sequence[Name], *, repeats: int, warmup: int) -> Iterator[tuple[Name, bool]]:
-    """Whose turn it is, after a rest, and whether the round counts: `time_alternating`'s order.
-
-    Raises:
-        ValueError: as `time_alternating`.
-    """
-    if not names or repeats < 1 or warmup < 0:
-        raise ValueError(
-            f"at least one contender and one repeat are wanted, got {list(names)}, "
-            f"{repeats} repeats and {warmup} warm-up rounds"
-        )
-    for round_ in range(warmup + repeats):
-        first = round_ % len(names)
-        for name in [*names[first:], *names[:first]]:
-            time.sleep(REST_SECONDS)
-            yield name, round_ >= warmup
+def alone() -> contextlib.AbstractContextManager[None]:
+    """Within this no other program is timed that shares the file which LASER_BENCHMARK_LOCK names;
+    they may load and compile. Without such a file nothing is waited for."""
+    return locked(os.environ[LOCK]) if LOCK in os.environ else contextlib.nullcontext()
 
 
 def in_new_process(function: Callable[..., T], *args: Any) -> T:
@@ -140,12 +137,15 @@ def paired_ratio(seconds: Sequence[float], base: Sequence[float]) -> Spread:
     return Spread.of([ours / other for ours, other in zip(seconds, base, strict=True)])
 
 
-def timing_fields(times: Mapping[Name, Sequence[float]], name: Name, base: Name) -> dict[str, Any]:
+def repeated(values: Sequence[float]) -> Row:
+    """The spread of some repeats and, in order, the repeats, so that others can be paired later."""
+    return vars(Spread.of(values)) | {"repeats": list(values)}
+
+
+def timing_fields(times: Mapping[Name, Sequence[float]], name: Name, base: Name) -> Row:
     """The fields of a row that say how long contender `name` took, also against `base`."""
-    return {
-        "seconds": vars(Spread.of(times[name])) | {"repeats": list(times[name])},
-        "ratio": vars(paired_ratio(times[name], times[base])),
-    }
+    ratio = vars(paired_ratio(times[name], times[base]))
+    return {"seconds": repeated(times[name]), "ratio": ratio}
 
 
 # --- where and when --------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def environment() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": os.environ.get("LASER_COMMIT") or code_version().get("commit"),
         "python": platform.python_version(),
-        "versions": {name: version_of(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -166,7 +166,24 @@ def environment() -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "torch_threads": torch_threads(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def torch_threads() -> int | None:
@@ -176,20 +193,6 @@ def torch_threads() -> int | None:
     import torch
 
     return torch.get_num_threads()
-
-
-def version_of(package: str) -> str | None:
-    """The installed version, None where the package is absent."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def torch_missing() -> str | None:
-    """Which packages the PyTorch contenders lack, in words; None where they can run."""
-    missing = [name for name in ("torch", "peft") if importlib.util.find_spec(name) is None]
-    return f"{' and '.join(missing)} absent: pip install laser-jax[parity]" if missing else None
 
 
 def torch_device() -> str | None:
@@ -203,76 +206,15 @@ def torch_device() -> str | None:
 
 def torch_unusable() -> str | None:
     """Why PyTorch cannot be measured beside JAX, in words; None where it can."""
-    if reason := torch_missing():
-        return reason
+    missing = [name for name in ("torch", "peft") if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"{' and '.join(missing)} absent: pip install laser-jax[parity]"
     if torch_device() is None:
         return f"PyTorch here has no device of JAX's backend {jax.default_backend()}"
     return None
 
 
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-# --- the report ------------------------------------------------------------------------------
-
-
-@dataclass
-class Report:
-    """What a program measured: one JSON file, and one table to paste into a document."""
-
-    benchmark: str
-    arguments: Sequence[str]
-    settings: dict[str, Any]
-    environment: dict[str, Any]
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    """What a reader must know of this run, such as why contenders are absent."""
-
-    @property
-    def command(self) -> str:
-        return shlex.join(["python", "-m", f"benchmarks.{self.benchmark}", *self.arguments])
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "benchmark": self.benchmark,
-            "command": self.command,
-            "settings": self.settings,
-            "environment": self.environment,
-            "notes": self.notes,
-            "rows": self.rows,
-        }
-
-    def finish(self, columns: Columns, output: Path | None) -> None:
-        """Prints the table and, with `output`, writes the JSON file."""
-        print(as_markdown(self.as_dict(), columns))
-        if output is not None:
-            self.write(output)
-            print(f"\n{output}", file=sys.stderr)
-
-    def write(self, output: Path) -> None:
-        """Writes the JSON file."""
-        write_atomically(output, json.dumps(self.as_dict(), indent=1) + "\n")
-
-
-def as_markdown(report: Mapping[str, Any], columns: Columns) -> str:
-    """Command, machine, table and notes of what `Report.as_dict` gave."""
-    e = report["environment"]
-    load = ", ".join(f"{value:.2f}" for value in e["load_average_at_start"])
-    versions = ", ".join(f"{name} {v}" for name, v in e["versions"].items() if v is not None)
-    where = (
-        f"{e['date']}, commit {e['commit'] or 'unknown'}. {e['processor']}, {e['cores']} cores,"
-        f" load average at start {load}; {e['device_count']} × {e['device']} ({e['backend']}). "
-        f"Python {e['python']}, {versions}."
-    )
-    rows = [[cell(row) for cell in columns.values()] for row in report["rows"]]
-    table = markdown_table(list(columns), rows)
-    return "\n\n".join([f"    {report['command']}", where, table, *report["notes"]])
+# --- tables ----------------------------------------------------------------------------------
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -286,6 +228,13 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> st
 
     rule = [f":{'-' * (widths[0] - 1)}"] + [f"{'-' * (width - 1)}:" for width in widths[1:]]
     return "\n".join(map(line, [headings, rule, *rows]))
+
+
+def table_of(rows: Sequence[Row], columns: Columns) -> str:
+    """The Markdown table of some rows; columns that are empty in all of them are left out."""
+    shown = {heading: [cell(row) for row in rows] for heading, cell in columns.items()}
+    shown = {heading: cells for heading, cells in shown.items() if any(cells)}
+    return markdown_table(list(shown), list(zip(*shown.values(), strict=True)))
 
 
 def seconds_cell(spread: Mapping[str, Any] | None) -> str:
@@ -304,29 +253,152 @@ def ratio_cell(spread: Mapping[str, Any] | None) -> str:
     return f"{spread['median']:.2f} ({spread['q1']:.2f} to {spread['q3']:.2f})"
 
 
-# --- the command line ------------------------------------------------------------------------
+def seconds(key: str = "seconds") -> Cell:
+    """A column of times."""
+    return lambda row: seconds_cell(row.get(key))
 
 
-def command_line(
-    benchmark: str, description: str | None, *, repeats: int | None = 7
-) -> argparse.ArgumentParser:
-    """A parser with the flags that all programs share.
+def ratio(key: str = "ratio") -> Cell:
+    """A column of ratios."""
+    return lambda row: ratio_cell(row.get(key))
+
+
+def value(key: str, form: str = "", unit: float | None = None) -> Cell:
+    """A column of texts or numbers, or of spreads, of which the median is shown.
 
     Args:
-        repeats: the default of `--repeats`; None for a program that repeats nothing.
+        form: as `format` takes it.
+        unit: what the number is divided by.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{benchmark}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+
+    def cell(row: Row) -> str:
+        found = row.get(key)
+        if isinstance(found, Mapping):
+            found = found["median"]
+        return "" if found is None else format(found if unit is None else found / unit, form)
+
+    return cell
+
+
+def batch_cell(row: Row) -> str:
+    """`8×512`: rows of tokens."""
+    return f"{row['rows']}×{row['tokens']}"
+
+
+# --- the report ------------------------------------------------------------------------------
+
+
+@dataclass
+class Report:
+    """What a program measured: one JSON file, and one table to paste into a document."""
+
+    benchmark: str
+    command: str
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    """What a reader must know of this run, such as why contenders are absent."""
+    rows: list[Row] = field(default_factory=list)
+
+    def write(self, output: Path) -> None:
+        """Writes the JSON file, compressed where its name ends in .gz."""
+        write_json(output, vars(self))
+
+
+def write_json(output: Path, found: Any) -> None:
+    """Writes JSON on one line, compressed where the name ends in .gz: the same content gives the
+    same bytes."""
+    data = (json.dumps(found, ensure_ascii=False) + "\n").encode()
+    with written_whole(output) as part:
+        part.write_bytes(gzip.compress(data, mtime=0) if output.suffix == ".gz" else data)
+
+
+def as_markdown(report: Mapping[str, Any], columns: Columns) -> str:
+    """Command, machine, table and notes of what `Report.write` wrote."""
+    e = report["environment"]
+    load = ", ".join(f"{value:.2f}" for value in e["load_average_at_start"])
+    versions = ", ".join(f"{name} {v}" for name, v in e["versions"].items() if v is not None)
+    where = (
+        f"{e['date']}, commit {e['commit'] or 'unknown'}. {e['processor']}, {e['cores']} cores,"
+        f" load average at start {load}; {e['device_count']} × {e['device']} ({e['backend']}). "
+        f"Python {e['python']}, {versions}."
     )
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run?")
-    parser.add_argument("--output", type=new_file, help="write the numbers to this JSON file")
-    if repeats is not None:
-        parser.add_argument(
-            "--repeats", type=positive, default=repeats, help=f"timed rounds; default {repeats}"
+    table = table_of(report["rows"], columns)
+    return "\n\n".join([f"    {report['command']}", where, table, *report["notes"]])
+
+
+# --- the program around a measurement --------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Program:
+    """A benchmark: its command line, how it fills a report, and how a row is shown."""
+
+    name: str
+    description: str | None
+    fill: Callable[[argparse.Namespace, Report], None]
+    """Adds rows and notes; the settings are the options."""
+    columns: Columns
+    flags: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    quick: Mapping[str, Any] = field(default_factory=dict)
+    """What --quick sets over the options: tiny shapes, which show only that the program runs."""
+    repeats: int | None = 7
+    """The default of --repeats; None for a program that repeats nothing."""
+    apart: bool = False
+    """Leaves the device to the processes that it starts."""
+    writes: bool = True
+    """Has the flag --output; one without writes by itself."""
+
+    def parser(self) -> argparse.ArgumentParser:
+        parser = argparse.ArgumentParser(
+            prog=f"python -m benchmarks.{self.name}",
+            description=self.description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-    return parser
+        parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run?")
+        if self.writes:
+            parser.add_argument("--output", type=new_file, help="write the numbers to this file")
+        if self.repeats is not None:
+            text = f"timed rounds; default {self.repeats}"
+            parser.add_argument("--repeats", type=positive, default=self.repeats, help=text)
+        self.flags(parser)
+        return parser
+
+    def options(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """The parsed command line, with the shapes of --quick where it is given."""
+        options = self.parser().parse_args(arguments)
+        if options.quick:
+            vars(options).update(self.quick)
+        return options
+
+    def main(self, arguments: Sequence[str]) -> Report:
+        """The command line: measures, prints the table and, with --output, writes the file. A
+        measurement that means nothing ends the program with its message."""
+        options = self.options(arguments)
+        settings = {
+            name: str(given) if isinstance(given, Path) else given
+            for name, given in vars(options).items()
+            if name not in ("output", "quick")
+        }
+        where = in_new_process(environment) if self.apart else environment()
+        command = shlex.join(["python", "-m", f"benchmarks.{self.name}", *arguments])
+        report = Report(self.name, command, settings, where)
+        try:
+            self.fill(options, report)
+        except BenchmarkError as error:
+            sys.exit(f"error: {error}")
+        print(as_markdown(vars(report), self.columns))
+        if self.writes and options.output is not None:
+            report.write(options.output)
+            print(f"\n{options.output}", file=sys.stderr)
+        return report
+
+
+def add_numbers(parser: argparse.ArgumentParser, numbers: Mapping[str, tuple[int, str]]) -> None:
+    """Flags of positive integers: name -> (default, help)."""
+    for name, (default, text) in numbers.items():
+        text = f"{text}; default {default}"
+        parser.add_argument(f"--{name}", type=positive, default=default, help=text)
 
 
 def new_file(text: str) -> Path:
@@ -339,7 +411,20 @@ def new_file(text: str) -> Path:
 
 def positive(text: str) -> int:
     """An argparse type: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def sizes_of(*names: str) -> Callable[[str], tuple[int, ...]]:
+    """An argparse type: with the names rows and tokens, `8x128` is 8 rows of 128 tokens."""
+
+    def parse(text: str) -> tuple[int, ...]:
+        parts = text.split("x")
+        if len(parts) != len(names):
+            wanted = "x".join(names).upper()
+            raise argparse.ArgumentTypeError(f"{wanted} is wanted, such as 8x128, got {text}")
+        return tuple(map(positive, parts))
+
+    return parse

@@ -1,58 +1,48 @@
-"""Turns what the benchmarks measured into docs/results.md, tables and figures.
+"""Turns what the benchmarks measured into docs/results.md and its figures.
 
     python -m benchmarks.report [--results benchmarks/results] [--output docs]
+    python -m benchmarks.report --show NAME
 
-Reads every JSON file under the folder of results, in the order of their names, and writes nothing
-that they do not say: the same files give the same page. A table is made by the `COLUMNS` of the
-program that wrote the file, of the rows that its function `shown_rows` gives, where it has one;
-where it has a function `further_tables` of the rows, that gives more, by their titles. A figure
-(PNG and SVG, extra `bench`) is drawn by its function `plot`, or else of the rows' `seconds`, where
-they hold some. `--check` writes nothing and says whether the page is what the files give.
+Reads every file under the folder of results (.json or .json.gz) in the order of their names and
+writes nothing that they do not say: the same files give the same page. Of several measurements of
+one thing the newest is taken. Figures are SVG and want matplotlib, the extra `bench`. `--check`
+writes nothing and says whether the page is what the files give; `--show` prints one file whole,
+with its command, commit, machine and notes.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import importlib
 import json
-import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Columns, as_markdown, markdown_table
-from benchmarks.targets import TARGETS, reached
-from laser_jax.evaluation.plots import Interval, plot_intervals
+from benchmarks import measure
+from benchmarks.ablation_table import further_tables, mean_cell
+from benchmarks.measure import as_markdown, markdown_table
+from benchmarks.targets import COMPILED, DROPPED, PUBLISHED, TARGETS, TUNED, reached, values_of
+from laser_jax.evaluation.plots import Interval, plot_intervals, plot_quality_by_steps
 from laser_jax.files import write_atomically
 
 RESULTS, OUTPUT = Path("benchmarks/results"), Path("docs")
 PAGE, FIGURES = "results.md", "results"
 KEYS = {"benchmark", "command", "settings", "environment", "notes", "rows"}
-
-HEAD = """# Results
-
-Made by `python -m benchmarks.report` from the JSON files under `benchmarks/results`; not to be
-edited by hand. What the columns mean, and how times are taken, is in
-[benchmarks.md](benchmarks.md). Every table stands under its command, date, commit and machine."""
-
-TAIL = """## What cannot be shown here
-
-The paper's tables (nDCG@10 on BRIGHT and BRIGHT(v1.1), FollowIR, BrowseComp-Plus) need its six
-backbones with their pretrained weights, 81,659 training rows and a node of GPUs or a TPU slice.
-This repository was written where none of them was at hand: it trains small models from scratch
-and measures speed on random weights of the real shapes. [reproduce.md](reproduce.md) has every
-command from the hub to a BRIGHT table, with the hours to expect.
-
-The times that are missing above, on one H100 or H200:
-
-    python -m benchmarks.gpu --output FOLDER
-    cp FOLDER/gpu.json benchmarks/results/gpu.json && python -m benchmarks.report
-
-The CPU's timings are measured again, on an idle machine, by `python -m benchmarks.all`. What is no
-timing, such as `ablation`, is not part of it: its command stands above its table."""
+WORLDS = {
+    "embedded world": "2026-11-26-cpu-ablation",
+    **{
+        name: f"2026-11-27-cpu-ablation-{name}"
+        for name in ("entailmentbank", "strategyqa", "2wiki")
+    },
+}
+DRAWN = ("laser", "laser_K1", "laser_K3", "laser_K6", "gircse", "without_explicit_view")
+"""The rows of an ablation's figure."""
 
 
 class ResultsError(ValueError):
@@ -66,6 +56,11 @@ class Result:
     name: str
     report: dict[str, Any]
 
+    @property
+    def machine(self) -> str:
+        e = self.report["environment"]
+        return e["device"].removeprefix("NVIDIA ") if e["backend"] == "gpu" else "CPU"
+
 
 def read_results(folder: Path) -> list[Result]:
     """All reports, in the order of their names; those inside another follow it.
@@ -73,20 +68,21 @@ def read_results(folder: Path) -> list[Result]:
     Raises:
         ResultsError: no file, or one that no benchmark wrote, or that is a `--quick` run.
     """
-    files = sorted(folder.rglob("*.json"))
+    files = sorted([*folder.rglob("*.json"), *folder.rglob("*.json.gz")])
     if not files:
         raise ResultsError(f"{folder} holds no JSON file: run `python -m benchmarks.all` first")
     results = []
     for file in files:
         try:
-            report = json.loads(file.read_text())
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            data = file.read_bytes()
+            report = json.loads(gzip.decompress(data) if file.suffix == ".gz" else data)
+        except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ResultsError(f"{file}: not JSON: {error}") from error
         if not isinstance(report, dict) or set(report) != KEYS:
             raise ResultsError(f"{file}: no benchmark's file; the keys {sorted(KEYS)} are wanted")
         if "--quick" in report["command"].split():
             raise ResultsError(f"{file} was written by --quick, whose numbers mean nothing")
-        name = file.relative_to(folder).with_suffix("").as_posix().replace("/", "-")
+        name = file.relative_to(folder).as_posix().partition(".json")[0].replace("/", "-")
         results.append(Result(name, report))
         results += inner_results(name, report)
     return results
@@ -99,55 +95,7 @@ def inner_results(name: str, report: Mapping[str, Any]) -> Iterator[Result]:
             yield Result(f"{name}-{number}-{row['report']['benchmark']}", row["report"])
 
 
-def program_of(result: Result) -> Any:
-    """The module that wrote a report. Raises a ResultsError where it is not to be had."""
-    name = result.report["benchmark"]
-    try:
-        program = importlib.import_module(f"benchmarks.{name}")
-    except ModuleNotFoundError as error:
-        raise ResultsError(
-            f"{result.name}: benchmarks/{name}.py, which wrote it, is wanted for its table: {error}"
-        ) from error
-    if not hasattr(program, "COLUMNS"):
-        raise ResultsError(f"{result.name}: benchmarks/{name}.py has no COLUMNS")
-    return program
-
-
-def columns_of(result: Result) -> Columns:
-    """The columns of the program that wrote a report."""
-    return program_of(result).COLUMNS
-
-
-def intervals(result: Result) -> list[Interval]:
-    """The times of a report's rows, named by the columns before that of the time; a bare number
-    is no name without its heading."""
-    columns = list(columns_of(result).items())
-    at = [i for i, (heading, _) in enumerate(columns) if heading.startswith("time")]
-    timed = [row for row in result.report["rows"] if row.get("seconds")]
-    if not at or len(timed) < 2:
-        return []
-    found = []
-    for row in timed:
-        cells = [(heading, cell(row)) for heading, cell in columns[: at[0]]]
-        names = [f"{heading} = {cell}" if _is_number(cell) else cell for heading, cell in cells]
-        spread = row["seconds"]
-        label = ", ".join(name for name in names if name)
-        found.append(Interval(label, names[0], spread["q1"], spread["median"], spread["q3"]))
-    return found
-
-
-def _is_number(text: str) -> bool:
-    return re.fullmatch(r"[\d,.]+", text) is not None
-
-
-def figure_of(result: Result) -> Callable[[Path], None] | None:
-    """What draws the figure of a report to a stem; None where there is none."""
-    program = program_of(result)
-    if hasattr(program, "plot"):
-        return partial(program.plot, result.report["rows"])
-    if found := intervals(result):
-        return partial(plot_intervals, found, "seconds, median and quartiles")
-    return None
+# --- tables ------------------------------------------------------------------------------------
 
 
 def targets_table(reports: Sequence[Mapping[str, Any]]) -> str:
@@ -156,52 +104,233 @@ def targets_table(reports: Sequence[Mapping[str, Any]]) -> str:
     for target in TARGETS:
         found = reached(target, reports)
         if found is None:
-            rows.append([target.what, target.goal, "not measured", "", "", ""])
+            rows.append([target.what, target.goal_told, "not measured", "", target.device, ""])
             continue
         spread = "" if found.quartiles is None else " ({:.3g} to {:.3g})".format(*found.quartiles)
-        met = "yes" if target.met(found.value) else "NO"
-        measured = f"{found.value:.3g}{target.unit}{spread}"
-        rows.append([target.what, target.goal, measured, met, found.device, found.date[:10]])
+        met = "yes" if target.met(found.value) else "**NO**"
+        measured = f"{found.value:.4g}{target.unit}{spread}"
+        rows.append([target.what, target.goal_told, measured, met, found.device, found.date[:10]])
     return markdown_table(["target", "goal", "measured (quartiles)", "met", "on", "date"], rows)
 
 
-def title_of(result: Result) -> str:
-    """What the program says of itself."""
-    return (program_of(result).__doc__ or "").strip().partition("\n\n")[0].replace("\n", " ")
+@dataclass(frozen=True)
+class Comparison:
+    """A table with a line for each piece of work: the time of one contender, and how many times as
+    long the others took in the same run. Of several runs the newest counts that timed one of the
+    others too."""
+
+    benchmark: str
+    heading: str
+    label: str
+    """What a line is called: a template of a row's values."""
+    base: str
+    others: Sequence[str]
+    contender: str = "{contender}"
+    ratio: str = "ratio"
+    only: Mapping[str, Any] = field(default_factory=dict)
+
+    def table(self, results: Sequence[Result]) -> str:
+        newest: dict[str, tuple[str, dict[str, Mapping[str, Any]]]] = {}
+        for result in results:
+            if result.report["benchmark"] != self.benchmark:
+                continue
+            date, found = result.report["environment"]["date"], {}
+            for values in values_of(result.report):
+                if self.only.items() <= values.items() and self.ratio in values:
+                    values = dict(values) | {"machine": result.machine}
+                    values["kind"] = "all weights" if values.get("full") else "adapters"
+                    of = found.setdefault(self.label.format_map(values), {})
+                    of[self.contender.format_map(values)] = values
+            for label, rows in found.items():
+                useful = self.base in rows and rows.keys() & set(self.others)
+                if useful and (label not in newest or newest[label][0] < date):
+                    newest[label] = date, rows
+        lines = []
+        for label, (date, rows) in sorted(newest.items()):
+            ratios = [measure.ratio_cell(rows.get(o, {}).get(self.ratio)) for o in self.others]
+            time = measure.seconds_cell(rows[self.base]["seconds"])
+            lines.append([label, time, *(r.replace(" (", " × (") for r in ratios), date[:10]])
+        return markdown_table([self.heading, self.base, *self.others, "date"], lines)
+
+
+PYTORCH = (PUBLISHED, TUNED, COMPILED)
+MODEL = "{machine}, {backbone}, {dtype}"
+BATCH = f"{MODEL}, {{rows}}×{{tokens}}"
+STEP = f"{MODEL}, {{kind}}, {{queries}}×{{query_tokens}}"
+VARIANTS = ("parity", "gradcache / 2", "gradcache / 4", "plain / 4", "remat dots", "remat full")
+COMPARISONS = (
+    Comparison(
+        "encode_latency", "embedding, K = 3", BATCH, "ours", PYTORCH, only={"thinking_steps": 3}
+    ),
+    Comparison(
+        "encode_throughput",
+        "many documents, K = 3",
+        f"{MODEL}, {{workload}}",
+        "ours",
+        (PUBLISHED, TUNED, "tuned, as published", "tuned, sorted"),
+    ),
+    Comparison("train_step", "a training step", STEP, "fast", PYTORCH),
+    Comparison("train_step", "ways to train", STEP, "fast", VARIANTS),
+    Comparison(
+        "encode_latency",
+        "what thoughts cost",
+        f"{{contender}}, {BATCH}",
+        "K = 1",
+        [f"K = {K}" for K in (2, 3, 5, 8)],
+        "K = {thinking_steps}",
+        "over_one_step",
+    ),
+    Comparison(
+        "rewrite_latency",
+        "a query",
+        f"{MODEL}, batch {{rows}}",
+        "standard retriever",
+        ("latent, K = 3", "rewrite-then-retrieve"),
+        "{method}",
+    ),
+    Comparison(
+        "search",
+        "exact top 100 (queries × documents × width)",
+        "{machine}, {queries:,} × {documents:,} × {width:,}",
+        "ours, from the host",
+        ("ours, on the device", "NumPy", "PyTorch", "FAISS"),
+    ),
+)
+
+
+def quality_table(results: Sequence[Result]) -> str:
+    """nDCG@10 of every row of the ablations, a column for each world."""
+    by_name = {result.name: result.report["rows"] for result in results}
+    worlds = {world: by_name[name] for world, name in WORLDS.items() if name in by_name}
+    titles = dict.fromkeys(row["title"] for rows in worlds.values() for row in rows)
+    lines = []
+    for title in titles:
+        of_row = [{row["title"]: row for row in rows}.get(title) for rows in worlds.values()]
+        lines.append(
+            [title, *(mean_cell(row["scores"], "nDCG@10") if row else "" for row in of_row)]
+        )
+    return markdown_table(["nDCG@10", *worlds], lines)
+
+
+# --- the page ----------------------------------------------------------------------------------
+
+
+def headline(reports: Sequence[Mapping[str, Any]]) -> str:
+    """How many targets are met, and which are not."""
+    found = [(target, reached(target, reports)) for target in TARGETS]
+    missed = [
+        f"{t.what}{t.device and f' on an {t.device}'}, {r.value:.3g}{t.unit} ({t.goal_told})"
+        for t, r in found
+        if r is not None and not t.met(r.value)
+    ]
+    absent = [t.what + (t.device and f" on an {t.device}") for t, r in found if r is None]
+    told = [f"**{len(found) - len(missed) - len(absent)} of {len(found)} targets are met.**"]
+    told += [f"Missed: {'; '.join(missed)}."] if missed else []
+    return "\n\n".join([*told, *([f"Not measured: {'; '.join(absent)}."] if absent else [])])
+
+
+HEAD = """# Results
+
+Made by `python -m benchmarks.report` from the files under `benchmarks/results`; not to be edited by
+hand. How times are taken is in [benchmarks.md](benchmarks.md). Ratios are times of the others over
+ours in the same run, so above 1 ours is faster; in brackets are quartiles. `python -m
+benchmarks.report --show NAME` prints a file whole, with its command, commit and machine."""
+
+QUALITY = """## Quality
+
+Small models trained from scratch, three to five seeds, mean ± spread; [ablation.md](ablation.md)
+has the differences with their intervals. In the embedded world latent thinking is what solves the
+task, **but the explicit view and its distillation are not seen to help there**: without them LaSER
+ranks as well. **On none of three data sets is LaSER ahead of the plain retriever** (contrastive).
+All three are below BM25: so small a model has no knowledge to think with."""
+
+TAIL = """## What cannot be shown here
+
+The paper's tables (nDCG@10 on BRIGHT and BRIGHT(v1.1), FollowIR, BrowseComp-Plus) need its six
+backbones with their pretrained weights, 81,659 training rows and a node of GPUs or a TPU slice.
+This repository was written where none of them was at hand: it trains small models from scratch
+and measures speed on random weights of the real shapes. [reproduce.md](reproduce.md) has every
+command from the hub to a BRIGHT table, with the hours to expect.
+
+The CPU's timings are measured again, on an idle machine, by `python -m benchmarks.all`, those of a
+GPU by `python -m benchmarks.gpu --output FOLDER`, whose file belongs into `benchmarks/results`."""
 
 
 def page(results: Sequence[Result]) -> str:
     """The whole of docs/results.md."""
     reports = [result.report for result in results]
-    parts = [HEAD, "## Targets", targets_table(reports)]
-    for name in dict.fromkeys(report["benchmark"] for report in reports):
-        of_program = [result for result in results if result.report["benchmark"] == name]
-        parts += [f"## {name}", title_of(of_program[0])]
-        for result in of_program:
-            program, rows = program_of(result), result.report["rows"]
-            shown = getattr(program, "shown_rows", list)(rows)
-            parts.append(f"### {result.name}")
-            parts.append(as_markdown({**result.report, "rows": shown}, program.COLUMNS))
-            further = getattr(program, "further_tables", lambda rows: {})
-            for title, table in further(rows).items():
-                parts += [f"#### {title}", table]
-            if figure_of(result):
-                image = f"{FIGURES}/{result.name}"
-                parts.append(f"![{result.name}]({image}.png) ([SVG]({image}.svg))")
-    return "\n\n".join([*parts, TAIL]) + "\n"
+    dropped = "\n".join(f"- {what}: {why}." for what, why in DROPPED.items())
+    figures = {
+        ablation: " ".join(
+            f"![{r.name}]({FIGURES}/{r.name}.svg)"
+            for r in results
+            if figure_of(r) and (r.report["benchmark"] == "ablation") is ablation
+        )
+        for ablation in (True, False)
+    }
+    parts = [HEAD, headline(reports), "## Targets", targets_table(reports)]
+    parts += ["Given up, with what was reached:", dropped]
+    parts += [QUALITY, quality_table(results), figures[True]]
+    parts += ["## Speed", *(of.table(results) for of in COMPARISONS), figures[False]]
+    parts += [TAIL, f"The files: {', '.join(r.name for r in results)}."]
+    return "\n\n".join(parts) + "\n"
+
+
+def figure_of(result: Result) -> Callable[[Path], None] | None:
+    """What draws the figure of a report to a stem; None where there is none: nDCG@10 by K of an
+    ablation (the paper's Figure 5), and the times beside PyTorch's compiled loops."""
+    rows = result.report["rows"]
+    if result.report["benchmark"] == "ablation":
+        curves = {
+            f"{row['title']}" + ("" if "K =" in row["title"] else f", trained at K = {row['K']}"): {
+                int(k): scores["nDCG@10"]["mean"] for k, scores in row["by_steps"].items()
+            }
+            for row in rows
+            if row["row"] in DRAWN
+        }
+        return partial(plot_quality_by_steps, curves, {}, "nDCG@10")
+    if COMPILED not in [row.get("contender") for row in rows]:
+        return None
+    found = []
+    for row in rows:
+        batch = f", {measure.batch_cell(row)}" if "tokens" in row else ""
+        spread = [row["seconds"][key] for key in ("q1", "median", "q3")]
+        found.append(Interval(row["contender"] + batch, row["contender"], *spread))
+    return partial(plot_intervals, found, "seconds, median and quartiles")
 
 
 def draw(results: Sequence[Result], folder: Path) -> None:
-    """The figures; those of results that are gone are removed."""
+    """The figures as SVG with text as text; whatever else lies in the folder is removed."""
+    import matplotlib
+
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = set()
+    for file in folder.iterdir():
+        file.unlink()
     for result in results:
         if figure := figure_of(result):
-            figure(folder / result.name)
-            drawn.add(result.name)
-    for file in folder.iterdir():
-        if file.suffix in (".png", ".svg") and file.stem not in drawn:
-            file.unlink()
+            with tempfile.TemporaryDirectory() as made:
+                with matplotlib.rc_context({"svg.fonttype": "none"}):
+                    figure(Path(made, result.name))
+                text = Path(made, f"{result.name}.svg").read_text()
+            write_atomically(folder / f"{result.name}.svg", text)
+
+
+def shown(result: Result) -> str:
+    """One report whole. Where its program is gone, every number of its rows is a column."""
+    rows = result.report["rows"]
+    try:
+        program = importlib.import_module(f"benchmarks.{result.report['benchmark']}")
+    except ModuleNotFoundError:
+        program = None
+    columns = getattr(program, "COLUMNS", None) or {
+        key: measure.value(key, "" if isinstance(found, int | str) else ".6g")
+        for key, found in rows[0].items()
+        if isinstance(found, int | float | str) or "median" in (found or ())
+    }
+    parts = [as_markdown(result.report, columns)]
+    if result.report["benchmark"] == "ablation":
+        parts += [f"{title}:\n\n{table}" for title, table in further_tables(rows).items()]
+    return "\n\n".join(parts)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -214,17 +343,23 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"default {RESULTS}")
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default {OUTPUT}")
     parser.add_argument("--check", action="store_true", help="write nothing; is the page as given?")
+    parser.add_argument("--show", metavar="NAME", help="print one file whole")
     options = parser.parse_args(arguments)
     try:
-        results = read_results(options.results)
-        text, file = page(results), options.output / PAGE
+        results = {result.name: result for result in read_results(options.results)}
+        if options.show is not None:
+            if options.show not in results:
+                raise ResultsError(f"--show {options.show}: the files are {', '.join(results)}")
+            print(shown(results[options.show]))
+            return
+        text, file = page(list(results.values())), options.output / PAGE
     except ResultsError as error:
         sys.exit(f"error: {error}")
     if options.check:
         if not file.is_file() or file.read_text() != text:
             sys.exit(f"error: {file} is not what {options.results} gives: run benchmarks.report")
         return
-    draw(results, options.output / FIGURES)
+    draw(list(results.values()), options.output / FIGURES)
     write_atomically(file, text)
     print(file)
 

@@ -14,7 +14,7 @@ FAISS                   IndexFlatIP, on the CPU
 
 On a GPU, a search as large as all of BRIGHT:
 
-    python -m benchmarks.search --shapes 1384x1146880x1024 --chunk 163840 --no_numpy
+    python -m benchmarks.search --shapes 1384x1146880x1024 --chunk 163840 --without numpy
 """
 
 from __future__ import annotations
@@ -23,47 +23,26 @@ import argparse
 import functools
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import (
-    BenchmarkError,
-    Report,
-    command_line,
-    environment,
-    positive,
-    ratio_cell,
-    seconds_cell,
-    time_alternating,
-    timing_fields,
-    torch_device,
-    torch_threads,
-    torch_unusable,
-)
+from benchmarks import measure
+from benchmarks.measure import BenchmarkError, Report, Row, timing_fields
 from laser_jax.search.topk import DEFAULT_CHUNK, exact_top_k
 
-Shape = tuple[int, int, int]
 Found = tuple[np.ndarray, np.ndarray]
 """Scores and rows of the corpus, each [Q, k], best first."""
 Search = Callable[[], Found]
 
 SHAPES = [(1, 100_000, 512), (500, 100_000, 512), (1384, 100_000, 1024)]
 OURS, RESIDENT = "ours, from the host", "ours, on the device"
+OTHERS = ("numpy", "torch", "faiss")
 TOLERANCE = 2e-5
 """Of a score: float32 sums of some thousand products, in another order."""
-
-
-def shape_of(text: str) -> Shape:
-    """An argparse type: `500x100000x512` is 500 queries, 100,000 documents of width 512."""
-    parts = text.split("x")
-    if len(parts) != 3:
-        raise argparse.ArgumentTypeError(f"QUERIESxDOCUMENTSxWIDTH is wanted, got {text}")
-    queries, documents, width = map(positive, parts)
-    return queries, documents, width
 
 
 def unit_rows(seed: int, rows: int, width: int) -> np.ndarray:
@@ -87,14 +66,6 @@ def pieces(corpus: Any, chunk: int) -> Iterator[tuple[int, Any]]:
         yield start, corpus[start : start + chunk]
 
 
-def ours(
-    queries_QD: np.ndarray, chunks: Sequence[tuple[Any, np.ndarray]], k: int, chunk: int
-) -> Found:
-    """`exact_top_k`: all queries at once, up to 2,048."""
-    block = min(len(queries_QD), 2048)
-    return exact_top_k(queries_QD, chunks, k, chunk=chunk, query_block=block)
-
-
 def numpy_search(queries_QD: np.ndarray, corpus_CD: np.ndarray, k: int, chunk: int) -> Found:
     scores_Qn = np.empty((len(queries_QD), 0), np.float32)
     rows_Qn = np.empty((len(queries_QD), 0), np.int64)
@@ -104,16 +75,14 @@ def numpy_search(queries_QD: np.ndarray, corpus_CD: np.ndarray, k: int, chunk: i
         scores_Qn = np.hstack([scores_Qn, np.take_along_axis(scores_QM, best_Qk, axis=1)])
         rows_Qn = np.hstack([rows_Qn, best_Qk + start])
     order_Qk = np.argsort(-scores_Qn, axis=1)[:, :k]
-    return (
-        np.take_along_axis(scores_Qn, order_Qk, axis=1),
-        np.take_along_axis(rows_Qn, order_Qk, axis=1),
-    )
+    scores_Qk, rows_Qk = (np.take_along_axis(a, order_Qk, axis=1) for a in (scores_Qn, rows_Qn))
+    return scores_Qk, rows_Qk
 
 
 def torch_search(queries_QD: np.ndarray, corpus_CD: np.ndarray, k: int, chunk: int) -> Search:
     import torch
 
-    device = torch_device()
+    device = measure.torch_device()
     queries, corpus = (torch.from_numpy(a).to(device) for a in (queries_QD, corpus_CD))
 
     @torch.inference_mode()
@@ -140,22 +109,33 @@ def faiss_search(queries_QD: np.ndarray, corpus_CD: np.ndarray, k: int) -> Searc
     return lambda: index.search(queries_QD, k)
 
 
+def why_not(other: str) -> str | None:
+    """Why a library is not measured, in words; None where it can be."""
+    if other == "torch":
+        return measure.torch_unusable()
+    absent = importlib.util.find_spec(other) is None
+    return f"{other} absent: pip install laser-jax[bench]" if absent else None
+
+
 def contenders_for(
     queries_QD: np.ndarray, corpus_CD: np.ndarray, options: argparse.Namespace
 ) -> dict[str, Search]:
     """Those that can run here, by name."""
     k, chunk = options.k, options.chunk
     ranks_C = np.arange(len(corpus_CD), dtype=np.int32)
-    on_host = [(corpus_CD, ranks_C)]
-    found: dict[str, Search] = {OURS: lambda: ours(queries_QD, on_host, k, chunk)}
     parts = np.array_split(ranks_C, -(-len(ranks_C) // chunk))
     on_device = [(jax.device_put(corpus_CD[part]), part) for part in parts]
-    found[RESIDENT] = lambda: ours(queries_QD, on_device, k, chunk)
-    if not options.no_numpy:
+    top = functools.partial(exact_top_k, k=k, chunk=chunk, query_block=min(len(queries_QD), 2048))
+    found: dict[str, Search] = {
+        OURS: lambda: top(queries_QD, [(corpus_CD, ranks_C)]),
+        RESIDENT: lambda: top(queries_QD, on_device),
+    }
+    usable = [name for name in OTHERS if name not in options.without and why_not(name) is None]
+    if "numpy" in usable:
         found["NumPy"] = lambda: numpy_search(queries_QD, corpus_CD, k, chunk)
-    if not options.no_torch and torch_unusable() is None:
+    if "torch" in usable:
         found["PyTorch"] = torch_search(queries_QD, corpus_CD, k, chunk)
-    if not options.no_faiss and importlib.util.find_spec("faiss") is not None:
+    if "faiss" in usable:
         found["FAISS"] = faiss_search(queries_QD, corpus_CD, k)
     return found
 
@@ -176,75 +156,56 @@ def require_found(
         )
 
 
-def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
+def fill(options: argparse.Namespace, report: Report) -> None:
     """Checks and times the contenders on every shape.
 
     Raises:
         BenchmarkError: a contender finds something else.
     """
-    if options.quick:
-        options.shapes, options.chunk, options.k = [(3, 500, 16)], 128, 10
-    settings = {
-        "shapes": options.shapes,
-        "k": options.k,
-        "chunk": options.chunk,
-        "repeats": options.repeats,
-        "torch_threads": torch_threads(),
-    }
-    report = Report("search", arguments, settings, environment())
-    if not options.no_torch and (reason := torch_unusable()):
-        report.notes.append(f"PyTorch is not measured: {reason}.")
-    if not options.no_faiss and importlib.util.find_spec("faiss") is None:
-        report.notes.append("FAISS is not measured: faiss absent: pip install laser-jax[bench].")
+    for other in OTHERS:
+        if reason := "--without" if other in options.without else why_not(other):
+            report.notes.append(f"{other} is not measured: {reason}.")
     for queries, documents, width in options.shapes:
         queries_QD, corpus_CD = unit_rows(1, queries, width), unit_rows(2, documents, width)
         contenders = contenders_for(queries_QD, corpus_CD, options)
         wanted = contenders[OURS]()
         for name, search in contenders.items():
             require_found(name, search(), wanted, queries_QD, corpus_CD)
-        times = time_alternating(contenders, repeats=options.repeats)
-        flops = 2 * queries * documents * width
+        times = measure.time_alternating(contenders, repeats=options.repeats)
         for name in contenders:
-            seconds = float(np.median(times[name]))
-            report.rows.append(
-                {"contender": name, "queries": queries, "documents": documents, "width": width}
-                | timing_fields(times, name, base=OURS)
-                | {"queries_per_second": queries / seconds, "flops_per_second": flops / seconds}
-            )
-    return report
+            row: Row = {"contender": name, "queries": queries, "documents": documents}
+            row |= {"width": width, "k": options.k} | timing_fields(times, name, base=OURS)
+            row["queries_per_second"] = queries / row["seconds"]["median"]
+            row["flops_per_second"] = 2 * width * documents * row["queries_per_second"]
+            report.rows.append(row)
 
 
 COLUMNS = {
-    "search": lambda row: row["contender"],
+    "search": measure.value("contender"),
     "queries × documents × width": lambda row: (
         f"{row['queries']:,} × {row['documents']:,} × {row['width']:,}"
     ),
-    "time (quartiles)": lambda row: seconds_cell(row["seconds"]),
-    "× ours (quartiles)": lambda row: ratio_cell(row["ratio"]),
-    "queries/s": lambda row: f"{row['queries_per_second']:,.1f}",
-    "GFLOP/s": lambda row: f"{row['flops_per_second'] / 1e9:,.0f}",
+    "time (quartiles)": measure.seconds(),
+    "× ours (quartiles)": measure.ratio(),
+    "queries/s": measure.value("queries_per_second", ",.1f"),
+    "GFLOP/s": measure.value("flops_per_second", ",.0f", 1e9),
 }
 
 
-def main(arguments: Sequence[str]) -> None:
-    """The command line."""
-    parser = command_line("search", __doc__, repeats=5)
-    shapes = " ".join("x".join(map(str, shape)) for shape in SHAPES)
-    parser.add_argument(
-        "--shapes", type=shape_of, nargs="+", default=SHAPES, help=f"default {shapes}"
-    )
-    parser.add_argument("--k", type=positive, default=100, help="documents a query; default 100")
-    parser.add_argument(
-        "--chunk",
-        type=positive,
-        default=DEFAULT_CHUNK,
-        help=f"documents scored at a time, by all but FAISS; default {DEFAULT_CHUNK}",
-    )
-    for name in ("numpy", "torch", "faiss"):
-        parser.add_argument(f"--no_{name}", action="store_true", help=f"without {name}")
-    options = parser.parse_args(arguments)
-    measure(options, arguments).finish(COLUMNS, options.output)
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    shape = measure.sizes_of("queries", "documents", "width")
+    text = f"default {' '.join('x'.join(map(str, shape)) for shape in SHAPES)}"
+    parser.add_argument("--shapes", type=shape, nargs="+", default=SHAPES, help=text)
+    numbers = {
+        "k": (100, "documents a query"),
+        "chunk": (DEFAULT_CHUNK, "documents scored at a time, by all but FAISS"),
+    }
+    measure.add_numbers(parser, numbers)
+    parser.add_argument("--without", choices=OTHERS, nargs="*", default=[], help="not these")
 
+
+QUICK = {"shapes": [(3, 500, 16)], "chunk": 128, "k": 10}
+PROGRAM = measure.Program("search", __doc__, fill, COLUMNS, add_flags, QUICK, repeats=5)
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    PROGRAM.main(sys.argv[1:])

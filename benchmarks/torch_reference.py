@@ -1,8 +1,7 @@
 """LaSER's encoder and training step in PyTorch, written from the method's description alone.
 
 Two transcriptions of the same function, over transformers' own Qwen3 or Llama and PEFT's adapters.
-Both make a pass for each view (query, document, explicit), think with a key-value cache and apply
-the same losses; they differ in what an implementer would tune.
+They differ in what an implementer would tune.
 
 `PUBLISHED` is the plain way, with what is known of the released code's cost: eager attention; every
 pass goes through the causal LM and its head, so that logits exist at all positions, [B, T, V], of
@@ -23,7 +22,7 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,85 +75,7 @@ def expected_embedding(model: Model, logits_BV: torch.Tensor) -> torch.Tensor:
     return (softmax(logits_BV.float(), -1).to(table_VD.dtype) @ table_VD)[:, None]
 
 
-# --- the published way -----------------------------------------------------------------------
-
-
-def published_latent(model: Model, rows: Rows, steps: int) -> torch.Tensor:
-    """The K hidden states, [B, K, D]."""
-    mask_BT, position_B1 = rows.mask_BT, rows.positions_BT[:, -1:]
-    cache = {CACHE: transformers.DynamicCache(config=model.config), "use_cache": True}
-    out = model(
-        input_ids=rows.ids_BT,
-        attention_mask=mask_BT,
-        position_ids=rows.positions_BT,
-        output_hidden_states=True,
-        **cache,
-    )
-    states = [out.hidden_states[-1][:, -1]]
-    for step in range(1, steps):
-        mask_BT = torch.cat([mask_BT, torch.ones_like(mask_BT[:, :1])], dim=1)
-        out = model(
-            inputs_embeds=expected_embedding(model, out.logits[:, -1]),
-            attention_mask=mask_BT,
-            position_ids=position_B1 + step,
-            output_hidden_states=True,
-            **cache,
-        )
-        states.append(out.hidden_states[-1][:, -1])
-    return torch.stack(states, dim=1)
-
-
-def published_explicit(model: Model, rows: Rows) -> torch.Tensor:
-    """The states of all positions, [B, T, D]."""
-    out = model(
-        input_ids=rows.ids_BT,
-        attention_mask=rows.mask_BT,
-        position_ids=rows.positions_BT,
-        use_cache=False,
-        output_hidden_states=True,
-    )
-    return out.hidden_states[-1]
-
-
-# --- the tuned way ---------------------------------------------------------------------------
-
-
-def tuned_latent(model: Model, rows: Rows, steps: int) -> torch.Tensor:
-    """The K hidden states, [B, K, D]."""
-    mask_BT, position_B1 = rows.mask_BT, rows.positions_BT[:, -1:]
-    cache: dict[str, Any] = {"use_cache": False}
-    if steps > 1:
-        cache = {CACHE: transformers.DynamicCache(config=model.config), "use_cache": True}
-    out = model.model(
-        input_ids=rows.ids_BT,
-        attention_mask=mask_BT,
-        position_ids=rows.positions_BT,
-        **cache,
-    )
-    states = [out.last_hidden_state[:, -1]]
-    for step in range(1, steps):
-        mask_BT = torch.cat([mask_BT, torch.ones_like(mask_BT[:, :1])], dim=1)
-        out = model.model(
-            inputs_embeds=expected_embedding(model, model.lm_head(states[-1])),
-            attention_mask=mask_BT,
-            position_ids=position_B1 + step,
-            **cache,
-        )
-        states.append(out.last_hidden_state[:, -1])
-    return torch.stack(states, dim=1)
-
-
-def tuned_explicit(model: Model, rows: Rows) -> torch.Tensor:
-    """The states of all positions, [B, T, D]."""
-    return model.model(
-        input_ids=rows.ids_BT,
-        attention_mask=rows.mask_BT,
-        position_ids=rows.positions_BT,
-        use_cache=False,
-    ).last_hidden_state
-
-
-# --- models ----------------------------------------------------------------------------------
+# --- the two ways ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -163,18 +84,60 @@ class Transcription:
 
     name: str
     attention: str
-    latent: Callable[[Model, Rows, int], torch.Tensor]
-    explicit: Callable[[Model, Rows], torch.Tensor]
+    whole: bool
+    """Through the causal LM: logits at all positions, the states of all layers, always a cache."""
     fused_optimizer: bool
     compiled: bool = False
     """By `torch.compile`, for each shape anew."""
 
+    def forward(self, model: Model, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The states of all positions, [B, T, D], and the logits of the last where they are a
+        by-product."""
+        if not self.whole:
+            return model.model(**inputs).last_hidden_state, None
+        out = model(output_hidden_states=True, **inputs)
+        return out.hidden_states[-1], out.logits[:, -1]
 
-PUBLISHED = Transcription("published PyTorch", "eager", published_latent, published_explicit, False)
-TUNED = Transcription("tuned PyTorch", "sdpa", tuned_latent, tuned_explicit, True)
+    def latent(self, model: Model, rows: Rows, steps: int) -> torch.Tensor:
+        """The K hidden states, [B, K, D]."""
+        cache: dict[str, Any] = {"use_cache": False}
+        if self.whole or steps > 1:
+            cache = {CACHE: transformers.DynamicCache(config=model.config), "use_cache": True}
+        mask_BT, positions_BT = rows.mask_BT, rows.positions_BT
+        inputs = {"input_ids": rows.ids_BT}
+        states: list[torch.Tensor] = []
+        logits_BV = None
+        for step in range(steps):
+            if step > 0:
+                logits_BV = model.lm_head(states[-1]) if logits_BV is None else logits_BV
+                inputs = {"inputs_embeds": expected_embedding(model, logits_BV)}
+                mask_BT = torch.cat([mask_BT, torch.ones_like(mask_BT[:, :1])], dim=1)
+                positions_BT = rows.positions_BT[:, -1:] + step
+            states_BTD, logits_BV = self.forward(
+                model, attention_mask=mask_BT, position_ids=positions_BT, **inputs, **cache
+            )
+            states.append(states_BTD[:, -1])
+        return torch.stack(states, dim=1)
+
+    def explicit(self, model: Model, rows: Rows) -> torch.Tensor:
+        """The states of all positions, [B, T, D]."""
+        return self.forward(
+            model,
+            input_ids=rows.ids_BT,
+            attention_mask=rows.mask_BT,
+            position_ids=rows.positions_BT,
+            use_cache=False,
+        )[0]
+
+
+PUBLISHED = Transcription("published PyTorch", "eager", whole=True, fused_optimizer=False)
+TUNED = Transcription("tuned PyTorch", "sdpa", whole=False, fused_optimizer=True)
 TRANSCRIPTIONS = (PUBLISHED, TUNED)
 COMPILED = replace(TUNED, name="tuned PyTorch, compiled", compiled=True)
 """Measured where it is asked for, as it compiles for minutes."""
+
+
+# --- models ----------------------------------------------------------------------------------
 
 
 def transcriptions(*, torch_compile: bool = False) -> tuple[Transcription, ...]:
@@ -227,12 +190,12 @@ class TorchEncoder:
     """Embeds one batch again and again. Call it for [B, D] unit rows; it waits for the device."""
 
     def __init__(self, transcription: Transcription, model: Model, rows: Rows, thinking_steps: int):
-        self._latent, self._model = transcription.latent, model
+        self._transcription, self._model = transcription, model
         self._rows, self._steps = rows, thinking_steps
 
     @torch.inference_mode()
     def __call__(self) -> torch.Tensor:
-        states_BKD = self._latent(self._model, self._rows, self._steps).float()
+        states_BKD = self._transcription.latent(self._model, self._rows, self._steps).float()
         embeddings_BD = normalize(states_BKD.mean(dim=1), dim=-1)
         _wait(embeddings_BD)
         return embeddings_BD

@@ -4,7 +4,8 @@
 
 All contenders take an AdamW step of the four-term loss on the same batch from the same weights, on
 one device, and every one that claims to compute the same function is checked before it is timed:
-losses and gradient norm must be those of `fast`, or the program stops. Ours:
+losses and gradient norm must be those of the first, `fast` unless `--only` leaves it out, or the
+program stops. Ours:
 
 fast             query and chain of thought in one pass, queries and documents think together
 parity           a pass for each view
@@ -12,7 +13,6 @@ gradcache / n    n micro-batches, the loss over the whole batch, each read twice
 plain / n        n micro-batches, each with a loss over its own documents: another function
 remat dots, full the backward pass recomputes
 xla attention    with XLA's attention kernel, where that is not what `auto` takes
-unrolled         layers laid out one behind the other (--unrolled; slow to compile)
 
 PyTorch's, where it is installed: see benchmarks/torch_reference.py. The contenders share their
 device one at a time; our programs hand one training state on, so that it is held once.
@@ -33,48 +33,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from benchmarks import kernels, measure, workload
 from benchmarks.flops import matmul_flops
-from benchmarks.measure import (
-    BenchmarkError,
-    Report,
-    Run,
-    command_line,
-    environment,
-    positive,
-    ratio_cell,
-    seconds_cell,
-    time_alternating,
-    timing_fields,
-    torch_threads,
-    torch_unusable,
-)
-from benchmarks.workload import (
-    SHAPES,
-    TINY,
-    TrainShape,
-    add_backbone,
-    add_contenders,
-    add_torch_compile,
-    add_train_shape,
-    kernel_for,
-    make_backbone,
-    random_batch,
-    train_shape,
-)
+from benchmarks.measure import BenchmarkError, Report, Row, Run, positive, timing_fields
+from benchmarks.workload import SHAPES, train_shape
 from laser_jax.config import (
-    AttentionKernel,
-    BackboneConfig,
     Config,
     DataConfig,
     Dtype,
-    LoraConfig,
     MeshConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
     ScratchConfig,
     TrainConfig,
-    as_dict,
 )
 from laser_jax.data.pipeline import Batch
 from laser_jax.modeling.backbone import Backbone
@@ -99,35 +71,61 @@ STEPS = 1_000_000
 
 Metrics = Mapping[str, float]
 
-
 # --- our contenders --------------------------------------------------------------------------
 
 
-def base_config(
-    shape: TrainShape, dtype: Dtype, lora: LoraConfig | None, attention: AttentionKernel = "xla"
-) -> Config:
+@dataclass(frozen=True)
+class Setup:
+    """What contenders share: weights and a batch, on the host."""
+
+    backbone: Backbone
+    abstract: TrainState
+    start: TrainState
+    batch: Batch
+    mesh: Mesh
+
+
+def base_config(options: argparse.Namespace) -> Config:
     """The settings of `fast`. Of `model` the step takes kernel and remat; its backbone is made
     apart."""
+    shape, dtype = train_shape(options), options.dtype
+    kernel = workload.kernel_for(options.attention, SHAPES[options.backbone], dtype)
     return Config(
-        ModelConfig(scratch=ScratchConfig(), dtype=dtype, param_dtype=dtype, attention=attention),
+        ModelConfig(scratch=ScratchConfig(), dtype=dtype, param_dtype=dtype, attention=kernel),
         DataConfig(group_size=shape.documents_per_query),
-        lora=lora,
+        lora=workload.lora_of(options),
         objective=ObjectiveConfig(num_thinking_steps=shape.thinking_steps, views="fast"),
         optimizer=OPTIMIZER,
         train=TrainConfig(batch_size=shape.queries),
     )
 
 
-def variants(
-    base: Config,
-    gradcache: Sequence[int],
-    plain: Sequence[int],
-    remat: Sequence[Any],
-    *,
-    unrolled: bool = False,
-    only: Sequence[str] | None = None,
-) -> dict[str, Config]:
-    """Our contenders by name: `fast`, with which all others are compared, and those in `only`.
+def set_up(options: argparse.Namespace) -> tuple[Setup, Config]:
+    """Random weights, adapters that change something, a random batch, and the settings of `fast`.
+    The mesh is over the first device, as PyTorch has one."""
+    config, mesh = base_config(options), make_mesh(MeshConfig(), jax.devices()[:1])
+    shape = SHAPES[options.backbone]
+    # what is trained is float32, and `abstract_state` sees to the storage dtype of a frozen base
+    backbone = workload.make_backbone(shape, options.dtype, config.lora)
+    backbone = backbone.clone(param_dtype=jnp.float32, reverse_only=True)
+    optimizer = make_optimizer(OPTIMIZER, STEPS)
+    abstract = abstract_state(backbone, optimizer, mesh, jnp.dtype(options.dtype))
+    with jax.set_mesh(mesh):
+        start = jax.device_get(init_state(backbone, optimizer, abstract, 0, None))
+    if config.lora is not None:
+        start = replace(start, trained=nudged(start.trained))
+    batch = workload.random_batch(train_shape(options), shape.vocab_size)
+    return Setup(backbone, abstract, start, batch, mesh), config
+
+
+def nudged(adapters: Any) -> Any:
+    """Adapters that change something: a fresh one has B = 0, and so no gradient reaches its A."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda a: a + rng.normal(0, 0.02, a.shape).astype(a.dtype), adapters)
+
+
+def variants(base: Config, options: argparse.Namespace) -> dict[str, Config]:
+    """Our contenders by name: all, or those in `options.only`.
 
     Raises:
         BenchmarkError: there is no contender of a name, or the queries do not divide into its
@@ -147,20 +145,20 @@ def variants(
     def with_model(**changes: Any) -> Config:
         return replace(base, model=replace(base.model, **changes))
 
+    part = functools.partial
     made: dict[str, Callable[[], Config]] = {
         "fast": lambda: base,
         "parity": lambda: replace(base, objective=replace(base.objective, views="parity")),
-        **{f"gradcache / {n}": functools.partial(chunked, "gradcache", n) for n in gradcache},
-        **{f"plain / {n}": functools.partial(chunked, "plain", n) for n in plain},
-        **{f"remat {r}": functools.partial(with_model, remat=r) for r in remat},
+        **{f"gradcache / {n}": part(chunked, "gradcache", n) for n in options.gradcache},
+        **{f"plain / {n}": part(chunked, "plain", n) for n in options.plain},
+        **{f"remat {r}": part(with_model, remat=r) for r in options.remat},
     }
     if base.model.attention != "xla":
-        made["xla attention"] = functools.partial(with_model, attention="xla")
-    if unrolled:
-        made["unrolled"] = functools.partial(with_model, unroll_layers=True)
-    if only is not None and (unknown := set(only) - set(made)):
-        raise BenchmarkError(f"--only {sorted(unknown)}: the contenders are {list(made)}")
-    return {name: make() for name, make in made.items() if only is None or name in {"fast", *only}}
+        made["xla attention"] = part(with_model, attention="xla")
+    only = list(made) if options.only is None else options.only
+    if unknown := sorted(set(only) - made.keys()):
+        raise BenchmarkError(f"--only {unknown}: the contenders are {list(made)}")
+    return {name: make() for name, make in made.items() if name in only}
 
 
 def same_function(config: Config) -> bool:
@@ -168,59 +166,14 @@ def same_function(config: Config) -> bool:
     return config.train.accumulation != "plain" or config.train.num_micro_batches == 1
 
 
-def one_device_mesh() -> Mesh:
-    """A mesh over the first device, as PyTorch has one."""
-    return make_mesh(MeshConfig(), jax.devices()[:1])
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """A step that is ready to run, and what its making took."""
-
-    program: Any
-    facts: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What contenders share: weights and a batch, on the host."""
-
-    backbone: Backbone
-    abstract: TrainState
-    start: TrainState
-    batch: Batch
-    mesh: Mesh
-
-
-def set_up(
-    config: BackboneConfig, shape: TrainShape, dtype: Dtype, lora: LoraConfig | None
-) -> Setup:
-    """Random weights, adapters that change something, and a random batch."""
-    mesh = one_device_mesh()
-    # what is trained is float32, and `abstract_state` sees to the storage dtype of a frozen base
-    backbone = make_backbone(config, dtype, lora).clone(param_dtype=jnp.float32, reverse_only=True)
-    optimizer = make_optimizer(OPTIMIZER, STEPS)
-    abstract = abstract_state(backbone, optimizer, mesh, jnp.dtype(dtype))
-    with jax.set_mesh(mesh):
-        start = jax.device_get(init_state(backbone, optimizer, abstract, 0, None))
-    if lora is not None:
-        start = replace(start, trained=nudged(start.trained))
-    return Setup(backbone, abstract, start, random_batch(shape, config.vocab_size), mesh)
-
-
-def compile_variant(config: Config, setup: Setup) -> Compiled:
-    """Traces and compiles the step of `config`, within its mesh."""
-    optimizer = make_optimizer(config.optimizer, STEPS)
+def compile_variant(config: Config, setup: Setup) -> tuple[Any, dict[str, Any]]:
+    """The step of `config`, ready to run, and what its making took; within its mesh."""
     abstract, batch = setup.abstract, setup.batch
     attention: Any = config.model.attention
     step = make_train_step(
-        setup.backbone.clone(
-            remat=config.model.remat,
-            attention=attention,
-            unroll_layers=config.model.unroll_layers,
-        ),
+        setup.backbone.clone(remat=config.model.remat, attention=attention),
         config,
-        optimizer,
+        make_optimizer(config.optimizer, STEPS),
         learning_rate_schedule(config.optimizer, STEPS),
     )
     jitted = jit_train_step(step, abstract, setup.mesh)
@@ -229,22 +182,12 @@ def compile_variant(config: Config, setup: Setup) -> Compiled:
     traced = time.perf_counter()
     program = lowered.compile()
     compiled = time.perf_counter()
-    cost, memory = program.cost_analysis() or {}, program.memory_analysis()
-    return Compiled(
-        program,
-        {
-            "trace_seconds": traced - began,
-            "compile_seconds": compiled - traced,
-            "matmul_flops": matmul_flops(step, abstract, batch, None),
-            **{
-                f"xla_{name}_loops_once": cost[key]
-                for name, key in (("flops", "flops"), ("bytes", "bytes accessed"))
-                if key in cost
-            },
-            "temp_bytes": memory.temp_size_in_bytes,
-            "argument_bytes": memory.argument_size_in_bytes,
-        },
-    )
+    return program, {
+        "trace_seconds": traced - began,
+        "compile_seconds": compiled - traced,
+        "matmul_flops": matmul_flops(step, abstract, batch, None),
+        "temp_bytes": program.memory_analysis().temp_size_in_bytes,
+    }
 
 
 class OurTraining:
@@ -267,11 +210,11 @@ class OurTraining:
         return metrics
 
 
-# --- agreement -------------------------------------------------------------------------------
+# --- agreement, and PyTorch's ----------------------------------------------------------------
 
 
 def require_agreement(name: str, got: Metrics, wanted: Metrics, dtype: Dtype) -> None:
-    """Raises a BenchmarkError where a contender does not compute what `fast` computes."""
+    """Raises a BenchmarkError where a contender does not compute what the first computes."""
     losses = dict.fromkeys(TERMS, LOSS_TOLERANCE[dtype])
     tolerances = losses | {"grad_norm": GRADIENT_TOLERANCE[dtype]}
     wrong = [
@@ -280,19 +223,11 @@ def require_agreement(name: str, got: Metrics, wanted: Metrics, dtype: Dtype) ->
         if not np.isclose(got[term], wanted[term], rtol=tolerance, atol=0)
     ]
     if wrong:
-        raise BenchmarkError(f"{name} computes another function than fast: {'; '.join(wrong)}")
-
-
-# --- the program -----------------------------------------------------------------------------
+        raise BenchmarkError(f"{name} computes another function than the first: {'; '.join(wrong)}")
 
 
 def torch_contenders(
-    setup: Setup,
-    dtype: Dtype,
-    objective: ObjectiveConfig,
-    names: Sequence[str] | None = None,
-    *,
-    torch_compile: bool = False,
+    setup: Setup, config: Config, names: Sequence[str] | None = None, *, torch_compile: bool = False
 ) -> dict[str, Run]:
     """The transcriptions as callables that take a step and return its metrics.
 
@@ -301,14 +236,14 @@ def torch_contenders(
     """
     from benchmarks.torch_reference import TorchTraining, exported, load, transcriptions
 
-    backbone = setup.backbone
-    with exported(setup.start.variables, backbone.config, backbone.lora, dtype) as export:
+    backbone, variables = setup.backbone, setup.start.variables
+    with exported(variables, backbone.config, backbone.lora, config.model.dtype) as export:
         return {
             transcription.name: TorchTraining(
                 transcription,
                 load(export, transcription, train=True),
                 setup.batch,
-                objective,
+                config.objective,
                 OPTIMIZER,
             )
             for transcription in transcriptions(torch_compile=torch_compile)
@@ -316,127 +251,85 @@ def torch_contenders(
         }
 
 
-def why_no_torch(dtype: Dtype, lora: LoraConfig | None) -> str | None:
+def why_no_torch(options: argparse.Namespace) -> str | None:
     """Why the PyTorch contenders are absent, None where they are not."""
-    if lora is None and dtype != "float32":
+    if options.no_torch:
+        return "--no_torch"
+    if options.full and options.dtype != "float32":
         return "full fine-tuning is transcribed in float32 alone"
-    return torch_unusable()
+    return measure.torch_unusable()
 
 
-def measure(options: argparse.Namespace, arguments: Sequence[str]) -> Report:
+# --- the program -----------------------------------------------------------------------------
+
+
+def fill(options: argparse.Namespace, report: Report) -> None:
     """Checks and times the contenders.
 
     Raises:
-        BenchmarkError: a contender computes another function than `fast`.
+        BenchmarkError: a contender computes another function than the first.
     """
-    shape = train_shape(options)
-    backbone_config = SHAPES[TINY if options.quick else options.backbone]
-    gradcache, plain, remat = options.gradcache, options.plain, options.remat
-    if options.quick:
-        gradcache, plain, remat = [2], [2], []
-    lora = None if options.full else LoraConfig(rank=options.lora_rank, alpha=options.lora_rank / 2)
-    kernel = kernel_for(options.attention, backbone_config, options.dtype)
-    report = Report(
-        "train_step",
-        arguments,
-        {
-            "backbone": as_dict(backbone_config),
-            "shape": vars(shape),
-            "lora": None if lora is None else as_dict(lora),
-            "dtype": options.dtype,
-            "attention": kernel,
-            "optimizer": as_dict(OPTIMIZER),
-            "repeats": options.repeats,
-            "torch_threads": torch_threads(),
-        },
-        environment(),
-    )
-    base = base_config(shape, options.dtype, lora, kernel)
-    configs = variants(base, gradcache, plain, remat, unrolled=options.unrolled, only=options.only)
-    setup = set_up(backbone_config, shape, options.dtype, lora)
+    jax.config.update("jax_enable_compilation_cache", False)  # the compile times are to be real
+    configs = variants(base_config(options), options)
+    base = min(configs, key=lambda name: not same_function(configs[name]))
+    setup, fast = set_up(options)
+    report.settings["attention"] = fast.model.attention
     training = OurTraining(setup)
     with jax.set_mesh(setup.mesh):
         contenders: dict[str, Run] = {}
         facts: dict[str, dict[str, Any]] = {}
-        metrics: dict[str, dict[str, float]] = {}
         for name, config in configs.items():
-            compiled = compile_variant(config, setup)
-            facts[name] = compiled.facts
-            contenders[name] = functools.partial(training.run, compiled.program)
-        why_not = "--no_torch" if options.no_torch else why_no_torch(options.dtype, lora)
-        if why_not is None:
-            contenders |= torch_contenders(
-                setup, options.dtype, base.objective, torch_compile=options.torch_compile
-            )
-        else:
+            program, facts[name] = compile_variant(config, setup)
+            contenders[name] = functools.partial(training.run, program)
+        if why_not := why_no_torch(options):
             report.notes.append(f"PyTorch is not measured: {why_not}.")
+        else:
+            contenders |= torch_contenders(setup, fast, torch_compile=options.torch_compile)
+        first: dict[str, dict[str, float]] = {}
         for name, run in contenders.items():
             if name in configs:
                 training.restart()
-            metrics[name] = {key: float(value) for key, value in run().items()}
+            first[name] = {key: float(number) for key, number in run().items()}
             if name not in configs or same_function(configs[name]):
-                require_agreement(name, metrics[name], metrics["fast"], options.dtype)
-        times = time_alternating(contenders, repeats=options.repeats)
+                require_agreement(name, first[name], first[base], options.dtype)
+        times = measure.time_alternating(contenders, repeats=options.repeats)
+        for name in configs if options.profile else ():
+            facts[name]["kernels"] = kernels.profiled(contenders[name])
     for name in contenders:
-        report.rows.append(
-            {"contender": name}
-            | timing_fields(times, name, base="fast")
-            | {"queries_per_second": shape.queries / float(np.median(times[name]))}
-            | facts.get(name, {})
-            | {"first_step": metrics[name]}
-        )
-    return report
-
-
-def nudged(adapters: Any) -> Any:
-    """Adapters that change something: a fresh one has B = 0, and so no gradient reaches its A."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda a: a + rng.normal(0, 0.02, a.shape).astype(a.dtype), adapters)
-
-
-def _cell(keys: Sequence[str], unit: float, digits: int = 1) -> Callable[[dict[str, Any]], str]:
-    """The text of some numbers of a row in a unit; empty where the row has none of them."""
-
-    def cell(row: dict[str, Any]) -> str:
-        return " / ".join(f"{row[key] / unit:,.{digits}f}" for key in keys if key in row)
-
-    return cell
+        row: Row = {"contender": name} | timing_fields(times, name, base)
+        row["queries_per_second"] = options.queries / row["seconds"]["median"]
+        report.rows.append(row | facts.get(name, {}) | {"first_step": first[name]})
 
 
 COLUMNS = {
-    "step": lambda row: row["contender"],
-    "time (quartiles)": lambda row: seconds_cell(row["seconds"]),
-    "× fast (quartiles)": lambda row: ratio_cell(row["ratio"]),
-    "queries/s": _cell(["queries_per_second"], 1, 2),
-    "trace / compile, s": _cell(["trace_seconds", "compile_seconds"], 1),
-    "matmul GFLOP": _cell(["matmul_flops"], 1e9),
-    "XLA's GFLOP / GB, loops once": _cell(["xla_flops_loops_once", "xla_bytes_loops_once"], 1e9),
-    "temporary MiB": _cell(["temp_bytes"], 2**20, 0),
+    "step": measure.value("contender"),
+    "time (quartiles)": measure.seconds(),
+    "× the first (quartiles)": measure.ratio(),
+    "queries/s": measure.value("queries_per_second", ".2f"),
+    "trace, s": measure.value("trace_seconds", ".1f"),
+    "compile, s": measure.value("compile_seconds", ".1f"),
+    "matmul GFLOP": measure.value("matmul_flops", ",.1f", 1e9),
+    "temporary MiB": measure.value("temp_bytes", ",.0f", 2**20),
+    "kernels": kernels.told,
 }
 
 
-def main(arguments: Sequence[str]) -> None:
-    """The command line."""
-    parser = command_line("train_step", __doc__)
-    add_backbone(parser)
-    add_contenders(parser)
-    add_torch_compile(parser)
-    add_train_shape(parser)
-    parser.add_argument("--full", action="store_true", help="train all weights, not adapters")
-    parser.add_argument("--lora_rank", type=positive, default=64, help="default 64")
-    parser.add_argument(
-        "--gradcache", type=positive, nargs="*", default=[2, 4, 8], help="numbers of micro-batches"
-    )
-    parser.add_argument(
-        "--plain", type=positive, nargs="*", default=[4], help="numbers of micro-batches"
-    )
-    parser.add_argument("--remat", choices=("dots", "full"), nargs="*", default=["dots", "full"])
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="of ours: fast and these")
-    parser.add_argument("--unrolled", action="store_true", help="also without a loop over layers")
-    options = parser.parse_args(arguments)
-    jax.config.update("jax_enable_compilation_cache", False)  # the compile times are to be real
-    measure(options, arguments).finish(COLUMNS, options.output)
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    workload.add_backbone(parser)
+    workload.add_contenders(parser)
+    workload.add_train_shape(parser)
+    for name, default in (("gradcache", [2, 4, 8]), ("plain", [4])):
+        text = f"numbers of micro-batches; default {' '.join(map(str, default))}"
+        parser.add_argument(f"--{name}", type=positive, nargs="*", default=default, help=text)
+    remats = ("dots", "full")
+    parser.add_argument("--remat", choices=remats, nargs="*", default=[*remats])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of ours these")
+    parser.add_argument("--profile", action="store_true", help="the kernels of ours, by kind")
 
+
+QUICK = {"backbone": workload.TINY, **vars(workload.TINY_TRAIN_SHAPE)}
+QUICK |= {"gradcache": [2], "plain": [2], "remat": []}
+PROGRAM = measure.Program("train_step", __doc__, fill, COLUMNS, add_flags, QUICK)
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    PROGRAM.main(sys.argv[1:])

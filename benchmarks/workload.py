@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import positive
+from benchmarks.measure import add_numbers
 from laser_jax.config import (
     BACKBONES,
     AttentionKernel,
@@ -70,40 +70,49 @@ TRAIN_SHAPE = TrainShape(8, 128, 256, 2, 128, 3)
 TINY_TRAIN_SHAPE = TrainShape(4, 8, 16, 2, 8, 2)
 
 
+# --- flags that several programs have --------------------------------------------------------
+
+
 def add_train_shape(parser: argparse.ArgumentParser) -> None:
-    """The flags of a `TrainShape`."""
-    for name, value in vars(TRAIN_SHAPE).items():
-        parser.add_argument(f"--{name}", type=positive, default=value, help=f"default {value}")
+    """The flags of a LoRA or full training step: a `TrainShape`, and what is trained."""
+    add_numbers(parser, {name: (size, "size") for name, size in vars(TRAIN_SHAPE).items()})
+    add_numbers(parser, {"lora_rank": (64, "of the adapters; alpha is half of it")})
+    parser.add_argument("--full", action="store_true", help="train all weights, not adapters")
 
 
 def train_shape(options: argparse.Namespace) -> TrainShape:
-    """The shape that the flags of `add_train_shape` describe; the tiny one under `--quick`."""
-    if options.quick:
-        return TINY_TRAIN_SHAPE
+    """The shape that the flags of `add_train_shape` describe."""
     return TrainShape(**{name: getattr(options, name) for name in vars(TRAIN_SHAPE)})
+
+
+def lora_of(options: argparse.Namespace) -> LoraConfig | None:
+    """The adapters that the flags of `add_train_shape` describe; None trains all weights."""
+    rank = options.lora_rank
+    return None if options.full else LoraConfig(rank=rank, alpha=rank / 2)
 
 
 def add_backbone(parser: argparse.ArgumentParser) -> None:
     """The flags `--backbone` and `--dtype`."""
     parser.add_argument("--backbone", choices=SHAPES, default=SMALL, help=f"default {SMALL}")
-    add_dtype(parser)
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the computation and of the weights that are not trained; default float32",
+    )
 
 
 def add_contenders(parser: argparse.ArgumentParser) -> None:
-    """The flags `--attention` and `--no_torch`."""
+    """The flags `--attention`, `--no_torch` and `--torch_compile`."""
     parser.add_argument("--no_torch", action="store_true", help="time ours alone")
+    parser.add_argument(
+        "--torch_compile", action="store_true", help="also the tuned PyTorch under torch.compile"
+    )
     parser.add_argument(
         "--attention",
         choices=("auto", *get_args(AttentionKernel)),
         default="auto",
         help="our kernel for whole sequences; auto, the default, is the fastest that can run",
-    )
-
-
-def add_torch_compile(parser: argparse.ArgumentParser) -> None:
-    """The flag `--torch_compile`."""
-    parser.add_argument(
-        "--torch_compile", action="store_true", help="also the tuned PyTorch under torch.compile"
     )
 
 
@@ -114,14 +123,7 @@ def kernel_for(
     return choose_kernel(wanted, jax.default_backend(), dtype, backbone.head_dim)[0]
 
 
-def add_dtype(parser: argparse.ArgumentParser) -> None:
-    """The flag `--dtype`."""
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of the computation and of the weights that are not trained; default float32",
-    )
+# --- batches ---------------------------------------------------------------------------------
 
 
 def random_tokens(
@@ -164,6 +166,15 @@ def random_batch(shape: TrainShape, vocab_size: int, *, shortest: float = 1.0) -
     )
 
 
+# --- weights ---------------------------------------------------------------------------------
+
+
+def make_backbone(config: BackboneConfig, dtype: Dtype, lora: LoraConfig | None) -> Backbone:
+    """The module over scanned layers, its weights stored in `dtype`."""
+    wanted: Any = jnp.dtype(dtype)
+    return Backbone(config, lora=lora, dtype=wanted, param_dtype=wanted)
+
+
 def random_variables(backbone: Backbone, seed: int = 0) -> Variables:
     """Random weights, {"params": ...}, in the backbone's storage dtype."""
     ids = jnp.zeros((1, 8), jnp.int32)
@@ -192,9 +203,3 @@ def _draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         return jnp.ones(shape, dtype)
     # of a kernel [in, out] or a table [V, D], the smaller side is near enough to the fan-in
     return jax.random.normal(key, shape, dtype) * jnp.asarray(min(shape) ** -0.5, dtype)
-
-
-def make_backbone(config: BackboneConfig, dtype: Dtype, lora: LoraConfig | None) -> Backbone:
-    """The module over scanned layers, its weights stored in `dtype`."""
-    wanted: Any = jnp.dtype(dtype)
-    return Backbone(config, lora=lora, dtype=wanted, param_dtype=wanted)

@@ -9,7 +9,6 @@ stays, and the same command goes on with the rest.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import itertools
 import json
@@ -66,7 +65,15 @@ from laser_jax.data.sources import (
     open_unchecked,
 )
 from laser_jax.data.tokenization import PromptTokenizer, TokenizationError, load_tokenizer
-from laser_jax.files import parts_of, read_json, read_yaml, write_atomically, written_whole
+from laser_jax.files import (
+    lock,
+    no_link,
+    parts_of,
+    read_json,
+    read_yaml,
+    write_atomically,
+    written_whole,
+)
 from laser_jax.terminal import fail, printable
 
 REPORT_FILE = "report.json"
@@ -358,20 +365,18 @@ def _prepare(preparation: Preparation, made: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _locked(output: Path) -> Iterator[None]:
-    """Keeps a second preparation out for as long as this one writes. Raises a DataError."""
-    with (output / _LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    """Keeps a second preparation out for as long as this one writes.
+
+    Raises:
+        DataError: one is writing.
+        OSError: the file system has no locks.
+    """
+    with open(output / _LOCK, "w", opener=no_link) as file:
+        if not lock(file, wait=False):
             raise DataError(
                 f"{output}: another laser_jax.prepare is writing there; wait for it, or choose "
                 "another output"
-            ) from error
-        except OSError as error:
-            raise DataError(
-                f"{output}: its file system has no locks ({error}); choose an output on a local "
-                "disk, and copy it there"
-            ) from error
+            )
         yield
 
 

@@ -26,7 +26,11 @@ CHANGEABLE = (
     # nothing of what is trained
     "output",
     "data.eval_split",
-    "data.mixture.*.path",  # of the rows their content counts, which every checkpoint knows
+    # their content counts, which every checkpoint knows
+    "data.eval",
+    "data.mixture.*.path",
+    "model.path",
+    "objective.teacher",
     "data.split",
     "data.train",
     "data.threads",
