@@ -35,10 +35,11 @@ def matmul_flops(function: Callable[..., Any], *args: Any) -> int:
     Raises:
         ValueError: matmuls stand in a `while_loop`, whose length nobody knows.
     """
-    return _flops(jax.make_jaxpr(function)(*args).jaxpr)
+    return flops_of(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def _flops(jaxpr: Any) -> int:
+def flops_of(jaxpr: Any) -> int:
+    """What `matmul_flops` counts, of a program that is traced already."""
     total = 0
     for equation in jaxpr.eqns:
         name = equation.primitive.name
@@ -49,7 +50,7 @@ def _flops(jaxpr: Any) -> int:
             total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
             continue
         # of a cond's branches one runs; other primitives hold one program
-        inner = max(map(_flops, _inner(equation.params)), default=0)
+        inner = max(map(flops_of, _inner(equation.params)), default=0)
         if name == "while" and inner:
             raise ValueError("the matmuls of a while loop cannot be counted; use lax.scan")
         total += inner * (equation.params["length"] if name == "scan" else 1)

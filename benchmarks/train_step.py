@@ -34,7 +34,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from benchmarks import kernels, measure, workload
-from benchmarks.flops import matmul_flops
+from benchmarks.flops import flops_of
 from benchmarks.measure import BenchmarkError, Report, Row, Run, positive, timing_fields
 from benchmarks.workload import SHAPES, train_shape
 from laser_jax.config import (
@@ -178,14 +178,15 @@ def compile_variant(config: Config, setup: Setup) -> tuple[Any, dict[str, Any]]:
     )
     jitted = jit_train_step(step, abstract, setup.mesh)
     began = time.perf_counter()
-    lowered = jitted.lower(abstract, batch, None)
+    program_traced = jitted.trace(abstract, batch, None)
+    lowered = program_traced.lower()
     traced = time.perf_counter()
     program = lowered.compile()
     compiled = time.perf_counter()
     return program, {
         "trace_seconds": traced - began,
         "compile_seconds": compiled - traced,
-        "matmul_flops": matmul_flops(step, abstract, batch, None),
+        "matmul_flops": flops_of(program_traced.jaxpr.jaxpr),
         "temp_bytes": program.memory_analysis().temp_size_in_bytes,
     }
 
