@@ -275,7 +275,7 @@ def test_without_a_corpus_the_command_says_how_to_name_one(
     ("content", "message"),
     [
         (b"not JSON", "not valid JSON: Expecting value"),
-        (b'"\xff"', "not valid JSON: 'utf-8' codec"),
+        (b'"\xff"', "not UTF-8: 'utf-8' codec"),
         (b"[]", r'expected {"data": {"eval": "DIR"}} .* got \[\]'),
         (b'{"data": null}', "got {'data': None}"),
         (b'{"data": {"eval": ["DIR"]}}', r"got {'data': {'eval': \['DIR'\]}}"),
