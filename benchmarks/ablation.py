@@ -29,7 +29,6 @@ import numpy as np
 from benchmarks import ablation_table, measure
 from benchmarks.ablation_table import METRICS, PROBE_FILE, STEPS
 from benchmarks.measure import BenchmarkError, Report
-from laser_jax.batch_encoder import LatentEncoder
 from laser_jax.config import (
     ConfigError,
     PretrainConfig,
@@ -42,15 +41,16 @@ from laser_jax.config import (
 )
 from laser_jax.data.sources import open_source
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
-from laser_jax.data.world import SEPARATOR, World, WorldConfig, build_world, write_world
 from laser_jax.encoder import load_pretrained
-from laser_jax.evaluate import ModelOptions, evaluate_model
-from laser_jax.evaluation.beir import read_beir
-from laser_jax.evaluation.results import RESULTS_FILE
-from laser_jax.evaluation.trajectory import read_trajectories, shares
-from laser_jax.files import write_atomically
-from laser_jax.pretrain import pretrain
-from laser_jax.train import TrainingError, train
+from laser_jax.evaluate.beir import read_beir
+from laser_jax.evaluate.results import RESULTS_FILE
+from laser_jax.evaluate.run import ModelOptions, evaluate_model
+from laser_jax.evaluate.trajectory import read_trajectories, shares
+from laser_jax.files.durable import write_atomically
+from laser_jax.inference.batch_encoder import LatentEncoder
+from laser_jax.pretrain.run import pretrain
+from laser_jax.quickstart.world import SEPARATOR, World, WorldConfig, build_world, write_world
+from laser_jax.train.run import TrainingError, train
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DATA_SETS = ("entailmentbank", "strategyqa", "2wiki")

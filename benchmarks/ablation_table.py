@@ -13,9 +13,9 @@ import numpy as np
 from benchmarks import measure
 from benchmarks.measure import BenchmarkError, Report, markdown_table
 from laser_jax.config import load_retriever_config
-from laser_jax.evaluation.results import PER_QUERY_FILE, QueryScores, read_per_query
-from laser_jax.evaluation.retrieval import EXPLICIT, latent
-from laser_jax.evaluation.significance import grouped_bootstrap, paired_bootstrap
+from laser_jax.evaluate.results import PER_QUERY_FILE, QueryScores, read_per_query
+from laser_jax.evaluate.retrieval import EXPLICIT, latent
+from laser_jax.evaluate.significance import grouped_bootstrap, paired_bootstrap
 
 METRICS = ("nDCG@10", "Hit@1", "Recall@100")
 COMPARED = ("nDCG@10", "Hit@1")

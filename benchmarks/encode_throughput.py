@@ -33,13 +33,13 @@ import numpy as np
 from benchmarks import flops, measure, workload
 from benchmarks.encoders import OURS, Encoders, require_same_vectors
 from benchmarks.measure import Report, Row, Run, timing_fields
-from laser_jax.batch_encoder import LatentEncoder
+from laser_jax.batch import Tokens
 from laser_jax.config import PromptConfig
 from laser_jax.data.buckets import IndexedRow
-from laser_jax.data.pipeline import Tokens
 from laser_jax.data.tokenization import PromptTokenizer, right_pad, train_tokenizer
-from laser_jax.evaluation.beir import read_corpus
-from laser_jax.training.throughput import forward_flops
+from laser_jax.evaluate.beir import read_corpus
+from laser_jax.inference.batch_encoder import LatentEncoder
+from laser_jax.train.throughput import forward_flops
 
 FULL = [(8, 128), (8, 512)]
 DATA = ("../shared/data", "shared/data")

@@ -16,8 +16,8 @@ import numpy as np
 from benchmarks.measure import BenchmarkError, Run, torch_unusable
 from benchmarks.workload import SHAPES, drawn_unstacked, kernel_for, make_backbone, random_variables
 from laser_jax import encode
+from laser_jax.batch import Tokens
 from laser_jax.config import AttentionKernel, Dtype, RetrieverConfig
-from laser_jax.data.pipeline import Tokens
 from laser_jax.modeling.backbone import unstack_layers
 
 OURS = "ours"

@@ -3,7 +3,7 @@
 `compiled.cost_analysis()` counts the body of a loop once, however often it runs, and our layers and
 thinking steps are loops. So the matmuls are counted in the traced program instead, where a scan
 knows its length; both agree on programs without loops (tests/test_roofline.py). What encoding costs
-by formula, whatever the program, is `laser_jax.training.throughput.forward_flops` of
+by formula, whatever the program, is `laser_jax.train.throughput.forward_flops` of
 `encode_reading`; the least bytes that it moves are below, and so are the two ceilings that are
 timed beside the contenders: a large matmul and a large copy.
 """
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from benchmarks.measure import Run, Spread
 from laser_jax.config import BackboneConfig, Dtype
 from laser_jax.modeling.attention import exact_matmuls
-from laser_jax.training.throughput import Reading, forward_flops, known_device
+from laser_jax.train.throughput import Reading, forward_flops, known_device
 
 # --- counted in a traced program -----------------------------------------------------------------
 

@@ -34,6 +34,7 @@ import optax
 from benchmarks import measure
 from benchmarks.measure import Report, Row
 from laser_jax.alignment import keyframe_positions, token_segment_ends
+from laser_jax.batch import Batch, Tokens
 from laser_jax.config import (
     AttentionKernel,
     ConfigError,
@@ -42,10 +43,9 @@ from laser_jax.config import (
     ObjectiveConfig,
     RetrieverConfig,
 )
-from laser_jax.data.pipeline import Batch, Tokens
 from laser_jax.data.tokenization import right_pad
 from laser_jax.encoder import encode_all_steps
-from laser_jax.hf import load_params, read_backbone_config
+from laser_jax.hf.weights import load_params, read_backbone_config
 from laser_jax.modeling import attention
 from laser_jax.modeling.backbone import Backbone
 from laser_jax.step import objective_terms

@@ -29,8 +29,8 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from laser_jax.files import lock, written_whole
-from laser_jax.training.output import code_version
+from laser_jax.files.durable import lock, written_whole
+from laser_jax.train.output import code_version
 
 PACKAGES = (
     *("laser-jax", "jax", "jaxlib", "flax", "optax", "numpy", "grain", "tokenizers"),

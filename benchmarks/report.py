@@ -28,8 +28,8 @@ from benchmarks import measure
 from benchmarks.ablation_table import further_tables, mean_cell
 from benchmarks.measure import as_markdown, markdown_table
 from benchmarks.targets import COMPILED, DROPPED, PUBLISHED, TARGETS, TUNED, reached, values_of
-from laser_jax.evaluation.plots import Interval, plot_intervals, plot_quality_by_steps
-from laser_jax.files import write_atomically
+from laser_jax.evaluate.plots import Interval, plot_intervals, plot_quality_by_steps
+from laser_jax.files.durable import write_atomically
 
 RESULTS, OUTPUT = Path("benchmarks/results"), Path("docs")
 PAGE, FIGURES = "results.md", "results"

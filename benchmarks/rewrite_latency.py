@@ -28,8 +28,8 @@ from benchmarks import measure, workload
 from benchmarks.measure import BenchmarkError, Report, Row, Run, Spread, positive, timing_fields
 from laser_jax import encode
 from laser_jax.config import RetrieverConfig
-from laser_jax.generation import Decoding, TextGenerator, Written
 from laser_jax.modeling.backbone import unstack_layers
+from laser_jax.rewrite.generation import Decoding, TextGenerator, Written
 
 STANDARD, REWRITE = "standard retriever", "rewrite-then-retrieve"
 PROMPT_TOKENS = 96

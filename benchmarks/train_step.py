@@ -37,6 +37,7 @@ from benchmarks import kernels, measure, workload
 from benchmarks.flops import flops_of
 from benchmarks.measure import BenchmarkError, Report, Row, Run, positive, timing_fields
 from benchmarks.workload import SHAPES, train_shape
+from laser_jax.batch import Batch
 from laser_jax.config import (
     Config,
     DataConfig,
@@ -48,7 +49,6 @@ from laser_jax.config import (
     ScratchConfig,
     TrainConfig,
 )
-from laser_jax.data.pipeline import Batch
 from laser_jax.modeling.backbone import Backbone
 from laser_jax.sharding import batch_sharding, make_mesh
 from laser_jax.step import (

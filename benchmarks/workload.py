@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.measure import add_numbers
+from laser_jax.batch import Batch, Tokens
 from laser_jax.config import (
     BACKBONES,
     AttentionKernel,
@@ -26,7 +27,6 @@ from laser_jax.config import (
     LoraConfig,
     ScratchConfig,
 )
-from laser_jax.data.pipeline import Batch, Tokens
 from laser_jax.modeling.attention import choose_kernel
 from laser_jax.modeling.backbone import Backbone, Variables, unstack_layers
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from laser_jax.encoder import encode, encode_all_steps, load_pretrained
-    from laser_jax.retriever import LatentRetriever
+    from laser_jax.inference.retriever import LatentRetriever
 
 __all__ = ["LatentRetriever", "encode", "encode_all_steps", "load_pretrained"]
 
@@ -20,5 +20,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    module = "retriever" if name == "LatentRetriever" else "encoder"
+    module = "inference.retriever" if name == "LatentRetriever" else "encoder"
     return getattr(import_module(f"{__name__}.{module}"), name)

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import jsonargparse
 import yaml
 
-from laser_jax.files import DataError, parse_number, parse_yaml, read_json, read_yaml
+from laser_jax.files.reading import DataError, parse_number, parse_yaml, read_json, read_yaml
 
 RETRIEVER_CONFIG_FILE = "laser_config.json"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -551,7 +551,7 @@ class TrainConfig:
     """First and last step of an XProf trace, written to `profile/`."""
     peak_tflops: float | None = None
     """Peak of one device at `model.dtype`, for `mfu`; None takes the data sheet of devices that
-    are known (`laser_jax/training/throughput.py`)."""
+    are known (`laser_jax/train/throughput.py`)."""
 
     def __post_init__(self) -> None:
         for name in (

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from laser_jax.config import AttentionKernel, RetrieverConfig, load_retriever_config
-from laser_jax.files import Digest
-from laser_jax.hf import load_adapter, load_params, merge_lora, read_backbone_config
+from laser_jax.files.durable import Digest
+from laser_jax.hf.weights import load_adapter, load_params, merge_lora, read_backbone_config
 from laser_jax.losses import pool
 from laser_jax.modeling.backbone import Backbone, Variables, is_stacked
 from laser_jax.views import latent_view

@@ -17,8 +17,8 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from laser_jax.batch import Batch
 from laser_jax.config import Config, ObjectiveConfig, OptimizerConfig
-from laser_jax.data.pipeline import Batch
 from laser_jax.losses import Terms, gircse_loss, laser_loss, pool
 from laser_jax.modeling.backbone import Backbone, Variables
 from laser_jax.sharding import batch_sharding, constrain, shardings

@@ -31,7 +31,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import pytest
 
-from laser_jax.gguf import packaged_file
+from laser_jax.import_gguf.file import packaged_file
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -106,7 +106,7 @@ def write_model() -> Callable[..., None]:
 
     from laser_jax.config import RetrieverConfig, ScratchConfig, save_retriever_config
     from laser_jax.data.tokenization import special_token_ids, train_tokenizer
-    from laser_jax.hf import save_params
+    from laser_jax.hf.weights import save_params
     from laser_jax.modeling.backbone import Backbone
 
     def write(

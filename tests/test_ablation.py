@@ -32,10 +32,10 @@ from benchmarks.measure import BenchmarkError
 from laser_jax.config import parse_train_command
 from laser_jax.data.schema import parse_row
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
-from laser_jax.data.world import build_world, write_world
 from laser_jax.encoder import backbone_for, load_pretrained
-from laser_jax.evaluation.retrieval import EXPLICIT, latent
-from laser_jax.evaluation.trajectory import read_trajectories
+from laser_jax.evaluate.retrieval import EXPLICIT, latent
+from laser_jax.evaluate.trajectory import read_trajectories
+from laser_jax.quickstart.world import build_world, write_world
 from laser_jax.thinking import top_tokens
 from laser_jax.views import latent_view
 

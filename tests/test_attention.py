@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from laser_jax.config import AttentionKernel, ConfigError
-from laser_jax.kernels import blockwise_attention, one_query_attention, splash_attention
 from laser_jax.modeling import attention
 from laser_jax.modeling.attention import (
     KeyValues,
@@ -21,6 +20,7 @@ from laser_jax.modeling.attention import (
     split_groups,
     thinking_attention,
 )
+from laser_jax.modeling.kernels import blockwise_attention, one_query_attention, splash_attention
 
 
 @pytest.mark.parametrize(

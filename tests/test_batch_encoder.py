@@ -17,7 +17,6 @@ import pytest
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from laser_jax.batch_encoder import LatentEncoder, NotFiniteError
 from laser_jax.config import (
     ConfigError,
     MeshConfig,
@@ -27,7 +26,8 @@ from laser_jax.config import (
 )
 from laser_jax.data.tokenization import right_pad
 from laser_jax.encoder import encode
-from laser_jax.hf import save_params
+from laser_jax.hf.weights import save_params
+from laser_jax.inference.batch_encoder import LatentEncoder, NotFiniteError
 from laser_jax.modeling.backbone import Backbone, Variables
 from laser_jax.sharding import make_mesh, shardings
 
@@ -227,7 +227,7 @@ WORKER = """
 import sys, jax, numpy as np, jax.numpy as jnp
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from laser_jax.config import MeshConfig
-from laser_jax.batch_encoder import LatentEncoder
+from laser_jax.inference.batch_encoder import LatentEncoder
 from laser_jax.encoder import backbone_for, load_pretrained
 from laser_jax.sharding import make_mesh, shardings
 variables, config = load_pretrained(sys.argv[3])

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-AS_SCRIPT = "from laser_jax.training.before_imports import main; main()"
+AS_COMMAND = "from laser_jax.__main__ import main; main(['train'])"
 
 
-@pytest.mark.parametrize("start", [("-m", "laser_jax.train"), ("-c", AS_SCRIPT)])
+@pytest.mark.parametrize("start", [("-m", "laser_jax.train"), ("-c", AS_COMMAND)])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_during_the_imports_ends_the_training_with_0(
     tmp_path: Path, number: signal.Signals, start: tuple[str, str]
@@ -33,6 +33,6 @@ def test_a_signal_during_the_imports_ends_the_training_with_0(
 
 
 def test_who_imports_a_program_keeps_its_signals() -> None:
-    import laser_jax.train  # noqa: F401
+    import laser_jax.train.run  # noqa: F401
 
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

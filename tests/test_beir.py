@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from laser_jax.evaluation.beir import (
+from laser_jax.evaluate.beir import (
     BeirDataset,
     Document,
     EvalQuery,

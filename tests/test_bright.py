@@ -12,8 +12,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from laser_jax.evaluation.beir import Document, EvalQuery
-from laser_jax.evaluation.bright import (
+from laser_jax.evaluate.beir import Document, EvalQuery
+from laser_jax.evaluate.bright import (
     DOMAINS,
     INSTRUCTIONS,
     choose_domains,

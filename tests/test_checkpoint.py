@@ -22,15 +22,15 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from laser_jax.checkpoint import (
+from laser_jax.config import MeshConfig, OptimizerConfig
+from laser_jax.sharding import make_mesh
+from laser_jax.step import TrainState, make_optimizer
+from laser_jax.train.checkpoint import (
     CheckpointError,
     Checkpoints,
     DamagedCheckpointError,
     fingerprint,
 )
-from laser_jax.config import MeshConfig, OptimizerConfig
-from laser_jax.sharding import make_mesh
-from laser_jax.step import TrainState, make_optimizer
 
 META = {"samples": 17, "config": {"output": "run", "lora": None}, "version": "0.1.0", "seed": 0}
 BASE = "0123"
@@ -348,7 +348,7 @@ WORKER = """
 import sys, jax, numpy as np
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from jax.sharding import NamedSharding, PartitionSpec
-from laser_jax.checkpoint import Checkpoints, fingerprint
+from laser_jax.train.checkpoint import Checkpoints, fingerprint
 from laser_jax.config import MeshConfig
 from laser_jax.sharding import make_mesh
 from laser_jax.step import TrainState

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import pytest
 
-import laser_jax.training.dry_run as module
+import laser_jax.train.dry_run as module
 from laser_jax.config import (
     Config,
     ConfigError,
@@ -33,9 +33,9 @@ from laser_jax.config import (
 from laser_jax.data.pipeline import training_batches
 from laser_jax.data.sources import open_sources
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, train_tokenizer
-from laser_jax.hf import read_backbone_config
-from laser_jax.training.dry_run import dry_run
-from laser_jax.training.throughput import reading_of, step_flops
+from laser_jax.hf.weights import read_backbone_config
+from laser_jax.train.dry_run import dry_run
+from laser_jax.train.throughput import reading_of, step_flops
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRATCH = ScratchConfig(

@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from laser_jax import files
 from laser_jax.config import (
     LoraConfig,
     PromptConfig,
@@ -27,24 +26,25 @@ from laser_jax.config import (
     ScratchConfig,
     save_retriever_config,
 )
-from laser_jax.corpus import directory as module
-from laser_jax.corpus.directory import CorpusDirectory
-from laser_jax.corpus.encoding import CorpusConfig, ShardEncoder, weights_hash
-from laser_jax.corpus.on_ray import Worker
-from laser_jax.corpus.plan import read_plan
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, train_tokenizer
-from laser_jax.encode_corpus import main
+from laser_jax.encode_corpus import directory as module
+from laser_jax.encode_corpus.directory import CorpusDirectory
+from laser_jax.encode_corpus.encoding import CorpusConfig, ShardEncoder, weights_hash
+from laser_jax.encode_corpus.on_ray import Worker
+from laser_jax.encode_corpus.plan import read_plan
+from laser_jax.encode_corpus.run import main
 from laser_jax.encoder import load_pretrained
-from laser_jax.files import Digest
-from laser_jax.hf import (
-    _Stored,
+from laser_jax.files import durable as files
+from laser_jax.files.durable import Digest
+from laser_jax.hf.weights import (
+    Stored,
     load_params,
     read_backbone_config,
     save_adapter,
     save_params,
 )
+from laser_jax.inference.retriever import LatentRetriever
 from laser_jax.modeling.backbone import Backbone
-from laser_jax.retriever import LatentRetriever
 from laser_jax.search.codes import decode_vectors
 from laser_jax.search.vectors import (
     VectorsError,
@@ -200,7 +200,7 @@ def test_the_summary_counts_tokens_and_shortened_texts(
 
 
 def test_queries_are_encoded_for_the_search(model: Path, finished: Path, tmp_path: Path) -> None:
-    from laser_jax.search.__main__ import main as search
+    from laser_jax.search.run import main as search
     from laser_jax.search.trec import read_trec_run
 
     rows = [{"_id": f"q{n}", "text": text, "instruction": "Find"} for n, text in enumerate(TEXTS)]
@@ -369,9 +369,9 @@ def test_a_model_that_changes_while_it_is_read_is_refused(
     it: only what was read tells."""
     output = encode(own_model, corpus, tmp_path / "out", plan_only=True)
     weights = own_model / "model.safetensors"
-    own, reads, read = weights.read_bytes(), 0, _Stored.read
+    own, reads, read = weights.read_bytes(), 0, Stored.read
 
-    def swapped(self: _Stored, *index: slice) -> np.ndarray:
+    def swapped(self: Stored, *index: slice) -> np.ndarray:
         nonlocal reads
         reads += 1
         weights.unlink()
@@ -379,7 +379,7 @@ def test_a_model_that_changes_while_it_is_read_is_refused(
         return read(self, *index)
 
     config = CorpusConfig(str(own_model), str(corpus), str(output), **SMALL)
-    monkeypatch.setattr(_Stored, "read", swapped)
+    monkeypatch.setattr(Stored, "read", swapped)
     with pytest.raises(VectorsError, match="is not the model that"):
         ShardEncoder(config, read_plan(output), CorpusDirectory(output))
     assert weights.read_bytes() == own
@@ -582,8 +582,8 @@ def test_an_unfinished_directory_is_checked_as_well(
 PROCESSES = """
 import json, os, resource, signal, sys, time
 from pathlib import Path
-import laser_jax.encode_corpus as program
-import laser_jax.corpus.encoding as encoding
+import laser_jax.encode_corpus.run as program
+import laser_jax.encode_corpus.encoding as encoding
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)

@@ -30,7 +30,7 @@ from laser_jax.encoder import (
     load_pretrained,
     right_padded,
 )
-from laser_jax.hf import merged_adapters, save_adapter, save_params
+from laser_jax.hf.weights import merged_adapters, save_adapter, save_params
 from laser_jax.modeling.backbone import Backbone, Variables, unstack_layers
 from laser_jax.sharding import MESH_AXES, make_mesh
 

@@ -15,19 +15,19 @@ import numpy as np
 import pytest
 from test_bright import DOCUMENTS, EXAMPLES, write_copy
 
-from laser_jax.evaluate import _replaced_evaluation, main
-from laser_jax.evaluation.metrics import evaluate_run, without_excluded
-from laser_jax.evaluation.results import read_evaluation, read_per_query
-from laser_jax.evaluation.retrieval import (
+from laser_jax.evaluate.compare import main as report
+from laser_jax.evaluate.metrics import evaluate_run, without_excluded
+from laser_jax.evaluate.results import read_evaluation, read_per_query
+from laser_jax.evaluate.retrieval import (
     CONTROL,
     EXPLICIT,
     REWRITES,
     latent,
     unrestricted,
 )
-from laser_jax.evaluation.rewrites import Rewrite, WritingCost
-from laser_jax.evaluation.significance import paired_bootstrap
-from laser_jax.report import main as report
+from laser_jax.evaluate.rewrites import Rewrite, WritingCost
+from laser_jax.evaluate.run import _replaced_evaluation, main
+from laser_jax.evaluate.significance import paired_bootstrap
 from laser_jax.search.trec import read_trec_run
 
 TOWNS = ["Ulm", "Kiel", "Jena", "Bonn", "Hof", "Trier"]

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from test_bright import write_json_lines
 
-from laser_jax.evaluate_mteb import main, task_names
-from laser_jax.evaluation.bright import INSTRUCTIONS, read_bright
-from laser_jax.evaluation.metrics import evaluate_run, mean
-from laser_jax.evaluation.retrieval import latent, retrieval_runs, unrestricted
-from laser_jax.retriever import LatentRetriever
+from laser_jax.evaluate.bright import INSTRUCTIONS, read_bright
+from laser_jax.evaluate.metrics import evaluate_run, mean
+from laser_jax.evaluate.retrieval import latent, retrieval_runs, unrestricted
+from laser_jax.evaluate.run_mteb import main, task_names
+from laser_jax.inference.retriever import LatentRetriever
 
 datasets = pytest.importorskip("datasets")
 STEPS = 2
@@ -180,6 +180,6 @@ def test_without_mteb_the_extra_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "mteb", None)
-    monkeypatch.delitem(sys.modules, "laser_jax.evaluation.mteb", raising=False)
+    monkeypatch.delitem(sys.modules, "laser_jax.evaluate.mteb", raising=False)
     with pytest.raises(SystemExit, match=r"error: .*pip install laser-jax\[mteb\]"):
         main(["--model", str(model), "--output", str(tmp_path), "--tasks", "FollowIR"])

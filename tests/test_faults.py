@@ -48,7 +48,7 @@ SETTINGS = {
 # Says when the evaluation is reached, and runs the program as `python -m` does.
 PROGRAM = """
 import runpy
-import laser_jax.evaluation.retrieval as retrieval
+import laser_jax.evaluate.retrieval as retrieval
 def announced(*args, evaluate=retrieval.retrieval_runs, **kwargs):
     print("in evaluation", flush=True)
     return evaluate(*args, **kwargs)

@@ -17,23 +17,25 @@ from typing import Any
 
 import pytest
 
-from laser_jax.files import (
-    DataError,
+from laser_jax.files.durable import (
     flush,
     folder_written_whole,
     lock,
     no_link,
+    parts_of,
+    read_state,
+    read_state_lines,
+    write_atomically,
+    written_whole,
+)
+from laser_jax.files.reading import (
+    DataError,
     parse_integer,
     parse_number,
     parse_yaml,
-    parts_of,
     read_json,
-    read_state,
-    read_state_lines,
     read_yaml,
     text_lines,
-    write_atomically,
-    written_whole,
 )
 
 
@@ -268,7 +270,7 @@ def test_the_part_of_a_killed_process_goes_when_the_file_is_written_again(tmp_pa
 
 
 def test_a_line_without_an_end_is_refused_by_name(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("laser_jax.files.LONGEST_LINE", 1000)
+    monkeypatch.setattr("laser_jax.files.reading.LONGEST_LINE", 1000)
     bomb = tmp_path / "t.jsonl.gz"
     bomb.write_bytes(gzip.compress(b"x" * 1000 + b"\n"))  # of 1,001 bytes
     with pytest.raises(DataError, match=r"t\.jsonl\.gz:1: longer than 1,000 bytes"):

@@ -15,9 +15,9 @@ import pytest
 
 from laser_jax.config import BackboneConfig, ConfigError, ScratchConfig
 from laser_jax.data.tokenization import train_tokenizer
-from laser_jax.generation import Decoding, TextGenerator, choose_tokens, stop_ids
-from laser_jax.hf import HFError, load_params, read_backbone_config
+from laser_jax.hf.weights import HFError, load_params, read_backbone_config
 from laser_jax.modeling.backbone import Backbone, Variables
+from laser_jax.rewrite.generation import Decoding, TextGenerator, choose_tokens, stop_ids
 
 V = 61
 CONFIG = ScratchConfig(
@@ -129,7 +129,7 @@ def test_transformers_writes_the_same_tokens(tmp_path: Path, settings: dict[str,
 def test_scanned_layers_write_the_same_tokens(
     variables: Variables, texts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("laser_jax.generation.for_inference", jax.device_put)  # as on TPU
+    monkeypatch.setattr("laser_jax.rewrite.generation.for_inference", jax.device_put)  # as on TPU
     scanned = generator(variables, Decoding(40))
     assert [w.ids for w in scanned.write(PROMPTS[:1])] == [texts[0][:40]]
 

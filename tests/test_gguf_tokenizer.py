@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from laser_jax.data.gguf_tokenizer import read_gguf_tokenizer
 from laser_jax.data.tokenization import TokenizationError, load_tokenizer, train_tokenizer
-from laser_jax.gguf import GGUFFile, open_gguf
-from laser_jax.hf import HFError
+from laser_jax.hf.weights import HFError
+from laser_jax.import_gguf.file import GGUFFile, open_gguf
+from laser_jax.import_gguf.tokenizer import read_gguf_tokenizer
 
 # 2,000 texts and, for each word rule, the ids that llama.cpp gives them: lines of this repository's
 # documentation and code, numbers, emoji, fifteen scripts, and random mixtures of them with blanks

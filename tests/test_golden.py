@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from laser_jax.alignment import keyframe_positions, token_segment_ends
+from laser_jax.batch import Batch, Tokens
 from laser_jax.config import (
     BackboneConfig,
     Config,
@@ -34,10 +35,9 @@ from laser_jax.config import (
     PromptConfig,
     RetrieverConfig,
 )
-from laser_jax.data.pipeline import Batch, Tokens
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, right_pad
 from laser_jax.encoder import encode, load_pretrained, right_padded
-from laser_jax.hf import load_adapter, load_params, merge_lora, read_backbone_config
+from laser_jax.hf.weights import load_adapter, load_params, merge_lora, read_backbone_config
 from laser_jax.losses import gircse_loss, laser_loss, normalize, pool
 from laser_jax.modeling.backbone import Backbone, Variables, unstack_layers
 from laser_jax.modeling.rope import rope_at

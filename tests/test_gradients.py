@@ -24,6 +24,7 @@ import optax
 import pytest
 
 import laser_jax.modeling.backbone
+from laser_jax.batch import Batch, Tokens
 from laser_jax.config import (
     BackboneConfig,
     Config,
@@ -36,7 +37,6 @@ from laser_jax.config import (
     ScratchConfig,
     TrainConfig,
 )
-from laser_jax.data.pipeline import Batch, Tokens
 from laser_jax.losses import pool
 from laser_jax.modeling.attention import KeyValues, counted_attention
 from laser_jax.modeling.backbone import Backbone, Variables

@@ -24,9 +24,9 @@ from jax.sharding import AxisType, Mesh
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from laser_jax import hf
 from laser_jax.config import PROJECTIONS, BackboneConfig, LoraConfig, RopeScaling
-from laser_jax.hf import (
+from laser_jax.hf import weights as hf
+from laser_jax.hf.weights import (
     HFError,
     hf_config_dict,
     load_adapter,
@@ -691,7 +691,7 @@ def test_a_failed_export_leaves_the_older_one_alone(
         file.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("laser_jax.hf.save_file", full_disk)
+    monkeypatch.setattr("laser_jax.hf.weights.save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
         save_params(tmp_path, {"params": params}, backbone, dtype="f4", lora=None)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
@@ -735,7 +735,7 @@ def test_a_full_disk_is_an_error_of_the_system(
         raise SafetensorError("I/O error: No space left on device")
 
     backbone = tiny()
-    monkeypatch.setattr("laser_jax.hf.save_file", full_disk)
+    monkeypatch.setattr("laser_jax.hf.weights.save_file", full_disk)
     with pytest.raises(OSError, match=r"adapter_model\.safetensors cannot be written: .*No space"):
         save_adapter(tmp_path, random_lora(backbone), LORA, backbone, base_model="base")
     assert list(tmp_path.iterdir()) == []

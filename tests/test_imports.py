@@ -1,9 +1,11 @@
-"""The layout: who may import whom, and which library where (see CONTRIBUTING.md)."""
+"""The layout and its budgets: who may import whom, which library where, how long things may be."""
 
 from __future__ import annotations
 
 import ast
 import io
+import subprocess
+import sys
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,63 +15,54 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "laser_jax"
 
-# A module may import modules of the rows above its own; inside a folder there is no order.
-LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"files", "terminal"}),
-    frozenset({"config"}),
-    frozenset({"losses", "alignment", "sharding", "kernels"}),
-    frozenset({"modeling"}),
-    frozenset({"hf", "thinking"}),
-    frozenset({"views", "gguf"}),
-    frozenset({"data"}),
-    frozenset({"encoder"}),
-    frozenset({"batch_encoder"}),
-    frozenset({"retriever", "generation"}),
-    frozenset({"search"}),
-    frozenset({"evaluation"}),
-    frozenset({"corpus"}),
-    frozenset({"inspection"}),
-    frozenset({"step"}),
-    frozenset({"checkpoint"}),
-    frozenset({"training"}),
+# A module may import modules that stand before it, inside a room too. Nobody imports `__main__`.
+ORDER: tuple[str, ...] = (
+    *("files.durable", "files.reading", "files.terminal", "files.splits"),
+    *("config", "sharding", "losses", "alignment", "batch"),
+    *("modeling.kernels", "modeling.lora", "modeling.attention", "modeling.rope"),
+    *("modeling.backbone", "thinking", "views", "step"),
+    *("hf.weights", "encoder"),
+    *("data.buckets", "data.tokenizer_files", "data.schema", "data.chat_template"),
+    *("data.control_tokens", "data.sources", "data.tokenization", "data.reasoning_retrieval"),
+    "data.pipeline",
+    *("inference.batch_encoder", "inference.retriever"),
+    *("search.codes", "search.trec", "search.repeated_ids", "search.matching", "search.topk"),
+    *("search.vectors", "search.faiss_index", "search.run"),
+    *("evaluate.metrics", "evaluate.significance", "evaluate.results", "evaluate.plots"),
+    *("evaluate.trajectory", "evaluate.beir", "evaluate.bright", "evaluate.retrieval"),
+    *("evaluate.rewrites", "evaluate.mteb", "evaluate.compare", "evaluate.run"),
+    "evaluate.run_mteb",
+    *("encode_corpus.documents", "encode_corpus.plan", "encode_corpus.directory"),
+    *("encode_corpus.encoding", "encode_corpus.on_ray", "encode_corpus.run"),
+    "prepare.run",
+    *("train.before_imports", "train.checkpoint", "train.topologies", "train.programs"),
+    *("train.throughput", "train.output", "train.processes", "train.selection", "train.stop"),
+    *("train.layout", "train.telemetry", "train.dry_run", "train.run"),
+    *("pretrain.texts", "pretrain.run"),
+    *("rewrite.generation", "rewrite.run"),
+    *("think.thought", "think.page", "think.server", "think.run"),
+    *("quickstart.world", "quickstart.run"),
+    *("import_gguf.file", "import_gguf.tokenizer", "import_gguf.run"),
 )
-PROGRAMS = frozenset(
-    {
-        "train",
-        "pretrain",
-        "prepare",
-        "think",
-        "quickstart",
-        "evaluate",
-        "evaluate_mteb",
-        "report",
-        "rewrite",
-        "encode_corpus",
-        "import_gguf",
-    }
-)
-# `config` is a table of settings, which one looks up rather than reads. `batch_encoder` and
-# `retriever` make the pure `encode` quick and handy for many texts; what it computes stands above.
-# `generation` writes the texts of the baseline that the method does without. `kernels` are faster
-# forms of what `modeling.attention` says plainly. `gguf` is another kind of file for `hf`.
-OUTSIDE_CORE = frozenset(
-    {"config", "files", "terminal", "gguf", "data", "batch_encoder", "retriever", "generation"}
-    | {"search"}
-    | {"evaluation", "inspection", "corpus", "training", "kernels"}
-)
-CORE_LINES = 2_000
+
+# The budgets of the house, without exemptions.
+METHOD = ("losses", "alignment", "batch", "thinking", "views", "step", "modeling")
+METHOD_LINES = 1_150
+"""Of code: one person reads the method in an afternoon."""
+PACKAGE_LINES, BENCHMARK_LINES = 15_500, 4_500
+FILE_LINES, FUNCTION_LINES, PARAMETERS = 500, 60, 8
 
 # Library -> the files under laser_jax that may import it.
 CONFINED: dict[str, frozenset[str]] = {
     "transformers": frozenset({"data/tokenization.py"}),
-    "safetensors": frozenset({"hf.py"}),
-    "gguf": frozenset({"gguf.py"}),
-    "orbax": frozenset({"checkpoint.py"}),
+    "safetensors": frozenset({"hf/weights.py"}),
+    "gguf": frozenset({"import_gguf/file.py"}),
+    "orbax": frozenset({"train/checkpoint.py"}),
     "faiss": frozenset({"search/faiss_index.py"}),
-    "jinja2": frozenset({"inspection/page.py"}),
-    "matplotlib": frozenset({"evaluation/plots.py"}),
-    "mteb": frozenset({"evaluation/mteb.py"}),
-    "ray": frozenset({"corpus/on_ray.py"}),
+    "jinja2": frozenset({"think/page.py"}),
+    "matplotlib": frozenset({"evaluate/plots.py"}),
+    "mteb": frozenset({"evaluate/mteb.py"}),
+    "ray": frozenset({"encode_corpus/on_ray.py"}),
     "torch": frozenset(),
     "tensorflow": frozenset(),
 }
@@ -87,9 +80,9 @@ def name_of(path: Path) -> str:
     return path.relative_to(PACKAGE).as_posix()
 
 
-def unit_of(path: Path) -> str:
-    """The row entry of a file: its folder under laser_jax, or its own name at the top."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def module_of(path: Path) -> str:
+    """The dotted name under laser_jax, such as `data.schema`."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
 def imports(source: str, package: Imported) -> Iterator[tuple[int, Imported]]:
@@ -113,37 +106,39 @@ def imports_of(path: Path) -> list[tuple[int, Imported]]:
     return list(imports(path.read_text(), package))
 
 
-def level(unit: str) -> int | None:
-    return next((i for i, layer in enumerate(LAYERS) if unit in layer), None)
+def is_entrance(module: str) -> bool:
+    """Whether a module is an `__init__` or `__main__`, which may import whatever is of its room or,
+    at the top, anything."""
+    return module.rpartition(".")[2] in ("__init__", "__main__")
 
 
 def direction_fault(importer: str, imported: Imported) -> str | None:
-    """Why the unit `importer` may not import a name of laser_jax, or None where it may."""
-    target = imported[1] if len(imported) > 1 else ""
-    if target in PROGRAMS:
-        return f"{target} is a program, nobody imports it"
-    target_level = level(target)
-    if target_level is None:
-        return f"laser_jax.{target or '__init__'} is no module of the layout"
-    if importer in PROGRAMS or importer == "__init__" or importer == target:
+    """Why the module `importer` may not import a name of laser_jax, or None where it may."""
+    dotted = ".".join(imported[1:])
+    target = next((m for m in ORDER if dotted == m or dotted.startswith(f"{m}.")), None)
+    if target is None:
+        room = dotted in {m.partition(".")[0] for m in ORDER}
+        if is_entrance(importer) or (room and importer not in ORDER):
+            return None
+        return f"laser_jax.{dotted or '__init__'} is no module of the layout"
+    if importer not in ORDER or importer == target:
         return None
-    importer_level = level(importer)
-    if importer_level is not None and target_level >= importer_level:
-        return f"{target} is not above {importer}"
+    if ORDER.index(target) > ORDER.index(importer):
+        return f"{target} does not stand before {importer}"
     return None
 
 
-def test_every_module_has_its_row_in_the_layout() -> None:
-    known = frozenset({"__init__"}) | PROGRAMS | frozenset().union(*LAYERS)
-    assert [name_of(p) for p in modules() if unit_of(p) not in known] == []
+def test_every_module_has_its_place_in_the_layout() -> None:
+    found = {module_of(path) for path in modules() if not is_entrance(module_of(path))}
+    assert sorted(found ^ set(ORDER)) == []
 
 
-def test_modules_import_only_from_rows_above_their_own() -> None:
+def test_modules_import_only_what_stands_before_them() -> None:
     faults = [
         f"{name_of(path)}:{line}: {fault}"
         for path in modules()
         for line, imported in imports_of(path)
-        if imported[0] == "laser_jax" and (fault := direction_fault(unit_of(path), imported))
+        if imported[0] == "laser_jax" and (fault := direction_fault(module_of(path), imported))
     ]
     assert faults == []
 
@@ -194,10 +189,47 @@ def lines_of_code(source: str) -> int:
     return len(code - documentation)
 
 
-def test_core_is_read_in_an_afternoon() -> None:
-    core = [p for p in modules() if unit_of(p) not in PROGRAMS | OUTSIDE_CORE]
-    lines = {name_of(p): lines_of_code(p.read_text()) for p in core}
-    assert sum(lines.values()) < CORE_LINES, lines
+def lines_in(folder: str) -> int:
+    return sum(len(p.read_text().splitlines()) for p in (REPOSITORY / folder).rglob("*.py"))
+
+
+def test_the_method_is_read_in_an_afternoon() -> None:
+    method = [p for p in modules() if module_of(p).partition(".")[0] in METHOD]
+    lines = {name_of(p): lines_of_code(p.read_text()) for p in method}
+    assert sum(lines.values()) <= METHOD_LINES, lines
+
+
+def test_the_house_keeps_its_budget() -> None:
+    assert lines_in("laser_jax") <= PACKAGE_LINES
+    assert lines_in("benchmarks") <= BENCHMARK_LINES
+
+
+@pytest.mark.parametrize("folder", ["laser_jax", "benchmarks"])
+def test_files_functions_and_signatures_are_short(folder: str) -> None:
+    faults = []
+    for path in sorted((REPOSITORY / folder).rglob("*.py")):
+        source, name = path.read_text(), path.relative_to(REPOSITORY)
+        if (length := len(source.splitlines())) > FILE_LINES:
+            faults.append(f"{name}: {length} lines")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                given = node.args
+                count = len([*given.posonlyargs, *given.args, *given.kwonlyargs])
+                count -= bool(given.args) and given.args[0].arg in ("self", "cls")
+                if length > FUNCTION_LINES or count > PARAMETERS:
+                    faults.append(f"{name}: {node.name} has {length} lines, {count} parameters")
+    assert faults == []
+
+
+def test_the_core_is_imported_without_what_it_does_not_need() -> None:
+    program = (
+        "import sys, laser_jax, laser_jax.encoder, laser_jax.step\n"
+        "heavy = ('transformers', 'tokenizers', 'grain', 'orbax', 'torch', 'pyarrow')\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
 
 
 def test_lines_of_code_leave_out_blanks_comments_and_docstrings() -> None:
@@ -208,14 +240,15 @@ def test_lines_of_code_leave_out_blanks_comments_and_docstrings() -> None:
 @pytest.mark.parametrize(
     ("importer", "imported", "allowed"),
     [
-        ("views", "laser_jax.thinking", True),
-        ("modeling", "laser_jax.modeling.rope", True),
-        ("train", "laser_jax.checkpoint", True),
-        ("thinking", "laser_jax.hf", False),
+        ("views", "laser_jax.thinking.think", True),
+        ("modeling.backbone", "laser_jax.modeling.rope", True),
+        ("train.run", "laser_jax.train.checkpoint", True),
+        ("modeling.rope", "laser_jax.modeling.backbone", False),
+        ("thinking", "laser_jax.hf.weights", False),
         ("losses", "laser_jax.views", False),
-        ("quickstart", "laser_jax.train.main", False),
+        ("evaluate.run", "laser_jax.train.run.train", False),
         ("encoder", "laser_jax", False),
-        ("encoder", "laser_jax.LatentEncoder", False),
+        ("encoder", "laser_jax.LatentRetriever", False),
     ],
 )
 def test_the_direction_rule_itself(importer: str, imported: str, allowed: bool) -> None:

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from laser_jax.config import PromptConfig
-from laser_jax.data.language_modeling import (
+from laser_jax.data.schema import DataError
+from laser_jax.data.tokenization import PromptTokenizer, train_tokenizer
+from laser_jax.pretrain.texts import (
     LanguageRows,
     WrittenReasoning,
     pack_texts,
     read_language_rows,
     reasoning_rows,
 )
-from laser_jax.data.schema import DataError
-from laser_jax.data.tokenization import PromptTokenizer, train_tokenizer
 
 TEXTS = ["The Danube flows through Ulm.", "Ulm", "The author was born there, in Ulm."]
 REASONING = "He was born in Ulm.\n\nThe Danube."

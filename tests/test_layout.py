@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import laser_jax.training.layout as layout_module
+import laser_jax.train.layout as layout_module
 from laser_jax.config import (
     Config,
     ConfigError,
@@ -26,7 +26,7 @@ from laser_jax.config import (
     TrainConfig,
 )
 from laser_jax.step import init_state
-from laser_jax.training.layout import Layout, describe_mesh, lay_out, number_of_steps
+from laser_jax.train.layout import Layout, describe_mesh, lay_out, number_of_steps
 
 SCRATCH = ScratchConfig(
     hidden_size=16,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import pytrec_eval
 
-from laser_jax.evaluation.beir import read_qrels, read_qrels_file
-from laser_jax.evaluation.metrics import (
+from laser_jax.evaluate.beir import read_qrels, read_qrels_file
+from laser_jax.evaluate.metrics import (
     Qrels,
     changed_documents,
     evaluate_run,

@@ -11,23 +11,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from laser_jax.evaluation.beir import BeirDataset, Document, EvalQuery, read_queries
-from laser_jax.evaluation.bright import INSTRUCTIONS
-from laser_jax.evaluation.metrics import (
+from laser_jax.evaluate.beir import BeirDataset, Document, EvalQuery, read_queries
+from laser_jax.evaluate.bright import INSTRUCTIONS
+from laser_jax.evaluate.metrics import (
     changed_documents,
     evaluate_run,
     mean,
     p_mrr,
     without_excluded,
 )
-from laser_jax.evaluation.retrieval import latent, retrieval_runs
-from laser_jax.retriever import LatentRetriever
+from laser_jax.evaluate.retrieval import latent, retrieval_runs
+from laser_jax.inference.retriever import LatentRetriever
 from laser_jax.search.trec import Run
 
 mteb = pytest.importorskip("mteb", reason="mteb is absent: pip install laser-jax[mteb]")
 datasets = pytest.importorskip("datasets")
 retrieval_metrics = pytest.importorskip("mteb._evaluators.retrieval_metrics")
-ours = pytest.importorskip("laser_jax.evaluation.mteb")
+ours = pytest.importorskip("laser_jax.evaluate.mteb")
 TaskMetadata, PromptType = mteb.TaskMetadata, mteb.types.PromptType
 MtebRetriever, evaluate_task, find_tasks = ours.MtebRetriever, ours.evaluate_task, ours.find_tasks
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-import laser_jax.training.output as module
+import laser_jax.train.output as module
 from laser_jax.config import (
     Config,
     DataConfig,
@@ -27,7 +27,7 @@ from laser_jax.config import (
     TrainConfig,
     as_dict,
 )
-from laser_jax.training.output import (
+from laser_jax.train.output import (
     OutputDirectory,
     OutputError,
     StepLog,
@@ -64,7 +64,7 @@ def test_the_second_run_on_a_directory_is_refused(tmp_path: Path) -> None:
 HOLDER = """
 import sys
 from laser_jax.config import *
-from laser_jax.training.output import OutputDirectory
+from laser_jax.train.output import OutputDirectory
 output = OutputDirectory(
     Config(ModelConfig(scratch=ScratchConfig()), DataConfig("rows.jsonl"), output=sys.argv[1])
 )

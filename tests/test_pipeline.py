@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from laser_jax.alignment import keyframe_positions
+from laser_jax.batch import Batch
 from laser_jax.config import DataConfig, MixtureSource, PromptConfig
 from laser_jax.data.pipeline import (
-    Batch,
     SampleOrder,
     contrast,
     draw_example,

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from laser_jax.corpus.documents import Corpus, Fields
-from laser_jax.corpus.plan import (
+from laser_jax.encode_corpus.documents import Corpus, Fields
+from laser_jax.encode_corpus.plan import (
     Plan,
     Settings,
     differing,

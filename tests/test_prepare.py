@@ -25,7 +25,7 @@ from laser_jax.data.pipeline import training_batches
 from laser_jax.data.schema import DataError
 from laser_jax.data.sources import open_source
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, train_tokenizer
-from laser_jax.prepare import PaddingConfig, PrepareConfig, format_report, main, prepare
+from laser_jax.prepare.run import PaddingConfig, PrepareConfig, format_report, main, prepare
 
 PROMPT = PromptConfig(query_max_length=40, document_max_length=30, explicit_max_length=64)
 SETTINGS: dict[str, Any] = {
@@ -371,7 +371,7 @@ def test_a_run_that_was_killed_before_its_first_file_goes_on(config, left) -> No
 
 def test_a_damaged_tally_of_a_stopped_run_is_made_again(config, monkeypatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("laser_jax.prepare.write_description", lambda *_: 1 / 0)  # stopped there
+        patch.setattr("laser_jax.prepare.run.write_description", lambda *_: 1 / 0)  # stopped there
         with pytest.raises(ZeroDivisionError):
             prepare(config)
     (Path(config.output) / ".tallies" / "00001.json").write_bytes(b"{\0")

@@ -17,7 +17,6 @@ import pytest
 from flax import linen as nn
 from safetensors.numpy import load_file
 
-from laser_jax import pretrain as program
 from laser_jax.config import (
     ConfigError,
     ModelConfig,
@@ -26,11 +25,12 @@ from laser_jax.config import (
     ScratchConfig,
     parse_command_line,
 )
-from laser_jax.data.language_modeling import LanguageRows
 from laser_jax.data.tokenization import load_tokenizer
-from laser_jax.hf import load_params, read_backbone_config
+from laser_jax.hf.weights import load_params, read_backbone_config
 from laser_jax.modeling.backbone import Backbone
-from laser_jax.pretrain import pretrain, written_right
+from laser_jax.pretrain import run as program
+from laser_jax.pretrain.run import pretrain, written_right
+from laser_jax.pretrain.texts import LanguageRows
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SCRATCH = ScratchConfig(

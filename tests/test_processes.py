@@ -20,7 +20,7 @@ from test_faults import SETTINGS, data  # noqa: F401  (the same small run and ro
 
 from laser_jax.config import ConfigError, Invocation, MeshConfig
 from laser_jax.sharding import make_mesh
-from laser_jax.training.processes import join_processes, local_rows
+from laser_jax.train.processes import join_processes, local_rows
 
 STEPS = 6
 OPTIONS = {

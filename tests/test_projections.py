@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-import laser_jax.kernels
+import laser_jax.modeling.kernels
 from benchmarks.flops import matmul_flops
 from laser_jax import encode
 from laser_jax.config import RetrieverConfig, RopeScaling, ScratchConfig
-from laser_jax.kernels import matmul
 from laser_jax.modeling.backbone import Backbone, apply, unstack_layers
+from laser_jax.modeling.kernels import matmul
 from laser_jax.modeling.rope import rope_at, rope_from_zero
 
 CONFIG = ScratchConfig(
@@ -118,7 +118,7 @@ def test_a_single_row_is_what_it_is_among_others(
     shape: tuple[int, ...], reverse_only: bool
 ) -> None:
     """Of bfloat16 it is doubled on a CPU, where XLA is slow with one."""
-    matmul = functools.partial(laser_jax.kernels.matmul, reverse_only=reverse_only)
+    matmul = functools.partial(laser_jax.modeling.kernels.matmul, reverse_only=reverse_only)
     x, w = random(shape, "bfloat16", 0), random((64, 5), "bfloat16", 1)
     g = random((*shape[:-1], 5), "bfloat16", 2)
     y, backward = jax.vjp(matmul, x, w)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from laser_jax import quickstart as module
 from laser_jax.config import Config, ConfigError, PretrainConfig, as_dict, parse_command_line
-from laser_jax.quickstart import QuickstartOptions, quickstart
+from laser_jax.quickstart import run as module
+from laser_jax.quickstart.run import QuickstartOptions, quickstart
 
 
 @pytest.fixture

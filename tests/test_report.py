@@ -10,21 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from laser_jax.evaluation.results import (
+from laser_jax.evaluate.compare import ReportOptions, compare, format_report, main
+from laser_jax.evaluate.results import (
     PER_QUERY_FILE,
     Evaluation,
     write_evaluation,
     write_per_query,
 )
-from laser_jax.evaluation.retrieval import (
+from laser_jax.evaluate.retrieval import (
     EXPLICIT,
     REWRITE,
     REWRITE_AS_QUERY,
     REWRITES,
     latent,
 )
-from laser_jax.evaluation.significance import permutation_p_value
-from laser_jax.report import ReportOptions, compare, format_report, main
+from laser_jax.evaluate.significance import permutation_p_value
 
 METRIC = "nDCG@10"
 QUERIES = [f"q{i}" for i in range(30)]
@@ -91,7 +91,9 @@ def test_rewrite_then_retrieve_is_plotted_with_the_time_to_write_or_not_at_all(
     timed["writing_milliseconds_per_query"] = {REWRITE: 40.0, REWRITE_AS_QUERY: 50.0}
     told = write(tmp_path / "told", values, model="told", **timed)
     drawn = {}
-    monkeypatch.setattr("laser_jax.report.plot_latency_quality", lambda s, *_: drawn.update(s))
+    monkeypatch.setattr(
+        "laser_jax.evaluate.compare.plot_latency_quality", lambda s, *_: drawn.update(s)
+    )
     main([told, untold, "--output", str(tmp_path / "out")])
     times = {name: [point.milliseconds for point in points] for name, points in drawn.items()}
     assert times == {

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from laser_jax.batch_encoder import LatentEncoder
 from laser_jax.config import ConfigError, PromptConfig, RetrieverConfig, ScratchConfig
 from laser_jax.data.tokenization import PromptTokenizer, train_tokenizer
-from laser_jax.evaluation.beir import BeirDataset, Document, EvalQuery
-from laser_jax.evaluation.retrieval import (
+from laser_jax.evaluate.beir import BeirDataset, Document, EvalQuery
+from laser_jax.evaluate.retrieval import (
     REWRITE,
     REWRITE_AS_QUERY,
     REWRITES,
@@ -26,9 +25,10 @@ from laser_jax.evaluation.retrieval import (
     score_runs,
     with_max_length,
 )
+from laser_jax.inference.batch_encoder import LatentEncoder
 from laser_jax.modeling.backbone import Backbone
 from laser_jax.search.trec import DatasetError
-from laser_jax.training.selection import score_dev
+from laser_jax.train.selection import score_dev
 
 SCRATCH = ScratchConfig(
     hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=16

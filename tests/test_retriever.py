@@ -22,7 +22,6 @@ import pytest
 from flax import linen as nn
 
 import laser_jax
-from laser_jax.batch_encoder import LatentEncoder
 from laser_jax.config import (
     MeshConfig,
     PromptConfig,
@@ -37,9 +36,10 @@ from laser_jax.data.tokenization import (
     train_tokenizer,
 )
 from laser_jax.encoder import encode
-from laser_jax.hf import save_params
+from laser_jax.hf.weights import save_params
+from laser_jax.inference.batch_encoder import LatentEncoder
+from laser_jax.inference.retriever import LatentRetriever, OverlongTextError, Tally
 from laser_jax.modeling.backbone import Backbone
-from laser_jax.retriever import LatentRetriever, OverlongTextError, Tally
 from laser_jax.sharding import make_mesh
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

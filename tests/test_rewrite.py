@@ -22,11 +22,18 @@ from flax import linen as nn
 
 from laser_jax.config import ScratchConfig
 from laser_jax.data.tokenization import load_tokenizer, special_token_ids, train_tokenizer
-from laser_jax.evaluation.rewrites import read_rewrites
-from laser_jax.generation import Decoding, TextGenerator
-from laser_jax.hf import load_params, save_params
+from laser_jax.evaluate.rewrites import read_rewrites
+from laser_jax.hf.weights import load_params, save_params
 from laser_jax.modeling.backbone import Backbone
-from laser_jax.rewrite import RewriteOptions, main, prompt_maker, read_wanted, report_file, seed_of
+from laser_jax.rewrite.generation import Decoding, TextGenerator
+from laser_jax.rewrite.run import (
+    RewriteOptions,
+    main,
+    prompt_maker,
+    read_wanted,
+    report_file,
+    seed_of,
+)
 
 SCRATCH = ScratchConfig(
     hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=16

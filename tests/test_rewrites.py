@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from laser_jax.evaluation.beir import EvalQuery
-from laser_jax.evaluation.rewrites import (
+from laser_jax.evaluate.beir import EvalQuery
+from laser_jax.evaluate.rewrites import (
     Rewrite,
     WritingCost,
     milliseconds_per_query,

@@ -24,7 +24,7 @@ from benchmarks.flops import (
 from benchmarks.measure import Spread
 from benchmarks.workload import SHAPES, drawn_unstacked, make_backbone, unstacked_shapes
 from laser_jax.config import ScratchConfig
-from laser_jax.training.throughput import forward_flops
+from laser_jax.train.throughput import forward_flops
 
 MIDDLING = ScratchConfig(
     hidden_size=256, num_layers=3, num_heads=4, head_dim=64, intermediate_size=512

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-import laser_jax.training.selection as selection
+import laser_jax.train.selection as selection
 from laser_jax.config import TrainConfig
-from laser_jax.evaluation.beir import BeirDataset, Document, EvalQuery
-from laser_jax.training.selection import (
+from laser_jax.evaluate.beir import BeirDataset, Document, EvalQuery
+from laser_jax.train.selection import (
     best_steps,
     fingerprint_of,
     is_evaluated,

@@ -7,8 +7,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from laser_jax.evaluation import significance
-from laser_jax.evaluation.significance import (
+from laser_jax.evaluate import significance
+from laser_jax.evaluate.significance import (
     grouped_bootstrap,
     holm,
     paired_bootstrap,

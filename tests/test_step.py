@@ -15,6 +15,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh
 
+from laser_jax.batch import Batch, Tokens
 from laser_jax.config import (
     Config,
     DataConfig,
@@ -26,7 +27,6 @@ from laser_jax.config import (
     ScratchConfig,
     TrainConfig,
 )
-from laser_jax.data.pipeline import Batch, Tokens
 from laser_jax.modeling.backbone import Backbone, Variables
 from laser_jax.sharding import MESH_AXES, batch_sharding
 from laser_jax.step import (

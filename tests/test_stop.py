@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from laser_jax.training.stop import StopRequested, StopSignal
+from laser_jax.train.stop import StopRequested, StopSignal
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -96,7 +96,7 @@ def test_outside_the_main_thread_no_handler_is_set() -> None:
 WORKER = """
 import sys, time, jax
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from laser_jax.training.stop import StopSignal
+from laser_jax.train.stop import StopSignal
 stop, pause = StopSignal(), float(sys.argv[3])
 print("started", flush=True)
 sys.stdin.readline()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from laser_jax.terminal import fail, printable
+from laser_jax.files.terminal import fail, printable
 
 PROGRAMS = Path(__file__).resolve().parents[1] / "laser_jax"
 

@@ -11,11 +11,13 @@ import jax
 import numpy as np
 import pytest
 
-from laser_jax.batch_encoder import LatentEncoder
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
 from laser_jax.encoder import load_pretrained
-from laser_jax.evaluation.beir import Document
-from laser_jax.inspection.thought import (
+from laser_jax.evaluate.beir import Document
+from laser_jax.inference.batch_encoder import LatentEncoder
+from laser_jax.search.trec import DatasetError
+from laser_jax.think.run import describe, main
+from laser_jax.think.thought import (
     PROGRAMS,
     Inspector,
     RankedDocument,
@@ -26,8 +28,6 @@ from laser_jax.inspection.thought import (
     load_corpus,
     rank_documents,
 )
-from laser_jax.search.trec import DatasetError
-from laser_jax.think import describe, main
 
 QUERY = "Where is Ulm?"
 REASONING = "Ulm is a town.\n\nIt lies on a river.\n\n"

@@ -25,9 +25,10 @@ from urllib.parse import urlencode
 
 import pytest
 
-from laser_jax.evaluation.beir import Document
-from laser_jax.inspection.page import SHADES, Form, heat, moves, rank_chart, render_page
-from laser_jax.inspection.server import (
+from laser_jax.evaluate.beir import Document
+from laser_jax.think.page import SHADES, Form, heat, moves, rank_chart, render_page
+from laser_jax.think.run import main
+from laser_jax.think.server import (
     LARGEST_QUEUE,
     LARGEST_STEPS,
     PageServer,
@@ -35,7 +36,7 @@ from laser_jax.inspection.server import (
     _Handler,
     answer,
 )
-from laser_jax.inspection.thought import (
+from laser_jax.think.thought import (
     Inspector,
     RankedDocument,
     Segment,
@@ -44,7 +45,6 @@ from laser_jax.inspection.thought import (
     Token,
     load_corpus,
 )
-from laser_jax.think import main
 
 VOID = {"meta", "link", "input", "br", "rect", "circle", "line", "path"}
 TRAP = "<script>alert(1)</script>\" onfocus='alert(2)' & {{ 7 * 7 }}"

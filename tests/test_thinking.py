@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from laser_jax.batch_encoder import LatentEncoder
 from laser_jax.config import BackboneConfig, MeshConfig, Pooling, RetrieverConfig, RopeScaling
 from laser_jax.encoder import encode, right_padded
+from laser_jax.inference.batch_encoder import LatentEncoder
 from laser_jax.losses import pool
 from laser_jax.modeling.backbone import Backbone, Variables, unstack_layers
 from laser_jax.modeling.rope import rope_at

@@ -13,8 +13,9 @@ import pytest
 from flax import linen as nn
 
 import laser_jax.thinking
-import laser_jax.training.throughput as throughput
+import laser_jax.train.throughput as throughput
 import laser_jax.views
+from laser_jax.batch import Batch, Tokens
 from laser_jax.config import (
     BackboneConfig,
     Config,
@@ -26,10 +27,9 @@ from laser_jax.config import (
     ScratchConfig,
     TrainConfig,
 )
-from laser_jax.data.pipeline import Batch, Tokens
 from laser_jax.modeling.backbone import Backbone, apply, empty_suffix
 from laser_jax.step import FrozenTeacher, _reading, read_views
-from laser_jax.training.throughput import (
+from laser_jax.train.throughput import (
     Meter,
     Reading,
     device_bytes,

@@ -8,7 +8,7 @@ import importlib.util
 import pytest
 
 from laser_jax.config import ConfigError
-from laser_jax.training.topologies import devices_to_compile_for
+from laser_jax.train.topologies import devices_to_compile_for
 
 
 def installed(package: str) -> bool:

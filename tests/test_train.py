@@ -25,14 +25,14 @@ from jax.profiler import ProfileData
 from safetensors.numpy import load_file, save_file
 
 import laser_jax
-import laser_jax.train as program
-from laser_jax.batch_encoder import LatentEncoder
-from laser_jax.checkpoint import CheckpointError
+import laser_jax.train.run as program
 from laser_jax.config import Config, RetrieverConfig, parse_command_line
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, right_pad
 from laser_jax.encoder import load_pretrained
-from laser_jax.hf import load_adapter
-from laser_jax.training.output import OutputError
+from laser_jax.hf.weights import load_adapter
+from laser_jax.inference.batch_encoder import LatentEncoder
+from laser_jax.train.checkpoint import CheckpointError
+from laser_jax.train.output import OutputError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 ABLATIONS = sorted((CONFIGS / "ablation").glob("*.yaml"))

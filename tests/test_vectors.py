@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from laser_jax.search import vectors
-from laser_jax.search.__main__ import main
 from laser_jax.search.codes import decode_vectors, encode_vectors
+from laser_jax.search.run import main
 from laser_jax.search.topk import search
 from laser_jax.search.trec import read_trec_run
 from laser_jax.search.vectors import (

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from laser_jax.alignment import keyframe_positions
+from laser_jax.batch import Batch, Tokens
 from laser_jax.config import BackboneConfig, LossWeights, ObjectiveConfig
-from laser_jax.data.pipeline import Batch, Tokens
 from laser_jax.modeling.backbone import Backbone, Variables, unstack_layers
 from laser_jax.step import FrozenTeacher, objective_terms
 from laser_jax.thinking import think

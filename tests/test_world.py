@@ -14,7 +14,7 @@ import pytest
 
 from laser_jax.config import ConfigError
 from laser_jax.data.sources import open_source
-from laser_jax.data.world import (
+from laser_jax.quickstart.world import (
     INSTRUCTION,
     PLACE_NAMES,
     RELATION_NAMES,

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-import flax.struct
 import grain
 import numpy as np
 from absl import flags
 
 from laser_jax.alignment import keyframe_positions
+from laser_jax.batch import Batch, Tokens
 from laser_jax.config import DataConfig, KeyframeRule, as_dict
 from laser_jax.data.schema import DataError, TrainingRow
 from laser_jax.data.sources import Source, describe_row
@@ -36,35 +36,6 @@ Array = Any
 _ENDLESS = 2**62
 _TEXTS_HELD = 32_768
 """Texts of each kind whose tokens are remembered."""
-
-
-@flax.struct.dataclass
-class Tokens:
-    """Right-padded rows of tokens."""
-
-    ids_BT: Array
-    """int32."""
-    lengths_B: Array
-    """int32, the real tokens of each row."""
-
-
-@flax.struct.dataclass
-class Batch:
-    """What one optimizer step reads."""
-
-    query: Tokens
-    """B rows."""
-    documents: Tokens
-    """C = B G rows; row i G is the positive of query i, its hard negatives follow."""
-    explicit: Tokens | None
-    """B rows; None where the objective has no explicit view."""
-    keyframes_BK: Array | None
-    """int32 token positions in `explicit` of the states that teach the K thinking steps."""
-    contrast_BC: Array
-    """bool, True where document c is contrasted with query b. False at a positive of any row of the
-    batch with this query's text, unless c is the query's designated positive b G."""
-    rows_B: Array | None = None
-    """int32, each query's row in the concatenation of the sources (see `describe_row`)."""
 
 
 # --- what an epoch draws from a row ----------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from laser_jax.files import DataError
+from laser_jax.files.reading import DataError
 
 _STRINGS = ("query", "reasoning_query", "prompt")
 _STRING_LISTS = ("positive_passages", "negative_passages")

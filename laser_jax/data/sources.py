@@ -26,16 +26,15 @@ import numpy as np
 
 from laser_jax.config import DataConfig
 from laser_jax.data.schema import FIELDS, DataError, RowTokens, TrainingRow, parse_row
-from laser_jax.files import (
+from laser_jax.files.reading import (
     import_pyarrow,
     is_blank,
-    one_split,
     open_lines,
     parse_json,
     raw_lines,
     read_json,
-    split_of,
 )
+from laser_jax.files.splits import one_split, split_of
 
 PREPARED_FILE = "prepare.json"
 """In a directory written by `laser_jax.prepare`: how it was made and what is known of its rows."""

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from laser_jax.files import write_atomically
+from laser_jax.files.durable import write_atomically
 
 
 class TokenizationError(ValueError):

@@ -18,7 +18,7 @@ from flax import struct
 from jax.typing import DTypeLike
 
 from laser_jax.config import AttentionKernel, ConfigError
-from laser_jax.kernels import blockwise_attention, one_query_attention, splash_attention
+from laser_jax.modeling.kernels import blockwise_attention, one_query_attention, splash_attention
 from laser_jax.sharding import shard_mapped
 
 

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from laser_jax.config import AttentionKernel, BackboneConfig, LoraConfig, Remat
-from laser_jax.kernels import matmul, paired
 from laser_jax.modeling.attention import (
     KeyValues,
     Past,
@@ -31,6 +30,7 @@ from laser_jax.modeling.attention import (
     exact_matmuls,
     thinking_attention,
 )
+from laser_jax.modeling.kernels import matmul, paired
 from laser_jax.modeling.lora import Projection
 from laser_jax.modeling.rope import Rope, apply_rope, rope_at, rope_from_zero
 from laser_jax.sharding import constrain, with_axes

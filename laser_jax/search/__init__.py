@@ -1,4 +1,4 @@
-"""Exact search over document vectors: on the device, ties in trec_eval's order."""
+"""Exact search over directories of vectors, ties in trec_eval's order."""
 
 from laser_jax.search.topk import device_mesh, exact_top_k, search
 from laser_jax.search.trec import trec_order

@@ -16,7 +16,7 @@ import numpy as np
 
 from laser_jax.config import as_dict, from_dict
 from laser_jax.data.schema import as_strings
-from laser_jax.files import read_state, write_atomically, written_whole
+from laser_jax.files.durable import read_state, write_atomically, written_whole
 from laser_jax.search.codes import decode_vectors
 from laser_jax.search.trec import Run, rank_documents
 from laser_jax.search.vectors import (

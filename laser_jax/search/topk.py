@@ -402,7 +402,7 @@ def search(
         chunk: documents scored at a time.
 
     Returns:
-        A run for `laser_jax.evaluation.metrics`: query id -> document id -> score, best first, ties
+        A run for `laser_jax.evaluate.metrics`: query id -> document id -> score, best first, ties
         in trec_eval's order.
 
     Raises:

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from laser_jax.files import DataError, parse_json, parse_number, text_lines, written_whole
+from laser_jax.files.durable import written_whole
+from laser_jax.files.reading import DataError, parse_json, parse_number, text_lines
 
 Run = dict[str, dict[str, float]]
 """Query id -> document id -> score."""

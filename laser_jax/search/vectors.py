@@ -23,7 +23,8 @@ from typing import Any, Literal
 import numpy as np
 
 from laser_jax.config import ConfigError, as_dict, from_dict
-from laser_jax.files import DataError, import_pyarrow, read_json, write_atomically, written_whole
+from laser_jax.files.durable import write_atomically, written_whole
+from laser_jax.files.reading import DataError, import_pyarrow, read_json
 from laser_jax.search.repeated_ids import RepeatedIds, id_hash
 from laser_jax.search.trec import document_id_fault
 

@@ -1,1 +1,0 @@
-"""A corpus of any size to a directory of vectors, shard by shard."""

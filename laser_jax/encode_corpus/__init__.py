@@ -1,0 +1,1 @@
+"""A corpus of any size to a directory of vectors."""

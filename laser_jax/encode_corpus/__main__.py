@@ -1,0 +1,6 @@
+"""`python -m laser_jax.encode_corpus`."""
+
+from laser_jax.encode_corpus.run import main
+
+if __name__ == "__main__":
+    main()

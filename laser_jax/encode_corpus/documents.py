@@ -1,0 +1,229 @@
+"""The documents of a corpus, or its queries, one after the other from any place: JSON lines and
+Parquet, in memory that does not grow with the corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from laser_jax.evaluate.beir import (
+    Document,
+    EvalQuery,
+    json_object,
+    parse_document,
+    parse_query,
+)
+from laser_jax.files.reading import import_pyarrow, is_blank, open_lines, raw_lines
+from laser_jax.files.splits import one_split, split_of
+from laser_jax.search.trec import DatasetError
+
+_ROWS_PER_READ = 1024
+_BEIR = {"documents": "corpus.jsonl", "queries": "queries.jsonl"}
+_LINES, _ROWS = (".jsonl", ".jsonl.gz"), (".parquet",)
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The names of a document's fields, or columns. The title's may be absent."""
+
+    id: str = "_id"
+    text: str = "text"
+    title: str = "title"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a document begins."""
+
+    file: int = 0
+    """Which of the corpus's files."""
+    offset: int = 0
+    """Bytes before it in that file (of a .gz: unpacked), or rows of Parquet."""
+    line: int = 0
+    """Lines or rows before it."""
+
+
+@dataclass(frozen=True)
+class Located:
+    """A document, or query, and where it stands."""
+
+    where: str
+    """"file:line" of JSON lines, "file: row n" of Parquet."""
+    item: Document | EvalQuery
+    end: Place
+    """Where the next one begins."""
+
+
+class Corpus:
+    """The documents, or queries, of one or several files, in the order of the files' names.
+
+    Attributes:
+        files: what is read.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        texts: Literal["documents", "queries"] = "documents",
+        fields: Fields | None = None,
+        skipped: Callable[[str], object] | None = None,
+    ):
+        """Looks for the files; reads none.
+
+        Args:
+            path: a .jsonl, .jsonl.gz or .parquet; or a directory: of BEIR (corpus.jsonl or
+                queries.jsonl, perhaps .gz), or else one whose files are all of one of those kinds.
+            texts: what each row is: a document (`fields`), or a query as BEIR has them, with an
+                `instruction` if it likes.
+            skipped: as None, a bad line or row is an error; a function leaves bad ones out and is
+                given the message of each.
+
+        Raises:
+            FileNotFoundError, DatasetError: there is nothing to be read.
+        """
+        self.files = _files(Path(path), texts)
+        self._fields = fields or Fields()
+        self._skipped = skipped
+        names = {f"{key}_key": name for key, name in vars(self._fields).items()}
+        self._parse: Callable[[dict[str, Any], str], Document | EvalQuery] = (
+            parse_query if texts == "queries" else partial(parse_document, **names)
+        )
+        self._columns = {*vars(self._fields).values()}
+        self._needed = [self._fields.id, self._fields.text]
+        if texts == "queries":
+            self._columns, self._needed = {"_id", "text", "instruction"}, ["_id", "text"]
+        self._open: tuple[int, BinaryIO] | None = None
+
+    def read(self, start: Place | None = None) -> Iterator[Located]:
+        """The documents from `start` on, to the end of the last file.
+
+        One read at a time: the next one begins where this one's file is open, since what a .gz
+        holds before a place has to be unpacked.
+
+        Raises:
+            DatasetError: a line or row is no document, and is not to be skipped, or a file is
+                damaged; names both.
+        """
+        start = start or Place()
+        for number in range(start.file, len(self.files)):
+            read = self._rows if self.files[number].suffix == ".parquet" else self._lines
+            yield from read(number, start if number == start.file else Place(number))
+
+    def _lines(self, number: int, start: Place) -> Iterator[Located]:
+        path, offset = self.files[number], start.offset
+        for line, content in raw_lines(path, self._file(number), offset, start.line):
+            offset += len(content)
+            where = f"{path}:{line}"
+            if is_blank(content):
+                continue
+            item = self._parsed(content, where)
+            if item is not None:
+                yield Located(where, item, Place(number, offset, line))
+
+    def _file(self, number: int) -> BinaryIO:
+        if self._open is None or self._open[0] != number:
+            self.close()
+            self._open = number, open_lines(self.files[number])
+        return self._open[1]
+
+    def close(self) -> None:
+        """Closes the file that was read last."""
+        if self._open is not None:
+            self._open[1].close()
+            self._open = None
+
+    def __enter__(self) -> Corpus:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _rows(self, number: int, start: Place) -> Iterator[Located]:
+        path, row = self.files[number], start.offset
+        for record in _records(path, self._columns, self._needed, row):
+            row += 1
+            where = f"{path}: row {row}"
+            item = self._parsed(record, where)
+            if item is not None:
+                yield Located(where, item, Place(number, row, row))
+
+    def _parsed(self, row: bytes | dict[str, Any], where: str) -> Document | EvalQuery | None:
+        try:
+            return self._parse(json_object(row, where) if isinstance(row, bytes) else row, where)
+        except DatasetError as error:
+            if self._skipped is None:
+                raise
+            self._skipped(str(error))
+            return None
+
+
+def _files(path: Path, texts: Literal["documents", "queries"]) -> list[Path]:
+    names = {role: (name, f"{name}.gz") for role, name in _BEIR.items()}
+    if path.is_file():
+        if not path.name.endswith((*_LINES, *_ROWS)):
+            raise DatasetError(f"{path}: a .jsonl, .jsonl.gz or .parquet is wanted")
+        for role, of_role in names.items():
+            if role != texts and path.name in of_role:
+                raise DatasetError(
+                    f"{path}: a file of this name holds {role}, and {texts} are wanted: encode it "
+                    f"with --texts {role}, or give it another name"
+                )
+        return [path]
+    directory = path if path.is_dir() else path.parent
+    if not path.is_dir() and path.name not in [split_of(p.name) for p in directory.glob("*")]:
+        raise FileNotFoundError(f"{path} is neither a file nor a directory")
+    files = sorted(p for p in path.iterdir() if p.is_file())
+    beir, wanted = [p for p in files if p.name in names[texts]], _BEIR[texts]
+    if len(beir) == 1:
+        return beir
+    if beir:
+        raise DatasetError(f"{path}: holds both {wanted} and {wanted}.gz: name one of them")
+    others = {name for of_role in names.values() for name in of_role} & {p.name for p in files}
+    if others or (path / "qrels").is_dir():
+        raise FileNotFoundError(
+            f"{path / wanted} is missing: with {min(others, default='qrels')} the directory is one "
+            f"of BEIR, whose {texts} are there or in {wanted}.gz. Restore it, or name a file"
+        )
+    kinds = [[p for p in files if p.name.endswith(endings)] for endings in (_LINES, _ROWS)]
+    found = [kind for kind in kinds if kind]
+    if len(found) != 1:
+        what = "both JSON lines and Parquet: name one file" if found else "nothing to read"
+        raise DatasetError(
+            f"{path}: holds {what}. A directory of BEIR ({wanted}), of .jsonl(.gz) files or of "
+            ".parquet files is wanted"
+        )
+    return one_split(path, found[0])
+
+
+def _records(
+    path: Path, columns: set[str], needed: Sequence[str], start: int
+) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file from row `start` on."""
+    pyarrow = import_pyarrow(path)
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if missing := [name for name in needed if name not in names]:
+                raise DatasetError(
+                    f"{path}: no column {missing[0]!r}; the columns are {sorted(names)}. "
+                    "--fields.id, --fields.text and --fields.title name others"
+                )
+            group, left = 0, start
+            while group < file.num_row_groups:
+                rows = file.metadata.row_group(group).num_rows
+                if left < rows:
+                    break
+                group, left = group + 1, left - rows
+            for batch in file.iter_batches(
+                _ROWS_PER_READ,
+                range(group, file.num_row_groups),
+                [name for name in names if name in columns],
+            ):
+                yield from batch.slice(min(left, batch.num_rows)).to_pylist()
+                left = max(left - batch.num_rows, 0)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DatasetError(f"{path}: not a whole Parquet file: {error}") from error

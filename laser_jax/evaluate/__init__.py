@@ -1,0 +1,1 @@
+"""Runs and models scored: BEIR, BRIGHT, mteb, comparisons."""

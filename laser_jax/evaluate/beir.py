@@ -1,0 +1,402 @@
+"""BEIR directories, and judgements in the forms of BEIR and TREC.
+
+A BEIR directory holds `corpus.jsonl` (`_id`, `title`, `text`), `queries.jsonl` (`_id`, `text`) and
+`qrels/<split>.tsv` (a header, then query id, document id, grade). Queries may carry three fields
+more: `instruction`, `reasoning` (a chain of thought) and BRIGHT's `excluded_ids`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from laser_jax.evaluate.metrics import Qrels
+from laser_jax.files.reading import json_lines, parse_integer, parse_json, text_lines
+from laser_jax.search.matching import (
+    IdCount,
+    count_ids,
+    exclusions,
+    identical_count,
+    unmatched,
+)
+from laser_jax.search.trec import DatasetError, document_id_fault, excluded_ids
+
+R = TypeVar("R")
+T = TypeVar("T")
+
+# `qid iter docid grade`, parsed from both ends, as BRIGHT's document ids hold blanks.
+_TREC_JUDGEMENT = re.compile(r"\s*(\S+)\s+\S+\s+(\S.*?)\s+(\S+)\s*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document: its title, a blank and its text, or the text alone where there is no title."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True)
+class EvalQuery:
+    """A query with the fields that only some datasets have."""
+
+    id: str
+    text: str
+    instruction: str | None = None
+    reasoning: str | None = None
+    excluded_ids: tuple[str, ...] = ()
+    """Documents to be removed from the ranking before it is cut (BRIGHT)."""
+
+
+D = TypeVar("D", Document, EvalQuery)
+
+
+@dataclass(frozen=True)
+class BeirDataset:
+    """One split: the whole corpus, and the queries that are judged in the split."""
+
+    documents: list[Document]
+    queries: dict[str, EvalQuery]
+    qrels: Qrels
+    unmatched: tuple[IdCount, ...] = ()
+    """Ids that match nothing (see `judged_split`)."""
+    ignore_identical_ids: bool = True
+    """BEIR's rule: a query is not given the document that has its own id."""
+
+    def exclusions(self, *, nothing_excluded: bool = False) -> dict[str, Collection[str]]:
+        """Query id -> documents that no ranking of it holds.
+
+        Args:
+            nothing_excluded: leaves out what queries exclude by their `excluded_ids`.
+        """
+        excluded = {} if nothing_excluded else {q.id: q.excluded_ids for q in self.queries.values()}
+        return exclusions(excluded, self._identical() if self.ignore_identical_ids else ())
+
+    @property
+    def id_counts(self) -> tuple[IdCount, ...]:
+        """What the footer of a table says about ids."""
+        identical = self._identical()
+        relevant = [q for q in identical if self.qrels.get(q, {}).get(q, 0) >= 1]
+        return (
+            *self.unmatched,
+            *identical_count(self.queries, identical, self.ignore_identical_ids),
+            *count_ids("of those, judged relevant to it", identical, relevant),
+        )
+
+    def _identical(self) -> list[str]:
+        documents = {document.id for document in self.documents}
+        return [query for query in self.queries if query in documents]
+
+
+def parse_rows(
+    rows: Iterable[tuple[str, R]], parse: Callable[[R, str], T], skipped: list[str] | None
+) -> list[tuple[str, T]]:
+    """("file:line", parsed row) of every row.
+
+    Args:
+        rows: ("file:line", row).
+        parse: makes something of a row and its "file:line", or raises a DatasetError.
+        skipped: None for the first bad row to raise; a list to leave bad rows out and to have
+            their messages appended to it.
+    """
+    parsed = []
+    for where, row in rows:
+        try:
+            parsed.append((where, parse(row, where)))
+        except DatasetError as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
+    return parsed
+
+
+def json_object(line: bytes, where: str) -> dict[str, Any]:
+    """The JSON object of a line.
+
+    Raises:
+        DatasetError: where it holds something else, or is not UTF-8.
+    """
+    row = parse_json(line, where)
+    if not isinstance(row, dict):
+        raise DatasetError(f"{where}: wanted a JSON object, got {type(row).__name__}")
+    return row
+
+
+def _read_json_lines(
+    path: Path, parse: Callable[[dict[str, Any], str], T], skipped: list[str] | None
+) -> list[tuple[str, T]]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: a BEIR directory holds corpus.jsonl, queries.jsonl and "
+            "qrels/<split>.tsv"
+        )
+    return parse_rows(
+        json_lines(path), lambda line, where: parse(json_object(line, where), where), skipped
+    )
+
+
+def text_field(row: dict[str, Any], key: str, where: str) -> str:
+    """The string `row[key]`.
+
+    Raises:
+        DatasetError: where it is missing, no string or not Unicode (a lone surrogate).
+    """
+    if key not in row:
+        raise DatasetError(f"{where}: no field {key!r}; the fields are {sorted(row)}")
+    if not isinstance(row[key], str):
+        raise DatasetError(f"{where}: field {key!r} must be a string, got {row[key]!r}")
+    try:
+        row[key].encode()
+    except UnicodeEncodeError as error:
+        raise DatasetError(f"{where}: field {key!r} is no Unicode text: {error}") from error
+    return row[key]
+
+
+def _optional_text(row: dict[str, Any], key: str, where: str) -> str | None:
+    return None if row.get(key) is None else text_field(row, key, where)
+
+
+def parse_document(
+    row: dict[str, Any],
+    where: str,
+    *,
+    id_key: str = "_id",
+    text_key: str = "text",
+    title_key: str = "title",
+) -> Document:
+    """A row as a document. The title may be absent.
+
+    Raises:
+        DatasetError: it is none; the message begins with `where`.
+    """
+    id_, text = text_field(row, id_key, where), text_field(row, text_key, where)
+    title = _optional_text(row, title_key, where)
+    require_document_id(id_, where)
+    return Document(id_, f"{title} {text}" if title else text)
+
+
+def require_document_id(id_: str, where: str) -> None:
+    """Raises a DatasetError where the id cannot stand in a TREC run."""
+    if fault := document_id_fault(id_):
+        raise DatasetError(f"{where}: document id {id_!r} {fault}")
+
+
+def require_query_id(id_: str, where: str) -> None:
+    """Raises a DatasetError where the id cannot stand in a TREC run."""
+    if re.fullmatch(r"\S+", id_, re.ASCII) is None:
+        raise DatasetError(f"{where}: query id {id_!r} is empty or holds blanks")
+
+
+def parse_query(row: dict[str, Any], where: str) -> EvalQuery:
+    """A row as a query. Raises as `parse_document` does."""
+    id_ = text_field(row, "_id", where)
+    require_query_id(id_, where)
+    return EvalQuery(
+        id=id_,
+        text=text_field(row, "text", where),
+        instruction=_optional_text(row, "instruction", where),
+        reasoning=_optional_text(row, "reasoning", where),
+        excluded_ids=excluded_ids(row, where),
+    )
+
+
+def unique(rows: Iterable[tuple[str, D]], kind: str) -> dict[str, D]:
+    """Documents or queries by their id, in their order.
+
+    Args:
+        rows: ("file:line", document or query).
+        kind: what the message calls them.
+
+    Raises:
+        DatasetError: an id stands twice.
+    """
+    by_id: dict[str, D] = {}
+    for where, row in rows:
+        if row.id in by_id:
+            raise DatasetError(f"{where}: {kind} id {row.id!r} stands here a second time")
+        by_id[row.id] = row
+    return by_id
+
+
+def read_corpus(directory: str | Path, *, skipped: list[str] | None = None) -> list[Document]:
+    """Reads `corpus.jsonl`, in its order. Fields other than _id, title and text are ignored.
+
+    Args:
+        skipped: as None, a bad line is an error; a list gets a message for every line that is
+            left out instead. An id that stands twice is an error in either case.
+
+    Raises:
+        FileNotFoundError: when the file is missing.
+        DatasetError: on a line that is no document, an id that stands twice, or an empty file.
+    """
+    path = Path(directory) / "corpus.jsonl"
+    documents = unique(_read_json_lines(path, parse_document, skipped), "document")
+    if not documents:
+        raise DatasetError(f"{path}: holds no document")
+    return list(documents.values())
+
+
+def read_queries(
+    directory: str | Path, *, skipped: list[str] | None = None
+) -> dict[str, EvalQuery]:
+    """Reads `queries.jsonl`, in its order: query id -> query. Unknown fields are ignored.
+
+    Args:
+        directory: a BEIR directory, or a file of that form by itself.
+        skipped: as in `read_corpus`.
+
+    Raises:
+        FileNotFoundError: when the file is missing.
+        DatasetError: on a line that is no query, or an id that stands twice.
+    """
+    path = Path(directory)
+    if not path.is_file():
+        path /= "queries.jsonl"
+    return unique(_read_json_lines(path, parse_query, skipped), "query")
+
+
+def _add_judgement(qrels: Qrels, query: str, document: str, grade: str, where: str) -> None:
+    value = parse_integer(grade)
+    if value is None:
+        raise DatasetError(f"{where}: the score must be an integer, got {grade!r}")
+    grades = qrels.setdefault(query, {})
+    if grades.setdefault(document, value) != value:
+        raise DatasetError(
+            f"{where}: query {query!r} and document {document!r} have score "
+            f"{grades[document]} above and {grade} here"
+        )
+
+
+def read_qrels_file(path: str | Path) -> Qrels:
+    """Reads judgements, plain or .gz. A name that ends in `.tsv` or `.tsv.gz` is BEIR's form: a
+    header, then query id, document id and grade between tabs. Any other is trec_eval's:
+    `qid iter docid grade`, without a header; docid may hold blanks.
+
+    Raises:
+        FileNotFoundError: when the file is missing.
+        DatasetError: on a missing header, a line of another form, a grade that is no integer, or
+            two grades for one pair (the same line twice is accepted).
+    """
+    beir = Path(path).name.removesuffix(".gz").endswith(".tsv")
+    qrels: Qrels = {}
+    for number, (where, line) in enumerate(text_lines(path), start=1):
+        if number > 1 and not line.strip():
+            continue
+        if not beir:
+            match = _TREC_JUDGEMENT.fullmatch(line)
+            if match is None:
+                raise DatasetError(f"{where}: wanted 'qid iter docid grade', got {line!r}")
+            query, document, grade = match.groups()
+            _add_judgement(qrels, query, document, grade, where)
+            continue
+        fields = line.rstrip("\r\n").split("\t")
+        if len(fields) != 3:
+            raise DatasetError(
+                f"{where}: wanted query-id, corpus-id and score between tabs, got {line!r}"
+            )
+        query, document, grade = fields
+        if number > 1:
+            _add_judgement(qrels, query, document, grade, where)
+        elif re.match(r"\W*\d", grade):  # a number of any form, which names no column
+            raise DatasetError(
+                f"{where}: the header is missing; put 'query-id\\tcorpus-id\\tscore' above"
+            )
+    if not qrels:
+        raise DatasetError(f"{path}: holds no judgement")
+    return qrels
+
+
+def read_qrels(directory: str | Path, split: str) -> Qrels:
+    """Reads `qrels/<split>.tsv` of a BEIR directory (see `read_qrels_file`).
+
+    Raises:
+        FileNotFoundError: when the split is missing; names the splits that are there.
+        DatasetError: when the file cannot be used.
+    """
+    folder = Path(directory) / "qrels"
+    path = folder / f"{split}.tsv"
+    if not path.is_file():
+        present = sorted(p.stem for p in folder.glob("*.tsv"))
+        raise FileNotFoundError(
+            f"{path} is missing; splits present: {', '.join(present) or 'none'}"
+        )
+    return read_qrels_file(path)
+
+
+def judged_split(
+    where: object,
+    documents: list[Document],
+    queries: Mapping[str, EvalQuery],
+    qrels: Qrels,
+    *,
+    refuse_excluded: bool = True,
+) -> BeirDataset:
+    """The dataset of those queries that are judged, with the ids that match nothing counted.
+
+    Args:
+        where: the directory, which the message names.
+        refuse_excluded: whether it is an error that no excluded document is in the corpus.
+
+    Raises:
+        DatasetError: no judged document, no relevant one or no excluded one is in the corpus.
+    """
+    known = {document.id for document in documents}
+    judged = dict.fromkeys(document for grades in qrels.values() for document in grades)
+    relevant = dict.fromkeys(d for ds in qrels.values() for d, grade in ds.items() if grade >= 1)
+    lacking = unmatched("judged documents that the corpus lacks", judged, known, where)
+    if relevant.keys() != judged.keys():
+        what = "relevant documents that the corpus lacks"
+        lacking += unmatched(what, relevant, known, where)
+    kept = {id_: query for id_, query in queries.items() if id_ in qrels}
+    excluded = [document for query in kept.values() for document in query.excluded_ids]
+    return BeirDataset(
+        documents,
+        kept,
+        {id_: grades for id_, grades in qrels.items() if id_ in queries},
+        (
+            *lacking,
+            *unmatched(
+                "excluded documents that the corpus lacks",
+                excluded,
+                known,
+                where,
+                refuse_all=refuse_excluded,
+            ),
+            *unmatched("queries without judgements, left out", queries, qrels, where),
+            *unmatched("judged queries that are not there, left out", qrels, queries, where),
+        ),
+    )
+
+
+def read_beir(
+    directory: str | Path, split: str, *, skipped: list[str] | None = None
+) -> BeirDataset:
+    """Reads one split of a BEIR directory; of the queries, those that have qrels in it.
+
+    A judged document that the corpus lacks (ArguAna has some) stays in the qrels, as it does for
+    trec_eval, and counts as never retrieved. Ids that match nothing are counted (`judged_split`).
+
+    Args:
+        skipped: as in `read_corpus`. A judged query whose line was left out is left out too.
+
+    Raises:
+        FileNotFoundError: when a file is missing.
+        DatasetError: when a file cannot be used, a judged query is not in queries.jsonl, or no
+            judged document is in corpus.jsonl.
+    """
+    qrels = read_qrels(directory, split)
+    bad: list[str] | None = None if skipped is None else []
+    queries = read_queries(directory, skipped=bad)
+    unknown = [id_ for id_ in qrels if id_ not in queries]
+    if len(unknown) > len(bad or ()):  # more than the lines that were left out can explain
+        raise DatasetError(
+            f"{Path(directory) / 'qrels' / split}.tsv judges {len(unknown)} queries that "
+            f"queries.jsonl lacks, the first is {unknown[0]!r}"
+        )
+    documents = read_corpus(directory, skipped=bad)
+    if skipped is not None:
+        skipped += bad or ()
+    return judged_split(f"{directory} ({split})", documents, queries, qrels)

@@ -1,0 +1,292 @@
+"""Local copies of BRIGHT (arXiv 2407.12883), a domain at a time, as the dataset that BEIR gives.
+
+A copy has the layout of the hub's `xlangai/BRIGHT`: a folder for each of
+
+    documents, long_documents    `id`, `content`
+    examples                     `id`, `query`, `gold_ids`, `gold_ids_long`, `excluded_ids`
+    gpt4_reason, ...             the same, with the query as a language model rewrote it
+
+and in it a domain's file: `DOMAIN-00000-of-00001.parquet` (all shards), `DOMAIN.parquet`,
+`DOMAIN.jsonl`, `DOMAIN.jsonl.gz` or `DOMAIN.json` (a list, or a row a line). Other columns are
+ignored, `reasoning` too: it was written by people who knew the gold documents.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from laser_jax.evaluate.beir import (
+    BeirDataset,
+    Document,
+    EvalQuery,
+    json_object,
+    judged_split,
+    parse_rows,
+    require_document_id,
+    require_query_id,
+    text_field,
+    unique,
+)
+from laser_jax.files.reading import import_pyarrow, json_lines, parse_json
+from laser_jax.search.trec import DatasetError
+
+# The domains in the order of BRIGHT's tables, each with its task in words. The words are those of
+# the table in LaSER's released evaluator (github.com/ignorejjj/LaSER at d490a81,
+# src/eval/run_mteb.py, run_bright), kept to the letter; docs/evaluation.md says what else is known.
+INSTRUCTIONS: dict[str, str] = {
+    "biology": "Given a post, retrieve relevant passages that help answer the post.",
+    "earth_science": "Given a post, retrieve relevant passages that help answer the post.",
+    "economics": "Given a economics post, retrieve relevant passages that help answer the post.",
+    "psychology": "Given a psychology post, retrieve relevant passages that help answer the post.",
+    "robotics": "Given a robotics post, retrieve relevant passages that help answer the post.",
+    "stackoverflow": (
+        "Given a stackoverflow post, retrieve relevant passages that help answer the post."
+    ),
+    "sustainable_living": (
+        "Given a sustainable_living post, retrieve relevant passages that help answer the post."
+    ),
+    "leetcode": (
+        "Given a coding problem, retrieve relevant examples that help answer the problem."
+    ),
+    "pony": (
+        "Given a question about pony program language, retrieve relevant passages that help "
+        "answer the question."
+    ),
+    "aops": "Given a Math problem, retrieve relevant examples that help answer the problem.",
+    "theoremqa_questions": (
+        "Given a Math problem, retrieve relevant examples that help answer the problem."
+    ),
+    "theoremqa_theorems": (
+        "Given a Math problem, retrieve relevant theorems that help answer the problem."
+    ),
+}
+DOMAINS = tuple(INSTRUCTIONS)
+EXAMPLES = "examples"
+ALL = "all"
+
+_FILE = re.compile(
+    rf"({'|'.join(DOMAINS)})(?:-(\d+)-of-(\d+)\.parquet|\.parquet|\.jsonl|\.jsonl\.gz|\.json)"
+)
+_NO_EXCLUSION = "N/A"
+
+_Row = dict[str, Any] | bytes
+"""An object, or the line that should hold one."""
+
+
+def is_bright(directory: str | Path) -> bool:
+    """Whether the directory looks like a copy of BRIGHT: it has a folder `examples`."""
+    return (Path(directory) / EXAMPLES).is_dir()
+
+
+def choose_domains(
+    directory: str | Path, names: str, *, long_documents: bool = False, rewrites: str | None = None
+) -> list[str]:
+    """The domains that `names` asks for, in the order of `DOMAINS`.
+
+    Args:
+        directory: the copy.
+        names: domains with commas between, or `all`: those that are there.
+        long_documents, rewrites: as for `read_bright`.
+
+    Raises:
+        FileNotFoundError: a folder or a domain is missing; names those that are there.
+        DatasetError: an unknown domain.
+    """
+    present = _present(directory, _documents(long_documents))
+    present &= _present(directory, rewrites or EXAMPLES)
+    wanted = set(present) if names == ALL else {name.strip() for name in names.split(",")}
+    if unknown := wanted - set(DOMAINS):
+        raise DatasetError(
+            f"{min(unknown)!r} is no domain of BRIGHT: they are {', '.join(DOMAINS)}, or {ALL}"
+        )
+    for domain in _in_order(wanted - present):
+        _files(directory, _documents(long_documents), domain)
+        _files(directory, rewrites or EXAMPLES, domain)
+    if not wanted:
+        raise FileNotFoundError(
+            f"{directory}: no domain has a file in both {_documents(long_documents)} and "
+            f"{rewrites or EXAMPLES}"
+        )
+    return _in_order(wanted)
+
+
+def read_bright(
+    directory: str | Path,
+    domain: str,
+    *,
+    long_documents: bool = False,
+    rewrites: str | None = None,
+    skipped: list[str] | None = None,
+) -> BeirDataset:
+    """Reads one domain. Gold documents have grade 1; a query without any is not judged and left
+    out, as it is by BRIGHT's own code and by mteb.
+
+    Args:
+        directory: the copy.
+        domain: one of `DOMAINS`.
+        long_documents: search whole web pages instead of passages; `gold_ids_long` are the gold
+            documents.
+        rewrites: a folder of rewritten queries such as `gpt4_reason`, instead of `examples`.
+        skipped: as in `laser_jax.evaluate.beir.read_corpus`.
+
+    Raises:
+        FileNotFoundError: a file is missing; names the domains, or the rewrites, that are there.
+        DatasetError: a missing column, a row of another form, a gold document that the corpus
+            lacks or that is excluded too, an id that stands twice, or an empty file; the corpus
+            lacks every excluded document.
+        ImportError: Parquet without pyarrow.
+    """
+    source = _documents(long_documents)
+    documents = unique(
+        _read(directory, source, domain, ("id", "content"), _document, skipped), "document"
+    )
+    gold_field = "gold_ids_long" if long_documents else "gold_ids"
+
+    def parse(row: dict[str, Any], where: str) -> tuple[EvalQuery, list[str]]:
+        query = EvalQuery(
+            id=text_field(row, "id", where),
+            text=text_field(row, "query", where),
+            instruction=INSTRUCTIONS[domain],
+            excluded_ids=tuple(i for i in _ids(row, "excluded_ids", where) if i != _NO_EXCLUSION),
+        )
+        require_query_id(query.id, where)
+        gold = _ids(row, gold_field, where)
+        for id_ in gold:
+            if id_ in query.excluded_ids:
+                raise DatasetError(f"{where}: document {id_!r} is both gold and excluded")
+            if id_ not in documents:
+                raise DatasetError(
+                    f"{where}: gold document {id_!r} is not among the {len(documents)} of {source} "
+                    "of this domain: the copy is incomplete, or its folders are of two versions"
+                )
+        return query, gold
+
+    columns = ("id", "query", "excluded_ids", gold_field)
+    rows = _read(directory, rewrites or EXAMPLES, domain, columns, parse, skipped)
+    queries = unique(((where, query) for where, (query, _) in rows), "query")
+    qrels = {query.id: dict.fromkeys(gold, 1) for _, (query, gold) in rows if gold}
+    return judged_split(
+        f"{directory} ({domain})",
+        list(documents.values()),
+        queries,
+        qrels,
+        refuse_excluded=not long_documents,  # exclusions name passages
+    )
+
+
+def _documents(long_documents: bool) -> str:
+    return "long_documents" if long_documents else "documents"
+
+
+def _in_order(domains: Iterable[str]) -> list[str]:
+    return sorted(domains, key=DOMAINS.index)
+
+
+def _document(row: dict[str, Any], where: str) -> Document:
+    document = Document(text_field(row, "id", where), text_field(row, "content", where))
+    require_document_id(document.id, where)
+    return document
+
+
+def _ids(row: dict[str, Any], key: str, where: str) -> list[str]:
+    ids = row.get(key)
+    if not isinstance(ids, list) or not all(isinstance(id_, str) for id_ in ids):
+        raise DatasetError(f"{where}: field {key!r} must be a list of strings, got {ids!r}")
+    return ids
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def _matches(directory: str | Path, folder: str) -> dict[Path, re.Match[str]]:
+    """The files of a folder of the copy that are a domain's."""
+    path = Path(directory) / folder
+    if not path.is_dir():
+        present = sorted(p.name for p in Path(directory).glob("*") if p.is_dir())
+        raise FileNotFoundError(f"{path} is missing; folders present: {', '.join(present)}")
+    matched = ((file, _FILE.fullmatch(file.name)) for file in sorted(path.iterdir()))
+    return {file: match for file, match in matched if match}
+
+
+def _present(directory: str | Path, folder: str) -> set[str]:
+    return {match[1] for match in _matches(directory, folder).values()}
+
+
+def _files(directory: str | Path, folder: str, domain: str) -> list[Path]:
+    """A domain's file, or all of its shards in their order."""
+    matches = _matches(directory, folder)
+    files = {file: match for file, match in matches.items() if match[1] == domain}
+    path = Path(directory) / folder
+    if not files:
+        present = _in_order({match[1] for match in matches.values()})
+        raise FileNotFoundError(
+            f"{path} holds no file of {domain}; domains present: {', '.join(present) or 'none'}"
+        )
+    shards = {int(match[2]): file for file, match in files.items() if match[2]}
+    if len(shards) == len(files):
+        of = {int(match[3]) for match in files.values()}
+        if sorted(shards) == list(range(len(shards))) and of == {len(shards)}:
+            return [shards[number] for number in sorted(shards)]
+    elif len(files) == 1:
+        return list(files)
+    raise DatasetError(
+        f"{path}: wanted one file of {domain} or all of its shards, found "
+        f"{', '.join(file.name for file in files)}"
+    )
+
+
+def _read(
+    directory: str | Path,
+    folder: str,
+    domain: str,
+    columns: tuple[str, ...],
+    parse: Callable[[dict[str, Any], str], Any],
+    skipped: list[str] | None,
+) -> list[tuple[str, Any]]:
+    def parse_row(row: _Row, where: str) -> Any:
+        return parse(json_object(row, where) if isinstance(row, bytes) else row, where)
+
+    files = _files(directory, folder, domain)
+    rows = (row for file in files for row in _rows(file, columns))
+    parsed = parse_rows(rows, parse_row, skipped)
+    if not parsed:
+        raise DatasetError(f"{files[0]}: holds no row")
+    return parsed
+
+
+def _rows(file: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, _Row]]:
+    """("file:line" or the like, row) of a file."""
+    if file.suffix == ".parquet":
+        return _parquet_rows(file, columns)
+    return _list_rows(file) if _is_list(file) else json_lines(file)
+
+
+def _is_list(file: Path) -> bool:
+    with file.open("rb") as opened:  # no .gz begins with a bracket
+        return opened.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+
+
+def _list_rows(file: Path) -> Iterator[tuple[str, _Row]]:
+    for number, row in enumerate(parse_json(file.read_bytes(), file), start=1):
+        # what is no object goes on as a line, whose parser says so
+        yield f"{file}, row {number}", row if isinstance(row, dict) else json.dumps(row).encode()
+
+
+def _parquet_rows(file: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, _Row]]:
+    pyarrow = import_pyarrow(file)
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(file) as opened:
+            names = opened.schema_arrow.names
+            if missing := [column for column in columns if column not in names]:
+                raise DatasetError(f"{file}: no column {missing[0]!r}; the columns are {names}")
+            for batch in opened.iter_batches(columns=list(columns)):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file}, row {number}", row
+    except pyarrow.ArrowInvalid as error:
+        raise DatasetError(f"{file}: cannot be read after row {number}: {error}") from error

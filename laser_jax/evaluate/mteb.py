@@ -1,0 +1,319 @@
+"""A retriever as a model of mteb, and mteb's tasks with LaSER's instructions (extra `mteb`).
+
+mteb says how a benchmark is run and scored; results land in its own cache layout,
+
+    DIR/results/NAME/REVISION/TASK.json
+    DIR/results/NAME/REVISION/experiments/KEY_VALUE__.../TASK.json
+
+the second for whatever differs from the model as it was exported: another K, other limits, another
+instruction, exclusions left out.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from laser_jax.data.schema import as_strings
+from laser_jax.evaluate.bright import INSTRUCTIONS
+from laser_jax.files.durable import checksum
+from laser_jax.inference.retriever import LatentRetriever
+
+try:
+    import mteb
+    from mteb.abstasks import AbsTask, AbsTaskRetrieval
+    from mteb.abstasks.task_metadata import TaskMetadata
+    from mteb.models import ModelMeta
+    from mteb.models.abs_encoder import AbsEncoder
+    from mteb.models.model_meta import ScoringFunction
+    from mteb.types import PromptType
+except ImportError as error:
+    raise ImportError(f"evaluation by mteb needs pip install laser-jax[mteb]: {error}") from error
+
+BRIGHT_TASKS: dict[str, str] = {
+    "BrightBiologyRetrieval": "biology",
+    "BrightEarthScienceRetrieval": "earth_science",
+    "BrightEconomicsRetrieval": "economics",
+    "BrightPsychologyRetrieval": "psychology",
+    "BrightRoboticsRetrieval": "robotics",
+    "BrightStackoverflowRetrieval": "stackoverflow",
+    "BrightSustainableLivingRetrieval": "sustainable_living",
+    "BrightLeetcodeRetrieval": "leetcode",
+    "BrightPonyRetrieval": "pony",
+    "BrightAopsRetrieval": "aops",
+    "BrightTheoremQAQuestionsRetrieval": "theoremqa_questions",
+    "BrightTheoremQATheoremsRetrieval": "theoremqa_theorems",
+}
+"""Tasks of BRIGHT(v1.1) -> domain. Those of long documents have `Long` before `Retrieval`."""
+BRIGHT_WITH_SUBSETS = ("BrightRetrieval", "BrightLongRetrieval")
+"""Tasks of BRIGHT and BRIGHT (long), whose subsets are the domains and which exclude nothing."""
+# The released evaluator takes these from a file that is not released; that of Qwen3-Embedding's
+# evaluation, which it is made from, has this sentence (docs/evaluation.md).
+FOLLOWIR_INSTRUCTION = "Retrieval the relevant passage for the given query"
+FOLLOWIR_TASKS = (
+    "Core17InstructionRetrieval",
+    "News21InstructionRetrieval",
+    "Robust04InstructionRetrieval",
+)
+
+
+class MtebRetriever(AbsEncoder):
+    """A `LatentRetriever` as mteb wants a model.
+
+    Attributes:
+        mteb_model_meta: name and revision, under which mteb keeps results, and what sets these
+            results apart (`experiment_kwargs`).
+    """
+
+    def __init__(
+        self,
+        retriever: LatentRetriever,
+        *,
+        name: str,
+        revision: str = "no_revision_available",
+        num_thinking_steps: int | None = None,
+        instruction: str | None = None,
+        experiment: Mapping[str, Any] | None = None,
+    ) -> None:
+        """
+        Args:
+            name: `organisation/model`.
+            revision: of the weights; mteb takes results of the same name and revision from its
+                cache (`model_revision` makes one).
+            num_thinking_steps: K; None takes the model's.
+            instruction: one task description for all tasks, instead of `instruction_of`.
+            experiment: what else sets the results apart from those of the exported model.
+
+        Raises:
+            ValueError: the name is of another form.
+        """
+        if name.count("/") != 1:
+            raise ValueError(f"mteb wants a name of the form organisation/model, got {name!r}")
+        config = retriever.encoder.config
+        settings = dict(experiment or {})
+        if num_thinking_steps not in (None, config.num_thinking_steps):
+            settings["num_thinking_steps"] = num_thinking_steps
+        if instruction is not None:
+            settings["instruction"] = instruction
+        self.retriever = retriever
+        self._steps = num_thinking_steps
+        self._instruction = instruction
+        self._last_documents: list[tuple[bytes, np.ndarray]] = []
+        self.mteb_model_meta: ModelMeta = ModelMeta.create_empty(
+            {
+                "name": name,
+                "revision": revision,
+                "max_tokens": config.prompt.document_max_length,
+                "embed_dim": config.backbone.hidden_size,
+                "similarity_fn_name": ScoringFunction.COSINE,
+                "use_instructions": True,
+                "experiment_kwargs": settings or None,
+            }
+        )
+
+    def as_experiment(self, **settings: Any) -> MtebRetriever:
+        """The same model, whose results mteb keeps apart under `settings`."""
+        other = copy.copy(self)
+        meta = self.mteb_model_meta
+        kwargs = {**(meta.experiment_kwargs or {}), **settings}
+        other.mteb_model_meta = meta.model_copy(update={"experiment_kwargs": kwargs})
+        return other
+
+    def encode(
+        self,
+        inputs: Iterable[Mapping[str, Any]],
+        *,
+        task_metadata: TaskMetadata,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: PromptType | None = None,
+        batch_size: int | None = None,
+        show_progress_bar: bool = False,
+        **_: Any,
+    ) -> np.ndarray:
+        """Embeds the texts of mteb's batches.
+
+        Args:
+            inputs: a DataLoader whose batches hold a list of strings as "text".
+            task_metadata, hf_subset: say the instruction.
+            prompt_type: documents are read bare, all else as queries.
+
+        Returns:
+            [N, D] float32 unit rows.
+
+        Raises:
+            ValueError: other inputs, and as `LatentRetriever.encode_query`.
+        """
+        texts: list[str] = []
+        for batch in inputs:
+            if not isinstance(batch, Mapping):
+                raise ValueError(
+                    'batches are wanted whose "text" is a list of strings, as mteb\'s DataLoader '
+                    f"gives them, not a {type(inputs).__name__} of {type(batch).__name__}"
+                )
+            texts += as_strings("text", batch["text"])
+        options: dict[str, Any] = {
+            "batch_size": batch_size,
+            "show_progress_bar": show_progress_bar,
+            "num_thinking_steps": self._steps,
+        }
+        if prompt_type == PromptType.document:
+            return self._documents(texts, options)
+        instruction = self.instruction_of(task_metadata, hf_subset)
+        return self.retriever.encode_query(texts, instruction=instruction, **options)
+
+    def _documents(self, texts: list[str], options: Mapping[str, Any]) -> np.ndarray:
+        """Keeps the last corpus, which is searched twice where documents are excluded."""
+        digest = hashlib.sha256()
+        for text in texts:
+            digest.update(hashlib.sha256(text.encode()).digest())
+        key = digest.digest()
+        if not self._last_documents or self._last_documents[0][0] != key:
+            self._last_documents.clear()  # before the next one is in memory
+            self._last_documents.append((key, self.retriever.encode_document(texts, **options)))
+        return self._last_documents[0][1]
+
+    def instruction_of(self, task: TaskMetadata, subset: str) -> str:
+        """The task in words: LaSER's for BRIGHT and FollowIR, mteb's for all others."""
+        if self._instruction is not None:
+            return self._instruction
+        if task.name in BRIGHT_WITH_SUBSETS:
+            return INSTRUCTIONS[subset]
+        domain = BRIGHT_TASKS.get(task.name.replace("LongRetrieval", "Retrieval"))
+        if domain is not None:
+            return INSTRUCTIONS[domain]
+        if task.name in FOLLOWIR_TASKS:
+            return FOLLOWIR_INSTRUCTION
+        return self.get_instruction(task, PromptType.query)
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> np.ndarray:
+        """Cosines [N, M] float32 of rows of arrays or tensors."""
+        return LatentRetriever.similarity(np.asarray(embeddings1), np.asarray(embeddings2))
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> np.ndarray:
+        """Cosines [N] float32 of each row with the same row of the other."""
+        return LatentRetriever.similarity_pairwise(np.asarray(embeddings1), np.asarray(embeddings2))
+
+
+def model_revision(*directories: str | Path) -> str:
+    """A revision of 16 hexadecimal digits, of the bytes of all files of a model and its adapter
+    that are read: weights, settings, tokenizer and chat template. So results of another model or
+    of other prompts are not taken for these."""
+    files = [path for directory in directories for path in sorted(Path(directory).iterdir())]
+    kinds = (".safetensors", ".json", ".jinja", ".model")
+    return checksum(f for f in files if f.suffix in kinds or f.name == "merges.txt")[:16]
+
+
+# --- tasks -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """The main score of one task, or of one subset of it."""
+
+    task: str
+    subset: str
+    split: str
+    metric: str
+    score: float
+    """As mteb defines the task."""
+    nothing_excluded: float | None
+    """BRIGHT's without exclusions; None for other tasks."""
+
+
+def find_tasks(name: str) -> list[AbsTask]:
+    """The tasks of a benchmark, or the task of that name.
+
+    Raises:
+        ValueError: mteb knows neither.
+    """
+    try:
+        return list(mteb.get_benchmark(name).tasks)
+    except KeyError as error:
+        unknown = error
+    try:
+        return [mteb.get_task(name)]
+    except KeyError:
+        raise ValueError(f"no benchmark or task of mteb: {unknown.args[0]}") from unknown
+
+
+def evaluate_task(
+    model: MtebRetriever,
+    task: AbsTask,
+    output: str | Path,
+    *,
+    batch_size: int = 64,
+    overwrite: bool = False,
+    predictions: str | Path | None = None,
+) -> list[TaskScore]:
+    """Runs a task, and where a task of BRIGHT excludes documents also without exclusions.
+
+    Args:
+        output: the folder of mteb's cache; results that are there are not computed again.
+        overwrite: compute them again.
+        predictions: a folder for mteb's files of rankings.
+
+    Returns:
+        A score each split and subset.
+    """
+
+    def run(model: MtebRetriever) -> dict[tuple[str, str], float]:
+        result = mteb.evaluate(
+            cast(Any, model),  # its protocol also wants a constructor that loads from the hub
+            task,
+            cache=mteb.ResultCache(output),
+            overwrite_strategy="always" if overwrite else "only-missing",
+            encode_kwargs={"batch_size": batch_size, "show_progress_bar": True},
+            prediction_folder=predictions,
+            show_progress_bar=False,
+            co2_tracker=False,
+        )
+        (task_result,) = result.task_results
+        return {
+            (split, scores["hf_subset"]): float(scores["main_score"])
+            for split, subsets in task_result.scores.items()
+            for scores in subsets
+        }
+
+    name = task.metadata.name
+    excluding = task if name in BRIGHT_TASKS and isinstance(task, AbsTaskRetrieval) else None
+    if excluding:
+        excluding.load_data()
+        excluding.convert_v1_dataset_format_to_v2(num_proc=None)
+    scores = run(model)
+    unrestricted: Mapping[tuple[str, str], float | None] = dict.fromkeys(scores)
+    if name.replace("LongRetrieval", "Retrieval") in (*BRIGHT_TASKS, *BRIGHT_WITH_SUBSETS):
+        unrestricted = scores
+    if excluding:
+        if _exclude_nothing(excluding):
+            unrestricted = run(model.as_experiment(exclusions="none"))
+        excluding.unload_data()
+    return [
+        TaskScore(name, subset, split, task.metadata.main_score, score, unrestricted[split, subset])
+        for (split, subset), score in scores.items()
+    ]
+
+
+def _exclude_nothing(task: AbsTaskRetrieval) -> bool:
+    """Lets every query of a loaded task have every document; whether that changed anything.
+
+    mteb's tasks of BRIGHT(v1.1) exclude by listing the documents that a query may have.
+    """
+    changed = False
+    for split in _splits(task):
+        if split["top_ranked"] is not None:
+            documents = list(split["corpus"]["id"])
+            split["top_ranked"] = dict.fromkeys(split["queries"]["id"], documents)
+            changed = True
+    return changed
+
+
+def _splits(task: AbsTaskRetrieval) -> Iterator[Any]:
+    for splits in task.dataset.values():
+        yield from splits.values()

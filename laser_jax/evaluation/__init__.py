@@ -1,1 +1,0 @@
-"""Retrieval metrics and the BEIR and TREC files they read."""

@@ -1,0 +1,231 @@
+"""Files that are seen either whole or not at all, locks on them, their checksum, and the one reader
+of what programs keep in small files."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import numpy as np
+from filelock import lock_descriptor
+
+T = TypeVar("T")
+
+# --- writing -----------------------------------------------------------------------------------
+
+
+def flush(path: Path) -> None:
+    """Returns when a file's bytes, or the names in a folder, are on the disk. A file system that
+    has no such promise for folders gives none."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Gives the name of a temporary file beside `path`, which takes its place when the block ends.
+
+    If the block or the move fails, the temporary file is removed and what stood at `path` stays. A
+    file that was moved is on the disk, so it outlives a power cut. Several processes can write one
+    file at once; the last one wins.
+
+    The temporary name is drawn by chance and made by this call, so that nobody else who can write
+    into the folder can have put a link there. Its writer holds a lock on it; one without, of a
+    process that was killed, is removed when the file is written again (where the file system has
+    locks: elsewhere it stays, see `parts_of`).
+
+    Raises:
+        OSError: as in the block, and where it named no file (a full disk), naming `path`.
+    """
+    _remove_abandoned(path)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with suppress(OSError):  # a file system without locks
+            lock_descriptor(descriptor, blocking=False)
+        yield part
+        flush(part)
+        part.replace(path)
+        flush(path.parent)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(path: Path) -> None:
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with suppress(OSError):  # it is gone, is a link, is locked, or there are no locks
+            descriptor = os.open(part, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                if lock_descriptor(descriptor, blocking=False):
+                    part.unlink()
+            finally:
+                os.close(descriptor)
+
+
+@contextmanager
+def folder_written_whole(directory: Path) -> Iterator[Path]:
+    """Gives a temporary folder in `directory`, whose files move there in the order of their names
+    when the block ends, and vanish if it fails. The first one moves when all are on the disk.
+
+    What earlier calls have left there that were killed is removed, so of two processes that write
+    into one directory at once the first may fail, with a FileNotFoundError.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for leftover in directory.glob(".partial-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".partial-") as name:
+        folder = Path(name)
+        yield folder
+        files = sorted(folder.iterdir())
+        for file in files:
+            flush(file)
+        for file in files:
+            file.replace(directory / file.name)
+        flush(directory)
+
+
+def parts_of(folder: Path) -> list[Path]:
+    """The temporary files in a folder, of processes that write there or were killed."""
+    return sorted(folder.glob(".*.part"))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file that is seen either whole or not at all, even after a power cut."""
+    with written_whole(path) as part:
+        part.write_text(text, encoding="utf-8", newline="\n")
+
+
+# --- reading what a program has left -------------------------------------------------------------
+
+
+def read_state(path: Path, parse: Callable[[Any], T]) -> T | None:
+    """What `parse` makes of a small JSON file in which a program of ours keeps its state.
+
+    Args:
+        parse: takes the values that the file holds, and raises a ValueError, KeyError or TypeError
+            on those that cannot be.
+
+    Returns:
+        None where the file is absent or damaged. The two are one case for every caller: what the
+        file held is derived again, or else it is missed and the message says what to do. Damage is
+        named on stderr.
+    """
+    try:
+        return parse(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        print(f"{path} is damaged and counts as absent: {error!r}", file=sys.stderr)
+        return None
+
+
+def read_state_lines(path: Path, parse: Callable[[Any], T]) -> list[T]:
+    """As `read_state`, of a file that has such values line by line; [] where it is absent.
+
+    A last line without its end was cut off by a kill and is left out. So are damaged lines; they
+    are named on stderr, and the file as it was is kept as NAME.damaged.
+    """
+    found: list[T] = []
+    damaged: list[str] = []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(parse(json.loads(line.decode("utf-8"))))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            damaged.append(f"{path}:{number} is damaged and left out: {error!r}")
+    if damaged:
+        kept = path.with_name(f"{path.name}.damaged")
+        shutil.copyfile(path, kept)
+        print(*damaged, f"The file as it was is {kept}", sep="\n", file=sys.stderr)
+    return found
+
+
+# --- hashes ------------------------------------------------------------------------------------
+
+
+def checksum(paths: Iterable[Path]) -> str:
+    """The sha256 of the names and the bytes of some files, in their order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(f"{path.name}:".encode())
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+class Digest:
+    """The sha256 of weights, taken of them as they are read, in whatever files they lie. So it is
+    of what was read, whatever happens to the files in the meantime."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, name: str, value: np.ndarray) -> np.ndarray:
+        """Adds a tensor, in the dtype of its file, and gives it back."""
+        self._digest.update(f"{name} {value.dtype} {value.shape}:".encode())
+        self._digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+        return value
+
+    def add_tree(self, tree: Mapping[str, Any], name: str) -> None:
+        """Adds the leaves of nested dicts, `name` before theirs."""
+        for key, value in sorted(tree.items()):
+            if isinstance(value, Mapping):
+                self.add_tree(value, f"{name}.{key}")
+            else:
+                self.add(f"{name}.{key}", np.asarray(value))
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+# --- locks -------------------------------------------------------------------------------------
+
+
+def no_link(path: str, flags: int) -> int:
+    """An `opener` for files whose name others know beforehand, such as locks: a link that somebody
+    has put there is an error instead of being followed."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def lock(file: IO[Any], *, wait: bool) -> bool:
+    """Takes the kernel's lock on an open file. It ends when the file is closed or the process ends,
+    however that ends.
+
+    Returns:
+        Whether it was taken: not, where another process holds it and `wait` is False.
+
+    Raises:
+        OSError: the file system has no locks; says what to do.
+    """
+    try:
+        return lock_descriptor(file.fileno(), blocking=wait)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: this file system has no locks, so two programs could write here at "
+            "once. Choose a place on a local disk, on NFS with its lock service, or on Lustre "
+            "mounted with -o flock",
+            str(file.name),
+        ) from error

@@ -1,0 +1,213 @@
+"""Files that others wrote, read by one rule.
+
+Everything is UTF-8. A byte-order mark at the beginning of a line is no part of it (files that were
+put together have some within). Numbers are written in ASCII digits. A key that stands twice in a
+settings file is refused, since one of its two values would be lost.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import yaml
+
+LONGEST_LINE = 64 << 20
+"""Bytes. A longer line is no row of data: a small .gz can hold one that unfolds to gigabytes."""
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+_NUMBER = re.compile(
+    r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(?i:inf|infinity|nan)"
+)
+
+
+class DataError(ValueError):
+    """A file of rows, judgements, rankings or settings that cannot be used. The message names the
+    file, the line and what is wrong there."""
+
+
+def decode(content: bytes, where: str | Path) -> str:
+    """UTF-8 as text, without the byte-order mark that may stand before it.
+
+    Raises:
+        DataError: not UTF-8; begins with `where`.
+    """
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8: {error}") from error
+
+
+def is_blank(line: bytes) -> bool:
+    """Whether a line holds nothing but white space and perhaps a byte-order mark."""
+    return not line.removeprefix(_BYTE_ORDER_MARK).strip()
+
+
+def open_lines(path: Path) -> BinaryIO:
+    """A file of lines, plain or .gz."""
+    return cast("BinaryIO", gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+
+
+def raw_lines(
+    path: Path, file: BinaryIO, offset: int = 0, number: int = 0
+) -> Iterator[tuple[int, bytes]]:
+    """Yields (line number, line) of a file that `open_lines` opened, as they stand, line ends and
+    byte-order mark kept.
+
+    Args:
+        offset: bytes (of a .gz, unpacked) to pass over first, and `number` the lines in them.
+
+    Raises:
+        DataError: a line is longer than `LONGEST_LINE`, or a compressed file is damaged.
+    """
+    try:
+        file.seek(offset)
+        while line := file.readline(LONGEST_LINE + 1):
+            number += 1
+            if len(line) > LONGEST_LINE:
+                raise DataError(
+                    f"{path}:{number}: longer than {LONGEST_LINE:,} bytes, which no row is; one "
+                    "line for each row is wanted"
+                )
+            yield number, line
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(
+            f"{path}:{number + 1}: cannot be read, not a whole gzip file: {error}"
+        ) from error
+
+
+def text_lines(path: str | Path) -> Iterator[tuple[str, str]]:
+    """Yields ("file:line", line) of a UTF-8 file, plain or .gz, line ends kept.
+
+    Raises:
+        FileNotFoundError: when the file is missing.
+        DataError: as `raw_lines`, and where a line is not UTF-8.
+    """
+    path = Path(path)
+    with open_lines(path) as file:
+        for number, line in raw_lines(path, file):
+            yield f"{path}:{number}", decode(line, f"{path}:{number}")
+
+
+def json_lines(path: str | Path) -> Iterator[tuple[str, bytes]]:
+    """("file:line", line) of the lines of a file, plain or .gz, that are not blank."""
+    path = Path(path)
+    with open_lines(path) as file:
+        for number, line in raw_lines(path, file):
+            if not is_blank(line):
+                yield f"{path}:{number}", line
+
+
+def parse_json(content: bytes, where: str | Path) -> Any:
+    """The value of a line, or of a record, of JSON. Of a key that stands twice the last counts.
+
+    Raises:
+        DataError: not UTF-8 or no JSON, or with a number too long or lists too deep for Python.
+    """
+    return _json(content, where)
+
+
+def read_json(path: Path) -> Any:
+    """The value that a JSON file of settings holds. Raises as `parse_json`, and a DataError where a
+    key stands twice in an object."""
+    return _json(path.read_bytes(), path, object_pairs_hook=_unique)
+
+
+def _json(content: bytes, where: str | Path, **options: Any) -> Any:
+    text = decode(content, where)
+    try:
+        return json.loads(text, **options)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not valid JSON: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object; take one of them out")
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose keys stand once, and whose numbers are those of JSON: no 1_000, no octal 010, no
+    1:30, but 1e-3."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None,
+                        None,
+                        f"the key {key.value!r} stands twice; take one of them out",
+                        key.start_mark,
+                    )
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?[0-9]+",
+    "tag:yaml.org,2002:float": r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [entry for entry in entries if entry[0] not in _NUMBERS]
+    for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+for _tag, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), list("-+.0123456789"))
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        yaml.YAMLError: it is none, a key stands twice in a mapping, or it is too deep for Python.
+    """
+    try:
+        return yaml.load(text.removeprefix("\ufeff"), _Loader)
+    except (ValueError, RecursionError) as error:
+        raise yaml.YAMLError(str(error)) from error
+
+
+def read_yaml(path: Path) -> Any:
+    """The value that a YAML file holds. Raises a DataError that names the file and the line."""
+    try:
+        return parse_yaml(decode(path.read_bytes(), path))
+    except yaml.YAMLError as error:
+        raise DataError(f"{path}: not a YAML file: {error}") from error
+
+
+def import_pyarrow(path: str | Path) -> Any:
+    """The module, for a Parquet or Arrow file or directory. Raises an ImportError that names the
+    extra."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(
+            f"{path}: reading and writing Parquet and Arrow needs pyarrow: pip install "
+            "laser-jax[parquet]"
+        ) from error
+    return pyarrow
+
+
+def parse_integer(text: str) -> int | None:
+    """An integer in ASCII digits; None for anything else, `1_0` and `1.0` included."""
+    return int(text) if _INTEGER.fullmatch(text) else None
+
+
+def parse_number(text: str) -> float | None:
+    """A number in ASCII digits, or inf or nan; None for anything else, `1_0` included."""
+    return float(text) if _NUMBER.fullmatch(text) else None

@@ -1,0 +1,1 @@
+"""A llama.cpp file to a Hugging Face directory."""

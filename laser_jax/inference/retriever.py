@@ -1,0 +1,412 @@
+"""Texts in, vectors out: `LatentRetriever`, as users of sentence-transformers know it."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from laser_jax.config import (
+    AttentionKernel,
+    ConfigError,
+    Dtype,
+    MeshConfig,
+    RetrieverConfig,
+    appended_thoughts,
+    load_retriever_config,
+)
+from laser_jax.data.buckets import IndexedRow
+from laser_jax.data.schema import as_strings
+from laser_jax.data.tokenization import (
+    PromptTokenizer,
+    PromptTokens,
+    load_tokenizer,
+    require_embedded_tokens,
+)
+from laser_jax.encoder import backbone_for, load_pretrained
+from laser_jax.files.durable import Digest
+from laser_jax.hf.weights import resolve_directory
+from laser_jax.inference.batch_encoder import LatentEncoder
+from laser_jax.modeling.backbone import Variables
+from laser_jax.sharding import make_mesh, shardings
+
+# A block of texts is tokenised while the one before it is on the device; a few batches each.
+_BATCHES_PER_BLOCK = 4
+_BLOCKS_AHEAD = 2
+# A single query is not computed as a full batch, nor are the rows that are left over.
+_SHORT_BATCHES = (1, 8)
+
+Overflow = Literal["truncate", "error"]
+LimitKey = Literal["query_max_length", "document_max_length"]
+
+
+class OverlongTextError(ValueError):
+    """A text that does not fit, under `on_overflow="error"`."""
+
+
+@dataclass
+class Tally:
+    """What calls that were given it have embedded, counted batch by batch."""
+
+    texts: int = 0
+    tokens: int = 0
+    """As read by the model, without padding."""
+    truncated: int = 0
+    """Texts that were shortened."""
+    watch: Callable[[Tally], object] | None = None
+    """Called after every batch."""
+
+
+class LatentRetriever:
+    """Embeds queries and documents as they were embedded in training.
+
+    Vectors are float32 numpy arrays of length 1: [N, D] for N texts, [D] for a single string.
+
+    Attributes:
+        encoder: runs the model over rows of tokens; `encoder.config` is the model's config.
+        prompts: turns texts into rows of tokens, with the prompt and template of training.
+    """
+
+    def __init__(self, encoder: LatentEncoder, prompts: PromptTokenizer) -> None:
+        """Raises a ConfigError where model and tokenizer do not belong together."""
+        require_matching(encoder.config, prompts)
+        self.encoder = encoder
+        self.prompts = prompts
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        config: RetrieverConfig | None = None,
+        adapter: str | Path | None = None,
+        dtype: Dtype | None = None,
+        batch_size: int = 64,
+        batch_tokens: int = 8192,
+        length_multiple: int = 32,
+        mesh: Mesh | None = None,
+        attention: Literal["auto"] | AttentionKernel = "auto",
+        seen: Digest | None = None,
+    ) -> LatentRetriever:
+        """Loads a model with its tokenizer and prompt settings.
+
+        Args:
+            model: a directory as `laser_jax.train` exports it (config.json, safetensors, tokenizer
+                files and laser_config.json), or `organisation/name` on the Hugging Face hub.
+            config: for a model without laser_config.json: how to prompt and to think.
+            adapter: a directory with a PEFT LoRA adapter, merged into the weights.
+            dtype: computes in another dtype than the model's own; float32 is the fastest on CPU.
+            batch_size, batch_tokens, length_multiple: see `data.buckets.Buckets`.
+            mesh: devices that share every batch, and the weights along `fsdp` and `tensor`. All
+                processes of it make the same calls.
+            attention: the kernel that reads the prompts; `auto` takes the fastest that can run.
+            seen: is given all weights that are read.
+
+        Raises:
+            FileNotFoundError: a file is missing; of laser_config.json it says what to pass instead.
+            ValueError: a config, tensor, adapter or tokenizer is not what it should be; names it.
+        """
+        directory = resolve_directory(model)
+        if config is None:
+            config = load_retriever_config(directory)
+        if dtype is not None:
+            config = replace(config, dtype=dtype)
+        prompts = PromptTokenizer(load_tokenizer(directory), config.prompt)
+        variables, config = load_pretrained(directory, config=config, adapter=adapter, seen=seen)
+        if mesh is not None:
+            variables = _on_mesh(variables, config, mesh)
+        encoder = LatentEncoder(
+            variables,
+            config,
+            batch_size=batch_size,
+            batch_tokens=batch_tokens,
+            length_multiple=length_multiple,
+            short_batches=_SHORT_BATCHES,
+            mesh=mesh,
+            attention=attention,
+        )
+        return cls(encoder, prompts)
+
+    def encode_query(
+        self,
+        texts: str | Sequence[str],
+        *,
+        instruction: str | Sequence[str] | None = None,
+        batch_size: int | None = None,
+        show_progress_bar: bool = False,
+        truncate_dim: int | None = None,
+        num_thinking_steps: int | None = None,
+        on_overflow: Overflow = "truncate",
+        tally: Tally | None = None,
+    ) -> np.ndarray:
+        """Embeds queries.
+
+        Args:
+            texts: one query, or several in a list, tuple or Series.
+            instruction: the task, for all queries or one each; "" for none. Wanted wherever the
+                model's query template has a place for it, as a forgotten one only shows in the
+                scores.
+            batch_size: the most rows of a batch; None takes the retriever's.
+            show_progress_bar: shows one on a terminal.
+            truncate_dim: keeps the first dimensions, and makes the vectors unit length again.
+            num_thinking_steps: K; None takes the model's.
+            on_overflow: `truncate` shortens a text that does not fit (its content, never the
+                closing part of the prompt) and warns once a call; `error` refuses it.
+            tally: counts what is embedded. Then nothing is warned of, as it has the number.
+
+        Returns:
+            [N, D] float32 unit rows in the order given, [0, D] for no texts; [D] for a string.
+
+        Raises:
+            OverlongTextError: a text does not fit, under `on_overflow="error"`; names its place.
+            TokenizationError: the instruction leaves no room for the text.
+            NotFiniteError: a vector is not finite; names the text.
+            ValueError: an argument that cannot be.
+        """
+        template = self.prompts.config.query_template
+        listed = as_strings("text", [texts] if isinstance(texts, str) else texts)
+        if instruction is None and "{instruction}" in template:
+            raise ValueError(
+                f"the query template {template!r} wants an instruction: pass instruction=..., the "
+                'task in words, or "" for none'
+            )
+        if instruction is None or isinstance(instruction, str):
+            instructions = as_strings("instruction", [instruction or ""]) * len(listed)
+        else:
+            instructions = as_strings("instruction", instruction)
+        if len(instructions) != len(listed):
+            raise ValueError(f"{len(instructions)} instructions for {len(listed)} queries")
+        vectors = self._encode(
+            listed,
+            lambda place, text: self.prompts.query_prompt(text, instructions[place]),
+            "query_max_length",
+            batch_size,
+            show_progress_bar,
+            truncate_dim,
+            num_thinking_steps,
+            on_overflow,
+            tally,
+        )
+        return vectors[0] if isinstance(texts, str) else vectors
+
+    def encode_document(
+        self,
+        texts: str | Sequence[str],
+        *,
+        batch_size: int | None = None,
+        show_progress_bar: bool = False,
+        truncate_dim: int | None = None,
+        num_thinking_steps: int | None = None,
+        on_overflow: Overflow = "truncate",
+        tally: Tally | None = None,
+    ) -> np.ndarray:
+        """Embeds documents. Arguments, result and errors as for `encode_query`."""
+        vectors = self._encode(
+            as_strings("text", [texts] if isinstance(texts, str) else texts),
+            lambda _, text: self.prompts.document_prompt(text),
+            "document_max_length",
+            batch_size,
+            show_progress_bar,
+            truncate_dim,
+            num_thinking_steps,
+            on_overflow,
+            tally,
+        )
+        return vectors[0] if isinstance(texts, str) else vectors
+
+    @staticmethod
+    def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """The cosine of every row of a [N, D] with every row of b [M, D]: [N, M] float32. A single
+        vector counts as one row."""
+        return np.atleast_2d(a) @ np.atleast_2d(b).T
+
+    @staticmethod
+    def similarity_pairwise(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """The cosine of each row of a [N, D] with the same row of b [N, D]: [N] float32."""
+        return (np.atleast_2d(a) * np.atleast_2d(b)).sum(axis=-1)
+
+    def warm_up(
+        self,
+        *,
+        longest: int | None = None,
+        num_thinking_steps: int | None = None,
+        show_progress_bar: bool = False,
+    ) -> None:
+        """Compiles every program that prompts need, so that no later call waits for one.
+
+        Args:
+            longest: tokens of the longest prompt to be ready for; None takes the model's limits.
+            num_thinking_steps: K; None takes the model's. Each K has programs of its own.
+
+        Raises:
+            ValueError: either is below 1.
+        """
+        limits = self.prompts.config
+        if longest is None:
+            longest = max(limits.query_max_length, limits.document_max_length)
+        steps = num_thinking_steps
+        if steps is None:
+            steps = self.encoder.config.num_thinking_steps
+        if min(longest, steps) < 1:
+            raise ValueError(
+                f"longest and num_thinking_steps must be at least 1, got {longest} and {steps}"
+            )
+        shortest = min(len(self.prompts.document("")), len(self.prompts.query("", "")), longest)
+        label = "compile" if show_progress_bar else None
+        self.encoder.warm_up(longest, [steps], shortest=shortest, progress=label)
+
+    def _encode(
+        self,
+        listed: list[str],
+        tokenise: Callable[[int, str], PromptTokens],
+        limit_key: LimitKey,
+        batch_size: int | None,
+        show_progress_bar: bool,
+        truncate_dim: int | None,
+        num_thinking_steps: int | None,
+        on_overflow: Overflow,
+        tally: Tally | None,
+    ) -> np.ndarray:
+        config = self.encoder.config
+        width = config.backbone.hidden_size
+        if truncate_dim is not None and not 1 <= truncate_dim <= width:
+            raise ValueError(f"truncate_dim must lie in 1..{width}, got {truncate_dim}")
+        if on_overflow not in ("truncate", "error"):
+            raise ValueError(f'on_overflow is "truncate" or "error", not {on_overflow!r}')
+        steps = config.num_thinking_steps if num_thinking_steps is None else num_thinking_steps
+        require_positions(config, limit_key, steps)
+        limit: int = getattr(config.prompt, limit_key)
+        cut: set[int] = set()
+
+        def tokenise_block(places: Sequence[int]) -> list[IndexedRow]:
+            block = []
+            for place in places:
+                tokens = tokenise(place, listed[place])
+                if tokens.truncated:
+                    cut.add(place)
+                    if on_overflow == "error":
+                        raise OverlongTextError(
+                            f"text {place} takes {tokens.whole_length} tokens, and "
+                            f"prompt.{limit_key} is {limit}: shorten it, raise the limit, or pass "
+                            'on_overflow="truncate"'
+                        )
+                block.append((place, tokens.ids))
+            return block
+
+        def count(batch: Sequence[IndexedRow]) -> None:
+            assert tally is not None
+            tally.texts += len(batch)
+            tally.tokens += sum(len(row) for _, row in batch)
+            tally.truncated += sum(place in cut for place, _ in batch)
+            if tally.watch is not None:
+                tally.watch(tally)
+
+        encoder = self.encoder if batch_size is None else self.encoder.with_batch_size(batch_size)
+        # Long texts first, by characters, so that a block holds rows of like length.
+        places = sorted(range(len(listed)), key=lambda place: len(listed[place]), reverse=True)
+        size = _BATCHES_PER_BLOCK * encoder.buckets.batch_size
+        blocks = [places[start : start + size] for start in range(0, len(places), size)]
+        label = "encode" if show_progress_bar else None
+        vectors = encoder.encode_blocks(
+            _ahead(tokenise_block, blocks),
+            len(listed),
+            [steps],
+            progress=label,
+            describe=lambda place: f"text {place}, {listed[place]!r:.60},",
+            advance=count if tally is not None else None,
+        )[0]
+        if cut and tally is None:
+            warnings.warn(
+                f"{len(cut)} of {len(listed)} texts ({len(cut) / len(listed):.1%}) are longer than "
+                f"prompt.{limit_key} {limit} and were shortened",
+                stacklevel=3,
+            )
+        if truncate_dim is not None:
+            vectors = _unit(vectors[:, :truncate_dim])
+        return vectors
+
+
+def require_matching(config: RetrieverConfig, prompts: PromptTokenizer) -> None:
+    """Raises a ConfigError where model and tokenizer do not belong together."""
+    if prompts.config != config.prompt:
+        raise ConfigError(
+            f"the prompt settings differ from the model's; expected {config.prompt}, got "
+            f"{prompts.config}"
+        )
+    require_embedded_tokens(prompts.tokenizer, config.backbone.vocab_size)
+    if config.prompt_checksum not in (None, prompts.checksum()):
+        raise ConfigError(
+            "tokenizer and chat template do not make the prompts of training: their checksum "
+            f"is {prompts.checksum()}, and laser_config.json has {config.prompt_checksum}. "
+            "Restore the tokenizer files of the training run, or, if the change is meant, "
+            "remove prompt_checksum there"
+        )
+
+
+def require_positions(config: RetrieverConfig, limit_key: LimitKey, steps: int) -> None:
+    """Raises a ConfigError where a prompt of the longest kind and its thinking steps take more
+    positions than the model has."""
+    limit: int = getattr(config.prompt, limit_key)
+    positions = config.backbone.max_position_embeddings
+    taken = limit + appended_thoughts(steps, config.pooling)
+    if taken > positions:
+        raise ConfigError(
+            f"prompt.{limit_key} {limit} and {steps} thinking steps take {taken} "
+            f"positions, and the model has {positions}: take fewer steps, or lower the limit"
+        )
+
+
+def local_mesh(config: MeshConfig, count: int | None = None) -> Mesh | None:
+    """A mesh for `LatentRetriever.from_pretrained` over the first `count` devices of this process,
+    by default all of them; None where that is a single one.
+
+    Raises:
+        ConfigError: there are fewer, or the axes do not multiply to their number.
+    """
+    devices = jax.local_devices()
+    if count is not None and count > len(devices):
+        raise ConfigError(f"devices is {count}, and this process has {len(devices)}")
+    devices = devices[:count]
+    return make_mesh(config, devices) if len(devices) > 1 or config != MeshConfig() else None
+
+
+def _on_mesh(variables: Variables, config: RetrieverConfig, mesh: Mesh) -> Variables:
+    """The weights, split by their logical axes; every process has all of them on its host."""
+    init = backbone_for(config, variables).init
+    layout = shardings(jax.eval_shape(init, jax.random.key(0), np.zeros((1, 1), np.int32)), mesh)
+    return jax.tree.map(
+        lambda array, sharding: jax.make_array_from_callback(
+            array.shape, sharding, array.__getitem__
+        ),
+        variables,
+        layout,
+    )
+
+
+def _ahead(
+    tokenise: Callable[[Sequence[int]], list[IndexedRow]], blocks: Sequence[Sequence[int]]
+) -> Iterator[list[IndexedRow]]:
+    """The tokenised blocks, each made in a thread while those before it are used. No more than
+    `_BLOCKS_AHEAD` wait."""
+    with ThreadPoolExecutor(1, "tokenise") as thread:
+        waiting: deque[Future[list[IndexedRow]]] = deque()
+        for block in blocks:
+            waiting.append(thread.submit(tokenise, block))
+            if len(waiting) > _BLOCKS_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    """Rows of length 1; a zero row stays zero."""
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return vectors / np.maximum(lengths, np.finfo(np.float32).tiny)

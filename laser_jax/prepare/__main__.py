@@ -1,0 +1,6 @@
+"""`python -m laser_jax.prepare`."""
+
+from laser_jax.prepare.run import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""A small backbone that learns to reason in words first."""

@@ -1,0 +1,6 @@
+"""`python -m laser_jax.pretrain`."""
+
+from laser_jax.pretrain.run import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+"""Teaches a small backbone to write reasonings: `python -m laser_jax.pretrain --config C`.
+
+LaSER starts from a backbone that can already reason in words. The result is a Hugging Face
+directory with tokenizer, which `laser_jax.train` takes as `model.path`. A finished run is
+recognised by its config and not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from tqdm import tqdm
+
+from laser_jax.config import (
+    ConfigError,
+    PretrainConfig,
+    as_dict,
+    changes,
+    listed,
+    parse_command_line,
+)
+from laser_jax.data.tokenization import (
+    PromptTokenizer,
+    Tokenizer,
+    load_tokenizer_for,
+    query_content,
+    special_token_ids,
+    train_tokenizer,
+)
+from laser_jax.data.tokenizer_files import save_tokenizer
+from laser_jax.evaluate.beir import read_beir
+from laser_jax.files.durable import folder_written_whole, read_state, write_atomically
+from laser_jax.files.terminal import fail
+from laser_jax.hf.weights import (
+    HFError,
+    find_params,
+    load_params,
+    merged_adapters,
+    read_backbone_config,
+    resolve_directory,
+    save_params,
+)
+from laser_jax.modeling.attention import choose_kernel
+from laser_jax.modeling.backbone import Backbone, Variables, apply
+from laser_jax.pretrain.texts import (
+    LanguageRows,
+    WrittenReasoning,
+    pack_texts,
+    read_language_rows,
+    reasoning_rows,
+)
+from laser_jax.step import learning_rate_schedule, make_optimizer
+
+REPORT = "pretrain.json"
+
+
+class PretrainingError(RuntimeError):
+    """A run that cannot go on."""
+
+
+def _predictions(
+    backbone: Backbone, params: Any, rows: LanguageRows
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Logits [B, T-1, V], targets [B, T-1] and which targets count."""
+    logits_BTV = apply(Backbone.__call__, backbone, {"params": params}, rows.ids_BT)[:, :-1]
+    return logits_BTV, rows.ids_BT[:, 1:], rows.predict_BT[:, 1:]
+
+
+def _loss(backbone: Backbone, params: Any, rows: LanguageRows) -> jax.Array:
+    logits, targets, counted = _predictions(backbone, params, rows)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return jnp.where(counted, losses, 0.0).sum() / counted.sum()
+
+
+def _batches(rows: LanguageRows, batch_size: int, seed: int) -> Iterator[LanguageRows]:
+    """Endless; every epoch in an order of its own, the tail of one joined to the next."""
+    rng, order = np.random.default_rng(seed), np.empty(0, np.int64)
+    while True:
+        while len(order) < batch_size:
+            order = np.concatenate([order, rng.permutation(len(rows.ids_BT))])
+        chosen, order = order[:batch_size], order[batch_size:]
+        yield jax.tree.map(lambda a, chosen=chosen: a[chosen], rows)
+
+
+def written_right(
+    backbone: Backbone, variables: Variables, rows: LanguageRows, batch_size: int
+) -> float:
+    """The share of rows whose every predicted token is the likeliest one, given those before it:
+    exactly the reasonings that greedy decoding would write without a mistake."""
+
+    @jax.jit
+    def right(variables: Variables, rows: LanguageRows) -> jax.Array:
+        logits, targets, counted = _predictions(backbone, variables["params"], rows)
+        return ((logits.argmax(-1) == targets) | ~counted).all(axis=1)
+
+    total = len(rows.ids_BT)
+    pad = -total % batch_size
+    padded = jax.tree.map(lambda a: np.concatenate([a, np.repeat(a[:1], pad, axis=0)]), rows)
+    parts = [
+        np.asarray(right(variables, jax.tree.map(lambda a, i=i: a[i : i + batch_size], padded)))
+        for i in range(0, total + pad, batch_size)
+    ]
+    return float(np.concatenate(parts)[:total].mean())
+
+
+def _finished(config: PretrainConfig) -> dict[str, Any] | None:
+    """The report of the output directory, where it already holds the result of this config, with
+    its weights."""
+    file = Path(config.output) / REPORT
+    report = read_state(
+        file, lambda r: {**r, "config": dict(r["config"]), "loss": float(r["loss"])}
+    )
+    if report is None:
+        return None
+    way_out, loss = "Choose another output, or delete that directory", report["loss"]
+    changed = changes(report["config"], config, source=str(file))
+    # the same directory may be spelled otherwise, or have been moved
+    if changed := [change for change in changed if change.key != "output"]:
+        raise ConfigError(
+            f"{config.output} holds a backbone of another config:\n  {listed(changed)}\n{way_out}"
+        )
+    if not math.isfinite(loss):
+        raise ConfigError(f"{config.output} holds a backbone whose loss is {loss}. {way_out}")
+    try:
+        find_params(Path(config.output), read_backbone_config(config.output))
+    except (HFError, FileNotFoundError) as error:
+        print(f"{error}\nThe backbone is trained again", file=sys.stderr)
+        return None
+    return report
+
+
+def _require_finite(step: int, loss: float, config: PretrainConfig) -> None:
+    if not math.isfinite(loss):
+        raise PretrainingError(
+            f"step {step}: the loss is {loss}. Nothing was written to {config.output}; lower "
+            "optimizer.learning_rate, or train in model.dtype: float32"
+        )
+
+
+def _starting_point(
+    config: PretrainConfig, texts: Sequence[str], reasonings: Sequence[WrittenReasoning]
+) -> tuple[Tokenizer, Backbone, Any]:
+    """The tokenizer, the model and its parameters: those of `model.path`, or from scratch, where
+    the parameters are None until they are drawn."""
+    model, params = config.model, None
+    if model.path is not None:
+        directory = resolve_directory(model.path)
+        backbone_config = read_backbone_config(directory)
+        model.require_named_backbone(backbone_config)
+        tokenizer = load_tokenizer_for(directory, backbone_config)
+        params = load_params(directory, backbone_config, dtype=np.dtype(np.float32))
+    else:
+        assert model.scratch is not None
+        written = [
+            text
+            for r in reasonings
+            for text in (
+                r.text
+                if r.instruction is None
+                else query_content(r.text, r.instruction, config.prompt),
+                r.reasoning,
+            )
+        ]
+        tokenizer = train_tokenizer([*texts, *written], model.scratch.vocab_size)
+        backbone_config = model.scratch.backbone(len(tokenizer))
+    if config.row_length > backbone_config.max_position_embeddings:
+        raise ConfigError(
+            f"row_length is {config.row_length}, and the model has "
+            f"{backbone_config.max_position_embeddings} positions; lower row_length"
+        )
+    kernel, reason = choose_kernel(
+        model.attention, jax.default_backend(), model.dtype, backbone_config.head_dim
+    )
+    print(f"attention: {kernel} ({reason})")
+    backbone = Backbone(
+        backbone_config,
+        dtype=jnp.dtype(model.dtype),
+        attention=kernel,
+        remat=model.remat,
+        unroll_layers=model.unroll_layers,
+        reverse_only=True,
+    )
+    return tokenizer, backbone, params
+
+
+def pretrain(config: PretrainConfig) -> dict[str, Any]:
+    """Runs the causal-LM stage. Returns what `pretrain.json` holds.
+
+    Raises:
+        ConfigError, DataError, DatasetError, HFError, TokenizationError, FileNotFoundError: bad
+            input; the message names it.
+        PretrainingError: the loss is not finite; nothing is written then.
+    """
+    output = Path(config.output)
+    if finished := _finished(config):
+        print(f"{output}: already trained with this config")
+        return finished
+    texts, reasonings = read_language_rows(config.texts)
+    tokenizer, backbone, params = _starting_point(config, texts, reasonings)
+    prompts = PromptTokenizer(tokenizer, config.prompt)
+    parts = []
+    if texts:
+        parts.append(pack_texts(texts, prompts, config.row_length, config.text_repeats))
+    about_documents = [r for r in reasonings if r.instruction is None]
+    repeated = [*reasonings, *about_documents * (config.text_repeats - 1)]
+    if repeated:
+        parts.append(reasoning_rows(repeated, prompts, config.row_length))
+    rows = jax.tree.map(lambda *a: np.concatenate(a), *parts)
+    held_out = None
+    if config.eval is not None:
+        queries = read_beir(config.eval, config.eval_split).queries.values()
+        unseen = [
+            WrittenReasoning(q.text, q.reasoning, q.instruction or "")
+            for q in queries
+            if q.reasoning
+        ]
+        if not unseen:
+            raise ConfigError(
+                f"eval: no {config.eval_split} query in {config.eval} carries a reasoning; leave "
+                "eval out"
+            )
+        held_out = reasoning_rows(unseen, prompts, config.row_length)
+
+    if params is None:
+        ids = jnp.zeros((1, 8), jnp.int32)
+        params = jax.jit(lambda key: nn.meta.unbox(backbone.init(key, ids))["params"])(
+            jax.random.key(config.seed)
+        )
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    schedule = learning_rate_schedule(config.optimizer, config.steps)
+
+    @jax.jit
+    def step_fn(params: Any, opt_state: Any, rows: LanguageRows) -> tuple[Any, Any, jax.Array]:
+        loss, grads = jax.value_and_grad(lambda p: _loss(backbone, p, rows))(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    count = sum(a.size for a in jax.tree.leaves(params))
+    print(
+        f"{len(texts)} texts and {len(reasonings)} reasonings in {len(rows.ids_BT)} rows of "
+        f"{config.row_length} tokens; vocabulary {len(tokenizer)}; {count:,} parameters"
+    )
+    opt_state, loss = optimizer.init(params), jnp.zeros(())
+    batches = _batches(rows, config.batch_size, config.seed)
+    began = time.monotonic()
+    progress = tqdm(range(1, config.steps + 1), desc="pretrain", unit="step", mininterval=1.0)
+    for step in progress:
+        params, opt_state, loss = step_fn(params, opt_state, next(batches))
+        if step % config.log_every == 0:
+            _require_finite(step, float(loss), config)
+            progress.set_postfix(loss=f"{float(loss):.3f}", lr=f"{np.asarray(schedule(step)):.1e}")
+    # no loss has shown yet what the last update has made
+    finite = all(jnp.isfinite(a).all() for a in jax.tree.leaves(params))
+    _require_finite(config.steps, float(loss) if finite else math.nan, config)
+    report: dict[str, Any] = {
+        "config": as_dict(config),
+        "loss": float(loss),
+        "parameters": count,
+        "train_seconds": round(time.monotonic() - began, 1),
+    }
+    if held_out is not None:
+        report["written_right"] = written_right(
+            backbone, {"params": params}, held_out, config.batch_size
+        )
+        print(
+            f"greedy decoding writes {report['written_right']:.1%} of the {len(held_out.ids_BT)} "
+            f"{config.eval_split} reasonings without a mistake"
+        )
+    save_params(
+        output,
+        jax.device_get({"params": params}),
+        backbone.config,
+        dtype=config.model.param_dtype,
+        lora=None,
+        **special_token_ids(tokenizer),
+        merged=merged_adapters(resolve_directory(config.model.path)) if config.model.path else (),
+    )
+    with folder_written_whole(output) as folder:
+        save_tokenizer(tokenizer, folder)
+    write_atomically(output / REPORT, json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    try:
+        pretrain(parse_command_line(PretrainConfig, "python -m laser_jax.pretrain", arguments))
+    except (ValueError, OSError, PretrainingError) as error:
+        fail(error)

@@ -1,0 +1,1 @@
+"""The generated world, from nothing to a table of retrieval quality."""

@@ -1,0 +1,6 @@
+"""`python -m laser_jax.quickstart`."""
+
+from laser_jax.quickstart.run import main
+
+if __name__ == "__main__":
+    main()

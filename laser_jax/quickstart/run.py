@@ -1,0 +1,135 @@
+"""The embedded default: `python -m laser_jax.quickstart`. From nothing to a table, on a CPU.
+
+Generates a world in which retrieval needs reasoning, teaches a tiny backbone to reason in words,
+trains it as a retriever in three ways - same backbone, data and steps - and compares them on
+compositions that none of them has seen. Every stage is a command that is printed and can be run by
+itself; finished stages are not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from laser_jax.config import ConfigError, parse_command_line
+from laser_jax.evaluate.retrieval import format_table
+from laser_jax.files.durable import read_state, write_atomically
+from laser_jax.files.terminal import fail
+from laser_jax.quickstart.world import WorldConfig, build_world, write_world
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+COLUMNS = ("nDCG@10", "Hit@1")
+
+
+@dataclass(frozen=True)
+class QuickstartOptions:
+    """Generates the embedded world, trains three retrievers on it and prints how well they do."""
+
+    output: str = "runs/world"
+    seed: int = 0
+    """Of the world, the backbone and the training."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table: which config is laid over configs/quickstart.yaml."""
+
+    title: str
+    overlay: str | None
+
+
+METHODS = {
+    "contrastive": Method("plain contrastive (K=1)", "ablation/contrastive.yaml"),
+    "gircse": Method("GIRCSE", "ablation/gircse.yaml"),
+    "laser": Method("LaSER", None),
+}
+
+
+def _run(module: str, *arguments: str) -> None:
+    command = [sys.executable, "-m", module, *arguments]
+    print(f"\n$ python -m {module} {shlex.join(arguments)}", flush=True)
+    done = subprocess.run(command, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def _require_same_seed(output: Path, seed: int) -> None:
+    """Raises a ConfigError where a stage in the output has begun with another seed: its own refusal
+    would come after the world it was trained on is replaced."""
+    stages = {output / "backbone" / "pretrain.json": ("config", "seed")}
+    stages |= {output / name / "config.json": ("train", "seed") for name in METHODS}
+    for file, (group, key) in stages.items():
+        found = read_state(file, lambda values, group=group, key=key: values[group][key])
+        if found is not None and found != seed:
+            raise ConfigError(
+                f"{file}: seed was {found}, is {seed}. Choose another --output, or delete {output}"
+            )
+
+
+def quickstart(options: QuickstartOptions) -> dict[str, dict[str, float]]:
+    """Runs all stages. Returns, and writes to `table.json`, the table: a row a method.
+
+    Raises:
+        ConfigError: when the configs/ folder of the repository is not beside the package, or the
+            output holds a quickstart with another seed; nothing is touched then.
+    """
+    if not (CONFIGS / "quickstart.yaml").is_file():
+        raise ConfigError(f"{CONFIGS} has no quickstart.yaml: run this from a clone of laser_jax")
+    began = time.monotonic()
+    output = Path(options.output)
+    data, seed = output / "data", str(options.seed)
+    _require_same_seed(output, options.seed)
+    world = build_world(WorldConfig(num_places=20, final_separator=True, seed=options.seed))
+    write_world(world, data)
+    print(
+        f"{data}: {len(world.places)} places, {len(world.relations)} ways between them; "
+        f"{len(world.train)} training queries, {len(world.test)} test queries on unseen "
+        f"compositions\n  {world.train[0].query}\n"
+        f"  -> {' '.join(world.train[0].reasoning_query.split())}"
+    )
+    _run(
+        "laser_jax.pretrain",
+        *("--config", str(CONFIGS / "world_pretrain.yaml"), "--texts", str(data / "lm.jsonl")),
+        *("--eval", str(data), "--output", str(output / "backbone"), "--seed", seed),
+    )
+    table: dict[str, dict[str, float]] = {}
+    for name, method in METHODS.items():
+        overlay = ("--config", str(CONFIGS / method.overlay)) if method.overlay else ()
+        _run(
+            "laser_jax.train",
+            *("--config", str(CONFIGS / "quickstart.yaml"), *overlay),
+            *("--model.path", str(output / "backbone"), "--train.seed", seed),
+            *("--data.train", str(data / "train.jsonl"), "--data.eval", str(data)),
+            *("--output", str(output / name)),
+        )
+        scores = json.loads((output / name / "results.json").read_text())["scores"]
+        run = json.loads((output / name / "config.json").read_text())
+        table[method.title] = scores[f"latent K={run['objective']['num_thinking_steps']}"]
+        if name == "laser":
+            table["explicit view (reads the reasoning)"] = scores["explicit"]
+    table = {title: {c: row[c] for c in COLUMNS} for title, row in table.items()}
+    write_atomically(output / "table.json", json.dumps(table, indent=2) + "\n")
+    print(f"\n{len(world.test)} queries on unseen compositions, {len(world.documents)} documents:")
+    print(format_table(table))
+    print(f"chance: Hit@1 {1 / len(world.documents):.4f}; {time.monotonic() - began:.0f} s in all")
+    print(
+        "\nwhat the model thinks:\n$ python -m laser_jax.think "
+        f"--model {output / 'laser' / 'model'} --text {shlex.quote(world.test[0].text)}"
+    )
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    try:
+        quickstart(
+            parse_command_line(QuickstartOptions, "python -m laser_jax.quickstart", arguments)
+        )
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        fail(error)

@@ -1,0 +1,1 @@
+"""Queries rewritten by a language model, the baseline."""

@@ -1,0 +1,6 @@
+"""`python -m laser_jax.rewrite`."""
+
+from laser_jax.rewrite.run import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,411 @@
+"""Text from a causal language model: prompts of token ids in, written token ids out.
+
+The rewriter of rewrite-then-retrieve. It is the latent loop with words: a prompt is read once, and
+each further token is one `Backbone.think`, whose input is the embedding of the token just chosen
+instead of the expected one. One device.
+
+Dimension letters: B batch, T tokens of a prompt, W written tokens, V vocabulary, n candidates.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from tqdm import tqdm
+
+from laser_jax.config import BackboneConfig, ConfigError
+from laser_jax.data.buckets import Buckets
+from laser_jax.data.tokenization import Tokenizer, right_pad
+from laser_jax.files.reading import DataError, read_json
+from laser_jax.hf.weights import CONFIG_FILE, HFError
+from laser_jax.inference.batch_encoder import for_inference
+from laser_jax.modeling.attention import KeyValues, choose_kernel
+from laser_jax.modeling.backbone import (
+    Backbone,
+    Cache,
+    Variables,
+    apply,
+    empty_suffix,
+    is_stacked,
+)
+from laser_jax.thinking import Prefix
+from laser_jax.views import read_prompts
+
+GENERATION_CONFIG_FILE = "generation_config.json"
+# One prompt alone is not computed as a full batch.
+_SHORT_BATCHES = (1,)
+_NOT_WRITTEN = -1
+# Tokens are written into a small cache of so many slots, and moved to the prompt's when it is full:
+# what a loop itself writes, XLA on CPU copies and transposes at every token.
+_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the next token is chosen and how many there may be."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    """0 takes the likeliest token; otherwise tokens are drawn, their logits divided by this."""
+    top_k: int | None = None
+    """Draws among so many likeliest tokens; None among all."""
+    top_p: float = 1.0
+    """Draws among the likeliest tokens that together reach this probability, after `top_k`."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature must be 0 or more, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k must be at least 1, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.temperature == 0 and (self.top_k is not None or self.top_p < 1):
+            raise ConfigError("top_k and top_p need a temperature above 0: at 0 nothing is drawn")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What follows one prompt, and how long its batch took."""
+
+    ids: list[int]
+    """Without the stop token."""
+    finished: bool
+    """A stop token ended it; otherwise the limit did."""
+    rows: int
+    """Prompts in its batch."""
+    prefill_seconds: float
+    """Until the first token of every row of the batch."""
+    decode_seconds: float
+    """From there until the last row of the batch was finished."""
+
+
+def stop_ids(directory: str | Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Every token that ends a text, as generation_config.json, config.json or the tokenizer says:
+    they differ where one names the end of a turn and another that of a document.
+
+    Raises:
+        HFError: a file is no JSON object, or its `eos_token_id` no token id or list of them.
+    """
+    own: Any = tokenizer.eos_token_id
+    found = set() if own is None else {own}
+    for file in (Path(directory) / GENERATION_CONFIG_FILE, Path(directory) / CONFIG_FILE):
+        if not file.is_file():
+            continue
+        try:
+            named = read_json(file).get("eos_token_id")
+        except (DataError, AttributeError) as error:
+            raise HFError(f"{file}: not a JSON object: {error}") from error
+        ids = named if isinstance(named, list) else [] if named is None else [named]
+        if not all(type(id_) is int and id_ >= 0 for id_ in ids):
+            raise HFError(f"{file}: eos_token_id must be a token id or a list, got {named!r}")
+        found |= set(ids)
+    return tuple(sorted(int(id_) for id_ in found))
+
+
+def choose_tokens(logits_BV: jax.Array, keys_B: jax.Array, decoding: Decoding) -> jax.Array:
+    """The next token of every row, [B] int32. A row is drawn by its own key alone."""
+    if decoding.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_Bn = logits_BV / decoding.temperature
+    drawn_from = None
+    if decoding.top_k is not None or decoding.top_p < 1:
+        V = logits_BV.shape[-1]
+        logits_Bn, drawn_from = jax.lax.top_k(logits_Bn, min(decoding.top_k or V, V))
+        p_Bn = jax.nn.softmax(logits_Bn, axis=-1)
+        likelier_Bn = jnp.cumsum(p_Bn, axis=-1) - p_Bn  # 0 for the first, which always stays
+        logits_Bn = jnp.where(likelier_Bn < decoding.top_p, logits_Bn, -jnp.inf)
+    place_B = jax.vmap(jax.random.categorical)(keys_B, logits_Bn)
+    if drawn_from is None:
+        return place_B.astype(jnp.int32)
+    return jnp.take_along_axis(drawn_from, place_B[:, None], axis=1)[:, 0].astype(jnp.int32)
+
+
+class _Text(NamedTuple):
+    """What has been written so far, `written` tokens in every row."""
+
+    written: jax.Array
+    token_B: jax.Array
+    stopped_B: jax.Array
+    ids_BW: jax.Array
+
+
+# --- the cache ---------------------------------------------------------------------------------
+# It is kept as attention multiplies it, keys [.., B, G, T, H] and values [.., B, G, H, T], since
+# the loop would otherwise transpose all of it at every token. Leading axis: stacked layers.
+
+
+def _each(
+    cache: Cache, keys: Callable[..., Any], values: Callable[..., Any], *others: Cache
+) -> Any:
+    """`keys` of all keys and `values` of all values in a cache, or in several of one structure."""
+    return jax.tree.map(
+        lambda kv, *more: KeyValues(
+            keys(kv.k, *(m.k for m in more)), values(kv.v, *(m.v for m in more))
+        ),
+        cache,
+        *others,
+        is_leaf=lambda leaf: isinstance(leaf, KeyValues),
+    )
+
+
+def _as_kept(cache: Cache) -> Cache:
+    return _each(cache, lambda k: jnp.swapaxes(k, -3, -2), lambda v: jnp.moveaxis(v, -3, -1))
+
+
+def _as_read(kept: Cache) -> Cache:
+    """The view that `Backbone.think` wants; XLA cancels its transposition with attention's own."""
+    return _each(kept, lambda k: jnp.swapaxes(k, -3, -2), lambda v: jnp.moveaxis(v, -1, -3))
+
+
+def _with_room(cache: Cache, slots: int) -> Cache:
+    """A cache as `Backbone.read` leaves it, with empty slots behind its last position."""
+
+    def padded(a: jax.Array) -> jax.Array:
+        widths = [(0, 0)] * a.ndim
+        widths[-3] = (0, slots)
+        return jnp.pad(a, widths)
+
+    return _each(cache, padded, padded)
+
+
+def _appended(kept: Cache, block: Cache, lengths_B: jax.Array) -> Cache:
+    """Writes a block behind the `lengths` positions that each row holds."""
+
+    def along(axis: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        def row(whole: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis + whole.ndim)
+
+        return lambda whole, part: jax.vmap(row, (-4, -4, 0), -4)(whole, part, lengths_B)
+
+    return _each(kept, along(-2), along(-1), block)
+
+
+class TextGenerator:
+    """Continues prompts, in batches of few shapes, each compiled once ahead of time.
+
+    What a row says depends on its prompt and its seed alone, whatever stands beside it in the
+    batch; as between any two shapes, float rounding may decide where two tokens are equally likely.
+
+    Attributes:
+        decoding, stop_ids: as given.
+        buckets: the shapes of the batches.
+        attention: the kernel that reads the prompts.
+    """
+
+    def __init__(
+        self,
+        variables: Variables,
+        backbone: BackboneConfig,
+        decoding: Decoding,
+        stop_ids: Sequence[int],
+        *,
+        dtype: DTypeLike = jnp.float32,
+        batch_size: int = 8,
+        batch_tokens: int = 8192,
+        length_multiple: int = 32,
+    ):
+        """Places the weights on the default device; compiles nothing.
+
+        Args:
+            variables: {"params": ...}, scanned or unstacked, stored in `dtype`.
+            stop_ids: tokens that end a row; none of them for rows that are always full.
+            batch_size, batch_tokens, length_multiple: see `Buckets`; of the prompts.
+        """
+        self.decoding, self.stop_ids = decoding, tuple(stop_ids)
+        self.buckets = Buckets(batch_size, batch_tokens, length_multiple, _SHORT_BATCHES)
+        self._variables = for_inference(variables)
+        self.attention, _ = choose_kernel("auto", jax.default_backend(), dtype, backbone.head_dim)
+        self._backbone = Backbone(
+            backbone,
+            dtype=dtype,
+            param_dtype=dtype,
+            scan_layers=is_stacked(self._variables),
+            attention=self.attention,
+        )
+        self._programs: dict[tuple[int, int], tuple[jax.stages.Compiled, jax.stages.Compiled]] = {}
+
+    # --- the two programs ----------------------------------------------------------------------
+
+    def _next(
+        self, variables: Variables, h_BD: jax.Array, seeds_B: jax.Array, place: Any
+    ) -> jax.Array:
+        """The token at `place` of every row, from the state before it."""
+        logits_BV = apply(Backbone.logits, self._backbone, variables, h_BD)
+        keys_B = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), place))(seeds_B)
+        return choose_tokens(logits_BV, keys_B, self.decoding)
+
+    def _prefill(
+        self, variables: Variables, ids_BT: jax.Array, lengths_B: jax.Array, seeds_B: jax.Array
+    ) -> tuple[Prefix, jax.Array]:
+        """Reads the prompts and chooses their first tokens."""
+        prefix = read_prompts(self._backbone, variables, ids_BT, lengths_B)
+        return prefix, self._next(variables, prefix.h_BD, seeds_B, 0)
+
+    def _decode(
+        self,
+        variables: Variables,
+        prefix: Prefix,
+        token_B: jax.Array,
+        seeds_B: jax.Array,
+        limit: jax.Array,
+    ) -> jax.Array:
+        """All tokens [B, W], stop tokens included, `_NOT_WRITTEN` behind them; W is
+        `max_new_tokens`, of which the first `limit` are written."""
+        W = self.decoding.max_new_tokens
+
+        def stops(token_B: jax.Array) -> jax.Array:
+            ids = jnp.asarray(self.stop_ids, jnp.int32)
+            return (token_B[:, None] == ids[None, :]).any(axis=1)
+
+        def unfinished(text: _Text) -> jax.Array:
+            return (text.written < limit) & ~text.stopped_B.all()
+
+        def write_token(read: Prefix, slot: jax.Array, text: _Text, suffix: Cache) -> Any:
+            x_B1D = apply(Backbone.embed, self._backbone, variables, text.token_B[:, None])
+            caches = (_as_read(read.cache),)
+            h_BD, suffix = apply(
+                Backbone.think,
+                self._backbone,
+                variables,
+                x_B1D[:, 0],
+                caches,
+                suffix,
+                read.lengths_B,
+                slot,
+            )
+            token_B = self._next(variables, h_BD, seeds_B, text.written)
+            shown_B = jnp.where(text.stopped_B, _NOT_WRITTEN, token_B)
+            ids_BW = text.ids_BW.at[:, text.written].set(shown_B)
+            stopped_B = text.stopped_B | stops(token_B)
+            return slot + 1, _Text(text.written + 1, token_B, stopped_B, ids_BW), suffix
+
+        def write_block(state: tuple[_Text, Prefix]) -> tuple[_Text, Prefix]:
+            text, read = state
+            _, text, suffix = jax.lax.while_loop(
+                lambda s: (s[0] < _BLOCK) & unfinished(s[1]),
+                lambda s: write_token(read, *s),
+                (jnp.zeros((), jnp.int32), text, empty_suffix((prefix.cache,), _BLOCK)),
+            )
+            cache = _appended(read.cache, _as_kept(suffix), read.lengths_B)
+            return text, Prefix(read.h_BD, cache, read.lengths_B + _BLOCK)
+
+        ids_BW = jnp.full((token_B.shape[0], W), _NOT_WRITTEN, jnp.int32).at[:, 0].set(token_B)
+        text = _Text(jnp.ones((), jnp.int32), token_B, stops(token_B), ids_BW)
+        room = -(-W // _BLOCK) * _BLOCK
+        read = Prefix(prefix.h_BD, _as_kept(_with_room(prefix.cache, room)), prefix.lengths_B)
+        text, _ = jax.lax.while_loop(lambda s: unfinished(s[0]), write_block, (text, read))
+        return text.ids_BW
+
+    def _programs_of(
+        self, rows: int, width: int
+    ) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+        if (rows, width) not in self._programs:
+            ids_BT = jax.ShapeDtypeStruct((rows, width), jnp.int32)
+            lengths_B = jax.ShapeDtypeStruct((rows,), jnp.int32)
+            seeds_B = jax.ShapeDtypeStruct((rows,), jnp.uint32)
+            limit = jax.ShapeDtypeStruct((), jnp.int32)
+            prefill = jax.jit(self._prefill).lower(self._variables, ids_BT, lengths_B, seeds_B)
+            read = prefill.out_info
+            decode = jax.jit(self._decode).lower(self._variables, *read, seeds_B, limit)
+            self._programs[rows, width] = prefill.compile(), decode.compile()
+        return self._programs[rows, width]
+
+    # --- batches -------------------------------------------------------------------------------
+
+    def warm_up(self, prompts: Sequence[Sequence[int]], *, progress: str | None = None) -> None:
+        """Compiles what these prompts, or others of the same lengths, need: no later call with them
+        compiles anything."""
+        shapes = {self.buckets.shape([row for _, row in b]) for b in self._batches(prompts)}
+        for shape in tqdm(
+            sorted(shapes), progress, disable=None if progress else True, leave=False
+        ):
+            self._programs_of(*shape)
+
+    def _batches(
+        self, prompts: Sequence[Sequence[int]]
+    ) -> Iterator[list[tuple[int, Sequence[int]]]]:
+        positions = self._backbone.config.max_position_embeddings
+        for place, prompt in enumerate(prompts):
+            if not 1 <= len(prompt) <= positions - self.decoding.max_new_tokens:
+                raise ValueError(
+                    f"prompt {place} has {len(prompt)} tokens; wanted at least 1, and with "
+                    f"max_new_tokens {self.decoding.max_new_tokens} no more than the model's "
+                    f"{positions} positions"
+                )
+        return self.buckets.batches([list(enumerate(prompts))])
+
+    def write_batches(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int] | None = None,
+        *,
+        max_new_tokens: int | None = None,
+    ) -> Iterator[list[tuple[int, Written]]]:
+        """What follows each prompt, a batch at a time, each row with its prompt's place.
+
+        Args:
+            prompts: token ids, unpadded.
+            seeds: one a prompt, in 0..2^32-1, for drawn tokens; None takes the prompt's place.
+            max_new_tokens: stops earlier than `decoding` says.
+
+        Raises:
+            ValueError: a prompt is empty or leaves no room, or a number is out of its range.
+        """
+        limit = self.decoding.max_new_tokens if max_new_tokens is None else max_new_tokens
+        if not 1 <= limit <= self.decoding.max_new_tokens:
+            raise ValueError(
+                f"max_new_tokens must lie in 1..{self.decoding.max_new_tokens}, got {limit}"
+            )
+        seeds = range(len(prompts)) if seeds is None else seeds
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
+        for batch in self._batches(prompts):
+            places = [place for place, _ in batch]
+            written = self._write([row for _, row in batch], [seeds[i] for i in places], limit)
+            yield list(zip(places, written, strict=True))
+
+    def write(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int] | None = None,
+        *,
+        max_new_tokens: int | None = None,
+    ) -> list[Written]:
+        """`write_batches`, in the order of the prompts."""
+        batches = self.write_batches(prompts, seeds, max_new_tokens=max_new_tokens)
+        by_place = dict(pair for batch in batches for pair in batch)
+        return [by_place[place] for place in range(len(prompts))]
+
+    def _write(self, rows: list[Sequence[int]], seeds: list[int], limit: int) -> list[Written]:
+        size, width = self.buckets.shape(rows)
+        spare = size - len(rows)  # copies of the last row, which finish when it does
+        ids_BT, lengths_B = right_pad([*rows, *[rows[-1]] * spare], 0, width)
+        seeds_B = np.array([*seeds, *[seeds[-1]] * spare], np.uint32)
+        prefill, decode = self._programs_of(size, width)
+        began = time.perf_counter()
+        prefix, token_B = jax.block_until_ready(
+            prefill(self._variables, ids_BT, lengths_B, seeds_B)
+        )
+        read = time.perf_counter()
+        ids_BW = np.asarray(decode(self._variables, prefix, token_B, seeds_B, np.int32(limit)))
+        done = time.perf_counter()
+        written = []
+        for row in ids_BW[: len(rows)].tolist():
+            ids = row[: row.index(_NOT_WRITTEN)] if _NOT_WRITTEN in row else row
+            finished = ids[-1] in self.stop_ids
+            written.append(
+                Written(
+                    ids[:-1] if finished else ids, finished, len(rows), read - began, done - read
+                )
+            )
+        return written

@@ -1,0 +1,447 @@
+"""Rewrites queries with a language model: the first half of rewrite-then-retrieve.
+
+    python -m laser_jax.rewrite --model DIR --queries BEIR_DIR|queries.jsonl --output rewrites.jsonl
+
+`python -m laser_jax.evaluate --rewrites rewrites.jsonl` is the second half. Each batch of rewrites
+is on the disk before the next begins; the same command completes a file that was cut short.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from laser_jax.config import ConfigError, Dtype, PromptConfig, parse_command_line
+from laser_jax.data.tokenization import PromptTokenizer, Tokenizer, load_tokenizer_for
+from laser_jax.evaluate.beir import BeirDataset, EvalQuery, read_qrels, read_queries
+from laser_jax.evaluate.results import markdown_table
+from laser_jax.evaluate.retrieval import require_instructions
+from laser_jax.evaluate.rewrites import (
+    Rewrite,
+    WritingCost,
+    milliseconds_per_query,
+    read_rewrites,
+)
+from laser_jax.files.durable import lock, read_state, write_atomically
+from laser_jax.files.terminal import fail, printable
+from laser_jax.hf.weights import load_params, read_backbone_config, resolve_directory
+from laser_jax.rewrite.generation import Decoding, TextGenerator, Written, stop_ids
+from laser_jax.search.trec import DatasetError
+from laser_jax.train.checkpoint import fingerprint
+
+REASONING_PROMPT = """{query}
+
+Find out what a document would have to say to answer the text above.
+1. Name the problem that it is really about.
+2. Reason step by step: which facts, concepts or methods would help to solve it? Explain each of \
+them in detail.
+3. Draft an answer, and put into it whatever you can think of."""
+"""The demands of the prompt with which BRIGHT (arXiv 2407.12883) has its queries reasoned about, in
+our words: the essential problem, helpful information step by step, a draft of the answer."""
+
+EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
+SHOWN_BAD_LINES = 5
+
+
+@dataclass(frozen=True)
+class RewriteOptions:
+    """Writes a reasoning for every query with a language model, into a file that evaluate reads."""
+
+    model: str
+    """A Hugging Face directory of a Qwen3 or Llama 3.x with tokenizer, or organisation/name on the
+    hub."""
+    queries: str
+    """A BEIR directory, or a queries.jsonl."""
+    output: str
+    """The file to write, a JSON line a query; what it holds already is not written again. Beside it
+    stands NAME.report.json with the settings and times."""
+    split: str | None = None
+    """Only the queries that this split of the BEIR directory judges."""
+    prompt: str = REASONING_PROMPT
+    """What the model is told; {query} stands for the query, {instruction} for its instruction."""
+    instruction: str | None = None
+    """One instruction for all queries, instead of their own field."""
+    chat_template: bool = True
+    """Put the prompt as a user's turn in the tokenizer's chat template; false for base models."""
+    thinking_suffix: str | None = None
+    """Begins the model's turn. None: an empty thought if the tokenizer knows <think>, so that the
+    rewrite comes at once, otherwise nothing."""
+    prompt_max_length: int = 2048
+    """Tokens; a query that does not fit is shortened."""
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    """0 takes the likeliest token, always the same; otherwise tokens are drawn."""
+    top_k: int | None = None
+    """Draw among so many likeliest tokens."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that together reach this probability."""
+    seed: int = 0
+    """Of the drawn tokens, together with the query's id: not with its place or its company."""
+    dtype: Dtype = "float32"
+    """Of weights and computation: float32 is fastest on CPU, bfloat16 on GPU and TPU."""
+    batch_size: int = 8
+    """Queries written at a time. 1 for the latency of a single query."""
+    length_multiple: int = 128
+    """Prompts are padded to multiples of about this; fewer shapes mean less compilation."""
+    skip_bad_lines: bool = False
+    """Leave bad lines of the queries out and count them, instead of stopping at the first."""
+
+    def __post_init__(self) -> None:
+        for key in ("prompt_max_length", "batch_size", "length_multiple"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key} must be at least 1, got {getattr(self, key)}")
+        if "{query}" not in self.prompt:
+            raise ConfigError(f"prompt {self.prompt!r} has no {{query}} placeholder")
+        if self.decoding.temperature == 0 and self.seed != 0:
+            raise ConfigError("a seed is of use only with a temperature above 0")
+
+    @property
+    def decoding(self) -> Decoding:
+        return Decoding(self.max_new_tokens, self.temperature, self.top_k, self.top_p)
+
+
+# --- what is asked -----------------------------------------------------------------------------
+
+
+def read_wanted(options: RewriteOptions) -> dict[str, EvalQuery]:
+    """The queries to rewrite, with their instructions where the prompt has a place for one.
+
+    Raises:
+        FileNotFoundError, DatasetError, ConfigError: no such queries, or not what they should be.
+    """
+    skipped: list[str] | None = [] if options.skip_bad_lines else None
+    queries = read_queries(options.queries, skipped=skipped)
+    if skipped:
+        print(
+            f"left out {len(skipped)} bad lines:",
+            *map(printable, skipped[:SHOWN_BAD_LINES]),
+            sep="\n  ",
+        )
+    if options.split is not None:
+        if not Path(options.queries).is_dir():
+            raise ConfigError(f"--split wants a BEIR directory, and {options.queries} is none")
+        judged = read_qrels(options.queries, options.split)
+        queries = {id_: query for id_, query in queries.items() if id_ in judged}
+    if not queries:
+        raise DatasetError(f"{options.queries}: holds no query to rewrite")
+    if options.instruction is not None:
+        given = options.instruction
+        queries = {id_: replace(query, instruction=given) for id_, query in queries.items()}
+    if "{instruction}" in options.prompt:
+        require_instructions(BeirDataset([], queries, {}))
+    return queries
+
+
+def prompt_maker(options: RewriteOptions, tokenizer: Tokenizer, positions: int) -> PromptTokenizer:
+    """Makes the rewriter's prompts, no longer than the model's positions leave room for.
+
+    Raises:
+        ConfigError: no room is left, or there is no chat template.
+        TokenizationError: the tokenizer cannot serve.
+    """
+    limit = min(options.prompt_max_length, positions - options.max_new_tokens)
+    if limit < 1:
+        raise ConfigError(
+            f"max_new_tokens {options.max_new_tokens} leaves no room for a prompt: the model has "
+            f"{positions} positions"
+        )
+    if options.chat_template and not tokenizer.chat_template:
+        raise ConfigError(
+            "the tokenizer has no chat template, and base models often have none: set "
+            "--chat_template false"
+        )
+    suffix = options.thinking_suffix
+    if suffix is None:
+        suffix = EMPTY_THOUGHT if "<think>" in tokenizer.get_vocab() else ""
+    prompt = PromptConfig(
+        query_template=options.prompt,
+        chat_template=options.chat_template,
+        thinking_suffix=suffix,
+        query_max_length=limit,
+    )
+    return PromptTokenizer(tokenizer, prompt)
+
+
+def seed_of(seed: int, query_id: str) -> int:
+    """The seed of one query's text, in 0..2^32-1."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {query_id}".encode()).digest()[:4], "little")
+
+
+# --- the file ----------------------------------------------------------------------------------
+
+
+def report_file(output: Path) -> Path:
+    """Where the settings and times of `output` stand."""
+    return output.with_name(f"{output.name}.report.json")
+
+
+class RewriteFile:
+    """The output, locked for as long as it is open: whole lines are appended, and only those count.
+
+    Attributes:
+        rewrites: what it holds, by query id.
+
+    Raises:
+        ConfigError: another process has it, or it was written with other settings.
+        DatasetError: a line of it is damaged; the last one, cut short, is written again instead.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], wanted: dict[str, EvalQuery]):
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        try:
+            if lock(self._file, wait=False):
+                self.rewrites = self._claim(settings, wanted)
+                return
+        except BaseException:
+            if os.path.getsize(path) == 0:
+                path.unlink()
+            self.close()
+            raise
+        self.close()
+        raise ConfigError(f"{path}: another process is writing this file")
+
+    def _claim(self, settings: dict[str, Any], wanted: dict[str, EvalQuery]) -> dict[str, Rewrite]:
+        report = report_file(self._path)
+        if os.path.getsize(self._path) == 0:
+            write_atomically(report, json.dumps({"settings": settings}, indent=2) + "\n")
+            return {}
+        self._require_same_settings(report, settings)
+        self._mend_last_line()
+        rewrites = read_rewrites(self._path)
+        for id_, rewrite in rewrites.items():
+            if id_ not in wanted or rewrite.query != wanted[id_].text or rewrite.cost is None:
+                raise ConfigError(
+                    f"{self._path} holds a rewrite of {id_!r} that is of none of these queries: "
+                    "choose another --output"
+                )
+        return rewrites
+
+    def _require_same_settings(self, report: Path, settings: dict[str, Any]) -> None:
+        old = read_state(report, lambda values: dict(values["settings"]))
+        if old is None:
+            raise ConfigError(
+                f"{self._path} is there without a whole {report.name}, so nobody knows how it was "
+                "written: bring that back from a copy, or choose another --output"
+            )
+        if old != settings:
+            keys = [k for k in {**old, **settings} if old.get(k) != settings.get(k)]
+            differences = "; ".join(f"{k} {old.get(k)!r}, now {settings.get(k)!r}" for k in keys)
+            raise ConfigError(
+                f"{self._path} was written with other settings ({differences}): choose another "
+                "--output, or delete the file"
+            )
+
+    def _mend_last_line(self) -> None:
+        """A line that a killed process left unfinished is taken off."""
+        content = self._path.read_bytes()
+        end = content.rfind(b"\n") + 1
+        if end < len(content):
+            os.truncate(self._path, end)
+
+    def append(self, rewrites: dict[str, Rewrite]) -> None:
+        """Writes lines and waits until they are on the disk.
+
+        Raises:
+            OSError: naming the file, which is as it was before.
+        """
+        rows = [rewrite.as_row(id_) for id_, rewrite in rewrites.items()]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            view = memoryview(text.encode())
+            while view:
+                view = view[self._file.write(view) or 0 :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), size)
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        self.rewrites |= rewrites
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> RewriteFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+# --- the program -------------------------------------------------------------------------------
+
+
+def rewrite(options: RewriteOptions) -> dict[str, Any]:
+    """Rewrites what the output lacks. Returns what NAME.report.json then holds.
+
+    Raises:
+        ConfigError, DatasetError, HFError, TokenizationError, FileNotFoundError, OSError: bad
+            input, or a full disk; the message names it.
+    """
+    queries = read_wanted(options)
+    directory, output = resolve_directory(options.model), Path(options.output)
+    if not output.parent.is_dir():
+        raise ConfigError(f"the folder {output.parent} does not exist; make it first")
+    backbone = read_backbone_config(directory)
+    tokenizer = load_tokenizer_for(directory, backbone)
+    prompts = prompt_maker(options, tokenizer, backbone.max_position_embeddings)
+    made = {id_: prompts.query_prompt(q.text, q.instruction or "") for id_, q in queries.items()}
+    params = load_params(directory, backbone, dtype=jnp.dtype(options.dtype))
+    stops = stop_ids(directory, tokenizer)
+    settings = _settings(options, prompts, stops, fingerprint(params))
+    with RewriteFile(output, settings, queries) as file:
+        before = len(file.rewrites)
+        left = [id_ for id_ in queries if id_ not in file.rewrites]
+        if left:
+            generator = TextGenerator(
+                {"params": params},
+                backbone,
+                options.decoding,
+                stops,
+                dtype=jnp.dtype(options.dtype),
+                batch_size=options.batch_size,
+                length_multiple=options.length_multiple,
+            )
+            rows = [made[id_].ids for id_ in left]
+            generator.warm_up(rows, progress="compile")
+            seeds = [seed_of(options.seed, id_) for id_ in left]
+            for batch in _with_progress(generator.write_batches(rows, seeds), before, len(queries)):
+                file.append(
+                    {
+                        left[i]: _as_rewrite(queries[left[i]], len(rows[i]), written, tokenizer)
+                        for i, written in batch
+                    }
+                )
+        report = {
+            "settings": settings,
+            "machine": f"{jax.devices()[0].device_kind} ({jax.default_backend()})",
+            "shortened_queries": sum(prompt.truncated for prompt in made.values()),
+            **_statistics(file.rewrites),
+        }
+        write_atomically(report_file(output), json.dumps(report, indent=2) + "\n")
+    return report | {"written_before": before}
+
+
+def _settings(
+    options: RewriteOptions, prompts: PromptTokenizer, stops: Sequence[int], weights: str
+) -> dict[str, Any]:
+    """What decides on the text of a rewrite, rounding aside."""
+    keys = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "dtype")
+    return {
+        "model": options.model,
+        "weights": weights,
+        "prompt": options.prompt,
+        "instruction": options.instruction,
+        "chat_template": options.chat_template,
+        "thinking_suffix": prompts.config.thinking_suffix,
+        "prompt_max_length": prompts.config.query_max_length,
+        "prompt_checksum": prompts.checksum(),
+        "stop_ids": list(stops),
+        **{key: getattr(options, key) for key in keys},
+    }
+
+
+def _with_progress(
+    batches: Iterable[list[tuple[int, Written]]], before: int, total: int
+) -> Iterator[list[tuple[int, Written]]]:
+    tokens = seconds = 0
+    with tqdm(total=total, initial=before, desc="rewrite", unit="query", disable=None) as bar:
+        for batch in batches:
+            yield batch
+            first = batch[0][1]
+            tokens += sum(len(written.ids) + written.finished for _, written in batch)
+            seconds += first.prefill_seconds + first.decode_seconds
+            bar.set_postfix_str(f"{tokens / seconds:.1f} tokens/s")
+            bar.update(len(batch))
+
+
+def _as_rewrite(
+    query: EvalQuery, prompt_tokens: int, written: Written, tokenizer: Tokenizer
+) -> Rewrite:
+    text = tokenizer.decode(
+        written.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    cost = WritingCost(
+        prompt_tokens,
+        len(written.ids) + written.finished,
+        written.rows,
+        written.prefill_seconds,
+        written.decode_seconds,
+    )
+    return Rewrite(str(text), query.text, written.finished, cost)
+
+
+def _statistics(rewrites: dict[str, Rewrite]) -> dict[str, Any]:
+    """Of all rewrites in the file, whichever process wrote them."""
+    costs = [rewrite.cost for rewrite in rewrites.values() if rewrite.cost is not None]
+    shares = milliseconds_per_query(rewrites)
+    assert shares is not None
+    parts = {"prefill": shares[:, 0], "decode": shares[:, 1], "in all": shares.sum(axis=1)}
+    waits = [1000 * (cost.prefill_seconds + cost.decode_seconds) for cost in costs]
+    reading, writing = shares.sum(axis=0) / 1000
+    return {
+        "queries": len(rewrites),
+        "cut_by_max_new_tokens": sum(not rewrite.finished for rewrite in rewrites.values()),
+        "empty": sum(not rewrite.text.strip() for rewrite in rewrites.values()),
+        "prompt_tokens": sum(cost.prompt_tokens for cost in costs),
+        "tokens": sum(cost.tokens for cost in costs),
+        "largest_batch": max(cost.rows for cost in costs),
+        "milliseconds_a_query": {name: _spread(values) for name, values in parts.items()},
+        "milliseconds_until_its_batch_was_done": _spread(waits),
+        "prompt_tokens_per_second": sum(cost.prompt_tokens for cost in costs) / reading,
+        "tokens_per_second": sum(cost.tokens for cost in costs) / writing,
+    }
+
+
+def _spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:
+    return {
+        "mean": float(np.mean(values)),
+        "median": float(np.median(values)),
+        "p90": float(np.quantile(values, 0.9)),
+    }
+
+
+def _print(report: dict[str, Any], options: RewriteOptions) -> None:
+    print(
+        f"{report['queries']} rewrites in {options.output}, {report['written_before']} of them "
+        f"from before; {report['cut_by_max_new_tokens']} were cut by --max_new_tokens "
+        f"{options.max_new_tokens}, {report['empty']} are empty"
+    )
+    if report["shortened_queries"]:
+        limit = report["settings"]["prompt_max_length"]
+        print(f"{report['shortened_queries']} queries were shortened to prompts of {limit} tokens")
+    print(
+        f"on {report['machine']}, in batches of up to {report['largest_batch']}: "
+        f"{report['prompt_tokens_per_second']:.0f} prompt tokens/s read, "
+        f"{report['tokens_per_second']:.1f} tokens/s written\n"
+    )
+    rows = {f"{name}, a query": v for name, v in report["milliseconds_a_query"].items()}
+    rows["until its batch was done"] = report["milliseconds_until_its_batch_was_done"]
+    header = ["milliseconds", "mean", "median", "p90"]
+    print(
+        markdown_table(
+            header, [[name, *(f"{v[key]:.1f}" for key in header[1:])] for name, v in rows.items()]
+        )
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    try:
+        options = parse_command_line(RewriteOptions, "python -m laser_jax.rewrite", arguments)
+        _print(rewrite(options), options)
+    except (ValueError, OSError, ImportError) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from what is written")

@@ -1,0 +1,157 @@
+"""Exact search over directories of vectors:
+`python -m laser_jax.search --corpus_vectors DIR --query_vectors DIR --output RUN.trec`.
+
+The corpus is read shard by shard and searched on all devices of this machine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from laser_jax.config import ConfigError, parse_command_line
+from laser_jax.files.terminal import fail
+from laser_jax.search.codes import decode_vectors
+from laser_jax.search.matching import exclusions, identical_count, unmatched
+from laser_jax.search.topk import DEFAULT_CHUNK, Chunk, device_mesh, search_chunks
+from laser_jax.search.trec import Run, read_excluded, trec_order, write_trec_run
+from laser_jax.search.vectors import VectorsError, read_ids, read_manifest, read_shards
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """Ranks a corpus for every query by exact search over vectors, and writes a TREC run."""
+
+    corpus_vectors: str
+    """A finished directory of document vectors."""
+    query_vectors: str
+    """One of query vectors, of the same model."""
+    output: str
+    """The TREC run to write."""
+    k: int = 100
+    """Documents per query."""
+    excluded: str | None = None
+    """Documents that a query must not be given: a queries.jsonl with `excluded_ids`, or a .tsv of
+    query and document id."""
+    ignore_identical_ids: bool = True
+    """BEIR's rule: a query is not given the document that has its own id."""
+    code: Literal["stored", "float16", "int8", "binary"] = "stored"
+    """What to search with; other than as stored, it is an approximation."""
+    oversample: int = 0
+    """m >= 1: the best m k documents are scored again with the vectors as stored."""
+    chunk: int = DEFAULT_CHUNK
+    """Documents on the devices at a time."""
+    tag: str = "laser_jax"
+    """The name of the run, in its last column."""
+
+    def __post_init__(self) -> None:
+        if self.k < 1 or self.chunk < 1 or self.oversample < 0:
+            raise ConfigError(
+                "k and chunk must be at least 1 and oversample at least 0, got "
+                f"{self.k}, {self.chunk} and {self.oversample}"
+            )
+        if re.fullmatch(r"\S+", self.tag) is None:
+            raise ConfigError(f"tag {self.tag!r} must be one word")
+
+
+def search_directories(options: SearchOptions) -> Run:
+    """The run that `options` ask for.
+
+    Raises:
+        FileNotFoundError, VectorsError, DatasetError: bad input; the message names it.
+    """
+    corpus = read_manifest(options.corpus_vectors, "documents")
+    queries = read_manifest(options.query_vectors, "queries")
+    for directory, manifest in (
+        (options.corpus_vectors, corpus),
+        (options.query_vectors, queries),
+    ):
+        if manifest.count == 0:
+            raise VectorsError(f"{directory}: holds no vector")
+    for key in ("model_hash", "prompt_hash", "dimension"):
+        of_corpus, of_queries = getattr(corpus.info, key), getattr(queries.info, key)
+        if of_corpus != of_queries:
+            raise VectorsError(
+                f"{key} of {options.query_vectors} is {of_queries!r}, that of "
+                f"{options.corpus_vectors} {of_corpus!r}: their vectors cannot be compared"
+            )
+    query_ids = read_ids(options.query_vectors, queries)
+    for id_ in query_ids:
+        if re.search(r"\s", id_, re.ASCII):
+            raise VectorsError(
+                f"{options.query_vectors}: query id {id_!r} holds a blank and cannot stand in a "
+                "TREC run"
+            )
+    queries_QD = np.concatenate(
+        [
+            decode_vectors(rows, queries.info.dtype)
+            for _, rows in read_shards(options.query_vectors, queries)
+        ]
+    )
+    doc_ids = read_ids(options.corpus_vectors, corpus)
+    excluded = _excluded(options, query_ids, doc_ids)
+    order_C = trec_order(doc_ids)
+    rank_C = np.empty(len(order_C), np.int32)
+    rank_C[order_C] = np.arange(len(order_C), dtype=np.int32)
+
+    def read() -> Iterator[Chunk]:
+        start = 0
+        shards = read_shards(options.corpus_vectors, corpus)
+        for ids, rows in tqdm(
+            shards, "search", len(corpus.shards), unit="shard", disable=None, leave=False
+        ):
+            ranks = rank_C[start : start + len(ids)]
+            start += len(ids)
+            order = np.argsort(ranks)
+            yield rows[order], ranks[order]
+
+    return search_chunks(
+        queries_QD,
+        read,
+        query_ids,
+        [doc_ids[i] for i in order_C],
+        options.k,
+        excluded,
+        stored=corpus.info.dtype,
+        code=None if options.code == "stored" else options.code,
+        oversample=options.oversample,
+        mesh=device_mesh(),
+        chunk=options.chunk,
+    )
+
+
+def _excluded(
+    options: SearchOptions, query_ids: Sequence[str], doc_ids: Sequence[str]
+) -> dict[str, Collection[str]]:
+    """Query id -> documents that it is not given. Says which ids match nothing."""
+    path = options.excluded
+    excluded = read_excluded(path) if path else {}
+    documents, queries = set(doc_ids), set(query_ids)
+    identical = [query for query in query_ids if query in documents]
+    named = [document for query in query_ids for document in excluded.get(query, ())]
+    for count in (
+        *unmatched("queries with exclusions that have no vector", excluded, queries, path),
+        *unmatched("excluded documents that the corpus lacks", named, documents, path),
+        *identical_count(query_ids, identical, options.ignore_identical_ids),
+    ):
+        print(count)
+    return exclusions(excluded, identical if options.ignore_identical_ids else ())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    try:
+        options = parse_command_line(SearchOptions, "python -m laser_jax.search", arguments)
+        if not Path(options.output).parent.is_dir():  # now, not after the search
+            raise FileNotFoundError(f"the folder of --output {options.output} does not exist")
+        run = search_directories(options)
+        write_trec_run(run, options.output, options.tag)
+    except (ValueError, OSError, ImportError) as error:
+        fail(error)
+    print(f"{options.output}: {len(run)} queries, {sum(map(len, run.values()))} documents")

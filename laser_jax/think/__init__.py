@@ -1,0 +1,1 @@
+"""What a query's latent steps hold, as text, page and server."""

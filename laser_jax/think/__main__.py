@@ -1,0 +1,6 @@
+"""`python -m laser_jax.think`."""
+
+from laser_jax.think.run import main
+
+if __name__ == "__main__":
+    main()

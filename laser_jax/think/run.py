@@ -1,0 +1,199 @@
+"""Shows what a model thinks: `python -m laser_jax.think --model DIR --text "..."`.
+
+For every latent step: the likeliest next tokens and how sure the model is, how near its state is to
+the segments of a written chain of thought, and how the ranking of a small corpus moves. On the
+terminal, as a page (`--html FILE`), or as a page with a form (`--serve`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from laser_jax.config import ConfigError, parse_command_line
+from laser_jax.files.durable import write_atomically
+from laser_jax.files.reading import DataError, read_json
+from laser_jax.files.terminal import fail, printable
+from laser_jax.think.page import render_page
+from laser_jax.think.server import LARGEST_STEPS, PageServer, Site
+from laser_jax.think.thought import Corpus, Inspector, Thought, load_corpus
+
+
+@dataclass(frozen=True)
+class ThinkOptions:
+    """Shows each latent step of a query: its top tokens, its nearness to the segments of a written
+    chain of thought, and the ranking of a small corpus."""
+
+    model: str
+    """A directory that laser_jax.train exported."""
+    text: str | None = None
+    """The query; left out with --serve, whose page has a form."""
+    instruction: str | None = None
+    """The task; by default that of the corpus's own queries."""
+    reasoning: str | None = None
+    """A written chain of thought; by default that of the corpus's query with the same text."""
+    corpus: str | None = None
+    """A BEIR directory; by default the evaluation set of the run that made the model."""
+    num_thinking_steps: int | None = None
+    """K; by default the model's."""
+    ignore_identical_ids: bool = True
+    """BEIR's rule: a query is not given the document that has its own id."""
+    top: int = 5
+    """How many tokens a step shows."""
+    top_documents: int = 10
+    """How many documents a step shows."""
+    html: str | None = None
+    """Write a page to this file instead."""
+    serve: bool = False
+    """Serve a page with a form instead, until Ctrl-C."""
+    host: str = "127.0.0.1"
+    """The address that --serve listens on, of IPv4 or IPv6, or its name; another one lets others
+    ask too."""
+    port: int = 8000
+    """Its port; 0 takes a free one."""
+
+    def __post_init__(self) -> None:
+        for name in ("top", "top_documents"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        K = self.num_thinking_steps
+        if K is not None and K < 1:
+            raise ConfigError(f"num_thinking_steps must be at least 1, got {K}")
+        for name in ("text", "instruction", "reasoning"):
+            try:
+                (getattr(self, name) or "").encode()
+            except UnicodeEncodeError as error:  # a byte of the command line that is no UTF-8
+                raise ConfigError(
+                    f"{name} is no Unicode text, give it in UTF-8: {error}"
+                ) from error
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must lie in 0..65535, got {self.port}")
+        if not self.serve:
+            if self.text is None:
+                raise ConfigError("text is missing: give the query, or --serve for a page to ask")
+            return
+        for name in ("text", "reasoning", "html"):
+            if getattr(self, name) is not None:
+                raise ConfigError(f"{name} does not go with --serve: its page has a form")
+        if K is not None and K > LARGEST_STEPS:
+            raise ConfigError(f"--serve shows at most {LARGEST_STEPS} thinking steps, got {K}")
+
+
+def find_corpus(options: ThinkOptions) -> tuple[Corpus | None, str]:
+    """The corpus - of the option, or `data.eval` of the training run beside the model - and a
+    sentence about it, or about why there is none.
+
+    Raises:
+        ConfigError: the run's config.json is not what laser_jax.train writes.
+        FileNotFoundError, DatasetError: as `load_corpus`.
+    """
+    directory, missing = options.corpus, "No corpus; --corpus DIR shows how its ranking moves."
+    run = Path(options.model).parent / "config.json"
+    if directory is None and run.is_file():
+        directory = _evaluation_set(run)
+        if directory and not Path(directory).is_dir():
+            missing = f"No corpus: the run's own, {directory}, is not there; --corpus names one."
+            directory = None
+    if not directory:
+        return None, missing
+    corpus = load_corpus(directory, ignore_identical_ids=options.ignore_identical_ids)
+    about = [f"Corpus {directory}, {len(corpus.documents)} documents", *map(str, corpus.unmatched)]
+    return corpus, "; ".join(about) + "."
+
+
+def _evaluation_set(run: Path) -> str | None:
+    """`data.eval` in the config.json of a run; None where it has none."""
+    mend = "mend it, or name the corpus with --corpus DIR, then it is not read"
+    try:
+        config = read_json(run)
+    except DataError as error:
+        raise ConfigError(f"{error}; {mend}") from error
+    data = config.get("data", {}) if isinstance(config, dict) else config
+    directory = data.get("eval") if isinstance(data, dict) else data
+    if not isinstance(data, dict) or not isinstance(directory, str | None):
+        raise ConfigError(
+            f'{run}: expected {{"data": {{"eval": "DIR"}}}} as laser_jax.train writes it, got '
+            f"{str(config)[:80]}; {mend}"
+        )
+    return directory
+
+
+def describe(thought: Thought) -> str:
+    """The thought as text: a block a step, each document with its change of rank."""
+    lines = [f"note: {notice}" for notice in thought.notices]
+    for k, step in enumerate(thought.steps):
+        said = "  ".join(f"{token.text!r} {token.probability:.2f}" for token in step.tokens)
+        lines.append(f"step {k + 1}  entropy {step.entropy:.2f} nats")
+        lines.append(f"  says next: {said}")
+        if thought.segments:
+            near = max(thought.segments, key=lambda segment: segment.cosine_K[k])
+            lines.append(f"  closest segment: {near.text.strip()!r} {near.cosine_K[k]:+.3f}")
+        for ranked in sorted(thought.documents, key=lambda ranked: ranked.rank_K[k]):
+            rank, was = ranked.rank_K[k], ranked.rank_K[max(k - 1, 0)]
+            if rank > thought.top_documents:
+                continue
+            relevant = " (relevant)" if ranked.relevant else ""
+            move = "" if was == rank else f"  (was {was})"
+            lines.append(
+                f"  {rank:>3}. {ranked.cosine_K[k]:+.3f}  {ranked.document.id}{relevant}: "
+                f"{ranked.document.text[:60]}{move}"
+            )
+    return "\n".join(lines)
+
+
+def _inspector(options: ThinkOptions, corpus: Corpus | None) -> Inspector:
+    return Inspector(
+        options.model, corpus, top_tokens=options.top, top_documents=options.top_documents
+    )
+
+
+def serve(options: ThinkOptions) -> None:
+    """Serves the page until Ctrl-C. The port is taken first, before the model is loaded."""
+    with PageServer(options.host, options.port) as server:
+        corpus, about = find_corpus(options)
+        server.site = Site(
+            _inspector(options, corpus),
+            options.model,
+            about,
+            options.instruction,
+            options.num_thinking_steps,
+        )
+        print(f"{printable(about)}\n{server.url} (Ctrl-C ends it)", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print("\nended")
+
+
+def show(options: ThinkOptions) -> None:
+    """Thinks about one query; prints the thought, or writes it as a page."""
+    assert options.text is not None
+    if options.html is not None and not Path(options.html).parent.is_dir():  # now, not at the end
+        raise FileNotFoundError(f"the folder of --html {options.html} does not exist")
+    corpus, about = find_corpus(options)
+    thought = _inspector(options, corpus).think(
+        options.text,
+        instruction=options.instruction,
+        reasoning=options.reasoning,
+        num_thinking_steps=options.num_thinking_steps,
+    )
+    if options.html is not None:
+        page = render_page(model=options.model, corpus=about, thought=thought)
+        write_atomically(Path(options.html), page)
+        print(options.html)
+        return
+    given = f"query: {thought.query}\ninstruction: {thought.instruction or '(none)'}\n{about}"
+    print(printable(f"{given}\n{describe(thought)}"))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    try:
+        options = parse_command_line(ThinkOptions, "python -m laser_jax.think", arguments)
+        if options.serve:
+            serve(options)
+        else:
+            show(options)
+    except (ValueError, OSError, ImportError) as error:
+        fail(error)

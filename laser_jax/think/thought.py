@@ -1,0 +1,400 @@
+"""What a model thinks of a query, as plain data: `Inspector.think` gives a `Thought`.
+
+K thinking steps, M segments of a written chain of thought, C documents. How it is shown is no
+concern of this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from laser_jax.config import Pooling, appended_thoughts
+from laser_jax.data.buckets import Buckets
+from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, right_pad
+from laser_jax.encoder import backbone_for, load_pretrained
+from laser_jax.evaluate.beir import (
+    Document,
+    EvalQuery,
+    judged_split,
+    read_corpus,
+    read_qrels_file,
+    read_queries,
+)
+from laser_jax.evaluate.metrics import Qrels
+from laser_jax.inference.batch_encoder import LatentEncoder, NotFiniteError
+from laser_jax.inference.retriever import LatentRetriever
+from laser_jax.losses import normalize, pool
+from laser_jax.modeling.backbone import Variables
+from laser_jax.search.matching import IdCount, exclusions
+from laser_jax.thinking import TopTokens, top_tokens
+from laser_jax.views import explicit_view, latent_view
+
+PROGRAMS = 16
+"""Compiled programs that are kept; beyond it the one that was used longest ago is given up."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token that a step may say next."""
+
+    text: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """The next-token distribution at one state."""
+
+    tokens: tuple[Token, ...]
+    """The likeliest, in falling order."""
+    entropy: float
+    """Of the whole distribution, in nats."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A segment of the written chain of thought, as the model read it: decoded tokens."""
+
+    text: str
+    cosine_K: tuple[float, ...]
+    """Of the state of each step with the state at the segment's last token."""
+
+
+@dataclass(frozen=True)
+class RankedDocument:
+    """A document, and where it stands after each step."""
+
+    document: Document
+    relevant: bool
+    """Judged relevant to the query, with a grade above 0."""
+    cosine_K: tuple[float, ...]
+    """Of the query's embedding after k steps with the document's."""
+    rank_K: tuple[int, ...]
+    """Among the whole corpus, from 1."""
+
+
+@dataclass(frozen=True)
+class Thought:
+    """A query's K latent steps."""
+
+    query: str
+    instruction: str
+    reasoning: str
+    """The written chain of thought; "" without one."""
+    pooling: Pooling
+    steps: tuple[Step, ...]
+    segments: tuple[Segment, ...]
+    """In the order of reading, the closing EOS last where the model reads one; empty without a
+    written chain of thought."""
+    documents: tuple[RankedDocument, ...]
+    """By the rank after the last step: all that are among the first `top_documents` after some
+    step, and the best of the relevant ones wherever it stands. Empty without a corpus."""
+    top_documents: int
+    corpus_size: int
+    """C; 0 without a corpus."""
+    notices: tuple[str, ...]
+    """What the reader must know: texts that were cut."""
+
+    @property
+    def best_relevant(self) -> RankedDocument | None:
+        """The relevant document that ends first; None where none is judged."""
+        return next((d for d in self.documents if d.relevant), None)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents, with the queries and judgements that lie beside them, if any."""
+
+    directory: Path
+    documents: list[Document]
+    queries: list[EvalQuery] = field(default_factory=list)
+    qrels: Qrels = field(default_factory=dict)
+    """Of all splits."""
+    unmatched: tuple[IdCount, ...] = ()
+    """Ids that match nothing."""
+    ignore_identical_ids: bool = True
+    """BEIR's rule: a query is not given the document that has its own id."""
+
+    def query_of(self, text: str) -> EvalQuery | None:
+        """The first query with this text."""
+        return next((query for query in self.queries if query.text == text), None)
+
+    def own_document(self, query: EvalQuery) -> str | None:
+        """The document that BEIR's rule keeps from the query, by its id; None without one."""
+        if self.ignore_identical_ids and any(d.id == query.id for d in self.documents):
+            return query.id
+        return None
+
+
+def load_corpus(directory: str | Path, *, ignore_identical_ids: bool = True) -> Corpus:
+    """Reads a BEIR directory of which only `corpus.jsonl` is a must.
+
+    Raises:
+        FileNotFoundError, DatasetError: as `evaluation.beir`.
+    """
+    directory = Path(directory)
+    documents = read_corpus(directory)
+    queries = read_queries(directory) if (directory / "queries.jsonl").is_file() else {}
+    qrels: Qrels = {}
+    for path in sorted((directory / "qrels").glob("*.tsv")):
+        for query, grades in read_qrels_file(path).items():
+            qrels.setdefault(query, {}).update(grades)
+    counts: tuple[IdCount, ...] = ()
+    if queries:
+        judged = qrels or {query: {} for query in queries}
+        counts = judged_split(directory, documents, queries, judged).unmatched
+    return Corpus(directory, documents, list(queries.values()), qrels, counts, ignore_identical_ids)
+
+
+def rank_documents(
+    scores_KC: np.ndarray,
+    documents: Sequence[Document],
+    top: int,
+    *,
+    relevant: frozenset[str] = frozenset(),
+    excluded: frozenset[str] = frozenset(),
+) -> tuple[RankedDocument, ...]:
+    """The documents that `Thought.documents` holds; equal scores rank in the corpus's order.
+
+    Args:
+        scores_KC: cosines after each step.
+        relevant, excluded: document ids; excluded ones take no rank.
+    """
+    kept_C = np.array([document.id not in excluded for document in documents])
+    scores_KC = np.where(kept_C, scores_KC, -np.inf)
+    order_KC = np.argsort(-scores_KC, axis=1, kind="stable")
+    rank_KC = np.argsort(order_KC, axis=1, kind="stable") + 1
+    ranked = [
+        RankedDocument(
+            documents[c],
+            documents[c].id in relevant,
+            tuple(scores_KC[:, c].tolist()),
+            tuple(rank_KC[:, c].tolist()),
+        )
+        for c in order_KC[-1]
+        if kept_C[c]
+    ]
+    best = next((d for d in ranked if d.relevant), None)
+    return tuple(d for d in ranked if min(d.rank_K) <= top or d is best)
+
+
+class Inspector:
+    """A model and a corpus, loaded and embedded once, to be asked about many queries.
+
+    Documents are embedded with the model's own K, as in an index that is built once; a query is
+    looked at after each of its steps.
+
+    Attributes:
+        config: the model's.
+        corpus: as given.
+        instruction: for queries that bring none: that of the corpus's first query with one, or "".
+    """
+
+    def __init__(
+        self, model: str | Path, corpus: Corpus | None, *, top_tokens: int, top_documents: int
+    ) -> None:
+        """Loads the model and embeds the corpus.
+
+        Args:
+            model: a directory that laser_jax.train exported.
+
+        Raises:
+            FileNotFoundError, ValueError: model or tokenizer are not what they should be, or
+                `top_tokens` are more than there are.
+        """
+        variables, self.config = load_pretrained(model)
+        vocabulary = self.config.backbone.vocab_size
+        if top_tokens > vocabulary:
+            raise ValueError(
+                f"top must be at most {vocabulary}, the vocabulary of {model}, got {top_tokens}"
+            )
+        self._prompts = PromptTokenizer(load_tokenizer(model), self.config.prompt)
+        self.corpus = corpus
+        queries = corpus.queries if corpus else []
+        given = (query.instruction for query in queries if query.instruction is not None)
+        self.instruction = next(given, "")
+        self._top_tokens, self._top_documents = top_tokens, top_documents
+        self._vectors_CD = self._embed(variables, corpus)
+        self._backbone = backbone_for(self.config, variables)
+        self._variables = jax.device_put(variables)
+        self._width = Buckets().width  # the encoder's own
+        self._program = lru_cache(PROGRAMS)(self._jitted)
+
+    def _jitted(self, kind: Literal["think", "read"], *shape: int) -> Callable[..., Any]:
+        """A function of one shape, whose program goes when the function does. Of "think" it is the
+        width of the row and K, of "read" the widths of row and positions."""
+        if kind == "think":
+            return jax.jit(partial(self._latent_steps, steps=shape[1]))
+        return jax.jit(partial(self._segment_states))
+
+    def _embed(self, variables: Variables, corpus: Corpus | None) -> np.ndarray:
+        # The retriever is made without a corpus too: it refuses a tokenizer that is not the model's
+        retriever = LatentRetriever(LatentEncoder(variables, self.config), self._prompts)
+        texts = [document.text for document in corpus.documents] if corpus else []
+        return retriever.encode_document(texts, show_progress_bar=True)
+
+    def _latent_steps(
+        self, variables: Variables, ids_BT: jax.Array, lengths_B: jax.Array, steps: int
+    ) -> tuple[jax.Array, jax.Array, TopTokens]:
+        """Unit states and unit prefix embeddings, each [B, K, D], and what every state says."""
+        hidden_BKD = latent_view(
+            self._backbone, variables, ids_BT, lengths_B, steps, self.config.pooling
+        )
+        prefixes_BKD = jnp.stack([pool(hidden_BKD[:, :k]) for k in range(1, steps + 1)], axis=1)
+        tokens = top_tokens(self._backbone, variables, hidden_BKD, self._top_tokens)
+        return normalize(hidden_BKD), prefixes_BKD, tokens
+
+    def _segment_states(
+        self, variables: Variables, ids_BT: jax.Array, lengths_B: jax.Array, ends_BM: jax.Array
+    ) -> jax.Array:
+        """Unit states [B, M, D] of the explicit view at the positions `ends_BM`."""
+        view = explicit_view(self._backbone, variables, ids_BT, lengths_B, ends_BM)
+        return normalize(view.keyframes_BKD)
+
+    def known(self, text: str) -> EvalQuery:
+        """The corpus's query with this text, or one with an empty id; in either case with an
+        instruction."""
+        found = self.corpus.query_of(text) if self.corpus else None
+        query = found or EvalQuery("", text)
+        if query.instruction is not None:
+            return query
+        return replace(query, instruction=self.instruction)
+
+    def think(
+        self,
+        query: str,
+        *,
+        instruction: str | None = None,
+        reasoning: str | None = None,
+        num_thinking_steps: int | None = None,
+    ) -> Thought:
+        """Thinks about a query and looks at every step.
+
+        A query with the text of one of the corpus's takes its instruction and reasoning where none
+        is given, and its judged and excluded documents.
+
+        Args:
+            instruction: the task; None for that of `known`.
+            reasoning: the written chain of thought; None or blank for the query's own.
+            num_thinking_steps: K; None for the model's.
+
+        Raises:
+            NotFiniteError: a state is not finite.
+            ValueError: a blank query, a K below 1 or beyond the model's positions, or texts that
+                leave no room in the prompt.
+        """
+        if not query.strip():
+            raise ValueError("the query is empty; write what is to be found")
+        known = self.known(query)
+        if instruction is None:
+            instruction = known.instruction or ""
+        if not (reasoning or "").strip():
+            reasoning = known.reasoning
+        K = self.config.num_thinking_steps if num_thinking_steps is None else num_thinking_steps
+        prompt = self._prompts.query_prompt(query, instruction)
+        positions = self.config.backbone.max_position_embeddings
+        if len(prompt.ids) + appended_thoughts(K, self.config.pooling) > positions:
+            raise ValueError(
+                f"the query's {len(prompt.ids)} tokens and {K} thinking steps take more positions "
+                f"than the model has, {positions}"
+            )
+        notices = []
+        if prompt.truncated:
+            notices.append(
+                f"The query was cut: it takes {prompt.whole_length} tokens, and "
+                f"prompt.query_max_length is {self.config.prompt.query_max_length}."
+            )
+        if self.corpus and (own := self.corpus.own_document(known)) is not None:
+            notices.append(
+                f"Document {own!r} has the query's own id and is left out (BEIR's rule; "
+                "ignore_identical_ids false keeps it)."
+            )
+        states, prefixes, tokens = self._thoughts(prompt.ids, K)
+        if not np.isfinite(prefixes).all():
+            raise NotFiniteError(f"the query {query!r:.60}", self.config.dtype)
+        segments: tuple[Segment, ...] = ()
+        if reasoning and reasoning.strip():
+            segments, cut = self._segments(query, instruction, reasoning, states)
+            if cut:
+                notices.append(
+                    "The written chain of thought was cut: with the query it takes more than "
+                    f"prompt.explicit_max_length, {self.config.prompt.explicit_max_length} tokens."
+                )
+        return Thought(
+            query=query,
+            instruction=instruction,
+            reasoning=reasoning or "",
+            pooling=self.config.pooling,
+            steps=self._steps(tokens),
+            segments=segments,
+            documents=self._rank(known, prefixes),
+            top_documents=self._top_documents,
+            corpus_size=len(self._vectors_CD),
+            notices=tuple(notices),
+        )
+
+    def _thoughts(self, ids: list[int], K: int) -> tuple[np.ndarray, np.ndarray, TopTokens]:
+        """What `_latent_steps` gives for one row: [K, D] twice and tokens [1, K, n]. No step sees
+        a later one, so the program of the next power of two serves every K up to it."""
+        width, steps = self._width(len(ids)), 1 << (K - 1).bit_length()
+        rows = right_pad([ids], self._prompts.pad_id, width)
+        found = self._program("think", width, steps)(self._variables, *rows)
+        states, prefixes, tokens = jax.tree.map(lambda array: array[:, :K], jax.device_get(found))
+        return states[0], prefixes[0], tokens
+
+    def _steps(self, tokens: TopTokens) -> tuple[Step, ...]:
+        decode = self._prompts.tokenizer.decode
+        return tuple(
+            Step(
+                tuple(Token(str(decode([id_])), float(p)) for id_, p in zip(ids, row, strict=True)),
+                float(entropy),
+            )
+            for ids, row, entropy in zip(
+                tokens.ids_BKn[0], tokens.probabilities_BKn[0], tokens.entropy_BK[0], strict=True
+            )
+        )
+
+    def _segments(
+        self, query: str, instruction: str, reasoning: str, states_KD: np.ndarray
+    ) -> tuple[tuple[Segment, ...], bool]:
+        """The segments, and whether the chain of thought was cut."""
+        explicit = self._prompts.explicit(query, instruction, reasoning)
+        last = len(explicit.ids) - 1
+        ends = sorted({*explicit.segment_ends, last})  # the explicit view itself is read at `last`
+        widths = self._width(len(explicit.ids)), self._width(len(ends))
+        rows = right_pad([explicit.ids], self._prompts.pad_id, widths[0])
+        ends_BM, _ = right_pad([ends], last, widths[1])
+        read = self._program("read", *widths)(self._variables, *rows, ends_BM)
+        ends_MD = np.asarray(read)[0, : len(ends)]
+        cosine_MK = ends_MD @ states_KD.T
+        starts = [explicit.query_length, *(end + 1 for end in ends)]
+        texts = [
+            str(self._prompts.tokenizer.decode(explicit.ids[start : end + 1]))
+            for start, end in zip(starts, ends, strict=False)
+        ]
+        segments = tuple(
+            Segment(text, tuple(row.tolist())) for text, row in zip(texts, cosine_MK, strict=True)
+        )
+        return segments, explicit.truncated
+
+    def _rank(self, known: EvalQuery, prefixes_KD: np.ndarray) -> tuple[RankedDocument, ...]:
+        if self.corpus is None:
+            return ()
+        grades = self.corpus.qrels.get(known.id, {})
+        own = self.corpus.own_document(known)
+        excluded = exclusions({known.id: known.excluded_ids}, [] if own is None else [own])
+        return rank_documents(
+            prefixes_KD @ self._vectors_CD.T,
+            self.corpus.documents,
+            self._top_documents,
+            relevant=frozenset(id_ for id_, grade in grades.items() if grade > 0),
+            excluded=frozenset(excluded[known.id]),
+        )

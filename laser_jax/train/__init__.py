@@ -1,0 +1,1 @@
+"""A training run: layout, steps, checkpoints, export."""

@@ -1,0 +1,57 @@
+"""Choosing a checkpoint: the dev split ranked while training, the best step, and when to give up.
+
+What was decided follows from the scores alone. Every checkpoint holds those of the steps before its
+own, so that a resumed run decides the same; `evaluations.jsonl` is for people to read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from laser_jax.config import TrainConfig
+from laser_jax.data.tokenization import PromptTokenizer
+from laser_jax.evaluate.beir import BeirDataset
+from laser_jax.evaluate.retrieval import METRICS, retrieval_runs, score_runs
+from laser_jax.inference.batch_encoder import LatentEncoder
+
+
+def is_evaluated(step: int, steps: int, train: TrainConfig) -> bool:
+    """Whether the dev split is ranked after `step` of `steps`."""
+    return train.eval_every is not None and (step % train.eval_every == 0 or step == steps)
+
+
+def score_dev(
+    encoder: LatentEncoder, prompts: PromptTokenizer, dev: BeirDataset
+) -> dict[str, float]:
+    """The metrics of the latent view at the trained K. All processes take part and get the same."""
+    own = encoder.config.num_thinking_steps
+    name = f"latent K={own}"
+    runs = retrieval_runs(encoder, prompts, dev, [own])
+    return score_runs({name: runs[name]}, dev, METRICS)[name]
+
+
+def best_steps(evaluations: Sequence[dict[str, Any]], train: TrainConfig) -> list[int]:
+    """The steps that were ranked, the highest score first, and the first of equals."""
+    ranked = sorted(evaluations, key=lambda line: (-line[train.eval_metric], line["step"]))
+    return [line["step"] for line in ranked]
+
+
+def is_out_of_patience(evaluations: Sequence[dict[str, Any]], train: TrainConfig) -> bool:
+    """Whether the last `patience` rankings all brought nothing better."""
+    steps = best_steps(evaluations, train)
+    if train.patience is None or not steps:
+        return False
+    return sum(step > steps[0] for step in steps) >= train.patience
+
+
+def fingerprint_of(dataset: BeirDataset) -> str:
+    """A hash of all that a ranking's scores follow from, beside the model: texts, queries with
+    their fields, and judgements."""
+    digest = hashlib.sha256()
+    for part in (*dataset.documents, *dataset.queries.values()):
+        digest.update(json.dumps(vars(part), sort_keys=True).encode())
+    digest.update(json.dumps(dataset.qrels, sort_keys=True).encode())
+    return digest.hexdigest()[:32]
