@@ -251,11 +251,11 @@ class PromptTokenizer:
 
     def query_prompt_text(self, text: str, instruction: str) -> str:
         """The whole query prompt as a string, before any truncation."""
-        return self._query_turn(as_read(text), instruction)
+        return self._wrap(query_content(as_read(text), instruction, self.config))
 
     def document_prompt_text(self, text: str) -> str:
         """The whole document prompt as a string, before any truncation."""
-        return self._document_turn(as_read(text))
+        return self._wrap(_fill(self.config.document_template, {"document": as_read(text)}))
 
     def query_prompt(self, text: str, instruction: str) -> PromptTokens:
         """The query prompt, at most `query_max_length` tokens.
@@ -374,7 +374,7 @@ class PromptTokenizer:
         """Renders the chat template once. Raises a TokenizationError where it fails, or changes the
         texts, which it is given only as placeholders unless they may hold control tokens."""
         text = ' "It\'s" <b>1 & 2</b>\\\n\nÉa {0}  '
-        if self._texts.shown(self._document_turn(text)) != self.document_prompt_text(text):
+        if self._texts.shown(self._document_turn(as_read(text))) != self.document_prompt_text(text):
             raise TokenizationError(
                 "the tokenizer's chat template changes the text of a user's turn, which cannot be "
                 "kept apart from control tokens then: set prompt.allow_special_tokens: true, or "
