@@ -1,31 +1,29 @@
-"""Every setting of laser_jax, as frozen dataclasses. No jax in here.
+"""The settings of a training run, and what travels with a model. No jax in here.
 
-The YAML files under `configs/` and the dotted flags of `python -m laser_jax.train` fill `Config`;
-unknown keys and wrong types are refused by jsonargparse, impossible values by `__post_init__`.
+`command_line` fills `Config` from the YAML files under `configs/` and from dotted flags.
 `RetrieverConfig` is the part that travels with a trained model, as `laser_config.json`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-import re
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Literal
 
-import jsonargparse
-import yaml
-
-from laser_jax.files.reading import DataError, parse_number, parse_yaml, read_json, read_yaml
+from laser_jax.model_sizes import (
+    BACKBONES,
+    BackboneConfig,
+    BackboneName,
+    LoraConfig,
+    ScratchConfig,
+)
+from laser_jax.model_sizes import PROJECTIONS as PROJECTIONS
+from laser_jax.model_sizes import RopeScaling as RopeScaling
+from laser_jax.settings import ConfigError, as_dict, from_dict, require, require_in
 
 RETRIEVER_CONFIG_FILE = "laser_config.json"
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 KeyframeRule = Literal["official", "paper"]
@@ -33,206 +31,6 @@ Pooling = Literal["prompt_and_thoughts", "thoughts"]
 DevMetric = Literal["nDCG@10", "Recall@100", "Hit@1"]
 AttentionKernel = Literal["xla", "cudnn", "splash"]
 Remat = Literal["none", "dots", "full"]
-
-
-C = TypeVar("C")
-
-
-class ConfigError(ValueError):
-    """A setting that cannot work. The message names the key, the value and the way out."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _require_positive(key: str, value: float) -> None:
-    _require(0 < value < float("inf"), f"{key} must be a positive number, got {value}")
-
-
-def _require_seed(key: str, seed: int) -> None:
-    _require(0 <= seed < 2**32, f"{key} must lie in [0, 2^32), got {seed}")
-
-
-# --- the backbone ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3's frequency scaling: long wavelengths are divided by `factor`, short ones kept."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-    def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            _require_positive(f"rope_scaling.{f.name}", getattr(self, f.name))
-
-
-# Far beyond every model, and small enough that a damaged or hostile config.json is refused at once.
-_LARGEST_SIZES = {
-    "vocab_size": 2**24,
-    "hidden_size": 2**20,
-    "num_layers": 1000,
-    "num_heads": 2**16,
-    "num_kv_heads": 2**16,
-    "head_dim": 2**16,
-    "intermediate_size": 2**24,
-    "max_position_embeddings": 2**31 - 1,
-}
-
-
-@dataclass(frozen=True)
-class BackboneConfig:
-    """One decoder that is Qwen3 or Llama 3.x. Sizes as in a Hugging Face `config.json`."""
-
-    family: Literal["qwen3", "llama"]
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: RopeScaling | None
-    tie_word_embeddings: bool
-    max_position_embeddings: int
-
-    def __post_init__(self) -> None:
-        for name, most in _LARGEST_SIZES.items():
-            size = getattr(self, name)
-            _require(1 <= size <= most, f"backbone.{name} must lie in 1..{most}, got {size}")
-        for name in ("rms_norm_eps", "rope_theta"):
-            _require_positive(f"backbone.{name}", getattr(self, name))
-        _require(
-            self.num_heads % self.num_kv_heads == 0,
-            f"backbone.num_heads {self.num_heads} must be a multiple of num_kv_heads "
-            f"{self.num_kv_heads}",
-        )
-        _require(self.head_dim % 2 == 0, f"backbone.head_dim {self.head_dim} must be even (RoPE)")
-
-    @property
-    def qk_norm(self) -> bool:
-        """Qwen3 normalises every query and key head before RoPE; Llama does not."""
-        return self.family == "qwen3"
-
-
-def _qwen3(hidden: int, layers: int, heads: int, ffn: int, tied: bool) -> BackboneConfig:
-    return BackboneConfig(
-        family="qwen3",
-        vocab_size=151_936,
-        hidden_size=hidden,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=8,
-        head_dim=128,
-        intermediate_size=ffn,
-        rms_norm_eps=1e-6,
-        rope_theta=1e6,
-        rope_scaling=None,
-        tie_word_embeddings=tied,
-        max_position_embeddings=40_960,
-    )
-
-
-def _llama3(
-    hidden: int, layers: int, heads: int, head_dim: int, ffn: int, tied: bool, factor: float
-) -> BackboneConfig:
-    return BackboneConfig(
-        family="llama",
-        vocab_size=128_256,
-        hidden_size=hidden,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=8,
-        head_dim=head_dim,
-        intermediate_size=ffn,
-        rms_norm_eps=1e-5,
-        rope_theta=5e5,
-        rope_scaling=RopeScaling(factor, 1.0, 4.0, 8192),
-        tie_word_embeddings=tied,
-        max_position_embeddings=131_072,
-    )
-
-
-BackboneName = Literal[
-    "qwen3-0.6b", "qwen3-4b", "qwen3-8b", "llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b"
-]
-BACKBONES: dict[BackboneName, BackboneConfig] = {
-    "qwen3-0.6b": _qwen3(1024, 28, 16, 3072, tied=True),
-    "qwen3-4b": _qwen3(2560, 36, 32, 9728, tied=True),
-    "qwen3-8b": _qwen3(4096, 36, 32, 12_288, tied=False),
-    "llama-3.2-1b": _llama3(2048, 16, 32, 64, 8192, tied=True, factor=32.0),
-    "llama-3.2-3b": _llama3(3072, 28, 24, 128, 8192, tied=True, factor=32.0),
-    "llama-3.1-8b": _llama3(4096, 32, 32, 128, 14_336, tied=False, factor=8.0),
-}
-
-
-@dataclass(frozen=True)
-class ScratchConfig:
-    """A small backbone with random weights and a BPE tokenizer trained on the training texts."""
-
-    family: Literal["qwen3", "llama"] = "qwen3"
-    vocab_size: int = 8192
-    hidden_size: int = 256
-    num_layers: int = 4
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 64
-    intermediate_size: int = 768
-    rope_theta: float = 1e4
-    tie_word_embeddings: bool = True
-    max_position_embeddings: int = 4096
-
-    def backbone(self, vocab_size: int) -> BackboneConfig:
-        """The backbone over a tokenizer of `vocab_size` tokens."""
-        return BackboneConfig(
-            family=self.family,
-            vocab_size=vocab_size,
-            hidden_size=self.hidden_size,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            intermediate_size=self.intermediate_size,
-            rms_norm_eps=1e-6,
-            rope_theta=self.rope_theta,
-            rope_scaling=None,
-            tie_word_embeddings=self.tie_word_embeddings,
-            max_position_embeddings=self.max_position_embeddings,
-        )
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters on the named projections; y = x W + scale (x A) B."""
-
-    rank: int = 64
-    alpha: float = 32.0
-    targets: tuple[str, ...] = PROJECTIONS
-    rank_stabilised: bool = False
-    dropout: float = 0.0
-    """Share of an adapter's inputs that a training step zeroes. The views are then separate passes
-    (`objective.views: parity`, which `auto` takes)."""
-
-    def __post_init__(self) -> None:
-        _require(self.rank >= 1, f"lora.rank must be at least 1, got {self.rank}")
-        _require(0 <= self.dropout < 1, f"lora.dropout must lie in [0, 1), got {self.dropout}")
-        unknown = sorted(set(self.targets) - set(PROJECTIONS))
-        _require(
-            not unknown, f"lora.targets holds {unknown}; a subset of {list(PROJECTIONS)} is wanted"
-        )
-        _require(bool(self.targets), "lora.targets is empty; leave lora out for full fine-tuning")
-
-    @property
-    def scale(self) -> float:
-        """alpha / r, or alpha / sqrt(r) for the rank-stabilised variant."""
-        return self.alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)
 
 
 # --- text to tokens --------------------------------------------------------------------------
@@ -270,17 +68,17 @@ class PromptConfig:
     explicit_max_length: int = 1024
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             "{query}" in self.query_template,
             f"prompt.query_template {self.query_template!r} has no {{query}} placeholder",
         )
-        _require(
+        require(
             "{document}" in self.document_template,
             f"prompt.document_template {self.document_template!r} has no {{document}} placeholder",
         )
-        _require(self.separator != "", "prompt.separator is empty; the default is two newlines")
-        for name in ("query_max_length", "document_max_length", "explicit_max_length"):
-            _require(getattr(self, name) >= 1, f"prompt.{name} must be at least 1")
+        require(self.separator != "", "prompt.separator is empty; the default is two newlines")
+        limits = ("query_max_length", "document_max_length", "explicit_max_length")
+        require_in("[1, inf)", self, "prompt.", *limits)
 
 
 @dataclass(frozen=True)
@@ -292,10 +90,7 @@ class MixtureSource:
     """Its share of the rows of every epoch, relative to the other sources."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.weight > 0 and self.weight != float("inf"),
-            f"data.mixture: the weight of {self.path} must be positive, got {self.weight}",
-        )
+        require_in("(0, inf)", self, f"data.mixture: {self.path}: ", "weight")
 
 
 @dataclass(frozen=True)
@@ -335,17 +130,14 @@ class DataConfig:
     """Processes that build batches beside the main one; 0 uses the threads alone."""
 
     def __post_init__(self) -> None:
-        _require(
-            not (self.train and self.mixture), "data.train and data.mixture exclude each other"
-        )
-        _require(
+        require(not (self.train and self.mixture), "data.train and data.mixture exclude each other")
+        require(
             self.split is None or bool(self.train),
             "data.split goes with data.train; a source of data.mixture names its split in its path",
         )
-        for name in ("group_size", "length_multiple", "bucket_window", "threads"):
-            value = getattr(self, name)
-            _require(value >= 1, f"data.{name} must be at least 1, got {value}")
-        _require(self.workers >= 0, f"data.workers must not be negative, got {self.workers}")
+        counts = ("group_size", "length_multiple", "bucket_window", "threads")
+        require_in("[1, inf)", self, "data.", *counts)
+        require_in("[0, inf)", self, "data.", "workers")
 
     @property
     def sources(self) -> tuple[MixtureSource, ...]:
@@ -367,9 +159,7 @@ class LossWeights:
     trajectory: float = 0.1
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            _require(value >= 0, f"objective.weights.{f.name} must not be negative, got {value}")
+        require_in("[0, inf)", self, "objective.weights.", *vars(self))
 
     @property
     def need_explicit_view(self) -> bool:
@@ -406,17 +196,10 @@ class ObjectiveConfig:
     ablation without co-learning). None: the same weights teach and learn."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.num_thinking_steps >= 1,
-            f"objective.num_thinking_steps must be at least 1, got {self.num_thinking_steps}",
-        )
-        for name in ("temperature", "output_temperature", "trajectory_temperature"):
-            _require(getattr(self, name) > 0, f"objective.{name} must be positive")
-        _require(
-            self.distillation_warmup_steps >= 0,
-            "objective.distillation_warmup_steps must not be negative, got "
-            f"{self.distillation_warmup_steps}; 0 gives the terms their weights from the start",
-        )
+        require_in("[1, inf)", self, "objective.", "num_thinking_steps")
+        temperatures = ("temperature", "output_temperature", "trajectory_temperature")
+        require_in("(0, inf)", self, "objective.", *temperatures)
+        require_in("[0, inf)", self, "objective.", "distillation_warmup_steps")
 
     @property
     def pooling(self) -> Pooling:
@@ -454,11 +237,11 @@ class ModelConfig:
     spares the copies in and out of the loop; slower on the H200 that it was measured on."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             (self.path is None) != (self.scratch is None),
             "exactly one of model.path (a Hugging Face directory) and model.scratch is wanted",
         )
-        _require(
+        require(
             self.backbone is None or self.scratch is None,
             "model.backbone says what model.path is; model.scratch has sizes of its own",
         )
@@ -474,7 +257,7 @@ class ModelConfig:
             for key in named
             if key != "max_position_embeddings" and given[key] != named[key]
         ]
-        _require(
+        require(
             not differing,
             f"model.path {self.path} is no {self.backbone}: {'; '.join(differing)}. Name the "
             "model's own model.backbone, or null for any",
@@ -493,22 +276,13 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
+    """None switches clipping off."""
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate >= 0, "optimizer.learning_rate must not be negative")
-        _require(0 <= self.warmup_ratio <= 1, "optimizer.warmup_ratio must lie in [0, 1]")
-        for name in ("b1", "b2"):
-            value = getattr(self, name)
-            _require(0 <= value < 1, f"optimizer.{name} must lie in [0, 1), got {value}")
-        _require(self.eps > 0, f"optimizer.eps must be positive, got {self.eps}")
-        _require(
-            self.weight_decay >= 0,
-            f"optimizer.weight_decay must not be negative, got {self.weight_decay}",
-        )
-        _require(
-            self.clip_norm is None or self.clip_norm > 0,
-            f"optimizer.clip_norm must be positive, got {self.clip_norm}; null switches it off",
-        )
+        require_in("[0, inf)", self, "optimizer.", "learning_rate", "weight_decay")
+        require_in("[0, 1]", self, "optimizer.", "warmup_ratio")
+        require_in("[0, 1)", self, "optimizer.", "b1", "b2")
+        require_in("(0, inf)", self, "optimizer.", "eps", "clip_norm")
 
 
 @dataclass(frozen=True)
@@ -554,39 +328,28 @@ class TrainConfig:
     are known (`laser_jax/train/throughput.py`)."""
 
     def __post_init__(self) -> None:
-        for name in (
-            *("batch_size", "micro_batch_size", "log_every", "checkpoint_every"),
-            *("keep_checkpoints", "eval_batch_size", "eval_every", "patience"),
-        ):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, f"train.{name} must be at least 1, got {value}")
-        _require(self.steps is None or self.steps >= 0, "train.steps must not be negative")
-        _require(
-            0 <= self.epochs < float("inf"),
-            f"train.epochs must be a number that is not negative, got {self.epochs}",
-        )
-        _require_seed("train.seed", self.seed)
-        _require(
+        counts = ("batch_size", "micro_batch_size", "log_every", "checkpoint_every")
+        counts += ("keep_checkpoints", "eval_batch_size", "eval_every", "patience")
+        require_in("[1, inf)", self, "train.", *counts, "eval_thinking_steps")
+        require_in("[0, inf)", self, "train.", "steps", "epochs")
+        require_in("[0, 4294967296)", self, "train.", "seed")
+        require(
             self.batch_size % (self.micro_batch_size or 1) == 0,
             f"train.batch_size {self.batch_size} must be a multiple of train.micro_batch_size "
             f"{self.micro_batch_size}",
         )
-        _require(
+        require(
             bool(self.eval_thinking_steps),
             "train.eval_thinking_steps is empty; name at least one K, or set data.eval: null for "
             "a run without evaluation",
         )
-        _require(
-            all(k >= 1 for k in self.eval_thinking_steps),
-            f"train.eval_thinking_steps holds a K below 1: {list(self.eval_thinking_steps)}",
-        )
-        _require(
+        require(
             self.eval_every is not None or (self.patience is None and self.export == "last"),
             "train.patience and train.export: best choose by the dev split's scores; set "
             "train.eval_every, the steps between its rankings",
         )
         first, last = self.profile_steps or (1, 1)
-        _require(
+        require(
             1 <= first <= last,
             f"train.profile_steps {[first, last]} are no first and last step, counted from 1",
         )
@@ -610,7 +373,7 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         sizes = (self.data, 1 if self.fsdp == "auto" else self.fsdp, self.tensor)
-        _require(
+        require(
             all(s == -1 or s >= 1 for s in sizes) and sizes.count(-1) <= 1,
             f"mesh axes must be positive, at most one of them -1; got (data, fsdp, tensor) {sizes}",
         )
@@ -631,7 +394,7 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.objective.views != "fast" or self._may_share_prefix,
             "objective.views: fast wants the query's tokens to be a prefix of the explicit input's "
             "and no dropout, which prompt.truncation: sequence, prompt.append_eos: true and "
@@ -650,53 +413,6 @@ class Config:
         shared = self.prompt.truncation == "content" and not self.prompt.append_eos
         needless = not self.objective.need_explicit_view
         return (shared or needless) and not (self.lora and self.lora.dropout)
-
-
-@dataclass(frozen=True)
-class Invocation:
-    """How one process of `python -m laser_jax.train` is started: no part of the run, so that it may
-    differ between its processes and when it is resumed."""
-
-    dry_run: bool = False
-    topology: str | None = None
-    devices: int | None = None
-    distributed: bool = False
-    coordinator: str | None = None
-    num_processes: int | None = None
-    process_id: int | None = None
-
-    def __post_init__(self) -> None:
-        explicit = (self.coordinator, self.num_processes, self.process_id)
-        _require(
-            explicit.count(None) in (0, 3),
-            "--coordinator, --num_processes and --process_id go together; without them the cluster "
-            "is found out (Slurm, Cloud TPU, GKE, Open MPI)",
-        )
-        _require(
-            self.distributed or self.coordinator is None, "--coordinator goes with --distributed"
-        )
-        for name in ("topology", "devices"):
-            _require(self.dry_run or getattr(self, name) is None, f"--{name} goes with --dry_run")
-        _require(
-            self.devices is None or self.devices >= 1,
-            f"--devices must be at least 1, got {self.devices}",
-        )
-        _require(self.topology is None or self.devices is None, "--topology says how many devices")
-        _require(
-            not (self.dry_run and self.distributed),
-            "--dry_run takes one process; --devices or --topology give the devices of all",
-        )
-
-
-_HELP = {
-    "dry_run": "compile for the asked mesh, print what it takes, train nothing",
-    "topology": "with --dry_run: absent devices to compile for, such as v5e:4x4 or h100:8",
-    "devices": "with --dry_run: so many CPU devices instead of those that are there",
-    "distributed": "this is one of several processes",
-    "coordinator": "with --distributed: HOST:PORT of process 0; found out where it is left out",
-    "num_processes": "with --coordinator",
-    "process_id": "with --coordinator, counted from 0",
-}
 
 
 @dataclass(frozen=True)
@@ -723,10 +439,10 @@ class PretrainConfig:
     log_every: int = 20
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "text_repeats"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1")
-        _require(self.row_length >= 2, "row_length must be at least 2")
-        _require_seed("seed", self.seed)
+        counts = ("steps", "batch_size", "log_every", "text_repeats")
+        require_in("[1, inf)", self, "", *counts)
+        require_in("[2, inf)", self, "", "row_length")
+        require_in("[0, 4294967296)", self, "", "seed")
 
 
 # --- what travels with a model ---------------------------------------------------------------
@@ -748,236 +464,7 @@ class RetrieverConfig:
     changed since; None leaves it unchecked."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.num_thinking_steps >= 1,
-            f"num_thinking_steps must be at least 1, got {self.num_thinking_steps}",
-        )
-
-
-def as_dict(config: Any) -> dict[str, Any]:
-    """A config dataclass as plain JSON types."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def from_dict(cls: type[C], values: dict[str, Any], *, source: str) -> C:
-    """Builds the config dataclass `cls` from plain types, strictly.
-
-    Raises:
-        ConfigError: on an unknown key, a missing key or a wrong type; names `source`.
-    """
-    if not isinstance(values, dict):
-        raise ConfigError(f"{source}: an object of keys and values is wanted, got {values!r:.60}")
-    fault = _fault(get_type_hints(cls), values)
-    _require(fault is None, f"{source}: {fault}")
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, "value")
-    try:
-        return parser.instantiate(parser.parse_object({"value": values}))["value"]
-    except (jsonargparse.ArgumentError, ConfigError) as error:
-        raise ConfigError(f"{source}: {error}") from error
-
-
-@dataclass(frozen=True)
-class Change:
-    """A setting that a finished or stopped run has and another config has not."""
-
-    key: str
-    """Dotted."""
-    old: Any
-    new: Any
-
-    def __str__(self) -> str:
-        return f"{self.key} was {self.old!r}, is {self.new!r}"
-
-
-def changes(stored: dict[str, Any], config: Any, *, source: str) -> list[Change]:
-    """Where `config` differs from the one of its class that `as_dict` stored. A setting that the
-    release which stored it did not have counts as its default.
-
-    Raises:
-        ConfigError: `stored` is no such config; names `source`.
-    """
-    return _changes(as_dict(from_dict(type(config), stored, source=source)), as_dict(config))
-
-
-def _changes(old: Any, new: Any, prefix: str = "") -> list[Change]:
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        old, new = dict(enumerate(old)), dict(enumerate(new))  # one by one
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [] if old == new else [Change(prefix, old, new)]
-    return [
-        change
-        for name in sorted({*old, *new})
-        for change in _changes(old.get(name), new.get(name), f"{prefix}.{name}".lstrip("."))
-    ]
-
-
-def listed(changed: Sequence[Change], most: int = 10) -> str:
-    """A line each for a message, at most `most`."""
-    lines = [str(change) for change in changed[:most]]
-    if len(changed) > most:
-        lines.append(f"... and {len(changed) - most} more")
-    return "\n  ".join(lines)
-
-
-def parse_command_line(cls: type[C], program: str, arguments: Sequence[str] | None) -> C:
-    """The config dataclass `cls` from `--config file.yaml` and dotted flags, later ones winning.
-    A flag that stands alone is true, where its field is a bool.
-
-    Exits with status 2 and a message on unknown keys, missing keys and wrong types.
-
-    Raises:
-        ConfigError: on an impossible value.
-    """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    flags = {f"--{name}" for name, kind in get_type_hints(cls).items() if kind is bool}
-    spelled = [
-        f"{argument}=true" if argument in flags and after.startswith("--") else argument
-        for argument, after in pairwise([*arguments, "--"])
-    ]
-    return _filled(cls, _parsed(_parser(cls, program), get_type_hints(cls), spelled))
-
-
-def _parser(cls: type, program: str) -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(prog=program, description=cls.__doc__)
-    parser.add_argument("--config", action="config", help="a YAML file of the keys below")
-    add_settings(parser, cls)
-    return parser
-
-
-def add_settings(parser: jsonargparse.ArgumentParser, cls: type) -> None:
-    """Adds a flag for every field of a config dataclass."""
-    kinds = get_type_hints(cls)
-    texts = {f.name: f for f in dataclasses.fields(cls) if kinds[f.name] == str | None}
-    parser.add_class_arguments(cls, skip=set(texts))
-    for f in texts.values():
-        _add_text(parser, f, f"(type: str | null, default: {f.default})")
-
-
-def _add_text(parser: jsonargparse.ArgumentParser, f: dataclasses.Field[Any], help: str) -> None:
-    """A flag of a `str | None`, as it is written: a plain `str` is not read as YAML."""
-    parser.add_argument(f"--{f.name}", type=str, default=f.default, help=help)
-
-
-def _flag_value(text: str) -> Any:
-    """The value of a flag that is no plain text, or the text itself where YAML finds nothing in it,
-    such as `# heading`, `&x` or `~`. Only the word null is no value."""
-    value = parse_yaml(text)
-    return text if value is None and text.strip() != "null" else value
-
-
-jsonargparse.set_loader("yaml", _flag_value, (yaml.YAMLError,))
-
-
-def _parsed(
-    parser: jsonargparse.ArgumentParser, kinds: dict[str, Any], arguments: Sequence[str] | None
-) -> dict[str, Any]:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    kinds = kinds | dict.fromkeys(("config", "help", "print_config"), str)
-    for name, text in _flags(arguments):
-        try:
-            value = _flag_value(text)
-        except yaml.YAMLError:
-            value = text
-        if fault := _fault(kinds, {name: value}):
-            parser.error(fault)
-        if name == "config" and Path(text).is_file():
-            try:
-                fault = _fault(kinds, read_yaml(Path(text)))
-            except DataError as error:
-                parser.error(str(error))
-            if fault:
-                parser.error(f"{text}: {fault}")
-    return vars(parser.instantiate(parser.parse_args(arguments)))
-
-
-def _flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """The flags of a command line and their values, "" for one that stands alone."""
-    for argument, after in pairwise([*arguments, "--"]):
-        if argument.startswith("--"):
-            name, equals, value = argument[2:].partition("=")
-            yield name, value if equals or after.startswith("--") else after
-
-
-def _keys(kinds: Mapping[str, Any]) -> Iterator[str]:
-    """The dotted names of settings and of those in their groups."""
-    for name, kind in kinds.items():
-        yield name
-        for group in (kind, *get_args(kind)):
-            if isinstance(group, type) and dataclasses.is_dataclass(group):
-                yield from (f"{name}.{key}" for key in _keys(get_type_hints(group)))
-
-
-def _fault(kinds: Mapping[str, Any], values: Any) -> str | None:
-    """What is wrong with plain values that are to become settings, or None.
-
-    An unknown key; something else where a group of settings belongs, since jsonargparse takes a
-    string there for a class and imports its module; a number that is not in ASCII digits.
-
-    Args:
-        kinds: the types of the settings by their names.
-        values: by name, dotted or nested. What is no dict is left to jsonargparse.
-    """
-    return _fault_in(values, kinds, list(_keys(kinds)), "") if isinstance(values, dict) else None
-
-
-def _fault_in(
-    values: dict[Any, Any], kinds: Mapping[str, Any], known: list[str], prefix: str
-) -> str | None:
-    for name, value in values.items():
-        head, _, rest = str(name).partition(".")
-        if head not in kinds:
-            key = f"{prefix}{name}"
-            near = difflib.get_close_matches(key, known, n=1)
-            return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
-        below = {rest: value} if rest else value
-        if fault := _fault_of(below, kinds[head], known, prefix + head):
-            return fault
-    return None
-
-
-def _fault_of(value: Any, kind: Any, known: list[str], key: str) -> str | None:
-    members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    if value is None and not {type(None), Any}.intersection(members):
-        return f"{key} must not be null; leave it out for its default"
-    for member in members:
-        origin, inner = get_origin(member), get_args(member)
-        if dataclasses.is_dataclass(member) and value is not None:
-            if isinstance(value, dict):
-                return _fault_in(value, get_type_hints(member), known, f"{key}.")
-            return f"{key} must hold settings of its own, got {value!r:.80}"
-        items: Iterable[tuple[Any, Any]] = ()
-        if origin in (tuple, list) and isinstance(value, list | tuple):
-            items = ((item, inner[0]) for item in value)
-        elif origin is dict and isinstance(value, dict):
-            items = ((item, inner[1]) for item in value.values())
-        for item, of in items:
-            if fault := _fault_of(item, of, known, key):
-                return fault
-    numbers = not {int, float}.isdisjoint(members) and str not in members
-    text = value if numbers and isinstance(value, str) else ""
-    if re.match(r"\W*\d", text) and parse_number(text) is None:
-        return f"{key} must be a number in ASCII digits, got {value!r}"
-    return None
-
-
-def _filled(cls: type[C], values: dict[str, Any]) -> C:
-    return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)})  # type: ignore
-
-
-def parse_train_command(arguments: Sequence[str] | None) -> tuple[Config, Invocation]:
-    """The command line of `python -m laser_jax.train`; errors as those of `parse_command_line`."""
-    parser = _parser(Config, "python -m laser_jax.train")
-    for f in dataclasses.fields(Invocation):
-        kind = get_type_hints(Invocation)[f.name]
-        if kind == str | None:
-            _add_text(parser, f, _HELP[f.name])
-            continue
-        bare: dict[str, Any] = {"nargs": "?", "const": True} if kind is bool else {}
-        parser.add_argument(f"--{f.name}", type=kind, default=f.default, help=_HELP[f.name], **bare)
-    kinds = get_type_hints(Config) | get_type_hints(Invocation)
-    values = _parsed(parser, kinds, arguments)
-    return _filled(Config, values), _filled(Invocation, values)
+        require_in("[1, inf)", self, "", "num_thinking_steps")
 
 
 def load_retriever_config(directory: str | Path) -> RetrieverConfig:
@@ -993,6 +480,8 @@ def load_retriever_config(directory: str | Path) -> RetrieverConfig:
             f"{path} is missing: {directory} is not a model exported by laser_jax.train. For a "
             "plain Hugging Face directory pass a RetrieverConfig of your own"
         )
+    from laser_jax.files.reading import DataError, read_json  # which imports yaml
+
     try:
         values = read_json(path)
     except DataError as error:

@@ -29,7 +29,7 @@ from benchmarks.ablation import (
 )
 from benchmarks.ablation_table import Result, over_seeds, paired_difference, summarise
 from benchmarks.measure import BenchmarkError
-from laser_jax.config import parse_train_command
+from laser_jax.command_line import parse_train_command
 from laser_jax.data.schema import parse_row
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
 from laser_jax.encoder import backbone_for, load_pretrained

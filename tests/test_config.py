@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
+from laser_jax.command_line import parse_command_line, parse_train_command
 from laser_jax.config import (
     BACKBONES,
     BackboneConfig,
     Config,
     ConfigError,
     DataConfig,
-    Invocation,
     LoraConfig,
     LossWeights,
     MeshConfig,
@@ -35,8 +35,6 @@ from laser_jax.config import (
     as_dict,
     from_dict,
     load_retriever_config,
-    parse_command_line,
-    parse_train_command,
     save_retriever_config,
 )
 from laser_jax.modeling.backbone import Backbone
@@ -48,75 +46,10 @@ def parse(*arguments: str) -> Config:
     return parse_command_line(Config, "train", [*NEEDED, *arguments])
 
 
-# --- the command line --------------------------------------------------------------------------
-
-
-def test_later_files_and_flags_win(tmp_path: Path) -> None:
-    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
-    first.write_text("train: {seed: 1, batch_size: 8}\nobjective: {temperature: 0.5}\n")
-    second.write_text("train: {seed: 2}\n")
-    config = parse("--config", str(first), "--config", str(second), "--train.log_every", "3")
-    assert (config.train.seed, config.train.batch_size, config.train.log_every) == (2, 8, 3)
-    assert config.objective == ObjectiveConfig(temperature=0.5)
-
-
 def test_the_whole_config_survives_json() -> None:
     config = parse("--lora.rank", "3", "--lora.targets", "[q_proj, v_proj]", "--train.steps", "7")
     assert config.lora == LoraConfig(rank=3, targets=("q_proj", "v_proj"))
     assert from_dict(Config, as_dict(config), source="config.json") == config
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (("--data.trian", "x"), "unknown key data.trian; did you mean data.train?"),
-        (
-            ("--objective.temprature=1",),
-            "objective.temprature; did you mean objective.temperature?",
-        ),
-        (("--lora.rnak", "2"), "unknown key lora.rnak; did you mean lora.rank?"),
-        (("--zzz", "2"), "unknown key zzz\n"),
-        (("--train.steps", "many"), "train.steps"),
-        (("--train.seed", "1.5"), "train.seed"),
-        (("--objective.method", "colbert"), "objective.method"),
-        (("--config", "absent.yaml"), "absent.yaml"),
-    ],
-)
-def test_unknown_keys_and_wrong_types_exit_and_are_named(arguments, named, capsys) -> None:
-    with pytest.raises(SystemExit) as caught:
-        parse(*arguments)
-    assert caught.value.code == 2
-    assert named in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (
-            b"objective: {weights: {latnt: 0.02}}",
-            "unknown key objective.weights.latnt; did you mean objective.weights.latent?",
-        ),
-        (b"model: {scratch: {num_layer: 2}}", "did you mean model.scratch.num_layers?"),
-        (b"train: \xff", "not UTF-8: 'utf-8' codec can't decode byte 0xff"),
-        (b"train: {", "not a YAML file: "),
-        (b"train: {seed: 1}\nmodel: {path: x}\ntrain: {seed: 2}", "the key 'train' stands twice"),
-        (b"data: {mixture: [{path: a, path: b}]}", "the key 'path' stands twice"),
-        (b"data: {mixture: [{path: a, wait: 2}]}", "did you mean data.mixture.weight?"),
-        (b"train: {seed: 1_0}", "train.seed must be a number in ASCII digits, got '1_0'"),
-        ("train: {seed: ٣}".encode(), "train.seed must be a number in ASCII digits, got '٣'"),
-        (b"train: " + b"[" * 1000, "not a YAML file: "),
-    ],
-)
-def test_a_bad_file_is_named_with_its_key(tmp_path: Path, text, message, capsys) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_bytes(text + b"\n")
-    for arguments in (("--config", str(file)), (f"--config={file}",)):
-        with pytest.raises(SystemExit) as caught:
-            parse(*arguments)
-        assert caught.value.code == 2
-        said = capsys.readouterr().err
-        assert f"{file}: " in said
-        assert message in said
 
 
 def test_a_missing_key_is_named() -> None:
@@ -132,10 +65,13 @@ def test_a_missing_key_is_named() -> None:
     ("make", "message"),
     [
         (lambda: ObjectiveConfig(num_thinking_steps=0), "objective.num_thinking_steps .* got 0"),
-        (lambda: ObjectiveConfig(temperature=0.0), "objective.temperature must be positive"),
+        (
+            lambda: ObjectiveConfig(temperature=0.0),
+            "objective.temperature must be a positive number, got 0.0",
+        ),
         (
             lambda: ObjectiveConfig(distillation_warmup_steps=-5),
-            "objective.distillation_warmup_steps must not be negative, got -5",
+            "objective.distillation_warmup_steps must be at least 0, got -5",
         ),
         (lambda: LossWeights(output=-1.0), "objective.weights.output .* got -1.0"),
         (lambda: LoraConfig(rank=0), "lora.rank .* got 0"),
@@ -153,21 +89,24 @@ def test_a_missing_key_is_named() -> None:
         (lambda: OptimizerConfig(warmup_ratio=1.5), "optimizer.warmup_ratio"),
         (lambda: OptimizerConfig(b1=1.0), r"optimizer.b1 must lie in \[0, 1\), got 1.0"),
         (lambda: OptimizerConfig(b2=-0.1), "optimizer.b2 .* got -0.1"),
-        (lambda: OptimizerConfig(eps=-1.0), "optimizer.eps must be positive, got -1.0"),
-        (lambda: OptimizerConfig(eps=0.0), "optimizer.eps must be positive, got 0.0"),
+        (lambda: OptimizerConfig(eps=-1.0), "optimizer.eps must be a positive number, got -1.0"),
+        (lambda: OptimizerConfig(eps=0.0), "optimizer.eps must be a positive number, got 0.0"),
         (lambda: OptimizerConfig(weight_decay=-3.0), "optimizer.weight_decay .* got -3.0"),
-        (lambda: OptimizerConfig(clip_norm=-1.0), "optimizer.clip_norm .*-1.0; null switches it"),
-        (lambda: OptimizerConfig(clip_norm=0.0), "optimizer.clip_norm must be positive, got 0.0"),
+        (lambda: OptimizerConfig(clip_norm=-1.0), "optimizer.clip_norm must be a positive .*-1.0"),
+        (
+            lambda: OptimizerConfig(clip_norm=0.0),
+            "optimizer.clip_norm must be a positive .* got 0.0",
+        ),
         (lambda: TrainConfig(batch_size=0), "train.batch_size"),
         (lambda: TrainConfig(steps=-1), "train.steps"),
         (lambda: TrainConfig(epochs=-1.0), "train.epochs .* got -1.0"),
         (lambda: TrainConfig(epochs=float("inf")), "train.epochs .* got inf"),
-        (lambda: TrainConfig(seed=-1), r"train.seed must lie in \[0, 2\^32\), got -1"),
+        (lambda: TrainConfig(seed=-1), r"train.seed must lie in \[0, 4294967296\), got -1"),
         (lambda: TrainConfig(seed=2**32), "train.seed .* got 4294967296"),
         (lambda: TrainConfig(eval_thinking_steps=()), "train.eval_thinking_steps is empty"),
-        (lambda: TrainConfig(eval_thinking_steps=(2, 0)), r"train.eval_thinking_steps .*\[2, 0\]"),
-        (lambda: TrainConfig(eval_every=0), "train.eval_every must be at least 1, got 0"),
-        (lambda: TrainConfig(eval_every=1, patience=0), "train.patience must be at least 1, got 0"),
+        (lambda: TrainConfig(eval_thinking_steps=(2, 0)), r"train.eval_thinking_steps .*\(2, 0\)"),
+        (lambda: TrainConfig(eval_every=0), "train.eval_every .* got 0"),
+        (lambda: TrainConfig(eval_every=1, patience=0), "train.patience .* got 0"),
         (lambda: TrainConfig(patience=2), "train.patience .* train.eval_every"),
         (lambda: TrainConfig(export="best"), "train.export: best .* train.eval_every"),
         (lambda: TrainConfig(profile_steps=(0, 2)), r"train.profile_steps \[0, 2\]"),
@@ -180,14 +119,17 @@ def test_a_missing_key_is_named() -> None:
         (lambda: MeshConfig(fsdp=0), r"mesh axes .*\(-1, 0, 1\)"),
         (lambda: MeshConfig(data=0), r"mesh axes .*\(0, 1, 1\)"),
         (lambda: MeshConfig(fsdp=-1), r"mesh axes .*\(-1, -1, 1\)"),
-        (lambda: PretrainConfig(ModelConfig(path="m"), "t", "o", steps=0), "steps must be"),
+        (
+            lambda: PretrainConfig(ModelConfig(path="m"), "t", "o", steps=0),
+            "steps must be at least 1",
+        ),
         (lambda: PretrainConfig(ModelConfig(path="m"), "t", "o", seed=-1), "seed .* got -1"),
         (lambda: RetrieverConfig(BACKBONES["qwen3-0.6b"], num_thinking_steps=0), "got 0"),
         (lambda: ScratchConfig(num_heads=3, num_kv_heads=2).backbone(99), "num_heads 3 .* 2"),
         (lambda: ScratchConfig(head_dim=5).backbone(99), "backbone.head_dim 5 must be even"),
         (
             lambda: ScratchConfig(num_layers=10**7).backbone(99),
-            r"num_layers .* 1\.\.1000, got 10000",
+            r"num_layers .*\[1, 1000\], got 10000",
         ),
         (lambda: ScratchConfig(hidden_size=2**40).backbone(99), "hidden_size must lie in"),
         (lambda: ScratchConfig().backbone(2**40), "backbone.vocab_size must lie in"),
@@ -252,55 +194,6 @@ def test_the_model_at_a_path_is_the_one_that_its_name_says() -> None:
     )
 
 
-# --- the command of a run ----------------------------------------------------------------------
-
-
-def parse_train(*arguments: str) -> tuple[Config, Invocation]:
-    return parse_train_command([*NEEDED, *arguments])
-
-
-def test_how_a_run_is_started_is_no_part_of_its_config() -> None:
-    config, plain = parse_train("--train.seed", "3")
-    assert plain == Invocation()
-    dry, invocation = parse_train("--train.seed", "3", "--dry_run", "--devices", "8")
-    assert invocation == Invocation(dry_run=True, devices=8)
-    assert dry == config == parse("--train.seed", "3")
-    invocation = parse_train("--dry_run=true", "--topology", "v5e:4x4")[1]
-    assert invocation == Invocation(dry_run=True, topology="v5e:4x4")
-    cluster = ("--coordinator", "a:1", "--num_processes", "2", "--process_id", "0")
-    invocation = parse_train("--distributed", *cluster)[1]
-    assert invocation == Invocation(
-        distributed=True, coordinator="a:1", num_processes=2, process_id=0
-    )
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"devices": 8}, "--devices goes with --dry_run"),
-        ({"topology": "v5e:4x4"}, "--topology goes with --dry_run"),
-        ({"dry_run": True, "topology": "v5e:4x4", "devices": 16}, "--topology says how many"),
-        ({"dry_run": True, "devices": 0}, "--devices must be at least 1, got 0"),
-        ({"dry_run": True, "distributed": True}, "--dry_run takes one process"),
-        ({"distributed": True, "coordinator": "a:1"}, "--coordinator, --num_processes and"),
-        ({"coordinator": "a:1", "num_processes": 1, "process_id": 0}, "goes with --distributed"),
-    ],
-)
-def test_what_does_not_go_together_is_refused(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        Invocation(**values)
-
-
-def test_evaluation_while_training_is_read_from_the_command() -> None:
-    flags = ("--train.eval_every=5", "--train.patience=3", "--train.export=best")
-    train = parse(*flags, "--train.profile_steps=[2, 4]", "--mesh.fsdp=2").train
-    assert (train.eval_every, train.patience, train.export) == (5, 3, "best")
-    assert train.profile_steps == (2, 4)
-    assert (parse().mesh.fsdp, parse("--mesh.fsdp=2").mesh.fsdp) == ("auto", 2)
-    defaults = parse().train
-    assert (defaults.eval_every, defaults.patience, defaults.export) == (None, None, "last")
-
-
 # --- what travels with a model -----------------------------------------------------------------
 
 RETRIEVER = RetrieverConfig(
@@ -328,18 +221,18 @@ def test_the_retriever_config_survives_its_file(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"colour": 1}, "colour"),
-        ({"num_thinking_steps": "three"}, "num_thinking_steps.*\n.*three"),
+        ({"num_thinking_steps": "three"}, "num_thinking_steps must be an integer .*three"),
         ({"num_thinking_steps": 0}, "got 0"),
-        ({"dtype": "int8"}, "dtype.*\n.*int8"),
+        ({"dtype": "int8"}, "dtype must be float32 or bfloat16 or float16, got 'int8'"),
         ({"backbone": {"family": "qwen3"}}, "backbone.vocab_size"),
         ({"prompt": {"seperator": "x"}}, "seperator"),
-        ({"prompt": []}, r"prompt must be an object of keys and values, got \[\]"),
-        ({"prompt": 3}, "prompt must be an object"),
-        ({"prompt": None}, "prompt must not be null"),
-        ({"backbone": []}, "backbone must be an object"),
-        ({"lora": "x"}, "lora must be an object"),
-        ({"num_thinking_steps": None}, "num_thinking_steps must not be null"),
-        ({"dtype": None}, "dtype must not be null"),
+        ({"prompt": []}, r"prompt must be keys and values, got \[\]"),
+        ({"prompt": 3}, "prompt must be keys and values"),
+        ({"prompt": None}, "prompt must be keys and values, got None"),
+        ({"backbone": []}, "backbone must be keys and values"),
+        ({"lora": "x"}, "lora must be keys and values or null"),
+        ({"num_thinking_steps": None}, "num_thinking_steps must be an integer, got None"),
+        ({"dtype": None}, "dtype must be .* got None"),
     ],
 )
 def test_a_bad_laser_config_names_file_and_key(tmp_path: Path, change, message) -> None:
@@ -354,10 +247,10 @@ def test_an_absent_or_broken_laser_config_is_named(tmp_path: Path) -> None:
         load_retriever_config(tmp_path)
     for content in (b"{", b"\xff\xfe{", b"[" * 100_000):
         (tmp_path / "laser_config.json").write_bytes(content)
-        with pytest.raises(ConfigError, match=r"laser_config\.json: not valid JSON"):
+        with pytest.raises(ConfigError, match=r"laser_config\.json: not (valid JSON|UTF-8)"):
             load_retriever_config(tmp_path)
     (tmp_path / "laser_config.json").write_text("[]")
-    with pytest.raises(ConfigError, match="the whole must be an object"):
+    with pytest.raises(ConfigError, match="keys and values are wanted"):
         load_retriever_config(tmp_path)
 
 
@@ -410,106 +303,6 @@ def test_every_field_of_a_scratch_backbone_reaches_the_backbone() -> None:
     fields = dataclasses.asdict(scratch) | {"vocab_size": 321}
     backbone = dataclasses.asdict(scratch.backbone(321))
     assert {name: backbone[name] for name in fields} == fields
-
-
-@dataclasses.dataclass(frozen=True)
-class Choices:
-    """A command line that needs nothing."""
-
-    loud: bool = False
-    often: int = 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "wanted"),
-    [
-        ([], Choices()),
-        (["--loud"], Choices(loud=True)),
-        (["--loud", "--often", "2"], Choices(loud=True, often=2)),
-        (["--often", "2", "--loud"], Choices(loud=True, often=2)),
-        (["--loud", "false"], Choices()),
-        (["--loud=false", "--often=3"], Choices(often=3)),
-    ],
-)
-def test_a_bool_may_stand_alone_and_so_may_the_program(arguments, wanted) -> None:
-    assert parse_command_line(Choices, "choices", arguments) == wanted
-
-
-@dataclasses.dataclass(frozen=True)
-class Texts:
-    """Every kind of text that a program takes."""
-
-    plain: str = "a"
-    optional: str | None = None
-    prompt: PromptConfig = dataclasses.field(default_factory=PromptConfig)
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "# md heading",
-        "&x",
-        "~",
-        "null",
-        "1e3",
-        "yes",
-        "null # c",
-        "{a: 1}",
-        "[x",
-        " x ",
-        "'q'",
-        "-",
-    ],
-)
-def test_a_flag_of_text_is_the_text_as_it_is_written(text: str) -> None:
-    names = ("plain", "optional", "prompt.separator", "data.eval")
-    read = parse_command_line(Texts, "x", [f"--{name}={text}" for name in names])
-    assert (read.plain, read.optional, read.prompt.separator) == (text, text, text)
-    # a key that a settings file may have set can be taken back
-    assert read.data.eval == (None if text == "null" else text)
-
-
-def test_a_group_may_be_taken_back_by_the_word_null() -> None:
-    arguments = ["--model.scratch.vocab_size=300", "--model.scratch", "null", "--lora=null"]
-    assert parse(*arguments).model.scratch is None
-
-
-def test_a_text_of_how_a_run_is_started_is_no_yaml_either() -> None:
-    arguments = [*NEEDED, "--dry_run", "--topology", "# none"]
-    assert parse_train_command(arguments)[1].topology == "# none"
-
-
-def test_a_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_text("train: {seed: 3}\n", encoding="utf-8-sig")
-    assert parse("--config", str(file)).train.seed == 3
-
-
-NAMES_A_CLASS: tuple[dict[str, Any], ...] = (
-    {"prompt": "imported_by_name.Class"},
-    {"prompt": {"class_path": "imported_by_name.Class"}},
-    {"lora": "imported_by_name.Class"},
-    {"lora": {"class_path": "imported_by_name.Class"}},
-    {"data": {"mixture": ["imported_by_name.Class"]}},
-    {"data": {"mixture": [{"class_path": "imported_by_name.Class"}]}},
-    {"data.mixture": ["imported_by_name.Class"]},
-)
-
-
-@pytest.mark.parametrize("values", NAMES_A_CLASS, ids=str)
-def test_no_setting_imports_what_it_names(tmp_path, monkeypatch, values) -> None:
-    (tmp_path / "imported_by_name.py").write_text("raise SystemExit('imported')")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConfigError, match=r"must hold settings of its own|unknown key"):
-        from_dict(Config, values, source="laser_config.json")
-    (key, value), *_ = values.items()
-    file = tmp_path / "run.yaml"
-    file.write_text(json.dumps(values))
-    for arguments in (["--config", str(file)], [f"--{key}={json.dumps(value)}"]):
-        with pytest.raises(SystemExit) as caught:
-            parse(*arguments)
-        assert caught.value.code == 2
 
 
 def test_a_key_twice_in_laser_config_is_refused(tmp_path: Path) -> None:

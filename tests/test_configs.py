@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from laser_jax.config import BACKBONES, PROJECTIONS, Config, as_dict, parse_train_command
+from laser_jax.command_line import parse_train_command
+from laser_jax.config import BACKBONES, PROJECTIONS, Config, as_dict
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RECIPES = ("paper", "official")

@@ -16,11 +16,11 @@ import jax
 import pytest
 
 import laser_jax.train.dry_run as module
+from laser_jax.command_line import Invocation
 from laser_jax.config import (
     Config,
     ConfigError,
     DataConfig,
-    Invocation,
     LoraConfig,
     LossWeights,
     MeshConfig,

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from laser_jax.config import Config, Invocation, parse_train_command
+from laser_jax.command_line import Invocation, parse_train_command
+from laser_jax.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch"

@@ -17,13 +17,13 @@ import pytest
 from flax import linen as nn
 from safetensors.numpy import load_file
 
+from laser_jax.command_line import parse_command_line
 from laser_jax.config import (
     ConfigError,
     ModelConfig,
     OptimizerConfig,
     PretrainConfig,
     ScratchConfig,
-    parse_command_line,
 )
 from laser_jax.data.tokenization import load_tokenizer
 from laser_jax.hf.weights import load_params, read_backbone_config

@@ -18,7 +18,8 @@ import pytest
 from safetensors.numpy import load_file
 from test_faults import SETTINGS, data  # noqa: F401  (the same small run and rows)
 
-from laser_jax.config import ConfigError, Invocation, MeshConfig
+from laser_jax.command_line import Invocation
+from laser_jax.config import ConfigError, MeshConfig
 from laser_jax.sharding import make_mesh
 from laser_jax.train.processes import join_processes, local_rows
 

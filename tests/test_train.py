@@ -26,7 +26,8 @@ from safetensors.numpy import load_file, save_file
 
 import laser_jax
 import laser_jax.train.run as program
-from laser_jax.config import Config, RetrieverConfig, parse_command_line
+from laser_jax.command_line import parse_command_line
+from laser_jax.config import Config, RetrieverConfig
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, right_pad
 from laser_jax.encoder import load_pretrained
 from laser_jax.hf.weights import load_adapter

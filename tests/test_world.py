@@ -109,7 +109,7 @@ def test_test_queries_stay_the_same_while_training_grows() -> None:
 
 def test_held_out_compositions_are_in_no_training_query_and_no_lm_reasoning(world: World) -> None:
     dev, test = ({query.text for query in queries} for queries in (world.dev, world.test))
-    trained = {row.query for row in world.train} | {pair.query for pair in world.lm.reasonings}
+    trained = {row.query for row in world.train} | {pair.text for pair in world.lm}
     assert not dev & test
     assert not (dev | test) & trained
     # The text names the composition fully, so disjoint texts are disjoint compositions.
@@ -122,16 +122,16 @@ def test_held_out_chains_are_not_spelled_out_by_lm_texts(
     style: Literal["short", "sentence"],
 ) -> None:
     world = build_world(WorldConfig(reasoning_style=style))
-    longest = [pair for pair in world.lm.reasonings if len(pair.walk.relations) == 3]
-    assert len(longest) == world.lm.num_train_compositions
+    longest = [pair for pair in world.lm if len(pair.walk.relations) == 3]
+    assert longest
     spelled = {(pair.walk.places, pair.walk.relations) for pair in longest}
     for query in (*world.dev, *world.test):
         assert (query.walk.places, query.walk.relations) not in spelled
-        assert all(query.reasoning not in text for text in world.lm.facts)
+        assert all(query.reasoning not in text for text in world.facts)
 
 
 def test_every_hop_of_a_test_query_is_an_lm_fact(world: World) -> None:
-    facts = set(world.lm.facts)
+    facts = set(world.facts)
     for query in (*world.dev, *world.test):
         start, ways = read_query(query.text)
         route = [start, *walk_by_table(world, query.text)]
@@ -141,10 +141,10 @@ def test_every_hop_of_a_test_query_is_an_lm_fact(world: World) -> None:
 
 
 def test_all_shorter_walks_and_all_train_walks_are_lm_reasonings(world: World) -> None:
-    lengths = collections.Counter(len(pair.walk.relations) for pair in world.lm.reasonings)
+    lengths = collections.Counter(len(pair.walk.relations) for pair in world.lm)
     assert lengths[1] == world.successors_RP.size
-    assert lengths[3] == world.lm.num_train_compositions
-    written = {(pair.query, pair.reasoning) for pair in world.lm.reasonings}
+    assert lengths[3] == sum(len(walk.relations) == 3 for walk in world.train_walks)
+    written = {(pair.text, pair.reasoning) for pair in world.lm}
     assert {(row.query, row.reasoning_query) for row in world.train} == written
 
 
@@ -156,8 +156,7 @@ def test_the_gold_document_follows_from_the_roads(world: World) -> None:
     for query in (*world.dev, *world.test):
         *bridges, answer = walk_by_table(world, query.text)
         assert query.gold == answer.lower()
-        assert query.bridges == tuple(name.lower() for name in bridges)
-        assert query.hops == len(bridges) + 1
+        assert [world.places[place] for place in query.walk.places[1:]] == [*bridges, answer]
     for row in world.train:
         answer = walk_by_table(world, row.query)[-1]
         assert row.positive_passages == (text_of[answer.lower()],)
@@ -179,7 +178,7 @@ def test_short_reasoning_names_one_place_a_segment(world: World) -> None:
 
 def test_sentence_reasoning_gives_one_fact_a_segment() -> None:
     world = build_world(WorldConfig(reasoning_style="sentence", final_separator=True))
-    facts = set(world.lm.facts)
+    facts = set(world.facts)
     for query in world.test:
         *segments, rest = query.reasoning.split(SEPARATOR)
         assert rest == ""
@@ -242,7 +241,7 @@ def test_query_caps_hold_for_each_length_and_spare_the_lm_reasonings() -> None:
     lengths = collections.Counter(len(read_query(row.query)[1]) for row in world.train)
     assert lengths == {2: 150, 3: 150}
     assert len(world.dev) == 7
-    assert world.lm.num_train_compositions > 1000
+    assert sum(len(query.walk.relations) == 3 for query in world.lm) > 1000
 
 
 @pytest.mark.parametrize(
@@ -256,6 +255,7 @@ def test_query_caps_hold_for_each_length_and_spare_the_lm_reasonings() -> None:
         ("train_share", {"train_share": 1.0}),
         ("num_train_queries", {"num_train_queries": 0}),
         ("num_test_queries", {"num_test_queries": 0}),
+        ("shorter_hops", {"shorter_hops": (2, 2)}),
         ("num_negatives", {"num_negatives": 2}),
         ("reasoning_style", {"reasoning_style": "long"}),
         ("seed", {"seed": -1}),
@@ -307,10 +307,13 @@ def test_files_are_beir_and_laser_rows(tmp_path: Path) -> None:
         assert {*row.positive_passages, *row.negative_passages} <= passages
 
     lm = read_jsonl(tmp_path / "world/lm.jsonl")
-    assert [row["text"] for row in lm if "text" in row] == list(world.lm.facts)
+    assert [row["text"] for row in lm if "text" in row] == [
+        *world.facts,
+        *(text for _, text in world.documents),
+    ]
     assert [row for row in lm if "query" in row] == [
-        {"prompt": INSTRUCTION, "query": pair.query, "reasoning": pair.reasoning}
-        for pair in world.lm.reasonings
+        {"prompt": INSTRUCTION, "query": pair.text, "reasoning": pair.reasoning}
+        for pair in world.lm
     ]
     assert [row for row in lm if "document" in row] == [
         {"document": text, "reasoning": f" {name}."}

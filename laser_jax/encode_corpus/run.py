@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from laser_jax.config import parse_command_line
+from laser_jax.command_line import parse_command_line
 from laser_jax.encode_corpus.directory import CorpusDirectory, Record
 from laser_jax.encode_corpus.encoding import (
     CorpusConfig,

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import jsonargparse
 import numpy as np
 
-from laser_jax.config import ConfigError, add_settings
+from laser_jax.command_line import parse_command_line
+from laser_jax.config import ConfigError
 from laser_jax.evaluate.bright import EXAMPLES
 from laser_jax.evaluate.plots import LatencyPoint, plot_latency_quality, require_matplotlib
 from laser_jax.evaluate.results import (
@@ -42,6 +42,8 @@ BETTER, WORSE = "▲", "▼"
 class ReportOptions:
     """Compares evaluated models in one table, with marks of significance and a plot."""
 
+    directories: tuple[str, ...] = ()
+    """What laser_jax.evaluate --model wrote. They may stand without the flag."""
     output: str | None = None
     """A directory for report.md, report.json and the plot; None prints the table alone."""
     metric: str = "nDCG@10"
@@ -302,17 +304,13 @@ def write_report(directories: Sequence[str], report: Report, options: ReportOpti
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m laser_jax.report", description=ReportOptions.__doc__
-    )
-    parser.add_argument("directories", nargs="+", help="what laser_jax.evaluate --model wrote")
-    add_settings(parser, ReportOptions)
     try:
-        values = vars(parser.parse_args(arguments))
-        directories = values.pop("directories")
-        options = ReportOptions(
-            **{f.name: values[f.name] for f in dataclasses.fields(ReportOptions)}
+        options = parse_command_line(
+            ReportOptions, "python -m laser_jax.report", arguments, positional="directories"
         )
+        directories = options.directories
+        if not directories:
+            raise ConfigError("name the directories that laser_jax.evaluate --model wrote")
         if options.output and options.plot:
             require_matplotlib()
         report = compare(directories, options)

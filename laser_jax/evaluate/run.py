@@ -26,14 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from laser_jax.config import (
-    ConfigError,
-    Dtype,
-    MeshConfig,
-    RetrieverConfig,
-    load_retriever_config,
-    parse_command_line,
-)
+from laser_jax.command_line import parse_command_line
+from laser_jax.config import ConfigError, Dtype, MeshConfig, RetrieverConfig, load_retriever_config
 from laser_jax.data.tokenization import PromptTokenizer
 from laser_jax.evaluate.beir import BeirDataset, read_beir, read_qrels_file
 from laser_jax.evaluate.bright import ALL, EXAMPLES, choose_domains, is_bright, read_bright

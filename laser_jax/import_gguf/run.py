@@ -15,7 +15,8 @@ from pathlib import Path
 
 import ml_dtypes
 
-from laser_jax.config import ConfigError, Dtype, parse_command_line
+from laser_jax.command_line import parse_command_line
+from laser_jax.config import ConfigError, Dtype
 from laser_jax.data.tokenization import special_token_ids
 from laser_jax.hf.weights import save_weights
 from laser_jax.import_gguf.file import (

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
+import logging
 import math
 import multiprocessing
-import re
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -25,34 +23,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from tqdm import tqdm
 
-from laser_jax.config import (
-    ConfigError,
-    DataConfig,
-    PromptConfig,
-    as_dict,
-    from_dict,
-    parse_command_line,
-)
+from laser_jax.command_line import parse_command_line
+from laser_jax.config import ConfigError, PromptConfig, as_dict, from_dict
 from laser_jax.data.pipeline import (
-    padding_share,
-    same_passage,
-    settled_reasoning,
     tokenization_settings,
-    training_batches,
 )
 from laser_jax.data.reasoning_retrieval import (
     example_of,
     origin,
     shard_path,
     text_features,
-    token_features,
     write_description,
     write_shard,
 )
-from laser_jax.data.schema import DataError, RowTokens, TrainingRow
+from laser_jax.data.schema import DataError
 from laser_jax.data.sources import (
     PREPARED_FILE,
     ArrayRecordSource,
@@ -60,7 +46,6 @@ from laser_jax.data.sources import (
     Source,
     changed_shards,
     checksum_of,
-    longest_instructions,
     open_source,
     open_unchecked,
 )
@@ -68,35 +53,15 @@ from laser_jax.data.tokenization import PromptTokenizer, TokenizationError, load
 from laser_jax.files.durable import lock, no_link, parts_of, write_atomically, written_whole
 from laser_jax.files.reading import read_json, read_yaml
 from laser_jax.files.terminal import fail, printable
+from laser_jax.prepare.padding import PaddingConfig, measure_padding, require_negatives
+from laser_jax.prepare.report import Tally, facts_of, format_report, load_tally, report_of
+from laser_jax.settings import require, require_in
+
+LOG = logging.getLogger("laser_jax")
 
 REPORT_FILE = "report.json"
 _TALLIES, _LOCK = ".tallies", ".lock"
 _ROWS_PER_SHARD = 50_000
-_SHOWN = 10
-"""Rejected rows that the report names."""
-
-
-@dataclass(frozen=True)
-class PaddingConfig:
-    """Training batches that are drawn to see how much of them is padding."""
-
-    batch_size: int = 32
-    group_size: int = 2
-    length_multiples: tuple[int, ...] = (32, 128)
-    bucket_windows: tuple[int, ...] = (1, 8, 32)
-    batches: int = 256
-    """The most that are drawn; one epoch is enough."""
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "group_size", "batches"):
-            if (value := getattr(self, name)) < 1:
-                raise ConfigError(f"padding.{name} must be at least 1, got {value}")
-        for name in ("length_multiples", "bucket_windows"):
-            values = getattr(self, name)
-            if not values or min(values) < 1:
-                raise ConfigError(
-                    f"padding.{name} must be numbers of at least 1, one or more, got {values}"
-                )
 
 
 @dataclass(frozen=True)
@@ -112,9 +77,6 @@ class PrepareConfig:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     train_config: str | None = None
     """A training run's YAML file, whose `prompt` is taken instead."""
-    store_tokens: bool = False
-    """Stores the tokens beside the texts, so that training tokenises nothing. It must then use the
-    same tokenizer and prompt settings."""
     shards: int | None = None
     """Files to write. None: one for 50,000 rows."""
     on_bad_row: Literal["stop", "reject"] = "stop"
@@ -125,67 +87,10 @@ class PrepareConfig:
     """Set to have the padding of training batches in the report."""
 
     def __post_init__(self) -> None:
-        for name in ("store_tokens", "padding"):
-            if getattr(self, name) and not self.tokenizer:
-                raise ConfigError(f"{name} counts on tokens: give the directory of a --tokenizer")
-        if self.shards is not None and self.shards < 1:
-            raise ConfigError(f"shards must be at least 1, got {self.shards}")
-        if self.workers < 0:
-            raise ConfigError(f"workers must be at least 0, got {self.workers}")
-
-
-# --- what is counted -------------------------------------------------------------------------
-
-
-@dataclass
-class Tally:
-    """Counts over rows, which add up over shards. Keys of the inner counters are lengths."""
-
-    rows: int = 0
-    written: int = 0
-    bytes: int = 0
-    rejected: list[tuple[str, str]] = field(default_factory=list)
-    """Where, and why."""
-    lengths: dict[str, dict[int, int]] = field(default_factory=dict)
-    truncated: dict[str, int] = field(default_factory=dict)
-    query_hashes: list[int] = field(default_factory=list)
-    row_hashes: list[int] = field(default_factory=list)
-    positives_among_own_negatives: int = 0
-    row_without_negatives: int | None = None
-    """Index among the written."""
-    instructions: tuple[str, ...] = ()
-    sha256: str = ""
-    """Of the shard's file."""
-
-    def count(self, what: str, length: int, truncated: bool = False) -> None:
-        lengths = self.lengths.setdefault(what, {})
-        lengths[length] = lengths.get(length, 0) + 1
-        self.truncated[what] = self.truncated.get(what, 0) + truncated
-
-    def count_texts(self, row: TrainingRow) -> None:
-        self.query_hashes.append(_hash(same_passage(row.query)))
-        self.row_hashes.append(_hash(json.dumps(example_of(replace(row, tokens=None), ""))))
-        negatives = set(map(same_passage, row.negative_passages))
-        self.positives_among_own_negatives += sum(
-            same_passage(text) in negatives for text in row.positive_passages
-        )
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
-def _load_tally(path: Path) -> Tally | None:
-    """None where it is absent or damaged, which is the same: its shard is written again."""
-    try:
-        values = read_json(path)
-        values["lengths"] = {
-            what: {int(length): n for length, n in counts.items()}
-            for what, counts in values["lengths"].items()
-        }
-        return Tally(**values)
-    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
-        return None
+        counted = self.padding is None or self.tokenizer is not None
+        require(counted, "padding counts on tokens: give the directory of a --tokenizer")
+        require_in("[1, inf)", self, "", "shards")
+        require_in("[0, inf)", self, "", "workers")
 
 
 # --- a shard ---------------------------------------------------------------------------------
@@ -202,7 +107,6 @@ class Preparation:
         self.prompts = None
         if config.tokenizer:
             self.prompts = PromptTokenizer(load_tokenizer(config.tokenizer), config.prompt)
-        self.features = token_features() if config.store_tokens else text_features()
 
     def shard_path(self, shard: int) -> Path:
         return shard_path(self.output, shard, self.num_shards)
@@ -216,14 +120,14 @@ class Preparation:
 
     def tally(self, shard: int) -> Tally | None:
         """The tally of a shard that is there as it was written; None where it is to be written."""
-        tally, path = _load_tally(self.tally_path(shard)), self.shard_path(shard)
+        tally, path = load_tally(self.tally_path(shard)), self.shard_path(shard)
         return None if tally is None or changed_shards([path], {path.name: tally.sha256}) else tally
 
     def write(self, shard: int, advance: Callable[[int], Any]) -> Tally:
         """Writes the shard and its tally; both appear whole or not at all."""
         tally = Tally()
         with written_whole(self.shard_path(shard)) as part:
-            tally.bytes = write_shard(part, self.features, self._examples(shard, tally, advance))
+            tally.bytes = write_shard(part, text_features(), self._examples(shard, tally, advance))
             tally.sha256 = checksum_of(part)
             _write_json(self.tally_path(shard), vars(tally))
         return tally
@@ -237,7 +141,8 @@ class Preparation:
             tally.rows += 1
             where = self.source.where(index)
             try:
-                row = self._row(index, tally)
+                row = self.source[index]
+                tally.count_row(row, self.config.prompt, self.prompts)
             except (DataError, TokenizationError) as error:
                 why = str(error).removeprefix(where).lstrip(": ")
                 if self.config.on_bad_row == "stop":
@@ -248,41 +153,6 @@ class Preparation:
             finder.add(row)
             yield example_of(row, origin(self.source, index))
         tally.row_without_negatives, tally.instructions = dataclasses.astuple(finder.facts())
-
-    def _row(self, index: int, tally: Tally) -> TrainingRow:
-        """The row, counted; with its tokens where they are stored."""
-        row = replace(self.source[index], tokens=None)
-        tokens = self._tokenise(row, tally) if self.prompts else None
-        if tokens is None:
-            *closed, tail = row.reasoning_query.split(self.config.prompt.separator)
-            tally.count("segments", len(closed) + bool(tail))
-        tally.count_texts(row)
-        return replace(row, tokens=tokens if self.config.store_tokens else None)
-
-    def _tokenise(self, row: TrainingRow, tally: Tally) -> RowTokens:
-        assert self.prompts is not None
-        reasoning = settled_reasoning(row, self.config.prompt.min_reasoning_characters)
-        query = self.prompts.query_prompt(row.query, row.prompt)
-        explicit = self.prompts.explicit(row.query, row.prompt, reasoning)
-        passages = [
-            [self.prompts.document_prompt(text) for text in texts]
-            for texts in (row.positive_passages, row.negative_passages)
-        ]
-        tally.count("queries", len(query.ids), query.truncated)
-        tally.count("explicit inputs", len(explicit.ids), explicit.truncated)
-        tally.count("segments", len(explicit.segment_ends))
-        for passage in itertools.chain(*passages):
-            tally.count("passages", len(passage.ids), passage.truncated)
-        positives, negatives = (
-            tuple(np.array(passage.ids, np.int32) for passage in side) for side in passages
-        )
-        return RowTokens(
-            query=np.array(query.ids, np.int32),
-            explicit=np.array(explicit.ids, np.int32),
-            segment_ends=np.array(explicit.segment_ends, np.int32),
-            positives=positives,
-            negatives=negatives,
-        )
 
 
 # --- the whole -------------------------------------------------------------------------------
@@ -305,12 +175,13 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     made = _settings(preparation)
     finished = _finished_report(preparation, made)
     report = finished or _prepare(preparation, made)
-    padding = as_dict(config.padding) if config.padding else None
-    if padding and report.get("padding", {}).get("of") != padding:
-        report["padding"] = {"of": padding, "shares": _padding(preparation)}
+    padding, prompts = config.padding, preparation.prompts
+    if padding and prompts and report.get("padding", {}).get("of") != as_dict(padding):
+        shares = measure_padding(open_source(preparation.output), prompts, padding)
+        report["padding"] = {"of": as_dict(padding), "shares": shares}
         _write_json(preparation.output / REPORT_FILE, report)
     elif finished:
-        print(f"{config.output} is prepared already: nothing to do")
+        LOG.info("%s is prepared already: nothing to do", config.output)
     return report
 
 
@@ -321,7 +192,7 @@ def _prepare(preparation: Preparation, made: dict[str, Any]) -> dict[str, Any]:
         if preparation.prompts is not None:
             preparation.prompts.require_room(facts.instructions, explicit=True)
         if config.padding is not None:
-            _require_negatives(preparation.source, config.padding)
+            require_negatives(preparation.source, config.padding)
     made_here = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
     with _locked(output):
@@ -339,18 +210,18 @@ def _prepare(preparation: Preparation, made: dict[str, Any]) -> dict[str, Any]:
         # of the rows that were prepared: all of the source's, unless some were rejected
         whole = config.on_bad_row == "stop"
         known = {
-            "facts": _facts(tallies),
+            "facts": facts_of(tallies),
             "fingerprint": (preparation.source if whole else ArrayRecordSource(output)).fingerprint,
             "checksums": {n: t.sha256 for n, t in zip(names, tallies, strict=True)},
         }
         _write_json(output / PREPARED_FILE, made | known)
         write_description(
             output,
-            preparation.features,
+            text_features(),
             [tally.written for tally in tallies],
             sum(tally.bytes for tally in tallies),
         )
-        report = _report(tallies)
+        report = report_of(tallies)
         _write_json(output / REPORT_FILE, report)
         _remove_work(output)
     return report
@@ -405,14 +276,12 @@ def _prompt_of(train_config: str) -> PromptConfig:
 def _settings(preparation: Preparation) -> dict[str, Any]:
     """All that the output depends on."""
     config, prompts = preparation.config, preparation.prompts
-    tokenization = tokenization_settings(prompts) if prompts else None
     return {
         "input": _fingerprint(Path(config.input), preparation.source),
         "shards": preparation.num_shards,
         "on_bad_row": config.on_bad_row,
         "separator": config.prompt.separator,
-        "counted_with": tokenization,
-        "tokenization": tokenization if config.store_tokens else None,
+        "counted_with": tokenization_settings(prompts) if prompts else None,
     }
 
 
@@ -469,7 +338,7 @@ def _write_shards(preparation: Preparation) -> list[Tally]:
     rows = {shard: len(preparation.rows_of(shard)) for shard in shards}
     done = sum(rows.values()) - sum(rows[shard] for shard in missing)
     if done:
-        print(f"{len(shards) - len(missing)} of {len(shards)} shards are there already")
+        LOG.info("%d of %d shards are there already", len(shards) - len(missing), len(shards))
     with tqdm(
         total=sum(rows.values()), initial=done, desc="prepare", unit="row", disable=None
     ) as progress:
@@ -514,165 +383,6 @@ def _write_in_worker(shard: int) -> Tally:
 
 def _write_json(path: Path, values: Any) -> None:
     write_atomically(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
-
-
-# --- the report ------------------------------------------------------------------------------
-
-
-def _facts(tallies: Sequence[Tally]) -> dict[str, Any]:
-    starts = itertools.accumulate((tally.written for tally in tallies), initial=0)
-    without = (
-        start + tally.row_without_negatives
-        for start, tally in zip(starts, tallies, strict=False)
-        if tally.row_without_negatives is not None
-    )
-    instructions = itertools.chain(*(tally.instructions for tally in tallies))
-    return {
-        "row_without_negatives": next(without, None),
-        "instructions": longest_instructions(instructions),
-    }
-
-
-def _report(tallies: Sequence[Tally]) -> dict[str, Any]:
-    lengths: dict[str, Counter[int]] = {}
-    truncated: Counter[str] = Counter()
-    for tally in tallies:
-        truncated.update(tally.truncated)
-        for what, counts in tally.lengths.items():
-            lengths.setdefault(what, Counter()).update(counts)
-    rejected = [entry for tally in tallies for entry in tally.rejected]
-    reasons = Counter(re.sub(r"\d+", "N", why) for _, why in rejected)
-    counted = {what: counts for what, counts in lengths.items() if what != "segments"}
-    return {
-        "rows": sum(tally.rows for tally in tallies),
-        "written": sum(tally.written for tally in tallies),
-        "shards": len(tallies),
-        "rejected": {
-            "rows": len(rejected),
-            "reasons": dict(reasons.most_common()),
-            "first": [f"{where}: {why}" for where, why in rejected[:_SHOWN]],
-        },
-        "tokens": {what: _percentiles(counts) for what, counts in counted.items()},
-        "truncated": {
-            what: round(truncated[what] / counts.total(), 6) for what, counts in counted.items()
-        },
-        "segments_per_reasoning": _percentiles(lengths["segments"]),
-        "duplicates": {
-            "queries": _repeated([tally.query_hashes for tally in tallies]),
-            "rows": _repeated([tally.row_hashes for tally in tallies]),
-            "positives_among_own_negatives": sum(
-                tally.positives_among_own_negatives for tally in tallies
-            ),
-        },
-    }
-
-
-def _percentiles(counts: Counter[int]) -> dict[str, int]:
-    """By nearest rank."""
-    lengths = sorted(counts)
-    ends = list(itertools.accumulate(counts[length] for length in lengths))
-
-    def percentile(percent: int) -> int:
-        rank = -(-percent * ends[-1] // 100)
-        return lengths[next(i for i, end in enumerate(ends) if end >= rank)]
-
-    return {**{f"p{p}": percentile(p) for p in (50, 90, 99)}, "max": lengths[-1]}
-
-
-def _repeated(hashes: Sequence[list[int]]) -> int:
-    """How many are equal to one before."""
-    joined = np.concatenate([np.array(part, np.uint64) for part in hashes])
-    return len(joined) - len(np.unique(joined))
-
-
-def _padding(preparation: Preparation) -> list[dict[str, Any]]:
-    """The share of padding in one epoch of batches, for every multiple and window."""
-    config, prompts = preparation.config.padding, preparation.prompts
-    assert config is not None
-    assert prompts is not None
-    source = open_source(preparation.output)
-    _require_negatives(source, config)
-    shares = []
-    for multiple, window in itertools.product(config.length_multiples, config.bucket_windows):
-        data = DataConfig(
-            train=str(preparation.output),
-            group_size=config.group_size,
-            selection="random",
-            length_multiple=multiple,
-            bucket_window=window,
-        )
-        batches = training_batches(
-            [source],
-            prompts,
-            data,
-            num_steps=1,
-            keyframes="paper",
-            batch_size=config.batch_size,
-            seed=0,
-            need_explicit=True,
-            shared_prefix=False,
-        )
-        number = min(config.batches, math.ceil(len(source) / config.batch_size))
-        padding, tokens, shapes = 0.0, 0, set()
-        for batch in itertools.islice(batches, number):
-            assert batch.explicit is not None
-            size = batch.documents.ids_BT.size + batch.explicit.ids_BT.size
-            padding += padding_share(batch) * size
-            tokens += size
-            shapes.add((batch.documents.ids_BT.shape, batch.explicit.ids_BT.shape))
-        shares.append(
-            {
-                "length_multiple": multiple,
-                "bucket_window": window,
-                "batches": number,
-                "padding_share": round(padding / tokens, 4),
-                "shapes": len(shapes),
-            }
-        )
-    return shares
-
-
-def _require_negatives(source: Source, padding: PaddingConfig) -> None:
-    """Raises a DataError where the batches to be drawn want negatives that a row has not."""
-    row = source.facts.row_without_negatives
-    if padding.group_size > 1 and row is not None:
-        raise DataError(
-            f"{source.where(row)} has no negative_passages, and padding.group_size "
-            f"{padding.group_size} wants {padding.group_size - 1}: pass --padding.group_size 1, "
-            "or mine negatives"
-        )
-
-
-def format_report(report: dict[str, Any]) -> str:
-    """The report as the text that the program prints."""
-    rejected = report["rejected"]
-    lines = [
-        f"{report['rows']:,} rows, {report['written']:,} written in {report['shards']} shard(s), "
-        f"{rejected['rows']:,} rejected"
-    ]
-    lines += [f"  {number:,} x {reason}" for reason, number in rejected["reasons"].items()]
-    lines += [f"  first: {where}" for where in rejected["first"]]
-    lines.append(f"{'':24}{'p50':>8}{'p90':>8}{'p99':>8}{'max':>8}{'truncated':>11}")
-    for what, percentiles in report["tokens"].items():
-        lengths = "".join(f"{n:>8,}" for n in percentiles.values())
-        lines.append(f"{f'tokens of {what}':24}{lengths}{report['truncated'][what]:>11.2%}")
-    lengths = "".join(f"{n:>8,}" for n in report["segments_per_reasoning"].values())
-    lines.append(f"{'segments of a reasoning':24}{lengths}")
-    if not report["tokens"]:
-        lines.append("tokens are not counted without --tokenizer")
-    duplicates = report["duplicates"]
-    lines.append(
-        f"duplicates: {duplicates['queries']:,} queries, {duplicates['rows']:,} rows, "
-        f"{duplicates['positives_among_own_negatives']:,} positives among their own negatives"
-    )
-    for padding in report.get("padding", {}).get("shares", []):
-        lines.append(
-            "padding with data.length_multiple {length_multiple}, data.bucket_window "
-            "{bucket_window}: {padding_share:.1%} ({batches} batches of {shapes} shapes)".format(
-                **padding
-            )
-        )
-    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

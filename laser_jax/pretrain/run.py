@@ -22,14 +22,8 @@ import optax
 from flax import linen as nn
 from tqdm import tqdm
 
-from laser_jax.config import (
-    ConfigError,
-    PretrainConfig,
-    as_dict,
-    changes,
-    listed,
-    parse_command_line,
-)
+from laser_jax.command_line import parse_command_line
+from laser_jax.config import ConfigError, PretrainConfig, as_dict
 from laser_jax.data.tokenization import (
     PromptTokenizer,
     Tokenizer,
@@ -60,6 +54,7 @@ from laser_jax.pretrain.texts import (
     read_language_rows,
     reasoning_rows,
 )
+from laser_jax.settings import changes, listed
 from laser_jax.step import learning_rate_schedule, make_optimizer
 
 REPORT = "pretrain.json"

@@ -9,6 +9,7 @@ itself; finished stages are not repeated.
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import subprocess
 import sys
@@ -17,14 +18,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from laser_jax.config import ConfigError, parse_command_line
+from laser_jax.command_line import parse_command_line
+from laser_jax.config import ConfigError
 from laser_jax.evaluate.retrieval import format_table
 from laser_jax.files.durable import read_state, write_atomically
 from laser_jax.files.terminal import fail
 from laser_jax.quickstart.world import WorldConfig, build_world, write_world
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 COLUMNS = ("nDCG@10", "Hit@1")
+LOG = logging.getLogger("laser_jax")
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ METHODS = {
 
 def _run(module: str, *arguments: str) -> None:
     command = [sys.executable, "-m", module, *arguments]
-    print(f"\n$ python -m {module} {shlex.join(arguments)}", flush=True)
+    LOG.info("$ python -m %s %s", module, shlex.join(arguments))
     done = subprocess.run(command, check=False)
     if done.returncode:
         sys.exit(done.returncode)
@@ -87,7 +90,7 @@ def quickstart(options: QuickstartOptions) -> dict[str, dict[str, float]]:
     _require_same_seed(output, options.seed)
     world = build_world(WorldConfig(num_places=20, final_separator=True, seed=options.seed))
     write_world(world, data)
-    print(
+    LOG.info(
         f"{data}: {len(world.places)} places, {len(world.relations)} ways between them; "
         f"{len(world.train)} training queries, {len(world.test)} test queries on unseen "
         f"compositions\n  {world.train[0].query}\n"

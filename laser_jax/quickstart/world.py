@@ -11,6 +11,7 @@ Everything follows from `WorldConfig`, its seed included. Plain text only: token
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -18,13 +19,13 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from laser_jax.config import ConfigError
-from laser_jax.data.schema import TrainingRow
+from laser_jax.data.schema import FIELDS, TrainingRow
+from laser_jax.settings import require, require_in
 
 INSTRUCTION = "Find the place that is reached"
 SEPARATOR = "\n\n"
@@ -96,49 +97,21 @@ class WorldConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.hops >= 1, f"world.hops must be at least 1, got {self.hops}")
+        counts = ("hops", "num_train_queries", "num_dev_queries", "num_test_queries")
+        require_in("[1, inf)", self, "world.", *counts)
+        require_in("[0, inf)", self, "world.", "seed")
+        require_in("(0, 1)", self, "world.", "train_share")
+        require_in(f"[2, {len(RELATION_NAMES)}]", self, "world.", "num_relations")
+        # a walk visits no place twice, and no two relations agree
         smallest = max(self.hops + 2, self.num_relations + 1)
-        _require(
-            smallest <= self.num_places <= len(PLACE_NAMES),
-            f"world.num_places must lie in [{smallest}, {len(PLACE_NAMES)}] for walks of "
-            f"{self.hops} hops over {self.num_relations} relations, got {self.num_places}",
-        )
-        _require(
-            2 <= self.num_relations <= len(RELATION_NAMES),
-            f"world.num_relations must lie in [2, {len(RELATION_NAMES)}], got {self.num_relations}",
-        )
-        _require(
-            all(1 <= n < self.hops for n in self.shorter_hops)
-            and len(set(self.shorter_hops)) == len(self.shorter_hops),
-            f"world.shorter_hops must hold different lengths from 1 to {self.hops - 1}, got "
-            f"{list(self.shorter_hops)}",
-        )
-        _require(
-            0 < self.train_share < 1,
-            f"world.train_share must lie between 0 and 1, got {self.train_share}",
-        )
-        _require(
-            self.num_train_queries is None or self.num_train_queries >= 1,
-            f"world.num_train_queries must be at least 1 or null, got {self.num_train_queries}",
-        )
-        _require(self.seed >= 0, f"world.seed must not be negative, got {self.seed}")
-        for name in ("num_dev_queries", "num_test_queries"):
-            value = getattr(self, name)
-            _require(value >= 1, f"world.{name} must be at least 1, got {value}")
-        _require(
-            self.num_negatives >= self.hops,
-            f"world.num_negatives must be at least {self.hops} (the start and every bridge of a "
-            f"{self.hops}-hop walk), got {self.num_negatives}",
-        )
-        _require(
-            self.reasoning_style in ("short", "sentence"),
-            f"world.reasoning_style must be 'short' or 'sentence', got {self.reasoning_style!r}",
-        )
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
+        require_in(f"[{smallest}, {len(PLACE_NAMES)}]", self, "world.", "num_places")
+        # the start and every bridge of a walk
+        require_in(f"[{self.hops}, inf)", self, "world.", "num_negatives")
+        require_in(f"[1, {self.hops})", self, "world.", "shorter_hops")
+        once = len(set(self.shorter_hops)) == len(self.shorter_hops)
+        require(once, f"world.shorter_hops holds a length twice: {self.shorter_hops}")
+        style = self.reasoning_style
+        require(style in ("short", "sentence"), f"world.reasoning_style cannot be {style!r}")
 
 
 @dataclass(frozen=True)
@@ -157,42 +130,19 @@ class Walk:
 
 
 @dataclass(frozen=True)
-class EvalQuery:
-    """A dev or test query. Places are given by document id."""
+class Query:
+    """A question, its chain of thought and the id of the document that answers it."""
 
     query_id: str
     text: str
     reasoning: str
     gold: str
-    bridges: tuple[str, ...]
-    hops: int
     walk: Walk
-
-
-@dataclass(frozen=True)
-class WrittenReasoning:
-    """A query and its chain of thought, for the language-model stage."""
-
-    query: str
-    reasoning: str
-    walk: Walk
-
-
-@dataclass(frozen=True)
-class LmDocuments:
-    """What the backbone reads before it learns to retrieve."""
-
-    facts: tuple[str, ...]
-    """Every fact in every paraphrase, then the documents."""
-    reasonings: tuple[WrittenReasoning, ...]
-    """All walks shorter than `hops`, then the training walks of length `hops`."""
-    num_train_compositions: int
-    """How many of the reasonings are of length `hops`."""
 
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """Places, roads and all texts about them."""
+    """Places, roads, and the walks that are shown; all texts follow from them."""
 
     config: WorldConfig
     places: tuple[str, ...]
@@ -201,10 +151,87 @@ class World:
     """`[R, P]`, read-only: relation r leads from place p to place `successors_RP[r, p]`."""
     documents: tuple[tuple[str, str], ...]
     """(id, text) of each place, in the order of `places`; the id is the lower-case name."""
-    train: tuple[TrainingRow, ...]
-    dev: tuple[EvalQuery, ...]
-    test: tuple[EvalQuery, ...]
-    lm: LmDocuments
+    train_walks: tuple[Walk, ...]
+    dev_walks: tuple[Walk, ...]
+    test_walks: tuple[Walk, ...]
+    lm_walks: tuple[Walk, ...]
+    """All walks shorter than `hops`, then those of length `hops` that training may spell out."""
+
+    @functools.cached_property
+    def train(self) -> tuple[TrainingRow, ...]:
+        """The training rows of the retriever."""
+        number, seed = self.config.num_negatives, self.config.seed
+        return tuple(
+            TrainingRow(
+                query=self._question(walk),
+                reasoning_query=self._reasoning(walk),
+                prompt=INSTRUCTION,
+                positive_passages=(self.documents[walk.answer][1],),
+                negative_passages=tuple(
+                    self.documents[place][1]
+                    for place in hard_negatives(walk, self.successors_RP, number, seed)
+                ),
+            )
+            for walk in self.train_walks
+        )
+
+    @functools.cached_property
+    def dev(self) -> tuple[Query, ...]:
+        return self._queries("dev", self.dev_walks)
+
+    @functools.cached_property
+    def test(self) -> tuple[Query, ...]:
+        return self._queries("test", self.test_walks)
+
+    @functools.cached_property
+    def lm(self) -> tuple[Query, ...]:
+        """Questions whose chain of thought the backbone reads before it learns to retrieve."""
+        return self._queries("lm", self.lm_walks)
+
+    @functools.cached_property
+    def facts(self) -> tuple[str, ...]:
+        """What the backbone reads beside them: every road in every paraphrase."""
+        return tuple(
+            self._fact(template, relation, start, end)
+            for relation, successor_P in enumerate(self.successors_RP.tolist())
+            for start, end in enumerate(successor_P)
+            for template in _FACTS
+        )
+
+    def _queries(self, split: str, walks: Iterable[Walk]) -> tuple[Query, ...]:
+        return tuple(
+            Query(
+                query_id=f"{split}-{number:05d}",
+                text=self._question(walk),
+                reasoning=self._reasoning(walk),
+                gold=self.documents[walk.answer][0],
+                walk=walk,
+            )
+            for number, walk in enumerate(walks)
+        )
+
+    def _question(self, walk: Walk) -> str:
+        """Start and relations by name, neither bridge nor answer."""
+        ways = ", then ".join(f"the {self.relations[r]}" for r in walk.relations)
+        return f"From {self.places[walk.places[0]]}, take {ways}."
+
+    def _reasoning(self, walk: Walk) -> str:
+        """The chain of thought: one segment a hop, the last of which names the answer."""
+        if self.config.reasoning_style == "short":
+            segments = [self.named(end) for end in walk.places[1:]]
+        else:
+            hops = zip(walk.relations, itertools.pairwise(walk.places), strict=True)
+            segments = [self._fact(_FACTS[0], r, start, end) for r, (start, end) in hops]
+        return SEPARATOR.join(segments) + SEPARATOR * self.config.final_separator
+
+    def _fact(self, template: str, relation: int, start: int, end: int) -> str:
+        return template.format(
+            relation=self.relations[relation], start=self.places[start], end=self.places[end]
+        )
+
+    def named(self, place: int) -> str:
+        """A short segment. The blank makes a name the same token as within a sentence."""
+        return f" {self.places[place]}."
 
 
 # --- the roads -------------------------------------------------------------------------------
@@ -281,37 +308,12 @@ def _balanced_order(walks: Sequence[Walk], rng: np.random.Generator) -> list[Wal
 
 
 def _describe(places: Sequence[str], rng: np.random.Generator) -> tuple[tuple[str, str], ...]:
-    parts = {
-        "kind": _KINDS,
-        "craft": _CRAFTS,
-        "sight": _SIGHTS,
-    }
+    parts = {"kind": _KINDS, "craft": _CRAFTS, "sight": _SIGHTS}
     documents = []
     for name in places:
         drawn = {part: choices[rng.integers(len(choices))] for part, choices in parts.items()}
         documents.append((name.lower(), _DESCRIPTION.format(name=name, **drawn)))
     return tuple(documents)
-
-
-def query_text(walk: Walk, places: Sequence[str], relations: Sequence[str]) -> str:
-    """The question: start and relations by name, neither bridge nor answer."""
-    ways = ", then ".join(f"the {relations[r]}" for r in walk.relations)
-    return f"From {places[walk.places[0]]}, take {ways}."
-
-
-def reasoning_text(
-    walk: Walk, places: Sequence[str], relations: Sequence[str], config: WorldConfig
-) -> str:
-    """The chain of thought: one segment a hop, the last of which names the answer."""
-    if config.reasoning_style == "short":
-        # the blank makes a name the same token here as in the middle of a sentence
-        segments = [f" {places[end]}." for end in walk.places[1:]]
-    else:
-        segments = [
-            _FACTS[0].format(relation=relations[r], start=places[start], end=places[end])
-            for r, (start, end) in zip(walk.relations, itertools.pairwise(walk.places), strict=True)
-        ]
-    return SEPARATOR.join(segments) + (SEPARATOR if config.final_separator else "")
 
 
 def hard_negatives(
@@ -336,37 +338,6 @@ def hard_negatives(
     return tuple(dict.fromkeys([*walk.places[-2::-1], *shuffled]))[:num_negatives]
 
 
-def lm_documents(
-    places: Sequence[str],
-    relations: Sequence[str],
-    successors_RP: NDArray[np.int64],
-    documents: Sequence[tuple[str, str]],
-    train_walks: Sequence[Walk],
-    config: WorldConfig,
-) -> LmDocuments:
-    """The texts of the language-model stage: facts, documents and written reasonings."""
-    facts = [
-        template.format(relation=relations[r], start=places[start], end=places[end])
-        for r, successor_P in enumerate(successors_RP.tolist())
-        for start, end in enumerate(successor_P)
-        for template in _FACTS
-    ]
-    shorter = [w for hops in range(1, config.hops) for w in enumerate_walks(successors_RP, hops)]
-    reasonings = [
-        WrittenReasoning(
-            query_text(walk, places, relations),
-            reasoning_text(walk, places, relations, config),
-            walk,
-        )
-        for walk in (*shorter, *train_walks)
-    ]
-    return LmDocuments(
-        facts=(*facts, *(text for _, text in documents)),
-        reasonings=tuple(reasonings),
-        num_train_compositions=len(train_walks),
-    )
-
-
 # --- the world -------------------------------------------------------------------------------
 
 
@@ -388,7 +359,6 @@ def build_world(config: WorldConfig) -> World:
     relations = RELATION_NAMES[: config.num_relations]
     successors_RP = build_roads(config.num_places, config.num_relations, stream(_ROAD_STREAM))
     successors_RP.setflags(write=False)
-    documents = _describe(places, stream(_DESCRIPTION_STREAM))
 
     def ordered_walks(hops: int) -> list[Walk]:
         return _balanced_order(enumerate_walks(successors_RP, hops), stream(_SPLIT_STREAM, hops))
@@ -398,50 +368,26 @@ def build_world(config: WorldConfig) -> World:
     num_held_out = len(walks) - num_train
     num_dev = min(config.num_dev_queries, num_held_out // 4)
     num_test = min(config.num_test_queries, num_held_out - num_dev)
-    _require(
+    require(
         min(num_train, num_dev, num_test) >= 1,
         f"world: {len(walks)} walks of {config.hops} hops with train_share {config.train_share} "
         f"split into {num_train} train, {num_dev} dev and {num_test} test; more places or "
         "relations are wanted",
     )
     num_eval = num_test + num_dev
-    test_walks, dev_walks = walks[:num_test], walks[num_test:num_eval]
-    train_walks = walks[num_eval : num_eval + num_train]
-
-    def training_row(walk: Walk) -> TrainingRow:
-        negatives = hard_negatives(walk, successors_RP, config.num_negatives, config.seed)
-        return TrainingRow(
-            query=query_text(walk, places, relations),
-            reasoning_query=reasoning_text(walk, places, relations, config),
-            prompt=INSTRUCTION,
-            positive_passages=(documents[walk.answer][1],),
-            negative_passages=tuple(documents[place][1] for place in negatives),
-        )
-
-    def eval_query(split: str, number: int, walk: Walk) -> EvalQuery:
-        return EvalQuery(
-            query_id=f"{split}-{number:05d}",
-            text=query_text(walk, places, relations),
-            reasoning=reasoning_text(walk, places, relations, config),
-            gold=documents[walk.answer][0],
-            bridges=tuple(documents[place][0] for place in walk.places[1:-1]),
-            hops=len(walk.relations),
-            walk=walk,
-        )
-
-    labelled = [train_walks, *(ordered_walks(hops) for hops in config.shorter_hops)]
+    composed = walks[num_eval : num_eval + num_train]
+    groups = [composed, *map(ordered_walks, config.shorter_hops)]
+    shorter = (enumerate_walks(successors_RP, hops) for hops in range(1, config.hops))
     return World(
         config=config,
         places=places,
         relations=relations,
         successors_RP=successors_RP,
-        documents=documents,
-        train=tuple(
-            training_row(w) for group in labelled for w in group[: config.num_train_queries]
-        ),
-        dev=tuple(eval_query("dev", i, walk) for i, walk in enumerate(dev_walks)),
-        test=tuple(eval_query("test", i, walk) for i, walk in enumerate(test_walks)),
-        lm=lm_documents(places, relations, successors_RP, documents, train_walks, config),
+        documents=_describe(places, stream(_DESCRIPTION_STREAM)),
+        train_walks=tuple(w for group in groups for w in group[: config.num_train_queries]),
+        dev_walks=tuple(walks[num_test:num_eval]),
+        test_walks=tuple(walks[:num_test]),
+        lm_walks=(*itertools.chain(*shorter), *composed),
     )
 
 
@@ -451,50 +397,40 @@ def build_world(config: WorldConfig) -> World:
 def world_files(world: World) -> dict[str, str]:
     """Every file of the world by relative path: a BEIR directory, `train.jsonl`, `lm.jsonl`."""
     evaluated = {"dev": world.dev, "test": world.test}
-    files = {
-        "corpus.jsonl": _jsonl(
+    end = SEPARATOR * world.config.final_separator
+    rows: dict[str, list[dict[str, Any]]] = {
+        "corpus.jsonl": [
             {"_id": doc_id, "title": "", "text": text} for doc_id, text in world.documents
-        ),
-        "queries.jsonl": _jsonl(
+        ],
+        "queries.jsonl": [
             {
-                "_id": query.query_id,
-                "text": query.text,
+                "_id": q.query_id,
+                "text": q.text,
                 "instruction": INSTRUCTION,
-                "reasoning": query.reasoning,
+                "reasoning": q.reasoning,
             }
             for queries in evaluated.values()
-            for query in queries
-        ),
-        "train.jsonl": _jsonl(
-            {
-                "query": row.query,
-                "reasoning_query": row.reasoning_query,
-                "prompt": row.prompt,
-                "positive_passages": list(row.positive_passages),
-                "negative_passages": list(row.negative_passages),
-            }
-            for row in world.train
-        ),
-        "lm.jsonl": _jsonl({"text": text} for text in world.lm.facts)
-        + _jsonl(
-            {"prompt": INSTRUCTION, "query": pair.query, "reasoning": pair.reasoning}
-            for pair in world.lm.reasonings
-        )
-        # of a document the model thinks its subject, in the form in which a walk names its end
-        + _jsonl(
-            {"document": text, "reasoning": f" {name}.{SEPARATOR * world.config.final_separator}"}
-            for name, (_, text) in zip(world.places, world.documents, strict=True)
-        ),
+            for q in queries
+        ],
+        "train.jsonl": [{name: getattr(row, name) for name in FIELDS} for row in world.train],
+        "lm.jsonl": [
+            *({"text": text} for text in (*world.facts, *dict(world.documents).values())),
+            *({"prompt": INSTRUCTION, "query": q.text, "reasoning": q.reasoning} for q in world.lm),
+            # of a document the model thinks its subject, in the form in which a walk names its end
+            *(
+                {"document": text, "reasoning": world.named(place) + end}
+                for place, (_, text) in enumerate(world.documents)
+            ),
+        ],
+    }
+    files = {
+        name: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in of_file)
+        for name, of_file in rows.items()
     }
     for split, queries in evaluated.items():
-        files[f"qrels/{split}.tsv"] = "query-id\tcorpus-id\tscore\n" + "".join(
-            f"{query.query_id}\t{query.gold}\t1\n" for query in queries
-        )
+        judged = (f"{q.query_id}\t{q.gold}\t1\n" for q in queries)
+        files[f"qrels/{split}.tsv"] = "query-id\tcorpus-id\tscore\n" + "".join(judged)
     return files
-
-
-def _jsonl(rows: Iterable[dict[str, object]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def write_world(world: World, directory: str | Path) -> None:

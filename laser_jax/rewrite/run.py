@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from laser_jax.config import ConfigError, Dtype, PromptConfig, parse_command_line
+from laser_jax.command_line import parse_command_line
+from laser_jax.config import ConfigError, Dtype, PromptConfig
 from laser_jax.data.tokenization import PromptTokenizer, Tokenizer, load_tokenizer_for
 from laser_jax.evaluate.beir import BeirDataset, EvalQuery, read_qrels, read_queries
 from laser_jax.evaluate.results import markdown_table

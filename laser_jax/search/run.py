@@ -15,7 +15,8 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from laser_jax.config import ConfigError, parse_command_line
+from laser_jax.command_line import parse_command_line
+from laser_jax.config import ConfigError
 from laser_jax.files.terminal import fail
 from laser_jax.search.codes import decode_vectors
 from laser_jax.search.matching import exclusions, identical_count, unmatched

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from laser_jax.config import ConfigError, parse_command_line
+from laser_jax.command_line import parse_command_line
+from laser_jax.config import ConfigError
 from laser_jax.files.durable import write_atomically
 from laser_jax.files.reading import DataError, read_json
 from laser_jax.files.terminal import fail, printable

@@ -19,14 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from laser_jax.batch import Batch, Tokens
-from laser_jax.config import (
-    BACKBONES,
-    BackboneConfig,
-    Config,
-    ConfigError,
-    Invocation,
-    load_retriever_config,
-)
+from laser_jax.command_line import Invocation
+from laser_jax.config import BACKBONES, BackboneConfig, Config, ConfigError, load_retriever_config
 from laser_jax.data.pipeline import training_batches
 from laser_jax.data.sources import is_there, open_sources, rows_per_epoch
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer

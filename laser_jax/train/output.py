@@ -18,8 +18,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from laser_jax.config import Config, as_dict, changes, listed
+from laser_jax.config import Config, as_dict
 from laser_jax.files.durable import lock, no_link, read_state, read_state_lines, write_atomically
+from laser_jax.settings import changes, listed
 
 # What a resumed run may change. The rest decides on what is trained or on which model is exported.
 CHANGEABLE = (

@@ -7,7 +7,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from laser_jax.batch import Batch, Tokens
-from laser_jax.config import ConfigError, Invocation
+from laser_jax.command_line import Invocation
+from laser_jax.config import ConfigError
 from laser_jax.files.terminal import printable
 from laser_jax.sharding import batch_sharding
 

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from laser_jax.batch import Batch
+from laser_jax.command_line import parse_train_command
 from laser_jax.config import (
     BackboneConfig,
     Config,
@@ -32,7 +33,6 @@ from laser_jax.config import (
     RetrieverConfig,
     as_dict,
     load_retriever_config,
-    parse_train_command,
     save_retriever_config,
 )
 from laser_jax.data.pipeline import training_batches

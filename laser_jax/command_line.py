@@ -1,0 +1,323 @@
+"""Command lines: settings from YAML files and flags, the log, and the door to all programs.
+
+Every program takes `--config FILE.yaml`, more than once if need be, and a dotted flag for every
+setting; what comes later wins. A flag of text is the text as it is written; other flags are YAML. A
+setting that is yes or no may stand alone. `--print_config` shows the settings and ends.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import logging
+import runpy
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
+
+import yaml
+
+from laser_jax.config import Config
+from laser_jax.files.reading import DataError, parse_yaml, read_yaml
+from laser_jax.files.terminal import printable
+from laser_jax.settings import (
+    ConfigError,
+    MissingSettings,
+    as_dict,
+    build,
+    check,
+    defaults_of,
+    describe,
+    group_of,
+    keys_of,
+    kinds_of,
+    members_of,
+    require,
+    require_in,
+)
+
+C = TypeVar("C")
+LOG = logging.getLogger("laser_jax")
+
+COMMANDS = {
+    "train": "train",
+    "encode": "encode_corpus",
+    "search": "search",
+    "evaluate": "evaluate",
+    "think": "think",
+    "rewrite": "rewrite",
+    "prepare": "prepare",
+    "pretrain": "pretrain",
+    "quickstart": "quickstart",
+    "import-gguf": "import_gguf",
+}
+"""Command -> its room, whose docstring says in a line what it is for."""
+
+
+# --- the programs ------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`laser COMMAND ...`, which runs `python -m laser_jax.ROOM ...` in this process."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(_commands())
+        return
+    command, *rest = given
+    if command not in COMMANDS:
+        sys.exit(f"error: laser has no command {command!r}\n{_commands()}")
+    sys.argv = [f"laser {command}", *rest]
+    runpy.run_module(f"laser_jax.{COMMANDS[command]}", run_name="__main__", alter_sys=True)
+
+
+def _commands() -> str:
+    lines = ["usage: laser COMMAND [--help | options]", ""]
+    for command, room in COMMANDS.items():
+        purpose = importlib.import_module(f"laser_jax.{room}").__doc__ or ""
+        lines.append(f"  {command:<12} {purpose.strip()}")
+    return "\n".join(lines)
+
+
+# --- the log -----------------------------------------------------------------------------------
+
+
+class _OnStderr(logging.Handler):
+    """Writes to what `sys.stderr` is at the time, with control characters of data made visible."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(printable(self.format(record)), file=sys.stderr, flush=True)
+
+
+def configure_logging(process_index: int = 0) -> None:
+    """Sends what the logger `laser_jax` is told to stderr, with the time and the process's index.
+
+    Every command line calls it when it is parsed. A program of several processes calls it again
+    when its process knows its index.
+    """
+    handler = _OnStderr()
+    handler.setFormatter(logging.Formatter(f"%(asctime)s [{process_index}] %(message)s"))
+    LOG.handlers = [handler]
+    LOG.setLevel(logging.INFO)
+
+
+# --- settings ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """How one process of `python -m laser_jax.train` is started: no part of the run, so that it may
+    differ between its processes and when it is resumed."""
+
+    dry_run: bool = False
+    """Compile for the asked mesh, print what it takes, train nothing."""
+    topology: str | None = None
+    """With --dry_run: absent devices to compile for, such as v5e:4x4 or h100:8."""
+    devices: int | None = None
+    """With --dry_run: so many CPU devices instead of those that are there."""
+    distributed: bool = False
+    """This is one of several processes."""
+    coordinator: str | None = None
+    """With --distributed: HOST:PORT of process 0; found out where it is left out."""
+    num_processes: int | None = None
+    """With --coordinator."""
+    process_id: int | None = None
+    """With --coordinator, counted from 0."""
+
+    def __post_init__(self) -> None:
+        explicit = (self.coordinator, self.num_processes, self.process_id)
+        require(
+            explicit.count(None) in (0, 3),
+            "--coordinator, --num_processes and --process_id go together; without them the cluster "
+            "is found out (Slurm, Cloud TPU, GKE, Open MPI)",
+        )
+        require(
+            self.distributed or self.coordinator is None, "--coordinator goes with --distributed"
+        )
+        for name in ("topology", "devices"):
+            require(self.dry_run or getattr(self, name) is None, f"--{name} goes with --dry_run")
+        require_in("[1, inf)", self, "--", "devices")
+        require(self.topology is None or self.devices is None, "--topology says how many devices")
+        require(
+            not (self.dry_run and self.distributed),
+            "--dry_run takes one process; --devices or --topology give the devices of all",
+        )
+
+
+def parse_command_line(
+    cls: type[C], program: str, arguments: Sequence[str] | None, positional: str | None = None
+) -> C:
+    """The settings `cls` from `--config FILE.yaml` and dotted flags, later ones winning.
+
+    Exits with status 2 and a message on unknown keys, missing keys and wrong types.
+
+    Args:
+        program: how it is called, for the messages.
+        arguments: None takes those of this process.
+        positional: the setting that the arguments without a flag make, a tuple of texts.
+
+    Raises:
+        ConfigError: on an impossible value.
+    """
+    return _parse([cls], program, arguments, positional)[0]
+
+
+def parse_train_command(arguments: Sequence[str] | None) -> tuple[Config, Invocation]:
+    """The command line of `python -m laser_jax.train`; errors as those of `parse_command_line`."""
+    config, invocation = _parse([Config, Invocation], "python -m laser_jax.train", arguments)
+    configure_logging(invocation.process_id or 0)
+    return config, invocation
+
+
+def _parse(
+    classes: Sequence[type],
+    program: str,
+    arguments: Sequence[str] | None,
+    positional: str | None = None,
+) -> list[Any]:
+    configure_logging()
+    given = list(_arguments(sys.argv[1:] if arguments is None else arguments))
+    if ("help", None) in given:
+        print("\n".join(_help(classes, program)))
+        sys.exit(0)
+    kinds = {name: kind for cls in classes for name, kind in kinds_of(cls).items()}
+    try:
+        values = _values(kinds, given, positional)
+    except (ConfigError, DataError, OSError) as error:
+        _refuse(program, error)
+    parts = [{n: v for n, v in values.items() if n in kinds_of(cls)} for cls in classes]
+    try:
+        settings = [build(cls, part) for cls, part in zip(classes, parts, strict=True)]
+    except MissingSettings as error:
+        _refuse(program, error)
+    if ("print_config", None) in given:
+        print("".join(yaml.safe_dump(as_dict(part), sort_keys=False) for part in settings), end="")
+        sys.exit(0)
+    return settings
+
+
+def _refuse(program: str, error: Exception) -> NoReturn:
+    sys.stderr.write(f"error: {printable(error)}\n{program} --help shows all settings\n")
+    sys.exit(2)
+
+
+def _arguments(given: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """The flags of a command line with their values: None for a flag that stands alone, and "" for
+    the flag of a value that has none."""
+    rest = ["--help" if argument == "-h" else argument for argument in given]
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if not name.startswith("--"):
+            yield "", name + equals + value
+        elif equals:
+            yield name[2:], value
+        elif rest and not rest[0].startswith("--") and name not in ("--help", "--print_config"):
+            yield name[2:], rest.pop(0)
+        else:
+            yield name[2:], None
+
+
+def _values(
+    kinds: Mapping[str, Any], given: Sequence[tuple[str, str | None]], positional: str | None
+) -> dict[str, Any]:
+    """What files and flags say, as nested plain values of the right types."""
+    values: dict[str, Any] = {}
+    known = dict(keys_of(kinds))
+    for name, text in given:
+        if name == "config":
+            require(text is not None, "--config wants a file")
+            values = _laid_over(values, _file(kinds, Path(text or "")))
+        elif name not in ("help", "print_config"):
+            if name:
+                layer = _nested(name, _flag(name, text, known.get(name)))
+            else:
+                require(positional is not None, f"unexpected argument {text}")
+                layer = {positional: [*values.get(positional or "", ()), text]}
+            check(kinds, layer)
+            values = _laid_over(values, layer)
+    return values
+
+
+def _file(kinds: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    found = read_yaml(path)
+    layer = {}
+    try:
+        require(isinstance(found, dict | None), f"keys and values are wanted, got {found!r:.60}")
+        for key, value in (found or {}).items():
+            layer = _laid_over(layer, _nested(str(key), value))
+        check(kinds, layer)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return layer
+
+
+def _flag(name: str, text: str | None, kind: Any) -> Any:
+    """The plain value of a flag. Only the word null is no value, and a text of the first level is
+    not even then: nested, it takes back what a file has set."""
+    members = members_of(kind)
+    if text is None:
+        require(kind is None or bool in members, f"--{name} wants a value")
+        return True
+    if str in members:
+        return None if text == "null" and "." in name and type(None) in members else text
+    if any(text in get_args(member) for member in members if get_origin(member) is Literal):
+        return text
+    try:
+        value = parse_yaml(text)
+    except yaml.YAMLError:
+        return text
+    return text if value is None and text.strip() != "null" else value
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    """A value under its dotted key."""
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
+
+
+def _laid_over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values, of which those `above` win."""
+    laid = dict(below)
+    for name, value in above.items():
+        group = isinstance(value, dict) and isinstance(laid.get(name), dict)
+        laid[name] = _laid_over(laid[name], value) if group else value
+    return laid
+
+
+# --- help --------------------------------------------------------------------------------------
+
+
+def _help(classes: Sequence[type], program: str) -> Iterator[str]:
+    yield f"usage: {program} [--config FILE.yaml] [--print_config] [--KEY VALUE] ...\n"
+    yield f"{inspect.cleandoc(classes[0].__doc__ or '')}\n"
+    for cls in classes:
+        yield from _settings(cls, "")
+
+
+def _settings(cls: type, prefix: str) -> Iterator[str]:
+    texts, defaults = _docstrings(cls), defaults_of(cls)
+    for name, kind in kinds_of(cls).items():
+        default = f"default: {defaults[name]}" if name in defaults else "must be given"
+        group = group_of(kind)
+        yield f"  --{prefix}{name}  {'' if group else f'{describe(kind)} ({default})'}".rstrip()
+        text = " ".join((texts.get(name) or (group and group.__doc__) or "").split())
+        yield from textwrap.wrap(text, 94, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        if group:
+            yield from _settings(group, f"{prefix}{name}.")
+
+
+def _docstrings(cls: type) -> dict[str, str]:
+    """The texts below the settings of a dataclass, by their names."""
+    texts = {}
+    for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+        found: Any = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        for above, below in pairwise(found.body):
+            if isinstance(above, ast.AnnAssign) and isinstance(below, ast.Expr):
+                texts[ast.unparse(above.target)] = ast.literal_eval(below.value)
+    return texts

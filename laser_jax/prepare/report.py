@@ -1,0 +1,196 @@
+"""What `laser_jax.prepare` counts over rows, and the report that it makes of the counts."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from laser_jax.config import PromptConfig
+from laser_jax.data.pipeline import same_passage, settled_reasoning
+from laser_jax.data.reasoning_retrieval import example_of
+from laser_jax.data.schema import TrainingRow
+from laser_jax.data.sources import longest_instructions
+from laser_jax.data.tokenization import PromptTokenizer
+from laser_jax.files.reading import read_json
+
+_SHOWN = 10
+"""Rejected rows that the report names."""
+
+
+@dataclass
+class Tally:
+    """Counts over rows, which add up over shards. Keys of the inner counters are lengths."""
+
+    rows: int = 0
+    written: int = 0
+    bytes: int = 0
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+    """Where, and why."""
+    lengths: dict[str, dict[int, int]] = field(default_factory=dict)
+    truncated: dict[str, int] = field(default_factory=dict)
+    query_hashes: list[int] = field(default_factory=list)
+    row_hashes: list[int] = field(default_factory=list)
+    positives_among_own_negatives: int = 0
+    row_without_negatives: int | None = None
+    """Index among the written."""
+    instructions: tuple[str, ...] = ()
+    sha256: str = ""
+    """Of the shard's file."""
+
+    def count(self, what: str, length: int, truncated: bool = False) -> None:
+        lengths = self.lengths.setdefault(what, {})
+        lengths[length] = lengths.get(length, 0) + 1
+        self.truncated[what] = self.truncated.get(what, 0) + truncated
+
+    def count_row(
+        self, row: TrainingRow, prompt: PromptConfig, prompts: PromptTokenizer | None
+    ) -> None:
+        """Counts a row: its tokens where there are `prompts`, its segments, and its duplicates.
+
+        Raises:
+            TokenizationError: the limits of `prompt` leave no room for a text.
+        """
+        if prompts is None:
+            *closed, tail = row.reasoning_query.split(prompt.separator)
+            self.count("segments", len(closed) + bool(tail))
+        else:
+            reasoning = settled_reasoning(row, prompt.min_reasoning_characters)
+            query = prompts.query_prompt(row.query, row.prompt)
+            explicit = prompts.explicit(row.query, row.prompt, reasoning)
+            passages = [
+                prompts.document_prompt(text)
+                for text in (*row.positive_passages, *row.negative_passages)
+            ]
+            self.count("queries", len(query.ids), query.truncated)
+            self.count("explicit inputs", len(explicit.ids), explicit.truncated)
+            self.count("segments", len(explicit.segment_ends))
+            for passage in passages:
+                self.count("passages", len(passage.ids), passage.truncated)
+        self.query_hashes.append(_hash(same_passage(row.query)))
+        self.row_hashes.append(_hash(json.dumps(example_of(row, ""))))
+        negatives = set(map(same_passage, row.negative_passages))
+        self.positives_among_own_negatives += sum(
+            same_passage(text) in negatives for text in row.positive_passages
+        )
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def load_tally(path: Path) -> Tally | None:
+    """None where it is absent or damaged, which is the same: its shard is written again."""
+    try:
+        values = read_json(path)
+        values["lengths"] = {
+            what: {int(length): n for length, n in counts.items()}
+            for what, counts in values["lengths"].items()
+        }
+        return Tally(**values)
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+# --- the report --------------------------------------------------------------------------------
+
+
+def facts_of(tallies: Sequence[Tally]) -> dict[str, Any]:
+    """What `Facts` holds, of the rows that were written."""
+    starts = itertools.accumulate((tally.written for tally in tallies), initial=0)
+    first = (
+        start + tally.row_without_negatives
+        for start, tally in zip(starts, tallies, strict=False)
+        if tally.row_without_negatives is not None
+    )
+    instructions = itertools.chain(*(tally.instructions for tally in tallies))
+    return {
+        "row_without_negatives": next(first, None),
+        "instructions": longest_instructions(instructions),
+    }
+
+
+def report_of(tallies: Sequence[Tally]) -> dict[str, Any]:
+    lengths: dict[str, Counter[int]] = {}
+    truncated: Counter[str] = Counter()
+    for tally in tallies:
+        truncated.update(tally.truncated)
+        for what, counts in tally.lengths.items():
+            lengths.setdefault(what, Counter()).update(counts)
+    rejected = [entry for tally in tallies for entry in tally.rejected]
+    reasons = Counter(re.sub(r"\d+", "N", why) for _, why in rejected)
+    counted = {what: counts for what, counts in lengths.items() if what != "segments"}
+    return {
+        "rows": sum(tally.rows for tally in tallies),
+        "written": sum(tally.written for tally in tallies),
+        "shards": len(tallies),
+        "rejected": {
+            "rows": len(rejected),
+            "reasons": dict(reasons.most_common()),
+            "first": [f"{where}: {why}" for where, why in rejected[:_SHOWN]],
+        },
+        "tokens": {what: _percentiles(counts) for what, counts in counted.items()},
+        "truncated": {
+            what: round(truncated[what] / counts.total(), 6) for what, counts in counted.items()
+        },
+        "segments_per_reasoning": _percentiles(lengths["segments"]),
+        "duplicates": {
+            "queries": _repeated([tally.query_hashes for tally in tallies]),
+            "rows": _repeated([tally.row_hashes for tally in tallies]),
+            "positives_among_own_negatives": sum(
+                tally.positives_among_own_negatives for tally in tallies
+            ),
+        },
+    }
+
+
+def _percentiles(counts: Counter[int]) -> dict[str, int]:
+    lengths = np.repeat(list(counts), list(counts.values()))
+    ranks = np.percentile(lengths, (50, 90, 99, 100), method="inverted_cdf").astype(int).tolist()
+    return dict(zip(("p50", "p90", "p99", "max"), ranks, strict=True))
+
+
+def _repeated(hashes: Sequence[list[int]]) -> int:
+    """How many are equal to one before."""
+    joined = np.concatenate([np.array(part, np.uint64) for part in hashes])
+    return len(joined) - len(np.unique(joined))
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report as the text that the program prints."""
+    rejected = report["rejected"]
+    lines = [
+        f"{report['rows']:,} rows, {report['written']:,} written in {report['shards']} shard(s), "
+        f"{rejected['rows']:,} rejected"
+    ]
+    lines += [f"  {number:,} x {reason}" for reason, number in rejected["reasons"].items()]
+    lines += [f"  first: {where}" for where in rejected["first"]]
+    lines.append(f"{'':24}{'p50':>8}{'p90':>8}{'p99':>8}{'max':>8}{'truncated':>11}")
+    for what, percentiles in report["tokens"].items():
+        lengths = "".join(f"{n:>8,}" for n in percentiles.values())
+        lines.append(f"{f'tokens of {what}':24}{lengths}{report['truncated'][what]:>11.2%}")
+    lengths = "".join(f"{n:>8,}" for n in report["segments_per_reasoning"].values())
+    lines.append(f"{'segments of a reasoning':24}{lengths}")
+    if not report["tokens"]:
+        lines.append("tokens are not counted without --tokenizer")
+    duplicates = report["duplicates"]
+    lines.append(
+        f"duplicates: {duplicates['queries']:,} queries, {duplicates['rows']:,} rows, "
+        f"{duplicates['positives_among_own_negatives']:,} positives among their own negatives"
+    )
+    for padding in report.get("padding", {}).get("shares", []):
+        lines.append(
+            "padding with data.length_multiple {length_multiple}, data.bucket_window "
+            "{bucket_window}: {padding_share:.1%} ({batches} batches of {shapes} shapes)".format(
+                **padding
+            )
+        )
+    return "\n".join(lines)
