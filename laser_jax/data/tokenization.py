@@ -305,7 +305,9 @@ class PromptTokenizer:
         reasoning = reasoning.replace(self.config.separator, self._separator)
         if self._one_string:
             whole = self._cut_sequence(
-                self._query_turn(text, instruction) + reasoning, limit, self.config.append_eos
+                self._query_turn(as_read(text), instruction) + reasoning,
+                limit,
+                self.config.append_eos,
             )
             ends = token_segment_ends(whole.ids, start, self.separator_id)
             ids = whole.ids + [self.eos_id] * eos
