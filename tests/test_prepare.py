@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import itertools
 import json
 import os
 import resource
@@ -15,13 +14,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from laser_jax.config import ConfigError, DataConfig, PromptConfig
-from laser_jax.data.pipeline import training_batches
+from laser_jax.config import ConfigError, PromptConfig
 from laser_jax.data.schema import DataError
 from laser_jax.data.sources import open_source
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, train_tokenizer
@@ -73,7 +70,7 @@ def config(tmp_path) -> PrepareConfig:
 
 @pytest.fixture
 def with_tokens(config, tokenizer) -> PrepareConfig:
-    return replace(config, tokenizer=str(tokenizer), prompt=PROMPT, store_tokens=True)
+    return replace(config, tokenizer=str(tokenizer), prompt=PROMPT)
 
 
 # --- what is written -------------------------------------------------------------------------
@@ -124,72 +121,6 @@ def test_any_source_can_be_prepared(config, tmp_path) -> None:
     again = replace(config, input=config.output, output=str(tmp_path / "again"), shards=1)
     prepare(again)
     assert list(open_source(again.output)) == list(open_source(config.input))
-
-
-# --- stored tokens ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("selection", ["official", "random"])
-def test_stored_tokens_give_the_batches_of_the_texts(with_tokens, tokenizer, selection) -> None:
-    prepare(with_tokens)
-    prompts = PromptTokenizer(load_tokenizer(tokenizer), PROMPT)
-    data = DataConfig(train="x", group_size=3, selection=selection, bucket_window=2)
-    of_texts, of_tokens = (
-        list(
-            itertools.islice(
-                training_batches([open_source(path)], prompts, data, **SETTINGS),
-                9,
-            )
-        )
-        for path in (with_tokens.input, with_tokens.output)
-    )
-    assert open_source(with_tokens.output)[0].tokens is not None
-    jax.tree.map(np.testing.assert_array_equal, of_tokens, of_texts)
-
-
-def batches_with(config: PrepareConfig, tokenizer: Any, prompt: PromptConfig) -> Any:
-    prompts = PromptTokenizer(tokenizer, prompt)
-    data = DataConfig(train="x")
-    return training_batches([open_source(config.output)], prompts, data, **SETTINGS)
-
-
-def test_stored_tokens_are_refused_under_other_settings(with_tokens, tokenizer) -> None:
-    prepare(with_tokens)
-    other = replace(PROMPT, query_max_length=41, separator="\n")
-    match = (
-        r"prompt\.separator was '\\n\\n', is '\\n'; prompt\.query_max_length was 40, is 41.*"
-        "prepare the rows again"
-    )
-    with pytest.raises(DataError, match=match):
-        batches_with(with_tokens, load_tokenizer(tokenizer), other)
-    with pytest.raises(DataError, match="the tokenizer is another"):
-        batches_with(with_tokens, train_tokenizer(["other"], 300), PROMPT)
-    used = load_tokenizer(tokenizer)
-    used("a call leaves traces", truncation=True, max_length=2, padding="max_length")
-    assert batches_with(with_tokens, used, PROMPT)
-
-
-def test_tokens_stored_before_texts_were_kept_plain_train_only_as_they_were_made(
-    with_tokens, tokenizer
-) -> None:
-    prepare(with_tokens)
-    source = open_source(with_tokens.output)
-    assert source.tokenization is not None
-    assert source.tokenization["prompt"].pop("allow_special_tokens") is False
-    plain, allowing = (
-        PromptTokenizer(load_tokenizer(tokenizer), replace(PROMPT, allow_special_tokens=allow))
-        for allow in (False, True)
-    )
-    with pytest.raises(DataError, match=r"allow_special_tokens was True, is False.*rows again"):
-        training_batches([source], plain, DataConfig(train="x"), **SETTINGS)
-    assert training_batches([source], allowing, DataConfig(train="x"), **SETTINGS)
-
-
-def test_without_stored_tokens_any_settings_may_train(with_tokens, tokenizer) -> None:
-    config = replace(with_tokens, store_tokens=False)
-    prepare(config)
-    assert open_source(config.output)[0].tokens is None
-    assert batches_with(config, load_tokenizer(tokenizer), PromptConfig())
 
 
 # --- the report ------------------------------------------------------------------------------
@@ -303,8 +234,7 @@ def test_a_second_run_does_nothing_and_says_so(config, capsys) -> None:
     [
         ({"shards": 2}, "shards"),
         ({"on_bad_row": "reject"}, "on_bad_row"),
-        ({"prompt": replace(PROMPT, document_max_length=29)}, "counted_with, tokenization"),
-        ({"store_tokens": False}, "tokenization"),
+        ({"prompt": replace(PROMPT, document_max_length=29)}, "counted_with"),
     ],
 )
 def test_other_settings_in_the_same_directory_are_refused(with_tokens, change, differs) -> None:
@@ -508,8 +438,8 @@ def test_padding_with_negatives_that_a_row_lacks_names_its_own_key(with_tokens) 
 
 
 def test_impossible_settings_are_refused(config) -> None:
-    with pytest.raises(ConfigError, match="store_tokens counts on tokens"):
-        replace(config, store_tokens=True)
+    with pytest.raises(ConfigError, match="padding counts on tokens"):
+        replace(config, padding=PaddingConfig())
     with pytest.raises(ConfigError, match="shards must be at least 1"):
         replace(config, shards=0)
     with pytest.raises(ConfigError, match="workers must be at least 0, got -1"):
@@ -531,13 +461,12 @@ def test_the_prompt_of_a_training_config_is_taken(config, tokenizer, tmp_path, c
     train = tmp_path / "train.yaml"
     train.write_text("model: {path: x}\nprompt: {query_max_length: 40, document_max_length: 30}\n")
     flags = [f"--input={config.input}", f"--output={config.output}", f"--tokenizer={tokenizer}"]
-    main([*flags, f"--train_config={train}", "--store_tokens=true"])
+    main([*flags, f"--train_config={train}"])
     out = capsys.readouterr().out
     assert "20 rows, 20 written in 1 shard(s), 0 rejected" in out
     assert f"data.train: {config.output}" in out
-    stored = open_source(config.output).tokenization
-    assert stored is not None
-    assert stored["prompt"]["query_max_length"] == 40
+    made = json.loads((Path(config.output) / "prepare.json").read_text())
+    assert made["counted_with"]["prompt"]["query_max_length"] == 40
 
 
 def test_a_wrong_key_of_a_training_config_is_named(config, tmp_path) -> None:

@@ -37,6 +37,7 @@ from laser_jax.config import (
     parse_command_line,
 )
 from laser_jax.data.pipeline import (
+    BatchSettings,
     padding_share,
     same_passage,
     settled_reasoning,
@@ -48,19 +49,16 @@ from laser_jax.data.reasoning_retrieval import (
     origin,
     shard_path,
     text_features,
-    token_features,
     write_description,
     write_shard,
 )
-from laser_jax.data.schema import DataError, RowTokens, TrainingRow
+from laser_jax.data.schema import DataError, FactFinder, TrainingRow, longest_instructions
 from laser_jax.data.sources import (
     PREPARED_FILE,
     ArrayRecordSource,
-    FactFinder,
     Source,
     changed_shards,
     checksum_of,
-    longest_instructions,
     open_source,
     open_unchecked,
 )
@@ -112,9 +110,6 @@ class PrepareConfig:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     train_config: str | None = None
     """A training run's YAML file, whose `prompt` is taken instead."""
-    store_tokens: bool = False
-    """Stores the tokens beside the texts, so that training tokenises nothing. It must then use the
-    same tokenizer and prompt settings."""
     shards: int | None = None
     """Files to write. None: one for 50,000 rows."""
     on_bad_row: Literal["stop", "reject"] = "stop"
@@ -125,9 +120,8 @@ class PrepareConfig:
     """Set to have the padding of training batches in the report."""
 
     def __post_init__(self) -> None:
-        for name in ("store_tokens", "padding"):
-            if getattr(self, name) and not self.tokenizer:
-                raise ConfigError(f"{name} counts on tokens: give the directory of a --tokenizer")
+        if self.padding and not self.tokenizer:
+            raise ConfigError("padding counts on tokens: give the directory of a --tokenizer")
         if self.shards is not None and self.shards < 1:
             raise ConfigError(f"shards must be at least 1, got {self.shards}")
         if self.workers < 0:
@@ -164,7 +158,7 @@ class Tally:
 
     def count_texts(self, row: TrainingRow) -> None:
         self.query_hashes.append(_hash(same_passage(row.query)))
-        self.row_hashes.append(_hash(json.dumps(example_of(replace(row, tokens=None), ""))))
+        self.row_hashes.append(_hash(json.dumps(example_of(row, ""))))
         negatives = set(map(same_passage, row.negative_passages))
         self.positives_among_own_negatives += sum(
             same_passage(text) in negatives for text in row.positive_passages
@@ -202,7 +196,7 @@ class Preparation:
         self.prompts = None
         if config.tokenizer:
             self.prompts = PromptTokenizer(load_tokenizer(config.tokenizer), config.prompt)
-        self.features = token_features() if config.store_tokens else text_features()
+        self.features = text_features()
 
     def shard_path(self, shard: int) -> Path:
         return shard_path(self.output, shard, self.num_shards)
@@ -250,39 +244,27 @@ class Preparation:
         tally.row_without_negatives, tally.instructions = dataclasses.astuple(finder.facts())
 
     def _row(self, index: int, tally: Tally) -> TrainingRow:
-        """The row, counted; with its tokens where they are stored."""
-        row = replace(self.source[index], tokens=None)
-        tokens = self._tokenise(row, tally) if self.prompts else None
-        if tokens is None:
+        """The row, counted."""
+        row = self.source[index]
+        if self.prompts:
+            self._count_tokens(row, tally)
+        else:
             *closed, tail = row.reasoning_query.split(self.config.prompt.separator)
             tally.count("segments", len(closed) + bool(tail))
         tally.count_texts(row)
-        return replace(row, tokens=tokens if self.config.store_tokens else None)
+        return row
 
-    def _tokenise(self, row: TrainingRow, tally: Tally) -> RowTokens:
+    def _count_tokens(self, row: TrainingRow, tally: Tally) -> None:
         assert self.prompts is not None
         reasoning = settled_reasoning(row, self.config.prompt.min_reasoning_characters)
         query = self.prompts.query_prompt(row.query, row.prompt)
         explicit = self.prompts.explicit(row.query, row.prompt, reasoning)
-        passages = [
-            [self.prompts.document_prompt(text) for text in texts]
-            for texts in (row.positive_passages, row.negative_passages)
-        ]
         tally.count("queries", len(query.ids), query.truncated)
         tally.count("explicit inputs", len(explicit.ids), explicit.truncated)
         tally.count("segments", len(explicit.segment_ends))
-        for passage in itertools.chain(*passages):
+        for text in (*row.positive_passages, *row.negative_passages):
+            passage = self.prompts.document_prompt(text)
             tally.count("passages", len(passage.ids), passage.truncated)
-        positives, negatives = (
-            tuple(np.array(passage.ids, np.int32) for passage in side) for side in passages
-        )
-        return RowTokens(
-            query=np.array(query.ids, np.int32),
-            explicit=np.array(explicit.ids, np.int32),
-            segment_ends=np.array(explicit.segment_ends, np.int32),
-            positives=positives,
-            negatives=negatives,
-        )
 
 
 # --- the whole -------------------------------------------------------------------------------
@@ -405,14 +387,12 @@ def _prompt_of(train_config: str) -> PromptConfig:
 def _settings(preparation: Preparation) -> dict[str, Any]:
     """All that the output depends on."""
     config, prompts = preparation.config, preparation.prompts
-    tokenization = tokenization_settings(prompts) if prompts else None
     return {
         "input": _fingerprint(Path(config.input), preparation.source),
         "shards": preparation.num_shards,
         "on_bad_row": config.on_bad_row,
         "separator": config.prompt.separator,
-        "counted_with": tokenization,
-        "tokenization": tokenization if config.store_tokens else None,
+        "counted_with": tokenization_settings(prompts) if prompts else None,
     }
 
 
@@ -605,12 +585,14 @@ def _padding(preparation: Preparation) -> list[dict[str, Any]]:
             [source],
             prompts,
             data,
-            num_steps=1,
-            keyframes="paper",
-            batch_size=config.batch_size,
-            seed=0,
-            need_explicit=True,
-            shared_prefix=False,
+            BatchSettings(
+                batch_size=config.batch_size,
+                seed=0,
+                num_thinking_steps=1,
+                keyframes="paper",
+                need_explicit=True,
+                shared_prefix=False,
+            ),
         )
         number = min(config.batches, math.ceil(len(source) / config.batch_size))
         padding, tokens, shapes = 0.0, 0, set()
