@@ -1,9 +1,8 @@
-"""Chat templates that fail, do not end, or change texts."""
+"""Chat templates that fail or change texts."""
 
 from __future__ import annotations
 
 import re
-import sys
 
 import pytest
 
@@ -31,18 +30,12 @@ def prompts(template: str, **settings) -> PromptTokenizer:
         ("{{ messages + 1 }}", "TypeError"),
         ("{{ messages.__class__.__mro__ }}", "SecurityError"),
         ("{% for i in range(10 ** 9) %}{% endfor %}", "OverflowError"),
-        (
-            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-            "it runs on after 100,000 of its lines",
-        ),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
     ],
 )
 def test_a_template_that_fails_is_refused_by_name_at_once(template, reason, allow) -> None:
-    before = sys.gettrace()
     with pytest.raises(TokenizationError, match=f"chat template fails .*{re.escape(reason)}"):
         prompts(template, allow_special_tokens=allow)
-    assert sys.gettrace() is before
 
 
 @pytest.mark.parametrize("filter_", ["upper", "replace('\\n', ' ')", "e", "tojson"])

@@ -30,7 +30,7 @@ from laser_jax.config import (
     ScratchConfig,
     TrainConfig,
 )
-from laser_jax.data.pipeline import training_batches
+from laser_jax.data.pipeline import BatchSettings, training_batches
 from laser_jax.data.sources import open_sources
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, train_tokenizer
 from laser_jax.hf.weights import read_backbone_config
@@ -165,12 +165,7 @@ def test_batches_are_counted_where_rows_and_tokenizer_are_there(
         open_sources(there.data),
         PromptTokenizer(load_tokenizer(directory), PROMPT),
         there.data,
-        num_steps=K,
-        keyframes="paper",
-        batch_size=B,
-        seed=0,
-        need_explicit=True,
-        shared_prefix=True,
+        BatchSettings.of(there),
     )
     for batch, _ in zip(batches, range(3), strict=False):  # 20 rows are 3 batches
         assert batch.explicit is not None

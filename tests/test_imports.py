@@ -23,7 +23,7 @@ ORDER: tuple[str, ...] = (
     *("modeling.kernels", "modeling.lora", "modeling.attention", "modeling.rope"),
     *("modeling.backbone", "thinking", "views", "step"),
     *("hf.weights", "encoder"),
-    *("data.buckets", "data.tokenizer_files", "data.schema", "data.chat_template"),
+    *("data.buckets", "data.tokenizer_files", "data.schema", "data.array_record"),
     *("data.control_tokens", "data.sources", "data.tokenization", "data.reasoning_retrieval"),
     "data.pipeline",
     *("inference.batch_encoder", "inference.retriever"),

@@ -78,11 +78,11 @@ def test_a_bad_line_is_named(tmp_path: Path, line) -> None:
     ("line", "message"),
     [
         (b'{"text": "caf\xe9"}', "not UTF-8"),
-        (rb'{"text": "\ud800"}', "text is not valid Unicode"),
-        (rb'{"document": "d", "reasoning": "\ud800"}', "reasoning is not valid Unicode"),
+        (rb'{"text": "\ud800"}', "text is no Unicode text"),
+        (rb'{"document": "d", "reasoning": "\ud800"}', "reasoning is no Unicode text"),
         (
             rb'{"prompt": "p", "query": "q", "reasoning": "r", "positive_passages": ["\ud800"]}',
-            "positive_passages is not valid Unicode",
+            "positive_passages is no Unicode text",
         ),
         (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "not valid JSON: Exceeds the limit"),
         (b"[" * 100_000, "not valid JSON"),

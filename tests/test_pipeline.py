@@ -21,6 +21,7 @@ from laser_jax.alignment import keyframe_positions
 from laser_jax.batch import Batch
 from laser_jax.config import DataConfig, MixtureSource, PromptConfig
 from laser_jax.data.pipeline import (
+    BatchSettings,
     SampleOrder,
     contrast,
     draw_example,
@@ -48,14 +49,14 @@ ROWS = [
 ]
 SOURCE = RowsSource(ROWS)
 DATA = DataConfig(train="rows", group_size=3, length_multiple=8)
-SETTINGS: dict[str, Any] = {
-    "num_steps": 3,
-    "keyframes": "paper",
-    "batch_size": 3,
-    "seed": 5,
-    "need_explicit": True,
-    "shared_prefix": True,
-}
+SETTINGS = BatchSettings(
+    batch_size=3,
+    seed=5,
+    num_thinking_steps=3,
+    keyframes="paper",
+    need_explicit=True,
+    shared_prefix=True,
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +66,10 @@ def prompts() -> PromptTokenizer:
 
 
 def batches_of(prompts, n: int, sources=(SOURCE,), data: DataConfig = DATA, **settings):
-    """The first n batches."""
-    return list(
-        itertools.islice(training_batches(sources, prompts, data, **SETTINGS | settings), n)
-    )
+    """The first n batches; `settings` are of `BatchSettings` and of `training_batches`."""
+    place = {key: settings.pop(key) for key in ("first_batch", "part") if key in settings}
+    asked = replace(SETTINGS, **settings)
+    return list(itertools.islice(training_batches(sources, prompts, data, asked, **place), n))
 
 
 def assert_equal(left: Any, right: Any) -> None:
@@ -135,7 +136,7 @@ def test_a_short_chain_of_thought_is_replaced_by_the_query() -> None:
 def test_a_row_without_negatives_is_refused_before_training(prompts) -> None:
     rows = RowsSource([*ROWS[:2], replace(ROWS[2], negative_passages=())], "my.jsonl")
     with pytest.raises(DataError, match=r"my\.jsonl: row 3 \(query 'query 2'\) has no negative"):
-        training_batches([rows], prompts, DATA, **SETTINGS)
+        training_batches([rows], prompts, DATA, SETTINGS)
     [alone] = batches_of(prompts, 1, [rows], replace(DATA, group_size=1))
     assert alone.documents.ids_BT.shape[0] == 3
 
@@ -156,7 +157,7 @@ def test_a_row_that_leaves_no_room_is_named_when_it_is_drawn() -> None:
 
 def test_a_source_too_many_is_refused(prompts) -> None:
     with pytest.raises(ValueError, match="2 sources, and the config has 1"):
-        training_batches([SOURCE, SOURCE], prompts, DATA, **SETTINGS)
+        training_batches([SOURCE, SOURCE], prompts, DATA, SETTINGS)
 
 
 # --- what a batch holds ----------------------------------------------------------------------
@@ -222,7 +223,7 @@ def test_without_explicit_view_no_chain_of_thought_is_tokenised(prompts) -> None
 
 def test_every_text_is_tokenised_once(prompts) -> None:
     recording = RecordingTokenizer(prompts)
-    batches = iter(training_batches([SOURCE], recording, replace(DATA, threads=1), **SETTINGS))
+    batches = iter(training_batches([SOURCE], recording, replace(DATA, threads=1), SETTINGS))
     recording.documents.clear()  # of the check that there is room beside the templates
     recording.reasonings.clear()
     list(itertools.islice(batches, 20))
@@ -450,7 +451,7 @@ if __name__ == "__main__":
     source = open_source({rows!r})
     for workers in (0, 2):
         data = replace(DATA, workers=workers, bucket_window=2)
-        batches = iter(training_batches([source], prompts, data, **SETTINGS, first_batch=3))
+        batches = iter(training_batches([source], prompts, data, SETTINGS, first_batch=3))
         print(json.dumps([digest(next(batches)) for _ in range(7)]), flush=True)
         batches.close()
 """

@@ -432,8 +432,8 @@ def test_padding_with_negatives_that_a_row_lacks_names_its_own_key(with_tokens) 
 
 
 def test_impossible_settings_are_refused(config) -> None:
-    with pytest.raises(ConfigError, match="store_tokens counts on tokens"):
-        replace(config)
+    with pytest.raises(ConfigError, match="padding counts on tokens"):
+        replace(config, padding=PaddingConfig())
     with pytest.raises(ConfigError, match="shards must be at least 1"):
         replace(config, shards=0)
     with pytest.raises(ConfigError, match="workers must be at least 0, got -1"):
@@ -460,8 +460,8 @@ def test_the_prompt_of_a_training_config_is_taken(config, tokenizer, tmp_path, c
     out = capsys.readouterr().out
     assert "20 rows, 20 written in 1 shard(s), 0 rejected" in out
     assert f"data.train: {config.output}" in out
-    counted = json.loads((Path(config.output) / "prepare.json").read_text())["counted_with"]
-    assert counted["prompt"]["query_max_length"] == 40
+    made = json.loads((Path(config.output) / "prepare.json").read_text())
+    assert made["counted_with"]["prompt"]["query_max_length"] == 40
 
 
 def test_a_wrong_key_of_a_training_config_is_named(config, tmp_path) -> None:

@@ -19,12 +19,11 @@ from laser_jax.data.reasoning_retrieval import (
     origin,
     shard_path,
     text_features,
-    token_features,
     write_description,
     write_shard,
 )
-from laser_jax.data.schema import DataError, RowTokens, TrainingRow
-from laser_jax.data.sources import PREPARED_FILE, open_source
+from laser_jax.data.schema import DataError, TrainingRow
+from laser_jax.data.sources import open_source
 
 ROWS = [
     TrainingRow(f"Frage ü {n}", "a\n\nb" * n, "find", (f"p{n}", "p"), ("n",) * (n % 3))
@@ -35,8 +34,7 @@ ROWS = [
 @pytest.fixture
 def rows_file(tmp_path) -> Path:
     path = tmp_path / "rows.jsonl"
-    fields = [{k: v for k, v in vars(row).items() if k != "tokens"} for row in ROWS]
-    path.write_text("".join(json.dumps(record) + "\n" for record in fields))
+    path.write_text("".join(json.dumps(vars(row)) + "\n" for row in ROWS))
     return path
 
 
@@ -105,34 +103,6 @@ def test_the_same_rows_give_the_same_bytes(tmp_path) -> None:
         write(tmp_path / name, ROWS * 200, [300], text_features())
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
-
-
-def test_tokens_come_back_as_they_were(tmp_path) -> None:
-    def ids(*values: int) -> np.ndarray:
-        return np.array(values, np.int32)
-
-    none, one, two = ((), (ids(5, 6),), (ids(7), ids(8, 9, 151_935)))
-    tokens = [
-        RowTokens(ids(1, 2), ids(1, 2, 3), ids(2), one, none),
-        RowTokens(ids(3), ids(3), ids(), two, two),
-    ]
-    rows = [
-        TrainingRow("q", "r", "i", ("p",), (), tokens[0]),
-        TrainingRow("q", "", "i", ("p", "p2"), ("n", "n2"), tokens[1]),
-    ]
-    write(tmp_path / "rows", rows, [], token_features())
-    (tmp_path / "rows" / PREPARED_FILE).write_text('{"tokenization": {}}')
-    read = list(open_source(tmp_path / "rows"))
-    assert read == rows
-    for row, expected in zip(read, tokens, strict=True):
-        assert row.tokens is not None
-        for name, value in vars(expected).items():
-            got = getattr(row.tokens, name)
-            assert type(got) is type(value)
-            pairs = zip(got, value, strict=True) if isinstance(value, tuple) else [(got, value)]
-            for left, right in pairs:
-                assert left.dtype == np.int32
-                np.testing.assert_array_equal(left, right)
 
 
 def test_an_origin_does_not_depend_on_the_folder(rows_file) -> None:

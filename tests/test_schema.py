@@ -63,7 +63,7 @@ def test_wrong_value_is_named(field, value, message) -> None:
 def test_half_a_character_is_refused(field) -> None:
     half = json.loads(r'"\ud83d"')
     value = half if field == "query" else [half]
-    with pytest.raises(DataError, match=f"'{field}' is not valid Unicode"):
+    with pytest.raises(DataError, match=f"'{field}' is no Unicode text"):
         parse_row({**ROW, field: value}, "x")
 
 

@@ -21,14 +21,13 @@ from laser_jax.data.reasoning_retrieval import (
     write_description,
     write_shard,
 )
-from laser_jax.data.schema import DataError, TrainingRow, parse_row
+from laser_jax.data.schema import DataError, TrainingRow, longest_instructions, parse_row
 from laser_jax.data.sources import (
     JsonlSource,
     RowsSource,
     describe_row,
     is_there,
     locate,
-    longest_instructions,
     open_source,
     open_sources,
     open_unchecked,

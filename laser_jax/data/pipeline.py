@@ -25,7 +25,7 @@ from absl import flags
 
 from laser_jax.alignment import keyframe_positions
 from laser_jax.batch import Batch, Tokens
-from laser_jax.config import DataConfig, KeyframeRule, as_dict
+from laser_jax.config import Config, DataConfig, KeyframeRule, as_dict
 from laser_jax.data.schema import DataError, TrainingRow
 from laser_jax.data.sources import Source, describe_row
 from laser_jax.data.tokenization import PromptTokenizer, TokenizationError, right_pad
@@ -52,8 +52,6 @@ class Example:
     """G passages, the positive first."""
     positives: frozenset[str]
     """All positives of the row."""
-    document_tokens: tuple[np.ndarray, ...] | None = None
-    """The documents' tokens, where the row carries tokens."""
 
 
 def draw_example(
@@ -84,7 +82,6 @@ def draw_example(
         positive = int(generator.integers(len(row.positive_passages)))
         order = generator.permutation(order)
     negatives = [int(order[i % len(order)]) for i in range(num_negatives)]
-    tokens = row.tokens
     return Example(
         query=row.query,
         instruction=row.prompt,
@@ -94,8 +91,6 @@ def draw_example(
             *(row.negative_passages[n] for n in negatives),
         ),
         positives=frozenset(row.positive_passages),
-        document_tokens=tokens
-        and (tokens.positives[positive], *(tokens.negatives[n] for n in negatives)),
     )
 
 
@@ -197,6 +192,37 @@ def _source_seed(seed: int, source: int) -> int:
 
 
 @dataclass(frozen=True)
+class BatchSettings:
+    """What a run asks of its batches, beside `DataConfig`."""
+
+    batch_size: int
+    """B, over all processes."""
+    seed: int
+    """Decides the order and random selection; in [0, 2^32)."""
+    num_thinking_steps: int
+    """K of `keyframes_BK`."""
+    keyframes: KeyframeRule
+    """Which segments teach which step."""
+    need_explicit: bool
+    """False leaves `explicit` and `keyframes_BK` None."""
+    shared_prefix: bool
+    """Check in every batch that queries are prefixes of their explicit inputs."""
+
+    @classmethod
+    def of(cls, config: Config) -> BatchSettings:
+        """What the training run of `config` asks."""
+        objective = config.objective
+        return cls(
+            batch_size=config.train.batch_size,
+            seed=config.train.seed,
+            num_thinking_steps=objective.num_thinking_steps,
+            keyframes=objective.keyframes,
+            need_explicit=objective.need_explicit_view,
+            shared_prefix=config.views == "fast" and objective.teacher is None,
+        )
+
+
+@dataclass(frozen=True)
 class _Drawn:
     """A row of a batch, tokenised."""
 
@@ -205,13 +231,13 @@ class _Drawn:
     example: Example
     query: np.ndarray
     documents: tuple[np.ndarray, ...]
-    explicit: np.ndarray | None
-    segment_ends: np.ndarray | None
+    explicit: tuple[np.ndarray, np.ndarray] | None
+    """The tokens of the explicit input, and where its segments end."""
 
     def length(self, multiple: int) -> tuple[int, int]:
         """What rows are sorted by, to be padded together: the width that the explicit input (or
         the query) is padded to, and among those of one width the longest document."""
-        first = self.query if self.explicit is None else self.explicit
+        first = self.query if self.explicit is None else self.explicit[0]
         return -(-len(first) // multiple), max(map(len, self.documents))
 
 
@@ -223,48 +249,47 @@ class _BatchBuilder:
         sources: Sequence[Source],
         prompts: PromptTokenizer,
         data: DataConfig,
-        num_steps: int,
-        keyframes: KeyframeRule,
-        batch_size: int,
-        seed: int,
-        need_explicit: bool,
-        shared_prefix: bool,
+        settings: BatchSettings,
         part: np.ndarray | None,
     ):
-        self._arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        self._sources = sources
-        self._prompts = prompts
-        self._data = data
-        self._num_steps = num_steps
-        self._keyframes: KeyframeRule = keyframes
-        self._batch_size = batch_size
-        self._seed = seed
-        self._need_explicit = need_explicit
-        self._shared_prefix = shared_prefix
-        self._part = np.arange(batch_size) if part is None else part
+        self._arguments = (sources, prompts, data, settings, part)
+        self._sources, self._prompts, self._data, self._settings = sources, prompts, data, settings
+        self._part = np.arange(settings.batch_size) if part is None else part
         lengths = [len(source) for source in sources]
         self._starts = np.cumsum([0, *lengths])
-        self._order = SampleOrder(lengths, [source.weight for source in data.sources], seed)
+        weights = [source.weight for source in data.sources]
+        self._order = SampleOrder(lengths, weights, settings.seed)
         self._lock = threading.Lock()
         self._plan = functools.lru_cache(4)(self._make_plan)
         # Epochs repeat, and a window is read once for its lengths and once for its batches.
-        held = max(_TEXTS_HELD, 2 * data.bucket_window * batch_size * data.group_size)
+        held = max(_TEXTS_HELD, 2 * data.bucket_window * settings.batch_size * data.group_size)
         self._query = functools.lru_cache(held)(self._tokenise_query)
         self._document = functools.lru_cache(held)(self._tokenise_document)
         self._explicit = functools.lru_cache(held)(self._tokenise_explicit)
 
     def __reduce__(self) -> Any:
         # locks and caches stay behind: a worker process makes its own
-        return functools.partial(_BatchBuilder, **self._arguments), ()
+        return _BatchBuilder, self._arguments
 
     def __call__(self, index: int) -> Batch:
         rows = [self._draw(sample) for sample in self._samples(index)]
         config = self._prompts.config
         explicit, keyframes_BK = None, None
-        if self._need_explicit:
-            explicit = self._pad([row.explicit for row in rows], None, self._part)
-            keyframes_BK = np.stack([self._keyframe_positions(rows[b]) for b in self._part])
-            if self._shared_prefix:
+        if self._settings.need_explicit:
+            ids, ends = zip(*(row.explicit for row in rows if row.explicit), strict=True)
+            explicit = self._pad(ids, None, self._part)
+            keyframes_BK = np.stack(
+                [
+                    keyframe_positions(
+                        ends[b].tolist(),
+                        len(ids[b]) - 1,
+                        self._settings.num_thinking_steps,
+                        self._settings.keyframes,
+                    )
+                    for b in self._part
+                ]
+            )
+            if self._settings.shared_prefix:
                 self._require_shared_prefix(rows)
         group_size = self._data.group_size
         part_C = (self._part[:, None] * group_size + np.arange(group_size)).ravel()
@@ -285,19 +310,20 @@ class _BatchBuilder:
     def _samples(self, index: int) -> Sequence[int]:
         window, place = divmod(index, self._data.bucket_window)
         if self._data.bucket_window == 1:
-            return range(index * self._batch_size, (index + 1) * self._batch_size)
+            size = self._settings.batch_size
+            return range(index * size, (index + 1) * size)
         with self._lock:  # else every thread would make the plan of a new window
             plan_WB = self._plan(window)
         return plan_WB[place]
 
     def _make_plan(self, window: int) -> list[list[int]]:
         """The samples of the window's batches: sorted by length, cut, and the cuts shuffled."""
-        batches, size = self._data.bucket_window, self._batch_size
+        batches, size = self._data.bucket_window, self._settings.batch_size
         first = window * batches * size
         samples = range(first, first + batches * size)
         multiple = self._data.length_multiple
         by_length = sorted(samples, key=lambda sample: self._draw(sample).length(multiple))
-        order = np.random.default_rng((self._seed, window)).permutation(batches)
+        order = np.random.default_rng((self._settings.seed, window)).permutation(batches)
         return [by_length[i * size : (i + 1) * size] for i in order]
 
     def _draw(self, index: int) -> _Drawn:
@@ -308,27 +334,23 @@ class _BatchBuilder:
             row,
             self._data,
             min_reasoning_characters=self._prompts.config.min_reasoning_characters,
-            seed=self._seed,
+            seed=self._settings.seed,
             epoch=sample.epoch,
             row_index=row_index,
         )
-        explicit, segment_ends = None, None
-        if row.tokens is not None and example.document_tokens is not None:
-            query, documents = row.tokens.query, example.document_tokens
-            if self._need_explicit:
-                explicit, segment_ends = row.tokens.explicit, row.tokens.segment_ends
-            return _Drawn(row_index, example, query, documents, explicit, segment_ends)
         try:
-            query = self._query(example.query, example.instruction)
-            documents = tuple(map(self._document, example.documents))
-            if self._need_explicit:
-                explicit, segment_ends = self._explicit(
-                    example.query, example.instruction, example.reasoning
-                )
+            return _Drawn(
+                row_index,
+                example,
+                self._query(example.query, example.instruction),
+                tuple(map(self._document, example.documents)),
+                self._explicit(example.query, example.instruction, example.reasoning)
+                if self._settings.need_explicit
+                else None,
+            )
         except TokenizationError as error:
             where = describe_row(self._sources, row_index)
             raise TokenizationError(f"{where}: {error}") from error
-        return _Drawn(row_index, example, query, documents, explicit, segment_ends)
 
     # --- tokens
 
@@ -344,14 +366,7 @@ class _BatchBuilder:
         tokens = self._prompts.explicit(text, instruction, reasoning)
         return np.array(tokens.ids, np.int32), np.array(tokens.segment_ends, np.int32)
 
-    def _keyframe_positions(self, row: _Drawn) -> np.ndarray:
-        assert row.explicit is not None
-        assert row.segment_ends is not None
-        return keyframe_positions(
-            row.segment_ends.tolist(), len(row.explicit) - 1, self._num_steps, self._keyframes
-        )
-
-    def _pad(self, rows: list[Any], max_length: int | None, part: np.ndarray) -> Tokens:
+    def _pad(self, rows: Sequence[np.ndarray], max_length: int | None, part: np.ndarray) -> Tokens:
         # the width is that of the whole batch: all processes must agree on it
         ids_BT, lengths_B = right_pad(
             rows, self._prompts.pad_id, self._data.length_multiple, max_length
@@ -361,7 +376,7 @@ class _BatchBuilder:
     def _require_shared_prefix(self, rows: Sequence[_Drawn]) -> None:
         for row in rows:
             assert row.explicit is not None
-            if not np.array_equal(row.explicit[: len(row.query)], row.query):
+            if not np.array_equal(row.explicit[0][: len(row.query)], row.query):
                 raise DataError(
                     f"{describe_row(self._sources, row.row)}: the query's tokens are no prefix of "
                     "the explicit input's, as the fast views need; set objective.views: parity"
@@ -372,17 +387,12 @@ def training_batches(
     sources: Sequence[Source],
     prompts: PromptTokenizer,
     data: DataConfig,
+    settings: BatchSettings,
     *,
-    num_steps: int,
-    keyframes: KeyframeRule,
-    batch_size: int,
-    seed: int,
-    need_explicit: bool,
-    shared_prefix: bool,
     first_batch: int = 0,
     part: np.ndarray | None = None,
 ) -> grain.IterDataset[Batch]:
-    """Endless batches of `batch_size` queries.
+    """Endless batches of `settings.batch_size` queries.
 
     A batch depends on the arguments and its number alone: threads, workers, `first_batch` and
     `part` change nothing in it. Every source goes through all of its rows, in an order of its own,
@@ -391,47 +401,27 @@ def training_batches(
 
     Args:
         sources: of the training rows, in the order of `data.sources`, which gives their weights.
-        prompts: makes the tokens; rows that carry tokens must have been made with the same.
+        prompts: makes the tokens.
         data: group size, selection, masking, padding, bucketing, threads and workers.
-        num_steps: K of `keyframes_BK`.
-        keyframes: which segments teach which step.
-        batch_size: B, over all processes.
-        seed: of the order and of random selection, in [0, 2^32).
-        need_explicit: False leaves `explicit` and `keyframes_BK` None.
-        shared_prefix: check in every batch that queries are prefixes of their explicit inputs.
+        settings: `BatchSettings.of(config)` in a run.
         first_batch: number of the first batch, to go on with a stopped run.
         part: increasing indices of the batch's rows that this process holds; None holds all.
             Arrays that have a row a query hold these rows, documents their G each. The widths of
             padding and the columns of `contrast_BC` are those of the whole batch.
 
     Raises:
-        DataError: a row without negatives though `data.group_size` is above 1, or stored tokens
-            that other prompt settings made.
+        DataError: a row without negatives though `data.group_size` is above 1.
         TokenizationError: a limit of the prompts leaves no room for a text. Of the instructions the
             longest are checked now; another is found when its row is drawn, which is named then.
     """
     if len(sources) != len(data.sources):
         raise ValueError(f"{len(sources)} sources, and the config has {len(data.sources)}")
     for source in sources:
-        if source.tokenization is None:
-            prompts.require_room(source.facts.instructions, explicit=need_explicit)
-        else:
-            _require_same_tokenization(source, prompts)
+        prompts.require_room(source.facts.instructions, explicit=settings.need_explicit)
         without = source.facts.row_without_negatives
         if data.group_size > 1 and without is not None:  # now, not hours into the run
             raise _no_negatives(source.where(without), source[without], data)
-    build = _BatchBuilder(
-        sources,
-        prompts,
-        data,
-        num_steps,
-        keyframes,
-        batch_size,
-        seed,
-        need_explicit,
-        shared_prefix,
-        part,
-    )
+    build = _BatchBuilder(sources, prompts, data, settings, part)
     batches = (
         grain.MapDataset.range(first_batch, _ENDLESS)
         .map(build)
@@ -447,7 +437,7 @@ def training_batches(
 
 
 def tokenization_settings(prompts: PromptTokenizer) -> dict[str, Any]:
-    """All that stored tokens depend on beside their texts: the prompt settings and the tokenizer's
+    """All that tokens depend on beside their texts: the prompt settings and the tokenizer's
     fingerprint, in plain JSON types."""
     tokenizer: Any = prompts.tokenizer
     model = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -459,24 +449,6 @@ def tokenization_settings(prompts: PromptTokenizer) -> dict[str, Any]:
     if prompt["allow_special_tokens"]:  # what is stored elsewhere may be older than the setting
         del prompt["allow_special_tokens"]
     return {"prompt": prompt, "tokenizer": digest}
-
-
-def _require_same_tokenization(source: Source, prompts: PromptTokenizer) -> None:
-    assert source.tokenization is not None
-    stored, wanted = source.tokenization, tokenization_settings(prompts)
-    was, is_ = ({"allow_special_tokens": True} | of["prompt"] for of in (stored, wanted))
-    differing = [
-        f"prompt.{key} was {was.get(key)!r}, is {value!r}"
-        for key, value in is_.items()
-        if was.get(key) != value
-    ]
-    if stored["tokenizer"] != wanted["tokenizer"]:
-        differing.append("the tokenizer is another")
-    if differing:
-        raise DataError(
-            f"{source.path} holds tokens that were made otherwise: {'; '.join(differing)}. Train "
-            "with the settings of its preparation, or prepare the rows again into another directory"
-        )
 
 
 def padding_share(batch: Batch) -> float:

@@ -5,8 +5,7 @@
     builder.download_and_prepare()
     tfds.data_source("reasoning_retrieval", split="train", data_dir="data")
 
-`python -m laser_jax.prepare` writes the same features and files, shard by shard, and can store
-tokens beside the texts.
+`python -m laser_jax.prepare` writes the same features and files, shard by shard.
 """
 
 from __future__ import annotations
@@ -17,12 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core import dataset_info, example_serializer, naming, splits
 
-from laser_jax.data.schema import FIELDS, RowTokens, TrainingRow
+from laser_jax.data.schema import FIELDS, TrainingRow
 from laser_jax.data.sources import Source, open_source
 
 NAME = "reasoning_retrieval"
@@ -31,8 +29,6 @@ _DESCRIPTION = (
     "Queries with a written chain of thought, an instruction, positive passages and hard negatives."
 )
 _SHARD_NAME = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-_IDS = ("query_ids", "explicit_ids", "segment_ends")
-_PASSAGE_IDS = ("positive_ids", "positive_lengths", "negative_ids", "negative_lengths")
 
 
 def text_features() -> tfds.features.FeaturesDict:
@@ -44,15 +40,6 @@ def text_features() -> tfds.features.FeaturesDict:
     return tfds.features.FeaturesDict({**of_field, "origin": tfds.features.Text()})
 
 
-def token_features() -> tfds.features.FeaturesDict:
-    """`text_features` and the row's tokens: those of all positives (negatives) end to end, and the
-    length of each, as tfds reads no nested sequences without tensorflow."""
-    ids = tfds.features.Tensor(shape=(None,), dtype=np.int32)
-    return tfds.features.FeaturesDict(
-        {**text_features(), **dict.fromkeys((*_IDS, *_PASSAGE_IDS), ids)}
-    )
-
-
 def origin(source: Source, index: int) -> str:
     """File and line of a row, without the folder."""
     folder = source.path if source.path.is_dir() else source.path.parent
@@ -60,20 +47,10 @@ def origin(source: Source, index: int) -> str:
 
 
 def example_of(row: TrainingRow, origin: str) -> dict[str, Any]:
-    """The row as values of `text_features`, or of `token_features` where it carries tokens."""
-    example = {name: getattr(row, name) for name in FIELDS}
-    example |= {name: list(value) for name, value in example.items() if isinstance(value, tuple)}
-    return {**example, "origin": origin, **(_token_values(row.tokens) if row.tokens else {})}
-
-
-def _token_values(tokens: RowTokens) -> dict[str, np.ndarray]:
-    values = (tokens.query, tokens.explicit, tokens.segment_ends)
-    for passages in (tokens.positives, tokens.negatives):
-        values += (
-            np.concatenate([np.zeros(0, np.int32), *passages]),
-            np.array([len(ids) for ids in passages], np.int32),
-        )
-    return dict(zip((*_IDS, *_PASSAGE_IDS), values, strict=True))
+    """The row as values of `text_features`."""
+    values = {name: getattr(row, name) for name in FIELDS}
+    values |= {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
+    return {**values, "origin": origin}
 
 
 class ReasoningRetrieval(tfds.core.GeneratorBasedBuilder):

@@ -1,36 +1,19 @@
-"""The training rows of LaSER: their fields and what is refused."""
+"""The training rows of LaSER: their fields, what is refused, and what is known of many."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from laser_jax.files.reading import DataError
 
-_STRINGS = ("query", "reasoning_query", "prompt")
-_STRING_LISTS = ("positive_passages", "negative_passages")
-FIELDS = (*_STRINGS, *_STRING_LISTS)
-
-
-@dataclass(frozen=True)
-class RowTokens:
-    """The token ids of a row, each an int32 array, as `laser_jax.prepare` stores them.
-
-    Attributes:
-        query: of the query's prompt.
-        explicit: of the explicit view's input.
-        segment_ends: positions in `explicit` of the last token of every segment.
-        positives, negatives: of the passages' prompts, in the row's order.
-    """
-
-    query: np.ndarray
-    explicit: np.ndarray
-    segment_ends: np.ndarray
-    positives: tuple[np.ndarray, ...]
-    negatives: tuple[np.ndarray, ...]
+_INSTRUCTIONS = 32
+_MAY_BE_EMPTY = {
+    "reasoning_query": "; a row without a chain of thought has an empty string there",
+    "prompt": "; a row without an instruction has an empty string there",
+    "negative_passages": "; a row without hard negatives has an empty list there",
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +26,6 @@ class TrainingRow:
         prompt: the instruction of the retrieval task; may be empty.
         positive_passages: at least one, none blank.
         negative_passages: hard negatives, the best first, none blank; there may be none.
-        tokens: set where they were stored with the row.
     """
 
     query: str
@@ -51,7 +33,11 @@ class TrainingRow:
     prompt: str
     positive_passages: tuple[str, ...]
     negative_passages: tuple[str, ...]
-    tokens: RowTokens | None = field(default=None, compare=False, repr=False)
+
+
+_STRINGS = ("query", "reasoning_query", "prompt")
+_STRING_LISTS = ("positive_passages", "negative_passages")
+FIELDS = (*_STRINGS, *_STRING_LISTS)
 
 
 def parse_row(record: Any, where: str) -> TrainingRow:
@@ -69,12 +55,12 @@ def parse_row(record: Any, where: str) -> TrainingRow:
         raise DataError(f"{where}: an object is wanted, got {type(record).__name__}")
     for name in FIELDS:
         if name not in record:
-            raise DataError(f"{where}: field '{name}' is missing{_may_be_empty(name)}")
+            raise DataError(f"{where}: field '{name}' is missing{_MAY_BE_EMPTY.get(name, '')}")
     for name in _STRINGS:
         if not isinstance(record[name], str):
             raise DataError(
                 f"{where}: '{name}' must be a string, got {type(record[name]).__name__}"
-                + _may_be_empty(name)
+                + _MAY_BE_EMPTY.get(name, "")
             )
         require_unicode(record[name], f"{where}: '{name}'")
     if not record["query"].strip():
@@ -83,20 +69,15 @@ def parse_row(record: Any, where: str) -> TrainingRow:
         _require_passages(record[name], name, where)
     if not record["positive_passages"]:
         raise DataError(f"{where}: 'positive_passages' is empty; at least one is wanted")
-    return TrainingRow(
-        query=record["query"],
-        reasoning_query=record["reasoning_query"],
-        prompt=record["prompt"],
-        positive_passages=tuple(record["positive_passages"]),
-        negative_passages=tuple(record["negative_passages"]),
-    )
+    strings = {name: record[name] for name in _STRINGS}
+    return TrainingRow(**strings, **{name: tuple(record[name]) for name in _STRING_LISTS})
 
 
 def _require_passages(passages: Any, name: str, where: str) -> None:
     if not isinstance(passages, list):
         raise DataError(
             f"{where}: '{name}' must be a list of strings, got {type(passages).__name__}"
-            + _may_be_empty(name)
+            + _MAY_BE_EMPTY.get(name, "")
         )
     for i, text in enumerate(passages):
         if not isinstance(text, str):
@@ -110,12 +91,60 @@ def _require_passages(passages: Any, name: str, where: str) -> None:
 
 
 def require_unicode(text: str, what: str) -> None:
-    """Raises a DataError where the text is no valid Unicode; names `what` it is."""
-    # JSON can spell half of a surrogate pair, which no tokenizer takes
+    """Raises a DataError, which names `what` it is, where the text holds half a surrogate pair:
+    JSON can spell one, and no tokenizer takes it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{what} is not valid Unicode: {error}") from error
+        raise DataError(
+            f"{what} is no Unicode text: its character {error.start} is half a surrogate pair, "
+            f"{text[error.start]!r}; take it out, or replace it by "
+            'text.encode(errors="replace").decode()'
+        ) from error
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of all rows once every row was read.
+
+    Attributes:
+        row_without_negatives: index of the first, None when every row has some.
+        instructions: the longest of the distinct instructions, up to 32.
+    """
+
+    row_without_negatives: int | None
+    instructions: tuple[str, ...]
+
+
+class FactFinder:
+    """Gathers the facts of rows that are added one after another."""
+
+    def __init__(self) -> None:
+        self._rows = 0
+        self._row_without_negatives: int | None = None
+        self._instructions: set[str] = set()
+
+    def add(self, row: TrainingRow) -> None:
+        if self._row_without_negatives is None and not row.negative_passages:
+            self._row_without_negatives = self._rows
+        self._rows += 1
+        self._instructions.add(row.prompt)
+        if len(self._instructions) > 100 * _INSTRUCTIONS:
+            self._instructions = set(longest_instructions(self._instructions))
+
+    def facts(self) -> Facts:
+        return Facts(self._row_without_negatives, longest_instructions(self._instructions))
+
+
+def longest_instructions(instructions: Iterable[str]) -> tuple[str, ...]:
+    """The longest of the distinct instructions in UTF-8, up to 32: bytes come nearer to tokens than
+    characters do, of which a Chinese one takes as many as a word."""
+
+    def size(text: str) -> int:
+        return len(text.encode("utf-8", "surrogatepass"))
+
+    by_length = sorted(set(instructions), key=lambda text: (-size(text), text))
+    return tuple(by_length[:_INSTRUCTIONS])
 
 
 def as_strings(what: str, values: Any) -> list[str]:
@@ -136,20 +165,5 @@ def as_strings(what: str, values: Any) -> list[str]:
     for place, text in enumerate(listed):
         if not isinstance(text, str):
             raise ValueError(f"{what} {place} is no string but {text!r:.60}")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{what} {place} is no Unicode text: its character {error.start} is half a "
-                f"surrogate pair, {text[error.start]!r}; take it out, or replace it by "
-                'text.encode(errors="replace").decode()'
-            ) from error
+        require_unicode(text, f"{what} {place}")
     return listed
-
-
-def _may_be_empty(name: str) -> str:
-    return {
-        "reasoning_query": "; a row without a chain of thought has an empty string there",
-        "prompt": "; a row without an instruction has an empty string there",
-        "negative_passages": "; a row without hard negatives has an empty list there",
-    }.get(name, "")

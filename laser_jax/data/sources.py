@@ -11,21 +11,21 @@ import bisect
 import functools
 import hashlib
 import itertools
-import json
 import mmap
 import threading
 from abc import ABC, abstractmethod
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from laser_jax.config import DataConfig
-from laser_jax.data.schema import FIELDS, DataError, RowTokens, TrainingRow, parse_row
+from laser_jax.data.array_record import example_values, open_array_record
+from laser_jax.data.schema import FIELDS, DataError, FactFinder, Facts, TrainingRow, parse_row
 from laser_jax.files.reading import (
     import_pyarrow,
     is_blank,
@@ -41,25 +41,10 @@ PREPARED_FILE = "prepare.json"
 
 _DECODED_BYTES = 2 << 30
 """Row groups of Parquet that stay decoded."""
-_INSTRUCTIONS = 32
-_FETCH_AGAIN = "fetch it again from where it came"
 _ACCEPTED = (
     "a .jsonl, .jsonl.gz, .parquet, .arrow or .array_record file, or a directory of Parquet, Arrow "
     "(save_to_disk) or ArrayRecord shards or of laser_jax.prepare is wanted"
 )
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What is known of all rows once every row was read.
-
-    Attributes:
-        row_without_negatives: index of the first, None when every row has some.
-        instructions: the longest of the distinct instructions, up to 32.
-    """
-
-    row_without_negatives: int | None
-    instructions: tuple[str, ...]
 
 
 class Source(ABC):
@@ -70,12 +55,10 @@ class Source(ABC):
     Attributes:
         path: as given to `open_source`.
         files: in the order in which they are read; none where the rows are in memory.
-        tokenization: how the rows' tokens were made; None for rows without tokens.
     """
 
     path: Path
     files: Sequence[Path] = ()
-    tokenization: dict[str, Any] | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -97,7 +80,7 @@ class Source(ABC):
 
     @property
     def fingerprint(self) -> str:
-        """Of the texts of all rows in their order, read as `facts` is; tokens do not count."""
+        """A hash of the texts of all rows in their order, read as `facts` is."""
         return self._read[1]
 
     @functools.cached_property
@@ -110,37 +93,6 @@ class Source(ABC):
 
     def __reduce__(self) -> Any:
         return type(self), (self.path,)
-
-
-class FactFinder:
-    """Gathers the facts of rows that are added one after another."""
-
-    def __init__(self) -> None:
-        self._rows = 0
-        self._row_without_negatives: int | None = None
-        self._instructions: set[str] = set()
-
-    def add(self, row: TrainingRow) -> None:
-        if self._row_without_negatives is None and not row.negative_passages:
-            self._row_without_negatives = self._rows
-        self._rows += 1
-        self._instructions.add(row.prompt)
-        if len(self._instructions) > 100 * _INSTRUCTIONS:
-            self._instructions = set(longest_instructions(self._instructions))
-
-    def facts(self) -> Facts:
-        return Facts(self._row_without_negatives, longest_instructions(self._instructions))
-
-
-def longest_instructions(instructions: Iterable[str]) -> tuple[str, ...]:
-    """The longest of the distinct instructions in UTF-8, up to 32: bytes come nearer to tokens than
-    characters do, of which a Chinese one takes as many as a word."""
-
-    def size(text: str) -> int:
-        return len(text.encode("utf-8", "surrogatepass"))
-
-    by_length = sorted(set(instructions), key=lambda text: (-size(text), text))
-    return tuple(by_length[:_INSTRUCTIONS])
 
 
 # --- opening ---------------------------------------------------------------------------------
@@ -181,12 +133,8 @@ def open_unchecked(path: str | Path) -> Source:
         raise DataError(f"{path}: no such file or directory; {_ACCEPTED}")
     elif path.name.endswith((".jsonl", ".jsonl.gz")):
         source = JsonlSource(path)
-    elif path.suffix == ".parquet":
-        source = ParquetSource(path)
-    elif path.suffix == ".arrow":
-        source = ArrowSource(path)
-    elif ".array_record" in path.name:
-        source = ArrayRecordSource(path)
+    elif kind := next((kind for kind in _SHARDED if path.match(kind.pattern)), None):
+        source = kind(path)
     else:
         raise DataError(f"{path}: unknown suffix; {_ACCEPTED}")
     if not len(source):
@@ -201,16 +149,14 @@ def is_there(path: str | Path) -> bool:
 
 
 def _open_directory(path: Path) -> Source:
-    """Of a directory, or of `directory/SPLIT`."""
+    """Opens a directory, or `directory/SPLIT`."""
     directory = path if path.is_dir() else path.parent
     if any((directory / name).is_file() for name in ("features.json", PREPARED_FILE)):
         return PreparedSource(path)
-    if (path / "dataset_dict.json").is_file():
-        splits = _member(path / "dataset_dict.json", "splits", "save the dataset again")
-        raise DataError(
-            f"{path} holds several splits, name one: "
-            + " or ".join(str(path / split) for split in splits)
-        )
+    if (description := path / "dataset_dict.json").is_file():
+        splits = _description(description, "save the dataset again", "splits")["splits"]
+        named = " or ".join(str(path / split) for split in splits)
+        raise DataError(f"{path} holds several splits, name one: {named}")
     if (path / "state.json").is_file():
         return ArrowSource(path)
     kinds = _kinds_in(directory)
@@ -227,13 +173,29 @@ def _open_directory(path: Path) -> Source:
 
 
 def _kinds_in(directory: Path) -> list[type[_Sharded]]:
-    kinds: tuple[type[_Sharded], ...] = (ArrowSource, ParquetSource, ArrayRecordSource)
-    return [kind for kind in kinds if _candidates(directory, kind.pattern)]
+    return [kind for kind in _SHARDED if _candidates(directory, kind.pattern)]
 
 
 def _candidates(directory: Path, pattern: str) -> list[Path]:
     # datasets leaves what map and filter made, as cache-*.arrow, beside the rows
     return [p for p in sorted(directory.glob(pattern)) if not p.name.startswith(("cache-", "."))]
+
+
+def _description(file: Path, way_out: str, listed: str | None = None) -> dict[str, Any]:
+    """The JSON object in a file that describes rows; `listed` is a key that must hold a list."""
+    try:
+        values = read_json(file)
+    except DataError as error:
+        fault = str(error).removeprefix(f"{file}: ")
+        raise DataError(f"{file} is damaged: {fault}; {way_out}") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{file} is damaged: an object is wanted; {way_out}")
+    if listed is not None and not isinstance(values.get(listed), list):
+        raise DataError(f"{file} is damaged: it has no list {listed!r}; {way_out}")
+    return values
+
+
+# --- rows of several sources -------------------------------------------------------------------
 
 
 def rows_per_epoch(sources: Sequence[Source]) -> int:
@@ -293,8 +255,11 @@ class JsonlSource(Source):
                 start += len(line)
                 if path.suffix == ".gz":
                     held += line
-        self._bytes = held if path.suffix == ".gz" else _map(path)
         self._starts, self._numbers = np.array(starts), np.array(numbers)
+        self._bytes: bytearray | mmap.mmap = held
+        if path.suffix != ".gz" and start:  # an empty file cannot be mapped
+            with path.open("rb") as file:
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -309,16 +274,10 @@ class JsonlSource(Source):
         return parse_row(parse_json(line, self.where(index)), self.where(index))
 
 
-def _map(path: Path) -> bytes | mmap.mmap:
-    if not path.stat().st_size:
-        return b""  # an empty file cannot be mapped
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
 class _Sharded(Source):
-    """Rows in parts (files, row groups, record batches), found by bisection. The files are a single
-    one, or those in a directory that the pattern fits and that are of one split."""
+    """Rows in parts of files (row groups, record batches, whole files), found by bisection. The
+    files are a single one, or those in a directory that the pattern fits and that are of one
+    split."""
 
     pattern: str
 
@@ -330,28 +289,46 @@ class _Sharded(Source):
                 raise DataError(f"{path}: holds no rows in {self.pattern}; {_ACCEPTED}")
             files = one_split(path, found)
         self.files = (path,) if files is None else files
-        self._ends: list[int] = []
-        """Number of rows up to and including each part."""
-        self._file_starts: list[int] = []
-        """Number of rows before each file."""
+        self._parts: list[Any] = []
+        self._starts, self._file_starts = [0], []
+        for file in self.files:
+            self._file_starts.append(len(self))
+            for rows, part in self._open(file):
+                self._parts.append(part)
+                self._starts.append(len(self) + rows)
 
-    def _begin_file(self) -> None:
-        self._file_starts.append(len(self))
+    @abstractmethod
+    def _open(self, file: Path) -> Iterable[tuple[int, Any]]:
+        """The number of rows of each part of a file, and what `_values` finds them by."""
 
-    def _add_part(self, rows: int) -> None:
-        self._ends.append(len(self) + rows)
+    @abstractmethod
+    def _values(self, part: Any, row: int, where: str) -> Any:
+        """The record at a place of a part, in Python types. Raises a DataError if damaged."""
 
-    def _part(self, index: int) -> tuple[int, int]:
+    def _find(self, index: int) -> tuple[Any, int]:
         """The part that holds row `index`, and the row's place in it."""
-        part = bisect.bisect_right(self._ends, index)
-        return part, index - (self._ends[part - 1] if part else 0)
+        part = bisect.bisect_right(self._starts, index) - 1
+        return self._parts[part], index - self._starts[part]
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self._starts[-1]
 
     def where(self, index: int) -> str:
         file = bisect.bisect_right(self._file_starts, index) - 1
         return f"{self.files[file]}: row {index - self._file_starts[file] + 1}"
+
+    def __getitem__(self, index: int) -> TrainingRow:
+        where = _Sharded.where(self, index)  # that of a prepared directory reads the row as well
+        return parse_row(self._values(*self._find(index), where), where)
+
+
+@contextmanager
+def _damage(what: str) -> Iterator[None]:
+    """Turns what libraries raise at files that cannot be read into a DataError."""
+    try:
+        yield
+    except (ValueError, IndexError, OverflowError, RuntimeError, OSError) as error:
+        raise DataError(f"{what}: {error}; fetch it again from where it came") from error
 
 
 class ParquetSource(_Sharded):
@@ -362,48 +339,35 @@ class ParquetSource(_Sharded):
 
     def __init__(self, path: Path):
         super().__init__(path)
-        pyarrow = import_pyarrow(path)
-        self._groups: list[tuple[Path, int]] = []
-        for file in self.files:
-            try:
-                with pyarrow.parquet.ParquetFile(file) as opened:
-                    metadata = opened.metadata
-            except (pyarrow.ArrowInvalid, OSError) as error:
-                raise DataError(
-                    f"{file}: not a Parquet file, or a damaged one: {error}; {_FETCH_AGAIN}"
-                ) from error
-            self._begin_file()
-            for group in range(metadata.num_row_groups):
-                self._groups.append((file, group))
-                self._add_part(metadata.row_group(group).num_rows)
         self._lock = threading.Lock()
-        self._decoded: OrderedDict[int, Any] = OrderedDict()
+        self._decoded: OrderedDict[tuple[Path, int], Any] = OrderedDict()
         self._decoded_bytes = 0
 
-    def __getitem__(self, index: int) -> TrainingRow:
-        group, row = self._part(index)
-        with self._lock:
-            table = self._table(group)
-        return _table_row(table, row, self.where(index))
+    def _open(self, file: Path) -> Iterable[tuple[int, Any]]:
+        parquet = import_pyarrow(file).parquet
+        with _damage(f"{file}: not a Parquet file, or a damaged one"):
+            groups = parquet.read_metadata(file)
+            return [
+                (groups.row_group(group).num_rows, (file, group))
+                for group in range(groups.num_row_groups)
+            ]
 
-    def _table(self, group: int) -> Any:
-        if group in self._decoded:
-            self._decoded.move_to_end(group)
-            return self._decoded[group]
-        pyarrow = import_pyarrow(self.path)
-        file, number = self._groups[group]
-        try:
-            with pyarrow.parquet.ParquetFile(file) as opened:
-                table = opened.read_row_group(number, columns=list(FIELDS))
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise DataError(
-                f"{file}: row group {number} is damaged: {error}; {_FETCH_AGAIN}"
-            ) from error
-        self._decoded[group] = table
+    def _values(self, part: tuple[Path, int], row: int, where: str) -> Any:
+        with self._lock:
+            if part not in self._decoded:
+                self._decode(*part)
+            self._decoded.move_to_end(part)
+            table = self._decoded[part]
+        return _table_row(table, row, where)
+
+    def _decode(self, file: Path, group: int) -> None:
+        parquet = import_pyarrow(file).parquet
+        with _damage(f"{file}: row group {group} is damaged"), parquet.ParquetFile(file) as opened:
+            table = opened.read_row_group(group, columns=list(FIELDS))
+        self._decoded[file, group] = table
         self._decoded_bytes += table.nbytes
         while self._decoded_bytes > _DECODED_BYTES and len(self._decoded) > 1:
             self._decoded_bytes -= self._decoded.popitem(last=False)[1].nbytes
-        return table
 
 
 class ArrowSource(_Sharded):
@@ -413,48 +377,34 @@ class ArrowSource(_Sharded):
     pattern = "*.arrow"
 
     def __init__(self, path: Path):
-        state = path / "state.json"
         files = None
-        if state.is_file():
-            listed = _member(state, "_data_files", "save the dataset again")
+        if (state := path / "state.json").is_file():
+            listed = _description(state, "save the dataset again", "_data_files")["_data_files"]
             files = [path / entry["filename"] for entry in listed]
+            if missing := [file for file in files if not file.is_file()]:
+                raise DataError(f"{missing[0]} is missing, and {state} names it")
         super().__init__(path, files)
-        pyarrow = import_pyarrow(path)
-        self._batches: list[Any] = []
-        for file in self.files:
-            self._begin_file()
-            try:
-                for batch in _record_batches(pyarrow, file):
-                    self._batches.append(batch)
-                    self._add_part(batch.num_rows)
-            except FileNotFoundError as error:
-                raise DataError(f"{file} is missing, and {state} names it") from error
-            except (pyarrow.ArrowInvalid, OSError) as error:
-                raise DataError(
-                    f"{file}: not an Arrow file, or a damaged one: {error}; {_FETCH_AGAIN}"
-                ) from error
 
-    def __getitem__(self, index: int) -> TrainingRow:
-        part, row = self._part(index)
-        return _table_row(self._batches[part], row, self.where(index))
+    def _open(self, file: Path) -> Iterable[tuple[int, Any]]:
+        pyarrow = import_pyarrow(file)
+        with _damage(f"{file}: not an Arrow file, or a damaged one"):
+            mapped = pyarrow.memory_map(str(file))
+            if mapped.read(6) == b"ARROW1":  # the file format; save_to_disk writes streams
+                reader = pyarrow.ipc.open_file(mapped)
+                batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            else:
+                mapped.seek(0)
+                batches = list(pyarrow.ipc.open_stream(mapped))
+        return [(batch.num_rows, batch) for batch in batches]
+
+    def _values(self, part: Any, row: int, where: str) -> Any:
+        return _table_row(part, row, where)
 
 
-def _table_row(table: Any, row: int, where: str) -> TrainingRow:
-    """A row of a pyarrow table or record batch."""
-    try:
-        values = table.slice(row, 1).to_pylist()[0]
-    except (ValueError, IndexError, OverflowError) as error:  # no UTF-8, or wrong lengths
-        raise DataError(f"{where}: its values are damaged: {error}; {_FETCH_AGAIN}") from error
-    return parse_row(values, where)
-
-
-def _record_batches(pyarrow: Any, file: Path) -> list[Any]:
-    mapped = pyarrow.memory_map(str(file))
-    if mapped.read(6) == b"ARROW1":  # the file format; save_to_disk writes streams
-        reader = pyarrow.ipc.open_file(mapped)
-        return [reader.get_batch(i) for i in range(reader.num_record_batches)]
-    mapped.seek(0)
-    return list(pyarrow.ipc.open_stream(mapped))
+def _table_row(table: Any, row: int, where: str) -> Any:
+    """A row of a pyarrow table or record batch, which may hold wrong lengths or no UTF-8."""
+    with _damage(f"{where}: its values are damaged"):
+        return table.slice(row, 1).to_pylist()[0]
 
 
 class ArrayRecordSource(_Sharded):
@@ -467,57 +417,15 @@ class ArrayRecordSource(_Sharded):
 
     pattern = "*.array_record*"
 
-    def __init__(self, path: Path):
-        super().__init__(path)
-        self._records = _array_records(self.files)
-        for file in self.files:
-            self._begin_file()
-            self._add_part(len(_array_records([file])))
+    def _open(self, file: Path) -> Iterable[tuple[int, Any]]:
+        with _damage(f"{file}: not an ArrayRecord file, or a damaged one"):
+            records = open_array_record(file)
+            return [(len(records), records)]
 
-    def __getitem__(self, index: int) -> TrainingRow:
-        return self._row(index)[0]
-
-    def _row(self, index: int) -> tuple[TrainingRow, Any]:
-        """The row, and the features of its tf.Example by name, {} of a JSON object."""
-        where, record = _Sharded.where(self, index), self._record(index)
-        if record[:1] == b"{":
-            return parse_row(parse_json(record, where), where), {}
-        features = _features(record, where)
-        return parse_row(_fields(features, where), where), features
-
-    def _record(self, index: int) -> bytes:
-        try:
-            return self._records[index]
-        except (RuntimeError, ValueError) as error:
-            raise DataError(
-                f"{_Sharded.where(self, index)}: the file is damaged: {error}; {_FETCH_AGAIN}"
-            ) from error
-
-
-def _features(record: bytes, where: str) -> Any:
-    """The features of a tf.Example by name."""
-    from google.protobuf.message import DecodeError
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    messages: Any = tf_example_pb2
-    try:
-        return messages.Example.FromString(record).features.feature
-    except DecodeError as error:
-        raise DataError(
-            f"{where}: neither a JSON object nor a tf.Example of training rows: {error}"
-        ) from error
-
-
-def _array_records(files: Sequence[Path]) -> Any:
-    from array_record.python.array_record_data_source import ArrayRecordDataSource
-
-    try:
-        return ArrayRecordDataSource([str(file) for file in files])
-    except (RuntimeError, ValueError) as error:
-        raise DataError(
-            f"{', '.join(map(str, files))}: not an ArrayRecord file, or a damaged one: {error}; "
-            f"{_FETCH_AGAIN}"
-        ) from error
+    def _values(self, part: Any, row: int, where: str) -> Any:
+        with _damage(f"{where}: the file is damaged"):
+            record = part[row]
+        return parse_json(record, where) if record[:1] == b"{" else example_values(record, where)
 
 
 class PreparedSource(ArrayRecordSource):
@@ -533,16 +441,14 @@ class PreparedSource(ArrayRecordSource):
         super().__init__(path)
         known = directory / PREPARED_FILE
         again = "delete it, or prepare the rows again into another directory"
-        self._known = _read_object(known, again) if known.is_file() else {}
-        self.tokenization = self._known.get("tokenization")
+        self._known = _description(known, again) if known.is_file() else {}
 
     @functools.cached_property
     def facts(self) -> Facts:
         """As they were found when the rows were prepared, if the files are still those."""
-        if "facts" not in self._known:
+        if not {"facts", "checksums"} <= self._known.keys():
             return super().facts
-        # older releases wrote no checksums
-        if changed := changed_shards(self.files, self._known.get("checksums")):
+        if changed := changed_shards(self.files, self._known["checksums"]):
             raise DataError(
                 f"{changed[0]} is not as it was prepared: cut short, changed, or another shard's; "
                 "run the same laser_jax.prepare again, which writes it anew"
@@ -552,45 +458,23 @@ class PreparedSource(ArrayRecordSource):
 
     @property
     def fingerprint(self) -> str:
-        if "fingerprint" in self._known:
-            return self._known["fingerprint"]
-        if "input" not in self._known:
-            return super().fingerprint
-        # of an older release: of the bytes that were prepared
-        made_of = [self._known["input"], self._known.get("on_bad_row")]
-        return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+        return self._known.get("fingerprint") or super().fingerprint
 
     def where(self, index: int) -> str:
         place = f"{self.path}: row {index + 1}"
-        features = _features(self._record(index), place)
-        origin = b"".join(features["origin"].bytes_list.value).decode(errors="replace")
+        origin = self._values(*self._find(index), place).get("origin")
         return f"{place} ({origin})" if origin else place
 
-    def __getitem__(self, index: int) -> TrainingRow:
-        row, features = self._row(index)
-        if self.tokenization is None:
-            return row
 
-        def ids(name: str) -> np.ndarray:
-            return np.array(features[name].int64_list.value, np.int32)
-
-        tokens = RowTokens(
-            query=ids("query_ids"),
-            explicit=ids("explicit_ids"),
-            segment_ends=ids("segment_ends"),
-            positives=_split(ids("positive_ids"), ids("positive_lengths")),
-            negatives=_split(ids("negative_ids"), ids("negative_lengths")),
-        )
-        return replace(row, tokens=tokens)
+_SHARDED: tuple[type[_Sharded], ...] = (ArrowSource, ParquetSource, ArrayRecordSource)
 
 
-def changed_shards(files: Iterable[Path], checksums: dict[str, str] | None) -> list[Path]:
-    """Those that are not as their sha256, by name, says; none where there are no checksums."""
+def changed_shards(files: Iterable[Path], checksums: dict[str, str]) -> list[Path]:
+    """Those files that are not as the sha256 under their name says."""
     return [
         file
         for file in files
-        if checksums is not None
-        and not (file.is_file() and checksums.get(file.name) == checksum_of(file))
+        if not file.is_file() or checksums.get(file.name) != checksum_of(file)
     ]
 
 
@@ -598,43 +482,3 @@ def checksum_of(file: Path) -> str:
     """The sha256 of a file's bytes."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _fields(features: Any, where: str) -> dict[str, Any]:
-    """The fields of a training row among the features of a tf.Example, which are lists all."""
-    try:
-        lists = {
-            name: [text.decode() for text in features[name].bytes_list.value]
-            for name in FIELDS
-            if name in features
-        }
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8: {error}") from error
-    return {
-        name: texts[0] if not name.endswith("passages") and len(texts) == 1 else texts
-        for name, texts in lists.items()
-    }
-
-
-def _split(ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, ...]:
-    return tuple(np.split(ids, np.cumsum(lengths)[:-1])) if len(lengths) else ()
-
-
-def _read_object(file: Path, way_out: str) -> dict[str, Any]:
-    """A JSON object out of a file that describes rows."""
-    try:
-        values = read_json(file)
-    except DataError as error:
-        fault = str(error).removeprefix(f"{file}: ")
-        raise DataError(f"{file} is damaged: {fault}; {way_out}") from error
-    if not isinstance(values, dict):
-        raise DataError(f"{file} is damaged: an object is wanted; {way_out}")
-    return values
-
-
-def _member(file: Path, key: str, way_out: str) -> list[Any]:
-    """The list under `key`, as `_read_object`."""
-    value = _read_object(file, way_out).get(key)
-    if not isinstance(value, list):
-        raise DataError(f"{file} is damaged: it has no list {key!r}; {way_out}")
-    return value

@@ -30,7 +30,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from laser_jax.alignment import token_segment_ends
 from laser_jax.config import BackboneConfig, ConfigError, PromptConfig
-from laser_jax.data.chat_template import bounded, user_turn
 from laser_jax.data.control_tokens import TextTokenizer
 from laser_jax.data.tokenizer_files import TokenizationError, require_effect, tokenizer_config
 
@@ -247,7 +246,7 @@ class PromptTokenizer:
         self._one_string = config.truncation == "sequence" and config.segmentation == "token"
         self.explicit_continues_query = not self._one_string
         if config.chat_template:
-            bounded(self._require_texts_unchanged)
+            self._require_texts_unchanged()
 
     def query_prompt_text(self, text: str, instruction: str) -> str:
         """The whole query prompt as a string, before any truncation."""
@@ -305,7 +304,9 @@ class PromptTokenizer:
         reasoning = reasoning.replace(self.config.separator, self._separator)
         if self._one_string:
             whole = self._cut_sequence(
-                self._query_turn(text, instruction) + reasoning, limit, self.config.append_eos
+                self._query_turn(as_read(text), instruction) + reasoning,
+                limit,
+                self.config.append_eos,
             )
             ends = token_segment_ends(whole.ids, start, self.separator_id)
             ids = whole.ids + [self.eos_id] * eos
@@ -368,7 +369,17 @@ class PromptTokenizer:
     def _wrap(self, content: str) -> str:
         if not self.config.chat_template:
             return content
-        return f"{user_turn(self.tokenizer, content)}{self.config.thinking_suffix}"
+        try:
+            turn = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template is a program of somebody else
+            raise TokenizationError(
+                f"the tokenizer's chat template fails on a user's turn: {type(error).__name__}: "
+                f"{error}. Mend it in chat_template.jinja or tokenizer_config.json, or set "
+                "prompt.chat_template: false"
+            ) from error
+        return f"{turn}{self.config.thinking_suffix}"
 
     def _require_texts_unchanged(self) -> None:
         """Renders the chat template once. Raises a TokenizationError where it fails, or changes the

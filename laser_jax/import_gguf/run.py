@@ -18,6 +18,7 @@ import ml_dtypes
 from laser_jax.command_line import parse_command_line
 from laser_jax.config import ConfigError, Dtype
 from laser_jax.data.tokenization import special_token_ids
+from laser_jax.files.terminal import fail
 from laser_jax.hf.weights import save_weights
 from laser_jax.import_gguf.file import (
     PACKAGED,
@@ -82,4 +83,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         import_gguf(parse_command_line(ImportOptions, "python -m laser_jax.import_gguf", given))
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)

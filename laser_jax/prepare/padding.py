@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from laser_jax.config import DataConfig
-from laser_jax.data.pipeline import padding_share, training_batches
+from laser_jax.data.pipeline import BatchSettings, padding_share, training_batches
 from laser_jax.data.schema import DataError
 from laser_jax.data.sources import Source
 from laser_jax.data.tokenization import PromptTokenizer
@@ -52,12 +52,14 @@ def measure_padding(
             [source],
             prompts,
             data,
-            num_steps=1,
-            keyframes="paper",
-            batch_size=config.batch_size,
-            seed=0,
-            need_explicit=True,
-            shared_prefix=False,
+            BatchSettings(
+                batch_size=config.batch_size,
+                seed=0,
+                num_thinking_steps=1,
+                keyframes="paper",
+                need_explicit=True,
+                shared_prefix=False,
+            ),
         )
         number = min(config.batches, math.ceil(len(source) / config.batch_size))
         padding, tokens, shapes = 0.0, 0, set()

@@ -17,8 +17,7 @@ import numpy as np
 from laser_jax.config import PromptConfig
 from laser_jax.data.pipeline import same_passage, settled_reasoning
 from laser_jax.data.reasoning_retrieval import example_of
-from laser_jax.data.schema import TrainingRow
-from laser_jax.data.sources import longest_instructions
+from laser_jax.data.schema import TrainingRow, longest_instructions
 from laser_jax.data.tokenization import PromptTokenizer
 from laser_jax.files.reading import read_json
 

@@ -38,11 +38,10 @@ from laser_jax.data.reasoning_retrieval import (
     write_description,
     write_shard,
 )
-from laser_jax.data.schema import DataError
+from laser_jax.data.schema import DataError, FactFinder
 from laser_jax.data.sources import (
     PREPARED_FILE,
     ArrayRecordSource,
-    FactFinder,
     Source,
     changed_shards,
     checksum_of,

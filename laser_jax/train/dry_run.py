@@ -21,7 +21,7 @@ import numpy as np
 from laser_jax.batch import Batch, Tokens
 from laser_jax.command_line import Invocation
 from laser_jax.config import BACKBONES, BackboneConfig, Config, ConfigError, load_retriever_config
-from laser_jax.data.pipeline import training_batches
+from laser_jax.data.pipeline import BatchSettings, training_batches
 from laser_jax.data.sources import is_there, open_sources, rows_per_epoch
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
 from laser_jax.hf.weights import read_backbone_config
@@ -199,12 +199,7 @@ def _counted(config: Config, prompts: PromptTokenizer, rows: int) -> Expected:
         sources,
         prompts,
         replace(config.data, workers=0),
-        num_steps=config.objective.num_thinking_steps,
-        keyframes=config.objective.keyframes,
-        batch_size=B,
-        seed=config.train.seed,
-        need_explicit=config.objective.need_explicit_view,
-        shared_prefix=False,
+        BatchSettings.of(config),
     )
     buckets: Counter[Lengths] = Counter()
     tokens = pairs = 0.0

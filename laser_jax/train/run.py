@@ -35,7 +35,7 @@ from laser_jax.config import (
     load_retriever_config,
     save_retriever_config,
 )
-from laser_jax.data.pipeline import training_batches
+from laser_jax.data.pipeline import BatchSettings, training_batches
 from laser_jax.data.schema import TrainingRow
 from laser_jax.data.sources import Source, describe_row, open_sources, rows_per_epoch
 from laser_jax.data.tokenization import (
@@ -323,12 +323,7 @@ def _set_up(config: Config, stack: ExitStack) -> _Run:
             sources,
             prompts,
             config.data,
-            num_steps=config.objective.num_thinking_steps,
-            keyframes=config.objective.keyframes,
-            batch_size=config.train.batch_size,
-            seed=config.train.seed,
-            need_explicit=config.objective.need_explicit_view,
-            shared_prefix=config.views == "fast" and config.objective.teacher is None,
+            BatchSettings.of(config),
             first_batch=step,
             part=local_rows(mesh, config.train.batch_size),
         )
