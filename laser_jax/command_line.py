@@ -45,18 +45,9 @@ from laser_jax.settings import (
 C = TypeVar("C")
 LOG = logging.getLogger("laser_jax")
 
-COMMANDS = {
-    "train": "train",
-    "encode": "encode_corpus",
-    "search": "search",
-    "evaluate": "evaluate",
-    "think": "think",
-    "rewrite": "rewrite",
-    "prepare": "prepare",
-    "pretrain": "pretrain",
-    "quickstart": "quickstart",
-    "import-gguf": "import_gguf",
-}
+_ROOMS = ("train", "encode_corpus", "search", "evaluate", "think", "rewrite", "prepare", "pretrain")
+_ROOMS += ("quickstart", "import_gguf")
+COMMANDS = {room.removesuffix("_corpus").replace("_", "-"): room for room in _ROOMS}
 """Command -> its room, whose docstring says in a line what it is for."""
 
 
@@ -237,7 +228,8 @@ def _values(
                 layer = _nested(name, _flag(name, text, known.get(name)))
             else:
                 require(positional is not None, f"unexpected argument {text}")
-                layer = {positional: [*values.get(positional or "", ()), text]}
+                field = positional or ""
+                layer = {field: [*values.get(field, ()), text]}
             check(kinds, layer)
             values = _laid_over(values, layer)
     return values
@@ -315,7 +307,7 @@ def _settings(cls: type, prefix: str) -> Iterator[str]:
 def _docstrings(cls: type) -> dict[str, str]:
     """The texts below the settings of a dataclass, by their names."""
     texts = {}
-    for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+    for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
         found: Any = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
         for above, below in pairwise(found.body):
             if isinstance(above, ast.AnnAssign) and isinstance(below, ast.Expr):

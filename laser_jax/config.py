@@ -33,9 +33,6 @@ AttentionKernel = Literal["xla", "cudnn", "splash"]
 Remat = Literal["none", "dots", "full"]
 
 
-# --- text to tokens --------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class PromptConfig:
     """How texts become prompts and prompts become tokens (LaSER section 4.1; design section 1)."""
@@ -145,9 +142,6 @@ class DataConfig:
         return self.mixture or (MixtureSource(f"{self.train}{split}"),)
 
 
-# --- the objective ---------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class LossWeights:
     """L = latent L_latent + explicit L_explicit + output L_output + trajectory L_trajectory
@@ -208,9 +202,6 @@ class ObjectiveConfig:
     @property
     def need_explicit_view(self) -> bool:
         return self.method == "laser" and self.weights.need_explicit_view
-
-
-# --- the run ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

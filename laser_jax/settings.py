@@ -180,10 +180,12 @@ def _typed_group(cls: Any, values: dict[Any, Any], prefix: str, whole: bool, def
 
 def defaults_of(cls: type) -> dict[str, Any]:
     """The settings of a dataclass that have a default, by name."""
-    fields: Any = dataclasses.fields(cls)
-    of_value = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
-    made = [f for f in fields if f.default_factory is not dataclasses.MISSING]
-    return of_value | {f.name: f.default_factory() for f in made}
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(cls):
+        made = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        if made is not dataclasses.MISSING:
+            found[f.name] = made
+    return found
 
 
 # --- settings to plain values ------------------------------------------------------------------

@@ -99,9 +99,6 @@ def load_tally(path: Path) -> Tally | None:
         return None
 
 
-# --- the report --------------------------------------------------------------------------------
-
-
 def facts_of(tallies: Sequence[Tally]) -> dict[str, Any]:
     """What `Facts` holds, of the rows that were written."""
     starts = itertools.accumulate((tally.written for tally in tallies), initial=0)

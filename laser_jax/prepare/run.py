@@ -9,6 +9,7 @@ stays, and the same command goes on with the rest.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -27,9 +28,7 @@ from tqdm import tqdm
 
 from laser_jax.command_line import parse_command_line
 from laser_jax.config import ConfigError, PromptConfig, as_dict, from_dict
-from laser_jax.data.pipeline import (
-    tokenization_settings,
-)
+from laser_jax.data.pipeline import tokenization_settings
 from laser_jax.data.reasoning_retrieval import (
     example_of,
     origin,
@@ -92,9 +91,6 @@ class PrepareConfig:
         require_in("[0, inf)", self, "", "workers")
 
 
-# --- a shard ---------------------------------------------------------------------------------
-
-
 class Preparation:
     """What every shard is written with. Worker processes make their own."""
 
@@ -152,9 +148,6 @@ class Preparation:
             finder.add(row)
             yield example_of(row, origin(self.source, index))
         tally.row_without_negatives, tally.instructions = dataclasses.astuple(finder.facts())
-
-
-# --- the whole -------------------------------------------------------------------------------
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:
@@ -264,11 +257,6 @@ def _remove_all(preparation: Preparation, made_here: bool) -> None:
 def _prompt_of(train_config: str) -> PromptConfig:
     values = read_yaml(Path(train_config))
     section = values.get("prompt", {}) if isinstance(values, dict) else {}
-    if not isinstance(section, dict):
-        raise ConfigError(
-            f"{train_config}: prompt must hold the settings of prompts, got {section!r}: give one, "
-            "or take the line away for the defaults"
-        )
     return from_dict(PromptConfig, section, source=f"{train_config}: prompt")
 
 
@@ -354,13 +342,9 @@ def _by_workers(preparation: Preparation, shards: Sequence[int]) -> Iterator[tup
     """Writes the shards in processes; yields each with its tally."""
     config = preparation.config
     try:
-        with ProcessPoolExecutor(
-            config.workers,
-            multiprocessing.get_context("spawn"),
-            _start_worker,
-            (config, preparation.num_shards),
-        ) as pool:
-            yield from zip(shards, pool.map(_write_in_worker, shards), strict=True)
+        write = functools.partial(_write_in_worker, config, preparation.num_shards)
+        with ProcessPoolExecutor(config.workers, multiprocessing.get_context("spawn")) as pool:
+            yield from zip(shards, pool.map(write, shards), strict=True)
     except BrokenProcessPool as error:
         raise DataError(
             f"{config.output}: a worker process was killed, perhaps for want of memory; the same "
@@ -368,16 +352,11 @@ def _by_workers(preparation: Preparation, shards: Sequence[int]) -> Iterator[tup
         ) from error
 
 
-_worker: Preparation
+_in_worker = functools.cache(Preparation)
 
 
-def _start_worker(config: PrepareConfig, num_shards: int) -> None:
-    global _worker
-    _worker = Preparation(config, num_shards)
-
-
-def _write_in_worker(shard: int) -> Tally:
-    return _worker.write(shard, lambda rows: None)
+def _write_in_worker(config: PrepareConfig, num_shards: int, shard: int) -> Tally:
+    return _in_worker(config, num_shards).write(shard, lambda rows: None)
 
 
 def _write_json(path: Path, values: Any) -> None:

@@ -39,19 +39,12 @@ class QuickstartOptions:
     """Of the world, the backbone and the training."""
 
 
-@dataclass(frozen=True)
-class Method:
-    """A row of the table: which config is laid over configs/quickstart.yaml."""
-
-    title: str
-    overlay: str | None
-
-
-METHODS = {
-    "contrastive": Method("plain contrastive (K=1)", "ablation/contrastive.yaml"),
-    "gircse": Method("GIRCSE", "ablation/gircse.yaml"),
-    "laser": Method("LaSER", None),
+METHODS: dict[str, tuple[str, str | None]] = {
+    "contrastive": ("plain contrastive (K=1)", "ablation/contrastive.yaml"),
+    "gircse": ("GIRCSE", "ablation/gircse.yaml"),
+    "laser": ("LaSER", None),
 }
+"""The table's rows: a title, and which config is laid over configs/quickstart.yaml."""
 
 
 def _run(module: str, *arguments: str) -> None:
@@ -102,18 +95,18 @@ def quickstart(options: QuickstartOptions) -> dict[str, dict[str, float]]:
         *("--eval", str(data), "--output", str(output / "backbone"), "--seed", seed),
     )
     table: dict[str, dict[str, float]] = {}
-    for name, method in METHODS.items():
-        overlay = ("--config", str(CONFIGS / method.overlay)) if method.overlay else ()
+    for name, (title, overlay) in METHODS.items():
+        laid_over = ("--config", str(CONFIGS / overlay)) if overlay else ()
         _run(
             "laser_jax.train",
-            *("--config", str(CONFIGS / "quickstart.yaml"), *overlay),
+            *("--config", str(CONFIGS / "quickstart.yaml"), *laid_over),
             *("--model.path", str(output / "backbone"), "--train.seed", seed),
             *("--data.train", str(data / "train.jsonl"), "--data.eval", str(data)),
             *("--output", str(output / name)),
         )
         scores = json.loads((output / name / "results.json").read_text())["scores"]
         run = json.loads((output / name / "config.json").read_text())
-        table[method.title] = scores[f"latent K={run['objective']['num_thinking_steps']}"]
+        table[title] = scores[f"latent K={run['objective']['num_thinking_steps']}"]
         if name == "laser":
             table["explicit view (reads the reasoning)"] = scores["explicit"]
     table = {title: {c: row[c] for c in COLUMNS} for title, row in table.items()}

@@ -116,10 +116,8 @@ class WorldConfig:
 
 @dataclass(frozen=True)
 class Walk:
-    """A composition by index: `relations[i]` leads from `places[i]` to `places[i + 1]`.
-
-    Its places all differ, so the answer is neither the start nor a bridge.
-    """
+    """A composition by index: `relations[i]` leads from `places[i]` to `places[i + 1]`. Its places
+    all differ, so the answer is neither the start nor a bridge."""
 
     places: tuple[int, ...]
     relations: tuple[int, ...]
@@ -161,19 +159,14 @@ class World:
     def train(self) -> tuple[TrainingRow, ...]:
         """The training rows of the retriever."""
         number, seed = self.config.num_negatives, self.config.seed
-        return tuple(
-            TrainingRow(
-                query=self._question(walk),
-                reasoning_query=self._reasoning(walk),
-                prompt=INSTRUCTION,
-                positive_passages=(self.documents[walk.answer][1],),
-                negative_passages=tuple(
-                    self.documents[place][1]
-                    for place in hard_negatives(walk, self.successors_RP, number, seed)
-                ),
-            )
-            for walk in self.train_walks
-        )
+        rows = []
+        for walk in self.train_walks:
+            wrong = hard_negatives(walk, self.successors_RP, number, seed)
+            negatives = tuple(self.documents[place][1] for place in wrong)
+            positives = (self.documents[walk.answer][1],)
+            question, reasoning = self._question(walk), self._reasoning(walk)
+            rows.append(TrainingRow(question, reasoning, INSTRUCTION, positives, negatives))
+        return tuple(rows)
 
     @functools.cached_property
     def dev(self) -> tuple[Query, ...]:
@@ -201,11 +194,11 @@ class World:
     def _queries(self, split: str, walks: Iterable[Walk]) -> tuple[Query, ...]:
         return tuple(
             Query(
-                query_id=f"{split}-{number:05d}",
-                text=self._question(walk),
-                reasoning=self._reasoning(walk),
-                gold=self.documents[walk.answer][0],
-                walk=walk,
+                f"{split}-{number:05d}",
+                self._question(walk),
+                self._reasoning(walk),
+                self.documents[walk.answer][0],
+                walk,
             )
             for number, walk in enumerate(walks)
         )
@@ -232,9 +225,6 @@ class World:
     def named(self, place: int) -> str:
         """A short segment. The blank makes a name the same token as within a sentence."""
         return f" {self.places[place]}."
-
-
-# --- the roads -------------------------------------------------------------------------------
 
 
 def build_roads(num_places: int, num_relations: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -304,9 +294,6 @@ def _balanced_order(walks: Sequence[Walk], rng: np.random.Generator) -> list[Wal
     return ordered
 
 
-# --- the texts -------------------------------------------------------------------------------
-
-
 def _describe(places: Sequence[str], rng: np.random.Generator) -> tuple[tuple[str, str], ...]:
     parts = {"kind": _KINDS, "craft": _CRAFTS, "sight": _SIGHTS}
     documents = []
@@ -336,9 +323,6 @@ def hard_negatives(
     rng = np.random.default_rng([seed, _NEGATIVE_STREAM, walk.places[0], *walk.relations])
     shuffled = [wrong[i] for i in rng.permutation(len(wrong)).tolist()]
     return tuple(dict.fromkeys([*walk.places[-2::-1], *shuffled]))[:num_negatives]
-
-
-# --- the world -------------------------------------------------------------------------------
 
 
 def build_world(config: WorldConfig) -> World:
@@ -389,9 +373,6 @@ def build_world(config: WorldConfig) -> World:
         test_walks=tuple(walks[:num_test]),
         lm_walks=(*itertools.chain(*shorter), *composed),
     )
-
-
-# --- the files -------------------------------------------------------------------------------
 
 
 def world_files(world: World) -> dict[str, str]:
@@ -469,9 +450,8 @@ def write_world(world: World, directory: str | Path) -> None:
 def _refuse_foreign_files(target: Path, own: set[str]) -> None:
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file; a directory for the world is wanted")
-    found = (path.relative_to(target).as_posix() for path in target.rglob("*"))
-    foreign = sorted(name for name in found if name not in own and name != "qrels")
-    if foreign:
+    found = {path.relative_to(target).as_posix() for path in target.rglob("*")}
+    if foreign := sorted(found - own - {"qrels"}):
         raise FileExistsError(
             f"{target} holds {foreign[0]!r}, which is not part of a world, and writing one "
             "replaces the whole directory; name a new directory"
