@@ -23,7 +23,7 @@ from laser_jax.files.durable import read_state, write_atomically
 from laser_jax.files.terminal import fail
 from laser_jax.quickstart.world import WorldConfig, build_world, write_world
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 COLUMNS = ("nDCG@10", "Hit@1")
 
 
