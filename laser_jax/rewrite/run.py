@@ -89,7 +89,7 @@ class RewriteOptions:
     """Draw among the likeliest tokens that together reach this probability."""
     seed: int = 0
     """Of the drawn tokens, together with the query's id: not with its place or its company."""
-    dtype: Dtype = "float32"
+    compute_dtype: Dtype = "float32"
     """Of weights and computation: float32 is fastest on CPU, bfloat16 on GPU and TPU."""
     batch_size: int = 8
     """Queries written at a time. 1 for the latency of a single query."""
@@ -275,7 +275,7 @@ def rewrite(options: RewriteOptions) -> dict[str, Any]:
     tokenizer = load_tokenizer_for(directory, backbone)
     maker = prompt_maker(options, tokenizer, backbone.max_position_embeddings)
     prompts = {id_: maker.query_prompt(q.text, q.instruction or "") for id_, q in queries.items()}
-    params = load_params(directory, backbone, dtype=jnp.dtype(options.dtype))
+    params = load_params(directory, backbone, dtype=jnp.dtype(options.compute_dtype))
     stops = stop_ids(directory, tokenizer)
     settings = _settings(options, maker, stops, fingerprint(params))
     with closing(RewriteFile(output, settings, queries)) as file:
@@ -287,7 +287,7 @@ def rewrite(options: RewriteOptions) -> dict[str, Any]:
                 backbone,
                 options.decoding,
                 stops,
-                dtype=jnp.dtype(options.dtype),
+                dtype=jnp.dtype(options.compute_dtype),
                 batch_size=options.batch_size,
                 length_multiple=options.length_multiple,
             )
@@ -313,7 +313,7 @@ def _settings(
 ) -> dict[str, Any]:
     """What decides on the text of a rewrite, rounding aside."""
     keys = ("model", "prompt", "instruction", "chat_template")
-    keys += ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "dtype")
+    keys += ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "compute_dtype")
     return {
         **{key: getattr(options, key) for key in keys},
         "weights": weights,
