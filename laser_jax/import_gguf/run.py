@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 
 import ml_dtypes
@@ -18,6 +18,7 @@ import ml_dtypes
 from laser_jax.command_line import parse_command_line
 from laser_jax.config import ConfigError, Dtype
 from laser_jax.data.tokenization import special_token_ids
+from laser_jax.data.tokenizer_files import save_tokenizer
 from laser_jax.files.terminal import fail
 from laser_jax.hf.weights import save_weights
 from laser_jax.import_gguf.file import (
@@ -47,10 +48,9 @@ def import_gguf(options: ImportOptions) -> None:
     """Reads `options.file` and writes `options.output`, whole or not at all.
 
     Raises:
-        FileNotFoundError: no such GGUF file, or its package is not installed.
+        FileNotFoundError, ImportError: the file, or a package, is not there.
         ConfigError: the output directory holds something.
         HFError, TokenizationError: the file cannot become a backbone; names what is wrong.
-        ImportError: the extra `gguf` is not installed.
         OSError: the directory cannot be written.
     """
     output = Path(options.output).resolve()
@@ -66,7 +66,7 @@ def import_gguf(options: ImportOptions) -> None:
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as stage:
         made = Path(stage) / output.name
         save_weights(made, backbone, weights, dtype, special_token_ids(tokenizer))
-        tokenizer.save_pretrained(made)
+        save_tokenizer(tokenizer, made)
         made.replace(output)
     print(
         f"{output}: {backbone.family}, {backbone.num_layers} layers of {backbone.hidden_size}, "
@@ -78,8 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     places = list(takewhile(lambda argument: not argument.startswith("-"), given))[:2]
-    flags = [part for pair in zip(("--file", "--output"), places, strict=False) for part in pair]
-    given = flags + given[len(places) :]
+    flags = zip(("--file", "--output"), places, strict=False)
+    given = [*chain(*flags), *given[len(places) :]]
     try:
         import_gguf(parse_command_line(ImportOptions, "python -m laser_jax.import_gguf", given))
     except (ValueError, OSError, ImportError) as error:

@@ -1,9 +1,8 @@
 """The tokenizer of a GGUF file, rebuilt with the rules of the model that it belongs to.
 
 A GGUF file keeps tokens, merges and a name of the rule that cuts a text into words before the
-merges ("pre"). The rules below are those of the models' own tokenizer.json files. Where llama.cpp
-does otherwise (it does not normalise Qwen's texts to NFC), the model's own rule is taken, since
-that is what it was trained with.
+merges ("pre"). The rules below are those of the models' own tokenizer.json files, also where
+llama.cpp does otherwise (it does not normalise Qwen's texts to NFC).
 """
 
 from __future__ import annotations
@@ -75,9 +74,7 @@ def read_gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
         ]
     )
     special = _special_tokens(file, tokens)
-    adds_bos = file.value("tokenizer.ggml.add_bos_token", bool, is_llama3)  # llama.cpp's default
-    adds_eos = file.value("tokenizer.ggml.add_eos_token", bool, False)
-    tokenizer.post_processor = _post_processor(file, vocabulary, special, adds_bos, adds_eos)
+    tokenizer.post_processor = _post_processor(file, vocabulary, special, is_llama3)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         chat_template=file.value("tokenizer.chat_template", str, "") or None,
@@ -95,10 +92,9 @@ def _vocabulary(file: GGUFFile) -> tuple[list[str], list[int], dict[str, int]]:
             f"{file.path}: {len(tokens)} tokenizer.ggml.tokens, and {len(kinds)} of their "
             "tokenizer.ggml.token_type"
         )
-    used = [(token, id_) for id_, token in enumerate(tokens) if kinds[id_] != _UNUSED]
     vocabulary: dict[str, int] = {}
-    for token, id_ in used:
-        if vocabulary.setdefault(token, id_) != id_:
+    for id_, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
+        if kind != _UNUSED and vocabulary.setdefault(token, id_) != id_:
             raise TokenizationError(
                 f"{file.path}: tokenizer.ggml.tokens {vocabulary[token]} and {id_} are both "
                 f"{token!r}"
@@ -135,16 +131,12 @@ def _special_tokens(file: GGUFFile, tokens: list[str]) -> dict[str, str]:
 
 
 def _post_processor(
-    file: GGUFFile,
-    vocabulary: dict[str, int],
-    special: dict[str, str],
-    adds_bos: bool,
-    adds_eos: bool,
+    file: GGUFFile, vocabulary: dict[str, int], special: dict[str, str], is_llama3: bool
 ) -> Any:
-    """Puts BOS and EOS around a text."""
+    """Puts BOS and EOS around a text; by llama.cpp's default, BOS where it is a Llama 3."""
     parts, ids = ["$A"], []
-    for name, is_added in (("bos", adds_bos), ("eos", adds_eos)):
-        if not is_added:
+    for name, default in (("bos", is_llama3), ("eos", False)):
+        if not file.value(f"tokenizer.ggml.add_{name}_token", bool, default):
             continue
         token = special.get(f"{name}_token")
         if token not in vocabulary:

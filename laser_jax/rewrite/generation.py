@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,14 +29,7 @@ from laser_jax.files.reading import DataError, read_json
 from laser_jax.hf.weights import CONFIG_FILE, HFError
 from laser_jax.inference.batch_encoder import for_inference
 from laser_jax.modeling.attention import KeyValues, choose_kernel
-from laser_jax.modeling.backbone import (
-    Backbone,
-    Cache,
-    Variables,
-    apply,
-    empty_suffix,
-    is_stacked,
-)
+from laser_jax.modeling.backbone import Backbone, Cache, Variables, apply, empty_suffix, is_stacked
 from laser_jax.thinking import Prefix
 from laser_jax.views import read_prompts
 
@@ -96,20 +90,18 @@ def stop_ids(directory: str | Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     Raises:
         HFError: a file is no JSON object, or its `eos_token_id` no token id or list of them.
     """
-    own: Any = tokenizer.eos_token_id
-    found = set() if own is None else {own}
-    for file in (Path(directory) / GENERATION_CONFIG_FILE, Path(directory) / CONFIG_FILE):
-        if not file.is_file():
-            continue
+    found = {int(tokenizer.eos_token_id)} if tokenizer.eos_token_id is not None else set()  # type: ignore[arg-type]
+    for name in (GENERATION_CONFIG_FILE, CONFIG_FILE):
+        file = Path(directory) / name
         try:
-            named = read_json(file).get("eos_token_id")
+            named = read_json(file).get("eos_token_id") if file.is_file() else None
         except (DataError, AttributeError) as error:
             raise HFError(f"{file}: not a JSON object: {error}") from error
         ids = named if isinstance(named, list) else [] if named is None else [named]
         if not all(type(id_) is int and id_ >= 0 for id_ in ids):
             raise HFError(f"{file}: eos_token_id must be a token id or a list, got {named!r}")
         found |= set(ids)
-    return tuple(sorted(int(id_) for id_ in found))
+    return tuple(sorted(found))
 
 
 def choose_tokens(logits_BV: jax.Array, keys_B: jax.Array, decoding: Decoding) -> jax.Array:
@@ -139,43 +131,43 @@ class _Text(NamedTuple):
     ids_BW: jax.Array
 
 
+_Block = tuple[jax.Array, _Text, Cache]
+"""(slot, text, cache of the block) while a block is written."""
+
+
 # --- the cache ---------------------------------------------------------------------------------
 # It is kept as attention multiplies it, keys [.., B, G, T, H] and values [.., B, G, H, T], since
 # the loop would otherwise transpose all of it at every token. Leading axis: stacked layers.
 
 
-def _each(
-    cache: Cache, keys: Callable[..., Any], values: Callable[..., Any], *others: Cache
-) -> Any:
+def _each(cache: Cache, keys: Callable[..., Any], values: Callable[..., Any], *more: Cache) -> Any:
     """`keys` of all keys and `values` of all values in a cache, or in several of one structure."""
     return jax.tree.map(
-        lambda kv, *more: KeyValues(
-            keys(kv.k, *(m.k for m in more)), values(kv.v, *(m.v for m in more))
+        lambda kv, *others: KeyValues(
+            keys(kv.k, *(o.k for o in others)), values(kv.v, *(o.v for o in others))
         ),
         cache,
-        *others,
+        *more,
         is_leaf=lambda leaf: isinstance(leaf, KeyValues),
     )
 
 
-def _as_kept(cache: Cache) -> Cache:
-    return _each(cache, lambda k: jnp.swapaxes(k, -3, -2), lambda v: jnp.moveaxis(v, -3, -1))
+def _as_kept(cache: Cache, room: int = 0) -> Cache:
+    """A cache as the backbone leaves it, with `room` empty slots behind its last position."""
+
+    def padded(a: jax.Array) -> jax.Array:
+        return jnp.pad(a, [*[(0, 0)] * (a.ndim - 3), (0, room), (0, 0), (0, 0)])
+
+    return _each(
+        cache,
+        lambda k: jnp.swapaxes(padded(k), -3, -2),
+        lambda v: jnp.moveaxis(padded(v), -3, -1),
+    )
 
 
 def _as_read(kept: Cache) -> Cache:
     """The view that `Backbone.think` wants; XLA cancels its transposition with attention's own."""
     return _each(kept, lambda k: jnp.swapaxes(k, -3, -2), lambda v: jnp.moveaxis(v, -1, -3))
-
-
-def _with_room(cache: Cache, slots: int) -> Cache:
-    """A cache as `Backbone.read` leaves it, with empty slots behind its last position."""
-
-    def padded(a: jax.Array) -> jax.Array:
-        widths = [(0, 0)] * a.ndim
-        widths[-3] = (0, slots)
-        return jnp.pad(a, widths)
-
-    return _each(cache, padded, padded)
 
 
 def _appended(kept: Cache, block: Cache, lengths_B: jax.Array) -> Cache:
@@ -251,6 +243,24 @@ class TextGenerator:
         prefix = read_prompts(self._backbone, variables, ids_BT, lengths_B)
         return prefix, self._next(variables, prefix.h_BD, seeds_B, 0)
 
+    def _stops(self, token_B: jax.Array) -> jax.Array:
+        ids = jnp.asarray(self.stop_ids, jnp.int32)
+        return (token_B[:, None] == ids[None, :]).any(axis=1)
+
+    def _write_token(
+        self, variables: Variables, seeds_B: jax.Array, read: Prefix, state: _Block
+    ) -> _Block:
+        """One more token of every row, behind what was `read` and the block's earlier tokens."""
+        slot, text, suffix = state
+        x_B1D = apply(Backbone.embed, self._backbone, variables, text.token_B[:, None])
+        past = ((_as_read(read.cache),), suffix, read.lengths_B, slot)
+        h_BD, suffix = apply(Backbone.think, self._backbone, variables, x_B1D[:, 0], *past)
+        token_B = self._next(variables, h_BD, seeds_B, text.written)
+        shown_B = jnp.where(text.stopped_B, _NOT_WRITTEN, token_B)
+        ids_BW = text.ids_BW.at[:, text.written].set(shown_B)
+        stopped_B = text.stopped_B | self._stops(token_B)
+        return slot + 1, _Text(text.written + 1, token_B, stopped_B, ids_BW), suffix
+
     def _decode(
         self,
         variables: Variables,
@@ -263,46 +273,23 @@ class TextGenerator:
         `max_new_tokens`, of which the first `limit` are written."""
         W = self.decoding.max_new_tokens
 
-        def stops(token_B: jax.Array) -> jax.Array:
-            ids = jnp.asarray(self.stop_ids, jnp.int32)
-            return (token_B[:, None] == ids[None, :]).any(axis=1)
-
         def unfinished(text: _Text) -> jax.Array:
             return (text.written < limit) & ~text.stopped_B.all()
-
-        def write_token(read: Prefix, slot: jax.Array, text: _Text, suffix: Cache) -> Any:
-            x_B1D = apply(Backbone.embed, self._backbone, variables, text.token_B[:, None])
-            caches = (_as_read(read.cache),)
-            h_BD, suffix = apply(
-                Backbone.think,
-                self._backbone,
-                variables,
-                x_B1D[:, 0],
-                caches,
-                suffix,
-                read.lengths_B,
-                slot,
-            )
-            token_B = self._next(variables, h_BD, seeds_B, text.written)
-            shown_B = jnp.where(text.stopped_B, _NOT_WRITTEN, token_B)
-            ids_BW = text.ids_BW.at[:, text.written].set(shown_B)
-            stopped_B = text.stopped_B | stops(token_B)
-            return slot + 1, _Text(text.written + 1, token_B, stopped_B, ids_BW), suffix
 
         def write_block(state: tuple[_Text, Prefix]) -> tuple[_Text, Prefix]:
             text, read = state
             _, text, suffix = jax.lax.while_loop(
-                lambda s: (s[0] < _BLOCK) & unfinished(s[1]),
-                lambda s: write_token(read, *s),
+                lambda block: (block[0] < _BLOCK) & unfinished(block[1]),
+                lambda block: self._write_token(variables, seeds_B, read, block),
                 (jnp.zeros((), jnp.int32), text, empty_suffix((prefix.cache,), _BLOCK)),
             )
             cache = _appended(read.cache, _as_kept(suffix), read.lengths_B)
             return text, Prefix(read.h_BD, cache, read.lengths_B + _BLOCK)
 
         ids_BW = jnp.full((token_B.shape[0], W), _NOT_WRITTEN, jnp.int32).at[:, 0].set(token_B)
-        text = _Text(jnp.ones((), jnp.int32), token_B, stops(token_B), ids_BW)
-        room = -(-W // _BLOCK) * _BLOCK
-        read = Prefix(prefix.h_BD, _as_kept(_with_room(prefix.cache, room)), prefix.lengths_B)
+        text = _Text(jnp.ones((), jnp.int32), token_B, self._stops(token_B), ids_BW)
+        kept = _as_kept(prefix.cache, room=-(-W // _BLOCK) * _BLOCK)
+        read = Prefix(prefix.h_BD, kept, prefix.lengths_B)
         text, _ = jax.lax.while_loop(lambda s: unfinished(s[0]), write_block, (text, read))
         return text.ids_BW
 
@@ -361,17 +348,16 @@ class TextGenerator:
         Raises:
             ValueError: a prompt is empty or leaves no room, or a number is out of its range.
         """
-        limit = self.decoding.max_new_tokens if max_new_tokens is None else max_new_tokens
-        if not 1 <= limit <= self.decoding.max_new_tokens:
-            raise ValueError(
-                f"max_new_tokens must lie in 1..{self.decoding.max_new_tokens}, got {limit}"
-            )
+        most = self.decoding.max_new_tokens
+        limit = most if max_new_tokens is None else max_new_tokens
+        if not 1 <= limit <= most:
+            raise ValueError(f"max_new_tokens must lie in 1..{most}, got {limit}")
         seeds = range(len(prompts)) if seeds is None else seeds
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
         for batch in self._batches(prompts):
-            places = [place for place, _ in batch]
-            written = self._write([row for _, row in batch], [seeds[i] for i in places], limit)
+            places, rows = zip(*batch, strict=True)
+            written = self._write(rows, [seeds[place] for place in places], limit)
             yield list(zip(places, written, strict=True))
 
     def write(
@@ -383,29 +369,25 @@ class TextGenerator:
     ) -> list[Written]:
         """`write_batches`, in the order of the prompts."""
         batches = self.write_batches(prompts, seeds, max_new_tokens=max_new_tokens)
-        by_place = dict(pair for batch in batches for pair in batch)
-        return [by_place[place] for place in range(len(prompts))]
+        written = sorted(chain(*batches), key=lambda pair: pair[0])
+        return [text for _, text in written]
 
-    def _write(self, rows: list[Sequence[int]], seeds: list[int], limit: int) -> list[Written]:
+    def _write(
+        self, rows: Sequence[Sequence[int]], seeds: Sequence[int], limit: int
+    ) -> list[Written]:
         size, width = self.buckets.shape(rows)
         spare = size - len(rows)  # copies of the last row, which finish when it does
         ids_BT, lengths_B = right_pad([*rows, *[rows[-1]] * spare], 0, width)
         seeds_B = np.array([*seeds, *[seeds[-1]] * spare], np.uint32)
         prefill, decode = self._programs_of(size, width)
         began = time.perf_counter()
-        prefix, token_B = jax.block_until_ready(
-            prefill(self._variables, ids_BT, lengths_B, seeds_B)
-        )
-        read = time.perf_counter()
-        ids_BW = np.asarray(decode(self._variables, prefix, token_B, seeds_B, np.int32(limit)))
-        done = time.perf_counter()
+        read = jax.block_until_ready(prefill(self._variables, ids_BT, lengths_B, seeds_B))
+        prefill_seconds = time.perf_counter() - began
+        ids_BW = np.asarray(decode(self._variables, *read, seeds_B, np.int32(limit)))
+        seconds = (prefill_seconds, time.perf_counter() - began - prefill_seconds)
         written = []
         for row in ids_BW[: len(rows)].tolist():
             ids = row[: row.index(_NOT_WRITTEN)] if _NOT_WRITTEN in row else row
             finished = ids[-1] in self.stop_ids
-            written.append(
-                Written(
-                    ids[:-1] if finished else ids, finished, len(rows), read - began, done - read
-                )
-            )
+            written.append(Written(ids[:-1] if finished else ids, finished, len(rows), *seconds))
         return written

@@ -12,7 +12,8 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ class RewriteOptions:
     """Draw among the likeliest tokens that together reach this probability."""
     seed: int = 0
     """Of the drawn tokens, together with the query's id: not with its place or its company."""
-    dtype: Dtype = "float32"
+    compute_dtype: Dtype = "float32"
     """Of weights and computation: float32 is fastest on CPU, bfloat16 on GPU and TPU."""
     batch_size: int = 8
     """Queries written at a time. 1 for the latency of a single query."""
@@ -116,11 +117,8 @@ class RewriteOptions:
 
 
 def read_wanted(options: RewriteOptions) -> dict[str, EvalQuery]:
-    """The queries to rewrite, with their instructions where the prompt has a place for one.
-
-    Raises:
-        FileNotFoundError, DatasetError, ConfigError: no such queries, or not what they should be.
-    """
+    """The queries to rewrite, with their instructions where the prompt has a place for one. Raises
+    as `evaluate.beir`, and a ConfigError where options and queries do not go together."""
     skipped: list[str] | None = [] if options.skip_bad_lines else None
     queries = read_queries(options.queries, skipped=skipped)
     if skipped:
@@ -145,12 +143,8 @@ def read_wanted(options: RewriteOptions) -> dict[str, EvalQuery]:
 
 
 def prompt_maker(options: RewriteOptions, tokenizer: Tokenizer, positions: int) -> PromptTokenizer:
-    """Makes the rewriter's prompts, no longer than the model's positions leave room for.
-
-    Raises:
-        ConfigError: no room is left, or there is no chat template.
-        TokenizationError: the tokenizer cannot serve.
-    """
+    """Makes the rewriter's prompts, no longer than the model's positions leave room for. Raises a
+    ConfigError where they leave none or there is no chat template, and a TokenizationError."""
     limit = min(options.prompt_max_length, positions - options.max_new_tokens)
     if limit < 1:
         raise ConfigError(
@@ -202,61 +196,51 @@ class RewriteFile:
         self._path = path
         self._file = path.open("ab", buffering=0)
         try:
-            if lock(self._file, wait=False):
+            is_ours = lock(self._file, wait=False)
+            if is_ours:
                 self.rewrites = self._claim(settings, wanted)
-                return
         except BaseException:
             if os.path.getsize(path) == 0:
                 path.unlink()
             self.close()
             raise
-        self.close()
-        raise ConfigError(f"{path}: another process is writing this file")
+        if not is_ours:
+            self.close()
+            raise ConfigError(f"{path}: another process is writing this file")
 
     def _claim(self, settings: dict[str, Any], wanted: dict[str, EvalQuery]) -> dict[str, Rewrite]:
-        report = report_file(self._path)
-        if os.path.getsize(self._path) == 0:
+        path, report = self._path, report_file(self._path)
+        content = path.read_bytes()
+        if not content:
             write_atomically(report, json.dumps({"settings": settings}, indent=2) + "\n")
             return {}
-        self._require_same_settings(report, settings)
-        self._mend_last_line()
-        rewrites = read_rewrites(self._path)
-        for id_, rewrite in rewrites.items():
-            if id_ not in wanted or rewrite.query != wanted[id_].text or rewrite.cost is None:
-                raise ConfigError(
-                    f"{self._path} holds a rewrite of {id_!r} that is of none of these queries: "
-                    "choose another --output"
-                )
-        return rewrites
-
-    def _require_same_settings(self, report: Path, settings: dict[str, Any]) -> None:
         old = read_state(report, lambda values: dict(values["settings"]))
         if old is None:
             raise ConfigError(
-                f"{self._path} is there without a whole {report.name}, so nobody knows how it was "
+                f"{path} is there without a whole {report.name}, so nobody knows how it was "
                 "written: bring that back from a copy, or choose another --output"
             )
         if old != settings:
             keys = [k for k in {**old, **settings} if old.get(k) != settings.get(k)]
             differences = "; ".join(f"{k} {old.get(k)!r}, now {settings.get(k)!r}" for k in keys)
             raise ConfigError(
-                f"{self._path} was written with other settings ({differences}): choose another "
+                f"{path} was written with other settings ({differences}): choose another "
                 "--output, or delete the file"
             )
-
-    def _mend_last_line(self) -> None:
-        """A line that a killed process left unfinished is taken off."""
-        content = self._path.read_bytes()
-        end = content.rfind(b"\n") + 1
-        if end < len(content):
-            os.truncate(self._path, end)
+        if not content.endswith(b"\n"):  # a killed process left its last line unfinished
+            os.truncate(path, content.rfind(b"\n") + 1)
+        rewrites = read_rewrites(path)
+        for id_, rewrite in rewrites.items():
+            if id_ not in wanted or rewrite.query != wanted[id_].text or rewrite.cost is None:
+                raise ConfigError(
+                    f"{path} holds a rewrite of {id_!r} that is of none of these queries: choose "
+                    "another --output"
+                )
+        return rewrites
 
     def append(self, rewrites: dict[str, Rewrite]) -> None:
-        """Writes lines and waits until they are on the disk.
-
-        Raises:
-            OSError: naming the file, which is as it was before.
-        """
+        """Writes lines and waits until they are on the disk. Raises an OSError that names the file,
+        which is as it was before."""
         rows = [rewrite.as_row(id_) for id_, rewrite in rewrites.items()]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         size = os.fstat(self._file.fileno()).st_size
@@ -272,12 +256,6 @@ class RewriteFile:
 
     def close(self) -> None:
         self._file.close()
-
-    def __enter__(self) -> RewriteFile:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 # --- the program -------------------------------------------------------------------------------
@@ -296,38 +274,35 @@ def rewrite(options: RewriteOptions) -> dict[str, Any]:
         raise ConfigError(f"the folder {output.parent} does not exist; make it first")
     backbone = read_backbone_config(directory)
     tokenizer = load_tokenizer_for(directory, backbone)
-    prompts = prompt_maker(options, tokenizer, backbone.max_position_embeddings)
-    made = {id_: prompts.query_prompt(q.text, q.instruction or "") for id_, q in queries.items()}
-    params = load_params(directory, backbone, dtype=jnp.dtype(options.dtype))
+    maker = prompt_maker(options, tokenizer, backbone.max_position_embeddings)
+    prompts = {id_: maker.query_prompt(q.text, q.instruction or "") for id_, q in queries.items()}
+    params = load_params(directory, backbone, dtype=jnp.dtype(options.compute_dtype))
     stops = stop_ids(directory, tokenizer)
-    settings = _settings(options, prompts, stops, fingerprint(params))
-    with RewriteFile(output, settings, queries) as file:
+    settings = _settings(options, maker, stops, fingerprint(params))
+    with closing(RewriteFile(output, settings, queries)) as file:
         before = len(file.rewrites)
-        left = [id_ for id_ in queries if id_ not in file.rewrites]
+        left = {id_: prompts[id_].ids for id_ in queries if id_ not in file.rewrites}
         if left:
             generator = TextGenerator(
                 {"params": params},
                 backbone,
                 options.decoding,
                 stops,
-                dtype=jnp.dtype(options.dtype),
+                dtype=jnp.dtype(options.compute_dtype),
                 batch_size=options.batch_size,
                 length_multiple=options.length_multiple,
             )
-            rows = [made[id_].ids for id_ in left]
-            generator.warm_up(rows, progress="compile")
-            seeds = [seed_of(options.seed, id_) for id_ in left]
-            for batch in _with_progress(generator.write_batches(rows, seeds), before, len(queries)):
+            for batch in _written(generator, left, options.seed, len(queries)):
                 file.append(
                     {
-                        left[i]: _as_rewrite(queries[left[i]], len(rows[i]), written, tokenizer)
-                        for i, written in batch
+                        id_: _as_rewrite(queries[id_], len(left[id_]), written, tokenizer)
+                        for id_, written in batch.items()
                     }
                 )
         report = {
             "settings": settings,
             "machine": f"{jax.devices()[0].device_kind} ({jax.default_backend()})",
-            "shortened_queries": sum(prompt.truncated for prompt in made.values()),
+            "shortened_queries": sum(prompt.truncated for prompt in prompts.values()),
             **_statistics(file.rewrites),
         }
         write_atomically(report_file(output), json.dumps(report, indent=2) + "\n")
@@ -338,31 +313,31 @@ def _settings(
     options: RewriteOptions, prompts: PromptTokenizer, stops: Sequence[int], weights: str
 ) -> dict[str, Any]:
     """What decides on the text of a rewrite, rounding aside."""
-    keys = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "dtype")
+    keys = ("model", "prompt", "instruction", "chat_template")
+    keys += ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "compute_dtype")
     return {
-        "model": options.model,
+        **{key: getattr(options, key) for key in keys},
         "weights": weights,
-        "prompt": options.prompt,
-        "instruction": options.instruction,
-        "chat_template": options.chat_template,
         "thinking_suffix": prompts.config.thinking_suffix,
         "prompt_max_length": prompts.config.query_max_length,
         "prompt_checksum": prompts.checksum(),
         "stop_ids": list(stops),
-        **{key: getattr(options, key) for key in keys},
     }
 
 
-def _with_progress(
-    batches: Iterable[list[tuple[int, Written]]], before: int, total: int
-) -> Iterator[list[tuple[int, Written]]]:
-    tokens = seconds = 0
+def _written(
+    generator: TextGenerator, left: Mapping[str, list[int]], seed: int, total: int
+) -> Iterator[dict[str, Written]]:
+    """What is written after the prompts, a batch at a time, by query id."""
+    ids, rows = list(left), list(left.values())
+    generator.warm_up(rows, progress="compile")
+    batches = generator.write_batches(rows, [seed_of(seed, id_) for id_ in ids])
+    before, tokens, seconds = total - len(ids), 0, 0.0
     with tqdm(total=total, initial=before, desc="rewrite", unit="query", disable=None) as bar:
         for batch in batches:
-            yield batch
-            first = batch[0][1]
+            yield {ids[place]: written for place, written in batch}
             tokens += sum(len(written.ids) + written.finished for _, written in batch)
-            seconds += first.prefill_seconds + first.decode_seconds
+            seconds += batch[0][1].prefill_seconds + batch[0][1].decode_seconds
             bar.set_postfix_str(f"{tokens / seconds:.1f} tokens/s")
             bar.update(len(batch))
 
@@ -427,14 +402,10 @@ def _print(report: dict[str, Any], options: RewriteOptions) -> None:
         f"{report['prompt_tokens_per_second']:.0f} prompt tokens/s read, "
         f"{report['tokens_per_second']:.1f} tokens/s written\n"
     )
-    rows = {f"{name}, a query": v for name, v in report["milliseconds_a_query"].items()}
-    rows["until its batch was done"] = report["milliseconds_until_its_batch_was_done"]
-    header = ["milliseconds", "mean", "median", "p90"]
-    print(
-        markdown_table(
-            header, [[name, *(f"{v[key]:.1f}" for key in header[1:])] for name, v in rows.items()]
-        )
-    )
+    times = {f"{name}, a query": v for name, v in report["milliseconds_a_query"].items()}
+    times["until its batch was done"] = report["milliseconds_until_its_batch_was_done"]
+    rows = [[name, *(f"{value:.1f}" for value in v.values())] for name, v in times.items()]
+    print(markdown_table(["milliseconds", "mean", "median", "p90"], rows))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

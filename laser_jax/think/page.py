@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 
@@ -20,8 +20,6 @@ from laser_jax.think.thought import RankedDocument, Segment, Thought
 SHADES = 8
 """Shades of the table of cosines, from the lowest cosine in it to the highest."""
 _ROW_HEIGHT = 19
-_DIGIT = 9.0
-"""Room for a digit in the chart, where it is narrow and its letters are largest."""
 
 
 @dataclass(frozen=True)
@@ -37,30 +35,25 @@ class Form:
     """(text, address) of queries to try."""
 
 
-@dataclass(frozen=True)
-class Cell:
-    """The cosine of a step with a segment."""
+class Cell(NamedTuple):
+    """The cosine of a step with a segment, its shade (0 to SHADES - 1), and whether no segment is
+    closer to this step."""
 
     cosine: float
     shade: int
-    """0 to SHADES - 1."""
     closest: bool
-    """No segment is closer to this step."""
 
 
-@dataclass(frozen=True)
-class Move:
-    """Where a document stands after a step."""
+class Move(NamedTuple):
+    """A document's rank after a step, how many ranks it gained there (negative when it fell), and
+    whether it is among the first documents."""
 
     rank: int
     risen: int
-    """Ranks gained since the step before; negative when it fell."""
     shown: bool
-    """Among the first documents."""
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """A document's way through the ranks, in the chart."""
 
     name: str
@@ -72,8 +65,7 @@ class Line:
     """Where its name stands; None when it ends below the chart."""
 
 
-@dataclass(frozen=True)
-class Chart:
+class Chart(NamedTuple):
     """Lines over steps; lengths in units of the drawing."""
 
     width: float
@@ -81,11 +73,7 @@ class Chart:
     columns: list[float]
     rows: list[float]
     step_numbers: list[tuple[float, int]]
-    """(x, step), of as many steps as there is room for, the last among them."""
-    rank_x: float
-    """Where the numbers of the rows end."""
-    label_x: float
-    """Where names begin; they have the room to the right edge."""
+    """(x, step) of at most eight steps, the last among them."""
     lines: list[Line]
 
 
@@ -98,13 +86,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "count": _count,
-        "exp": math.exp,
-        "repr": repr,
-        "share": _share,
-        "short": _short,
-    }
+    environment.filters |= {"exp": math.exp, "repr": repr, "share": _share, "short": _short}
     return environment.get_template("page.html")
 
 
@@ -118,10 +100,6 @@ def _share(probability: float) -> str:
     else:
         number = f"{percent:.0f}" if 9.95 <= percent <= 99 else f"{percent:.1f}"
     return f"{number}\N{NO-BREAK SPACE}%"
-
-
-def _count(number: float) -> str:
-    return f"{number:.1f}" if number < 99.95 else f"{number:,.0f}"
 
 
 def _short(text: str, length: int) -> str:
@@ -144,45 +122,37 @@ def heat(segments: Sequence[Segment]) -> list[list[Cell]]:
 
 def moves(document: RankedDocument, top: int) -> list[Move]:
     """The document's ranks with their changes, a step each."""
-    before = (document.rank_K[0], *document.rank_K)
-    return [
-        Move(rank, was - rank, rank <= top)
-        for rank, was in zip(document.rank_K, before, strict=False)
-    ]
+    steps = pairwise([document.rank_K[0], *document.rank_K])
+    return [Move(rank, was - rank, rank <= top) for was, rank in steps]
 
 
 def rank_chart(documents: Sequence[RankedDocument], top: int) -> Chart:
     """How the first `top` documents change places; a line ends where its document leaves them."""
-    rank_x = 2 + _DIGIT * len(str(top))
-    left, right, head, width = rank_x + 10, 144.0, 14.0, 360.0
     K = len(documents[0].rank_K)
-    apart = (width - left - right) / max(K - 1, 1)
-    columns = [left + apart * k for k in range(K)]
-    every = math.ceil(_DIGIT * (len(str(K)) + 0.5) / apart)
+    columns = [40 + 176 / max(K - 1, 1) * k for k in range(K)]
+    every = math.ceil(K / 8)
     step_numbers = [(columns[k], k + 1) for k in range(K) if (K - 1 - k) % every == 0]
-    rows = [head + _ROW_HEIGHT * rank for rank in range(1, top + 1)]
+    rows = [14.0 + _ROW_HEIGHT * rank for rank in range(1, top + 1)]
     bottom = rows[-1] + _ROW_HEIGHT  # where lines go to and come from
-
-    def y(rank: int) -> float:
-        return rows[rank - 1] if rank <= top else bottom
 
     def line(document: RankedDocument) -> Line:
         ranks, last = document.rank_K, document.rank_K[-1]
-        pieces = [
-            f"M{columns[k]:.1f} {y(a):.1f}L{columns[k + 1]:.1f} {y(b):.1f}"
-            for k, (a, b) in enumerate(pairwise(ranks))
-            if min(a, b) <= top
+        points = [
+            (x, rows[r - 1] if r <= top else bottom) for x, r in zip(columns, ranks, strict=True)
         ]
+        path = "".join(
+            f"M{x:.1f} {y:.1f}L{next_x:.1f} {next_y:.1f}"
+            for (x, y), (next_x, next_y) in pairwise(points)
+            if min(y, next_y) < bottom
+        )
         kind = "relevant" if document.relevant else "leading" if last <= 3 else "other"
-        dots = [(columns[k], y(rank)) for k, rank in enumerate(ranks) if rank <= top]
-        label_y = y(last) if last <= top else None
-        return Line(document.document.id, "".join(pieces), dots, kind, label_y)
+        dots = [(x, y) for x, y in points if y < bottom]
+        label_y = rows[last - 1] if last <= top else None
+        return Line(document.document.id, path, dots, kind, label_y)
 
-    # drawn last is on top
-    order = {"other": 0, "leading": 1, "relevant": 2}
-    lines = sorted(map(line, documents), key=lambda drawn: order[drawn.kind])
-    label_x = columns[-1] + 12
-    return Chart(width, bottom + 8, columns, rows, step_numbers, rank_x, label_x, lines)
+    order = ("other", "leading", "relevant")  # drawn last is on top
+    lines = sorted(map(line, documents), key=lambda drawn: order.index(drawn.kind))
+    return Chart(360.0, bottom + 8, columns, rows, step_numbers, lines)
 
 
 def render_page(

@@ -55,30 +55,30 @@ class ThinkOptions:
     """Its port; 0 takes a free one."""
 
     def __post_init__(self) -> None:
-        for name in ("top", "top_documents"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        def require(holds: object, message: str) -> None:
+            if not holds:
+                raise ConfigError(message)
+
         K = self.num_thinking_steps
-        if K is not None and K < 1:
-            raise ConfigError(f"num_thinking_steps must be at least 1, got {K}")
+        for name in ("top", "top_documents", "num_thinking_steps"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
         for name in ("text", "instruction", "reasoning"):
             try:
                 (getattr(self, name) or "").encode()
             except UnicodeEncodeError as error:  # a byte of the command line that is no UTF-8
-                raise ConfigError(
-                    f"{name} is no Unicode text, give it in UTF-8: {error}"
-                ) from error
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port must lie in 0..65535, got {self.port}")
+                message = f"{name} is no Unicode text, give it in UTF-8: {error}"
+                raise ConfigError(message) from error
+        require(0 <= self.port <= 65535, f"port must lie in 0..65535, got {self.port}")
         if not self.serve:
-            if self.text is None:
-                raise ConfigError("text is missing: give the query, or --serve for a page to ask")
+            missing = "text is missing: give the query, or --serve for a page to ask"
+            require(self.text is not None, missing)
             return
         for name in ("text", "reasoning", "html"):
-            if getattr(self, name) is not None:
-                raise ConfigError(f"{name} does not go with --serve: its page has a form")
-        if K is not None and K > LARGEST_STEPS:
-            raise ConfigError(f"--serve shows at most {LARGEST_STEPS} thinking steps, got {K}")
+            given = getattr(self, name)
+            require(given is None, f"{name} does not go with --serve: its page has a form")
+        most = f"--serve shows at most {LARGEST_STEPS} thinking steps, got {K}"
+        require(K is None or K <= LARGEST_STEPS, most)
 
 
 def find_corpus(options: ThinkOptions) -> tuple[Corpus | None, str]:
@@ -110,7 +110,7 @@ def _evaluation_set(run: Path) -> str | None:
         config = read_json(run)
     except DataError as error:
         raise ConfigError(f"{error}; {mend}") from error
-    data = config.get("data", {}) if isinstance(config, dict) else config
+    data = config.get("data", {}) if isinstance(config, dict) else None
     directory = data.get("eval") if isinstance(data, dict) else data
     if not isinstance(data, dict) or not isinstance(directory, str | None):
         raise ConfigError(
@@ -143,22 +143,12 @@ def describe(thought: Thought) -> str:
     return "\n".join(lines)
 
 
-def _inspector(options: ThinkOptions, corpus: Corpus | None) -> Inspector:
-    return Inspector(
-        options.model, corpus, top_tokens=options.top, top_documents=options.top_documents
-    )
-
-
 def serve(options: ThinkOptions) -> None:
     """Serves the page until Ctrl-C. The port is taken first, before the model is loaded."""
     with PageServer(options.host, options.port) as server:
-        corpus, about = find_corpus(options)
+        inspector, about = _inspector(options)
         server.site = Site(
-            _inspector(options, corpus),
-            options.model,
-            about,
-            options.instruction,
-            options.num_thinking_steps,
+            inspector, options.model, about, options.instruction, options.num_thinking_steps
         )
         print(f"{printable(about)}\n{server.url} (Ctrl-C ends it)", flush=True)
         try:
@@ -172,8 +162,8 @@ def show(options: ThinkOptions) -> None:
     assert options.text is not None
     if options.html is not None and not Path(options.html).parent.is_dir():  # now, not at the end
         raise FileNotFoundError(f"the folder of --html {options.html} does not exist")
-    corpus, about = find_corpus(options)
-    thought = _inspector(options, corpus).think(
+    inspector, about = _inspector(options)
+    thought = inspector.think(
         options.text,
         instruction=options.instruction,
         reasoning=options.reasoning,
@@ -186,6 +176,13 @@ def show(options: ThinkOptions) -> None:
         return
     given = f"query: {thought.query}\ninstruction: {thought.instruction or '(none)'}\n{about}"
     print(printable(f"{given}\n{describe(thought)}"))
+
+
+def _inspector(options: ThinkOptions) -> tuple[Inspector, str]:
+    """The model with its corpus, and the sentence about that."""
+    corpus, about = find_corpus(options)
+    top = {"top_tokens": options.top, "top_documents": options.top_documents}
+    return Inspector(options.model, corpus, **top), about
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

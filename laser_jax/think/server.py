@@ -29,28 +29,12 @@ LARGEST_QUEUE = 32
 _SECONDS = 30
 """How long a connection may say nothing, or take nothing."""
 _EXAMPLES = 8
-_MENDS: dict[int | None, str] = {
-    errno.EADDRINUSE: "end what holds it, or choose another with --port (0 takes any free one)",
-    errno.EACCES: "choose another with --port, from 1024 on (0 takes any free one)",
-}
-_MEND_HOST = "--host takes an address or a name of this machine, such as 127.0.0.1 (the default)"
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What a request is answered with."""
-
-    status: HTTPStatus
-    html: str
 
 
 @dataclass(frozen=True)
 class Site:
-    """What is asked, and what the page says of it.
-
-    Attributes:
-        instruction, num_thinking_steps: what the form starts with; None takes the inspector's.
-    """
+    """What is asked, and what the page says of it. The form starts with `instruction` and
+    `num_thinking_steps`; None takes the inspector's."""
 
     inspector: Inspector
     model: str
@@ -59,30 +43,26 @@ class Site:
     num_thinking_steps: int | None = None
 
     def form(self, fields: dict[str, str]) -> Form:
-        """The form with what was sent, and where nothing was, what stands in."""
+        """The form with what was sent, and where nothing was, what stands in; and with queries from
+        all over the corpus's file."""
         inspector = self.inspector
-        query = fields.get("query", "")
-        known = inspector.known(query)
+        known = inspector.known(fields.get("query", ""))
         instruction = known.instruction if self.instruction is None else self.instruction
         steps = self.num_thinking_steps or inspector.config.num_thinking_steps
+        queries = inspector.corpus.queries if inspector.corpus else []
+        shown = queries[:: max(len(queries) // _EXAMPLES, 1)][:_EXAMPLES]
         return Form(
-            query=query,
+            query=known.text,
             instruction=fields.get("instruction", instruction or ""),
             steps=fields.get("steps", str(steps)),
             reasoning=fields.get("reasoning") or known.reasoning or "",
             largest_steps=LARGEST_STEPS,
-            examples=self._examples(),
+            examples=[(q.text, "/?" + urlencode({"query": q.text})) for q in shown],
         )
 
-    def _examples(self) -> list[tuple[str, str]]:
-        """Queries from all over the corpus's file, with the addresses that ask them."""
-        queries = self.inspector.corpus.queries if self.inspector.corpus else []
-        apart = max(len(queries) // _EXAMPLES, 1)
-        return [(q.text, "/?" + urlencode({"query": q.text})) for q in queries[::apart][:_EXAMPLES]]
 
-
-def answer(site: Site, address: str) -> Reply:
-    """The reply to a GET of `address` (path and query string)."""
+def answer(site: Site, address: str) -> tuple[HTTPStatus, str]:
+    """Status and page for a GET of `address` (path and query string)."""
     parts = urlsplit(address)
     # a form ends its lines with CR LF; the model's separators are those of Unix
     fields = {
@@ -90,28 +70,25 @@ def answer(site: Site, address: str) -> Reply:
         for name, values in parse_qs(parts.query, keep_blank_values=True).items()
     }
     form = site.form(fields)
-    known = {"model": site.model, "corpus": site.corpus, "form": form}
+    known: dict[str, Any] = {"model": site.model, "corpus": site.corpus, "form": form}
     if parts.path != "/":
         text = f"There is no page {parts.path}; the form is at /."
-        return Reply(HTTPStatus.NOT_FOUND, render_page(**known, error=text))
+        return HTTPStatus.NOT_FOUND, render_page(**known, error=text)
     if not fields:
-        return Reply(HTTPStatus.OK, render_page(**known))
+        return HTTPStatus.OK, render_page(**known)
+    K = form.steps
     try:
+        if not (K.isascii() and K.isdigit() and 1 <= int(K) <= LARGEST_STEPS):
+            raise ValueError(f"K must be a whole number from 1 to {LARGEST_STEPS}, got {K!r}")
         thought = site.inspector.think(
             form.query,
             instruction=form.instruction,
             reasoning=form.reasoning,
-            num_thinking_steps=_steps(form.steps),
+            num_thinking_steps=int(K),
         )
     except ValueError as error:
-        return Reply(HTTPStatus.BAD_REQUEST, render_page(**known, error=str(error)))
-    return Reply(HTTPStatus.OK, render_page(**known, thought=thought))
-
-
-def _steps(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= LARGEST_STEPS):
-        raise ValueError(f"K must be a whole number from 1 to {LARGEST_STEPS}, got {text!r}")
-    return int(text)
+        return HTTPStatus.BAD_REQUEST, render_page(**known, error=str(error))
+    return HTTPStatus.OK, render_page(**known, thought=thought)
 
 
 def _is_local(host: str) -> bool:
@@ -122,13 +99,6 @@ def _is_local(host: str) -> bool:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:
         return name == "localhost"
-
-
-def _resolved(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
-    """The family and the address to listen on; a name of both families means IPv4."""
-    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    family, *_, address = min(found, key=lambda one: one[0] != socket.AF_INET)
-    return family, address
 
 
 class PageServer(ThreadingHTTPServer):
@@ -145,7 +115,7 @@ class PageServer(ThreadingHTTPServer):
     site: Site | None = None
 
     def __init__(self, host: str, port: int) -> None:
-        """Listens on an address, or a name of one, of IPv4 or IPv6.
+        """Listens on an address, or a name of one, of IPv4 or IPv6; a name of both means IPv4.
 
         Raises:
             OSError: host or port cannot be had; says how to mend it.
@@ -153,13 +123,16 @@ class PageServer(ThreadingHTTPServer):
         self.model_lock = threading.Lock()
         self._free = threading.Semaphore(LARGEST_QUEUE)
         try:
-            self.address_family, address = _resolved(host, port)
-            super().__init__(address, _Handler)
+            kind, passive = socket.SOCK_STREAM, socket.AI_PASSIVE
+            found = socket.getaddrinfo(host or None, port, type=kind, flags=passive)
+            first = min(found, key=lambda one: one[0] != socket.AF_INET)
+            self.address_family = first[0]
+            super().__init__(first[4], _Handler)  # pyright: ignore[reportArgumentType]
         except (OSError, UnicodeError) as error:  # the latter of names that no host can have
-            number, reason = None, str(error)
-            if isinstance(error, OSError):
-                number, reason = error.errno, error.strerror
-            mend = _MENDS.get(number, _MEND_HOST)
+            mend = "--host takes an address or a name of this machine, such as 127.0.0.1"
+            if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES):
+                mend = "choose another with --port, from 1024 on (0 takes any free one)"
+            reason = getattr(error, "strerror", error)
             raise OSError(f"cannot listen on {host}, port {port} ({reason}): {mend}") from error
         bound, port = str(self.server_address[0]), self.server_address[1]
         self.local_only = ipaddress.ip_address(bound).is_loopback
@@ -193,14 +166,14 @@ class _Handler(BaseHTTPRequestHandler):
         assert site is not None
         try:
             with self.server.model_lock:
-                reply = answer(site, self.path)
+                status, page = answer(site, self.path)
         except Exception as error:  # a fault of ours: the page says so, the terminal where
             print(printable(traceback.format_exc()), file=sys.stderr)
             text = f"{type(error).__name__}: {error}. The terminal shows where."
-            html = render_page(model=site.model, corpus=site.corpus, error=text)
-            reply = Reply(HTTPStatus.INTERNAL_SERVER_ERROR, html)
-        body = reply.html.encode()
-        self.send_response(reply.status)
+            page = render_page(model=site.model, corpus=site.corpus, error=text)
+            status = HTTPStatus.INTERNAL_SERVER_ERROR
+        body = page.encode()
+        self.send_response(status)
         self.send_header("Content-Type", "text/html; charset=utf-8")
         self.send_header("Content-Length", str(len(body)))
         self.send_header("X-Content-Type-Options", "nosniff")

@@ -6,11 +6,10 @@ concern of this file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,13 @@ import numpy as np
 
 from laser_jax.config import Pooling, appended_thoughts
 from laser_jax.data.buckets import Buckets
-from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, right_pad
+from laser_jax.data.tokenization import (
+    ExplicitTokens,
+    PromptTokenizer,
+    PromptTokens,
+    load_tokenizer,
+    right_pad,
+)
 from laser_jax.encoder import backbone_for, load_pretrained
 from laser_jax.evaluate.beir import (
     Document,
@@ -135,11 +140,7 @@ class Corpus:
 
 
 def load_corpus(directory: str | Path, *, ignore_identical_ids: bool = True) -> Corpus:
-    """Reads a BEIR directory of which only `corpus.jsonl` is a must.
-
-    Raises:
-        FileNotFoundError, DatasetError: as `evaluation.beir`.
-    """
+    """Reads a BEIR directory of which only `corpus.jsonl` is a must. Raises as `evaluate.beir`."""
     directory = Path(directory)
     documents = read_corpus(directory)
     queries = read_queries(directory) if (directory / "queries.jsonl").is_file() else {}
@@ -162,12 +163,8 @@ def rank_documents(
     relevant: frozenset[str] = frozenset(),
     excluded: frozenset[str] = frozenset(),
 ) -> tuple[RankedDocument, ...]:
-    """The documents that `Thought.documents` holds; equal scores rank in the corpus's order.
-
-    Args:
-        scores_KC: cosines after each step.
-        relevant, excluded: document ids; excluded ones take no rank.
-    """
+    """The documents that `Thought.documents` holds, from their cosines after each step; equal ones
+    rank in the corpus's order. `relevant` and `excluded` are ids; excluded ones take no rank."""
     kept_C = np.array([document.id not in excluded for document in documents])
     scores_KC = np.where(kept_C, scores_KC, -np.inf)
     order_KC = np.argsort(-scores_KC, axis=1, kind="stable")
@@ -201,10 +198,7 @@ class Inspector:
     def __init__(
         self, model: str | Path, corpus: Corpus | None, *, top_tokens: int, top_documents: int
     ) -> None:
-        """Loads the model and embeds the corpus.
-
-        Args:
-            model: a directory that laser_jax.train exported.
+        """Loads the model, a directory that laser_jax.train exported, and embeds the corpus.
 
         Raises:
             FileNotFoundError, ValueError: model or tokenizer are not what they should be, or
@@ -222,27 +216,20 @@ class Inspector:
         given = (query.instruction for query in queries if query.instruction is not None)
         self.instruction = next(given, "")
         self._top_tokens, self._top_documents = top_tokens, top_documents
-        self._vectors_CD = self._embed(variables, corpus)
+        # The retriever is made without a corpus too: it refuses a tokenizer of another model.
+        retriever = LatentRetriever(LatentEncoder(variables, self.config), self._prompts)
+        texts = [document.text for document in corpus.documents] if corpus else []
+        self._vectors_CD = retriever.encode_document(texts, show_progress_bar=True)
         self._backbone = backbone_for(self.config, variables)
         self._variables = jax.device_put(variables)
         self._width = Buckets().width  # the encoder's own
-        self._program = lru_cache(PROGRAMS)(self._jitted)
-
-    def _jitted(self, kind: Literal["think", "read"], *shape: int) -> Callable[..., Any]:
-        """A function of one shape, whose program goes when the function does. Of "think" it is the
-        width of the row and K, of "read" the widths of row and positions."""
-        if kind == "think":
-            return jax.jit(partial(self._latent_steps, steps=shape[1]))
-        return jax.jit(partial(self._segment_states))
-
-    def _embed(self, variables: Variables, corpus: Corpus | None) -> np.ndarray:
-        # The retriever is made without a corpus too: it refuses a tokenizer that is not the model's
-        retriever = LatentRetriever(LatentEncoder(variables, self.config), self._prompts)
-        texts = [document.text for document in corpus.documents] if corpus else []
-        return retriever.encode_document(texts, show_progress_bar=True)
+        # A `partial` for each shape: its program goes when it does.
+        self._program = lru_cache(PROGRAMS)(
+            lambda function, *widths, **fixed: jax.jit(partial(function, **fixed))
+        )
 
     def _latent_steps(
-        self, variables: Variables, ids_BT: jax.Array, lengths_B: jax.Array, steps: int
+        self, variables: Variables, ids_BT: jax.Array, lengths_B: jax.Array, *, steps: int
     ) -> tuple[jax.Array, jax.Array, TopTokens]:
         """Unit states and unit prefix embeddings, each [B, K, D], and what every state says."""
         hidden_BKD = latent_view(
@@ -260,13 +247,11 @@ class Inspector:
         return normalize(view.keyframes_BKD)
 
     def known(self, text: str) -> EvalQuery:
-        """The corpus's query with this text, or one with an empty id; in either case with an
-        instruction."""
+        """The corpus's query with this text, or one with an empty id, and an instruction."""
         found = self.corpus.query_of(text) if self.corpus else None
         query = found or EvalQuery("", text)
-        if query.instruction is not None:
-            return query
-        return replace(query, instruction=self.instruction)
+        given = self.instruction if query.instruction is None else query.instruction
+        return replace(query, instruction=given)
 
     def think(
         self,
@@ -296,100 +281,98 @@ class Inspector:
         known = self.known(query)
         if instruction is None:
             instruction = known.instruction or ""
-        if not (reasoning or "").strip():
-            reasoning = known.reasoning
+        if reasoning is None or not reasoning.strip():
+            reasoning = known.reasoning or ""
         K = self.config.num_thinking_steps if num_thinking_steps is None else num_thinking_steps
         prompt = self._prompts.query_prompt(query, instruction)
-        positions = self.config.backbone.max_position_embeddings
-        if len(prompt.ids) + appended_thoughts(K, self.config.pooling) > positions:
-            raise ValueError(
-                f"the query's {len(prompt.ids)} tokens and {K} thinking steps take more positions "
-                f"than the model has, {positions}"
-            )
-        notices = []
+        states_KD, prefixes_KD, tokens = self._thoughts(prompt.ids, K)
+        if not np.isfinite(prefixes_KD).all():
+            raise NotFiniteError(f"the query {query!r:.60}", self.config.dtype)
+        segments, reasoning_cut = (), False
+        if reasoning.strip():
+            explicit = self._prompts.explicit(query, instruction, reasoning)
+            segments, reasoning_cut = self._segments(explicit, states_KD), explicit.truncated
+        own = self.corpus.own_document(known) if self.corpus else None
+        return Thought(
+            query=query,
+            instruction=instruction,
+            reasoning=reasoning,
+            pooling=self.config.pooling,
+            steps=self._steps(tokens),
+            segments=segments,
+            documents=self._rank(known, own, prefixes_KD),
+            top_documents=self._top_documents,
+            corpus_size=len(self._vectors_CD),
+            notices=self._notices(prompt, reasoning_cut, own),
+        )
+
+    def _notices(
+        self, prompt: PromptTokens, reasoning_cut: bool, own: str | None
+    ) -> tuple[str, ...]:
+        limits, notices = self.config.prompt, []
         if prompt.truncated:
             notices.append(
                 f"The query was cut: it takes {prompt.whole_length} tokens, and "
-                f"prompt.query_max_length is {self.config.prompt.query_max_length}."
+                f"prompt.query_max_length is {limits.query_max_length}."
             )
-        if self.corpus and (own := self.corpus.own_document(known)) is not None:
+        if own is not None:
             notices.append(
                 f"Document {own!r} has the query's own id and is left out (BEIR's rule; "
                 "ignore_identical_ids false keeps it)."
             )
-        states, prefixes, tokens = self._thoughts(prompt.ids, K)
-        if not np.isfinite(prefixes).all():
-            raise NotFiniteError(f"the query {query!r:.60}", self.config.dtype)
-        segments: tuple[Segment, ...] = ()
-        if reasoning and reasoning.strip():
-            segments, cut = self._segments(query, instruction, reasoning, states)
-            if cut:
-                notices.append(
-                    "The written chain of thought was cut: with the query it takes more than "
-                    f"prompt.explicit_max_length, {self.config.prompt.explicit_max_length} tokens."
-                )
-        return Thought(
-            query=query,
-            instruction=instruction,
-            reasoning=reasoning or "",
-            pooling=self.config.pooling,
-            steps=self._steps(tokens),
-            segments=segments,
-            documents=self._rank(known, prefixes),
-            top_documents=self._top_documents,
-            corpus_size=len(self._vectors_CD),
-            notices=tuple(notices),
-        )
+        if reasoning_cut:
+            notices.append(
+                "The written chain of thought was cut: with the query it takes more than "
+                f"prompt.explicit_max_length, {limits.explicit_max_length} tokens."
+            )
+        return tuple(notices)
 
     def _thoughts(self, ids: list[int], K: int) -> tuple[np.ndarray, np.ndarray, TopTokens]:
         """What `_latent_steps` gives for one row: [K, D] twice and tokens [1, K, n]. No step sees
         a later one, so the program of the next power of two serves every K up to it."""
+        positions = self.config.backbone.max_position_embeddings
+        if len(ids) + appended_thoughts(K, self.config.pooling) > positions:
+            raise ValueError(
+                f"the query's {len(ids)} tokens and {K} thinking steps take more positions than "
+                f"the model has, {positions}"
+            )
         width, steps = self._width(len(ids)), 1 << (K - 1).bit_length()
-        rows = right_pad([ids], self._prompts.pad_id, width)
-        found = self._program("think", width, steps)(self._variables, *rows)
+        program = self._program(self._latent_steps, width, steps=steps)
+        found = program(self._variables, *right_pad([ids], self._prompts.pad_id, width))
         states, prefixes, tokens = jax.tree.map(lambda array: array[:, :K], jax.device_get(found))
         return states[0], prefixes[0], tokens
 
     def _steps(self, tokens: TopTokens) -> tuple[Step, ...]:
-        decode = self._prompts.tokenizer.decode
-        return tuple(
-            Step(
-                tuple(Token(str(decode([id_])), float(p)) for id_, p in zip(ids, row, strict=True)),
-                float(entropy),
+        def said(ids_n: np.ndarray, probabilities_n: np.ndarray) -> tuple[Token, ...]:
+            return tuple(
+                Token(str(self._prompts.tokenizer.decode([id_])), float(p))
+                for id_, p in zip(ids_n, probabilities_n, strict=True)
             )
-            for ids, row, entropy in zip(
-                tokens.ids_BKn[0], tokens.probabilities_BKn[0], tokens.entropy_BK[0], strict=True
-            )
-        )
 
-    def _segments(
-        self, query: str, instruction: str, reasoning: str, states_KD: np.ndarray
-    ) -> tuple[tuple[Segment, ...], bool]:
-        """The segments, and whether the chain of thought was cut."""
-        explicit = self._prompts.explicit(query, instruction, reasoning)
+        rows = (tokens.ids_BKn[0], tokens.probabilities_BKn[0], tokens.entropy_BK[0])
+        return tuple(Step(said(ids, p), float(h)) for ids, p, h in zip(*rows, strict=True))
+
+    def _segments(self, explicit: ExplicitTokens, states_KD: np.ndarray) -> tuple[Segment, ...]:
         last = len(explicit.ids) - 1
         ends = sorted({*explicit.segment_ends, last})  # the explicit view itself is read at `last`
         widths = self._width(len(explicit.ids)), self._width(len(ends))
         rows = right_pad([explicit.ids], self._prompts.pad_id, widths[0])
         ends_BM, _ = right_pad([ends], last, widths[1])
-        read = self._program("read", *widths)(self._variables, *rows, ends_BM)
-        ends_MD = np.asarray(read)[0, : len(ends)]
-        cosine_MK = ends_MD @ states_KD.T
-        starts = [explicit.query_length, *(end + 1 for end in ends)]
-        texts = [
-            str(self._prompts.tokenizer.decode(explicit.ids[start : end + 1]))
-            for start, end in zip(starts, ends, strict=False)
-        ]
-        segments = tuple(
-            Segment(text, tuple(row.tolist())) for text, row in zip(texts, cosine_MK, strict=True)
+        read = self._program(self._segment_states, *widths)(self._variables, *rows, ends_BM)
+        cosine_MK = np.asarray(read)[0, : len(ends)] @ states_KD.T
+        decode = self._prompts.tokenizer.decode
+        starts = [explicit.query_length, *(end + 1 for end in ends[:-1])]
+        return tuple(
+            Segment(str(decode(explicit.ids[start : end + 1])), tuple(cosine_K.tolist()))
+            for start, end, cosine_K in zip(starts, ends, cosine_MK, strict=True)
         )
-        return segments, explicit.truncated
 
-    def _rank(self, known: EvalQuery, prefixes_KD: np.ndarray) -> tuple[RankedDocument, ...]:
+    def _rank(
+        self, known: EvalQuery, own: str | None, prefixes_KD: np.ndarray
+    ) -> tuple[RankedDocument, ...]:
         if self.corpus is None:
             return ()
         grades = self.corpus.qrels.get(known.id, {})
-        own = self.corpus.own_document(known)
         excluded = exclusions({known.id: known.excluded_ids}, [] if own is None else [own])
         return rank_documents(
             prefixes_KD @ self._vectors_CD.T,
