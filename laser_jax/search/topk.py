@@ -24,7 +24,13 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from laser_jax.data.schema import as_strings
-from laser_jax.search.codes import Code, decode_vectors, encode_vectors, storage_dtype
+from laser_jax.search.codes import (
+    Code,
+    decode_vectors,
+    encode_vectors,
+    require_matrix,
+    storage_dtype,
+)
 from laser_jax.search.trec import Run, trec_order
 
 DEFAULT_CHUNK = 32_768
@@ -196,7 +202,7 @@ def exact_top_k(
             may overflow; on no document, or on k, chunk or query_block below 1.
     """
     queries_QD = np.asarray(queries_QD)
-    _require_matrix("queries", queries_QD)
+    require_matrix("queries", queries_QD)
     if min(k, chunk, query_block) < 1:
         raise ValueError(
             f"k, chunk and query_block must be at least 1, got {k}, {chunk} and {query_block}"
@@ -239,13 +245,6 @@ def _query_blocks(queries_QD: np.ndarray, most: int, mesh: Mesh) -> list[jax.Arr
     return [jax.device_put(filled_QD[s : s + length], whole) for s in range(0, Q, length)]
 
 
-def _require_matrix(name: str, vectors: np.ndarray) -> None:
-    if vectors.ndim != 2 or vectors.dtype != np.float32:
-        raise ValueError(
-            f"{name} must be a float32 matrix, got {vectors.dtype} of shape {vectors.shape}"
-        )
-
-
 def _check_documents(queries_QD: np.ndarray, codes_MW: np.ndarray, code: Code) -> None:
     D = queries_QD.shape[1]
     width = D // 8 if code == "binary" else D
@@ -254,15 +253,11 @@ def _check_documents(queries_QD: np.ndarray, codes_MW: np.ndarray, code: Code) -
             f"documents must be {storage_dtype(code)} of width {width} ({code}, queries of "
             f"width {D}), got {codes_MW.dtype} of shape {codes_MW.shape}"
         )
-    if code != "binary":
-        _require_no_overflow(queries_QD, codes_MW)
-
-
-def _require_no_overflow(queries_QD: np.ndarray, rows_MD: np.ndarray) -> None:
-    """Raises a ValueError where a dot product may leave float32: it would be Inf or NaN, or sort a
-    document behind all others."""
-    peaks = [max(float(a.max(initial=0)), -float(a.min(initial=0))) for a in (queries_QD, rows_MD)]
-    if not peaks[0] * peaks[1] * queries_QD.shape[1] < float(np.finfo(np.float32).max):
+    if code == "binary":
+        return
+    # a dot product that leaves float32 would be Inf or NaN, or sort a document behind all others
+    peaks = [max(float(a.max(initial=0)), -float(a.min(initial=0))) for a in (queries_QD, codes_MW)]
+    if not peaks[0] * peaks[1] * D < float(np.finfo(np.float32).max):
         raise ValueError(
             f"dot products may overflow float32: the queries hold numbers up to {peaks[0]:.3g}, "
             f"the documents up to {peaks[1]:.3g}; normalise both to length 1"
@@ -422,7 +417,7 @@ def search(
             finite, and as `exact_top_k` and `encode_vectors` do.
     """
     query_embeddings, doc_embeddings = np.asarray(query_embeddings), np.asarray(doc_embeddings)
-    _require_matrix("documents", doc_embeddings)
+    require_matrix("documents", doc_embeddings)
     _check_rows("query", query_embeddings, query_ids)
     _check_rows("document", doc_embeddings, doc_ids)
     order_C = trec_order(doc_ids)

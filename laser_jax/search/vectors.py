@@ -315,10 +315,9 @@ def recovered_shard(
     pyarrow, path = import_pyarrow(directory), Path(directory) / file
     try:
         content = path.read_bytes()
-        schema = pyarrow.parquet.read_schema(pyarrow.BufferReader(content))
-        told = json.loads(schema.metadata[_SCHEMA_KEY])
-        rows = pyarrow.parquet.read_metadata(pyarrow.BufferReader(content)).num_rows
-        shard = Shard(file, rows, hashlib.sha256(content).hexdigest())
+        metadata = pyarrow.parquet.read_metadata(pyarrow.BufferReader(content))
+        told = json.loads(metadata.metadata[_SCHEMA_KEY])
+        shard = Shard(file, metadata.num_rows, hashlib.sha256(content).hexdigest())
         ids, vectors_CD = read_shard(directory, shard, info)
     except (OSError, pyarrow.ArrowException, KeyError, TypeError, ValueError):
         return None
