@@ -468,8 +468,8 @@ def load_retriever_config(directory: str | Path) -> RetrieverConfig:
     path = Path(directory) / RETRIEVER_CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is missing: {directory} is not a model exported by laser_jax.train. For a "
-            "plain Hugging Face directory pass a RetrieverConfig of your own"
+            f"{path} is missing: {directory} is no export of laser_jax.train. For a model of the "
+            'LaSER authors pass preset="official", otherwise pass a RetrieverConfig of your own'
         )
     from laser_jax.files.reading import DataError, read_json  # which imports yaml
 

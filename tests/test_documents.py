@@ -11,7 +11,7 @@ import pytest
 
 from laser_jax.encode_corpus.documents import Corpus, Fields, Located, Place
 from laser_jax.evaluate.beir import Document, EvalQuery
-from laser_jax.search.trec import DatasetError
+from laser_jax.files.reading import DataError
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -72,15 +72,15 @@ def test_a_file_of_beir_is_not_taken_for_the_other(tmp_path: Path) -> None:
     (tmp_path / "queries.jsonl").write_bytes(lines(ROWS))
     with pytest.raises(FileNotFoundError, match=r"corpus\.jsonl is missing: with queries\.jsonl"):
         Corpus(tmp_path)
-    with pytest.raises(DatasetError, match=r"holds queries, and documents are wanted: encode it w"):
+    with pytest.raises(DataError, match=r"holds queries, and documents are wanted: encode it w"):
         Corpus(tmp_path / "queries.jsonl")
     (tmp_path / "queries.jsonl").rename(tmp_path / "corpus.jsonl")
     with pytest.raises(FileNotFoundError, match=r"queries\.jsonl is missing: with corpus\.jsonl"):
         Corpus(tmp_path, texts="queries")
-    with pytest.raises(DatasetError, match=r"corpus\.jsonl: a file of this name holds documents"):
+    with pytest.raises(DataError, match=r"corpus\.jsonl: a file of this name holds documents"):
         Corpus(tmp_path / "corpus.jsonl", texts="queries")
     (tmp_path / "corpus.jsonl.gz").touch()
-    with pytest.raises(DatasetError, match=r"holds both corpus\.jsonl and corpus\.jsonl\.gz"):
+    with pytest.raises(DataError, match=r"holds both corpus\.jsonl and corpus\.jsonl\.gz"):
         Corpus(tmp_path)
     (tmp_path / "corpus.jsonl.gz").unlink()
     (tmp_path / "corpus.jsonl").rename(tmp_path / "train.jsonl")
@@ -109,7 +109,7 @@ def test_a_parquet_without_documents_is_named(
     tmp_path: Path, columns: dict[str, list[Any]], message: str
 ) -> None:
     pq.write_table(pa.table(columns), tmp_path / "t.parquet")
-    with Corpus(tmp_path / "t.parquet") as corpus, pytest.raises(DatasetError, match=message):
+    with Corpus(tmp_path / "t.parquet") as corpus, pytest.raises(DataError, match=message):
         list(corpus.read())
 
 
@@ -127,29 +127,29 @@ def test_bad_rows_are_left_out_where_they_may_be(tmp_path: Path) -> None:
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(lines(ROWS))[:-12])
-    with Corpus(path) as corpus, pytest.raises(DatasetError, match=r"a\.jsonl\.gz:\d+: cannot be"):
+    with Corpus(path) as corpus, pytest.raises(DataError, match=r"a\.jsonl\.gz:\d+: cannot be"):
         list(corpus.read())
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1 no")
-    with Corpus(path) as corpus, pytest.raises(DatasetError, match="not a whole Parquet file"):
+    with Corpus(path) as corpus, pytest.raises(DataError, match="not a whole Parquet file"):
         list(corpus.read())
 
 
 def test_a_folder_of_two_kinds_or_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="holds nothing to read"):
+    with pytest.raises(DataError, match="holds nothing to read"):
         Corpus(tmp_path)
     (tmp_path / "a.jsonl").touch()
     (tmp_path / "b.parquet").touch()
-    with pytest.raises(DatasetError, match="holds both JSON lines and Parquet"):
+    with pytest.raises(DataError, match="holds both JSON lines and Parquet"):
         Corpus(tmp_path)
-    with pytest.raises(DatasetError, match=r"a \.jsonl, \.jsonl\.gz or \.parquet is wanted"):
+    with pytest.raises(DataError, match=r"a \.jsonl, \.jsonl\.gz or \.parquet is wanted"):
         Corpus(Path(__file__))
 
 
 def test_splits_of_a_corpus_are_not_merged(tmp_path: Path) -> None:
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_bytes(lines(ROWS[:1]))
-    with pytest.raises(DatasetError, match=r"holds several splits, name one"):
+    with pytest.raises(DataError, match=r"holds several splits, name one"):
         Corpus(tmp_path)
     assert Corpus(tmp_path / "test").files == [tmp_path / "test.jsonl"]
     with pytest.raises(FileNotFoundError, match="neither a file nor a directory"):

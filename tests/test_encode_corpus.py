@@ -36,6 +36,7 @@ from laser_jax.encode_corpus.run import main
 from laser_jax.encoder import load_pretrained
 from laser_jax.files import durable as files
 from laser_jax.files.durable import Digest
+from laser_jax.files.reading import DataError
 from laser_jax.hf.weights import (
     Stored,
     load_params,
@@ -47,7 +48,6 @@ from laser_jax.inference.retriever import LatentRetriever
 from laser_jax.modeling.backbone import Backbone
 from laser_jax.search.codes import decode_vectors
 from laser_jax.search.vectors import (
-    VectorsError,
     read_ids,
     read_manifest,
     read_shards,
@@ -69,7 +69,7 @@ ROWS = [
     for n, town in enumerate(TOWNS)
 ]
 TEXTS = [f"{row['title']} {row['text']}" for row in ROWS]
-SMALL = {"shard_documents": 4, "batch_size": 2, "devices": 1}
+SMALL: dict[str, Any] = {"shard_documents": 4, "batch_size": 2, "devices": 1}
 
 
 def write_model(directory: Path, seed: int) -> Path:
@@ -108,6 +108,10 @@ def command(model: Path, corpus: Path, output: Path, **more: Any) -> list[str]:
 def encode(model: Path, corpus: Path, output: Path, **more: Any) -> Path:
     main(command(model, corpus, output, **more))
     return output
+
+
+def config_of(model: Path, corpus: Path, output: Path) -> CorpusConfig:
+    return CorpusConfig(model=str(model), input=str(corpus), output=str(output), **SMALL)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -164,13 +168,13 @@ def test_array_tasks_in_any_order_write_what_one_process_writes(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    whole, parts = encode(model, corpus, tmp_path / "whole", dtype="int8"), tmp_path / "parts"
+    whole, parts = encode(model, corpus, tmp_path / "whole", store_dtype="int8"), tmp_path / "parts"
     for task in (2, 0):
-        encode(model, corpus, parts, dtype="int8", shard=f"{task}/3")
+        encode(model, corpus, parts, store_dtype="int8", shard=f"{task}/3")
     assert "1 shards of 3 are still to come" in capsys.readouterr().out
     assert not (parts / "manifest.json").exists()
-    encode(model, corpus, parts, dtype="int8", shard="1/3")
-    encode(model, corpus, parts, dtype="int8", shard="9/50")  # has nothing to do
+    encode(model, corpus, parts, store_dtype="int8", shard="1/3")
+    encode(model, corpus, parts, store_dtype="int8", shard="9/50")  # has nothing to do
     assert contents(parts) == contents(whole)
     assert (vectors_of(whole) * vectors_of(finished)).sum(axis=1).min() > 0.999
 
@@ -229,7 +233,7 @@ def test_memory_does_not_grow_with_the_corpus(model: Path, tmp_path: Path) -> No
         """Bytes at most, while `shards` shards of 4 x 28,000 characters are encoded."""
         rows = [{"_id": f"d{n}", "text": "valley " * 4000} for n in range(4 * shards)]
         path = write_rows(tmp_path / f"{shards}.jsonl", rows)
-        arguments = CorpusConfig(str(model), str(path), str(tmp_path / f"out{shards}"), **SMALL)
+        arguments = config_of(model, path, tmp_path / f"out{shards}")
         main(command(model, path, tmp_path / f"out{shards}", plan_only=True))
         directory = CorpusDirectory(arguments.output)
         with ShardEncoder(arguments, read_plan(directory.path), directory) as encoder:
@@ -258,9 +262,9 @@ def copy(finished: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"num_thinking_steps": 3}, "num_thinking_steps was 2, is 3"),
-        ({"dtype": "float16"}, "dtype was 'float32', is 'float16'"),
-        ({"compute_dtype": "bfloat16"}, "model_hash was '.*', is "),
+        ({"num_thinking_steps": 3}, r"info\.num_thinking_steps was 2, is 3"),
+        ({"store_dtype": "float16"}, r"info\.dtype was 'float32', is 'float16'"),
+        ({"compute_dtype": "bfloat16"}, r"info\.model_hash was '.*', is "),
         ({"shard_documents": 5}, "shard_documents was 4, is 5"),
         ({"batch_size": 3}, "batch_size was 2, is 3"),
         ({"fields.title": "no"}, r"fields\.title was 'title', is 'no'"),
@@ -279,13 +283,13 @@ def test_another_model_or_template_is_refused(
     model: Path, corpus: Path, copy: Path, tmp_path: Path
 ) -> None:
     other = write_model(tmp_path / "other", 1)
-    with pytest.raises(SystemExit, match=r"\n  model_hash was '.*', is '.*'\nThe two"):
+    with pytest.raises(SystemExit, match=r"\n  info\.model_hash was '.*', is '.*'\nThe two"):
         encode(other, corpus, copy)
     changed = shutil.copytree(model, tmp_path / "changed")
     config = json.loads((changed / "laser_config.json").read_text())
     config["prompt"]["document_template"] = "passage: {document}"
     (changed / "laser_config.json").write_text(json.dumps(config))
-    with pytest.raises(SystemExit, match=r"\n  prompt_hash was '.*', is '.*'\nThe two"):
+    with pytest.raises(SystemExit, match=r"\n  info\.prompt_hash was '.*', is '.*'\nThe two"):
         encode(changed, corpus, copy)
 
 
@@ -349,11 +353,11 @@ def test_a_model_that_was_changed_since_the_plan_is_refused_by_whoever_loads_it(
     output = encode(own_model, corpus, tmp_path / "out", plan_only=True)
     before = contents(output)
     shutil.copy(other_weights, own_model)
-    config = CorpusConfig(str(own_model), str(corpus), str(output), **SMALL)
+    config = config_of(own_model, corpus, output)
     message = r"is not the model that .*out was begun with:\n  model_hash was '.*', is '"
-    with pytest.raises(VectorsError, match=message):
+    with pytest.raises(DataError, match=message):
         ShardEncoder(config, read_plan(output), CorpusDirectory(output))
-    with pytest.raises(VectorsError, match=message):
+    with pytest.raises(DataError, match=message):
         Worker(config)  # a Ray actor
     assert contents(output) == before
 
@@ -378,9 +382,9 @@ def test_a_model_that_changes_while_it_is_read_is_refused(
         weights.write_bytes(other_weights.read_bytes() if reads == 2 else own)
         return read(self, *index)
 
-    config = CorpusConfig(str(own_model), str(corpus), str(output), **SMALL)
+    config = config_of(own_model, corpus, output)
     monkeypatch.setattr(Stored, "read", swapped)
-    with pytest.raises(VectorsError, match="is not the model that"):
+    with pytest.raises(DataError, match="is not the model that"):
         ShardEncoder(config, read_plan(output), CorpusDirectory(output))
     assert weights.read_bytes() == own
 
@@ -538,11 +542,11 @@ def test_who_is_overtaken_at_the_very_end_is_finished_too(
         assert directory.recover(number, plan)
     write = module.write_atomically
 
-    def overtaken(path: Path, text: str, tag: str) -> None:
+    def overtaken(path: Path, text: str) -> None:
         (copy / "manifest.json").write_bytes(manifest)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(files, "flush", lambda part: part.unlink())
-            write(path, text, tag)
+            write(path, text)
 
     monkeypatch.setattr(module, "write_atomically", overtaken)
     assert directory.finish(plan)
@@ -602,7 +606,7 @@ def arm(when, name):
     Path.replace, Path.write_bytes = replacing, writing
     if when == "batch":
         batches = []
-        def third(tally):
+        def third(stats):
             batches.append(1)
             if len(batches) == 3: die()
         def watched(encoder, number, watch=None, encode=encoding.ShardEncoder.encode):
@@ -784,7 +788,7 @@ def test_a_vector_that_is_not_a_number_names_its_document(
         with pytest.raises(
             SystemExit, match=r"corpus\.jsonl:7, id 'd6': the vector of text .* is not finite"
         ):
-            encode(broken, corpus, output, dtype=dtype, num_thinking_steps=1)
+            encode(broken, corpus, output, store_dtype=dtype, num_thinking_steps=1)
         assert [path.name for path in output.glob("*.parquet")] == [shard_name(0)]
 
 

@@ -7,15 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from laser_jax.search import repeated_ids
 from laser_jax.search.repeated_ids import RepeatedIds, id_hash
 
 
-@pytest.mark.parametrize("held", [1 << 20, 64])
-def test_exactly_the_repeated_ids_are_found(tmp_path: Path, held: int) -> None:
-    """In memory, and with files of any size on the disk."""
+def test_exactly_the_repeated_ids_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where two equal hashes stand at both sides of a cut between those that are compared."""
+    monkeypatch.setattr(repeated_ids, "_COMPARED", 7)
     numbers = np.random.default_rng(0).integers(0, 3_000, 500)
     repeated = {str(n) for n in numbers if (numbers == n).sum() > 1}
-    with RepeatedIds(tmp_path, held) as ids:
+    with RepeatedIds(tmp_path) as ids:
         for n in numbers:
             ids.add(str(n))
         assert ids.hashes() == {id_hash(id_) for id_ in repeated}
@@ -23,9 +26,8 @@ def test_exactly_the_repeated_ids_are_found(tmp_path: Path, held: int) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("held", [1 << 20, 64])
-def test_of_many_repeated_ids_the_first_hundred_are_enough(tmp_path: Path, held: int) -> None:
-    with RepeatedIds(tmp_path, held) as ids:
+def test_of_many_repeated_ids_the_first_hundred_are_enough(tmp_path: Path) -> None:
+    with RepeatedIds(tmp_path) as ids:
         for n in range(2_000):
             ids.add(str(n % 1_000))
         assert len(ids.hashes()) == 100

@@ -23,9 +23,9 @@ from laser_jax.evaluate.retrieval import (
     retrieval_runs,
     rewrite_ways,
     score_runs,
-    with_max_length,
 )
 from laser_jax.inference.batch_encoder import LatentEncoder
+from laser_jax.inference.options import with_max_length
 from laser_jax.modeling.backbone import Backbone
 from laser_jax.search.trec import DatasetError
 from laser_jax.train.selection import score_dev

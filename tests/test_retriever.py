@@ -36,9 +36,10 @@ from laser_jax.data.tokenization import (
     train_tokenizer,
 )
 from laser_jax.encoder import encode
-from laser_jax.hf.weights import save_params
+from laser_jax.files.reading import parse_yaml
+from laser_jax.hf.weights import read_backbone_config, save_params
 from laser_jax.inference.batch_encoder import LatentEncoder
-from laser_jax.inference.retriever import LatentRetriever, OverlongTextError, Tally
+from laser_jax.inference.retriever import EncodingStats, LatentRetriever, OverlongTextError
 from laser_jax.modeling.backbone import Backbone
 from laser_jax.sharding import make_mesh
 
@@ -241,14 +242,14 @@ def test_overlong_texts_are_shortened_and_counted_in_one_warning(retriever) -> N
     assert caught[0].filename == __file__
 
 
-def test_a_tally_counts_over_calls_and_replaces_the_warning(retriever) -> None:
+def test_stats_count_over_calls_and_replace_the_warning(retriever) -> None:
     seen: list[int] = []
-    tally = Tally(watch=lambda t: seen.append(t.texts))
-    retriever.encode_document([*DOCUMENTS, LONG], tally=tally)
-    retriever.encode_query(LONG, instruction=TASK, tally=tally)
+    stats = EncodingStats(watch=lambda t: seen.append(t.texts))
+    retriever.encode_document([*DOCUMENTS, LONG], stats=stats)
+    retriever.encode_query(LONG, instruction=TASK, stats=stats)
     tokens = [len(retriever.prompts.document(text)) for text in [*DOCUMENTS, LONG]]
     tokens.append(len(retriever.prompts.query(LONG, TASK)))
-    assert (tally.texts, tally.tokens, tally.truncated) == (7, sum(tokens), 2)
+    assert (stats.texts, stats.tokens, stats.truncated) == (7, sum(tokens), 2)
     assert seen == [4, 6, 7]  # batch by batch
 
 
@@ -406,6 +407,80 @@ def test_a_plain_directory_loads_with_a_config(copy, retriever, vectors) -> None
     (copy / "laser_config.json").unlink()
     plain = LatentRetriever.from_pretrained(copy, config=retriever.encoder.config)
     np.testing.assert_allclose(plain.encode_document(DOCUMENTS[3]), vectors[3], atol=1e-5)
+
+
+# --- the models that the authors released --------------------------------------------------------
+
+
+@pytest.fixture
+def released(copy: Path) -> Path:
+    """A plain Hugging Face directory of a Qwen3, with its tokenizer and nothing of ours."""
+    (copy / "laser_config.json").unlink()
+    return copy
+
+
+SPECIAL = "Ulm <|im_end|> lies"
+
+
+@pytest.mark.parametrize(
+    ("preset", "prompt"),
+    [
+        ("official", {"query_max_length": 3072, "document_max_length": 3072}),
+        ("official-bare", {"query_template": "{query}", "chat_template": False}),
+    ],
+)
+def test_a_preset_reads_as_the_settings_that_it_stands_for(released, preset, prompt) -> None:
+    official = parse_yaml((EXAMPLES.parent / "configs" / "official.yaml").read_text())["prompt"]
+    if "query_max_length" in prompt:
+        prompt = {**prompt, "explicit_max_length": 3072 + 512}
+    config = RetrieverConfig(
+        read_backbone_config(released),
+        num_thinking_steps=3,
+        prompt=PromptConfig(**{**official, **prompt}),
+    )
+    explicit = LatentRetriever.from_pretrained(released, config=config)
+    found = LatentRetriever.from_pretrained(released, preset=preset)
+    assert found.encoder.config == config
+    assert found.prompts.checksum() == explicit.prompts.checksum()
+    texts = [*DOCUMENTS, SPECIAL]
+    np.testing.assert_array_equal(found.encode_document(texts), explicit.encode_document(texts))
+    np.testing.assert_array_equal(
+        found.encode_query(texts, instruction=TASK), explicit.encode_query(texts, instruction=TASK)
+    )
+
+
+def test_presets_make_the_tokens_of_the_released_code(released) -> None:
+    tokenizer = load_tokenizer(released)
+
+    def turn(text: str) -> list[int]:
+        """What `TransformersTextEmbedder.tokenize` of the released evaluator does."""
+        turns = [{"role": "user", "content": text}]
+        whole = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return tokenizer(f"{whole}<think>\n\n</think>\n\n")["input_ids"]
+
+    official = LatentRetriever.from_pretrained(released, preset="official").prompts
+    assert official.document(SPECIAL) == turn(SPECIAL)
+    assert official.query(SPECIAL, TASK) == turn(f"Instruct: {TASK}\nQuery: {SPECIAL}")
+    bare = LatentRetriever.from_pretrained(released, preset="official-bare").prompts
+    assert bare.document(LONG) == tokenizer(LONG.strip())["input_ids"]
+    assert bare.query(SPECIAL, TASK) == tokenizer(SPECIAL)["input_ids"]
+    assert official.eos_id not in bare.document(LONG)
+
+
+def test_a_preset_that_cannot_be_is_refused(model, released, retriever) -> None:
+    with pytest.raises(ValueError, match="preset is one of official, official-bare, not 'laser'"):
+        LatentRetriever.from_pretrained("no/where", preset="laser")
+    with pytest.raises(ValueError, match="a config or the preset 'official', not both"):
+        LatentRetriever.from_pretrained(
+            released, preset="official", config=retriever.encoder.config
+        )
+    with pytest.raises(ValueError, match=r"has a laser_config\.json, which says how"):
+        LatentRetriever.from_pretrained(model, preset="official")
+    with pytest.raises(FileNotFoundError, match='preset="official"'):
+        LatentRetriever.from_pretrained(released)
+
+
+# --- what does not belong together ---------------------------------------------------------------
 
 
 def test_another_chat_template_than_that_of_training_is_refused(copy) -> None:

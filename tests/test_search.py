@@ -15,6 +15,7 @@ from laser_jax.search import topk
 from laser_jax.search.codes import Code, decode_vectors, encode_vectors
 from laser_jax.search.topk import (
     Chunk,
+    StoredCorpus,
     device_mesh,
     exact_top_k,
     rescored,
@@ -255,7 +256,8 @@ def test_a_chunk_without_documents_changes_nothing(code: Code) -> None:
         def read() -> list[Chunk]:
             return corpus(documents_CD, *cuts)
 
-        return search_chunks(queries_QD, read, *ids, 10, {}, code=code, oversample=2)
+        stored = StoredCorpus(read, ids[1])
+        return search_chunks(queries_QD, stored, ids[0], 10, {}, code=code, oversample=2)
 
     assert found(0, 20, 20, 60) == found(20)
 

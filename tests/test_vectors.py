@@ -1,4 +1,4 @@
-"""Directories of vectors, the program that searches them, and FAISS."""
+"""Directories of vectors, and the program that searches them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from laser_jax.files.reading import DataError
 from laser_jax.search import vectors
-from laser_jax.search.codes import decode_vectors, encode_vectors
+from laser_jax.search.codes import encode_vectors
 from laser_jax.search.run import main
 from laser_jax.search.topk import search
 from laser_jax.search.trec import read_trec_run
 from laser_jax.search.vectors import (
     Manifest,
     Shard,
-    VectorsError,
     VectorsInfo,
     read_ids,
     read_manifest,
@@ -124,7 +124,7 @@ def test_a_shard_without_rows_is_one(tmp_path: Path) -> None:
 def test_what_is_no_shard_is_not_written(
     tmp_path: Path, ids: list[str], rows: np.ndarray, message: str
 ) -> None:
-    with pytest.raises(VectorsError, match=rf"shard-00000\.parquet: .*{message}"):
+    with pytest.raises(DataError, match=rf"shard-00000\.parquet: .*{message}"):
         write_shard(tmp_path, shard_name(0), ids, rows, INFO)
     assert list(tmp_path.iterdir()) == []
 
@@ -163,7 +163,7 @@ def test_an_id_in_two_shards_is_named_with_both(tmp_path: Path) -> None:
     manifest = Manifest(INFO, (manifest.shards[0], shard))
     write_manifest(tmp_path, manifest)
     message = f"{tmp_path / shard_name(1)}: id 'a' stands twice, it is in {shard_name(0)} too"
-    with pytest.raises(VectorsError, match=message):
+    with pytest.raises(DataError, match=message):
         read_ids(tmp_path, manifest)
     assert verify(tmp_path) == [message]
 
@@ -171,9 +171,7 @@ def test_an_id_in_two_shards_is_named_with_both(tmp_path: Path) -> None:
 def test_a_shard_of_another_model_is_refused(tmp_path: Path) -> None:
     manifest = write_directory(tmp_path, ["a"], DOCUMENTS[:1], shards=1)
     other = dataclasses.replace(INFO, model_hash="other")
-    with pytest.raises(
-        VectorsError, match=r"model_hash is 'model', and manifest\.json says 'other'"
-    ):
+    with pytest.raises(DataError, match=r"model_hash is 'model', and manifest\.json says 'other'"):
         read_shard(tmp_path, manifest.shards[0], other)
 
 
@@ -181,9 +179,9 @@ def test_what_is_no_parquet_is_named(tmp_path: Path) -> None:
     content = b"not a parquet file"
     (tmp_path / "x.parquet").write_bytes(content)
     shard = Shard("x.parquet", 1, hashlib.sha256(content).hexdigest())
-    with pytest.raises(VectorsError, match=r"x\.parquet: no shard of vectors"):
+    with pytest.raises(DataError, match=r"x\.parquet: no shard of vectors"):
         read_shard(tmp_path, shard, INFO)
-    with pytest.raises(VectorsError, match=r"x\.parquet: no shard of vectors"):
+    with pytest.raises(DataError, match=r"x\.parquet: no shard of vectors"):
         read_ids(tmp_path, Manifest(INFO, (shard,)))
 
 
@@ -203,7 +201,7 @@ def test_what_is_no_parquet_is_named(tmp_path: Path) -> None:
 def test_a_faulty_manifest_is_refused(corpus: Path, change: dict[str, Any], message: str) -> None:
     path = corpus / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(VectorsError, match=f"(?s)manifest.json: .*{message}"):
+    with pytest.raises(DataError, match=f"(?s)manifest.json: .*{message}"):
         read_manifest(corpus)
 
 
@@ -360,60 +358,3 @@ def test_the_program_refuses_what_cannot_be_compared(
     with pytest.raises(SystemExit, match="k and chunk must be at least 1"):
         main(options(corpus, tmp_path / "other", output, "--k", "0"))
     assert not output.exists()
-
-
-# --- FAISS -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def faiss_index() -> Any:
-    pytest.importorskip("faiss")
-    from laser_jax.search import faiss_index
-
-    return faiss_index
-
-
-@pytest.mark.parametrize(("factory", "dtype"), [("Flat", "float32"), ("IVF2,Flat", "int8")])
-def test_an_exported_index_finds_what_exact_search_finds(
-    tmp_path: Path, faiss_index: Any, factory: str, dtype
-) -> None:
-    write_directory(tmp_path / "corpus", DOCUMENT_IDS, DOCUMENTS, shards=3, dtype=dtype)
-    faiss_index.export_faiss(tmp_path / "corpus", tmp_path / "index", factory=factory)
-    index = faiss_index.FaissIndex.load(tmp_path / "index")
-    if factory != "Flat":
-        index.index.nprobe = 2  # look into every list
-    excluded = {"q1": DOCUMENT_IDS[:40]}
-    run = index.search(QUERIES, QUERY_IDS, 10, excluded)
-    decoded = decode_vectors(encode_vectors(DOCUMENTS, dtype), dtype)
-    wanted = search(QUERIES, decoded, QUERY_IDS, DOCUMENT_IDS, 10, excluded)
-    assert {q: list(r) for q, r in run.items()} == {q: list(r) for q, r in wanted.items()}
-    assert run["q0"] == pytest.approx(wanted["q0"], abs=1e-6)
-
-
-def test_an_index_that_finds_fewer_gives_fewer(corpus: Path, tmp_path: Path, faiss_index) -> None:
-    faiss_index.export_faiss(corpus, tmp_path / "index")
-    run = faiss_index.FaissIndex.load(tmp_path / "index").search(QUERIES, QUERY_IDS, 60, {})
-    assert [len(ranking) for ranking in run.values()] == [50] * 7
-
-
-def test_queries_are_not_exported_as_an_index(queries: Path, tmp_path: Path, faiss_index) -> None:
-    with pytest.raises(VectorsError, match="holds vectors of queries, and documents are wanted"):
-        faiss_index.export_faiss(queries, tmp_path / "index")
-    assert not (tmp_path / "index").exists()
-
-
-def test_index_and_ids_that_do_not_belong_together_are_refused(
-    corpus: Path, tmp_path: Path, faiss_index: Any
-) -> None:
-    faiss_index.export_faiss(corpus, tmp_path / "index")
-    path = tmp_path / "index" / "ids.json"
-    values = json.loads(path.read_text())
-    path.write_text(json.dumps(values | {"ids": values["ids"][:-1]}))
-    with pytest.raises(VectorsError, match=r"holds 50 vectors of width 16, ids\.json names 49"):
-        faiss_index.FaissIndex.load(tmp_path / "index")
-    path.write_bytes(bytes(9))
-    with pytest.raises(VectorsError, match=r"ids\.json is damaged: export the index again"):
-        faiss_index.FaissIndex.load(tmp_path / "index")
-    path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"ids\.json is missing"):
-        faiss_index.FaissIndex.load(tmp_path / "index")

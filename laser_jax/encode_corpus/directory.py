@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from laser_jax.config import as_dict, changes, listed
 from laser_jax.encode_corpus.documents import Corpus
 from laser_jax.encode_corpus.plan import (
     PLAN_FILE,
     Plan,
     Settings,
-    differing,
     make_plan,
     plan_text,
     plan_values,
@@ -36,11 +36,11 @@ from laser_jax.encode_corpus.plan import (
     require_same_corpus,
 )
 from laser_jax.files.durable import lock, no_link, parts_of, read_state, write_atomically
+from laser_jax.files.reading import DataError
 from laser_jax.search.vectors import (
     MANIFEST_FILE,
     Manifest,
     Shard,
-    VectorsError,
     VectorsInfo,
     is_intact,
     read_manifest,
@@ -104,8 +104,8 @@ class CorpusDirectory:
         has locks; elsewhere each makes the same).
 
         Raises:
-            VectorsError: the directory belongs to other settings or to another program.
-            DatasetError: the corpus is another, or cannot be used.
+            DataError: the directory belongs to other settings or to another program; the corpus is
+                another, or cannot be used.
         """
         if not self._has_plan:
             self._require_ours()
@@ -113,11 +113,10 @@ class CorpusDirectory:
                 if not self._has_plan:
                     self._make_plan(corpus, settings, skipped, advance)
         plan = read_plan(self.path)
-        if changed := differing(plan.settings, settings):
-            raise VectorsError(
-                f"{self.path} holds vectors that were made in another way:\n  "
-                + "\n  ".join(changed)
-                + "\nThe two cannot be mixed. Choose another --output, or delete that directory"
+        if changed := changes(as_dict(plan.settings), settings, source=str(self.path / PLAN_FILE)):
+            raise DataError(
+                f"{self.path} holds vectors that were made in another way:\n  {listed(changed)}\n"
+                "The two cannot be mixed. Choose another --output, or delete that directory"
             )
         if self.is_finished:
             self._open_again_if_damaged(plan)
@@ -138,11 +137,11 @@ class CorpusDirectory:
 
     def _require_ours(self) -> None:
         if self.path.exists() and not self.path.is_dir():
-            raise VectorsError(f"{self.path} is no directory")
+            raise DataError(f"{self.path} is no directory")
         own = {self._work, self.path / PLAN_FILE, *parts_of(self.path)}
         others = sorted(set(self.path.iterdir()) - own) if self.path.exists() else []
         if others:
-            raise VectorsError(
+            raise DataError(
                 f"{self.path} holds {others[0].name!r} and no whole {PLAN_FILE}: it is no "
                 "directory of this program, or its plan is lost. Choose another --output, or bring "
                 "the plan back from a copy"
@@ -159,7 +158,7 @@ class CorpusDirectory:
         stamp = _stamp(corpus)
         plan = make_plan(corpus, settings, skipped=skipped, folder=self._work, advance=advance)
         if _stamp(corpus) != stamp:
-            raise VectorsError(f"{corpus.files[0]}: the corpus was changed while it was read")
+            raise DataError(f"{corpus.files[0]}: the corpus was changed while it was read")
         write_atomically(self._work / _CORPUS_FILE, json.dumps(stamp))
         write_atomically(self.path / PLAN_FILE, plan_text(plan))
 
@@ -273,7 +272,7 @@ class CorpusDirectory:
                 for shard, numbers in zip(shards, counts or (), strict=True)
             ]
         except (TypeError, ValueError) as error:
-            raise VectorsError(
+            raise DataError(
                 f"{self.path / REPORT_FILE} is absent or damaged; the command that wrote it makes "
                 "it again"
             ) from error
@@ -287,7 +286,7 @@ class CorpusDirectory:
             if (info, counts) == (plan.settings.info, [shard.count for shard in plan.shards]):
                 return
             fault = f"{self.path / MANIFEST_FILE} does not have the shards of {PLAN_FILE}"
-        except VectorsError as error:
+        except DataError as error:
             fault = str(error)
         print(f"{fault}\nManifest and report are made again of the shards", file=sys.stderr)
         (self.path / MANIFEST_FILE).unlink(missing_ok=True)

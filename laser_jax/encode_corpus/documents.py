@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 from laser_jax.evaluate.beir import (
     Document,
@@ -16,9 +16,9 @@ from laser_jax.evaluate.beir import (
     parse_document,
     parse_query,
 )
-from laser_jax.files.reading import import_pyarrow, is_blank, open_lines, raw_lines
+from laser_jax.files.reading import DataError, import_pyarrow, is_blank, open_lines, raw_lines
 from laser_jax.files.splits import one_split, split_of
-from laser_jax.search.trec import DatasetError
+from laser_jax.search.vectors import Role
 
 _ROWS_PER_READ = 1024
 _BEIR = {"documents": "corpus.jsonl", "queries": "queries.jsonl"}
@@ -68,7 +68,7 @@ class Corpus:
         self,
         path: str | Path,
         *,
-        texts: Literal["documents", "queries"] = "documents",
+        texts: Role = "documents",
         fields: Fields | None = None,
         skipped: Callable[[str], object] | None = None,
     ):
@@ -83,19 +83,16 @@ class Corpus:
                 given the message of each.
 
         Raises:
-            FileNotFoundError, DatasetError: there is nothing to be read.
+            FileNotFoundError, DataError: there is nothing to be read.
         """
         self.files = _files(Path(path), texts)
-        self._fields = fields or Fields()
         self._skipped = skipped
-        names = {f"{key}_key": name for key, name in vars(self._fields).items()}
-        self._parse: Callable[[dict[str, Any], str], Document | EvalQuery] = (
-            parse_query if texts == "queries" else partial(parse_document, **names)
-        )
-        self._columns = {*vars(self._fields).values()}
-        self._needed = [self._fields.id, self._fields.text]
-        if texts == "queries":
-            self._columns, self._needed = {"_id", "text", "instruction"}, ["_id", "text"]
+        self._parse: Callable[[dict[str, Any], str], Document | EvalQuery] = parse_query
+        self._columns, self._needed = {"_id", "text", "instruction"}, ["_id", "text"]
+        if texts == "documents":
+            names = vars(fields or Fields())
+            self._parse = partial(parse_document, **{f"{key}_key": n for key, n in names.items()})
+            self._columns, self._needed = {*names.values()}, [names["id"], names["text"]]
         self._open: tuple[int, BinaryIO] | None = None
 
     def read(self, start: Place | None = None) -> Iterator[Located]:
@@ -105,7 +102,7 @@ class Corpus:
         holds before a place has to be unpacked.
 
         Raises:
-            DatasetError: a line or row is no document, and is not to be skipped, or a file is
+            DataError: a line or row is no document, and is not to be skipped, or a file is
                 damaged; names both.
         """
         start = start or Place()
@@ -154,21 +151,21 @@ class Corpus:
     def _parsed(self, row: bytes | dict[str, Any], where: str) -> Document | EvalQuery | None:
         try:
             return self._parse(json_object(row, where) if isinstance(row, bytes) else row, where)
-        except DatasetError as error:
+        except DataError as error:
             if self._skipped is None:
                 raise
             self._skipped(str(error))
             return None
 
 
-def _files(path: Path, texts: Literal["documents", "queries"]) -> list[Path]:
+def _files(path: Path, texts: Role) -> list[Path]:
     names = {role: (name, f"{name}.gz") for role, name in _BEIR.items()}
     if path.is_file():
         if not path.name.endswith((*_LINES, *_ROWS)):
-            raise DatasetError(f"{path}: a .jsonl, .jsonl.gz or .parquet is wanted")
+            raise DataError(f"{path}: a .jsonl, .jsonl.gz or .parquet is wanted")
         for role, of_role in names.items():
             if role != texts and path.name in of_role:
-                raise DatasetError(
+                raise DataError(
                     f"{path}: a file of this name holds {role}, and {texts} are wanted: encode it "
                     f"with --texts {role}, or give it another name"
                 )
@@ -176,23 +173,23 @@ def _files(path: Path, texts: Literal["documents", "queries"]) -> list[Path]:
     directory = path if path.is_dir() else path.parent
     if not path.is_dir() and path.name not in [split_of(p.name) for p in directory.glob("*")]:
         raise FileNotFoundError(f"{path} is neither a file nor a directory")
-    files = sorted(p for p in path.iterdir() if p.is_file())
+    files = sorted(p for p in directory.iterdir() if p.is_file())
     beir, wanted = [p for p in files if p.name in names[texts]], _BEIR[texts]
     if len(beir) == 1:
         return beir
     if beir:
-        raise DatasetError(f"{path}: holds both {wanted} and {wanted}.gz: name one of them")
+        raise DataError(f"{path}: holds both {wanted} and {wanted}.gz: name one of them")
     others = {name for of_role in names.values() for name in of_role} & {p.name for p in files}
-    if others or (path / "qrels").is_dir():
+    if others or (directory / "qrels").is_dir():
         raise FileNotFoundError(
-            f"{path / wanted} is missing: with {min(others, default='qrels')} the directory is one "
-            f"of BEIR, whose {texts} are there or in {wanted}.gz. Restore it, or name a file"
+            f"{directory / wanted} is missing: with {min(others, default='qrels')} the directory "
+            f"is one of BEIR, whose {texts} are there or in {wanted}.gz. Restore it, or name a file"
         )
     kinds = [[p for p in files if p.name.endswith(endings)] for endings in (_LINES, _ROWS)]
     found = [kind for kind in kinds if kind]
     if len(found) != 1:
         what = "both JSON lines and Parquet: name one file" if found else "nothing to read"
-        raise DatasetError(
+        raise DataError(
             f"{path}: holds {what}. A directory of BEIR ({wanted}), of .jsonl(.gz) files or of "
             ".parquet files is wanted"
         )
@@ -208,7 +205,7 @@ def _records(
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if missing := [name for name in needed if name not in names]:
-                raise DatasetError(
+                raise DataError(
                     f"{path}: no column {missing[0]!r}; the columns are {sorted(names)}. "
                     "--fields.id, --fields.text and --fields.title name others"
                 )
@@ -226,4 +223,4 @@ def _records(
                 yield from batch.slice(min(left, batch.num_rows)).to_pylist()
                 left = max(left - batch.num_rows, 0)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DatasetError(f"{path}: not a whole Parquet file: {error}") from error
+        raise DataError(f"{path}: not a whole Parquet file: {error}") from error

@@ -7,38 +7,33 @@ import json
 import re
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import jax
 import numpy as np
 
-from laser_jax.config import (
-    ConfigError,
-    Dtype,
-    MeshConfig,
-    RetrieverConfig,
-    as_dict,
-    load_retriever_config,
-)
+from laser_jax.config import ConfigError, RetrieverConfig, as_dict, changes, listed
 from laser_jax.data.pipeline import tokenization_settings
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
 from laser_jax.encode_corpus.directory import CorpusDirectory, Record
 from laser_jax.encode_corpus.documents import Corpus, Fields, Located
-from laser_jax.encode_corpus.plan import Plan, Settings, differing, query_instruction, read_planned
+from laser_jax.encode_corpus.plan import (
+    PLAN_FILE,
+    Plan,
+    Settings,
+    query_instruction,
+    read_planned,
+)
 from laser_jax.files.durable import Digest
+from laser_jax.files.reading import DataError
 from laser_jax.hf.weights import find_params, load_adapter, read_backbone_config, resolve_directory
 from laser_jax.inference.batch_encoder import NotFiniteError
-from laser_jax.inference.retriever import (
-    LatentRetriever,
-    Tally,
-    local_mesh,
-    require_matching,
-    require_positions,
-)
+from laser_jax.inference.options import EncoderOptions, LimitKey, require_positions
+from laser_jax.inference.retriever import EncodingStats, LatentRetriever, require_matching
 from laser_jax.search.codes import encode_vectors
-from laser_jax.search.vectors import VectorsError, VectorsInfo, shard_name, write_shard
+from laser_jax.search.vectors import Role, VectorsInfo, shard_name, write_shard
 
 
 @dataclass(frozen=True)
@@ -64,14 +59,12 @@ class RayConfig:
 
 
 @dataclass(frozen=True)
-class CorpusConfig:
+class CorpusConfig(EncoderOptions):
     """Encodes a corpus into a directory of vectors. (`--verify DIR` alone checks one.)
 
     The same command goes on with what an interrupted one has left.
     """
 
-    model: str
-    """A directory as `laser_jax.train` exports it, or a name on the Hugging Face hub."""
     input: str
     """A .jsonl, .jsonl.gz or .parquet, a BEIR directory, or a directory of such files."""
     output: str
@@ -81,15 +74,9 @@ class CorpusConfig:
     comes last finishes the directory."""
     plan_only: bool = False
     """Reads the corpus, cuts it into shards and stops."""
-    dtype: Literal["float32", "float16", "int8"] = "float32"
+    store_dtype: Literal["float32", "float16", "int8"] = "float32"
     """What the vectors are stored as."""
-    num_thinking_steps: int | None = None
-    """K. None: the model's."""
-    adapter: str | None = None
-    """A directory with a LoRA adapter, merged into the model."""
-    compute_dtype: Dtype | None = None
-    """What the model computes in. None: its own."""
-    texts: Literal["documents", "queries"] = "documents"
+    texts: Role = "documents"
     """`queries` encodes a queries.jsonl, for `laser_jax.search`."""
     instruction: str | None = None
     """The task, for all queries. None: each query's own field `instruction`."""
@@ -99,25 +86,14 @@ class CorpusConfig:
     """Leaves out, shows and counts lines that are no documents. Otherwise the first is an error."""
     shard_documents: int = 32_768
     """Documents a shard."""
-    batch_size: int = 64
-    """The most rows of a batch."""
-    batch_tokens: int = 8192
-    """The most tokens of a batch."""
-    length_multiple: int = 32
-    """Widths of batches are multiples of it."""
-    devices: int | None = None
-    """Local devices that share every batch. None: all of them."""
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    """How those devices share weights and rows; by default rows alone."""
     engine: Literal["local", "ray"] = "local"
     """`ray` spreads the shards over a Ray cluster."""
     ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:
-        counts = ("shard_documents", "batch_size", "batch_tokens", "length_multiple", "devices")
-        for name in (*counts, "num_thinking_steps"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
+        super().__post_init__()
+        if self.shard_documents < 1:
+            raise ConfigError(f"shard_documents must be at least 1, got {self.shard_documents}")
         if self.texts == "documents" and self.instruction is not None:
             raise ConfigError("an instruction goes with queries: --texts queries")
         if self.texts == "queries" and self.fields != Fields():
@@ -150,19 +126,13 @@ def settings_of(config: CorpusConfig) -> Settings:
         FileNotFoundError, ValueError: the model's directory cannot be used, or not with these
             settings; names the file or the setting.
     """
-    directory = resolve_directory(config.model)
-    of_model = load_retriever_config(directory)
-    of_model = replace(of_model, dtype=config.compute_dtype or of_model.dtype)
-    prompts = PromptTokenizer(load_tokenizer(directory), of_model.prompt)
-    steps = config.num_thinking_steps or of_model.num_thinking_steps
-    require_matching(of_model, prompts)
-    require_positions(
-        of_model,
-        "query_max_length" if config.texts == "queries" else "document_max_length",
-        steps,
-    )
+    directory, model = resolve_directory(config.model), config.retriever_config()
+    prompts = PromptTokenizer(load_tokenizer(directory), model.prompt)
+    require_matching(model, prompts)
+    limit: LimitKey = "query_max_length" if config.texts == "queries" else "document_max_length"
+    require_positions(model, limit, model.num_thinking_steps)
     prompts.require_room([config.instruction or ""], explicit=False)
-    info = _vectors_info(config, of_model, prompts, weights_hash(directory, config.adapter))
+    info = _vectors_info(config, model, prompts, weights_hash(directory, config.adapter))
     names = [name for name in Settings.__dataclass_fields__ if name != "info"]
     return Settings(info, **{name: getattr(config, name) for name in names})
 
@@ -186,8 +156,8 @@ def _vectors_info(
     return VectorsInfo(
         model_hash=_hash([as_dict(model.backbone), model.pooling, model.dtype, weights]),
         prompt_hash=_hash(tokenization_settings(prompts)),
-        num_thinking_steps=config.num_thinking_steps or model.num_thinking_steps,
-        dtype=config.dtype,
+        num_thinking_steps=model.num_thinking_steps,
+        dtype=config.store_dtype,
         dimension=model.backbone.hidden_size,
         role=config.texts,
     )
@@ -226,29 +196,21 @@ class ShardEncoder:
         """
         self._config, self._plan, self._directory = config, plan, directory
         self._corpus = open_corpus(config, lambda message: None)  # the plan has shown and counted
-        mesh = local_mesh(config.mesh, config.devices)
-        settings, weights = plan.settings, Digest()
-        self.retriever = LatentRetriever.from_pretrained(
-            config.model,
-            adapter=config.adapter,
-            dtype=config.compute_dtype,
-            batch_size=settings.batch_size,
-            batch_tokens=settings.batch_tokens,
-            length_multiple=settings.length_multiple,
-            mesh=mesh,
-            seen=weights,
+        weights = Digest()
+        self.retriever = LatentRetriever.from_options(config, seen=weights)
+        encoder = self.retriever.encoder
+        self._info = _vectors_info(
+            config, encoder.config, self.retriever.prompts, weights.hexdigest()
         )
-        model, prompts = self.retriever.encoder.config, self.retriever.prompts
-        self._info = _vectors_info(config, model, prompts, weights.hexdigest())
-        if changed := differing(settings, replace(settings, info=self._info)):
-            raise VectorsError(
+        if changed := changes(as_dict(plan.settings.info), self._info, source=PLAN_FILE):
+            raise DataError(
                 f"{config.model}, as {socket.gethostname()} has loaded it, is not the model that "
-                f"{directory.path} was begun with:\n  "
-                + "\n  ".join(changed)
-                + "\nIt was changed in the meantime, or this machine has another copy there. Bring "
+                f"{directory.path} was begun with:\n  {listed(changed)}\n"
+                "It was changed in the meantime, or this machine has another copy there. Bring "
                 "the former one back, or choose another --output"
             )
-        self.device = f"{mesh.size if mesh else 1} x {jax.local_devices()[0].device_kind}"
+        devices = encoder.mesh.size if encoder.mesh else 1
+        self.device = f"{devices} x {jax.local_devices()[0].device_kind}"
 
     def __enter__(self) -> ShardEncoder:
         return self
@@ -256,47 +218,42 @@ class ShardEncoder:
     def __exit__(self, *exception: object) -> None:
         self._corpus.close()
 
-    def encode(self, number: int, watch: Callable[[Tally], object] | None = None) -> Record:
+    def encode(self, number: int, watch: Callable[[EncodingStats], object] | None = None) -> Record:
         """Writes a shard, whole or not at all, and records it.
 
         Args:
             watch: called after every batch with the shard's counts up to there.
 
         Raises:
-            DatasetError: the corpus is not the one that the plan was made of.
-            VectorsError: a vector is not finite; names the document.
+            DataError: the corpus is not the one that the plan was made of, or a vector is not
+                finite; names the document.
             OSError: the disk is full or the like; no part of the shard is left.
         """
         name, info = shard_name(number), self._info
         documents = read_planned(self._corpus, self._plan.shards[number], name)
-        tally = Tally(watch=watch)
+        stats = EncodingStats(watch=watch)
         try:
-            vectors_CD = self._vectors(documents, tally)
+            vectors_CD = self._vectors(documents, stats)
         except NotFiniteError as error:
             first = documents[error.place]
-            raise VectorsError(f"{first.where}, id {first.item.id!r}: {error}") from error
+            raise DataError(f"{first.where}, id {first.item.id!r}: {error}") from error
         ids = [located.item.id for located in documents]
         codes_CD = encode_vectors(vectors_CD, info.dtype)
         directory = self._directory
-        origin = self._plan.origin(number, tally.tokens, tally.truncated)
+        origin = self._plan.origin(number, stats.tokens, stats.truncated)
         try:
             shard = write_shard(directory.path, name, ids, codes_CD, info, origin=origin)
         except FileNotFoundError:
             if directory.is_finished:  # by others, who took our part for one of a killed process
                 return directory.finished_shards([number])[number]
             raise
-        record = Record(shard.count, shard.sha256, tally.tokens, tally.truncated)
+        record = Record(shard.count, shard.sha256, stats.tokens, stats.truncated)
         directory.finish_shard(number, record)
         return record
 
-    def _vectors(self, documents: list[Located], tally: Tally) -> np.ndarray:
+    def _vectors(self, documents: list[Located], stats: EncodingStats) -> np.ndarray:
         texts = [located.item.text for located in documents]
-        steps = self._plan.settings.info.num_thinking_steps
         if self._config.texts == "documents":
-            return self.retriever.encode_document(texts, num_thinking_steps=steps, tally=tally)
-        return self.retriever.encode_query(
-            texts,
-            instruction=[query_instruction(d, self._config.instruction) for d in documents],
-            num_thinking_steps=steps,
-            tally=tally,
-        )
+            return self.retriever.encode_document(texts, stats=stats)
+        instructions = [query_instruction(d, self._config.instruction) for d in documents]
+        return self.retriever.encode_query(texts, instruction=instructions, stats=stats)

@@ -27,7 +27,7 @@ class RayError(ValueError):
 
 
 class Worker:
-    """What an actor does."""
+    """An actor."""
 
     def __init__(self, config: CorpusConfig):
         directory = CorpusDirectory(config.output)
@@ -91,12 +91,10 @@ def _start(ray: Any, wanted: RayConfig) -> None:
         )
     found = ray.cluster_resources()
     for kind, each in (("CPU", wanted.cpus), ("GPU", wanted.gpus)):
-        if found.get(kind, 0) < each * wanted.workers:
-            message = (
-                f"{wanted.workers} workers want {each * wanted.workers} {kind}s, and Ray has "
-                f"{found.get(kind, 0):g}"
-            )
-            if wanted.address is None or found.get(kind, 0) < each:
+        there, all_want = found.get(kind, 0), each * wanted.workers
+        if there < all_want:
+            message = f"{wanted.workers} workers want {all_want} {kind}s, and Ray has {there:g}"
+            if wanted.address is None or there < each:
                 raise RayError(message)
             print(f"{message}: some workers wait for more", flush=True)
 

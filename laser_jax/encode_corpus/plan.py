@@ -18,9 +18,9 @@ from laser_jax.config import as_dict, from_dict
 from laser_jax.encode_corpus.documents import Corpus, Fields, Located, Place
 from laser_jax.evaluate.beir import Document, EvalQuery
 from laser_jax.files.durable import read_state
+from laser_jax.files.reading import DataError
 from laser_jax.search.repeated_ids import RepeatedIds, id_hash
-from laser_jax.search.trec import DatasetError
-from laser_jax.search.vectors import Role, VectorsError, VectorsInfo
+from laser_jax.search.vectors import Role, VectorsInfo
 
 PLAN_FILE = "plan.json"
 _FORMAT, _VERSION = "laser_jax corpus plan", 1
@@ -100,12 +100,12 @@ def query_instruction(located: Located, given: str | None) -> str:
     """The instruction of a query: the one given for all, or its own.
 
     Raises:
-        VectorsError: there is neither; names the line.
+        DataError: there is neither; names the line.
     """
     assert isinstance(located.item, EvalQuery)
     instruction = located.item.instruction if given is None else given
     if instruction is None:
-        raise VectorsError(
+        raise DataError(
             f"{located.where}: query {located.item.id!r} has no instruction: pass "
             '--instruction, the task in words, or "" for none'
         )
@@ -124,58 +124,55 @@ def make_plan(
 
     Args:
         skipped: how many bad lines the corpus has passed over.
-        folder: for temporary files, 8 bytes a document beyond the first million.
+        folder: for a temporary file, 8 bytes a document.
         advance: called with the number of documents of each shard.
 
     Raises:
-        DatasetError: no document; an id that stands twice, with both places; a bad line.
-        VectorsError: a query without an instruction.
+        DataError: no document; an id that stands twice, with both places; a bad line; a query
+            without an instruction.
     """
-    shards: list[PlannedShard] = []
     with RepeatedIds(folder) as repeated:
-        for begin, documents in _cut(corpus, settings.shard_documents):
-            contents, count = Contents(), 0
-            for located in documents:
-                if settings.texts == "queries":
-                    query_instruction(located, settings.instruction)
-                contents.add(located.item)
-                repeated.add(located.item.id)
-                count += 1
-            shards.append(PlannedShard(begin, count, contents.hexdigest()))
-            advance(count)
+
+        def see(located: Located) -> None:
+            if settings.texts == "queries":
+                query_instruction(located, settings.instruction)
+            repeated.add(located.item.id)
+
+        shards = []
+        for shard in _shards(corpus, settings.shard_documents, see):
+            shards.append(shard)
+            advance(shard.count)
         suspects = repeated.hashes()
     if not shards:
-        raise DatasetError(f"{corpus.files[0]}: holds no {settings.texts}")
+        raise DataError(f"{corpus.files[0]}: holds no {settings.texts}")
     number_skipped = skipped()  # before the second reading passes over them again
     if suspects:
         _refuse_repeated(corpus, suspects)
     return Plan(settings, tuple(p.name for p in corpus.files), number_skipped, tuple(shards))
 
 
-def _cut(corpus: Corpus, size: int) -> Iterator[tuple[Place, Iterator[Located]]]:
-    """Where each shard begins, and its documents, which are to be read before the next shard."""
-    begin = end = Place()
-    documents = corpus.read()
-
-    def shard(first: Located) -> Iterator[Located]:
-        nonlocal end
-        for located in itertools.chain([first], itertools.islice(documents, size - 1)):
-            end = located.end
-            yield located
-
-    for first in documents:
-        yield begin, shard(first)
-        begin = end
+def _shards(corpus: Corpus, size: int, see: Callable[[Located], object]) -> Iterator[PlannedShard]:
+    """Reads a corpus and cuts it into shards of `size` documents, each of which `see` is given."""
+    begin, contents, count = Place(), Contents(), 0
+    for located in corpus.read():
+        see(located)
+        contents.add(located.item)
+        count += 1
+        if count == size:
+            yield PlannedShard(begin, count, contents.hexdigest())
+            begin, contents, count = located.end, Contents(), 0
+    if count:
+        yield PlannedShard(begin, count, contents.hexdigest())
 
 
 def _refuse_repeated(corpus: Corpus, suspects: set[int]) -> None:
-    """Raises a DatasetError on the first id that stands twice, among those with these hashes."""
+    """Raises a DataError on the first id that stands twice, among those with these hashes."""
     first: dict[str, str] = {}
     for located in corpus.read():
         id_ = located.item.id
         if id_hash(id_) in suspects:
             if id_ in first:
-                raise DatasetError(
+                raise DataError(
                     f"{located.where}: id {id_!r} stands here a second time, the first is at "
                     f"{first[id_]}"
                 )
@@ -186,7 +183,7 @@ def read_planned(corpus: Corpus, shard: PlannedShard, name: str) -> list[Located
     """The documents of a shard.
 
     Raises:
-        DatasetError: they are not those that the plan was made of.
+        DataError: they are not those that the plan was made of.
     """
     contents = Contents()
     documents = list(itertools.islice(corpus.read(shard.begin), shard.count))
@@ -201,24 +198,19 @@ def require_same_corpus(corpus: Corpus, plan: Plan, advance: Callable[[int], obj
     """Reads the whole corpus and compares it with the plan.
 
     Raises:
-        DatasetError: another document stands somewhere, or one more or less; names the shard.
+        DataError: another document stands somewhere, or one more or less; names the shard.
     """
-    cut = _cut(corpus, plan.settings.shard_documents)
-    for number, shard in enumerate(plan.shards):
-        begin, documents = next(cut, (None, iter(())))
-        contents, count = Contents(), 0
-        for located in documents:
-            contents.add(located.item)
-            count += 1
-        if (begin, count, contents.hexdigest()) != (shard.begin, shard.count, shard.sha256):
+    found = _shards(corpus, plan.settings.shard_documents, lambda located: None)
+    for number, (shard, planned) in enumerate(itertools.zip_longest(found, plan.shards)):
+        if planned is None:
+            raise _changed(corpus, "what follows the last shard")
+        if shard != planned:
             raise _changed(corpus, f"shard {number}")
-        advance(count)
-    if next(cut, None) is not None:
-        raise _changed(corpus, "what follows the last shard")
+        advance(planned.count)
 
 
-def _changed(corpus: Corpus, what: str) -> DatasetError:
-    return DatasetError(
+def _changed(corpus: Corpus, what: str) -> DataError:
+    return DataError(
         f"{corpus.files[0]}: the corpus is not the one that the shards are cut from: {what} has "
         "other documents, or they stand elsewhere. Restore the corpus, or choose another --output"
     )
@@ -255,7 +247,7 @@ def read_plan(directory: Path) -> Plan:
     """Reads `plan.json`.
 
     Raises:
-        VectorsError: it is absent or damaged, or no plan of this version.
+        DataError: it is absent or damaged, or no plan of this version.
     """
     path = directory / PLAN_FILE
     way_out = (
@@ -264,13 +256,11 @@ def read_plan(directory: Path) -> Plan:
     )
     values = plan_values(directory)
     if values is None:
-        raise VectorsError(f"{directory} has no whole {PLAN_FILE}: {way_out}")
+        raise DataError(f"{directory} has no whole {PLAN_FILE}: {way_out}")
     found = values["format"], values.get("version")
     if found != (_FORMAT, _VERSION):
-        raise VectorsError(f"{path}: wanted {(_FORMAT, _VERSION)}, got {found}")
+        raise DataError(f"{path}: wanted {(_FORMAT, _VERSION)}, got {found}")
     try:
-        if "texts" in values["settings"]:  # where older versions put what is the role now
-            values["settings"]["info"]["role"] = values["settings"].pop("texts")
         return Plan(
             from_dict(Settings, values["settings"], source=f"{path}: settings"),
             tuple(values["files"]),
@@ -281,22 +271,4 @@ def read_plan(directory: Path) -> Plan:
             ),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise VectorsError(f"{path}: damaged: {error!r}. So {way_out}") from error
-
-
-def differing(old: Settings, new: Settings) -> list[str]:
-    """ "key was x, is y" for every setting that differs."""
-
-    def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-        for key, value in values.items():
-            if isinstance(value, dict):
-                yield from flat(value, "" if key == "info" else f"{key}.")
-            else:
-                yield f"{prefix}{key}", value
-
-    was = dict(flat(as_dict(old)))
-    return [
-        f"{key} was {was[key]!r}, is {value!r}"
-        for key, value in flat(as_dict(new))
-        if was[key] != value
-    ]
+        raise DataError(f"{path}: damaged: {error!r}. So {way_out}") from error

@@ -33,7 +33,7 @@ from laser_jax.encode_corpus.encoding import (
 )
 from laser_jax.encode_corpus.plan import PLAN_FILE, Plan, read_plan
 from laser_jax.files.terminal import fail, printable
-from laser_jax.inference.retriever import Tally
+from laser_jax.inference.retriever import EncodingStats
 from laser_jax.search.vectors import MANIFEST_FILE, read_manifest, shard_name, verify
 
 _SHOWN_BAD_LINES = 5
@@ -48,7 +48,7 @@ class VerifyOptions:
 
 
 class _BadLines:
-    """Counts skipped lines and shows the first."""
+    """Counts skipped lines and shows the first few."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -60,18 +60,14 @@ class _BadLines:
 
 
 class Progress:
-    """Documents and tokens by the clock: a bar on a terminal, a line a shard elsewhere."""
+    """Documents and tokens by the clock: a bar on a terminal, a line for each shard elsewhere."""
 
     def __init__(self, total: int, done: int):
-        """
-        Args:
-            total: documents of this run, of which `done` were there before.
-        """
+        """`total` documents are this run's, of which `done` were there before."""
         self._bar = tqdm(total=total, initial=done, desc="encode", unit="doc", disable=None)
         self._done, self._left = done, total - done
         self._began = time.monotonic()
-        self._tokens = self._documents = 0
-        """Of shards that this run has finished."""
+        self._tokens = self._documents = 0  # in shards that this run has finished
 
     def __enter__(self) -> Progress:
         return self
@@ -79,21 +75,21 @@ class Progress:
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
 
-    def batch(self, tally: Tally) -> None:
-        """Within a shard: what it has come to."""
-        rate = (self._tokens + tally.tokens) / self.seconds
+    def batch(self, stats: EncodingStats) -> None:
+        """Shows what the shard that is being encoded has come to."""
+        rate = (self._tokens + stats.tokens) / self.seconds
         self._bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-        self._bar.update(self._done + self._documents + tally.texts - self._bar.n)
+        self._bar.update(self._done + self._documents + stats.texts - self._bar.n)
 
     def shard(self, number: int, record: Record) -> None:
-        """A finished one."""
+        """Counts a finished shard."""
         self._tokens += record.tokens
         self._documents += record.count
-        self.batch(Tally())
+        self.batch(EncodingStats())
         if self._bar.disable:
             left = (self._left - self._documents) * self.seconds / self._documents
-            eta = tqdm.format_interval(left)
-            print(f"{shard_name(number)}: {self.rates()}, ETA {eta}", flush=True)
+            end = f"ETA {tqdm.format_interval(left)}"
+            print(f"{shard_name(number)}: {self.rates()}, {end}", flush=True)
 
     @property
     def seconds(self) -> float:
@@ -138,15 +134,18 @@ def encode_corpus(config: CorpusConfig) -> bool:
     mine = range(i, len(plan.shards), n)
     missing = _missing(directory, plan, mine)
     if missing:
-        total = sum(plan.shards[number].count for number in mine)
-        left = sum(plan.shards[number].count for number in missing)
+        total, left = (sum(plan.shards[n].count for n in numbers) for numbers in (mine, missing))
         with Progress(total, total - left) as progress, _told_what_is_there(directory, plan):
             if config.engine == "ray":
                 from laser_jax.encode_corpus.on_ray import encode_on_ray
 
                 encode_on_ray(config, plan, directory, missing, progress.shard)
             else:
-                _encode_here(config, plan, directory, missing, progress)
+                with ShardEncoder(config, plan, directory) as encoder:
+                    attention = encoder.retriever.encoder.attention
+                    print(f"device: {encoder.device}, attention: {attention}")
+                    for number in missing:
+                        progress.shard(number, encoder.encode(number, progress.batch))
         print(f"encoded {progress.rates()}")
     finished = directory.finish(plan)
     _print_end(directory, plan, range(len(plan.shards)) if finished else mine)
@@ -154,6 +153,7 @@ def encode_corpus(config: CorpusConfig) -> bool:
 
 
 def _missing(directory: CorpusDirectory, plan: Plan, numbers: Sequence[int]) -> list[int]:
+    """Those of the shards `numbers` that are to be encoded: absent or damaged ones."""
     for number in set(numbers) - directory.finished_shards(numbers).keys():
         directory.recover(number, plan)
     records = directory.finished_shards(numbers)
@@ -185,21 +185,7 @@ def _count_finished(directory: CorpusDirectory, plan: Plan) -> int:
     return len(directory.finished_shards(range(len(plan.shards))))
 
 
-def _encode_here(
-    config: CorpusConfig,
-    plan: Plan,
-    directory: CorpusDirectory,
-    missing: Sequence[int],
-    progress: Progress,
-) -> None:
-    with ShardEncoder(config, plan, directory) as encoder:
-        print(f"device: {encoder.device}, attention: {encoder.retriever.encoder.attention}")
-        for number in missing:
-            progress.shard(number, encoder.encode(number, progress.batch))
-
-
 def _print_end(directory: CorpusDirectory, plan: Plan, numbers: Sequence[int]) -> None:
-    """What this process, or where it is finished the directory, has come to."""
     records = directory.finished_shards(numbers).values()
     if count := sum(record.count for record in records):
         tokens = sum(record.tokens for record in records)

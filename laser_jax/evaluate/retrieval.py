@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from laser_jax.config import ConfigError, RetrieverConfig, appended_thoughts
+from laser_jax.config import RetrieverConfig
 from laser_jax.data.tokenization import ExplicitTokens, PromptTokenizer, PromptTokens
 from laser_jax.evaluate.beir import BeirDataset
 from laser_jax.evaluate.metrics import evaluate_run, mean
@@ -48,25 +48,6 @@ def with_instruction(dataset: BeirDataset, instruction: str) -> BeirDataset:
     """The dataset with one instruction for every query."""
     queries = {id_: replace(q, instruction=instruction) for id_, q in dataset.queries.items()}
     return replace(dataset, queries=queries)
-
-
-def with_max_length(config: RetrieverConfig, tokens: int) -> RetrieverConfig:
-    """The config with `tokens` as the limit of queries and of documents; the explicit view keeps
-    its room for the reasoning.
-
-    Raises:
-        ConfigError: the model has fewer positions.
-    """
-    prompt, positions = config.prompt, config.backbone.max_position_embeddings
-    explicit = tokens + max(prompt.explicit_max_length - prompt.query_max_length, 0)
-    thoughts = appended_thoughts(config.num_thinking_steps, config.pooling)
-    if max(tokens + thoughts, explicit) > positions:
-        raise ConfigError(
-            f"max_length {tokens}, and as much for thinking or reasoning as before, is more than "
-            f"the model's {positions} positions"
-        )
-    limits = {"query_max_length": tokens, "document_max_length": tokens}
-    return replace(config, prompt=replace(prompt, **limits, explicit_max_length=explicit))
 
 
 def other_queries(count: int, seed: int) -> np.ndarray:

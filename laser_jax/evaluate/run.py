@@ -66,7 +66,6 @@ from laser_jax.evaluate.retrieval import (
     rewrite_ways,
     unrestricted,
     with_instruction,
-    with_max_length,
 )
 from laser_jax.evaluate.rewrites import (
     Rewrite,
@@ -78,6 +77,7 @@ from laser_jax.evaluate.significance import paired_bootstrap
 from laser_jax.files.durable import write_atomically
 from laser_jax.files.terminal import fail, printable
 from laser_jax.inference.batch_encoder import LatentEncoder
+from laser_jax.inference.options import with_max_length
 from laser_jax.inference.retriever import LatentRetriever, local_mesh, require_positions
 from laser_jax.search.matching import IdCount, exclusions, identical_count, unmatched
 from laser_jax.search.trec import (

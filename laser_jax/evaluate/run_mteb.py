@@ -20,9 +20,9 @@ import numpy as np
 from laser_jax.command_line import parse_command_line
 from laser_jax.config import ConfigError, Dtype, MeshConfig, load_retriever_config
 from laser_jax.evaluate.results import markdown_table, model_name
-from laser_jax.evaluate.retrieval import with_max_length
 from laser_jax.files.durable import write_atomically
 from laser_jax.files.terminal import fail
+from laser_jax.inference.options import with_max_length
 from laser_jax.inference.retriever import LatentRetriever, local_mesh
 
 if TYPE_CHECKING:

@@ -8,21 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from laser_jax.config import (
-    AttentionKernel,
-    ConfigError,
-    Dtype,
-    MeshConfig,
-    RetrieverConfig,
-    appended_thoughts,
-    load_retriever_config,
-)
+from laser_jax.config import AttentionKernel, ConfigError, Dtype, RetrieverConfig
 from laser_jax.data.buckets import IndexedRow
 from laser_jax.data.schema import as_strings
 from laser_jax.data.tokenization import (
@@ -35,8 +27,16 @@ from laser_jax.encoder import backbone_for, load_pretrained
 from laser_jax.files.durable import Digest
 from laser_jax.hf.weights import resolve_directory
 from laser_jax.inference.batch_encoder import LatentEncoder
+from laser_jax.inference.options import (
+    EncoderOptions,
+    LimitKey,
+    local_mesh,
+    read_retriever_config,
+    require_positions,
+    require_preset,
+)
 from laser_jax.modeling.backbone import Variables
-from laser_jax.sharding import make_mesh, shardings
+from laser_jax.sharding import shardings
 
 # A block of texts is tokenised while the one before it is on the device; a few batches each.
 _BATCHES_PER_BLOCK = 4
@@ -45,7 +45,6 @@ _BLOCKS_AHEAD = 2
 _SHORT_BATCHES = (1, 8)
 
 Overflow = Literal["truncate", "error"]
-LimitKey = Literal["query_max_length", "document_max_length"]
 
 
 class OverlongTextError(ValueError):
@@ -53,16 +52,49 @@ class OverlongTextError(ValueError):
 
 
 @dataclass
-class Tally:
-    """What calls that were given it have embedded, counted batch by batch."""
+class EncodingStats:
+    """Counts what the calls that are given it embed, batch by batch."""
 
     texts: int = 0
     tokens: int = 0
     """As read by the model, without padding."""
     truncated: int = 0
     """Texts that were shortened."""
-    watch: Callable[[Tally], object] | None = None
+    watch: Callable[[EncodingStats], object] | None = None
     """Called after every batch."""
+
+    def add(self, batch: Sequence[IndexedRow], truncated: set[int]) -> None:
+        """Counts a batch, of whose places some were `truncated`."""
+        self.texts += len(batch)
+        self.tokens += sum(len(row) for _, row in batch)
+        self.truncated += sum(place in truncated for place, _ in batch)
+        if self.watch is not None:
+            self.watch(self)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """The arguments that `encode_query` and `encode_document` share, described there."""
+
+    batch_size: int | None
+    show_progress_bar: bool
+    truncate_dim: int | None
+    num_thinking_steps: int | None
+    on_overflow: Overflow
+    stats: EncodingStats | None
+
+    def __post_init__(self) -> None:
+        if self.on_overflow not in ("truncate", "error"):
+            raise ValueError(f'on_overflow is "truncate" or "error", not {self.on_overflow!r}')
+
+
+class BatchSettings(TypedDict, total=False):
+    """Keywords that `LatentRetriever.from_pretrained` passes on to `LatentEncoder`."""
+
+    batch_size: int
+    batch_tokens: int
+    length_multiple: int
+    attention: Literal["auto"] | AttentionKernel
 
 
 class LatentRetriever:
@@ -87,14 +119,12 @@ class LatentRetriever:
         model: str | Path,
         *,
         config: RetrieverConfig | None = None,
+        preset: str | None = None,
         adapter: str | Path | None = None,
         dtype: Dtype | None = None,
-        batch_size: int = 64,
-        batch_tokens: int = 8192,
-        length_multiple: int = 32,
         mesh: Mesh | None = None,
-        attention: Literal["auto"] | AttentionKernel = "auto",
         seen: Digest | None = None,
+        **batches: Unpack[BatchSettings],
     ) -> LatentRetriever:
         """Loads a model with its tokenizer and prompt settings.
 
@@ -102,21 +132,26 @@ class LatentRetriever:
             model: a directory as `laser_jax.train` exports it (config.json, safetensors, tokenizer
                 files and laser_config.json), or `organisation/name` on the Hugging Face hub.
             config: for a model without laser_config.json: how to prompt and to think.
+            preset: instead of `config`, for a model that the authors of LaSER released: `official`
+                or `official-bare`, see `read_retriever_config`.
             adapter: a directory with a PEFT LoRA adapter, merged into the weights.
             dtype: computes in another dtype than the model's own; float32 is the fastest on CPU.
-            batch_size, batch_tokens, length_multiple: see `data.buckets.Buckets`.
             mesh: devices that share every batch, and the weights along `fsdp` and `tensor`. All
                 processes of it make the same calls.
-            attention: the kernel that reads the prompts; `auto` takes the fastest that can run.
             seen: is given all weights that are read.
+            batches: batch_size, batch_tokens, length_multiple, attention: see `LatentEncoder`.
 
         Raises:
             FileNotFoundError: a file is missing; of laser_config.json it says what to pass instead.
-            ValueError: a config, tensor, adapter or tokenizer is not what it should be; names it.
+            ValueError: a config, tensor, adapter or tokenizer is not what it should be, or the
+                preset is unknown; names it.
         """
+        require_preset(preset)
         directory = resolve_directory(model)
         if config is None:
-            config = load_retriever_config(directory)
+            config = read_retriever_config(directory, preset)
+        elif preset is not None:
+            raise ConfigError(f"give a config or the preset {preset!r}, not both")
         if dtype is not None:
             config = replace(config, dtype=dtype)
         prompts = PromptTokenizer(load_tokenizer(directory), config.prompt)
@@ -124,16 +159,26 @@ class LatentRetriever:
         if mesh is not None:
             variables = _on_mesh(variables, config, mesh)
         encoder = LatentEncoder(
-            variables,
-            config,
-            batch_size=batch_size,
-            batch_tokens=batch_tokens,
-            length_multiple=length_multiple,
-            short_batches=_SHORT_BATCHES,
-            mesh=mesh,
-            attention=attention,
+            variables, config, mesh=mesh, short_batches=_SHORT_BATCHES, **batches
         )
         return cls(encoder, prompts)
+
+    @classmethod
+    def from_options(
+        cls, options: EncoderOptions, *, seen: Digest | None = None
+    ) -> LatentRetriever:
+        """The model that a program was told to run, on the devices that it was told to take. Raises
+        as `from_pretrained` and `local_mesh`."""
+        return cls.from_pretrained(
+            options.model,
+            config=options.retriever_config(),
+            adapter=options.adapter,
+            mesh=local_mesh(options.mesh, options.devices),
+            seen=seen,
+            batch_size=options.batch_size,
+            batch_tokens=options.batch_tokens,
+            length_multiple=options.length_multiple,
+        )
 
     def encode_query(
         self,
@@ -145,7 +190,7 @@ class LatentRetriever:
         truncate_dim: int | None = None,
         num_thinking_steps: int | None = None,
         on_overflow: Overflow = "truncate",
-        tally: Tally | None = None,
+        stats: EncodingStats | None = None,
     ) -> np.ndarray:
         """Embeds queries.
 
@@ -160,7 +205,7 @@ class LatentRetriever:
             num_thinking_steps: K; None takes the model's.
             on_overflow: `truncate` shortens a text that does not fit (its content, never the
                 closing part of the prompt) and warns once a call; `error` refuses it.
-            tally: counts what is embedded. Then nothing is warned of, as it has the number.
+            stats: counts what is embedded. Then nothing is warned of, as it has the number.
 
         Returns:
             [N, D] float32 unit rows in the order given, [0, D] for no texts; [D] for a string.
@@ -171,29 +216,16 @@ class LatentRetriever:
             NotFiniteError: a vector is not finite; names the text.
             ValueError: an argument that cannot be.
         """
-        template = self.prompts.config.query_template
         listed = as_strings("text", [texts] if isinstance(texts, str) else texts)
-        if instruction is None and "{instruction}" in template:
-            raise ValueError(
-                f"the query template {template!r} wants an instruction: pass instruction=..., the "
-                'task in words, or "" for none'
-            )
-        if instruction is None or isinstance(instruction, str):
-            instructions = as_strings("instruction", [instruction or ""]) * len(listed)
-        else:
-            instructions = as_strings("instruction", instruction)
-        if len(instructions) != len(listed):
-            raise ValueError(f"{len(instructions)} instructions for {len(listed)} queries")
+        instructions = self._instructions(instruction, len(listed))
+        request = _Request(
+            batch_size, show_progress_bar, truncate_dim, num_thinking_steps, on_overflow, stats
+        )
         vectors = self._encode(
             listed,
             lambda place, text: self.prompts.query_prompt(text, instructions[place]),
             "query_max_length",
-            batch_size,
-            show_progress_bar,
-            truncate_dim,
-            num_thinking_steps,
-            on_overflow,
-            tally,
+            request,
         )
         return vectors[0] if isinstance(texts, str) else vectors
 
@@ -206,19 +238,16 @@ class LatentRetriever:
         truncate_dim: int | None = None,
         num_thinking_steps: int | None = None,
         on_overflow: Overflow = "truncate",
-        tally: Tally | None = None,
+        stats: EncodingStats | None = None,
     ) -> np.ndarray:
         """Embeds documents. Arguments, result and errors as for `encode_query`."""
         vectors = self._encode(
             as_strings("text", [texts] if isinstance(texts, str) else texts),
             lambda _, text: self.prompts.document_prompt(text),
             "document_max_length",
-            batch_size,
-            show_progress_bar,
-            truncate_dim,
-            num_thinking_steps,
-            on_overflow,
-            tally,
+            _Request(
+                batch_size, show_progress_bar, truncate_dim, num_thinking_steps, on_overflow, stats
+            ),
         )
         return vectors[0] if isinstance(texts, str) else vectors
 
@@ -263,75 +292,68 @@ class LatentRetriever:
         label = "compile" if show_progress_bar else None
         self.encoder.warm_up(longest, [steps], shortest=shortest, progress=label)
 
+    def _instructions(self, given: str | Sequence[str] | None, count: int) -> list[str]:
+        """One instruction for each of `count` queries."""
+        template = self.prompts.config.query_template
+        if given is None and "{instruction}" in template:
+            raise ValueError(
+                f"the query template {template!r} wants an instruction: pass instruction=..., the "
+                'task in words, or "" for none'
+            )
+        if given is None or isinstance(given, str):
+            return as_strings("instruction", [given or ""]) * count
+        instructions = as_strings("instruction", given)
+        if len(instructions) != count:
+            raise ValueError(f"{len(instructions)} instructions for {count} queries")
+        return instructions
+
     def _encode(
         self,
         listed: list[str],
         tokenise: Callable[[int, str], PromptTokens],
         limit_key: LimitKey,
-        batch_size: int | None,
-        show_progress_bar: bool,
-        truncate_dim: int | None,
-        num_thinking_steps: int | None,
-        on_overflow: Overflow,
-        tally: Tally | None,
+        request: _Request,
     ) -> np.ndarray:
-        config = self.encoder.config
+        config, stats, size = self.encoder.config, request.stats, request.truncate_dim
         width = config.backbone.hidden_size
-        if truncate_dim is not None and not 1 <= truncate_dim <= width:
-            raise ValueError(f"truncate_dim must lie in 1..{width}, got {truncate_dim}")
-        if on_overflow not in ("truncate", "error"):
-            raise ValueError(f'on_overflow is "truncate" or "error", not {on_overflow!r}')
-        steps = config.num_thinking_steps if num_thinking_steps is None else num_thinking_steps
+        if size is not None and not 1 <= size <= width:
+            raise ValueError(f"truncate_dim must lie in 1..{width}, got {size}")
+        steps = request.num_thinking_steps
+        steps = config.num_thinking_steps if steps is None else steps
         require_positions(config, limit_key, steps)
         limit: int = getattr(config.prompt, limit_key)
-        cut: set[int] = set()
+        truncated: set[int] = set()
 
         def tokenise_block(places: Sequence[int]) -> list[IndexedRow]:
-            block = []
-            for place in places:
-                tokens = tokenise(place, listed[place])
-                if tokens.truncated:
-                    cut.add(place)
-                    if on_overflow == "error":
-                        raise OverlongTextError(
-                            f"text {place} takes {tokens.whole_length} tokens, and "
-                            f"prompt.{limit_key} is {limit}: shorten it, raise the limit, or pass "
-                            'on_overflow="truncate"'
-                        )
-                block.append((place, tokens.ids))
-            return block
+            block = [(place, tokenise(place, listed[place])) for place in places]
+            for place, tokens in block:
+                if tokens.truncated and request.on_overflow == "error":
+                    raise OverlongTextError(
+                        f"text {place} takes {tokens.whole_length} tokens, and "
+                        f"prompt.{limit_key} is {limit}: shorten it, raise the limit, or pass "
+                        'on_overflow="truncate"'
+                    )
+            truncated.update(place for place, tokens in block if tokens.truncated)
+            return [(place, tokens.ids) for place, tokens in block]
 
-        def count(batch: Sequence[IndexedRow]) -> None:
-            assert tally is not None
-            tally.texts += len(batch)
-            tally.tokens += sum(len(row) for _, row in batch)
-            tally.truncated += sum(place in cut for place, _ in batch)
-            if tally.watch is not None:
-                tally.watch(tally)
-
-        encoder = self.encoder if batch_size is None else self.encoder.with_batch_size(batch_size)
-        # Long texts first, by characters, so that a block holds rows of like length.
-        places = sorted(range(len(listed)), key=lambda place: len(listed[place]), reverse=True)
-        size = _BATCHES_PER_BLOCK * encoder.buckets.batch_size
-        blocks = [places[start : start + size] for start in range(0, len(places), size)]
-        label = "encode" if show_progress_bar else None
+        encoder = self.encoder
+        if request.batch_size is not None:
+            encoder = encoder.with_batch_size(request.batch_size)
         vectors = encoder.encode_blocks(
-            _ahead(tokenise_block, blocks),
+            _ahead(tokenise_block, _blocks(listed, encoder.buckets.batch_size)),
             len(listed),
             [steps],
-            progress=label,
+            progress="encode" if request.show_progress_bar else None,
             describe=lambda place: f"text {place}, {listed[place]!r:.60},",
-            advance=count if tally is not None else None,
+            advance=None if stats is None else lambda batch: stats.add(batch, truncated),
         )[0]
-        if cut and tally is None:
+        if truncated and stats is None:
             warnings.warn(
-                f"{len(cut)} of {len(listed)} texts ({len(cut) / len(listed):.1%}) are longer than "
-                f"prompt.{limit_key} {limit} and were shortened",
+                f"{len(truncated)} of {len(listed)} texts ({len(truncated) / len(listed):.1%}) are "
+                f"longer than prompt.{limit_key} {limit} and were shortened",
                 stacklevel=3,
             )
-        if truncate_dim is not None:
-            vectors = _unit(vectors[:, :truncate_dim])
-        return vectors
+        return vectors if size is None else _unit(vectors[:, :size])
 
 
 def require_matching(config: RetrieverConfig, prompts: PromptTokenizer) -> None:
@@ -351,33 +373,6 @@ def require_matching(config: RetrieverConfig, prompts: PromptTokenizer) -> None:
         )
 
 
-def require_positions(config: RetrieverConfig, limit_key: LimitKey, steps: int) -> None:
-    """Raises a ConfigError where a prompt of the longest kind and its thinking steps take more
-    positions than the model has."""
-    limit: int = getattr(config.prompt, limit_key)
-    positions = config.backbone.max_position_embeddings
-    taken = limit + appended_thoughts(steps, config.pooling)
-    if taken > positions:
-        raise ConfigError(
-            f"prompt.{limit_key} {limit} and {steps} thinking steps take {taken} "
-            f"positions, and the model has {positions}: take fewer steps, or lower the limit"
-        )
-
-
-def local_mesh(config: MeshConfig, count: int | None = None) -> Mesh | None:
-    """A mesh for `LatentRetriever.from_pretrained` over the first `count` devices of this process,
-    by default all of them; None where that is a single one.
-
-    Raises:
-        ConfigError: there are fewer, or the axes do not multiply to their number.
-    """
-    devices = jax.local_devices()
-    if count is not None and count > len(devices):
-        raise ConfigError(f"devices is {count}, and this process has {len(devices)}")
-    devices = devices[:count]
-    return make_mesh(config, devices) if len(devices) > 1 or config != MeshConfig() else None
-
-
 def _on_mesh(variables: Variables, config: RetrieverConfig, mesh: Mesh) -> Variables:
     """The weights, split by their logical axes; every process has all of them on its host."""
     init = backbone_for(config, variables).init
@@ -389,6 +384,14 @@ def _on_mesh(variables: Variables, config: RetrieverConfig, mesh: Mesh) -> Varia
         variables,
         layout,
     )
+
+
+def _blocks(listed: Sequence[str], batch_size: int) -> list[list[int]]:
+    """The places of texts, long texts first, by characters, so that a block holds rows of like
+    length."""
+    places = sorted(range(len(listed)), key=lambda place: len(listed[place]), reverse=True)
+    size = _BATCHES_PER_BLOCK * batch_size
+    return [places[start : start + size] for start in range(0, len(places), size)]
 
 
 def _ahead(

@@ -25,6 +25,14 @@ def storage_dtype(code: Code) -> np.dtype:
     return np.dtype(np.uint8 if code == "binary" else code)
 
 
+def require_matrix(name: str, vectors: np.ndarray) -> None:
+    """Raises a ValueError on what is no float32 matrix."""
+    if vectors.ndim != 2 or vectors.dtype != np.float32:
+        raise ValueError(
+            f"{name} must be a float32 matrix, got {vectors.dtype} of shape {vectors.shape}"
+        )
+
+
 def encode_vectors(vectors_CD: np.ndarray, code: Code) -> np.ndarray:
     """Codes unit vectors for storage and search.
 
@@ -41,10 +49,7 @@ def encode_vectors(vectors_CD: np.ndarray, code: Code) -> np.ndarray:
         ValueError: on rows that are not float32 of length 1 (to 1e-3), and on a width that is no
             multiple of 8 for binary.
     """
-    if vectors_CD.ndim != 2 or vectors_CD.dtype != np.float32:
-        raise ValueError(
-            f"vectors must be a float32 matrix, got {vectors_CD.dtype} of shape {vectors_CD.shape}"
-        )
+    require_matrix("vectors", vectors_CD)
     if code == "float32":
         return vectors_CD
     lengths_C = np.linalg.norm(vectors_CD, axis=1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from laser_jax.search.trec import DatasetError
+from laser_jax.files.reading import DataError
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ def unmatched(
         refuse_all: whether it is an error that there are ids and none of them is known.
 
     Raises:
-        DatasetError: so it is.
+        DataError: so it is.
     """
     ids = dict.fromkeys(ids)
     counts = count_ids(what, ids, (id_ for id_ in ids if id_ not in known))
     if refuse_all and counts and counts[0].count == len(ids):
         one = min(known, default=None)
-        raise DatasetError(
+        raise DataError(
             f"{where}: {counts[0]}: not one matches. "
             + ("There is none to match" if one is None else f"Those looked for are like {one!r}")
             + "; an id must be written alike everywhere, blanks and case included. Mend the ids, "

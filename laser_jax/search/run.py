@@ -17,12 +17,24 @@ from tqdm import tqdm
 
 from laser_jax.command_line import parse_command_line
 from laser_jax.config import ConfigError
+from laser_jax.files.reading import DataError
 from laser_jax.files.terminal import fail
 from laser_jax.search.codes import decode_vectors
 from laser_jax.search.matching import exclusions, identical_count, unmatched
-from laser_jax.search.topk import DEFAULT_CHUNK, Chunk, device_mesh, search_chunks
+from laser_jax.search.topk import (
+    DEFAULT_CHUNK,
+    Chunk,
+    StoredCorpus,
+    device_mesh,
+    search_chunks,
+)
 from laser_jax.search.trec import Run, read_excluded, trec_order, write_trec_run
-from laser_jax.search.vectors import VectorsError, read_ids, read_manifest, read_shards
+from laser_jax.search.vectors import (
+    Manifest,
+    read_ids,
+    read_manifest,
+    read_shards,
+)
 
 
 @dataclass(frozen=True)
@@ -65,66 +77,68 @@ def search_directories(options: SearchOptions) -> Run:
     """The run that `options` ask for.
 
     Raises:
-        FileNotFoundError, VectorsError, DatasetError: bad input; the message names it.
+        FileNotFoundError, DataError: bad input; the message names it.
     """
     corpus = read_manifest(options.corpus_vectors, "documents")
     queries = read_manifest(options.query_vectors, "queries")
+    _require_comparable(options, corpus, queries)
+    query_ids = read_ids(options.query_vectors, queries)
+    for id_ in query_ids:
+        if re.search(r"\s", id_, re.ASCII):
+            raise DataError(
+                f"{options.query_vectors}: query id {id_!r} holds a blank and cannot stand in a "
+                "TREC run"
+            )
+    shards = read_shards(options.query_vectors, queries)
+    queries_QD = np.concatenate([decode_vectors(rows, queries.info.dtype) for _, rows in shards])
+    doc_ids = read_ids(options.corpus_vectors, corpus)
+    return search_chunks(
+        queries_QD,
+        _stored_corpus(options.corpus_vectors, corpus, doc_ids),
+        query_ids,
+        options.k,
+        _excluded(options, query_ids, doc_ids),
+        code=corpus.info.dtype if options.code == "stored" else options.code,
+        oversample=options.oversample,
+        mesh=device_mesh(),
+        chunk=options.chunk,
+    )
+
+
+def _require_comparable(options: SearchOptions, corpus: Manifest, queries: Manifest) -> None:
     for directory, manifest in (
         (options.corpus_vectors, corpus),
         (options.query_vectors, queries),
     ):
         if manifest.count == 0:
-            raise VectorsError(f"{directory}: holds no vector")
+            raise DataError(f"{directory}: holds no vector")
     for key in ("model_hash", "prompt_hash", "dimension"):
         of_corpus, of_queries = getattr(corpus.info, key), getattr(queries.info, key)
         if of_corpus != of_queries:
-            raise VectorsError(
+            raise DataError(
                 f"{key} of {options.query_vectors} is {of_queries!r}, that of "
                 f"{options.corpus_vectors} {of_corpus!r}: their vectors cannot be compared"
             )
-    query_ids = read_ids(options.query_vectors, queries)
-    for id_ in query_ids:
-        if re.search(r"\s", id_, re.ASCII):
-            raise VectorsError(
-                f"{options.query_vectors}: query id {id_!r} holds a blank and cannot stand in a "
-                "TREC run"
-            )
-    queries_QD = np.concatenate(
-        [
-            decode_vectors(rows, queries.info.dtype)
-            for _, rows in read_shards(options.query_vectors, queries)
-        ]
-    )
-    doc_ids = read_ids(options.corpus_vectors, corpus)
-    excluded = _excluded(options, query_ids, doc_ids)
+
+
+def _stored_corpus(directory: str, manifest: Manifest, doc_ids: Sequence[str]) -> StoredCorpus:
+    """The documents of a directory, read shard by shard."""
     order_C = trec_order(doc_ids)
     rank_C = np.empty(len(order_C), np.int32)
     rank_C[order_C] = np.arange(len(order_C), dtype=np.int32)
 
     def read() -> Iterator[Chunk]:
         start = 0
-        shards = read_shards(options.corpus_vectors, corpus)
+        shards = read_shards(directory, manifest)
         for ids, rows in tqdm(
-            shards, "search", len(corpus.shards), unit="shard", disable=None, leave=False
+            shards, "search", len(manifest.shards), unit="shard", disable=None, leave=False
         ):
             ranks = rank_C[start : start + len(ids)]
             start += len(ids)
             order = np.argsort(ranks)
             yield rows[order], ranks[order]
 
-    return search_chunks(
-        queries_QD,
-        read,
-        query_ids,
-        [doc_ids[i] for i in order_C],
-        options.k,
-        excluded,
-        stored=corpus.info.dtype,
-        code=None if options.code == "stored" else options.code,
-        oversample=options.oversample,
-        mesh=device_mesh(),
-        chunk=options.chunk,
-    )
+    return StoredCorpus(read, [doc_ids[int(i)] for i in order_C], manifest.info.dtype)
 
 
 def _excluded(

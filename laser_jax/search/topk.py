@@ -14,8 +14,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,13 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from laser_jax.data.schema import as_strings
-from laser_jax.search.codes import Code, decode_vectors, encode_vectors, storage_dtype
+from laser_jax.search.codes import (
+    Code,
+    decode_vectors,
+    encode_vectors,
+    require_matrix,
+    storage_dtype,
+)
 from laser_jax.search.trec import Run, trec_order
 
 DEFAULT_CHUNK = 32_768
@@ -35,6 +42,8 @@ _CUTTABLE = 128
 
 Chunk = tuple[np.ndarray, np.ndarray]
 """Rows of documents [M, W] and their ranks [M] int32, ascending."""
+Lists = tuple[jax.Array, jax.Array]
+"""Scores and ranks [P, Q, k] of the best that each device has seen."""
 
 
 def device_mesh(devices: Sequence[Any] | None = None) -> Mesh:
@@ -173,22 +182,17 @@ def exact_top_k(
     """The k documents of largest dot product for every query, exactly; ties by the lower rank.
 
     Documents stream from the host: at most two pieces of `chunk` rows and [query_block, chunk]
-    scores are on the devices at a time, however long the corpus is. One
-    program serves all pieces that are no longer than the first.
-
-    Equal scores are those that are equal in float32 as computed. Two equal documents may get scores
-    that differ in the last digit where a matrix product rounds differently at another place.
+    scores are on the devices at a time, however long the corpus is. Equal scores are those that are
+    equal in float32 as computed; a product may round differently at another place.
 
     Args:
         queries_QD: float32.
         chunks: the corpus, coded as `code`; every rank from 0 to C - 1 once. A chunk may end with
             rows that are no documents, of rank `NO_RANK`.
-        k: how many.
         code: how the rows are stored; scores are those of the decoded rows.
         mesh: any mesh of this process; the rows of a piece are split over all its devices. None
             takes the first device.
-        chunk: the most documents scored at a time, by all devices together.
-        query_block: queries scored at a time.
+        chunk, query_block: the most documents, by all devices together, and queries at a time.
 
     Returns:
         scores float32 and ranks int32, each [Q, min(k, C)], best first.
@@ -198,46 +202,23 @@ def exact_top_k(
             may overflow; on no document, or on k, chunk or query_block below 1.
     """
     queries_QD = np.asarray(queries_QD)
-    if queries_QD.ndim != 2 or queries_QD.dtype != np.float32:
-        raise ValueError(
-            f"queries must be a float32 matrix, got {queries_QD.dtype} of shape {queries_QD.shape}"
-        )
+    require_matrix("queries", queries_QD)
     if min(k, chunk, query_block) < 1:
         raise ValueError(
             f"k, chunk and query_block must be at least 1, got {k}, {chunk} and {query_block}"
         )
     mesh = device_mesh(jax.local_devices()[:1]) if mesh is None else mesh
-    Q, D = queries_QD.shape
-    P = mesh.size
-    width = D // 8 if code == "binary" else D
     split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    whole = NamedSharding(mesh, PartitionSpec())
-
-    block = min(query_block, Q) or 1
-    spare = -Q % block
-    filled_QD = np.concatenate([queries_QD, np.zeros((spare, D), np.float32)])
-    blocks = [jax.device_put(filled_QD[s : s + block], whole) for s in range(0, Q, block)]
-    best = [
-        (
-            jax.device_put(np.full((P, block, k), -np.inf, np.float32), split),
-            jax.device_put(np.full((P, block, k), NO_RANK, np.int32), split),
-        )
-        for _ in blocks
-    ]
+    blocks = _query_blocks(queries_QD, query_block, mesh)
+    best = [_empty_lists((mesh.size, len(block_QD), k), split) for block_QD in blocks]
     count = 0
     with jax.set_mesh(mesh):  # the caller's program may have set another
         for rows, piece in _pieces(chunks, chunk):
-            if piece[0].dtype != storage_dtype(code) or piece[0].shape[1:] != (width,):
-                raise ValueError(
-                    f"documents must be {storage_dtype(code)} of width {width} ({code}, queries of "
-                    f"width {D}), got {piece[0].dtype} of shape {piece[0].shape}"
-                )
-            if code != "binary":
-                _require_no_overflow(queries_QD, piece[0])
+            _check_documents(queries_QD, piece[0], code)
             count += int((np.asarray(piece[1]) != NO_RANK).sum())
-            codes_MW, ranks_M = jax.device_put(_filled(piece, -(-rows // P) * P), split)
-            # or the host would run ahead and put the whole corpus on the devices
-            jax.block_until_ready(best)
+            filled = _filled(piece, -(-rows // mesh.size) * mesh.size)
+            codes_MW, ranks_M = jax.device_put(filled, split)
+            jax.block_until_ready(best)  # or the host would put the whole corpus on the devices
             best = [
                 _add_chunk(*lists, block_QD, codes_MW, ranks_M, code=code, mesh=mesh)
                 for lists, block_QD in zip(best, blocks, strict=True)
@@ -247,14 +228,36 @@ def exact_top_k(
         merged = jax.device_get([_merge_devices(*lists, mesh=mesh) for lists in best])
     scores_Qk = np.concatenate([np.zeros((0, k), np.float32), *(scores for scores, _ in merged)])
     ranks_Qk = np.concatenate([np.zeros((0, k), np.int32), *(ranks for _, ranks in merged)])
-    return scores_Qk[:Q, :count], ranks_Qk[:Q, :count]
+    return scores_Qk[: len(queries_QD), :count], ranks_Qk[: len(queries_QD), :count]
 
 
-def _require_no_overflow(queries_QD: np.ndarray, rows_MD: np.ndarray) -> None:
-    """Raises a ValueError where a dot product may leave float32: it would be Inf or NaN, or sort a
-    document behind all others."""
-    peaks = [max(float(a.max(initial=0)), -float(a.min(initial=0))) for a in (queries_QD, rows_MD)]
-    if not peaks[0] * peaks[1] * queries_QD.shape[1] < float(np.finfo(np.float32).max):
+def _empty_lists(shape_PQk: tuple[int, int, int], split: NamedSharding) -> Lists:
+    scores, ranks = np.full(shape_PQk, -np.inf, np.float32), np.full(shape_PQk, NO_RANK, np.int32)
+    return jax.device_put(scores, split), jax.device_put(ranks, split)
+
+
+def _query_blocks(queries_QD: np.ndarray, most: int, mesh: Mesh) -> list[jax.Array]:
+    """The queries in blocks of one length, on every device; the last is filled up with zeros."""
+    Q, D = queries_QD.shape
+    length = min(most, Q) or 1
+    filled_QD = np.concatenate([queries_QD, np.zeros((-Q % length, D), np.float32)])
+    whole = NamedSharding(mesh, PartitionSpec())
+    return [jax.device_put(filled_QD[s : s + length], whole) for s in range(0, Q, length)]
+
+
+def _check_documents(queries_QD: np.ndarray, codes_MW: np.ndarray, code: Code) -> None:
+    D = queries_QD.shape[1]
+    width = D // 8 if code == "binary" else D
+    if codes_MW.dtype != storage_dtype(code) or codes_MW.shape[1:] != (width,):
+        raise ValueError(
+            f"documents must be {storage_dtype(code)} of width {width} ({code}, queries of "
+            f"width {D}), got {codes_MW.dtype} of shape {codes_MW.shape}"
+        )
+    if code == "binary":
+        return
+    # a dot product that leaves float32 would be Inf or NaN, or sort a document behind all others
+    peaks = [max(float(a.max(initial=0)), -float(a.min(initial=0))) for a in (queries_QD, codes_MW)]
+    if not peaks[0] * peaks[1] * D < float(np.finfo(np.float32).max):
         raise ValueError(
             f"dot products may overflow float32: the queries hold numbers up to {peaks[0]:.3g}, "
             f"the documents up to {peaks[1]:.3g}; normalise both to length 1"
@@ -311,29 +314,41 @@ def _check_rows(name: str, embeddings: np.ndarray, ids: Sequence[str]) -> None:
         )
 
 
+@dataclass(frozen=True)
+class StoredCorpus:
+    """Documents that need not fit into memory."""
+
+    read: Callable[[], Iterable[Chunk]]
+    """Begins a pass over them."""
+    ranked_ids: Sequence[str]
+    """The C ids in trec_eval's order, so that a document's rank is its index."""
+    stored: Code = "float32"
+    """How the rows are coded."""
+
+
+class SearchSettings(TypedDict, total=False):
+    """How `search` and `search_chunks` search; each may be left out."""
+
+    code: Code
+    """Search with documents coded so; coarser than stored, it is an approximation."""
+    oversample: int
+    """0, or m >= 1: the best m k documents by `code` are scored again, with the vectors as stored,
+    in a second pass."""
+    mesh: Mesh | None
+    """Devices to spread the documents over; None takes the first one."""
+    chunk: int
+    """Documents scored at a time."""
+
+
 def search_chunks(
     queries_QD: np.ndarray,
-    read: Callable[[], Iterable[Chunk]],
+    corpus: StoredCorpus,
     query_ids: Sequence[str],
-    ranked_ids: Sequence[str],
     k: int,
     excluded: Mapping[str, Collection[str]],
-    *,
-    stored: Code = "float32",
-    code: Code | None = None,
-    oversample: int = 0,
-    mesh: Mesh | None = None,
-    chunk: int = DEFAULT_CHUNK,
+    **settings: Unpack[SearchSettings],
 ) -> Run:
-    """`search` over a corpus that need not fit into memory.
-
-    Args:
-        read: begins a pass over the corpus; its rows are coded as `stored`.
-        ranked_ids: the C ids in trec_eval's order, so that a document's rank is its index.
-        code: what to search with, where it is coarser than `stored`.
-        oversample: 0, or m >= 1: the best m k documents by `code` are scored again with the vectors
-            as stored, in a second pass.
-    """
+    """`search` over a corpus that is read chunk by chunk."""
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     for query, ids in excluded.items():
@@ -341,26 +356,27 @@ def search_chunks(
             raise ValueError(
                 f"excluded[{query!r}] must be a list or set of ids, not the text {ids!r}"
             )
-    wanted = {document for ids in excluded.values() for document in ids}
-    corpus = wanted.intersection(ranked_ids)
-    removed = {query: corpus.intersection(excluded.get(query, ())) for query in query_ids}
+    ranked_ids, stored = corpus.ranked_ids, corpus.stored
+    code, oversample = settings.get("code", stored), settings.get("oversample", 0)
+    known = {document for ids in excluded.values() for document in ids}.intersection(ranked_ids)
+    removed = {query: known.intersection(excluded.get(query, ())) for query in query_ids}
     depth = k + max(map(len, removed.values()), default=0)
 
     def coded() -> Iterator[Chunk]:
-        for rows_MW, ranks_M in read():
-            yield encode_vectors(decode_vectors(rows_MW, stored), code or stored), ranks_M
+        for rows_MW, ranks_M in corpus.read():
+            yield encode_vectors(decode_vectors(rows_MW, stored), code), ranks_M
 
     scores_Qk, ranks_Qk = exact_top_k(
         queries_QD,
-        read() if code in (None, stored) else coded(),
+        corpus.read() if code == stored else coded(),
         # lists as long as k are on the devices; an empty corpus is refused there
         max(min(depth * max(oversample, 1), len(ranked_ids)), 1),
-        code=code or stored,
-        mesh=mesh,
-        chunk=chunk,
+        code=code,
+        mesh=settings.get("mesh"),
+        chunk=settings.get("chunk", DEFAULT_CHUNK),
     )
     if oversample:
-        scores_Qk, ranks_Qk = rescored(queries_QD, read(), ranks_Qk, depth, code=stored)
+        scores_Qk, ranks_Qk = rescored(queries_QD, corpus.read(), ranks_Qk, depth, code=stored)
     run: Run = {}
     for query, scores_k, ranks_k in zip(
         query_ids, scores_Qk.tolist(), ranks_Qk.tolist(), strict=True
@@ -377,11 +393,7 @@ def search(
     doc_ids: Sequence[str],
     k: int,
     excluded: Mapping[str, Collection[str]],
-    *,
-    code: Code = "float32",
-    oversample: int = 0,
-    mesh: Mesh | None = None,
-    chunk: int = DEFAULT_CHUNK,
+    **settings: Unpack[SearchSettings],
 ) -> Run:
     """The top k documents of every query, without the excluded ones.
 
@@ -390,16 +402,11 @@ def search(
     Args:
         query_embeddings: [Q, D] float32.
         doc_embeddings: [C, D] float32, in any order.
-        query_ids: the Q ids of the queries.
-        doc_ids: the C ids of the documents.
+        query_ids, doc_ids: the Q and the C ids.
         k: documents per query.
         excluded: query id -> ids of documents it must not be given (BRIGHT); ids that are not in
             the corpus are ignored.
-        code: search with documents coded so; other than float32 it is an approximation.
-        oversample: 0, or m >= 1: the best m k documents by `code` are scored again with the float
-            vectors.
-        mesh: devices to spread the documents over; None takes the first one.
-        chunk: documents scored at a time.
+        settings: code, oversample, mesh, chunk: see `SearchSettings`.
 
     Returns:
         A run for `laser_jax.evaluate.metrics`: query id -> document id -> score, best first, ties
@@ -410,16 +417,12 @@ def search(
             finite, and as `exact_top_k` and `encode_vectors` do.
     """
     query_embeddings, doc_embeddings = np.asarray(query_embeddings), np.asarray(doc_embeddings)
-    if doc_embeddings.ndim != 2 or doc_embeddings.dtype != np.float32:
-        raise ValueError(
-            f"documents must be a float32 matrix, got {doc_embeddings.dtype} of shape "
-            f"{doc_embeddings.shape}"
-        )
+    require_matrix("documents", doc_embeddings)
     _check_rows("query", query_embeddings, query_ids)
     _check_rows("document", doc_embeddings, doc_ids)
     order_C = trec_order(doc_ids)
 
-    C = len(order_C)
+    C, chunk = len(order_C), settings.get("chunk", DEFAULT_CHUNK)
     rows = -(-C // max(-(-C // chunk), 1))
     if (rounded := -(-rows // _CUTTABLE) * _CUTTABLE) <= chunk:
         rows = rounded
@@ -431,15 +434,5 @@ def search(
             documents_MD = doc_embeddings[order_C[np.minimum(ranks_M, C - 1)]]
             yield documents_MD, np.where(ranks_M < C, ranks_M, NO_RANK)
 
-    return search_chunks(
-        query_embeddings,
-        read,
-        query_ids,
-        [doc_ids[int(i)] for i in order_C],
-        k,
-        excluded,
-        code=code,
-        oversample=oversample,
-        mesh=mesh,
-        chunk=chunk,
-    )
+    corpus = StoredCorpus(read, [doc_ids[int(i)] for i in order_C])
+    return search_chunks(query_embeddings, corpus, query_ids, k, excluded, **settings)

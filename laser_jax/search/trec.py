@@ -25,7 +25,7 @@ _LINE = re.compile(r"\s*(\S+)\s+\S+\s+(\S.*?)\s+([0-9]+)\s+(\S+)\s+\S+\s*", re.A
 
 
 DatasetError = DataError
-"""The name of a `DataError` where the file is of a dataset or a run."""
+"""The name that other rooms still use."""
 
 
 def rank_documents(scores: Mapping[str, float]) -> list[str]:
@@ -73,7 +73,7 @@ def read_trec_run(path: str | Path) -> Run:
 
     Raises:
         FileNotFoundError: when the file is missing.
-        DatasetError: on a line of another form, a score that is NaN, a document that a query ranks
+        DataError: on a line of another form, a score that is NaN, a document that a query ranks
             twice, or a file without any line.
     """
     run: Run = {}
@@ -82,22 +82,22 @@ def read_trec_run(path: str | Path) -> Run:
             continue
         match = _LINE.fullmatch(line)
         if match is None:
-            raise DatasetError(f"{where}: wanted 'qid Q0 docid rank score tag', got {line!r}")
+            raise DataError(f"{where}: wanted 'qid Q0 docid rank score tag', got {line!r}")
         query, document, _, score = match.groups()
         value = parse_number(score)
         if value is None:
-            raise DatasetError(f"{where}: the score must be a number, got {score!r}")
+            raise DataError(f"{where}: the score must be a number, got {score!r}")
         if math.isnan(value):
-            raise DatasetError(
+            raise DataError(
                 f"{where}: the score of document {document!r} of query {query!r} is NaN; a ranking "
                 "needs numbers"
             )
         scores = run.setdefault(query, {})
         if document in scores:
-            raise DatasetError(f"{where}: query {query!r} ranks {document!r} a second time")
+            raise DataError(f"{where}: query {query!r} ranks {document!r} a second time")
         scores[document] = value
     if not run:
-        raise DatasetError(f"{path}: holds no ranked document")
+        raise DataError(f"{path}: holds no ranked document")
     return run
 
 
@@ -143,11 +143,11 @@ def read_excluded(path: str | Path) -> dict[str, tuple[str, ...]]:
 
     Raises:
         FileNotFoundError: when the file is missing.
-        DatasetError: on another name, or a line of another form.
+        DataError: on another name, or a line of another form.
     """
     path = Path(path)
     if path.suffix not in (".jsonl", ".tsv"):
-        raise DatasetError(f"{path}: excluded documents are read from a .jsonl or a .tsv file")
+        raise DataError(f"{path}: excluded documents are read from a .jsonl or a .tsv file")
     excluded: dict[str, tuple[str, ...]] = {}
     for where, line in text_lines(path):
         if not line.strip():
@@ -157,7 +157,7 @@ def read_excluded(path: str | Path) -> dict[str, tuple[str, ...]]:
         else:
             fields = line.rstrip("\r\n").split("\t")
             if len(fields) != 2:
-                raise DatasetError(
+                raise DataError(
                     f"{where}: wanted query-id and corpus-id with a tab between, got {line!r}"
                 )
             query, documents = fields[0], (fields[1],)
@@ -168,7 +168,7 @@ def read_excluded(path: str | Path) -> dict[str, tuple[str, ...]]:
 def _excluded_of(line: str, where: str) -> tuple[str, tuple[str, ...]]:
     row = parse_json(line.encode(), where)
     if not isinstance(row, dict) or not isinstance(row.get("_id"), str):
-        raise DatasetError(f"{where}: wanted an object with a string '_id', got {line!r}")
+        raise DataError(f"{where}: wanted an object with a string '_id', got {line!r}")
     return row["_id"], excluded_ids(row, where)
 
 
@@ -178,5 +178,5 @@ def excluded_ids(row: dict[str, Any], where: str) -> tuple[str, ...]:
     if ids is None:
         return ()
     if not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
-        raise DatasetError(f"{where}: field 'excluded_ids' must be a list of strings, got {ids!r}")
+        raise DataError(f"{where}: field 'excluded_ids' must be a list of strings, got {ids!r}")
     return tuple(ids)

@@ -32,15 +32,11 @@ FORMAT = "laser_jax vectors"
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 _SCHEMA_KEY = b"laser_jax.vectors"
-
+_WAY_OUT = "laser_jax.encode_corpus makes it again, by the command that wrote the directory"
 
 Role = Literal["documents", "queries"]
 """What the vectors are of: the two are made by different prompts, and one cannot stand for the
 other."""
-
-
-class VectorsError(ValueError):
-    """A directory of vectors that cannot be used. Names the shard, and the id or field."""
 
 
 @dataclass(frozen=True)
@@ -95,24 +91,21 @@ def shard_name(number: int) -> str:
 
 
 def _check_shard(where: Path, ids: Sequence[str], vectors_CD: np.ndarray) -> None:
-    """Raises a VectorsError on ids that stand twice or cannot stand in a run, and on vectors that
+    """Raises a DataError on ids that stand twice or cannot stand in a run, and on vectors that
     are not finite or all zero."""
     seen = set()
     for id_ in ids:
-        if fault := document_id_fault(id_):
-            raise VectorsError(f"{where}: id {id_!r} {fault}")
-        if id_ in seen:
-            raise VectorsError(f"{where}: id {id_!r} stands twice")
+        if fault := "stands twice" if id_ in seen else document_id_fault(id_):
+            raise DataError(f"{where}: id {id_!r} {fault}")
         seen.add(id_)
     for broken_C, what in (
         (~np.isfinite(vectors_CD).all(axis=1), "not finite"),
         (~vectors_CD.any(axis=1), "all zero, which has no direction"),
     ):
         if broken_C.any():
-            first = ids[int(broken_C.argmax())]
-            raise VectorsError(
+            raise DataError(
                 f"{where}: the vectors of {broken_C.sum()} of {len(ids)} ids are {what}, the first "
-                f"is that of {first!r}"
+                f"is that of {ids[int(broken_C.argmax())]!r}"
             )
 
 
@@ -136,12 +129,12 @@ def write_shard(
         The shard's entry for `write_manifest`.
 
     Raises:
-        VectorsError: on ids or vectors that cannot be used, names the shard and the id.
+        DataError: on ids or vectors that cannot be used, names the shard and the id.
         OSError: the disk is full or the like; no part of the shard is left.
     """
     path = Path(directory) / file
     if vectors_CD.dtype != info.dtype or vectors_CD.shape != (len(ids), info.dimension):
-        raise VectorsError(
+        raise DataError(
             f"{path}: wanted {info.dtype} of shape {(len(ids), info.dimension)}, got "
             f"{vectors_CD.dtype} of shape {vectors_CD.shape}"
         )
@@ -203,7 +196,7 @@ def read_manifest(directory: str | Path, role: Role | None = None) -> Manifest:
 
     Raises:
         FileNotFoundError: when there is none.
-        VectorsError: when it is no manifest of this version, its parts do not fit together, or
+        DataError: when it is no manifest of this version, its parts do not fit together, or
             the vectors are of the other role.
     """
     path = Path(directory) / MANIFEST_FILE
@@ -214,50 +207,49 @@ def read_manifest(directory: str | Path, role: Role | None = None) -> Manifest:
     try:
         values = read_json(path)
     except DataError as error:
-        raise VectorsError(
-            f"{error}. laser_jax.encode_corpus makes it again, by the command that wrote the "
-            "directory"
-        ) from error
-    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-        raise VectorsError(f"{path}: no manifest of vectors: 'format' must be {FORMAT!r}")
-    if (version := values.pop("version", None)) != FORMAT_VERSION:
-        raise VectorsError(f"{path}: version {version}, this program reads {FORMAT_VERSION}")
-    if "role" not in values:
-        raise VectorsError(
-            f"{path}: does not say whether its vectors are of documents or of queries, as older "
-            'versions did not. Add the line "role": "documents", or "role": "queries", to it'
-        )
-    count, shards = values.pop("count", None), values.pop("shards", None)
-    if not isinstance(shards, list) or not all(isinstance(s, dict) for s in shards):
-        raise VectorsError(f"{path}: 'shards' must be a list of objects")
-    try:
-        manifest = Manifest(
-            from_dict(VectorsInfo, values, source=str(path)),
-            tuple(_shard(values, f"{path}: shards[{n}]") for n, values in enumerate(shards)),
-        )
-    except ConfigError as error:
-        raise VectorsError(str(error)) from error
-    for shard in manifest.shards:
-        if re.fullmatch(r"[\w.-]+\.parquet", shard.file) is None:
-            raise VectorsError(f"{path}: shard name {shard.file!r} is no file name.parquet")
-    if manifest.count != count:
-        raise VectorsError(
-            f"{path}: the shards hold {manifest.count} vectors, 'count' is {count}. "
-            "laser_jax.encode_corpus makes it again, by the command that wrote the directory"
-        )
+        raise DataError(f"{error}. {_WAY_OUT}") from error
+    manifest = _manifest(values, path)
     if role not in (None, manifest.info.role):
-        raise VectorsError(
+        raise DataError(
             f"{directory}: holds vectors of {manifest.info.role}, and {role} are wanted here. "
             f"Exchange the two directories, or encode with --texts {role}"
         )
     return manifest
 
 
-def _shard(values: dict[str, Any], where: str) -> Shard:
+def _manifest(values: Any, path: Path) -> Manifest:
+    """The manifest of the values that the file at `path` holds."""
+    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+        raise DataError(f"{path}: no manifest of vectors: 'format' must be {FORMAT!r}")
+    if (version := values.pop("version", None)) != FORMAT_VERSION:
+        raise DataError(f"{path}: version {version}, this program reads {FORMAT_VERSION}")
+    if "role" not in values:
+        raise DataError(
+            f"{path}: does not say whether its vectors are of documents or of queries, as older "
+            'versions did not. Add the line "role": "documents", or "role": "queries", to it'
+        )
+    count, entries = values.pop("count", None), values.pop("shards", None)
+    if not isinstance(entries, list):
+        raise DataError(f"{path}: 'shards' must be a list of objects")
+    shards = tuple(_shard(entry, f"{path}: shards[{n}]") for n, entry in enumerate(entries))
+    try:
+        manifest = Manifest(from_dict(VectorsInfo, values, source=str(path)), shards)
+    except ConfigError as error:
+        raise DataError(str(error)) from error
+    if manifest.count != count:
+        raise DataError(
+            f"{path}: the shards hold {manifest.count} vectors, 'count' is {count}. {_WAY_OUT}"
+        )
+    return manifest
+
+
+def _shard(values: Any, where: str) -> Shard:
     """An entry of a manifest. (`from_dict` takes milliseconds, and there may be 30,000.)"""
     kinds = {"file": str, "count": int, "sha256": str}
-    if {key: type(value) for key, value in values.items()} != kinds:
-        raise VectorsError(f"{where}: wanted file, count and sha256, got {values}")
+    if not isinstance(values, dict) or {key: type(v) for key, v in values.items()} != kinds:
+        raise DataError(f"{where}: wanted file, count and sha256, got {values}")
+    if re.fullmatch(r"[\w.-]+\.parquet", values["file"]) is None:
+        raise DataError(f"{where}: shard name {values['file']!r} is no file name.parquet")
     return Shard(**values)
 
 
@@ -280,15 +272,14 @@ def read_shard(
 
     Raises:
         FileNotFoundError: when the shard is missing.
-        VectorsError: when it is damaged or not what the manifest says.
+        DataError: when it is damaged or not what the manifest says.
     """
-    pyarrow = import_pyarrow(directory)
-    path = Path(directory) / shard.file
+    pyarrow, path = import_pyarrow(directory), Path(directory) / shard.file
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, and {MANIFEST_FILE} names it")
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != shard.sha256:
-        raise VectorsError(
+        raise DataError(
             f"{path}: damaged: its sha256 is not that of {MANIFEST_FILE}. Encode this shard again"
         )
     try:
@@ -297,20 +288,20 @@ def read_shard(
         ids = table["id"].to_pylist()
         column = table["vector"].combine_chunks()
     except (pyarrow.ArrowException, KeyError, ValueError) as error:
-        raise VectorsError(f"{path}: no shard of vectors: {error}") from error
+        raise DataError(f"{path}: no shard of vectors: {error}") from error
     stored.setdefault("role", info.role)  # older shards have none; their manifest has
     for key, value in as_dict(info).items():
         if stored.get(key) != value:
-            raise VectorsError(
+            raise DataError(
                 f"{path}: {key} is {stored.get(key)!r}, and {MANIFEST_FILE} says {value!r}"
             )
     vector_type = pyarrow.list_(pyarrow.from_numpy_dtype(np.dtype(info.dtype)), info.dimension)
     if column.type != vector_type or table.schema.field("id").type != pyarrow.string():
-        raise VectorsError(
+        raise DataError(
             f"{path}: wanted columns id: string and vector: {vector_type}, got {table.schema}"
         )
     if len(ids) != shard.count or column.null_count or table["id"].null_count:
-        raise VectorsError(f"{path}: wanted {shard.count} rows without nulls, got {len(ids)}")
+        raise DataError(f"{path}: wanted {shard.count} rows without nulls, got {len(ids)}")
     vectors_CD = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, info.dimension)
     _check_shard(path, ids, vectors_CD)
     return ids, vectors_CD
@@ -324,10 +315,9 @@ def recovered_shard(
     pyarrow, path = import_pyarrow(directory), Path(directory) / file
     try:
         content = path.read_bytes()
-        schema = pyarrow.parquet.read_schema(pyarrow.BufferReader(content))
-        told = json.loads(schema.metadata[_SCHEMA_KEY])
-        rows = pyarrow.parquet.read_metadata(pyarrow.BufferReader(content)).num_rows
-        shard = Shard(file, rows, hashlib.sha256(content).hexdigest())
+        metadata = pyarrow.parquet.read_metadata(pyarrow.BufferReader(content))
+        told = json.loads(metadata.metadata[_SCHEMA_KEY])
+        shard = Shard(file, metadata.num_rows, hashlib.sha256(content).hexdigest())
         ids, vectors_CD = read_shard(directory, shard, info)
     except (OSError, pyarrow.ArrowException, KeyError, TypeError, ValueError):
         return None
@@ -349,7 +339,7 @@ def read_ids(directory: str | Path, manifest: Manifest) -> list[str]:
     """The ids of all vectors, in order. Reads no vector.
 
     Raises:
-        FileNotFoundError, VectorsError: a shard is missing or is no Parquet; an id stands twice,
+        FileNotFoundError, DataError: a shard is missing or is no Parquet; an id stands twice,
             names both shards.
     """
     ids: list[str] = []
@@ -358,7 +348,7 @@ def read_ids(directory: str | Path, manifest: Manifest) -> list[str]:
         column = _read_ids(directory, shard)
         for id_ in column:
             if id_ in first_shard:
-                raise VectorsError(_twice(directory, shard.file, id_, first_shard[id_]))
+                raise DataError(_twice(directory, shard.file, id_, first_shard[id_]))
             first_shard[id_] = shard.file
         ids += column
     return ids
@@ -372,7 +362,7 @@ def _read_ids(directory: str | Path, shard: Shard) -> list[str]:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is missing, and {MANIFEST_FILE} names it") from error
     except (pyarrow.ArrowException, OSError) as error:
-        raise VectorsError(f"{path}: no shard of vectors: {error}") from error
+        raise DataError(f"{path}: no shard of vectors: {error}") from error
 
 
 def _twice(directory: str | Path, file: str, id_: str, first: str) -> str:
@@ -387,7 +377,7 @@ def verify(directory: str | Path) -> list[str]:
         when all is well.
 
     Raises:
-        FileNotFoundError, VectorsError: the manifest cannot be read.
+        FileNotFoundError, DataError: the manifest cannot be read.
     """
     manifest = read_manifest(directory)
     faults: list[str] = []
@@ -396,7 +386,7 @@ def verify(directory: str | Path) -> list[str]:
         for shard in manifest.shards:
             try:
                 ids, _ = read_shard(directory, shard, manifest.info)
-            except (VectorsError, OSError) as error:
+            except (DataError, OSError) as error:
                 faults.append(str(error))
                 continue
             readable.append(shard)
