@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,10 +56,10 @@ class RecordingEncoder(LatentEncoder):
     asked: list[tuple[int, tuple[int, ...]]]
 
     def encode_tokens(
-        self, rows: Sequence[Sequence[int]], steps: Sequence[int], *, progress: str | None = None
+        self, rows: Sequence[Sequence[int]], steps: Sequence[int], **options: Any
     ) -> np.ndarray:
         self.asked.append((len(rows), tuple(steps)))
-        return super().encode_tokens(rows, steps, progress=progress)
+        return super().encode_tokens(rows, steps, **options)
 
 
 @pytest.fixture(scope="module")
