@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -117,11 +117,11 @@ class MtebRetriever(AbsEncoder):
             }
         )
 
-    def as_experiment(self, **settings: Any) -> MtebRetriever:
-        """The same model, whose results mteb keeps apart under `settings`."""
+    def without_exclusions(self) -> MtebRetriever:
+        """The same model, whose results mteb keeps apart as those without exclusions."""
         other = copy.copy(self)
         meta = self.mteb_model_meta
-        kwargs = {**(meta.experiment_kwargs or {}), **settings}
+        kwargs = {**(meta.experiment_kwargs or {}), "exclusions": "none"}
         other.mteb_model_meta = meta.model_copy(update={"experiment_kwargs": kwargs})
         return other
 
@@ -292,7 +292,7 @@ def evaluate_task(
         unrestricted = scores
     if excluding:
         if _exclude_nothing(excluding):
-            unrestricted = run(model.as_experiment(exclusions="none"))
+            unrestricted = run(model.without_exclusions())
         excluding.unload_data()
     return [
         TaskScore(name, subset, split, task.metadata.main_score, score, unrestricted[split, subset])
@@ -305,15 +305,9 @@ def _exclude_nothing(task: AbsTaskRetrieval) -> bool:
 
     mteb's tasks of BRIGHT(v1.1) exclude by listing the documents that a query may have.
     """
-    changed = False
-    for split in _splits(task):
-        if split["top_ranked"] is not None:
-            documents = list(split["corpus"]["id"])
-            split["top_ranked"] = dict.fromkeys(split["queries"]["id"], documents)
-            changed = True
-    return changed
-
-
-def _splits(task: AbsTaskRetrieval) -> Iterator[Any]:
-    for splits in task.dataset.values():
-        yield from splits.values()
+    splits = [split for splits in task.dataset.values() for split in splits.values()]
+    excluding = [split for split in splits if split["top_ranked"] is not None]
+    for split in excluding:
+        documents = list(split["corpus"]["id"])
+        split["top_ranked"] = dict.fromkeys(split["queries"]["id"], documents)
+    return bool(excluding)

@@ -1,4 +1,4 @@
-"""The plots, each as PNG and SVG. matplotlib is the extra `bench`."""
+"""The plots, as SVG. matplotlib is the extra `bench`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from laser_jax.files.durable import written_whole
-
-FORMATS = ("png", "svg")
 
 
 def require_matplotlib() -> Any:
@@ -34,11 +32,11 @@ def _figure(height: float = 4.0) -> tuple[Any, Any]:
 def _save(figure: Any, stem: Path) -> None:
     matplotlib = require_matplotlib()
     # neither a date nor random ids: the same numbers give the same file
-    with matplotlib.rc_context({"svg.hashsalt": "laser_jax"}):
-        for form in FORMATS:
-            with written_whole(stem.with_name(f"{stem.name}.{form}")) as part:
-                metadata = {"Date": None} if form == "svg" else None
-                figure.savefig(part, format=form, dpi=150, metadata=metadata)
+    with (
+        matplotlib.rc_context({"svg.hashsalt": "laser_jax"}),
+        written_whole(stem.with_name(f"{stem.name}.svg")) as part,
+    ):
+        figure.savefig(part, format="svg", metadata={"Date": None})
 
 
 def _log_axis(axes: Any, values: Sequence[float]) -> None:
@@ -66,7 +64,7 @@ def plot_quality_by_steps(
     Args:
         curves: name -> K -> value.
         levels: name -> value, of runs without a K (the explicit view and its control).
-        stem: the files are this with .png and .svg.
+        stem: the file is this with .svg.
     """
     figure, axes = _figure()
     for name, by_steps in curves.items():
@@ -99,7 +97,7 @@ def plot_latency_quality(
     Args:
         series: name -> its points, joined in the order given. A point alone is a square, which the
             legend names.
-        stem: the files are this with .png and .svg.
+        stem: the file is this with .svg.
     """
     figure, axes = _figure()
     for name, points in series.items():
@@ -150,7 +148,7 @@ def plot_intervals(
     Args:
         quantity: what the axis shows.
         bound: what the legend calls the bounds.
-        stem: the files are this with .png and .svg.
+        stem: the file is this with .svg.
     """
     figure, axes = _figure(1.0 + 0.24 * len(intervals))
     kinds = list(dict.fromkeys(value.kind for value in intervals))

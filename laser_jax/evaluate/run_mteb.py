@@ -1,6 +1,6 @@
 """Evaluates a model on tasks of mteb: BRIGHT, FollowIR, BrowseComp-Plus or any other retrieval.
 
-    python -m laser_jax.evaluate_mteb --model DIR --tasks "BRIGHT(v1.1)" --output DIR
+    python -m laser_jax.evaluate mteb --model DIR --tasks "BRIGHT(v1.1)" --output DIR
 
 mteb loads the data, from the hub or its local cache, and scores. Results stay in mteb's layout in
 the output directory, and what is there is not computed again.
@@ -9,76 +9,47 @@ the output directory, and what is there is not computed again.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from laser_jax.config import (
-    ConfigError,
-    Dtype,
-    MeshConfig,
-    load_retriever_config,
-    parse_command_line,
-)
+from laser_jax.config import ConfigError, load_retriever_config, parse_command_line
 from laser_jax.evaluate.results import markdown_table, model_name
-from laser_jax.evaluate.retrieval import with_max_length
+from laser_jax.evaluate.retrieval import EncodingOptions, load_retriever, require_positive
 from laser_jax.files.durable import write_atomically
-from laser_jax.files.terminal import fail
-from laser_jax.inference.retriever import LatentRetriever, local_mesh
 
 if TYPE_CHECKING:
     from laser_jax.evaluate.mteb import MtebRetriever, TaskScore
 
 SCORES_FILE = "scores.json"
+logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class MtebOptions:
-    """Evaluates a model on tasks of mteb, BRIGHT with exclusions and without."""
+@dataclass(frozen=True, kw_only=True)
+class MtebOptions(EncodingOptions):
+    """Evaluates a model on tasks of mteb, BRIGHT with exclusions and without. `name` is what mteb
+    calls the model, organisation/model; by default laser_jax/ and its directory."""
 
-    model: str
-    """A directory that laser_jax.train exported."""
     tasks: str
     """Names of mteb's benchmarks and tasks with commas between: "BRIGHT(v1.1)", BRIGHT, FollowIR,
     BrowseCompPlusRetrieval, ..."""
     output: str
     """The directory to write: mteb's results, and scores.json."""
-    name: str | None = None
-    """What mteb calls the model, organisation/model; by default laser_jax/ and its directory."""
-    adapter: str | None = None
-    """A directory with a PEFT LoRA adapter for the model."""
     num_thinking_steps: int | None = None
     """K; None takes the model's."""
-    instruction: str | None = None
-    """One task description for all queries, instead of the task's."""
-    max_length: int | None = None
-    """Tokens of a query and of a document; None takes the model's limits (the paper trains at 512
-    and evaluates at 8192)."""
-    dtype: Dtype | None = None
-    """Compute in another dtype than the model's."""
-    batch_size: int = 64
-    """The most rows of a batch."""
-    batch_tokens: int = 8192
-    """The most tokens of a batch, on all devices together."""
-    devices: int | None = None
-    """Local devices that share every batch. None: all of them."""
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    """How those devices share weights and rows; by default rows alone."""
     overwrite: bool = False
     """Compute again what is in the output directory."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive("num_thinking_steps", self.num_thinking_steps)
         if not task_names(self.tasks):
             raise ConfigError("tasks must name one task at least")
-        counts = ("num_thinking_steps", "max_length", "batch_size", "batch_tokens", "devices")
-        for key in counts:
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ConfigError(f"{key} must be at least 1, got {value}")
 
 
 def task_names(tasks: str) -> list[str]:
@@ -106,8 +77,8 @@ def evaluate(options: MtebOptions) -> dict[str, list[TaskScore]]:
     scores: dict[str, list[TaskScore]] = {}
     for name, named in tasks.items():
         scores[name] = []
-        for task in named:
-            print(f"{task.metadata.name}, {len(scores[name]) + 1} of {len(named)}")
+        for number, task in enumerate(named, start=1):
+            logger.info("%s, %d of %d", task.metadata.name, number, len(named))
             scores[name] += evaluate_task(
                 model, task, output, batch_size=options.batch_size, overwrite=options.overwrite
             )
@@ -121,24 +92,15 @@ def evaluate(options: MtebOptions) -> dict[str, list[TaskScore]]:
 def _load(options: MtebOptions) -> MtebRetriever:
     from laser_jax.evaluate.mteb import MtebRetriever, model_revision
 
-    config = load_retriever_config(options.model)
-    experiment = {}
-    if options.dtype is not None and options.dtype != config.dtype:
-        config = replace(config, dtype=options.dtype)
-        experiment["dtype"] = options.dtype
+    own = load_retriever_config(options.model)
+    experiment = {}  # what sets the results apart from those of the model as it was exported
+    if options.compute_dtype not in (None, own.dtype):
+        experiment["dtype"] = options.compute_dtype
     if options.max_length is not None:
-        config = with_max_length(config, options.max_length)
         experiment["max_length"] = options.max_length
     name = options.name or Path(model_name(options.model)).name
     return MtebRetriever(
-        LatentRetriever.from_pretrained(
-            options.model,
-            config=config,
-            adapter=options.adapter,
-            batch_size=options.batch_size,
-            batch_tokens=options.batch_tokens,
-            mesh=local_mesh(options.mesh, options.devices),
-        ),
+        load_retriever(options, options.num_thinking_steps or own.num_thinking_steps),
         name=name if "/" in name else f"laser_jax/{name}",
         revision=model_revision(options.model, *filter(None, [options.adapter])),
         num_thinking_steps=options.num_thinking_steps,
@@ -151,13 +113,9 @@ def score_table(scores: Mapping[str, Sequence[TaskScore]]) -> str:
     """Every score, and the mean of each split of what was asked for by one name."""
     rows = []
     for name, named in scores.items():
-        rows += [
-            _row(
-                score.task if score.subset == "default" else f"{score.task}, {score.subset}",
-                [score],
-            )
-            for score in named
-        ]
+        for score in named:
+            subset = "" if score.subset == "default" else f", {score.subset}"
+            rows.append(_row(score.task + subset, [score]))
         for split in dict.fromkeys(score.split for score in named):
             group = [score for score in named if score.split == split]
             if len(group) > 1:
@@ -176,11 +134,8 @@ def _row(title: str, scores: Sequence[TaskScore]) -> list[str]:
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(program: str, arguments: Sequence[str]) -> None:
     """The command line."""
-    try:
-        options = parse_command_line(MtebOptions, "python -m laser_jax.evaluate_mteb", arguments)
-        table = score_table(evaluate(options))
-    except (ValueError, OSError, ImportError) as error:
-        fail(error)
-    print(f"\n{table}\n\nwritten to {options.output}")
+    options = parse_command_line(MtebOptions, program, arguments)
+    print(score_table(evaluate(options)))
+    logger.info("written to %s", options.output)
