@@ -30,7 +30,7 @@ ORDER: tuple[str, ...] = (
     *("search.vectors", "search.faiss_index", "search.run"),
     *("evaluate.metrics", "evaluate.significance", "evaluate.results", "evaluate.plots"),
     *("evaluate.trajectory", "evaluate.beir", "evaluate.bright", "evaluate.retrieval"),
-    *("evaluate.rewrites", "evaluate.mteb", "evaluate.run_mteb", "evaluate.compare"),
+    *("evaluate.rewrites", "evaluate.mteb", "evaluate.compare"),
     *("evaluate.model", "evaluate.scored_run", "evaluate.run"),
     *("encode_corpus.documents", "encode_corpus.plan", "encode_corpus.directory"),
     *("encode_corpus.encoding", "encode_corpus.on_ray", "encode_corpus.run"),

@@ -137,11 +137,9 @@ class _Data:
     """Of its queries."""
 
 
-def _read(
-    read: Callable[[list[str] | None], BeirDataset], name: str, split: str, options: ModelOptions
-) -> _Data:
+def _read(read: Callable[..., BeirDataset], name: str, split: str, options: ModelOptions) -> _Data:
     skipped: list[str] | None = [] if options.skip_bad_lines else None
-    dataset = replace(read(skipped), ignore_identical_ids=options.ignore_identical_ids)
+    dataset = replace(read(skipped=skipped), ignore_identical_ids=options.ignore_identical_ids)
     if options.instruction is not None:
         queries = {
             id_: replace(query, instruction=options.instruction)
@@ -152,9 +150,7 @@ def _read(
 
 
 def _read_beir(options: ModelOptions) -> _Data:
-    def read(skipped: list[str] | None) -> BeirDataset:
-        return read_beir(options.data, options.split, skipped=skipped)
-
+    read = partial(read_beir, options.data, options.split)
     data = _read(read, options.data, options.split, options)
     if options.rewrites is None:
         return data
@@ -167,14 +163,9 @@ def _read_beir(options: ModelOptions) -> _Data:
 
 
 def _read_domain(domain: str, options: ModelOptions) -> _Data:
-    long_documents, rewrites = options.long_documents, options.rewrites
-
-    def read(skipped: list[str] | None) -> BeirDataset:
-        return read_bright(
-            options.data, domain, long_documents=long_documents, rewrites=rewrites, skipped=skipped
-        )
-
-    split = (rewrites or EXAMPLES) + (", long documents" if long_documents else "")
+    kind = {"long_documents": options.long_documents, "rewrites": options.rewrites}
+    read = partial(read_bright, options.data, domain, **kind)
+    split = (options.rewrites or EXAMPLES) + (", long documents" if options.long_documents else "")
     return _read(read, str(Path(options.data) / domain), split, options)
 
 

@@ -11,7 +11,7 @@ from laser_jax.files.terminal import fail
 COMMANDS = {
     "run": ("scored_run", "scores a TREC run as trec_eval does"),
     "model": ("model", "evaluates a model on a BEIR directory or on BRIGHT, at every K"),
-    "mteb": ("run_mteb", "evaluates a model on tasks of mteb"),
+    "mteb": ("mteb", "evaluates a model on tasks of mteb"),
     "compare": ("compare", "several evaluated models in one table"),
 }
 """Command -> its module, and what it is for."""

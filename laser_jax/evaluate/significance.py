@@ -1,5 +1,8 @@
 """Whether two runs differ by more than chance over the same queries.
 
+All functions take values of one metric for the same queries in the same order, [Q] or as such
+groups, and raise a ValueError where there are none, lengths differ or resamples are below 1.
+
 Letters: Q queries, R resamples, G groups, P p-values.
 """
 
@@ -51,12 +54,6 @@ def paired_bootstrap(
 
     The draws depend on `seed` and the number of queries alone, so that all comparisons over one
     set of queries see the same draws.
-
-    Args:
-        a, b: [Q] values of one metric for the same queries in the same order.
-
-    Raises:
-        ValueError: when the lengths differ or are 0, or resamples < 1.
     """
     difference_Q = _differences(a, b, resamples)
     mean = float(difference_Q.mean())
@@ -88,12 +85,6 @@ def grouped_bootstrap(
 
     With a group a training seed, the interval also holds what another training would change, as
     far as a handful of groups can show it. Every group weighs the same.
-
-    Args:
-        a, b: for every group the values of one metric, for the same queries in the same order.
-
-    Raises:
-        ValueError: without a group, when lengths differ or are 0, or resamples < 1.
     """
     if len(a) != len(b) or not a:
         raise ValueError(f"the same groups are wanted, at least one: got {len(a)} and {len(b)}")
@@ -120,12 +111,6 @@ def permutation_p_value(
 
     p = (1 + the number of random swaps with a difference as large) / (1 + R), never 0. Where there
     are at most R ways to swap, each is taken once, and p is exact.
-
-    Args:
-        a, b: [Q] values of one metric for the same queries in the same order.
-
-    Raises:
-        ValueError: when the lengths differ or are 0, or resamples < 1.
     """
     difference_Q = _differences(a, b, resamples)
     if len(difference_Q) == 1:  # both ways to swap it have the same size, and scipy wants two
