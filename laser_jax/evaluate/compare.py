@@ -150,14 +150,19 @@ def compare(directories: Sequence[str], options: CompareOptions) -> Comparison:
     cells: dict[tuple[str, str], dict[str, Cell]] = {}
     for (of, column), read in evaluated.items():
         base = evaluated.get((model, column))
-        values = base.values(run, options.metric) if base and run in base.per_query else None
+        if base and run not in base.per_query:
+            base = None
         for shown in _shown_runs(read.evaluation, options.runs):
-            other = None if (of, shown) == baseline else values
-            cells.setdefault((of, shown), {})[column] = _cell(read, shown, other, options)
-    tested = _correct(cells, options.alpha)
+            against = (base, run) if base and (of, shown) != baseline else None
+            cells.setdefault((of, shown), {})[column] = _cell(read, shown, against, options)
+    number = _correct(cells, options.alpha)
     columns = list(dict.fromkeys(column for _, column in evaluated))
-    rows = [Row(*key, row, _average(row, columns)) for key, row in cells.items()]
-    return Comparison(options.metric, columns, rows, baseline, tested, options.alpha)
+    averages = [
+        float(np.mean([cell.score for cell in row.values()])) if len(row) == len(columns) else None
+        for row in cells.values()
+    ]
+    rows = [Row(*key, cells[key], of) for key, of in zip(cells, averages, strict=True)]
+    return Comparison(options.metric, columns, rows, baseline, number, options.alpha)
 
 
 def _read_all(directories: Sequence[str], metric: str) -> dict[tuple[str, str], _Evaluated]:
@@ -188,23 +193,25 @@ def _baseline(evaluated: Mapping[tuple[str, str], _Evaluated], name: str | None)
 
 
 def _cell(
-    read: _Evaluated, run: str, base: Mapping[str, float] | None, options: CompareOptions
+    read: _Evaluated, run: str, against: tuple[_Evaluated, str] | None, options: CompareOptions
 ) -> Cell:
     """A result with the p-value that its test alone gives.
 
     Args:
-        base: query -> the baseline's value on the same data; None where nothing is to be tested.
+        against: the baseline's evaluation on the same data and its run; None where nothing is to
+            be tested.
     """
     score = read.evaluation.scores[run][options.metric]
-    if base is None:
+    if against is None:
         return Cell(score)
-    values = read.values(run, options.metric)
-    if values.keys() != base.keys():
+    base, base_run = against
+    values, others = read.values(run, options.metric), base.values(base_run, options.metric)
+    if values.keys() != others.keys():
         raise DataError(
-            f"{read.directory} and the baseline were evaluated on different queries of "
-            f"{read.column}: {len(values.keys() ^ base.keys())} are in one of them alone"
+            f"{read.directory} and {base.directory} were evaluated on different queries of "
+            f"{read.column}: {len(values.keys() ^ others.keys())} are in one of them alone"
         )
-    ours, theirs = list(values.values()), [base[query] for query in values]
+    ours, theirs = list(values.values()), [others[query] for query in values]
     p_value = permutation_p_value(ours, theirs, resamples=options.resamples, seed=options.seed)
     return Cell(score, float(np.mean(ours) - np.mean(theirs)), p_value)
 
@@ -223,11 +230,6 @@ def _correct(cells: Mapping[tuple[str, str], dict[str, Cell]], alpha: float) -> 
         mark = "" if p_value >= alpha else BETTER if difference > 0 else WORSE
         row[column] = dataclasses.replace(row[column], p_value=p_value, mark=mark)
     return len(tested)
-
-
-def _average(row: Mapping[str, Cell], columns: Sequence[str]) -> float | None:
-    complete = len(row) == len(columns)
-    return float(np.mean([cell.score for cell in row.values()])) if complete else None
 
 
 def format_comparison(comparison: Comparison) -> str:

@@ -73,9 +73,8 @@ def plot_quality_by_steps(
         axes.set_xticks(sorted({k for by_steps in curves.values() for k in by_steps}))
         axes.set_xlabel("K, number of thinking steps")
         axes.set_ylabel(metric)
-        axes.figure.legend(
-            loc="outside upper center", fontsize=8, ncols=2
-        )  # curves may be anywhere
+        # outside, as curves may be anywhere
+        axes.figure.legend(loc="outside upper center", fontsize=8, ncols=2)
 
 
 @dataclass(frozen=True)
