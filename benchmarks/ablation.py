@@ -35,8 +35,8 @@ from laser_jax.data.sources import open_source
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
 from laser_jax.encoder import load_pretrained
 from laser_jax.evaluate.beir import read_beir
+from laser_jax.evaluate.model import ModelOptions, evaluate_model
 from laser_jax.evaluate.results import RESULTS_FILE
-from laser_jax.evaluate.run import ModelOptions, evaluate_model
 from laser_jax.evaluate.trajectory import read_trajectories, shares
 from laser_jax.files.durable import write_atomically
 from laser_jax.inference.batch_encoder import LatentEncoder
@@ -331,7 +331,7 @@ def evaluate_row(seed: Seed, row: str, split: str) -> None:
             output=str(run / split),
             split=split,
             name=row,
-            thinking_steps=STEPS,
+            num_thinking_steps=STEPS,
             metrics=METRICS,
             length_multiple=8,
             plot=False,

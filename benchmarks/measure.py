@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from laser_jax.evaluate.results import markdown_table
 from laser_jax.files.durable import lock, written_whole
 from laser_jax.train.output import code_version
 
@@ -215,19 +216,6 @@ def torch_unusable() -> str | None:
 
 
 # --- tables ----------------------------------------------------------------------------------
-
-
-def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An aligned Markdown table: the first column to the left, the others to the right."""
-    widths = [max(3, *map(len, column)) for column in zip(headings, *rows, strict=True)]
-    alignment = [str.ljust] + [str.rjust] * (len(headings) - 1)
-
-    def line(cells: Sequence[str]) -> str:
-        padded = (pad(c, w) for pad, c, w in zip(alignment, cells, widths, strict=True))
-        return f"| {' | '.join(padded)} |"
-
-    rule = [f":{'-' * (widths[0] - 1)}"] + [f"{'-' * (width - 1)}:" for width in widths[1:]]
-    return "\n".join(map(line, [headings, rule, *rows]))
 
 
 def table_of(rows: Sequence[Row], columns: Columns) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import os
 import re
 import shutil
@@ -15,9 +16,8 @@ import numpy as np
 import pytest
 from test_bright import DOCUMENTS, EXAMPLES, write_copy
 
-from laser_jax.evaluate.compare import main as report
 from laser_jax.evaluate.metrics import evaluate_run, without_excluded
-from laser_jax.evaluate.results import read_evaluation, read_per_query
+from laser_jax.evaluate.results import _replaced_evaluation, read_evaluation, read_per_query
 from laser_jax.evaluate.retrieval import (
     CONTROL,
     EXPLICIT,
@@ -26,7 +26,7 @@ from laser_jax.evaluate.retrieval import (
     unrestricted,
 )
 from laser_jax.evaluate.rewrites import Rewrite, WritingCost
-from laser_jax.evaluate.run import _replaced_evaluation, main
+from laser_jax.evaluate.run import main
 from laser_jax.evaluate.significance import paired_bootstrap
 from laser_jax.search.trec import read_trec_run
 
@@ -49,7 +49,7 @@ def files(tmp_path: Path) -> Path:
 
 def score(files: Path, *more: str) -> dict[str, Any]:
     output = files / "out.json"
-    where = ["--run", str(files / "run.trec"), "--qrels", str(files / "qrels.tsv")]
+    where = ["run", "--run", str(files / "run.trec"), "--qrels", str(files / "qrels.tsv")]
     main([*where, "--json", str(output), "--metrics", "[MRR@10, Hit@1]", *more])
     return json.loads(output.read_text())
 
@@ -158,7 +158,7 @@ def test_p_mrr_wants_a_document_that_the_changed_instruction_rules_out(files: Pa
 def test_a_result_without_a_folder_is_refused_before_the_work(files: Path, key: str) -> None:
     file = files / "no" / "x"
     with pytest.raises(SystemExit, match=f"error: {key}: .*x cannot be written, as .*no is no dir"):
-        main(["--run", "absent", "--qrels", "absent", f"--{key}", str(file)])
+        main(["run", "--run", "absent", "--qrels", "absent", f"--{key}", str(file)])
 
 
 def test_reference_runs_reach_their_reference(shared_data: Path, tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_reference_runs_reach_their_reference(shared_data: Path, tmp_path: Path)
     reference = json.loads((folder / "reference_metrics.json").read_text())["pony"]["all"]
     main(
         [
-            *("--run", str(folder / "pony" / "reasonir_gpt4cot_top100.txt.gz")),
+            *("run", "--run", str(folder / "pony" / "reasonir_gpt4cot_top100.txt.gz")),
             *("--qrels", str(folder / "pony" / "qrels.tsv"), "--json", str(tmp_path / "out.json")),
         ]
     )
@@ -204,7 +204,7 @@ def test_bad_files_end_the_program_with_their_name(
 
 def test_an_unknown_metric_ends_the_program_at_once(files: Path) -> None:
     with pytest.raises(SystemExit, match="error: metrics: unknown metric 'nDCG'"):
-        main(["--run", "absent", "--qrels", "absent", "--metrics", "[nDCG]"])
+        main(["run", "--run", "absent", "--qrels", "absent", "--metrics", "[nDCG]"])
 
 
 # --- a model -----------------------------------------------------------------------------------
@@ -241,8 +241,8 @@ def write_data(directory: Path, *, reasoning: bool = True, instruction: bool = T
 
 
 def arguments(model: Path, data: Path, output: Path, *more: str) -> list[str]:
-    where = ["--model", str(model), "--data", str(data), "--output", str(output)]
-    shapes = ["--length_multiple", "128", "--batch_size", "8", "--thinking_steps", "[1,2,3]"]
+    where = ["model", "--model", str(model), "--data", str(data), "--output", str(output)]
+    shapes = ["--length_multiple", "128", "--batch_size", "8", "--num_thinking_steps", "[1,2,3]"]
     shapes += ["--devices", "1"]
     return [*where, *shapes, "--resamples", "200", *more]
 
@@ -261,7 +261,7 @@ def test_the_directory_holds_every_view(evaluated: Path) -> None:
     names = {path.relative_to(evaluated).as_posix() for path in evaluated.rglob("*.*")}
     slugs = ("latent-K-1", "latent-K-2", "latent-K-3", "explicit", "explicit-of-another-query")
     assert names == {
-        *("results.json", "per_query.tsv", "quality_by_steps.png", "quality_by_steps.svg"),
+        *("results.json", "per_query.tsv", "quality_by_steps.svg"),
         *(f"runs/{slug}.trec" for slug in slugs),
     }
     evaluation = read_evaluation(evaluated)
@@ -377,7 +377,7 @@ def test_a_full_disk_leaves_the_older_evaluation_as_it_was(
 
 
 def test_queries_without_reasoning_or_instruction(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = write_data(tmp_path / "plain", reasoning=False, instruction=False)
     with pytest.raises(SystemExit, match="query q0 has no instruction"):
@@ -385,7 +385,7 @@ def test_queries_without_reasoning_or_instruction(
     assert not (tmp_path / "out").exists()
     more = ["--instruction", "Find the town", "--plot", "false", "--name", "tiny"]
     main(arguments(model, data, tmp_path / "out", *more))
-    assert "no explicit view: 6 of 6 queries have no reasoning" in capsys.readouterr().out
+    assert "no explicit view: 6 of 6 queries have no reasoning" in caplog.text
     evaluation = read_evaluation(tmp_path / "out")
     assert list(evaluation.scores) == RUNS[:3]
     assert evaluation.model == "tiny"
@@ -393,7 +393,7 @@ def test_queries_without_reasoning_or_instruction(
 
 
 def test_a_single_query_has_no_control(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = write_data(tmp_path / "towns")
     first, *_ = (data / "queries.jsonl").read_text().splitlines()
@@ -401,7 +401,7 @@ def test_a_single_query_has_no_control(
     qrels = data / "qrels" / "test.tsv"
     qrels.write_text("\n".join(qrels.read_text().splitlines()[:2]) + "\n")
     main(arguments(model, data, tmp_path / "out", "--plot", "false"))
-    assert "no control: " in capsys.readouterr().out
+    assert "no control: " in caplog.text
     assert list(read_evaluation(tmp_path / "out").scores) == RUNS[:4]
 
 
@@ -442,13 +442,14 @@ def test_ids_are_counted_below_the_table_and_in_the_results(
 
 
 def test_texts_that_do_not_fit_are_counted_and_said(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = write_data(tmp_path / "towns")
     corpus, queries = data / "corpus.jsonl", data / "queries.jsonl"
     corpus.write_text(corpus.read_text().replace("on a river.", "far away. " * 60, 2))
     queries.write_text(queries.read_text().replace("Where is Ulm?", "Where is Ulm? " * 60))
     queries.write_text(queries.read_text().replace("So: Jena.", "So: Jena. " * 300))
+    caplog.set_level(logging.INFO, "laser_jax")
     main(arguments(model, data, tmp_path / "out", "--plot", "false", "--max_length", "90"))
     wanted = {
         "documents": 2,
@@ -457,7 +458,7 @@ def test_texts_that_do_not_fit_are_counted_and_said(
         f"queries, {CONTROL}": 2,
     }
     assert read_evaluation(tmp_path / "out").shortened == wanted
-    out = capsys.readouterr().out
+    out = "\n".join(caplog.messages)
     assert re.search(r"^6 documents: [0-9.]+ tokens each, 2 shortened \(33\.33%\)$", out, re.M)
     assert re.search(r"^6 queries, latent: .* 1 shortened \(16\.67%\)$", out, re.M)
 
@@ -543,7 +544,7 @@ def test_rewrites_that_are_not_of_these_queries_stop_the_program(
 
 
 def test_bad_lines_stop_the_program_or_are_counted(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = write_data(tmp_path / "data", reasoning=False)
     corpus = data / "corpus.jsonl"
@@ -552,7 +553,7 @@ def test_bad_lines_stop_the_program_or_are_counted(
         main(arguments(model, data, tmp_path / "out"))
     more = ["--skip_bad_lines", "true", "--plot", "false"]
     main(arguments(model, data, tmp_path / "out", *more))
-    assert "left out 1 bad lines" in capsys.readouterr().out
+    assert "left out 1 bad lines" in caplog.text
     assert read_evaluation(tmp_path / "out").bad_lines == 1
 
 
@@ -642,7 +643,7 @@ def test_excluded_documents_are_only_in_the_runs_that_exclude_nothing(bright: Pa
 
 
 def test_reports_take_domains_as_columns(bright: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report([str(bright / "biology"), str(bright / "pony"), "--resamples", "100"])
+    main(["compare", str(bright / "biology"), str(bright / "pony"), "--resamples", "100"])
     assert "| biology | pony | Avg. |" in " ".join(capsys.readouterr().out.split())
 
 
@@ -679,8 +680,8 @@ def test_a_fault_in_the_last_domain_stops_the_program_before_anything_is_written
         ("bright", ("--split", "dev"), "BRIGHT has no splits"),
         ("bright", ("--max_length", "0"), "max_length must be at least 1, got 0"),
         ("bright", ("--max_length", "99999"), "more than the model's [0-9]+ positions"),
-        ("towns", ("--thinking_steps", "[1,5000]"), "5511 positions, and the model has 4096"),
-        ("bright", ("--thinking_steps", "[1,5000]"), "5511 positions, and the model has 4096"),
+        ("towns", ("--num_thinking_steps", "[1,5000]"), "5511 positions, and the model has 4096"),
+        ("bright", ("--num_thinking_steps", "[1,5000]"), "5511 positions, and the model has 4096"),
     ],
 )
 def test_options_that_do_not_go_with_data_or_model_are_refused(
@@ -701,7 +702,7 @@ def test_options_that_do_not_go_with_data_or_model_are_refused(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--thinking_steps", "[0]"), "thinking_steps must each be at least 1"),
+        (("--num_thinking_steps", "[0]"), "num_thinking_steps must each be at least 1"),
         (("--depth", "5"), "nDCG@10 looks deeper than --depth 5"),
         (("--confidence", "1"), "confidence must lie between"),
         (("--metrics", "[]"), "must name one metric"),
@@ -715,7 +716,24 @@ def test_impossible_options_are_refused(
         main(arguments(model, tmp_path / "absent", tmp_path / "out", *more))
 
 
+def test_every_evaluation_is_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(
+        SystemExit, match=r"write python -m laser_jax\.evaluate model --model \.\.\."
+    ):
+        main(["--model", "x", "--data", "y", "--output", "z"])
+    with pytest.raises(SystemExit, match=r"write python -m laser_jax\.evaluate run --run=a \.\.\."):
+        main(["--run=a"])
+    with pytest.raises(SystemExit, match=r"evaluate has no command 'report'\n(.*\n)*  compare "):
+        main(["report", "x"])
+    main(["--help"])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == [
+        *("run", "model", "mteb", "compare")
+    ]
+
+
 def test_a_gzipped_run_is_scored_too(files: Path) -> None:
     packed = files / "run.trec.gz"
     packed.write_bytes(gzip.compress((files / "run.trec").read_bytes()))
-    main(["--run", str(packed), "--qrels", str(files / "qrels.tsv"), "--metrics", "[MRR@10]"])
+    main(
+        ["run", "--run", str(packed), "--qrels", str(files / "qrels.tsv"), "--metrics", "[MRR@10]"]
+    )

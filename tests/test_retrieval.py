@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from laser_jax.evaluate.retrieval import (
     format_table,
     require_instructions,
     retrieval_runs,
-    rewrite_ways,
+    rewrite_inputs,
     score_runs,
 )
 from laser_jax.inference.batch_encoder import LatentEncoder
@@ -55,10 +56,10 @@ class RecordingEncoder(LatentEncoder):
     asked: list[tuple[int, tuple[int, ...]]]
 
     def encode_tokens(
-        self, rows: Sequence[Sequence[int]], steps: Sequence[int], *, progress: str | None = None
+        self, rows: Sequence[Sequence[int]], steps: Sequence[int], **options: Any
     ) -> np.ndarray:
         self.asked.append((len(rows), tuple(steps)))
-        return super().encode_tokens(rows, steps, progress=progress)
+        return super().encode_tokens(rows, steps, **options)
 
 
 @pytest.fixture(scope="module")
@@ -182,39 +183,42 @@ def test_scores_are_means_over_queries_and_the_table_shows_them() -> None:
     assert scores["first"] == {"nDCG@10": 1.0, "Recall@100": 1.0, "Hit@1": 1.0}
     assert scores["second"]["Hit@1"] == 0.5
     assert scores["second"]["nDCG@10"] == pytest.approx((1 + 1 / np.log2(3)) / 2)
-    header, *lines = format_table(scores).splitlines()
-    assert header.split() == ["nDCG@10", "Recall@100", "Hit@1"]
-    assert [line.split() for line in lines] == [
-        ["first", "1.0000", "1.0000", "1.0000"],
-        ["second", "0.8155", "1.0000", "0.5000"],
+    assert format_table(scores).splitlines() == [
+        "| run    | nDCG@10 | Recall@100 |  Hit@1 |",
+        "| :----- | ------: | ---------: | -----: |",
+        "| first  |  1.0000 |     1.0000 | 1.0000 |",
+        "| second |  0.8155 |     1.0000 | 0.5000 |",
     ]
 
 
 def test_a_rewrite_is_a_reasoning_or_a_part_of_a_longer_query(prompts: PromptTokenizer) -> None:
     config = RetrieverConfig(SCRATCH.backbone(len(prompts.tokenizer)), num_thinking_steps=2)
     rewrites = {"q0": "The river. " * 90, "q1": "No."}  # too long for a query; too short for any
-    ways = rewrite_ways(prompts, DATASET, config, rewrites)
-    assert set(ways) == set(REWRITES)
+    inputs = rewrite_inputs(prompts, DATASET, config, rewrites)
+    assert set(inputs) == set(REWRITES)
     written = prompts.explicit("Where is Ulm?", "Find", rewrites["q0"])
-    assert ways[REWRITE].rows == [
+    assert inputs[REWRITE].rows == [
         written.ids,
         prompts.explicit("Where is Kiel?", "", "Where is Kiel?").ids,
     ]
-    assert (ways[REWRITE].steps, ways[REWRITE].documents_at) == ((1,), 2)
-    assert ways[REWRITE].shortened == int(written.truncated)
-    longer, alone = ways[REWRITE_AS_QUERY].rows
+    assert (inputs[REWRITE].num_thinking_steps, inputs[REWRITE].documents_at) == ((1,), 2)
+    assert inputs[REWRITE].shortened == int(written.truncated)
+    longer, alone = inputs[REWRITE_AS_QUERY].rows
     assert prompts.config.query_max_length < len(longer) <= prompts.config.explicit_max_length
     text = str(prompts.tokenizer.decode(longer))
     assert "Query: Where is Ulm?\n\nThe river. The river. " in text
     assert text.endswith("</think>\n\n")
     assert alone == prompts.query("Where is Kiel?", "")
-    assert (ways[REWRITE_AS_QUERY].steps, ways[REWRITE_AS_QUERY].documents_at) == ((1,), 1)
+    assert (inputs[REWRITE_AS_QUERY].num_thinking_steps, inputs[REWRITE_AS_QUERY].documents_at) == (
+        (1,),
+        1,
+    )
 
-    endless = rewrite_ways(prompts, DATASET, config, {"q0": "The river. " * 900, "q1": "No."})
-    assert {name: way.shortened for name, way in endless.items()} == dict.fromkeys(REWRITES, 1)
+    endless = rewrite_inputs(prompts, DATASET, config, {"q0": "The river. " * 900, "q1": "No."})
+    assert {name: of.shortened for name, of in endless.items()} == dict.fromkeys(REWRITES, 1)
 
     gircse = dataclasses.replace(config, pooling="thoughts")
-    assert set(rewrite_ways(prompts, DATASET, gircse, rewrites)) == {REWRITE_AS_QUERY}
+    assert set(rewrite_inputs(prompts, DATASET, gircse, rewrites)) == {REWRITE_AS_QUERY}
 
 
 def test_the_limit_of_a_text_may_leave_room_for_its_thoughts_alone() -> None:

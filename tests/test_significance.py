@@ -105,6 +105,16 @@ def test_p_values_are_false_alarms_as_often_as_they_say() -> None:
     assert np.mean(np.array(p_values) <= 0.1) == pytest.approx(0.1, abs=0.05)
 
 
+def test_a_single_query_shows_nothing_by_chance() -> None:
+    assert paired_bootstrap([0.75], [0.5]) == significance.Interval(0.25, 0.25, 0.25)
+    assert permutation_p_value([0.75], [0.5]) == 1
+
+
+def test_few_queries_are_swapped_in_every_way_once() -> None:
+    # only no swap and the swap of all four give so large a difference
+    assert permutation_p_value([1.0] * 4, [0.0] * 4) == 2 / 2**4
+
+
 def test_holm_by_hand() -> None:
     # sorted 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1, never falling
     assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])

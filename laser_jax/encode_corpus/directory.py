@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laser_jax.config import as_dict, changes, listed
+from laser_jax.config import as_dict
 from laser_jax.encode_corpus.documents import Corpus
 from laser_jax.encode_corpus.plan import (
     PLAN_FILE,
@@ -48,6 +48,7 @@ from laser_jax.search.vectors import (
     shard_name,
     write_manifest,
 )
+from laser_jax.settings import changes, listed
 
 REPORT_FILE = "report.json"
 _WORK, _CORPUS_FILE = ".work", "corpus.json"

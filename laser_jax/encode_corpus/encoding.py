@@ -14,7 +14,7 @@ from typing import Literal
 import jax
 import numpy as np
 
-from laser_jax.config import ConfigError, RetrieverConfig, as_dict, changes, listed
+from laser_jax.config import ConfigError, RetrieverConfig, as_dict
 from laser_jax.data.pipeline import tokenization_settings
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
 from laser_jax.encode_corpus.directory import CorpusDirectory, Record
@@ -34,6 +34,7 @@ from laser_jax.inference.options import EncoderOptions, LimitKey, require_positi
 from laser_jax.inference.retriever import EncodingStats, LatentRetriever, require_matching
 from laser_jax.search.codes import encode_vectors
 from laser_jax.search.vectors import Role, VectorsInfo, shard_name, write_shard
+from laser_jax.settings import changes, listed
 
 
 @dataclass(frozen=True)

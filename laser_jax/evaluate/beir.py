@@ -8,21 +8,21 @@ more: `instruction`, `reasoning` (a chain of thought) and BRIGHT's `excluded_ids
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from laser_jax.evaluate.metrics import Qrels
-from laser_jax.files.reading import json_lines, parse_integer, parse_json, text_lines
-from laser_jax.search.matching import (
-    IdCount,
-    count_ids,
-    exclusions,
-    identical_count,
-    unmatched,
+from laser_jax.files.reading import (
+    DataError,
+    json_lines,
+    parse_integer,
+    parse_json,
+    text_lines,
 )
-from laser_jax.search.trec import DatasetError, document_id_fault, excluded_ids
+from laser_jax.search.matching import IdCount, count_ids, exclusions, identical_count, unmatched
+from laser_jax.search.trec import document_id_fault, excluded_ids
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -98,7 +98,7 @@ def parse_rows(
 
     Args:
         rows: ("file:line", row).
-        parse: makes something of a row and its "file:line", or raises a DatasetError.
+        parse: makes something of a row and its "file:line", or raises a DataError.
         skipped: None for the first bad row to raise; a list to leave bad rows out and to have
             their messages appended to it.
     """
@@ -106,7 +106,7 @@ def parse_rows(
     for where, row in rows:
         try:
             parsed.append((where, parse(row, where)))
-        except DatasetError as error:
+        except DataError as error:
             if skipped is None:
                 raise
             skipped.append(str(error))
@@ -114,44 +114,40 @@ def parse_rows(
 
 
 def json_object(line: bytes, where: str) -> dict[str, Any]:
-    """The JSON object of a line.
-
-    Raises:
-        DatasetError: where it holds something else, or is not UTF-8.
-    """
+    """The JSON object of a line, or a DataError where it holds something else."""
     row = parse_json(line, where)
     if not isinstance(row, dict):
-        raise DatasetError(f"{where}: wanted a JSON object, got {type(row).__name__}")
+        raise DataError(f"{where}: wanted a JSON object, got {type(row).__name__}")
     return row
 
 
 def _read_json_lines(
-    path: Path, parse: Callable[[dict[str, Any], str], T], skipped: list[str] | None
-) -> list[tuple[str, T]]:
+    path: Path, parse: Callable[[dict[str, Any], str], D], kind: str, skipped: list[str] | None
+) -> dict[str, D]:
+    """What `parse` makes of the rows of a file, by their ids."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing: a BEIR directory holds corpus.jsonl, queries.jsonl and "
             "qrels/<split>.tsv"
         )
-    return parse_rows(
-        json_lines(path), lambda line, where: parse(json_object(line, where), where), skipped
-    )
+
+    def parse_line(line: bytes, where: str) -> D:
+        return parse(json_object(line, where), where)
+
+    return unique(parse_rows(json_lines(path), parse_line, skipped), kind)
 
 
 def text_field(row: dict[str, Any], key: str, where: str) -> str:
-    """The string `row[key]`.
-
-    Raises:
-        DatasetError: where it is missing, no string or not Unicode (a lone surrogate).
-    """
+    """The string `row[key]`, or a DataError where it is missing, no string or not Unicode (a lone
+    surrogate)."""
     if key not in row:
-        raise DatasetError(f"{where}: no field {key!r}; the fields are {sorted(row)}")
+        raise DataError(f"{where}: no field {key!r}; the fields are {sorted(row)}")
     if not isinstance(row[key], str):
-        raise DatasetError(f"{where}: field {key!r} must be a string, got {row[key]!r}")
+        raise DataError(f"{where}: field {key!r} must be a string, got {row[key]!r}")
     try:
         row[key].encode()
     except UnicodeEncodeError as error:
-        raise DatasetError(f"{where}: field {key!r} is no Unicode text: {error}") from error
+        raise DataError(f"{where}: field {key!r} is no Unicode text: {error}") from error
     return row[key]
 
 
@@ -167,11 +163,7 @@ def parse_document(
     text_key: str = "text",
     title_key: str = "title",
 ) -> Document:
-    """A row as a document. The title may be absent.
-
-    Raises:
-        DatasetError: it is none; the message begins with `where`.
-    """
+    """A row as a document, whose title may be absent, or a DataError that begins with `where`."""
     id_, text = text_field(row, id_key, where), text_field(row, text_key, where)
     title = _optional_text(row, title_key, where)
     require_document_id(id_, where)
@@ -179,19 +171,19 @@ def parse_document(
 
 
 def require_document_id(id_: str, where: str) -> None:
-    """Raises a DatasetError where the id cannot stand in a TREC run."""
+    """Raises a DataError where the id cannot stand in a TREC run."""
     if fault := document_id_fault(id_):
-        raise DatasetError(f"{where}: document id {id_!r} {fault}")
+        raise DataError(f"{where}: document id {id_!r} {fault}")
 
 
 def require_query_id(id_: str, where: str) -> None:
-    """Raises a DatasetError where the id cannot stand in a TREC run."""
+    """Raises a DataError where the id cannot stand in a TREC run."""
     if re.fullmatch(r"\S+", id_, re.ASCII) is None:
-        raise DatasetError(f"{where}: query id {id_!r} is empty or holds blanks")
+        raise DataError(f"{where}: query id {id_!r} is empty or holds blanks")
 
 
 def parse_query(row: dict[str, Any], where: str) -> EvalQuery:
-    """A row as a query. Raises as `parse_document` does."""
+    """A row as a query, or a DataError that begins with `where`."""
     id_ = text_field(row, "_id", where)
     require_query_id(id_, where)
     return EvalQuery(
@@ -204,19 +196,16 @@ def parse_query(row: dict[str, Any], where: str) -> EvalQuery:
 
 
 def unique(rows: Iterable[tuple[str, D]], kind: str) -> dict[str, D]:
-    """Documents or queries by their id, in their order.
+    """Documents or queries by their id, in their order, or a DataError where an id stands twice.
 
     Args:
         rows: ("file:line", document or query).
         kind: what the message calls them.
-
-    Raises:
-        DatasetError: an id stands twice.
     """
     by_id: dict[str, D] = {}
     for where, row in rows:
         if row.id in by_id:
-            raise DatasetError(f"{where}: {kind} id {row.id!r} stands here a second time")
+            raise DataError(f"{where}: {kind} id {row.id!r} stands here a second time")
         by_id[row.id] = row
     return by_id
 
@@ -230,44 +219,24 @@ def read_corpus(directory: str | Path, *, skipped: list[str] | None = None) -> l
 
     Raises:
         FileNotFoundError: when the file is missing.
-        DatasetError: on a line that is no document, an id that stands twice, or an empty file.
+        DataError: on a line that is no document, an id that stands twice, or an empty file.
     """
     path = Path(directory) / "corpus.jsonl"
-    documents = unique(_read_json_lines(path, parse_document, skipped), "document")
+    documents = _read_json_lines(path, parse_document, "document", skipped)
     if not documents:
-        raise DatasetError(f"{path}: holds no document")
+        raise DataError(f"{path}: holds no document")
     return list(documents.values())
 
 
 def read_queries(
     directory: str | Path, *, skipped: list[str] | None = None
 ) -> dict[str, EvalQuery]:
-    """Reads `queries.jsonl`, in its order: query id -> query. Unknown fields are ignored.
-
-    Args:
-        directory: a BEIR directory, or a file of that form by itself.
-        skipped: as in `read_corpus`.
-
-    Raises:
-        FileNotFoundError: when the file is missing.
-        DatasetError: on a line that is no query, or an id that stands twice.
-    """
+    """Reads the `queries.jsonl` of a BEIR directory, or a file of that form, in its order: query
+    id -> query. Unknown fields are ignored; `skipped` and errors are as in `read_corpus`."""
     path = Path(directory)
     if not path.is_file():
         path /= "queries.jsonl"
-    return unique(_read_json_lines(path, parse_query, skipped), "query")
-
-
-def _add_judgement(qrels: Qrels, query: str, document: str, grade: str, where: str) -> None:
-    value = parse_integer(grade)
-    if value is None:
-        raise DatasetError(f"{where}: the score must be an integer, got {grade!r}")
-    grades = qrels.setdefault(query, {})
-    if grades.setdefault(document, value) != value:
-        raise DatasetError(
-            f"{where}: query {query!r} and document {document!r} have score "
-            f"{grades[document]} above and {grade} here"
-        )
+    return _read_json_lines(path, parse_query, "query", skipped)
 
 
 def read_qrels_file(path: str | Path) -> Qrels:
@@ -277,45 +246,53 @@ def read_qrels_file(path: str | Path) -> Qrels:
 
     Raises:
         FileNotFoundError: when the file is missing.
-        DatasetError: on a missing header, a line of another form, a grade that is no integer, or
+        DataError: on a missing header, a line of another form, a grade that is no integer, or
             two grades for one pair (the same line twice is accepted).
     """
     beir = Path(path).name.removesuffix(".gz").endswith(".tsv")
+    judgement = _beir_judgement if beir else _trec_judgement
     qrels: Qrels = {}
     for number, (where, line) in enumerate(text_lines(path), start=1):
         if number > 1 and not line.strip():
             continue
-        if not beir:
-            match = _TREC_JUDGEMENT.fullmatch(line)
-            if match is None:
-                raise DatasetError(f"{where}: wanted 'qid iter docid grade', got {line!r}")
-            query, document, grade = match.groups()
-            _add_judgement(qrels, query, document, grade, where)
+        query, document, grade = judgement(line, where)
+        if beir and number == 1:
+            if re.match(r"\W*\d", grade):  # a number of any form, which names no column
+                raise DataError(
+                    f"{where}: the header is missing; put 'query-id\\tcorpus-id\\tscore' above"
+                )
             continue
-        fields = line.rstrip("\r\n").split("\t")
-        if len(fields) != 3:
-            raise DatasetError(
-                f"{where}: wanted query-id, corpus-id and score between tabs, got {line!r}"
-            )
-        query, document, grade = fields
-        if number > 1:
-            _add_judgement(qrels, query, document, grade, where)
-        elif re.match(r"\W*\d", grade):  # a number of any form, which names no column
-            raise DatasetError(
-                f"{where}: the header is missing; put 'query-id\\tcorpus-id\\tscore' above"
+        value = parse_integer(grade)
+        if value is None:
+            raise DataError(f"{where}: the score must be an integer, got {grade!r}")
+        grades = qrels.setdefault(query, {})
+        if grades.setdefault(document, value) != value:
+            raise DataError(
+                f"{where}: query {query!r} and document {document!r} have score "
+                f"{grades[document]} above and {grade} here"
             )
     if not qrels:
-        raise DatasetError(f"{path}: holds no judgement")
+        raise DataError(f"{path}: holds no judgement")
     return qrels
 
 
-def read_qrels(directory: str | Path, split: str) -> Qrels:
-    """Reads `qrels/<split>.tsv` of a BEIR directory (see `read_qrels_file`).
+def _trec_judgement(line: str, where: str) -> Sequence[str]:
+    match = _TREC_JUDGEMENT.fullmatch(line)
+    if match is None:
+        raise DataError(f"{where}: wanted 'qid iter docid grade', got {line!r}")
+    return match.groups()
 
-    Raises:
-        FileNotFoundError: when the split is missing; names the splits that are there.
-        DatasetError: when the file cannot be used.
-    """
+
+def _beir_judgement(line: str, where: str) -> Sequence[str]:
+    fields = line.rstrip("\r\n").split("\t")
+    if len(fields) != 3:
+        raise DataError(f"{where}: wanted query-id, corpus-id and score between tabs, got {line!r}")
+    return fields
+
+
+def read_qrels(directory: str | Path, split: str) -> Qrels:
+    """Reads `qrels/<split>.tsv` of a BEIR directory by `read_qrels_file`. A FileNotFoundError names
+    the splits that are there."""
     folder = Path(directory) / "qrels"
     path = folder / f"{split}.tsv"
     if not path.is_file():
@@ -341,7 +318,7 @@ def judged_split(
         refuse_excluded: whether it is an error that no excluded document is in the corpus.
 
     Raises:
-        DatasetError: no judged document, no relevant one or no excluded one is in the corpus.
+        DataError: no judged document, no relevant one or no excluded one is in the corpus.
     """
     known = {document.id for document in documents}
     judged = dict.fromkeys(document for grades in qrels.values() for document in grades)
@@ -351,24 +328,13 @@ def judged_split(
         what = "relevant documents that the corpus lacks"
         lacking += unmatched(what, relevant, known, where)
     kept = {id_: query for id_, query in queries.items() if id_ in qrels}
+    what = "excluded documents that the corpus lacks"
     excluded = [document for query in kept.values() for document in query.excluded_ids]
-    return BeirDataset(
-        documents,
-        kept,
-        {id_: grades for id_, grades in qrels.items() if id_ in queries},
-        (
-            *lacking,
-            *unmatched(
-                "excluded documents that the corpus lacks",
-                excluded,
-                known,
-                where,
-                refuse_all=refuse_excluded,
-            ),
-            *unmatched("queries without judgements, left out", queries, qrels, where),
-            *unmatched("judged queries that are not there, left out", qrels, queries, where),
-        ),
-    )
+    lacking += unmatched(what, excluded, known, where, refuse_all=refuse_excluded)
+    lacking += unmatched("queries without judgements, left out", queries, qrels, where)
+    lacking += unmatched("judged queries that are not there, left out", qrels, queries, where)
+    of_queries = {id_: grades for id_, grades in qrels.items() if id_ in queries}
+    return BeirDataset(documents, kept, of_queries, lacking)
 
 
 def read_beir(
@@ -384,7 +350,7 @@ def read_beir(
 
     Raises:
         FileNotFoundError: when a file is missing.
-        DatasetError: when a file cannot be used, a judged query is not in queries.jsonl, or no
+        DataError: when a file cannot be used, a judged query is not in queries.jsonl, or no
             judged document is in corpus.jsonl.
     """
     qrels = read_qrels(directory, split)
@@ -392,7 +358,7 @@ def read_beir(
     queries = read_queries(directory, skipped=bad)
     unknown = [id_ for id_ in qrels if id_ not in queries]
     if len(unknown) > len(bad or ()):  # more than the lines that were left out can explain
-        raise DatasetError(
+        raise DataError(
             f"{Path(directory) / 'qrels' / split}.tsv judges {len(unknown)} queries that "
             f"queries.jsonl lacks, the first is {unknown[0]!r}"
         )

@@ -31,8 +31,7 @@ from laser_jax.evaluate.beir import (
     text_field,
     unique,
 )
-from laser_jax.files.reading import import_pyarrow, json_lines, parse_json
-from laser_jax.search.trec import DatasetError
+from laser_jax.files.reading import DataError, import_pyarrow, json_lines, parse_json
 
 # The domains in the order of BRIGHT's tables, each with its task in words. The words are those of
 # the table in LaSER's released evaluator (github.com/ignorejjj/LaSER at d490a81,
@@ -94,22 +93,21 @@ def choose_domains(
 
     Raises:
         FileNotFoundError: a folder or a domain is missing; names those that are there.
-        DatasetError: an unknown domain.
+        DataError: an unknown domain.
     """
-    present = _present(directory, _documents(long_documents))
-    present &= _present(directory, rewrites or EXAMPLES)
-    wanted = set(present) if names == ALL else {name.strip() for name in names.split(",")}
+    folders = (_documents(long_documents), rewrites or EXAMPLES)
+    present = set.intersection(*(_present(directory, folder) for folder in folders))
+    wanted = present if names == ALL else {name.strip() for name in names.split(",")}
     if unknown := wanted - set(DOMAINS):
-        raise DatasetError(
+        raise DataError(
             f"{min(unknown)!r} is no domain of BRIGHT: they are {', '.join(DOMAINS)}, or {ALL}"
         )
-    for domain in _in_order(wanted - present):
-        _files(directory, _documents(long_documents), domain)
-        _files(directory, rewrites or EXAMPLES, domain)
+    for domain in _in_order(wanted):
+        for folder in folders:
+            _files(directory, folder, domain)
     if not wanted:
         raise FileNotFoundError(
-            f"{directory}: no domain has a file in both {_documents(long_documents)} and "
-            f"{rewrites or EXAMPLES}"
+            f"{directory}: no domain has a file in both {' and '.join(folders)}"
         )
     return _in_order(wanted)
 
@@ -135,45 +133,36 @@ def read_bright(
 
     Raises:
         FileNotFoundError: a file is missing; names the domains, or the rewrites, that are there.
-        DatasetError: a missing column, a row of another form, a gold document that the corpus
+        DataError: a missing column, a row of another form, a gold document that the corpus
             lacks or that is excluded too, an id that stands twice, or an empty file; the corpus
             lacks every excluded document.
         ImportError: Parquet without pyarrow.
     """
     source = _documents(long_documents)
-    documents = unique(
-        _read(directory, source, domain, ("id", "content"), _document, skipped), "document"
-    )
+    rows = _read(directory, source, domain, ("id", "content"), _document, skipped)
+    documents = unique(rows, "document")
     gold_field = "gold_ids_long" if long_documents else "gold_ids"
 
     def parse(row: dict[str, Any], where: str) -> tuple[EvalQuery, list[str]]:
-        query = EvalQuery(
-            id=text_field(row, "id", where),
-            text=text_field(row, "query", where),
-            instruction=INSTRUCTIONS[domain],
-            excluded_ids=tuple(i for i in _ids(row, "excluded_ids", where) if i != _NO_EXCLUSION),
-        )
-        require_query_id(query.id, where)
-        gold = _ids(row, gold_field, where)
+        query, gold = _query(row, where, INSTRUCTIONS[domain]), _ids(row, gold_field, where)
         for id_ in gold:
             if id_ in query.excluded_ids:
-                raise DatasetError(f"{where}: document {id_!r} is both gold and excluded")
+                raise DataError(f"{where}: document {id_!r} is both gold and excluded")
             if id_ not in documents:
-                raise DatasetError(
+                raise DataError(
                     f"{where}: gold document {id_!r} is not among the {len(documents)} of {source} "
                     "of this domain: the copy is incomplete, or its folders are of two versions"
                 )
         return query, gold
 
     columns = ("id", "query", "excluded_ids", gold_field)
-    rows = _read(directory, rewrites or EXAMPLES, domain, columns, parse, skipped)
-    queries = unique(((where, query) for where, (query, _) in rows), "query")
-    qrels = {query.id: dict.fromkeys(gold, 1) for _, (query, gold) in rows if gold}
+    examples = _read(directory, rewrites or EXAMPLES, domain, columns, parse, skipped)
+    queries = unique(((where, query) for where, (query, _) in examples), "query")
     return judged_split(
         f"{directory} ({domain})",
         list(documents.values()),
         queries,
-        qrels,
+        {query.id: dict.fromkeys(gold, 1) for _, (query, gold) in examples if gold},
         refuse_excluded=not long_documents,  # exclusions name passages
     )
 
@@ -192,10 +181,17 @@ def _document(row: dict[str, Any], where: str) -> Document:
     return document
 
 
+def _query(row: dict[str, Any], where: str, instruction: str) -> EvalQuery:
+    id_, text = text_field(row, "id", where), text_field(row, "query", where)
+    require_query_id(id_, where)
+    excluded = tuple(i for i in _ids(row, "excluded_ids", where) if i != _NO_EXCLUSION)
+    return EvalQuery(id_, text, instruction=instruction, excluded_ids=excluded)
+
+
 def _ids(row: dict[str, Any], key: str, where: str) -> list[str]:
     ids = row.get(key)
     if not isinstance(ids, list) or not all(isinstance(id_, str) for id_ in ids):
-        raise DatasetError(f"{where}: field {key!r} must be a list of strings, got {ids!r}")
+        raise DataError(f"{where}: field {key!r} must be a list of strings, got {ids!r}")
     return ids
 
 
@@ -233,7 +229,7 @@ def _files(directory: str | Path, folder: str, domain: str) -> list[Path]:
             return [shards[number] for number in sorted(shards)]
     elif len(files) == 1:
         return list(files)
-    raise DatasetError(
+    raise DataError(
         f"{path}: wanted one file of {domain} or all of its shards, found "
         f"{', '.join(file.name for file in files)}"
     )
@@ -254,7 +250,7 @@ def _read(
     rows = (row for file in files for row in _rows(file, columns))
     parsed = parse_rows(rows, parse_row, skipped)
     if not parsed:
-        raise DatasetError(f"{files[0]}: holds no row")
+        raise DataError(f"{files[0]}: holds no row")
     return parsed
 
 
@@ -283,10 +279,10 @@ def _parquet_rows(file: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, _
         with pyarrow.parquet.ParquetFile(file) as opened:
             names = opened.schema_arrow.names
             if missing := [column for column in columns if column not in names]:
-                raise DatasetError(f"{file}: no column {missing[0]!r}; the columns are {names}")
+                raise DataError(f"{file}: no column {missing[0]!r}; the columns are {names}")
             for batch in opened.iter_batches(columns=list(columns)):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{file}, row {number}", row
     except pyarrow.ArrowInvalid as error:
-        raise DatasetError(f"{file}: cannot be read after row {number}: {error}") from error
+        raise DataError(f"{file}: cannot be read after row {number}: {error}") from error

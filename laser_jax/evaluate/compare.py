@@ -1,6 +1,6 @@
-"""Compares evaluated models: `python -m laser_jax.report DIR... [--output DIR]`.
+"""Compares evaluated models: `python -m laser_jax.evaluate compare DIR... [--output DIR]`.
 
-Each DIR is one that `python -m laser_jax.evaluate --model` wrote. The table has a row a model and
+Each DIR is one that `python -m laser_jax.evaluate model` wrote. The table has a row a model and
 view, a column a data set and their average, as in the paper's tables. A cell is marked where it
 differs from the baseline's by more than chance, corrected for the number of cells.
 """
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -31,15 +33,16 @@ from laser_jax.evaluate.results import (
 from laser_jax.evaluate.retrieval import CONTROL, EXPLICIT, REWRITES, latent
 from laser_jax.evaluate.significance import holm, permutation_p_value
 from laser_jax.files.durable import write_atomically
-from laser_jax.files.terminal import fail, printable
-from laser_jax.search.trec import DatasetError
+from laser_jax.files.reading import DataError
+from laser_jax.files.terminal import printable
 
 PLOT_STEM = "latency_quality"
 BETTER, WORSE = "▲", "▼"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class ReportOptions:
+class CompareOptions:
     """Compares evaluated models in one table, with marks of significance and a plot."""
 
     directories: tuple[str, ...] = ()
@@ -91,7 +94,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class Comparison:
     """What `report.json` holds."""
 
     metric: str
@@ -117,13 +120,13 @@ class _Evaluated:
 def _read(directory: str, metric: str) -> _Evaluated:
     evaluation = read_evaluation(directory)
     if metric not in evaluation.metrics:
-        raise DatasetError(
+        raise DataError(
             f"{directory}: has no {metric}, only {', '.join(evaluation.metrics)}; evaluate again "
             "with it in --metrics, or choose another --metric"
         )
     per_query = read_per_query(Path(directory) / PER_QUERY_FILE)
     if set(per_query) != set(evaluation.scores):
-        raise DatasetError(f"{directory}: {PER_QUERY_FILE} and results.json hold other runs")
+        raise DataError(f"{directory}: {PER_QUERY_FILE} and results.json hold other runs")
     data = Path(evaluation.data).name
     column = data if evaluation.split in ("test", EXAMPLES) else f"{data} ({evaluation.split})"
     return _Evaluated(directory, column, evaluation, per_query)
@@ -137,94 +140,106 @@ def _shown_runs(evaluation: Evaluation, runs: str) -> list[str]:
     return [run for run in wanted if run in evaluation.scores]
 
 
-def compare(directories: Sequence[str], options: ReportOptions) -> Report:
+def compare(directories: Sequence[str], options: CompareOptions) -> Comparison:
     """Reads the evaluations and tests every cell against the baseline's of its column.
 
     Raises:
-        FileNotFoundError, DatasetError: a directory is no evaluation, or two of them are of the
-            same model and data, or of different queries of the same data.
+        FileNotFoundError, DataError: a directory is no evaluation, or two of them are of the same
+            model and data, or of different queries of the same data.
         ConfigError: no evaluation is of the baseline.
     """
+    evaluated = _read_all(directories, options.metric)
+    baseline = model, run = _baseline(evaluated, options.baseline)
+    cells: dict[tuple[str, str], dict[str, Cell]] = {}
+    for (of, column), read in evaluated.items():
+        base = evaluated.get((model, column))
+        if base and run not in base.per_query:
+            base = None
+        for shown in _shown_runs(read.evaluation, options.runs):
+            against = (base, run) if base and (of, shown) != baseline else None
+            cells.setdefault((of, shown), {})[column] = _cell(read, shown, against, options)
+    number = _correct(cells, options.alpha)
+    columns = list(dict.fromkeys(column for _, column in evaluated))
+    averages = [
+        float(np.mean([cell.score for cell in row.values()])) if len(row) == len(columns) else None
+        for row in cells.values()
+    ]
+    rows = [Row(*key, cells[key], of) for key, of in zip(cells, averages, strict=True)]
+    return Comparison(options.metric, columns, rows, baseline, number, options.alpha)
+
+
+def _read_all(directories: Sequence[str], metric: str) -> dict[tuple[str, str], _Evaluated]:
+    """(model, column) -> evaluation."""
     evaluated: dict[tuple[str, str], _Evaluated] = {}
     for directory in directories:
-        read = _read(directory, options.metric)
+        read = _read(directory, metric)
         key = (read.evaluation.model, read.column)
         if key in evaluated:
-            raise DatasetError(
+            raise DataError(
                 f"{evaluated[key].directory} and {directory} are both of {key[0]} on {key[1]}; "
                 "give one of them another --name when evaluating"
             )
         evaluated[key] = read
+    return evaluated
+
+
+def _baseline(evaluated: Mapping[tuple[str, str], _Evaluated], name: str | None) -> tuple[str, str]:
+    """The model and the run that the others are tested against."""
     models = list(dict.fromkeys(model for model, _ in evaluated))
-    columns = list(dict.fromkeys(column for _, column in evaluated))
-    base_model = options.baseline or models[0]
-    if base_model not in models:
-        raise ConfigError(f"baseline {base_model!r} is none of the models: {', '.join(models)}")
-    own = {e.evaluation.num_thinking_steps for (m, _), e in evaluated.items() if m == base_model}
+    model = name or models[0]
+    if model not in models:
+        raise ConfigError(f"baseline {model!r} is none of the models: {', '.join(models)}")
+    own = {e.evaluation.num_thinking_steps for (m, _), e in evaluated.items() if m == model}
     if len(own) != 1:
-        raise DatasetError(f"{base_model} was evaluated as models with different K: {sorted(own)}")
-    base_run = latent(own.pop())
-
-    cells: dict[tuple[str, str], dict[str, Cell]] = {}
-    tested: list[tuple[tuple[str, str], str, float]] = []
-    for (model, column), read in evaluated.items():
-        base = evaluated.get((base_model, column))
-        for run in _shown_runs(read.evaluation, options.runs):
-            row = cells.setdefault((model, run), {})
-            row[column] = Cell(read.evaluation.scores[run][options.metric])
-            if (
-                base is None
-                or base_run not in base.per_query
-                or (model, run)
-                == (
-                    base_model,
-                    base_run,
-                )
-            ):
-                continue
-            ours = read.values(run, options.metric)
-            theirs = base.values(base_run, options.metric)
-            if ours.keys() != theirs.keys():
-                raise DatasetError(
-                    f"{read.directory} and {base.directory} were evaluated on different queries of "
-                    f"{column}: {len(ours.keys() ^ theirs.keys())} are in one of them alone"
-                )
-            aligned = [theirs[query] for query in ours]
-            p_value = permutation_p_value(
-                list(ours.values()), aligned, resamples=options.resamples, seed=options.seed
-            )
-            difference = float(np.mean(list(ours.values())) - np.mean(aligned))
-            row[column] = dataclasses.replace(row[column], difference=difference)
-            tested.append(((model, run), column, p_value))
-    for (row, column, _), p_value in zip(tested, holm([p for *_, p in tested]), strict=True):
-        cell = cells[row][column]
-        mark = "" if p_value >= options.alpha else BETTER if (cell.difference or 0) > 0 else WORSE
-        cells[row][column] = dataclasses.replace(cell, p_value=p_value, mark=mark)
-    return Report(
-        metric=options.metric,
-        columns=columns,
-        rows=[
-            Row(
-                model,
-                run,
-                row,
-                float(np.mean([cell.score for cell in row.values()]))
-                if len(row) == len(columns)
-                else None,
-            )
-            for (model, run), row in cells.items()
-        ],
-        baseline=(base_model, base_run),
-        tested=len(tested),
-        alpha=options.alpha,
-    )
+        raise DataError(f"{model} was evaluated as models with different K: {sorted(own)}")
+    return model, latent(own.pop())
 
 
-def format_report(report: Report) -> str:
-    """The report as Markdown: scores times 100, the best of a column in bold."""
+def _cell(
+    read: _Evaluated, run: str, against: tuple[_Evaluated, str] | None, options: CompareOptions
+) -> Cell:
+    """A result with the p-value that its test alone gives.
+
+    Args:
+        against: the baseline's evaluation on the same data and its run; None where nothing is to
+            be tested.
+    """
+    score = read.evaluation.scores[run][options.metric]
+    if against is None:
+        return Cell(score)
+    base, base_run = against
+    values, others = read.values(run, options.metric), base.values(base_run, options.metric)
+    if values.keys() != others.keys():
+        raise DataError(
+            f"{read.directory} and {base.directory} were evaluated on different queries of "
+            f"{read.column}: {len(values.keys() ^ others.keys())} are in one of them alone"
+        )
+    ours, theirs = list(values.values()), [others[query] for query in values]
+    p_value = permutation_p_value(ours, theirs, resamples=options.resamples, seed=options.seed)
+    return Cell(score, float(np.mean(ours) - np.mean(theirs)), p_value)
+
+
+def _correct(cells: Mapping[tuple[str, str], dict[str, Cell]], alpha: float) -> int:
+    """Corrects the p-values in place for all that are tested, and marks what lies below alpha.
+    Returns their number."""
+    tested = [
+        (row, column, cell.p_value, cell.difference)
+        for row in cells.values()
+        for column, cell in row.items()
+        if cell.p_value is not None and cell.difference is not None
+    ]
+    corrected = holm([p_value for _, _, p_value, _ in tested])
+    for (row, column, _, difference), p_value in zip(tested, corrected, strict=True):
+        mark = "" if p_value >= alpha else BETTER if difference > 0 else WORSE
+        row[column] = dataclasses.replace(row[column], p_value=p_value, mark=mark)
+    return len(tested)
+
+
+def format_comparison(comparison: Comparison) -> str:
+    """The table as Markdown: scores times 100, the best of a column in bold."""
     best = {
-        column: max(row.cells[column].score for row in report.rows if column in row.cells)
-        for column in report.columns
+        column: max(row.cells[column].score for row in comparison.rows if column in row.cells)
+        for column in comparison.columns
     }
 
     def shown(row: Row, column: str) -> str:
@@ -237,17 +252,17 @@ def format_report(report: Report) -> str:
     rows = [
         [
             f"{row.model}, {row.run}",
-            *(shown(row, column) for column in report.columns),
+            *(shown(row, column) for column in comparison.columns),
             "-" if row.average is None else f"{100 * row.average:.1f}",
         ]
-        for row in report.rows
+        for row in comparison.rows
     ]
-    model, run = report.baseline
+    model, run = comparison.baseline
     return (
-        markdown_table([f"{report.metric} x 100", *report.columns, "Avg."], rows)
+        markdown_table([f"{comparison.metric} x 100", *comparison.columns, "Avg."], rows)
         + f"\n\n{BETTER} better, {WORSE} worse than {model}, {run}: two-sided paired permutation "
-        f"test over queries,\np < {report.alpha} after Holm's correction for {report.tested} "
-        "comparisons."
+        f"test over queries,\np < {comparison.alpha} after Holm's correction for "
+        f"{comparison.tested} comparisons."
     )
 
 
@@ -284,38 +299,36 @@ def _series(
     return series, untimed
 
 
-def write_report(directories: Sequence[str], report: Report, options: ReportOptions) -> None:
+def write_report(
+    directories: Sequence[str], comparison: Comparison, output: Path, *, plot: bool
+) -> None:
     """Writes report.md, report.json and, where there are times, the plot."""
-    assert options.output is not None
-    output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
-    if options.plot:
-        series, untimed = _series(directories, report.metric)
+    if plot:
+        series, untimed = _series(directories, comparison.metric)
         if series:
-            plot_latency_quality(series, report.metric, output / PLOT_STEM)
+            plot_latency_quality(series, comparison.metric, output / PLOT_STEM)
         if untimed:
-            print(
-                f"not in the plot, as evaluated without --measure_time true: {', '.join(untimed)}"
+            logger.warning(
+                "not in the plot, as evaluated without --measure_time true: %s", ", ".join(untimed)
             )
-    write_atomically(output / "report.md", format_report(report) + "\n")
-    text = json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n"
+    write_atomically(output / "report.md", format_comparison(comparison) + "\n")
+    text = json.dumps(asdict(comparison), indent=2, ensure_ascii=False) + "\n"
     write_atomically(output / "report.json", text)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    try:
-        options = parse_command_line(
-            ReportOptions, "python -m laser_jax.report", arguments, positional="directories"
+def main(program: str, arguments: Sequence[str]) -> None:
+    """The command line: directories, then options."""
+    directories = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
+    options = parse_command_line(CompareOptions, f"{program} DIR...", arguments[len(directories) :])
+    if not directories:
+        raise ConfigError(
+            f"no directories to compare: {program} DIR... [options], where each DIR is one that "
+            "python -m laser_jax.evaluate model wrote"
         )
-        directories = options.directories
-        if not directories:
-            raise ConfigError("name the directories that laser_jax.evaluate --model wrote")
-        if options.output and options.plot:
-            require_matplotlib()
-        report = compare(directories, options)
-        if options.output:
-            write_report(directories, report, options)
-    except (ValueError, OSError, ImportError) as error:
-        fail(error)
-    print(printable(format_report(report)))
+    if options.output and options.plot:
+        require_matplotlib()
+    comparison = compare(directories, options)
+    if options.output:
+        write_report(directories, comparison, Path(options.output), plot=options.plot)
+    print(printable(format_comparison(comparison)))

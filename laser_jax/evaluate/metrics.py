@@ -13,29 +13,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from laser_jax.config import ConfigError
 from laser_jax.search.trec import Run, rank_documents
 
 Qrels = dict[str, dict[str, int]]
 """Query id -> document id -> graded relevance; 1 and above is relevant."""
 
 
-@dataclass(frozen=True)
-class _JudgedRanking:
-    """One query's ranking as its grades, in rank order, beside all the grades that were given."""
-
-    retrieved: list[int]
-    judged: list[int]
-
-    @property
-    def num_relevant(self) -> int:
-        return sum(grade >= 1 for grade in self.judged)
-
-
-def _discounted_gain(gains: Sequence[int]) -> float:
+def _gain(gains: Sequence[int]) -> float:
     # math.log2 is C's, as in trec_eval; numpy's vectorised one may differ in the last digit.
     total = 0.0
     for index, gain in enumerate(gains):
@@ -44,59 +32,57 @@ def _discounted_gain(gains: Sequence[int]) -> float:
     return total
 
 
-def _ndcg(ranking: _JudgedRanking, cutoff: int) -> float:
+# Every metric takes the grades of the first documents of a ranking, and all grades of its query.
+
+
+def _ndcg(grades: list[int], judged: list[int], cutoff: int) -> float:
     """trec_eval's ndcg_cut: gain = grade, discount = log2(rank + 1), ideal over all judgements."""
-    ideal = _discounted_gain(sorted(ranking.judged, reverse=True)[:cutoff])
-    return _discounted_gain(ranking.retrieved[:cutoff]) / ideal if ideal > 0 else 0.0
+    ideal = _gain(sorted(judged, reverse=True)[:cutoff])
+    return _gain(grades) / ideal if ideal > 0 else 0.0
 
 
-def _exponential_ndcg(ranking: _JudgedRanking, cutoff: int) -> float:
+def _exponential_ndcg(grades: list[int], judged: list[int], cutoff: int) -> float:
     """nDCG with gain = 2^grade - 1 (Burges et al. 2005); the same as `_ndcg` on grades 0 and 1."""
-
-    def gains(grades: list[int]) -> list[int]:
-        return [2 ** max(grade, 0) - 1 for grade in grades]
-
-    return _ndcg(_JudgedRanking(gains(ranking.retrieved), gains(ranking.judged)), cutoff)
+    retrieved, ideal = ([2 ** max(g, 0) - 1 for g in of] for of in (grades, judged))
+    return _ndcg(retrieved, ideal, cutoff)
 
 
-def _recall(ranking: _JudgedRanking, cutoff: int) -> float:
+def _recall(grades: list[int], judged: list[int], cutoff: int) -> float:
     """Share of the relevant documents within the first `cutoff`."""
-    if ranking.num_relevant == 0:
-        return 0.0
-    return sum(grade >= 1 for grade in ranking.retrieved[:cutoff]) / ranking.num_relevant
+    return _relevant(grades) / max(_relevant(judged), 1)
 
 
-def _precision(ranking: _JudgedRanking, cutoff: int) -> float:
+def _precision(grades: list[int], judged: list[int], cutoff: int) -> float:
     """Relevant documents within the first `cutoff`, over `cutoff` however few were retrieved."""
-    return sum(grade >= 1 for grade in ranking.retrieved[:cutoff]) / cutoff
+    return _relevant(grades) / cutoff
 
 
-def _reciprocal_rank(ranking: _JudgedRanking, cutoff: int) -> float:
+def _reciprocal_rank(grades: list[int], judged: list[int], cutoff: int) -> float:
     """1 / rank of the first relevant document, 0 when it is not within the first `cutoff`."""
-    for index, grade in enumerate(ranking.retrieved[:cutoff]):
-        if grade >= 1:
-            return 1.0 / (index + 1)
-    return 0.0
+    return next((1.0 / rank for rank, grade in enumerate(grades, start=1) if grade >= 1), 0.0)
 
 
-def _average_precision(ranking: _JudgedRanking, cutoff: int) -> float:
+def _average_precision(grades: list[int], judged: list[int], cutoff: int) -> float:
     """trec_eval's map_cut: precision at each relevant rank, over all relevant documents."""
-    if ranking.num_relevant == 0:
-        return 0.0
     total, found = 0.0, 0
-    for index, grade in enumerate(ranking.retrieved[:cutoff]):
+    for rank, grade in enumerate(grades, start=1):
         if grade >= 1:
             found += 1
-            total += found / (index + 1)
-    return total / ranking.num_relevant
+            total += found / rank
+    return total / max(_relevant(judged), 1)
 
 
-def _hit(ranking: _JudgedRanking, cutoff: int) -> float:
+def _hit(grades: list[int], judged: list[int], cutoff: int) -> float:
     """1 when a relevant document is within the first `cutoff`, else 0."""
-    return float(any(grade >= 1 for grade in ranking.retrieved[:cutoff]))
+    return float(_relevant(grades) > 0)
 
 
-_METRICS: dict[str, Callable[[_JudgedRanking, int], float]] = {
+def _relevant(grades: Sequence[int]) -> int:
+    return sum(grade >= 1 for grade in grades)
+
+
+_Metric = Callable[[list[int], list[int], int], float]
+_METRICS: dict[str, _Metric] = {
     "nDCG": _ndcg,
     "nDCG_exp": _exponential_ndcg,
     "Recall": _recall,
@@ -107,7 +93,7 @@ _METRICS: dict[str, Callable[[_JudgedRanking, int], float]] = {
 }
 
 
-def _parse_metric(name: str) -> tuple[Callable[[_JudgedRanking, int], float], int]:
+def _parse_metric(name: str) -> tuple[_Metric, int]:
     match = re.fullmatch(r"([A-Za-z_]+)@([1-9][0-9]*)", name)
     if match is None or match[1] not in _METRICS:
         raise ValueError(
@@ -117,13 +103,18 @@ def _parse_metric(name: str) -> tuple[Callable[[_JudgedRanking, int], float], in
     return _METRICS[match[1]], int(match[2])
 
 
-def cutoff_of(metric: str) -> int:
-    """How many documents of a ranking a metric looks at.
-
-    Raises:
-        ValueError: on an unknown metric.
-    """
-    return _parse_metric(metric)[1]
+def require_metrics(names: Sequence[str], depth: int | None = None) -> None:
+    """Raises a ConfigError where there is no metric, an unknown one, or one that looks at more
+    documents of a ranking than the `depth` that are kept."""
+    if not names:
+        raise ConfigError("metrics must name one metric at least")
+    for name in names:
+        try:
+            _, cutoff = _parse_metric(name)
+        except ValueError as error:
+            raise ConfigError(f"metrics: {error}") from error
+        if depth is not None and cutoff > depth:
+            raise ConfigError(f"metrics: {name} looks deeper than --depth {depth}")
 
 
 def evaluate_run(
@@ -150,13 +141,17 @@ def evaluate_run(
     for query, scores in run.items():
         if not qrels.get(query):
             continue
-        grades = qrels[query]
-        ranking = _JudgedRanking(
-            retrieved=[grades.get(document, 0) for document in rank_documents(scores)],
-            judged=list(grades.values()),
-        )
-        per_query[query] = {name: metric(ranking, cut) for name, (metric, cut) in parsed.items()}
+        judged = list(qrels[query].values())
+        grades = [qrels[query].get(document, 0) for document in rank_documents(scores)]
+        per_query[query] = {
+            name: metric(grades[:cut], judged, cut) for name, (metric, cut) in parsed.items()
+        }
     return per_query
+
+
+def without_relevant(qrels: Mapping[str, Mapping[str, int]]) -> int:
+    """How many judged queries have no relevant document."""
+    return sum(max(grades.values()) < 1 for grades in qrels.values())
 
 
 def without_excluded(run: Run, excluded: Mapping[str, Collection[str]]) -> Run:

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from laser_jax.config import RetrieverConfig
+from laser_jax.config import (
+    ConfigError,
+    Dtype,
+    MeshConfig,
+    RetrieverConfig,
+    load_retriever_config,
+)
 from laser_jax.data.tokenization import ExplicitTokens, PromptTokenizer, PromptTokens
 from laser_jax.evaluate.beir import BeirDataset
 from laser_jax.evaluate.metrics import evaluate_run, mean
+from laser_jax.evaluate.results import markdown_table
+from laser_jax.files.reading import DataError
 from laser_jax.inference.batch_encoder import LatentEncoder
+from laser_jax.inference.options import local_mesh, require_positions, with_max_length
+from laser_jax.inference.retriever import LatentRetriever
 from laser_jax.search.topk import device_mesh, search
-from laser_jax.search.trec import DatasetError, Run, trec_order
+from laser_jax.search.trec import Run, trec_order
 
 DEPTH = 100
 METRICS = ("nDCG@10", "Recall@100", "Hit@1")
+LATENT = "latent"
 EXPLICIT = "explicit"
 CONTROL = "explicit of another query"
 REWRITE = "rewrite, explicit"
@@ -24,9 +35,9 @@ REWRITE_AS_QUERY = "rewrite, in the query"
 REWRITES = (REWRITE_AS_QUERY, REWRITE)
 
 
-def latent(steps: int) -> str:
-    """The name of the latent view's run at K = `steps`; K = 1 reads the query alone."""
-    return f"latent K={steps}"
+def latent(num_thinking_steps: int) -> str:
+    """The name of the latent view's run at a K; K = 1 reads the query alone."""
+    return f"latent K={num_thinking_steps}"
 
 
 def unrestricted(run: str) -> str:
@@ -34,42 +45,104 @@ def unrestricted(run: str) -> str:
     return f"{run}, nothing excluded"
 
 
+# --- the model ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingOptions:
+    """Which model encodes, and how."""
+
+    model: str
+    """A directory that laser_jax.train exported."""
+    name: str | None = None
+    """What the model is called; by default its directory, less a last part `model`."""
+    adapter: str | None = None
+    """A directory with a PEFT LoRA adapter for the model."""
+    instruction: str | None = None
+    """One task description for all queries, instead of their own or of the task's."""
+    max_length: int | None = None
+    """Tokens of a query and of a document; None takes the model's limits (the paper trains at 512
+    and evaluates at 8192)."""
+    compute_dtype: Dtype | None = None
+    """Compute in another dtype than the model's."""
+    batch_size: int = 64
+    """The most rows of a batch."""
+    batch_tokens: int = 8192
+    """The most tokens of a batch, on all devices together."""
+    length_multiple: int = 32
+    """Widths of batches are multiples of it."""
+    devices: int | None = None
+    """Local devices that share every batch, and the search. None: all of them."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """How those devices share weights and rows; by default rows alone."""
+
+    def __post_init__(self) -> None:
+        for key in ("max_length", "batch_size", "batch_tokens", "length_multiple", "devices"):
+            require_positive(key, getattr(self, key))
+
+
+def require_positive(key: str, value: int | None) -> None:
+    """Raises a ConfigError where the value of an option is below 1."""
+    if value is not None and value < 1:
+        raise ConfigError(f"{key} must be at least 1, got {value}")
+
+
+def load_retriever(options: EncodingOptions, num_thinking_steps: int) -> LatentRetriever:
+    """Loads the model that `options` name.
+
+    Args:
+        num_thinking_steps: the largest K that is evaluated.
+
+    Raises:
+        ConfigError, HFError, FileNotFoundError: the model cannot be loaded, or has fewer positions
+            than its limits and K take.
+    """
+    config = load_retriever_config(options.model)
+    if options.compute_dtype is not None:
+        config = replace(config, dtype=options.compute_dtype)
+    if options.max_length is not None:
+        config = with_max_length(config, options.max_length)
+    require_positions(config, "query_max_length", num_thinking_steps)
+    require_positions(config, "document_max_length", num_thinking_steps)
+    return LatentRetriever.from_pretrained(
+        options.model,
+        config=config,
+        adapter=options.adapter,
+        batch_size=options.batch_size,
+        batch_tokens=options.batch_tokens,
+        length_multiple=options.length_multiple,
+        mesh=local_mesh(options.mesh, options.devices),
+    )
+
+
+# --- inputs ------------------------------------------------------------------------------------
+
+
 def require_instructions(dataset: BeirDataset) -> None:
-    """Raises a DatasetError that names the first query without an instruction."""
+    """Raises a DataError that names the first query without an instruction."""
     for query in dataset.queries.values():
         if query.instruction is None:
-            raise DatasetError(
+            raise DataError(
                 f"query {query.id} has no instruction: give every line of queries.jsonl an "
                 '"instruction" field; an empty string is allowed'
             )
 
 
-def with_instruction(dataset: BeirDataset, instruction: str) -> BeirDataset:
-    """The dataset with one instruction for every query."""
-    queries = {id_: replace(q, instruction=instruction) for id_, q in dataset.queries.items()}
-    return replace(dataset, queries=queries)
-
-
-def other_queries(count: int, seed: int) -> np.ndarray:
-    """For each of `count` queries another one, drawn by `seed`: [count] int64, no i at place i.
-
-    Raises:
-        ValueError: when there is only one.
-    """
-    if count < 2:
-        raise ValueError("the control gives every query the reasoning of another: it wants two")
+def _other_queries(count: int, seed: int) -> list[int]:
+    """For each of two or more queries the index of another one, drawn by `seed`."""
     order = np.random.default_rng(seed).permutation(count)
     other = np.empty(count, np.int64)
     other[order] = np.roll(order, 1)  # one cycle through all of them
-    return other
+    return other.tolist()
 
 
 @dataclass(frozen=True)
-class QueryTokens:
-    """The token rows of one way of putting the queries to the model."""
+class QueryInputs:
+    """The queries as the model reads them for one run, or for one run at every K."""
 
     rows: list[list[int]]
-    steps: tuple[int, ...]
+    """Token ids."""
+    num_thinking_steps: tuple[int, ...]
     """Every K at which they are embedded."""
     documents_at: int | None = None
     """K of the documents; None where it is the queries' own."""
@@ -77,69 +150,62 @@ class QueryTokens:
     """Rows whose texts did not fit."""
 
 
-def document_prompts(prompts: PromptTokenizer, dataset: BeirDataset) -> list[PromptTokens]:
-    """The documents as tokens, in the order of the dataset.
-
-    Raises:
-        TokenizationError: the template leaves no room for a text.
-    """
-    return [prompts.document_prompt(document.text) for document in dataset.documents]
-
-
-def query_ways(
+def query_inputs(
     prompts: PromptTokenizer,
     dataset: BeirDataset,
     config: RetrieverConfig,
-    steps: Sequence[int],
+    num_thinking_steps: Sequence[int],
     control_seed: int | None = None,
-) -> dict[str, QueryTokens]:
-    """The queries as tokens: "latent" always; `EXPLICIT` and, with a seed and more than one query,
-    `CONTROL` where `explicit_view_fault` finds none.
+) -> dict[str, QueryInputs]:
+    """The inputs by their names: `LATENT` always; `EXPLICIT` and, with a seed and more than one
+    query, `CONTROL` where `explicit_view_fault` finds none.
 
     Raises:
-        DatasetError: a query without an instruction.
+        DataError: a query without an instruction.
     """
     require_instructions(dataset)
     queries = list(dataset.queries.values())
     alone = [prompts.query_prompt(q.text, q.instruction or "") for q in queries]
-    ways = {"latent": _query_tokens(alone, tuple(sorted(set(steps))))}
+    inputs = {LATENT: _inputs(alone, tuple(sorted(set(num_thinking_steps))))}
     if explicit_view_fault(dataset, config) is not None:
-        return ways
+        return inputs
 
-    def explicit(donors: Iterable[int]) -> QueryTokens:
+    def explicit(donors: Iterable[int]) -> QueryInputs:
         reasoned = [
             prompts.explicit(q.text, q.instruction or "", queries[donor].reasoning or "")
             for q, donor in zip(queries, donors, strict=True)
         ]
         # the state at EOS is what one thinking step reads
-        return _query_tokens(reasoned, (1,), config.num_thinking_steps, alone)
+        return _inputs(reasoned, (1,), config.num_thinking_steps, alone)
 
-    ways[EXPLICIT] = explicit(range(len(queries)))
+    inputs[EXPLICIT] = explicit(range(len(queries)))
     if control_seed is not None and len(queries) > 1:
-        ways[CONTROL] = explicit(other_queries(len(queries), control_seed).tolist())
-    return ways
+        inputs[CONTROL] = explicit(_other_queries(len(queries), control_seed))
+    return inputs
 
 
-def _query_tokens(
-    read: Sequence[PromptTokens | ExplicitTokens],
-    steps: tuple[int, ...],
+def _inputs(
+    tokens: Sequence[PromptTokens | ExplicitTokens],
+    num_thinking_steps: tuple[int, ...],
     documents_at: int | None = None,
     alone: Sequence[PromptTokens] = (),
-) -> QueryTokens:
-    """One way of reading the queries. An explicit input is shortened too where its query is, which
-    its own mark leaves out: `alone` are the prompts of the queries."""
-    cut = [tokens.truncated for tokens in read]
+) -> QueryInputs:
+    """Counts what is shortened. An explicit input is also where its query is, which `truncated`
+    leaves out: `alone` are the prompts of the queries."""
+    cut = np.array([row.truncated for row in tokens])
     if alone:
-        cut = [a or b.truncated for a, b in zip(cut, alone, strict=True)]
-    return QueryTokens([tokens.ids for tokens in read], steps, documents_at, sum(cut))
+        cut |= [row.truncated for row in alone]
+    return QueryInputs(
+        [row.ids for row in tokens], num_thinking_steps, documents_at, int(cut.sum())
+    )
 
 
-def rewrite_ways(
+def rewrite_inputs(
     prompts: PromptTokenizer,
     dataset: BeirDataset,
     config: RetrieverConfig,
     rewrites: Mapping[str, str],
-) -> dict[str, QueryTokens]:
+) -> dict[str, QueryInputs]:
     """Rewrite-then-retrieve. `REWRITE` reads the rewrite as the explicit view reads a reasoning;
     `REWRITE_AS_QUERY` has it behind the query's text, as with a retriever that knows no reasoning
     (K = 1, also of the documents). Both read as many tokens as the explicit view. The query stands
@@ -149,7 +215,7 @@ def rewrite_ways(
         rewrites: of every query, by its id.
 
     Raises:
-        DatasetError: a query without an instruction.
+        DataError: a query without an instruction.
     """
     require_instructions(dataset)
     room = config.prompt.explicit_max_length
@@ -164,10 +230,10 @@ def rewrite_ways(
         alone.append(prompts.query_prompt(query.text, instruction))
         explicit.append(prompts.explicit(query.text, instruction, reasoning))
         in_query.append(wide.query_prompt(longer, instruction))
-    ways = {REWRITE_AS_QUERY: _query_tokens(in_query, (1,), 1)}
+    inputs = {REWRITE_AS_QUERY: _inputs(in_query, (1,), 1)}
     if config.pooling == "prompt_and_thoughts":
-        ways[REWRITE] = _query_tokens(explicit, (1,), config.num_thinking_steps, alone)
-    return ways
+        inputs[REWRITE] = _inputs(explicit, (1,), config.num_thinking_steps, alone)
+    return inputs
 
 
 def explicit_view_fault(dataset: BeirDataset, config: RetrieverConfig) -> str | None:
@@ -180,101 +246,93 @@ def explicit_view_fault(dataset: BeirDataset, config: RetrieverConfig) -> str | 
     return None
 
 
+# --- rankings ----------------------------------------------------------------------------------
+
+
 def retrieval_runs(
     encoder: LatentEncoder,
     prompts: PromptTokenizer,
     dataset: BeirDataset,
-    steps: Sequence[int],
+    num_thinking_steps: Sequence[int],
     *,
     nothing_excluded: bool = False,
     progress: bool = False,
 ) -> dict[str, Run]:
-    """Ranks the corpus for every query, read in each of `query_ways`.
+    """Ranks the corpus for every query by the latent view and, where there is one, the explicit
+    view (see `query_inputs` and `rank_corpus`).
 
     Args:
-        steps: values of K. Queries and documents think equally long, as `encode` would.
-        nothing_excluded, progress: see `rank_ways`.
-
-    Returns:
-        A run for "latent K=k" at every k; and "explicit", the queries with their written reasoning
-        against documents at the model's own K, where all queries carry a reasoning and the model
-        pools its prompt's state (a GIRCSE model has no explicit view).
+        num_thinking_steps: values of K. Queries and documents think equally long, as `encode`
+            would; the explicit view is compared with documents at the model's own K.
 
     Raises:
-        DatasetError: a query without an instruction.
+        DataError: a query without an instruction.
     """
-    ways = query_ways(prompts, dataset, encoder.config, steps)
-    documents = [document.ids for document in document_prompts(prompts, dataset)]
-    return rank_ways(
-        encoder, documents, dataset, ways, nothing_excluded=nothing_excluded, progress=progress
+    inputs = query_inputs(prompts, dataset, encoder.config, num_thinking_steps)
+    documents = [prompts.document(document.text) for document in dataset.documents]
+    return rank_corpus(
+        encoder, documents, dataset, inputs, nothing_excluded=nothing_excluded, progress=progress
     )
 
 
-def rank_ways(
+def rank_corpus(
     encoder: LatentEncoder,
     document_rows: Sequence[list[int]],
     dataset: BeirDataset,
-    ways: Mapping[str, QueryTokens],
+    inputs: Mapping[str, QueryInputs],
     *,
     depth: int = DEPTH,
     nothing_excluded: bool = False,
     progress: bool = False,
 ) -> dict[str, Run]:
-    """Ranks the corpus for every query, read in several ways.
+    """Ranks the corpus for every query, for each of its inputs.
 
     Args:
         document_rows: the tokens of the documents, in the order of the dataset.
-        ways: as `query_ways` and `rewrite_ways` make them.
+        inputs: as `query_inputs` and `rewrite_inputs` make them.
         depth: documents kept of each ranking.
         nothing_excluded: adds every run once more, named by `unrestricted`, with the documents
             that queries exclude. BEIR's rule on identical ids holds in both.
         progress: shows bars on a terminal.
 
     Returns:
-        A run by the name of its way; those of "latent" by that of `latent`.
+        A run by the name of its input; those of `LATENT` by that of `latent`.
     """
-    order = trec_order([document.id for document in dataset.documents])
-    documents = [dataset.documents[i] for i in order]
-
-    document_ids, query_ids = [document.id for document in documents], list(dataset.queries)
 
     def embed(
-        rows: list[list[int]], what: str, ids: list[str], wanted: Sequence[int]
+        rows: list[list[int]], what: str, ids: list[str], at: Sequence[int]
     ) -> dict[int, np.ndarray]:
         vectors = encoder.encode_tokens(
             rows,
-            wanted,
+            at,
             progress=f"encode {what}" if progress else None,
             describe=lambda place: f"{ids[place]!r} ({what})",
         )
-        return dict(zip(wanted, vectors, strict=True))
+        return dict(zip(at, vectors, strict=True))
 
-    read_at = {way.documents_at or k for way in ways.values() for k in way.steps}
-    document_vectors = embed(
-        [document_rows[i] for i in order], "documents", document_ids, sorted(read_at)
-    )
-
-    excluded = dataset.exclusions()
-    of_identical = dataset.exclusions(nothing_excluded=True)
+    order = trec_order([document.id for document in dataset.documents])
+    document_ids = [dataset.documents[i].id for i in order]
+    query_ids = list(dataset.queries)
+    documents_at = {of.documents_at or k for of in inputs.values() for k in of.num_thinking_steps}
+    rows = [document_rows[i] for i in order]
+    document_vectors = embed(rows, "documents", document_ids, sorted(documents_at))
     # where processes share the mesh, each has all the vectors and searches for itself
     mesh = device_mesh(encoder.mesh.local_devices) if encoder.mesh is not None else None
+
+    def rank(queries: np.ndarray, k: int, removed: Mapping[str, Collection[str]]) -> Run:
+        documents = document_vectors[k]
+        return search(queries, documents, query_ids, document_ids, depth, removed, mesh=mesh)
+
+    excluded = dataset.exclusions()
+    identical = dataset.exclusions(nothing_excluded=True)
     runs: dict[str, Run] = {}
-    for way_name, way in ways.items():
-        for k, vectors in embed(way.rows, f"queries, {way_name}", query_ids, way.steps).items():
-            name = latent(k) if way_name == "latent" else way_name
-            rankings = {name: excluded}
+    for name, of in inputs.items():
+        vectors = embed(of.rows, f"queries, {name}", query_ids, of.num_thinking_steps)
+        for k, queries in vectors.items():
+            run = latent(k) if name == LATENT else name
+            runs[run] = rank(queries, of.documents_at or k, excluded)
             if nothing_excluded:
-                rankings[unrestricted(name)] = of_identical
-            for run, removed in rankings.items():
-                runs[run] = search(
-                    vectors,
-                    document_vectors[way.documents_at or k],
-                    query_ids,
-                    document_ids,
-                    depth,
-                    removed,
-                    mesh=mesh,
-                )
+                runs[unrestricted(run)] = rank(queries, of.documents_at or k, identical)
     return runs
 
 
@@ -286,12 +344,7 @@ def score_runs(
 
 
 def format_table(rows: dict[str, dict[str, float]]) -> str:
-    """Rows of named metrics as aligned text."""
-    columns = list(next(iter(rows.values())))
-    width = max(len(name) for name in rows)
-    lines = [" " * width + "".join(f"{column:>13}" for column in columns)]
-    lines += [
-        f"{name:<{width}}" + "".join(f"{values[column]:>13.4f}" for column in columns)
-        for name, values in rows.items()
-    ]
-    return "\n".join(lines)
+    """Run -> metric -> value as a Markdown table."""
+    metrics = list(next(iter(rows.values())))
+    cells = [[run, *(f"{values[name]:.4f}" for name in metrics)] for run, values in rows.items()]
+    return markdown_table(["run", *metrics], cells)

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from laser_jax.evaluate.beir import EvalQuery, json_object
-from laser_jax.files.reading import json_lines
-from laser_jax.search.trec import DatasetError
+from laser_jax.files.reading import DataError, json_lines
 
 _NUMBERS = ("prompt_tokens", "tokens", "rows", "prefill_seconds", "decode_seconds")
 
@@ -56,14 +55,14 @@ def _rewrite(row: dict[str, Any], where: str) -> tuple[str, Rewrite]:
         value = row.get(key)
         if (value is None and not optional) or (value is not None and type(value) not in kinds):
             names = " or ".join(kind.__name__ for kind in kinds)
-            raise DatasetError(f"{where}: field {key!r} must be {names}, got {value!r}")
+            raise DataError(f"{where}: field {key!r} must be {names}, got {value!r}")
         return value
 
     cost = None
     if any(key in row for key in _NUMBERS):
         cost = WritingCost(*(wanted(key, (int, float)) for key in _NUMBERS))
         if not (cost.rows >= 1 and cost.prefill_seconds >= 0 and cost.decode_seconds >= 0):
-            raise DatasetError(f"{where}: rows must be at least 1 and no seconds negative: {cost}")
+            raise DataError(f"{where}: rows must be at least 1 and no seconds negative: {cost}")
     return wanted("_id", (str,)), Rewrite(
         wanted("rewrite", (str,)),
         wanted("query", (str,), optional=True),
@@ -77,7 +76,7 @@ def read_rewrites(path: str | Path) -> dict[str, Rewrite]:
 
     Raises:
         FileNotFoundError: when it is missing.
-        DatasetError: on a line of another form, or a query that stands twice; names file and line.
+        DataError: on a line of another form, or a query that stands twice; names file and line.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing: a file that laser_jax.rewrite wrote is wanted")
@@ -85,7 +84,7 @@ def read_rewrites(path: str | Path) -> dict[str, Rewrite]:
     for where, line in json_lines(path):
         id_, rewrite = _rewrite(json_object(line, where), where)
         if id_ in rewrites:
-            raise DatasetError(f"{where}: query {id_!r} stands here a second time")
+            raise DataError(f"{where}: query {id_!r} stands here a second time")
         rewrites[id_] = rewrite
     return rewrites
 
@@ -93,17 +92,17 @@ def read_rewrites(path: str | Path) -> dict[str, Rewrite]:
 def require_rewrites_of(
     queries: Mapping[str, EvalQuery], rewrites: Mapping[str, Rewrite], path: str | Path
 ) -> None:
-    """Raises a DatasetError where a query has no rewrite, or has one of another text."""
+    """Raises a DataError where a query has no rewrite, or has one of another text."""
     lacking = [id_ for id_ in queries if id_ not in rewrites]
     if lacking:
-        raise DatasetError(
+        raise DataError(
             f"{path}: {len(lacking)} of {len(queries)} queries have no rewrite, the first is "
             f"{lacking[0]!r}; run laser_jax.rewrite again to complete the file"
         )
     for id_, query in queries.items():
         rewritten = rewrites[id_].query
         if rewritten not in (None, query.text):
-            raise DatasetError(
+            raise DataError(
                 f"{path}: the rewrite of query {id_!r} is of {rewritten[:60]!r}, and the query now "
                 f"is {query.text[:60]!r}; write the rewrites anew, to another file"
             )

@@ -1,14 +1,18 @@
 """Whether two runs differ by more than chance over the same queries.
 
-Letters: Q queries, R resamples.
+All functions take values of one metric for the same queries in the same order, [Q] or as such
+groups, and raise a ValueError where there are none, lengths differ or resamples are below 1.
+
+Letters: Q queries, R resamples, G groups, P p-values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 _NUMBERS_AT_A_TIME = 4_000_000
 """Bounds the memory of a block of resamples."""
@@ -33,22 +37,8 @@ def _differences(a: Sequence[float], b: Sequence[float], resamples: int) -> np.n
     return np.asarray(a, np.float64) - np.asarray(b, np.float64)
 
 
-def _resampled_means(
-    difference_Q: np.ndarray, resamples: int, rng: np.random.Generator
-) -> np.ndarray:
-    """[R] means of as many queries, drawn with replacement."""
-    queries = len(difference_Q)
-    means = [
-        difference_Q[rng.integers(0, queries, (rows, queries))].mean(axis=1)
-        for rows in _blocks(resamples, queries)
-    ]
-    return np.concatenate(means) if means else np.empty(0)
-
-
-def _blocks(resamples: int, queries: int) -> Iterator[int]:
-    block = max(1, _NUMBERS_AT_A_TIME // queries)
-    for start in range(0, resamples, block):
-        yield min(block, resamples - start)
+def _block(queries: int) -> int:
+    return max(1, _NUMBERS_AT_A_TIME // queries)
 
 
 def paired_bootstrap(
@@ -64,19 +54,21 @@ def paired_bootstrap(
 
     The draws depend on `seed` and the number of queries alone, so that all comparisons over one
     set of queries see the same draws.
-
-    Args:
-        a, b: [Q] values of one metric for the same queries in the same order.
-
-    Raises:
-        ValueError: when the lengths differ or are 0, or resamples < 1.
     """
     difference_Q = _differences(a, b, resamples)
-    rng = np.random.default_rng(seed)
-    means_R = _resampled_means(difference_Q, resamples, rng)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means_R, [tail, 1 - tail])
-    return Interval(float(difference_Q.mean()), float(low), float(high))
+    mean = float(difference_Q.mean())
+    if len(difference_Q) == 1:  # every draw is this query, and scipy wants two
+        return Interval(mean, mean, mean)
+    low, high = stats.bootstrap(
+        (difference_Q,),
+        np.mean,
+        n_resamples=resamples,
+        batch=_block(len(difference_Q)),
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(mean, float(low), float(high))
 
 
 def grouped_bootstrap(
@@ -88,16 +80,11 @@ def grouped_bootstrap(
     seed: int = 0,
 ) -> Interval:
     """As `paired_bootstrap`, but whole groups of queries are drawn again as well (Davison and
-    Hinkley 1997, section 3.8): groups with replacement, then queries within each that was drawn.
+    Hinkley 1997, section 3.8), which scipy does not have: groups with replacement, then queries
+    within each that was drawn.
 
     With a group a training seed, the interval also holds what another training would change, as
     far as a handful of groups can show it. Every group weighs the same.
-
-    Args:
-        a, b: for every group the values of one metric, for the same queries in the same order.
-
-    Raises:
-        ValueError: without a group, when lengths differ or are 0, or resamples < 1.
     """
     if len(a) != len(b) or not a:
         raise ValueError(f"the same groups are wanted, at least one: got {len(a)} and {len(b)}")
@@ -106,11 +93,13 @@ def grouped_bootstrap(
     drawn_RG = rng.integers(0, len(groups), (resamples, len(groups)))
     means_RG = np.empty(drawn_RG.shape)
     for group, difference_Q in enumerate(groups):
-        chosen = drawn_RG == group
-        means_RG[chosen] = _resampled_means(difference_Q, int(chosen.sum()), rng)
-    means_R = means_RG.mean(axis=1)
+        queries, places = len(difference_Q), np.argwhere(drawn_RG == group)
+        for start in range(0, len(places), _block(queries)):
+            block = places[start : start + _block(queries)]
+            drawn = rng.integers(0, queries, (len(block), queries))
+            means_RG[tuple(block.T)] = difference_Q[drawn].mean(axis=1)
     tail = (1 - confidence) / 2
-    low, high = np.quantile(means_R, [tail, 1 - tail])
+    low, high = np.quantile(means_RG.mean(axis=1), [tail, 1 - tail])
     return Interval(float(np.mean([d.mean() for d in groups])), float(low), float(high))
 
 
@@ -120,32 +109,29 @@ def permutation_p_value(
     """The two-sided p-value of mean(a - b) when a and b are swapped by chance, query by query
     (Fisher's randomisation test; Smucker, Allan and Carterette 2007 for its use on rankings).
 
-    p = (1 + the number of random swaps with a difference as large) / (1 + R), never 0.
-
-    Args:
-        a, b: [Q] values of one metric for the same queries in the same order.
-
-    Raises:
-        ValueError: when the lengths differ or are 0, or resamples < 1.
+    p = (1 + the number of random swaps with a difference as large) / (1 + R), never 0. Where there
+    are at most R ways to swap, each is taken once, and p is exact.
     """
     difference_Q = _differences(a, b, resamples)
-    rng = np.random.default_rng(seed)
-    queries = len(difference_Q)
-    seen = abs(difference_Q.sum()) * (1 - 1e-12)  # sums of the same numbers, in another order
-    extreme = 0
-    for rows in _blocks(resamples, queries):
-        signs = 1.0 - 2.0 * rng.integers(0, 2, (rows, queries))
-        extreme += int((np.abs(signs @ difference_Q) >= seen).sum())
-    return (1 + extreme) / (1 + resamples)
+    if len(difference_Q) == 1:  # both ways to swap it have the same size, and scipy wants two
+        return 1.0
+    result = stats.permutation_test(
+        (difference_Q,),  # a swap turns the sign of a query's difference
+        lambda d_RQ, axis: np.abs(d_RQ.mean(axis=axis)),
+        permutation_type="samples",
+        n_resamples=resamples,
+        batch=_block(len(difference_Q)),
+        alternative="greater",
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """The p-values corrected for being several (Holm 1979): whoever calls all those below alpha
     real makes a single false claim or more with a probability of at most alpha."""
     order = np.argsort(p_values, kind="stable")
-    corrected = [0.0] * len(p_values)
-    largest = 0.0
-    for place, index in enumerate(order.tolist()):
-        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
-        corrected[index] = largest
-    return corrected
+    scaled_P = np.asarray(p_values)[order] * np.arange(len(p_values), 0, -1)
+    corrected = np.empty(len(p_values))
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(scaled_P))
+    return corrected.tolist()

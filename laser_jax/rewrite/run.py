@@ -2,8 +2,9 @@
 
     python -m laser_jax.rewrite --model DIR --queries BEIR_DIR|queries.jsonl --output rewrites.jsonl
 
-`python -m laser_jax.evaluate --rewrites rewrites.jsonl` is the second half. Each batch of rewrites
-is on the disk before the next begins; the same command completes a file that was cut short.
+`python -m laser_jax.evaluate model --rewrites rewrites.jsonl` is the second half. Each batch of
+rewrites is on the disk before the next begins; the same command completes a file that was cut
+short.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The report: what is compared with what, which cells are marked, and what is refused."""
+"""Models compared: what with what, which cells are marked, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from laser_jax.evaluate.compare import ReportOptions, compare, format_report, main
+from laser_jax.evaluate.compare import CompareOptions, compare, format_comparison
 from laser_jax.evaluate.results import (
     PER_QUERY_FILE,
     Evaluation,
     write_evaluation,
-    write_per_query,
 )
 from laser_jax.evaluate.retrieval import (
     EXPLICIT,
@@ -24,6 +23,7 @@ from laser_jax.evaluate.retrieval import (
     REWRITES,
     latent,
 )
+from laser_jax.evaluate.run import main
 from laser_jax.evaluate.significance import permutation_p_value
 
 METRIC = "nDCG@10"
@@ -58,9 +58,10 @@ def write(
         run: {q: {METRIC: float(v)} for q, v in zip(queries, of_run, strict=True)}
         for run, of_run in values.items()
     }
-    write_per_query(directory / PER_QUERY_FILE, per_query)
     scores = {run: {METRIC: float(np.mean(of_run))} for run, of_run in values.items()}
-    write_evaluation(directory, dataclasses.replace(EVALUATION, scores=scores, **changes))
+    write_evaluation(
+        directory, dataclasses.replace(EVALUATION, scores=scores, **changes), per_query
+    )
     return str(directory)
 
 
@@ -94,7 +95,7 @@ def test_rewrite_then_retrieve_is_plotted_with_the_time_to_write_or_not_at_all(
     monkeypatch.setattr(
         "laser_jax.evaluate.compare.plot_latency_quality", lambda s, *_: drawn.update(s)
     )
-    main([told, untold, "--output", str(tmp_path / "out")])
+    main(["compare", told, untold, "--output", str(tmp_path / "out")])
     times = {name: [point.milliseconds for point in points] for name, points in drawn.items()}
     assert times == {
         "told, latent view": [1.0],
@@ -102,12 +103,12 @@ def test_rewrite_then_retrieve_is_plotted_with_the_time_to_write_or_not_at_all(
         f"told, {REWRITE_AS_QUERY} (writing and reading)": [53.0],
         "base, latent view": [1.0],
     }
-    rows = compare([told], ReportOptions()).rows
+    rows = compare([told], CompareOptions()).rows
     assert [row.run for row in rows] == [latent(1), latent(3), *REWRITES]
 
 
 def test_rows_are_models_and_views_and_columns_are_data_sets(directories: list[str]) -> None:
-    report = compare(directories, ReportOptions())
+    report = compare(directories, CompareOptions())
     assert report.columns == ["towns", "rivers"]
     assert [(row.model, row.run) for row in report.rows] == [
         (model, run)
@@ -122,7 +123,7 @@ def test_rows_are_models_and_views_and_columns_are_data_sets(directories: list[s
 
 
 def test_marks_are_for_what_differs_from_the_baseline_beyond_chance(directories: list[str]) -> None:
-    report = compare(directories, ReportOptions(resamples=999))
+    report = compare(directories, CompareOptions(resamples=999))
     assert report.baseline == ("base", latent(3))
     marks = {(row.model, row.run): [c.mark for c in row.cells.values()] for row in report.rows}
     assert marks["base", latent(3)] == ["", ""]
@@ -134,7 +135,7 @@ def test_marks_are_for_what_differs_from_the_baseline_beyond_chance(directories:
 
 
 def test_p_values_are_corrected_for_all_tested_cells(directories: list[str]) -> None:
-    report = compare(directories, ReportOptions(resamples=999))
+    report = compare(directories, CompareOptions(resamples=999))
     cells = [cell for row in report.rows for cell in row.cells.values()]
     corrected = sorted(cell.p_value for cell in cells if cell.p_value is not None)
     assert len(corrected) == report.tested
@@ -145,7 +146,7 @@ def test_p_values_are_corrected_for_all_tested_cells(directories: list[str]) -> 
 
 
 def test_the_table_shows_scores_times_100_with_the_best_in_bold(directories: list[str]) -> None:
-    text = format_report(compare(directories, ReportOptions(resamples=999)))
+    text = format_comparison(compare(directories, CompareOptions(resamples=999)))
     header, _, *rows = text.split("\n\n")[0].splitlines()
     assert [cell.strip() for cell in header.strip("|").split("|")] == [
         "nDCG@10 x 100",
@@ -161,44 +162,52 @@ def test_the_table_shows_scores_times_100_with_the_best_in_bold(directories: lis
 
 
 def test_all_runs_and_another_baseline_on_request(directories: list[str]) -> None:
-    report = compare(directories, ReportOptions(runs="all", baseline="better", resamples=99))
+    report = compare(directories, CompareOptions(runs="all", baseline="better", resamples=99))
     assert report.baseline == ("better", latent(3))
     assert [row.run for row in report.rows[:4]] == [latent(1), latent(2), latent(3), EXPLICIT]
     assert report.rows[2].cells["towns"].difference == pytest.approx(-0.2)
 
 
 def test_the_directory_holds_table_numbers_and_plot(
-    directories: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    directories: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     output = tmp_path / "report"
-    main([*directories, "--output", str(output), "--resamples", "99"])
+    main(["compare", *directories, "--output", str(output), "--resamples", "99"])
     assert {path.name for path in output.iterdir()} == {
-        *("report.md", "report.json", "latency_quality.png", "latency_quality.svg")
+        *("report.md", "report.json", "latency_quality.svg")
     }
     out = capsys.readouterr().out
     assert (output / "report.md").read_text().strip() in out
-    assert f"not in the plot, as evaluated without --measure_time true: {directories[1]}" in out
+    assert (
+        f"not in the plot, as evaluated without --measure_time true: {directories[1]}"
+        in caplog.text
+    )
     stored = json.loads((output / "report.json").read_text())
     assert stored["rows"][4]["cells"]["towns"]["score"] == pytest.approx(EASY.mean() + 0.2)
     drawn = (output / "latency_quality.svg").read_bytes()
-    main([*directories, "--output", str(output), "--resamples", "99"])
+    main(["compare", *directories, "--output", str(output), "--resamples", "99"])
     assert (output / "latency_quality.svg").read_bytes() == drawn
 
 
 def test_what_cannot_be_compared_is_refused(directories: list[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"results\.json is missing"):
-        main([str(tmp_path)])
+        main(["compare", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"a and .*a are both of base on towns"):
-        main([directories[0], directories[0]])
+        main(["compare", directories[0], directories[0]])
     with pytest.raises(SystemExit, match="baseline 'none' is none of the models: base, better"):
-        main([*directories, "--baseline", "none"])
+        main(["compare", *directories, "--baseline", "none"])
     with pytest.raises(SystemExit, match="has no Recall@10, only nDCG@10"):
-        main([*directories, "--metric", "Recall@10"])
+        main(["compare", *directories, "--metric", "Recall@10"])
     fewer = write(tmp_path / "f", {latent(3): EASY[:29]}, QUERIES[:29], model="fewer")
     with pytest.raises(SystemExit, match="different queries of towns: 1 are in one of them alone"):
-        main([directories[0], fewer])
+        main(["compare", directories[0], fewer])
+    with pytest.raises(SystemExit, match=r"no directories to compare: .* compare DIR\.\.\."):
+        main(["compare", "--alpha", "0.1"])
     with pytest.raises(SystemExit, match="alpha must lie between 0 and 1"):
-        main([*directories, "--alpha", "1.5"])
+        main(["compare", *directories, "--alpha", "1.5"])
 
 
 def test_damaged_evaluations_are_named(directories: list[str]) -> None:
@@ -206,14 +215,14 @@ def test_damaged_evaluations_are_named(directories: list[str]) -> None:
     text = table.read_text()
     table.write_text(text.replace("q3\tlatent K=1\t", "q3\tlatent K=1\tx"))
     with pytest.raises(SystemExit, match=r"per_query\.tsv:5: wanted query_id, run and 1 numbers"):
-        main(directories)
+        main(["compare", *directories])
     table.write_text("\n".join(text.splitlines()[:31]) + "\n")
     with pytest.raises(SystemExit, match=r"per_query\.tsv and results\.json hold other runs"):
-        main(directories)
+        main(["compare", *directories])
     table.write_text("no header\n")
     with pytest.raises(SystemExit, match=r"per_query\.tsv:1: wanted the header"):
-        main(directories)
+        main(["compare", *directories])
     results = Path(directories[0]) / "results.json"
     results.write_text(results.read_text().replace('"split"', '"spilt"'))
     with pytest.raises(SystemExit, match=r"results\.json: no results of laser_jax\.evaluate"):
-        main(directories)
+        main(["compare", *directories])

@@ -14,10 +14,11 @@ from test_bright import write_json_lines
 from laser_jax.evaluate.bright import INSTRUCTIONS, read_bright
 from laser_jax.evaluate.metrics import evaluate_run, mean
 from laser_jax.evaluate.retrieval import latent, retrieval_runs, unrestricted
-from laser_jax.evaluate.run_mteb import main, task_names
+from laser_jax.evaluate.run import main
 from laser_jax.inference.retriever import LatentRetriever
 
 datasets = pytest.importorskip("datasets")
+ours = pytest.importorskip("laser_jax.evaluate.mteb")
 STEPS = 2
 
 
@@ -102,7 +103,7 @@ def test_bright_is_scored_with_exclusions_and_without_as_by_our_evaluator(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     tasks = "BrightAopsRetrieval, BrightBiologyRetrieval"
-    where = ["--model", str(model), "--output", str(tmp_path), "--tasks", tasks]
+    where = ["mteb", "--model", str(model), "--output", str(tmp_path), "--tasks", tasks]
     main([*where, "--num_thinking_steps", "1", "--batch_size", "16"])
     scores = json.loads((tmp_path / "scores.json").read_text())
     printed = rows(capsys.readouterr().out)
@@ -128,7 +129,7 @@ def test_the_first_bright_excludes_nothing(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    main(["--model", str(model), "--output", str(tmp_path), "--tasks", "BRIGHT"])
+    main(["mteb", "--model", str(model), "--output", str(tmp_path), "--tasks", "BRIGHT"])
     scores = {
         score["subset"]: score
         for score in json.loads((tmp_path / "scores.json").read_text())["BRIGHT"]
@@ -144,7 +145,7 @@ def test_the_first_bright_excludes_nothing(
 
 
 def test_names_are_cut_at_commas_outside_brackets() -> None:
-    assert task_names("BRIGHT(v1.1), MTEB(eng, v2),FollowIR") == [
+    assert ours.task_names("BRIGHT(v1.1), MTEB(eng, v2),FollowIR") == [
         "BRIGHT(v1.1)",
         "MTEB(eng, v2)",
         "FollowIR",
@@ -170,7 +171,7 @@ def test_bad_options_end_the_program_before_anything_is_written(
 ) -> None:
     output = tmp_path / "out"
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
-        main(["--model", str(model), "--output", str(output), *more])
+        main(["mteb", "--model", str(model), "--output", str(output), *more])
     assert not output.exists()
 
 
@@ -182,4 +183,4 @@ def test_without_mteb_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "mteb", None)
     monkeypatch.delitem(sys.modules, "laser_jax.evaluate.mteb", raising=False)
     with pytest.raises(SystemExit, match=r"error: .*pip install laser-jax\[mteb\]"):
-        main(["--model", str(model), "--output", str(tmp_path), "--tasks", "FollowIR"])
+        main(["mteb", "--model", str(model), "--output", str(tmp_path), "--tasks", "FollowIR"])

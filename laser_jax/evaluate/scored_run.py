@@ -1,0 +1,168 @@
+"""Scores a TREC run as trec_eval does.
+
+python -m laser_jax.evaluate run --run RUN[.gz] --qrels QRELS [--excluded FILE] [--metrics ...]
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from laser_jax.command_line import parse_command_line
+from laser_jax.config import ConfigError
+from laser_jax.evaluate.beir import read_qrels_file
+from laser_jax.evaluate.metrics import (
+    Qrels,
+    changed_documents,
+    evaluate_run,
+    mean,
+    p_mrr,
+    require_metrics,
+    without_excluded,
+    without_relevant,
+)
+from laser_jax.evaluate.results import write_per_query
+from laser_jax.files.durable import write_atomically
+from laser_jax.files.reading import DataError
+from laser_jax.search.matching import IdCount, exclusions, identical_count, unmatched
+from laser_jax.search.trec import Run, read_excluded, read_trec_run
+
+P_MRR = "p-MRR"
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Scores a TREC run."""
+
+    run: str
+    """`qid Q0 docid rank score tag`, plain or .gz; document ids may hold blanks."""
+    qrels: str
+    """Judgements: a .tsv is BEIR's form, any other name trec_eval's; plain or .gz."""
+    excluded: str | None = None
+    """Documents to take out of the rankings first: a queries.jsonl with `excluded_ids`, or a .tsv
+    of query and document id."""
+    ignore_identical_ids: bool = True
+    """BEIR's rule: what has its query's own id leaves every ranking too"""
+    metrics: tuple[str, ...] = ("nDCG@10", "Recall@100", "MRR@10")
+    """NAME@CUTOFF with NAME one of nDCG, nDCG_exp, Recall, P, MRR, MAP, Hit."""
+    complete: bool = False
+    """Judged queries that the run lacks count as 0 (trec_eval -c); otherwise they are left out."""
+    original_run: str | None = None
+    """For p-MRR: the run under the original instructions; `run` is that under the changed ones."""
+    original_qrels: str | None = None
+    """For p-MRR: the judgements under the original instructions."""
+    json: str | None = None
+    """A file for the result."""
+    per_query: str | None = None
+    """A .tsv file for the values of every query."""
+
+    def __post_init__(self) -> None:
+        require_metrics(self.metrics)
+        if (self.original_run is None) != (self.original_qrels is None):
+            raise ConfigError("p-MRR wants both --original_run and --original_qrels")
+
+
+def score_run(options: RunOptions) -> dict[str, Any]:
+    """Scores a run and writes what `options` ask for.
+
+    Returns:
+        What the JSON file holds: the files, the counts and the mean scores.
+
+    Raises:
+        ConfigError: a file to write in a folder that is not there.
+        FileNotFoundError, DataError, ValueError: bad input; the message names it.
+    """
+    for key in ("json", "per_query"):
+        path = getattr(options, key)
+        if path is not None and not Path(path).parent.is_dir():
+            raise ConfigError(
+                f"{key}: {path} cannot be written, as {Path(path).parent} is no directory: make "
+                "it, or name another file"
+            )
+    run, qrels = read_trec_run(options.run), read_qrels_file(options.qrels)
+    counts = {
+        "queries in the run": len(run),
+        "queries judged": len(qrels),
+        "of the run, not judged": len(run.keys() - qrels.keys()),
+        "judged, not in the run": len(qrels.keys() - run.keys()),
+        "judged, without a relevant document": without_relevant(qrels),
+    }
+    removed, id_counts = _removed(run, qrels, options)
+    run = without_excluded(run, removed)
+    counted = run | {query: {} for query in qrels if options.complete and query not in run}
+    per_query = evaluate_run(counted, qrels, options.metrics)
+    if not per_query:
+        raise DataError(
+            f"no query of {options.run} is judged in {options.qrels}; their first queries are "
+            f"{next(iter(run))!r} and {next(iter(qrels))!r}"
+        )
+    scores = mean(per_query)
+    if changes := _p_mrr(run, qrels, removed, options):
+        scores[P_MRR] = mean(changes)[P_MRR]
+        counts["queries with a changed document"] = len(changes)
+    result = {
+        "run": options.run,
+        "qrels": options.qrels,
+        "excluded": options.excluded,
+        "queries": len(per_query),
+        "counts": counts,
+        "id_counts": [asdict(count) for count in id_counts],
+        "scores": scores,
+    }
+    if options.per_query:
+        write_per_query(Path(options.per_query), {Path(options.run).name: per_query})
+    if options.json:
+        write_atomically(Path(options.json), json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def _removed(
+    run: Run, qrels: Qrels, options: RunOptions
+) -> tuple[dict[str, Collection[str]], list[IdCount]]:
+    """Query id -> documents to take out of rankings; and what is to be said about ids."""
+    excluded = read_excluded(options.excluded) if options.excluded else {}
+    ranked = dict.fromkeys(document for scores in run.values() for document in scores).keys()
+    judged = dict.fromkeys(document for grades in qrels.values() for document in grades).keys()
+    named = [document for query in run for document in excluded.get(query, ())]
+    own = [query for query, scores in run.items() if query in scores]
+    counts = [
+        *unmatched(
+            "documents of the run that are judged for no query", ranked, judged, options.run
+        ),
+        *unmatched("queries with exclusions that the run lacks", excluded, run, options.excluded),
+        *unmatched("excluded documents that no ranking holds", named, ranked, options.excluded),
+        *identical_count(run, own, options.ignore_identical_ids),
+    ]
+    return exclusions(excluded, [*run, *qrels] if options.ignore_identical_ids else []), counts
+
+
+def _p_mrr(
+    run: Run, qrels: Qrels, removed: dict[str, Collection[str]], options: RunOptions
+) -> dict[str, dict[str, float]]:
+    """The p-MRR of every query with a document whose relevance changes; none where it is not
+    asked for."""
+    if options.original_run is None or options.original_qrels is None:
+        return {}
+    original = without_excluded(read_trec_run(options.original_run), removed)
+    changes = changed_documents(read_qrels_file(options.original_qrels), qrels)
+    if not changes:
+        raise DataError(
+            f"p-MRR: no document is relevant in {options.original_qrels} and irrelevant in "
+            f"{options.qrels}; it is measured on those that the changed instruction rules out"
+        )
+    return {query: {P_MRR: value} for query, value in p_mrr(original, run, changes).items()}
+
+
+def main(program: str, arguments: Sequence[str]) -> None:
+    """The command line."""
+    result = score_run(parse_command_line(RunOptions, program, arguments))
+    for what, count in result["counts"].items():
+        print(f"{what}: {count}")
+    print(f"mean over {result['queries']} queries:")
+    for name, value in result["scores"].items():
+        print(f"  {name:<12} {value:.5f}")
+    for count in result["id_counts"]:
+        print(IdCount(**count))
