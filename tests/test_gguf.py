@@ -332,7 +332,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"{arch}.attention.head_count_kv": [2, 2]},
         r"head_count_kv is '\[2, 2\]'; int wanted",
     ),
-    "no heads": ({"{arch}.attention.head_count": 0}, "num_heads must lie in 1..65536, got 0"),
+    "no heads": ({"{arch}.attention.head_count": 0}, "num_heads must lie in"),
     "odd heads": ({"{arch}.attention.head_count": 3}, "must be a multiple of num_kv_heads"),
     "eps": ({"{arch}.attention.layer_norm_rms_epsilon": 0.0}, "epsilon = 0.0, and it must be pos"),
     "theta": ({"{arch}.rope.freq_base": float("nan")}, "freq_base is 'nan'; float wanted"),

@@ -231,7 +231,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
         ({"hidden_size": "8"}, "hidden_size = '8'"),
         ({"num_hidden_layers": 0}, "num_layers"),
         ({"num_attention_heads": 3}, "num_heads 3"),
-        ({"num_hidden_layers": 10**7}, r"num_layers must lie in \[1, 1000\], got 10000000"),
+        ({"num_hidden_layers": 10**7}, "num_layers must lie in [1, 1000], got 10000000"),
         ({"vocab_size": 10**12}, "vocab_size must lie in"),
         ({"intermediate_size": -8}, "intermediate_size must lie in"),
         ({"max_position_embeddings": 10**12}, "max_position_embeddings must lie in"),

@@ -415,9 +415,8 @@ def world_files(world: World) -> dict[str, str]:
 
 
 def write_world(world: World, directory: str | Path) -> None:
-    """Writes `world_files` under `directory`, which appears complete or not at all.
-
-    A world written there before is replaced.
+    """Writes `world_files` under `directory`, which appears complete or not at all. A world
+    that was written there before is replaced.
 
     Raises:
         FileExistsError: when `directory` is a file or holds anything that is not part of a world;
