@@ -19,7 +19,14 @@ import pytest
 
 from laser_jax.alignment import keyframe_positions
 from laser_jax.batch import Batch
-from laser_jax.config import DataConfig, MixtureSource, PromptConfig
+from laser_jax.config import (
+    Config,
+    DataConfig,
+    MixtureSource,
+    ModelConfig,
+    PromptConfig,
+    TrainConfig,
+)
 from laser_jax.data.pipeline import (
     BatchSettings,
     SampleOrder,
@@ -153,6 +160,16 @@ def test_a_row_that_leaves_no_room_is_named_when_it_is_drawn() -> None:
     settings = {"need_explicit": False, "shared_prefix": False, "batch_size": len(rows)}
     with pytest.raises(TokenizationError, match=r"rows\.jsonl: row 41: prompt\.query_max_length"):
         batches_of(PromptTokenizer(tokenizer, narrow), 1, [source], **settings)
+
+
+def test_a_run_asks_of_its_batches_what_its_config_says() -> None:
+    plain = Config(ModelConfig(path="x"), DATA, train=TrainConfig(batch_size=8, seed=3))
+    asked = BatchSettings.of(plain)
+    assert (asked.batch_size, asked.seed, asked.need_explicit) == (8, 3, True)
+    assert asked.num_thinking_steps == plain.objective.num_thinking_steps
+    assert asked.shared_prefix
+    parity = replace(plain, objective=replace(plain.objective, views="parity"))
+    assert not BatchSettings.of(parity).shared_prefix
 
 
 def test_a_source_too_many_is_refused(prompts) -> None:

@@ -287,7 +287,6 @@ def test_query_ids_are_a_prefix_of_explicit_ids(
         segmentation=segmentation,
         truncation=truncation,
     )
-    assert p.explicit_continues_query
     for text in (QUERY, TEXTS[0] * 5, "ends in a blank "):
         query_ids = p.query(text, INSTRUCTION)
         tokens = p.explicit(text, INSTRUCTION, REASONING)
@@ -375,7 +374,6 @@ def test_official_input_is_one_string_and_its_query_is_not_truncated(prompts, to
     assert tokens.ids == whole
     assert tokens.query_length == 20
     assert tokens.segment_ends[-1] == len(whole) - 1
-    assert not p.explicit_continues_query
 
 
 def test_official_chain_of_thought_beyond_the_cut_is_empty(prompts) -> None:

@@ -263,8 +263,10 @@ class _BatchBuilder:
         self._plan = functools.lru_cache(4)(self._make_plan)
         # Epochs repeat, and a window is read once for its lengths and once for its batches.
         held = max(_TEXTS_HELD, 2 * data.bucket_window * settings.batch_size * data.group_size)
-        self._query = functools.lru_cache(held)(self._tokenise_query)
-        self._document = functools.lru_cache(held)(self._tokenise_document)
+        self._query = functools.lru_cache(held)(lambda *q: np.array(prompts.query(*q), np.int32))
+        self._document = functools.lru_cache(held)(
+            lambda text: np.array(prompts.document(text), np.int32)
+        )
         self._explicit = functools.lru_cache(held)(self._tokenise_explicit)
 
     def __reduce__(self) -> Any:
@@ -353,12 +355,6 @@ class _BatchBuilder:
             raise TokenizationError(f"{where}: {error}") from error
 
     # --- tokens
-
-    def _tokenise_query(self, text: str, instruction: str) -> np.ndarray:
-        return np.array(self._prompts.query(text, instruction), np.int32)
-
-    def _tokenise_document(self, text: str) -> np.ndarray:
-        return np.array(self._prompts.document(text), np.int32)
 
     def _tokenise_explicit(
         self, text: str, instruction: str, reasoning: str

@@ -69,8 +69,9 @@ def parse_row(record: Any, where: str) -> TrainingRow:
         _require_passages(record[name], name, where)
     if not record["positive_passages"]:
         raise DataError(f"{where}: 'positive_passages' is empty; at least one is wanted")
-    strings = {name: record[name] for name in _STRINGS}
-    return TrainingRow(**strings, **{name: tuple(record[name]) for name in _STRING_LISTS})
+    values: dict[str, Any] = {name: record[name] for name in _STRINGS}
+    values |= {name: tuple(record[name]) for name in _STRING_LISTS}
+    return TrainingRow(**values)
 
 
 def _require_passages(passages: Any, name: str, where: str) -> None:

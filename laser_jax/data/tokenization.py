@@ -49,7 +49,6 @@ _CHATML = (
 )
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
-
 Tokenizer = PreTrainedTokenizerBase
 
 
@@ -91,28 +90,26 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def require_embedded_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Raises a ConfigError where the tokenizer makes ids that a model of `vocab_size` tokens has no
-    embedding for: it would read NaN there."""
+def require_embedded_tokens(
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str = ""
+) -> None:
+    """Raises a ConfigError, which begins with `where`, at a tokenizer that makes ids which a model
+    of `vocab_size` tokens has no embedding for: it would read NaN there."""
     beyond = {id_: token for token, id_ in tokenizer.get_vocab().items() if id_ >= vocab_size}
     if beyond:
         named = ", ".join(f"{token!r} = {id_}" for id_, token in sorted(beyond.items())[:5])
         raise ConfigError(
-            f"the tokenizer has {len(beyond)} token(s) without an embedding, {named}: the model's "
-            f"vocab_size is {vocab_size}. They are not of one model, or tokens were added: take "
-            "those out (of added_tokens in tokenizer.json; a pad token can be the EOS token: "
-            "pad_token in tokenizer_config.json), or give the model a larger embedding"
+            f"{where}the tokenizer has {len(beyond)} token(s) without an embedding, {named}: the "
+            f"model's vocab_size is {vocab_size}. They are not of one model, or tokens were "
+            "added: take those out (of added_tokens in tokenizer.json; a pad token can be the EOS "
+            "token: pad_token in tokenizer_config.json), or give the model a larger embedding"
         )
 
 
 def load_tokenizer_for(directory: str | Path, backbone: BackboneConfig) -> PreTrainedTokenizerBase:
-    """As `load_tokenizer`, of a directory whose model is `backbone`. Raises a ConfigError too, as
-    `require_embedded_tokens`."""
+    """As `load_tokenizer`, and raises as `require_embedded_tokens` does for `backbone`."""
     tokenizer = load_tokenizer(directory)
-    try:
-        require_embedded_tokens(tokenizer, backbone.vocab_size)
-    except ConfigError as error:
-        raise ConfigError(f"{directory}: {error}") from error
+    require_embedded_tokens(tokenizer, backbone.vocab_size, f"{directory}: ")
     return tokenizer
 
 
@@ -123,8 +120,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     it has a ChatML chat template. The same texts give the same tokenizer.
 
     Args:
-        texts: what to train on, in any number; few texts give fewer tokens than asked for. The
-            role names of the chat template are counted once for each, since each will be a turn.
+        texts: few give fewer tokens than asked for. The role names of the chat template are
+            counted once for each, since each will be a turn.
         vocab_size: the most tokens it may have, all included.
 
     Raises:
@@ -212,10 +209,6 @@ class PromptTokenizer:
     Attributes:
         tokenizer, config: as given.
         pad_id, eos_id: the tokenizer's; EOS pads when there is no pad token.
-        separator_id: the last token of `config.separator`, which ends a segment under
-            `segmentation: token`, as in the released code.
-        explicit_continues_query: whether the query's tokens are always an exact prefix of the
-            explicit input's, which the shared-prefix dual view (`views: fast`) needs.
 
     Raises:
         TokenizationError: when the tokenizer lacks what the config asks of it.
@@ -242,9 +235,9 @@ class PromptTokenizer:
         backend: Any = tokenizer.backend_tokenizer
         self._texts = TextTokenizer(backend, allow_special_tokens=config.allow_special_tokens)
         self._separator = self._texts.control(config.separator)
-        self.separator_id = next(reversed(self.text_ids(self._separator)), None)
+        # under `segmentation: token` it ends a segment, as in the released code
+        self._separator_id = next(reversed(self.text_ids(self._separator)), None)
         self._one_string = config.truncation == "sequence" and config.segmentation == "token"
-        self.explicit_continues_query = not self._one_string
         if config.chat_template:
             self._require_texts_unchanged()
 
@@ -257,11 +250,8 @@ class PromptTokenizer:
         return self._wrap(_fill(self.config.document_template, {"document": as_read(text)}))
 
     def query_prompt(self, text: str, instruction: str) -> PromptTokens:
-        """The query prompt, at most `query_max_length` tokens.
-
-        Raises:
-            TokenizationError: when the templates and the instruction leave no room for the text.
-        """
+        """The query prompt, at most `query_max_length` tokens. Raises a TokenizationError when the
+        templates and the instruction leave no room for the text."""
         return self._prompt(
             lambda shorter: self._query_turn(shorter, instruction), text, "query_max_length"
         )
@@ -289,11 +279,10 @@ class PromptTokenizer:
         separators and each tokenised on its own, follow; EOS (no part of a segment) ends it. With
         `segmentation: token` the reasoning is tokenised whole and cut at separator tokens.
 
-        With `truncation: sequence` as well it is the released code instead: untruncated prompt
-        and reasoning are tokenised as one string and cut, the chain of thought is taken to start at
-        the *truncated* query's length, so a long query's tail counts as reasoning, and
-        `append_eos` ends the cut sequence as it does for queries. The EOS of
-        `append_eos_to_reasoning` comes on top, since there the model appends it.
+        With `truncation: sequence` as well it is as in the released code: untruncated prompt and
+        reasoning are one string, which is cut, and the chain of thought is taken to start at the
+        *truncated* query's length, so a long query's tail counts as reasoning. `append_eos` ends
+        the cut string; the EOS of `append_eos_to_reasoning`, which the model appends, comes on top.
 
         Raises:
             TokenizationError: when the query prompt and EOS alone exceed `explicit_max_length`.
@@ -308,7 +297,7 @@ class PromptTokenizer:
                 limit,
                 self.config.append_eos,
             )
-            ends = token_segment_ends(whole.ids, start, self.separator_id)
+            ends = token_segment_ends(whole.ids, start, self._separator_id)
             ids = whole.ids + [self.eos_id] * eos
             return ExplicitTokens(ids, ends, start, whole.truncated)
 
@@ -320,7 +309,8 @@ class PromptTokenizer:
             )
         by_text = self.config.segmentation == "text"
         ids, ends, truncated = list(query_ids), [], False
-        for segment in _segments(reasoning, self._separator) if by_text else [reasoning]:
+        *closed, tail = reasoning.split(self._separator) if by_text else [reasoning]
+        for segment in [*(part + self._separator for part in closed), tail]:
             segment_ids = self.text_ids(segment)
             kept = segment_ids[: room - (len(ids) - start)]
             truncated |= len(kept) < len(segment_ids)
@@ -328,11 +318,11 @@ class PromptTokenizer:
             if kept:
                 ends.append(len(ids) - 1)
         if not by_text:
-            ends = token_segment_ends(ids, start, self.separator_id)
+            ends = token_segment_ends(ids, start, self._separator_id)
         return ExplicitTokens(ids + [self.eos_id] * eos, ends, start, truncated)
 
     def checksum(self) -> str:
-        """Of the tokens that this makes of a sample, before any truncation: tells another
+        """A hash of the tokens that this makes of a sample, before any truncation: tells another
         tokenizer, chat template or prompt template from the same one."""
         sample = [
             self._whole(self._query_turn("Öl, 2 μm?", "Find"))[0],
@@ -467,12 +457,6 @@ def _fill(template: str, values: Mapping[str, str]) -> str:
     )
 
 
-def _segments(reasoning: str, separator: str) -> list[str]:
-    """Cuts after every separator; the parts join to `reasoning` again."""
-    *closed, tail = reasoning.split(separator)
-    return [part + separator for part in closed] + ([tail] if tail else [])
-
-
 def _character_end(offsets: Sequence[tuple[int, int]], keep: int) -> int:
     """Where the first `keep` tokens end in the text; a character of several tokens is not split."""
     while 0 < keep < len(offsets) and offsets[keep][0] < offsets[keep - 1][1]:
@@ -486,19 +470,10 @@ def right_pad(
     multiple: int,
     max_length: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of tokens as one right-padded array.
+    """B rows of tokens as one right-padded array: ids_BT int32 and lengths_B int32.
 
-    Args:
-        rows: B rows of token ids, none empty.
-        pad_id: fills the rest of a row.
-        multiple: T is the longest row's length rounded up to a multiple of this.
-        max_length: T is not rounded up beyond this; no row may be longer.
-
-    Returns:
-        ids_BT int32 and lengths_B int32.
-
-    Raises:
-        ValueError: no rows, an empty row, or one longer than `max_length`.
+    T is the longest row's length rounded up to a multiple of `multiple`, but not beyond
+    `max_length`. Raises a ValueError for no rows, an empty row, or one longer than `max_length`.
     """
     lengths_B = np.array([len(row) for row in rows], np.int32)
     if not rows or lengths_B.min() == 0:

@@ -43,13 +43,10 @@ def written_whole(path: Path) -> Iterator[Path]:
     """Gives the name of a temporary file beside `path`, which takes its place when the block ends.
 
     If the block or the move fails, the temporary file is removed and what stood at `path` stays. A
-    file that was moved is on the disk, so it outlives a power cut. Several processes can write one
-    file at once; the last one wins.
-
-    The temporary name is drawn by chance and made by this call, so that nobody else who can write
-    into the folder can have put a link there. Its writer holds a lock on it; one without, of a
-    process that was killed, is removed when the file is written again (where the file system has
-    locks: elsewhere it stays, see `parts_of`).
+    file that was moved outlives a power cut. Of several processes that write one file the last one
+    wins. The temporary name is drawn by chance, so that nobody can have put a link there. Its
+    writer holds a lock on it; one without, of a killed process, is removed when the file is written
+    again (where the file system has locks: elsewhere it stays, see `parts_of`).
 
     Raises:
         OSError: as in the block, and where it named no file (a full disk), naming `path`.
@@ -123,14 +120,9 @@ def write_atomically(path: Path, text: str) -> None:
 def read_state(path: Path, parse: Callable[[Any], T]) -> T | None:
     """What `parse` makes of a small JSON file in which a program of ours keeps its state.
 
-    Args:
-        parse: takes the values that the file holds, and raises a ValueError, KeyError or TypeError
-            on those that cannot be.
-
-    Returns:
-        None where the file is absent or damaged. The two are one case for every caller: what the
-        file held is derived again, or else it is missed and the message says what to do. Damage is
-        named on stderr.
+    `parse` raises a ValueError, KeyError or TypeError on values that cannot be. None stands for a
+    file that is absent or damaged, which are one case for every caller: what the file held is
+    derived again, or else it is missed and the message says what to do. Damage is named on stderr.
     """
     try:
         return parse(json.loads(path.read_text(encoding="utf-8")))
@@ -210,15 +202,9 @@ def no_link(path: str, flags: int) -> int:
 
 
 def lock(file: IO[Any], *, wait: bool) -> bool:
-    """Takes the kernel's lock on an open file. It ends when the file is closed or the process ends,
-    however that ends.
-
-    Returns:
-        Whether it was taken: not, where another process holds it and `wait` is False.
-
-    Raises:
-        OSError: the file system has no locks; says what to do.
-    """
+    """Takes the kernel's lock on an open file, which ends with the file or the process. Returns
+    whether it was taken: not, where another process holds it and `wait` is False. Raises an OSError
+    that says what to do where the file system has no locks."""
     try:
         return lock_descriptor(file.fileno(), blocking=wait)
     except OSError as error:

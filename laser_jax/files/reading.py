@@ -82,49 +82,41 @@ def raw_lines(
         ) from error
 
 
-def text_lines(path: str | Path) -> Iterator[tuple[str, str]]:
-    """Yields ("file:line", line) of a UTF-8 file, plain or .gz, line ends kept.
-
-    Raises:
-        FileNotFoundError: when the file is missing.
-        DataError: as `raw_lines`, and where a line is not UTF-8.
-    """
+def _located(path: str | Path) -> Iterator[tuple[str, bytes]]:
     path = Path(path)
     with open_lines(path) as file:
         for number, line in raw_lines(path, file):
-            yield f"{path}:{number}", decode(line, f"{path}:{number}")
+            yield f"{path}:{number}", line
+
+
+def text_lines(path: str | Path) -> Iterator[tuple[str, str]]:
+    """Yields ("file:line", line) of a UTF-8 file, plain or .gz, line ends kept. Raises a
+    FileNotFoundError, and a DataError as `raw_lines` and where a line is not UTF-8."""
+    return ((where, decode(line, where)) for where, line in _located(path))
 
 
 def json_lines(path: str | Path) -> Iterator[tuple[str, bytes]]:
-    """("file:line", line) of the lines of a file, plain or .gz, that are not blank."""
-    path = Path(path)
-    with open_lines(path) as file:
-        for number, line in raw_lines(path, file):
-            if not is_blank(line):
-                yield f"{path}:{number}", line
+    """Yields ("file:line", line) of the lines of a file, plain or .gz, that are not blank."""
+    return ((where, line) for where, line in _located(path) if not is_blank(line))
 
 
-def parse_json(content: bytes, where: str | Path) -> Any:
+def parse_json(content: bytes, where: str | Path, *, unique: bool = False) -> Any:
     """The value of a line, or of a record, of JSON. Of a key that stands twice the last counts.
 
     Raises:
-        DataError: not UTF-8 or no JSON, or with a number too long or lists too deep for Python.
+        DataError: not UTF-8 or no JSON, or with a number too long or lists too deep for Python; or
+            a key stands twice in an object though keys are to be `unique`.
     """
-    return _json(content, where)
+    text = decode(content, where)
+    try:
+        return json.loads(text, object_pairs_hook=_unique if unique else None)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not valid JSON: {error}") from error
 
 
 def read_json(path: Path) -> Any:
-    """The value that a JSON file of settings holds. Raises as `parse_json`, and a DataError where a
-    key stands twice in an object."""
-    return _json(path.read_bytes(), path, object_pairs_hook=_unique)
-
-
-def _json(content: bytes, where: str | Path, **options: Any) -> Any:
-    text = decode(content, where)
-    try:
-        return json.loads(text, **options)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not valid JSON: {error}") from error
+    """The value that a JSON file of settings holds. Raises as `parse_json` with unique keys."""
+    return parse_json(path.read_bytes(), path, unique=True)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
