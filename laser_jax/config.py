@@ -223,9 +223,6 @@ class ModelConfig:
     remat: Remat = "none"
     """What the backward pass recomputes: `none` keeps every activation, `dots` keeps the outputs of
     the weight matmuls, `full` keeps one input per layer and per thinking step."""
-    unroll_layers: bool = False
-    """Compiles the layers one behind the other instead of in a loop: takes minutes to compile and
-    spares the copies in and out of the loop; slower on the H200 that it was measured on."""
 
     def __post_init__(self) -> None:
         require(
@@ -387,9 +384,9 @@ class Config:
     def __post_init__(self) -> None:
         require(
             self.objective.views != "fast" or self._may_share_prefix,
-            "objective.views: fast wants the query's tokens to be a prefix of the explicit input's "
-            "and no dropout, which prompt.truncation: sequence, prompt.append_eos: true and "
-            "lora.dropout above 0 break; set objective.views: parity",
+            "objective.views: fast wants the query's tokens to be a prefix of the explicit "
+            "input's, which prompt.truncation: sequence and prompt.append_eos: true break; set "
+            "objective.views: parity",
         )
 
     @property
@@ -403,7 +400,7 @@ class Config:
     def _may_share_prefix(self) -> bool:
         shared = self.prompt.truncation == "content" and not self.prompt.append_eos
         needless = not self.objective.need_explicit_view
-        return (shared or needless) and not (self.lora and self.lora.dropout)
+        return shared or needless
 
 
 @dataclass(frozen=True)

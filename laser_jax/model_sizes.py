@@ -136,13 +136,9 @@ class LoraConfig:
     alpha: float = 32.0
     targets: tuple[str, ...] = PROJECTIONS
     rank_stabilised: bool = False
-    dropout: float = 0.0
-    """Share of an adapter's inputs that a training step zeroes. The views are then separate passes
-    (`objective.views: parity`, which `auto` takes)."""
 
     def __post_init__(self) -> None:
         require_in("[1, inf)", self, "lora.", "rank")
-        require_in("[0, 1)", self, "lora.", "dropout")
         unknown = sorted(set(self.targets) - set(PROJECTIONS))
         require(
             not unknown, f"lora.targets holds {unknown}; a subset of {list(PROJECTIONS)} is wanted"

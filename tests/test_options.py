@@ -17,7 +17,7 @@ from laser_jax.config import (
     RetrieverConfig,
     save_retriever_config,
 )
-from laser_jax.hf.weights import read_backbone_config
+from laser_jax.hf.directory import read_backbone_config
 from laser_jax.inference.options import EncoderOptions, local_mesh, read_retriever_config
 
 QWEN = {

@@ -37,7 +37,8 @@ from laser_jax.data.tokenization import (
 )
 from laser_jax.encoder import encode
 from laser_jax.files.reading import parse_yaml
-from laser_jax.hf.weights import read_backbone_config, save_params
+from laser_jax.hf.directory import read_backbone_config
+from laser_jax.hf.writing import save_params
 from laser_jax.inference.batch_encoder import LatentEncoder
 from laser_jax.inference.retriever import EncodingStats, LatentRetriever, OverlongTextError
 from laser_jax.modeling.backbone import Backbone

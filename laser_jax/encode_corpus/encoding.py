@@ -28,7 +28,8 @@ from laser_jax.encode_corpus.plan import (
 )
 from laser_jax.files.durable import Digest
 from laser_jax.files.reading import DataError
-from laser_jax.hf.weights import find_params, load_adapter, read_backbone_config, resolve_directory
+from laser_jax.hf.directory import read_backbone_config, resolve_directory
+from laser_jax.hf.reading import find_params, load_adapter
 from laser_jax.inference.batch_encoder import NotFiniteError
 from laser_jax.inference.options import EncoderOptions, LimitKey, require_positions
 from laser_jax.inference.retriever import EncodingStats, LatentRetriever, require_matching

@@ -20,7 +20,7 @@ from laser_jax.config import ConfigError, Dtype
 from laser_jax.data.tokenization import special_token_ids
 from laser_jax.data.tokenizer_files import save_tokenizer
 from laser_jax.files.terminal import fail
-from laser_jax.hf.weights import save_weights
+from laser_jax.hf.writing import save_weights
 from laser_jax.import_gguf.file import (
     PACKAGED,
     gguf_weights,

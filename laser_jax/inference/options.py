@@ -19,7 +19,7 @@ from laser_jax.config import (
     appended_thoughts,
     load_retriever_config,
 )
-from laser_jax.hf.weights import read_backbone_config, resolve_directory
+from laser_jax.hf.directory import read_backbone_config, resolve_directory
 from laser_jax.sharding import make_mesh
 
 LimitKey = Literal["query_max_length", "document_max_length"]

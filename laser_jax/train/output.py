@@ -49,7 +49,6 @@ CHANGEABLE = (
     "mesh",
     "model.attention",
     "model.remat",
-    "model.unroll_layers",
 )
 
 
