@@ -690,7 +690,7 @@ class Invocation:
 
 _HELP = {
     "dry_run": "compile for the asked mesh, print what it takes, train nothing",
-    "topology": "with --dry_run: absent devices to compile for, such as v5e:4x4 or h100:8",
+    "topology": "with --dry_run: absent TPUs to compile for, such as v5e:4x4",
     "devices": "with --dry_run: so many CPU devices instead of those that are there",
     "distributed": "this is one of several processes",
     "coordinator": "with --distributed: HOST:PORT of process 0; found out where it is left out",
