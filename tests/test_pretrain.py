@@ -114,7 +114,7 @@ def test_settings_that_an_older_release_did_not_have_count_as_their_defaults(
     file = Path(config.output) / "pretrain.json"
     written = file.read_text()
     older = json.loads(written)
-    del older["config"]["model"]["unroll_layers"]
+    del older["config"]["model"]["remat"]
     file.write_text(json.dumps(older))
     try:
         assert pretrain(config) == older
