@@ -11,7 +11,6 @@ import ast
 import dataclasses
 import importlib
 import inspect
-import logging
 import runpy
 import sys
 import textwrap
@@ -25,7 +24,7 @@ import yaml
 
 from laser_jax.config import Config
 from laser_jax.files.reading import DataError, parse_yaml, read_yaml
-from laser_jax.files.terminal import printable
+from laser_jax.files.terminal import configure_logging
 from laser_jax.settings import (
     ConfigError,
     MissingSettings,
@@ -43,8 +42,6 @@ from laser_jax.settings import (
 )
 
 C = TypeVar("C")
-LOG = logging.getLogger("laser_jax")
-
 _ROOMS = ("train", "encode_corpus", "search", "evaluate", "think", "rewrite", "prepare", "pretrain")
 _ROOMS += ("quickstart", "import_gguf")
 COMMANDS = {room.removesuffix("_corpus").replace("_", "-"): room for room in _ROOMS}
@@ -73,28 +70,6 @@ def _commands() -> str:
         purpose = importlib.import_module(f"laser_jax.{room}").__doc__ or ""
         lines.append(f"  {command:<12} {purpose.strip()}")
     return "\n".join(lines)
-
-
-# --- the log -----------------------------------------------------------------------------------
-
-
-class _OnStderr(logging.Handler):
-    """Writes to what `sys.stderr` is at the time, with control characters of data made visible."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        print(printable(self.format(record)), file=sys.stderr, flush=True)
-
-
-def configure_logging(process_index: int = 0) -> None:
-    """Sends what the logger `laser_jax` is told to stderr, with the time and the process's index.
-
-    Every command line calls it when it is parsed. A program of several processes calls it again
-    when its process knows its index.
-    """
-    handler = _OnStderr()
-    handler.setFormatter(logging.Formatter(f"%(asctime)s [{process_index}] %(message)s"))
-    LOG.handlers = [handler]
-    LOG.setLevel(logging.INFO)
 
 
 # --- settings ----------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ def test_a_signal_during_the_imports_ends_the_training_with_0(
         check=False,
     )
     said = f"{number.name}: stopped outside the steps; the same command goes on from there\n"
-    assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", said)
 
 
 def test_who_imports_a_program_keeps_its_signals() -> None:

@@ -80,7 +80,7 @@ def state(
 
 
 def open_checkpoints(directory: Path, *, keep: int = 2, **more: Any) -> Checkpoints:
-    return Checkpoints(directory, keep=keep, **({"base": BASE, "scores": {}} | more))
+    return Checkpoints(directory, keep=keep, **({"base": BASE} | more))
 
 
 def save(directory: Path, *states: TrainState, **more: Any) -> None:
@@ -176,13 +176,13 @@ def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
     scores: dict[int, float] = {}
     found = {1: 0.5, 2: 0.9, 4: 0.9, 5: 0.1}  # 2 is the first of equals
     for steps in ((1, 2, 3), (4, 5, 6)):  # over two runs
-        checkpoints = open_checkpoints(tmp_path, keep=1, scores=scores)
+        checkpoints = open_checkpoints(tmp_path, keep=1)
         for step in steps:
-            checkpoints.save(state(step, step=step), META)
+            checkpoints.save(state(step, step=step), META, scores)
             scores |= {s: score for s, score in found.items() if s == step}  # after the save
         checkpoints.close()
     assert steps_in(tmp_path) == ["2", "6"]
-    checkpoints = open_checkpoints(tmp_path, keep=1, scores=scores)
+    checkpoints = open_checkpoints(tmp_path, keep=1)
     assert_equal(checkpoints.restore_step(2, state(9))[0].trained, state(2).trained)
     checkpoints.close()
 
@@ -303,14 +303,14 @@ def file_size(path: Path) -> int:
 
 @drops_reads
 def test_the_fall_back_is_said_and_its_step_can_be_saved_again(
-    two_steps: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    two_steps: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     directory = shutil.copytree(two_steps, tmp_path / "copy")
     truncated(array_file(directory / "2"))
     checkpoints = open_checkpoints(directory)
     found, _ = checkpoints.restore(large(9)) or pytest.fail("nothing was restored")
     assert int(found.step) == 1
-    said = capfd.readouterr().err
+    said = caplog.text
     assert f"{directory / '2'} is damaged: " in said
     assert "2.damaged" in said
     checkpoints.save(large(3).replace(step=large(2).step), META)
@@ -359,7 +359,7 @@ def state(step):
     kernel = put(np.random.default_rng(step).normal(size=(256, 256)).astype(np.float32), "fsdp")
     count = put(np.int32(step))
     return TrainState(count, count, {"kernel": kernel}, None, {"mu": kernel})
-checkpoints = Checkpoints(sys.argv[3], keep=2, scores={}, base=None)
+checkpoints = Checkpoints(sys.argv[3], keep=2, base=None)
 restored = checkpoints.restore(state(9))
 if restored is None:
     checkpoints.save(state(1), {"samples": 1})

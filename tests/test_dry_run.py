@@ -27,8 +27,10 @@ from laser_jax.config import (
     ModelConfig,
     ObjectiveConfig,
     PromptConfig,
+    RetrieverConfig,
     ScratchConfig,
     TrainConfig,
+    save_retriever_config,
 )
 from laser_jax.data.pipeline import BatchSettings, training_batches
 from laser_jax.data.sources import open_sources
@@ -212,6 +214,7 @@ def test_without_rows_or_tokenizer_the_prompts_limits_count(
 def test_a_frozen_teacher_has_no_flops_by_formula(
     directory: Path, tmp_path: Path, uncompiled, capsys
 ) -> None:
+    save_retriever_config(RetrieverConfig(SCRATCH.backbone(SCRATCH.vocab_size)), tmp_path)
     objective = ObjectiveConfig(num_thinking_steps=K, teacher=str(tmp_path))
     found = dry_run(config("absent.jsonl", objective=objective), HERE)
     assert found["flops_per_step"] is None
@@ -279,6 +282,13 @@ def test_what_a_run_refuses_is_refused_here(directory: Path) -> None:
     for message, changes in refused.items():
         with pytest.raises(ConfigError, match=message):
             dry_run(config("absent.jsonl", **changes), HERE)
+
+
+def test_a_teacher_that_a_run_refuses_is_refused_here(tmp_path: Path) -> None:
+    save_retriever_config(RetrieverConfig(SCRATCH.backbone(269)), tmp_path)
+    objective = ObjectiveConfig(num_thinking_steps=K, teacher=str(tmp_path))
+    with pytest.raises(ConfigError, match="has 269 tokens and the model 270"):
+        dry_run(config("absent.jsonl", objective=objective), HERE)
 
 
 def test_an_absent_model_without_a_name_is_named() -> None:

@@ -26,7 +26,13 @@ from laser_jax.config import (
     TrainConfig,
 )
 from laser_jax.step import init_state
-from laser_jax.train.layout import Layout, describe_mesh, lay_out, number_of_steps
+from laser_jax.train.layout import (
+    Layout,
+    describe_mesh,
+    device_state_bytes,
+    lay_out,
+    number_of_steps,
+)
 
 SCRATCH = ScratchConfig(
     hidden_size=16,
@@ -70,23 +76,22 @@ def bytes_on(device: Any, tree: Any) -> int:
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)], ids=["full", "lora"])
 def test_a_real_state_is_as_large_as_it_was_laid_out(lora: LoraConfig | None) -> None:
-    laid = lay(
-        lora=lora,
-        mesh=MeshConfig(2, 2, 2),
-        model=ModelConfig(scratch=SCRATCH, param_dtype="bfloat16"),
-    )
+    settings = {"lora": lora, "model": ModelConfig(scratch=SCRATCH, param_dtype="bfloat16")}
+    laid = lay(mesh=MeshConfig(2, 2, 2), **settings)
     with jax.numpy_dtype_promotion("standard"):
         state = init_state(laid.backbone, laid.optimizer, laid.abstract, 0, None)
     for abstract, leaf in zip(jax.tree.leaves(laid.abstract), jax.tree.leaves(state), strict=True):
         assert (abstract.shape, abstract.dtype) == (leaf.shape, leaf.dtype)
         assert leaf.sharding.is_equivalent_to(abstract.sharding, leaf.ndim)
     gradient = state.trained
-    assert laid.state_bytes() == sum(a.nbytes for a in jax.tree.leaves((state, gradient)))
-    shares = {laid.device_state_bytes()} | {
+    whole = sum(a.nbytes for a in jax.tree.leaves((state, gradient)))
+    one = lay_out(config(**settings), BACKBONE, STEPS, jax.devices()[:1])
+    assert device_state_bytes(one.abstract) == whole
+    shares = {device_state_bytes(laid.abstract)} | {
         bytes_on(device, (state, gradient)) for device in jax.devices()
     }
     assert len(shares) == 1
-    assert shares.pop() < laid.state_bytes() / 2
+    assert shares.pop() < whole / 2
     trained = sum(a.size for a in jax.tree.leaves(state.trained))
     frozen = sum(a.size for a in jax.tree.leaves(state.frozen))
     assert laid.parameters == (trained, trained + frozen)
@@ -120,7 +125,8 @@ def test_the_settings_reach_the_model() -> None:
 
 def test_auto_splits_over_as_few_devices_as_hold_the_state(monkeypatch) -> None:
     assert lay().mesh.shape["fsdp"] == 1  # a CPU's memory is not known
-    state = lay().state_bytes()
+    one = lay_out(config(), BACKBONE, STEPS, jax.devices()[:1])
+    state = device_state_bytes(one.abstract)
     for room, fsdp in ((2 * state, 1), (state, 2), (state // 2, 4), (state // 100, 8)):
         monkeypatch.setattr(layout_module, "device_bytes", lambda device, room=room: room)
         assert dict(lay().mesh.shape) == {"data": 8 // fsdp, "fsdp": fsdp, "tensor": 1}

@@ -17,6 +17,7 @@ import pytest
 from flax import linen as nn
 from safetensors.numpy import load_file
 
+import laser_jax.train.model as model_module
 from laser_jax.command_line import parse_command_line
 from laser_jax.config import (
     ConfigError,
@@ -30,7 +31,7 @@ from laser_jax.hf.directory import read_backbone_config
 from laser_jax.hf.reading import load_params
 from laser_jax.modeling.backbone import Backbone
 from laser_jax.pretrain import run as program
-from laser_jax.pretrain.run import pretrain, written_right
+from laser_jax.pretrain.run import exact_match, pretrain
 from laser_jax.pretrain.texts import LanguageRows
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -100,10 +101,11 @@ def test_the_backbone_is_a_hugging_face_directory_with_tokenizer(config, report)
     assert len(load_tokenizer(config.output)) == backbone.vocab_size
 
 
-def test_a_finished_run_is_recognised_and_not_repeated(config, report, capsys) -> None:
+def test_a_finished_run_is_recognised_and_not_repeated(config, report, caplog) -> None:
     before = {p: p.stat().st_mtime_ns for p in Path(config.output).rglob("*")}
+    caplog.set_level("INFO", logger="laser_jax")
     assert pretrain(config) == report
-    assert "already trained" in capsys.readouterr().out
+    assert "already trained" in caplog.text
     assert {p: p.stat().st_mtime_ns for p in Path(config.output).rglob("*")} == before
 
 
@@ -113,7 +115,7 @@ def test_settings_that_an_older_release_did_not_have_count_as_their_defaults(
     file = Path(config.output) / "pretrain.json"
     written = file.read_text()
     older = json.loads(written)
-    del older["config"]["model"]["attention"]
+    del older["config"]["model"]["remat"]
     file.write_text(json.dumps(older))
     try:
         assert pretrain(config) == older
@@ -144,7 +146,7 @@ def test_a_damaged_report_is_no_finished_run(config, tmp_path, capsys, monkeypat
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b"half")])
 def test_a_finished_run_whose_weights_are_lost_is_trained_again(
-    config, report, tmp_path, capsys, monkeypatch, damage
+    config, report, tmp_path, caplog, monkeypatch, damage
 ) -> None:
     output = shutil.copytree(config.output, tmp_path / "run")
     moved = dataclasses.replace(config, output=str(output))
@@ -153,7 +155,7 @@ def test_a_finished_run_whose_weights_are_lost_is_trained_again(
     monkeypatch.setattr(program, "read_language_rows", lambda _: pytest.exit("trains"))
     with pytest.raises(pytest.exit.Exception, match="trains"):
         pretrain(moved)
-    assert "The backbone is trained again" in capsys.readouterr().err
+    assert "The backbone is trained again" in caplog.text
 
 
 def test_a_backbone_of_nan_is_no_finished_run(config, report, tmp_path) -> None:
@@ -199,7 +201,7 @@ def test_a_row_is_right_when_all_that_counts_is_what_greedy_decoding_writes() ->
     predict_BT = np.tile(np.arange(length) >= start, (5, 1))
 
     def share(ids_BT: np.ndarray) -> float:
-        return written_right(backbone, variables, LanguageRows(ids_BT, predict_BT), 2)
+        return exact_match(backbone, variables, LanguageRows(ids_BT, predict_BT), 2)
 
     assert share(ids_BT) == 1.0
     ids_BT[1, -1] = (ids_BT[1, -1] + 1) % 40  # one wrong token, the last
@@ -249,7 +251,7 @@ def test_every_setting_of_the_model_counts(config, report, tmp_path, monkeypatch
         trained.append(backbone)
         return loss(backbone, *args)
 
-    monkeypatch.setattr(program, "resolve_directory", hub.__getitem__)
+    monkeypatch.setattr(model_module, "resolve_directory", hub.__getitem__)
     monkeypatch.setattr(program, "_loss", recorded)
     asked = {"remat": "full", "attention": "xla"}
     model = ModelConfig(path="mine/tiny", param_dtype="bfloat16", **asked)

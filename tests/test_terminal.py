@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
 
-from laser_jax.files.terminal import fail, printable
+from laser_jax.files.terminal import configure_logging, fail, printable
 
 PROGRAMS = Path(__file__).resolve().parents[1] / "laser_jax"
 
@@ -27,3 +28,17 @@ def test_every_program_ends_so() -> None:
     """An error's message may quote an id or a file's name as it is."""
     for path in PROGRAMS.rglob("*.py"):
         assert 'f"error: {error}' not in path.read_text(encoding="utf-8"), path
+
+
+def test_progress_goes_to_stderr_with_the_time_and_the_process(capsys) -> None:
+    logger = logging.getLogger("laser_jax")
+    before = logger.handlers, logger.level
+    try:
+        configure_logging(3)
+        logging.getLogger("laser_jax.train.loop").info("step %d of %s", 1, "\x1b[2J")
+    finally:
+        logger.handlers, level = before
+        logger.setLevel(level)
+    out, err = capsys.readouterr()
+    assert (out, err[:2]) == ("", "20")
+    assert err.endswith(r" [3] step 1 of \x1b[2J" + "\n")

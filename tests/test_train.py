@@ -14,7 +14,6 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -25,15 +24,20 @@ from jax.profiler import ProfileData
 from safetensors.numpy import load_file, save_file
 
 import laser_jax
+import laser_jax.train.export as export
+import laser_jax.train.loop as loop
 import laser_jax.train.run as program
+import laser_jax.train.setup as setup
 from laser_jax.command_line import parse_command_line
-from laser_jax.config import Config, RetrieverConfig
+from laser_jax.config import Config, MeshConfig, RetrieverConfig
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, right_pad
 from laser_jax.encoder import load_pretrained
 from laser_jax.hf.reading import load_adapter
 from laser_jax.inference.batch_encoder import LatentEncoder
+from laser_jax.sharding import make_mesh
 from laser_jax.train.checkpoint import CheckpointError
-from laser_jax.train.output import OutputError
+from laser_jax.train.output import OutputError, StepLog, logged_lines
+from laser_jax.train.selection import TrainedEncoder
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 ABLATIONS = sorted((CONFIGS / "ablation").glob("*.yaml"))
@@ -74,6 +78,11 @@ def _kept_signal_handlers() -> Iterator[None]:
     yield
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def _progress_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="laser_jax")
 
 
 @pytest.fixture(autouse=True)
@@ -178,9 +187,9 @@ def finish(run, output: Path, *more: str) -> Finished:
         encoders.append(encoder)
         return retrieval_runs(encoder, *args, **kwargs)
 
-    retrieval_runs = program.retrieval_runs
+    retrieval_runs = export.retrieval_runs
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
-        patch.setattr(program, "retrieval_runs", record)
+        patch.setattr(export, "retrieval_runs", record)
         return Finished(output, run(output, *more), *encoders)
 
 
@@ -254,10 +263,10 @@ def test_a_run_writes_its_config_metrics_and_results(full: Finished, lora: Finis
     assert not (full.output / "adapter").exists()
 
 
-def test_a_finished_run_is_not_trained_again(full: Finished, run, capsys) -> None:
+def test_a_finished_run_is_not_trained_again(full: Finished, run, caplog) -> None:
     weights = (full.output / "model" / "model.safetensors").read_bytes()
     again = run(full.output)
-    assert "resumed at step 4" in capsys.readouterr().out
+    assert "resumed at step 4" in caplog.text
     assert again["metrics"] == full.results["metrics"]
     assert again["scores"] == full.results["scores"]
     assert (full.output / "model" / "model.safetensors").read_bytes() == weights
@@ -268,7 +277,7 @@ def test_a_finished_run_is_not_trained_again(full: Finished, run, capsys) -> Non
 
 def stop_before_batch(number: int, patch: pytest.MonkeyPatch) -> None:
     """Sends this process a SIGTERM while the batch of step `number` is fetched."""
-    training_batches = program.training_batches
+    training_batches = setup.training_batches
 
     class Stopping:
         def __init__(self, batches: Any):
@@ -286,7 +295,7 @@ def stop_before_batch(number: int, patch: pytest.MonkeyPatch) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
             return next(self._batches)
 
-    patch.setattr(program, "training_batches", lambda *a, **k: Stopping(training_batches(*a, **k)))
+    patch.setattr(setup, "training_batches", lambda *a, **k: Stopping(training_batches(*a, **k)))
 
 
 def saved_state(output: Path, step: int) -> Any:
@@ -294,7 +303,7 @@ def saved_state(output: Path, step: int) -> Any:
 
 
 @pytest.mark.parametrize(("kind", "flags"), [("full", ()), ("lora", LORA)])
-def test_a_stopped_run_goes_on_bit_for_bit(kind, flags, request, run, tmp_path, capsys) -> None:
+def test_a_stopped_run_goes_on_bit_for_bit(kind, flags, request, run, tmp_path, caplog) -> None:
     whole: Finished = request.getfixturevalue(kind)
     output = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
@@ -302,11 +311,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(kind, flags, request, run, tmp_path, 
         with pytest.raises(SystemExit) as caught:
             run(output, *flags, *NO_EVAL)
     assert caught.value.code == 0
-    assert "SIGTERM: saved at step 3 of 4" in capsys.readouterr().out
+    assert "SIGTERM: saved at step 3 of 4" in caplog.text
     assert not (output / "model").exists()
 
     run(output, *flags, *NO_EVAL)
-    assert "resumed at step 3" in capsys.readouterr().out
+    assert "resumed at step 3" in caplog.text
     for name in ("model/model.safetensors", "model/tokenizer.json"):
         assert (output / name).read_bytes() == (whole.output / name).read_bytes(), name
     assert metrics_of(output) == metrics_of(whole.output)
@@ -317,7 +326,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(kind, flags, request, run, tmp_path, 
 def test_lines_after_the_checkpoint_are_dropped_from_the_log(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write_jsonl(path, [{"step": step, "loss": 0.5} for step in (10, 20, 30)])
-    log = program.StepLog(path, program.logged_lines(path, 20))
+    log = StepLog(path, logged_lines(path, 20))
     log.write({"step": 30, "loss": 0.25})
     log.close()
     assert [(m["step"], m["loss"]) for m in metrics_of(tmp_path)] == [
@@ -376,7 +385,7 @@ def score_as_chosen(
             os.kill(os.getpid(), signal.SIGTERM)
         return {"nDCG@10": CHOSEN[step], "Recall@100": 1.0, "Hit@1": 0.0}
 
-    patch.setattr(program, "score_dev", score_dev)
+    patch.setattr(loop, "score_dev", score_dev)
     return ranked
 
 
@@ -423,7 +432,7 @@ def test_ranking_changes_nothing_of_what_is_trained(best: Finished, full: Finish
 
 @pytest.mark.parametrize("stop_at", [2, 4])
 def test_a_run_that_is_stopped_while_it_ranks_ranks_that_step_first(
-    stop_at: int, best: Finished, run, tmp_path, capsys
+    stop_at: int, best: Finished, run, tmp_path, caplog
 ) -> None:
     output, flags = tmp_path / "run", (*EVERY_STEP, "--train.export", "best")
     with pytest.MonkeyPatch.context() as patch:
@@ -431,7 +440,7 @@ def test_a_run_that_is_stopped_while_it_ranks_ranks_that_step_first(
         with pytest.raises(SystemExit) as caught:
             run(output, *flags)
     assert caught.value.code == 0
-    assert "SIGTERM: stopped outside the steps" in capsys.readouterr().out
+    assert "SIGTERM: stopped outside the steps" in caplog.text
     assert ranked == list(range(1, stop_at + 1))
     assert str(stop_at) in checkpoints_of(output)
     assert evaluations_of(output) == list(CHOSEN.items())[: stop_at - 1]
@@ -439,7 +448,7 @@ def test_a_run_that_is_stopped_while_it_ranks_ranks_that_step_first(
     with pytest.MonkeyPatch.context() as patch:
         ranked = score_as_chosen(patch, first=stop_at)
         results = run(output, *flags)
-    assert f"resumed at step {stop_at}" in capsys.readouterr().out
+    assert f"resumed at step {stop_at}" in caplog.text
     assert ranked == list(range(stop_at, STEPS + 1))
     for name in ("evaluations.jsonl", "model/model.safetensors"):
         assert (output / name).read_bytes() == (best.output / name).read_bytes(), name
@@ -448,7 +457,7 @@ def test_a_run_that_is_stopped_while_it_ranks_ranks_that_step_first(
     assert results["scores"] == best.results["scores"]
 
 
-def test_patience_ends_a_run_for_good(best: Finished, run, tmp_path, capsys) -> None:
+def test_patience_ends_a_run_for_good(best: Finished, run, tmp_path, caplog) -> None:
     output, flags = tmp_path / "run", (*EVERY_STEP, *NO_TABLE, "--train.patience", "1")
     with pytest.MonkeyPatch.context() as patch:
         ranked = score_as_chosen(patch)
@@ -462,7 +471,7 @@ def test_patience_ends_a_run_for_good(best: Finished, run, tmp_path, capsys) -> 
         ranked = score_as_chosen(patch, first=3)
         again = run(output, *flags)
     assert ranked == [3]  # the score of the last step is in no checkpoint
-    assert "resumed at step 3" in capsys.readouterr().out
+    assert "resumed at step 3" in caplog.text
     assert again["metrics"] == results["metrics"]
     assert again["compile_seconds"] == {}
     assert metrics_of(output) == metrics_of(best.output)[:3]
@@ -507,12 +516,12 @@ def truncate_arrays(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("damage", [shutil.rmtree, truncate_arrays])
 def test_without_the_best_checkpoint_the_best_of_the_others_is_exported(
-    best: Finished, best_again, tmp_path: Path, capsys, damage: Any
+    best: Finished, best_again, tmp_path: Path, caplog, damage: Any
 ) -> None:
     checkpoint = tmp_path / "run" / "checkpoints" / "2"
     damage(checkpoint)
     results = best_again()
-    said = capsys.readouterr().out
+    said = caplog.text
     assert (results["exported_step"], results["best_step"]) == (4, 2)
     assert f"{checkpoint} is damaged: " in said
     assert "step 4 is the best on dev of those that are whole. Bring the checkpoint" in said
@@ -560,7 +569,7 @@ def test_the_second_ranking_compiles_nothing(run, tmp_path, monkeypatch) -> None
         if event.endswith("backend_compile_duration"):
             compiled.append(event)
 
-    score_dev, counts = program.score_dev, []
+    score_dev, counts = loop.score_dev, []
 
     def counting(*arguments: Any) -> dict[str, float]:
         before = len(compiled)
@@ -568,7 +577,7 @@ def test_the_second_ranking_compiles_nothing(run, tmp_path, monkeypatch) -> None
         counts.append(len(compiled) - before)
         return scores
 
-    monkeypatch.setattr(program, "score_dev", counting)
+    monkeypatch.setattr(loop, "score_dev", counting)
     jax.monitoring.register_event_duration_secs_listener(record)
     try:
         results = run(tmp_path / "run", "--train.eval_every", "2", *NO_TABLE)
@@ -581,26 +590,20 @@ def test_the_second_ranking_compiles_nothing(run, tmp_path, monkeypatch) -> None
 
 
 def test_between_rankings_one_device_keeps_no_copy_of_the_weights(
-    full, arguments, tmp_path, monkeypatch, compilations
+    full, arguments, tmp_path, compilations
 ) -> None:
     variables, retriever = load_pretrained(full.output / "model")
-    monkeypatch.setattr(program, "_retriever_config", lambda *_: retriever)
-    run: Any = SimpleNamespace(
-        config=parse_command_line(Config, "train", arguments(tmp_path)),
-        layout=SimpleNamespace(mesh=SimpleNamespace(size=1)),
-        state=SimpleNamespace(variables=variables),
-        encoder=None,
-    )
-    encoder = program._encoder(run)
+    config = parse_command_line(Config, "train", arguments(tmp_path))
+    trained = TrainedEncoder(config, retriever, make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]))
+    encoder = trained.of(variables)
     vectors = encoder.encode_tokens([[1, 2, 3]], [2])
     copies = [weakref.ref(leaf) for leaf in jax.tree.leaves(encoder._variables)]
     del encoder
     gc.collect()
     assert {copy() for copy in copies} == {None}
     with compilations() as compiled:
-        np.testing.assert_array_equal(
-            program._encoder(run).encode_tokens([[1, 2, 3]], [2]), vectors
-        )
+        again = trained.of(variables).encode_tokens([[1, 2, 3]], [2])
+        np.testing.assert_array_equal(again, vectors)
     assert compiled == []
 
 
@@ -764,20 +767,20 @@ def test_a_query_without_instruction_is_named_before_training(
     assert not (tmp_path / "run").exists()
 
 
-def test_both_rankings_follow_the_rule_on_ids_and_say_so(data, arguments, tmp_path, capsys) -> None:
+def test_both_rankings_follow_the_rule_on_ids_and_say_so(data, arguments, tmp_path, caplog) -> None:
     folder = shutil.copytree(data, tmp_path / "data")
     for name in ("queries.jsonl", "qrels/dev.tsv", "qrels/test.tsv"):
         (folder / name).write_text((folder / name).read_text().replace("q1", "d2"))
     more = ("--data.eval", str(folder), "--train.eval_every", "2")
     parse = functools.partial(parse_command_line, Config, "train")
     config = parse(arguments(tmp_path / "run", *more))
-    for dataset in program._read_evaluation(config):
+    for dataset in setup.read_evaluation(config):
         assert dataset.exclusions()["d2"] == ("d2",)
-    out = capsys.readouterr().out
+    out = caplog.text
     for split in ("dev", "test"):
         assert f"({split}), documents with the id of their query, dropped from its ranking" in out
     config = parse(arguments(tmp_path / "run", *more, "--data.ignore_identical_ids", "false"))
-    assert program._read_evaluation(config)[1].exclusions()["d2"] == ()
+    assert setup.read_evaluation(config)[1].exclusions()["d2"] == ()
 
 
 def edit_json(path: Path, **changes: Any) -> None:
@@ -900,7 +903,7 @@ def test_other_training_rows_are_refused_on_resume(
 
 
 def test_what_a_checkpoint_of_an_older_release_does_not_hold_is_not_compared(tmp_path) -> None:
-    program._require_same_inputs({"samples": 8}, {"weights of objective.teacher": "1"}, tmp_path)
+    setup.require_same_inputs({"samples": 8}, {"weights of objective.teacher": "1"}, tmp_path)
 
 
 def test_the_output_of_another_config_is_refused_and_kept(full, arguments, capsys) -> None:

@@ -1,7 +1,8 @@
-"""Texts of data on a terminal: shown, not obeyed."""
+"""What programs say: texts of data are shown, not obeyed, and progress goes to stderr."""
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from typing import NoReturn
@@ -17,6 +18,26 @@ def printable(text: object) -> str:
     could move the cursor over what was said, set the clipboard, or hide a part of the text.
     """
     return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], str(text))
+
+
+class _OnStderr(logging.Handler):
+    """Writes to what `sys.stderr` is at the time, with control characters of data made visible."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(printable(self.format(record)), file=sys.stderr, flush=True)
+
+
+def configure_logging(process_index: int = 0) -> None:
+    """Sends what the logger `laser_jax` is told to stderr, with time and process index.
+
+    Every command line calls it when it is parsed. A program of several processes calls it again
+    when its process knows its index.
+    """
+    handler = _OnStderr()
+    handler.setFormatter(logging.Formatter(f"%(asctime)s [{process_index}] %(message)s"))
+    logger = logging.getLogger("laser_jax")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
 
 
 def fail(error: object) -> NoReturn:

@@ -8,8 +8,8 @@ recognised by its config and not repeated.
 from __future__ import annotations
 
 import json
+import logging
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,23 +24,12 @@ from tqdm import tqdm
 
 from laser_jax.command_line import parse_command_line
 from laser_jax.config import ConfigError, PretrainConfig, as_dict
-from laser_jax.data.tokenization import (
-    PromptTokenizer,
-    Tokenizer,
-    load_tokenizer_for,
-    query_content,
-    special_token_ids,
-    train_tokenizer,
-)
-from laser_jax.data.tokenizer_files import save_tokenizer
+from laser_jax.data.tokenization import PromptTokenizer, query_content
 from laser_jax.evaluate.beir import read_beir
-from laser_jax.files.durable import folder_written_whole, read_state, write_atomically
-from laser_jax.files.terminal import fail
-from laser_jax.hf.adapters import merged_adapters
-from laser_jax.hf.directory import HFError, read_backbone_config, resolve_directory
+from laser_jax.files.durable import read_state, write_atomically
+from laser_jax.files.terminal import configure_logging, fail
+from laser_jax.hf.directory import HFError, read_backbone_config
 from laser_jax.hf.reading import find_params, load_params
-from laser_jax.hf.writing import save_params
-from laser_jax.modeling.attention import choose_kernel
 from laser_jax.modeling.backbone import Backbone, Variables, apply
 from laser_jax.pretrain.texts import (
     LanguageRows,
@@ -51,8 +40,11 @@ from laser_jax.pretrain.texts import (
 )
 from laser_jax.settings import changes, listed
 from laser_jax.step import learning_rate_schedule, make_optimizer
+from laser_jax.train.model import build_backbone, save_model, starting_model
 
 REPORT = "pretrain.json"
+
+_log = logging.getLogger(__name__)
 
 
 class PretrainingError(RuntimeError):
@@ -83,7 +75,7 @@ def _batches(rows: LanguageRows, batch_size: int, seed: int) -> Iterator[Languag
         yield jax.tree.map(lambda a, chosen=chosen: a[chosen], rows)
 
 
-def written_right(
+def exact_match(
     backbone: Backbone, variables: Variables, rows: LanguageRows, batch_size: int
 ) -> float:
     """The share of rows whose every predicted token is the likeliest one, given those before it:
@@ -94,14 +86,11 @@ def written_right(
         logits, targets, counted = _predictions(backbone, variables["params"], rows)
         return ((logits.argmax(-1) == targets) | ~counted).all(axis=1)
 
-    total = len(rows.ids_BT)
-    pad = -total % batch_size
-    padded = jax.tree.map(lambda a: np.concatenate([a, np.repeat(a[:1], pad, axis=0)]), rows)
     parts = [
-        np.asarray(right(variables, jax.tree.map(lambda a, i=i: a[i : i + batch_size], padded)))
-        for i in range(0, total + pad, batch_size)
+        np.asarray(right(variables, jax.tree.map(lambda a, i=i: a[i : i + batch_size], rows)))
+        for i in range(0, len(rows.ids_BT), batch_size)
     ]
-    return float(np.concatenate(parts)[:total].mean())
+    return float(np.concatenate(parts).mean())
 
 
 def _finished(config: PretrainConfig) -> dict[str, Any] | None:
@@ -125,7 +114,7 @@ def _finished(config: PretrainConfig) -> dict[str, Any] | None:
     try:
         find_params(Path(config.output), read_backbone_config(config.output))
     except (HFError, FileNotFoundError) as error:
-        print(f"{error}\nThe backbone is trained again", file=sys.stderr)
+        _log.warning("%s\nThe backbone is trained again", error)
         return None
     return report
 
@@ -138,49 +127,88 @@ def _require_finite(step: int, loss: float, config: PretrainConfig) -> None:
         )
 
 
-def _starting_point(
+def _texts_of(
     config: PretrainConfig, texts: Sequence[str], reasonings: Sequence[WrittenReasoning]
-) -> tuple[Tokenizer, Backbone, Any]:
-    """The tokenizer, the model and its parameters: those of `model.path`, or from scratch, where
-    the parameters are None until they are drawn."""
-    model, params = config.model, None
-    if model.path is not None:
-        directory = resolve_directory(model.path)
-        backbone_config = read_backbone_config(directory)
-        model.require_named_backbone(backbone_config)
-        tokenizer = load_tokenizer_for(directory, backbone_config)
-        params = load_params(directory, backbone_config, dtype=np.dtype(np.float32))
-    else:
-        assert model.scratch is not None
-        written = [
-            text
-            for r in reasonings
-            for text in (
-                r.text
-                if r.instruction is None
-                else query_content(r.text, r.instruction, config.prompt),
-                r.reasoning,
-            )
-        ]
-        tokenizer = train_tokenizer([*texts, *written], model.scratch.vocab_size)
-        backbone_config = model.scratch.backbone(len(tokenizer))
-    if config.row_length > backbone_config.max_position_embeddings:
+) -> list[str]:
+    """All that a tokenizer can be learned from."""
+    found = list(texts)
+    for item in reasonings:
+        text = item.text
+        if item.instruction is not None:
+            text = query_content(text, item.instruction, config.prompt)
+        found += (text, item.reasoning)
+    return found
+
+
+def _training_rows(
+    config: PretrainConfig,
+    texts: Sequence[str],
+    reasonings: Sequence[WrittenReasoning],
+    prompts: PromptTokenizer,
+) -> LanguageRows:
+    """The rows of an epoch: texts, and reasonings about documents, stand there repeatedly."""
+    parts = []
+    if texts:
+        parts.append(pack_texts(texts, prompts, config.row_length, config.text_repeats))
+    about_documents = [item for item in reasonings if item.instruction is None]
+    repeated = [*reasonings, *about_documents * (config.text_repeats - 1)]
+    if repeated:
+        parts.append(reasoning_rows(repeated, prompts, config.row_length))
+    return jax.tree.map(lambda *a: np.concatenate(a), *parts)
+
+
+def _held_out_rows(config: PretrainConfig, prompts: PromptTokenizer) -> LanguageRows | None:
+    """The reasonings of the evaluation's queries, or None without one."""
+    if config.eval is None:
+        return None
+    queries = read_beir(config.eval, config.eval_split).queries.values()
+    unseen = [
+        WrittenReasoning(q.text, q.reasoning, q.instruction or "") for q in queries if q.reasoning
+    ]
+    if not unseen:
         raise ConfigError(
-            f"row_length is {config.row_length}, and the model has "
-            f"{backbone_config.max_position_embeddings} positions; lower row_length"
+            f"eval: no {config.eval_split} query in {config.eval} carries a reasoning; leave "
+            "eval out"
         )
-    kernel, reason = choose_kernel(
-        model.attention, jax.default_backend(), model.dtype, backbone_config.head_dim
-    )
-    print(f"attention: {kernel} ({reason})")
-    backbone = Backbone(
-        backbone_config,
-        dtype=jnp.dtype(model.dtype),
-        attention=kernel,
-        remat=model.remat,
-        reverse_only=True,
-    )
-    return tokenizer, backbone, params
+    return reasoning_rows(unseen, prompts, config.row_length)
+
+
+def _starting_params(
+    config: PretrainConfig, directory: Path | None, backbone: Backbone
+) -> dict[str, Any]:
+    """The parameters that training begins from: those in `directory`, or drawn from the seed."""
+    if directory is not None:
+        return load_params(directory, backbone.config, dtype=np.dtype(np.float32))
+    ids = jnp.zeros((1, 8), jnp.int32)
+    draw = jax.jit(lambda key: nn.meta.unbox(backbone.init(key, ids))["params"])
+    return draw(jax.random.key(config.seed))
+
+
+def _take_steps(
+    config: PretrainConfig, backbone: Backbone, params: Any, rows: LanguageRows
+) -> tuple[Any, float]:
+    """Trains for `steps` steps, and returns the parameters and the last loss, all finite."""
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    schedule = learning_rate_schedule(config.optimizer, config.steps)
+
+    @jax.jit
+    def step_fn(params: Any, opt_state: Any, rows: LanguageRows) -> tuple[Any, Any, jax.Array]:
+        loss, grads = jax.value_and_grad(lambda p: _loss(backbone, p, rows))(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    opt_state, loss = optimizer.init(params), jnp.zeros(())
+    batches = _batches(rows, config.batch_size, config.seed)
+    progress = tqdm(range(1, config.steps + 1), desc="pretrain", unit="step", mininterval=1.0)
+    for step in progress:
+        params, opt_state, loss = step_fn(params, opt_state, next(batches))
+        if step % config.log_every == 0:
+            _require_finite(step, float(loss), config)
+            progress.set_postfix(loss=f"{float(loss):.3f}", lr=f"{np.asarray(schedule(step)):.1e}")
+    # no loss has shown yet what the last update has made
+    finite = all(jnp.isfinite(a).all() for a in jax.tree.leaves(params))
+    _require_finite(config.steps, float(loss) if finite else math.nan, config)
+    return params, float(loss)
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
@@ -193,90 +221,44 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """
     output = Path(config.output)
     if finished := _finished(config):
-        print(f"{output}: already trained with this config")
+        _log.info("%s: already trained with this config", output)
         return finished
     texts, reasonings = read_language_rows(config.texts)
-    tokenizer, backbone, params = _starting_point(config, texts, reasonings)
-    prompts = PromptTokenizer(tokenizer, config.prompt)
-    parts = []
-    if texts:
-        parts.append(pack_texts(texts, prompts, config.row_length, config.text_repeats))
-    about_documents = [r for r in reasonings if r.instruction is None]
-    repeated = [*reasonings, *about_documents * (config.text_repeats - 1)]
-    if repeated:
-        parts.append(reasoning_rows(repeated, prompts, config.row_length))
-    rows = jax.tree.map(lambda *a: np.concatenate(a), *parts)
-    held_out = None
-    if config.eval is not None:
-        queries = read_beir(config.eval, config.eval_split).queries.values()
-        unseen = [
-            WrittenReasoning(q.text, q.reasoning, q.instruction or "")
-            for q in queries
-            if q.reasoning
-        ]
-        if not unseen:
-            raise ConfigError(
-                f"eval: no {config.eval_split} query in {config.eval} carries a reasoning; leave "
-                "eval out"
-            )
-        held_out = reasoning_rows(unseen, prompts, config.row_length)
-
-    if params is None:
-        ids = jnp.zeros((1, 8), jnp.int32)
-        params = jax.jit(lambda key: nn.meta.unbox(backbone.init(key, ids))["params"])(
-            jax.random.key(config.seed)
-        )
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    schedule = learning_rate_schedule(config.optimizer, config.steps)
-
-    @jax.jit
-    def step_fn(params: Any, opt_state: Any, rows: LanguageRows) -> tuple[Any, Any, jax.Array]:
-        loss, grads = jax.value_and_grad(lambda p: _loss(backbone, p, rows))(params)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, loss
-
-    count = sum(a.size for a in jax.tree.leaves(params))
-    print(
-        f"{len(texts)} texts and {len(reasonings)} reasonings in {len(rows.ids_BT)} rows of "
-        f"{config.row_length} tokens; vocabulary {len(tokenizer)}; {count:,} parameters"
+    directory, tokenizer, sizes = starting_model(
+        config.model, lambda: _texts_of(config, texts, reasonings)
     )
-    opt_state, loss = optimizer.init(params), jnp.zeros(())
-    batches = _batches(rows, config.batch_size, config.seed)
+    if config.row_length > sizes.max_position_embeddings:
+        raise ConfigError(
+            f"row_length is {config.row_length}, and the model has "
+            f"{sizes.max_position_embeddings} positions; lower row_length"
+        )
+    backbone, attention = build_backbone(config.model, sizes, jax.default_backend())
+    prompts = PromptTokenizer(tokenizer, config.prompt)
+    rows = _training_rows(config, texts, reasonings, prompts)
+    held_out = _held_out_rows(config, prompts)
+    params = _starting_params(config, directory, backbone)
+    count = sum(a.size for a in jax.tree.leaves(params))
+    _log.info(
+        f"{len(texts)} texts and {len(reasonings)} reasonings in {len(rows.ids_BT)} rows of "
+        f"{config.row_length} tokens; vocabulary {len(tokenizer)}; {count:,} parameters; "
+        f"attention: {attention}"
+    )
     began = time.monotonic()
-    progress = tqdm(range(1, config.steps + 1), desc="pretrain", unit="step", mininterval=1.0)
-    for step in progress:
-        params, opt_state, loss = step_fn(params, opt_state, next(batches))
-        if step % config.log_every == 0:
-            _require_finite(step, float(loss), config)
-            progress.set_postfix(loss=f"{float(loss):.3f}", lr=f"{np.asarray(schedule(step)):.1e}")
-    # no loss has shown yet what the last update has made
-    finite = all(jnp.isfinite(a).all() for a in jax.tree.leaves(params))
-    _require_finite(config.steps, float(loss) if finite else math.nan, config)
+    params, loss = _take_steps(config, backbone, params, rows)
     report: dict[str, Any] = {
         "config": as_dict(config),
-        "loss": float(loss),
+        "loss": loss,
         "parameters": count,
         "train_seconds": round(time.monotonic() - began, 1),
     }
+    variables = {"params": params}
     if held_out is not None:
-        report["written_right"] = written_right(
-            backbone, {"params": params}, held_out, config.batch_size
-        )
+        report["written_right"] = exact_match(backbone, variables, held_out, config.batch_size)
         print(
             f"greedy decoding writes {report['written_right']:.1%} of the {len(held_out.ids_BT)} "
             f"{config.eval_split} reasonings without a mistake"
         )
-    save_params(
-        output,
-        jax.device_get({"params": params}),
-        backbone.config,
-        dtype=config.model.param_dtype,
-        lora=None,
-        tokens=special_token_ids(tokenizer),
-        merged=merged_adapters(resolve_directory(config.model.path)) if config.model.path else (),
-    )
-    with folder_written_whole(output) as folder:
-        save_tokenizer(tokenizer, folder)
+    save_model(output, jax.device_get(variables), backbone, config.model, tokenizer)
     write_atomically(output / REPORT, json.dumps(report, indent=2) + "\n")
     return report
 
@@ -284,6 +266,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     try:
+        configure_logging()
         pretrain(parse_command_line(PretrainConfig, "python -m laser_jax.pretrain", arguments))
     except (ValueError, OSError, PretrainingError) as error:
         fail(error)

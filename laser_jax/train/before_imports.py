@@ -20,5 +20,5 @@ def leave_on_signals() -> None:
 def _leave(number: int, frame: FrameType | None) -> None:
     name = signal.Signals(number).name
     said = f"{name}: stopped outside the steps; the same command goes on from there\n"
-    os.write(1, said.encode())
+    os.write(2, said.encode())
     os._exit(0)  # an exception could be swallowed by what is just being imported

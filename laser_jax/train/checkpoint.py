@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import shutil
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from laser_jax.step import TrainState
+
+_log = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
@@ -85,16 +87,13 @@ class Checkpoints:
     Args:
         directory: is created; leftovers of saves that were cut off are removed.
         keep: the newest that are kept.
-        scores: of steps, higher is better; the best is kept beside the newest. The caller's own
-            dict: what is added to it counts from the next save on.
         base: the fingerprint of the frozen base; None without one (full fine-tuning).
     """
 
-    def __init__(
-        self, directory: str | Path, *, keep: int, scores: dict[int, float], base: str | None
-    ):
+    def __init__(self, directory: str | Path, *, keep: int, base: str | None):
         self._directory = Path(directory).absolute()
-        self._keep, self._scores, self._base = keep, scores, base
+        self._keep, self._base = keep, base
+        self._scores: Mapping[int, float] = {}
         self._handler = ocp.StandardCheckpointHandler()
         self._manager = _Manager(
             self._directory,
@@ -104,13 +103,16 @@ class Checkpoints:
             ),
         )
 
-    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+    def save(
+        self, state: TrainState, meta: dict[str, Any], scores: Mapping[int, float] | None = None
+    ) -> None:
         """Starts saving; a step that is already saved is left as it is.
 
         Args:
             state: the arrays are copied off the device before this returns, so that the next step
                 may donate them.
             meta: plain JSON types, given back by `restore`.
+            scores: of steps, higher is better; the best is kept beside the newest.
 
         Raises:
             CheckpointError: when this or the save before it cannot be written.
@@ -119,6 +121,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         record = {"meta": meta, "base": self._base, "arrays": fingerprint(saved)}
+        self._scores = scores or {}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(saved),
             meta=ocp.args.JsonSave(record | {"seal": _digest(record)}),
@@ -128,27 +131,19 @@ class Checkpoints:
             self._manager.save(step, args=items, force=True)
 
     def wait(self) -> None:
-        """Waits for the save under way.
-
-        Raises:
-            CheckpointError: when it cannot be written.
-        """
+        """Waits for the save under way; a CheckpointError says that it cannot be written."""
         with self._write_errors_explained():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for the save under way, and ends its threads.
-
-        Raises:
-            CheckpointError: when it cannot be written.
-        """
+        """As `wait`, and ends the threads."""
         with self._write_errors_explained():
             self._manager.close()
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest checkpoint that is whole, and its meta; None where none was ever saved.
 
-        A damaged one is named on stderr, and renamed to `<step>.damaged` once an older one is
+        A damaged one is named in a warning, and renamed to `<step>.damaged` once an older one is
         restored, so that the run can save that step again.
 
         Args:
@@ -176,11 +171,7 @@ class Checkpoints:
         return None
 
     def restore_step(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The checkpoint of `step`, as `restore`.
-
-        Raises:
-            DamagedCheckpointError: and, as `restore`, CheckpointError.
-        """
+        """The checkpoint of `step`, as `restore`; or a DamagedCheckpointError."""
         wanted, directory = _saved(like), self._directory / str(step)
         fault, record, state = "", {}, {}
         try:
@@ -243,7 +234,7 @@ class Checkpoints:
             aside = self._directory / f"{step}.damaged"
             shutil.rmtree(aside, ignore_errors=True)
             (self._directory / str(step)).rename(aside)
-            print(f"{error}\nIt is now {aside.name}, and an older one is used", file=sys.stderr)
+            _log.warning("%s\nIt is now %s, and an older one is used", error, aside.name)
         multihost_utils.sync_global_devices("damaged checkpoints are set aside")
         self._manager.reload()
 

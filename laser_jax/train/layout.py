@@ -15,11 +15,28 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from laser_jax.config import BackboneConfig, Config, ConfigError, MeshConfig, appended_thoughts
-from laser_jax.modeling.attention import choose_kernel
-from laser_jax.modeling.backbone import Backbone
+from laser_jax.config import (
+    BackboneConfig,
+    Config,
+    ConfigError,
+    MeshConfig,
+    appended_thoughts,
+    load_retriever_config,
+)
+from laser_jax.modeling.backbone import Backbone, Variables
 from laser_jax.sharding import Device, make_mesh
-from laser_jax.step import TrainState, abstract_state, learning_rate_schedule, make_optimizer
+from laser_jax.step import (
+    FrozenTeacher,
+    TrainState,
+    abstract_state,
+    abstract_variables,
+    jit_train_step,
+    learning_rate_schedule,
+    make_optimizer,
+    make_train_step,
+)
+from laser_jax.train.model import build_backbone
+from laser_jax.train.programs import StepPrograms
 from laser_jax.train.throughput import device_bytes
 
 
@@ -35,6 +52,8 @@ class Layout:
     schedule: optax.Schedule
     abstract: TrainState
     """Shapes, dtypes and shardings."""
+    teacher: FrozenTeacher | None = None
+    abstract_teacher: Variables | None = None
 
     @property
     def platform(self) -> str:
@@ -46,15 +65,11 @@ class Layout:
         trained = sum(a.size for a in jax.tree.leaves(self.abstract.trained))
         return trained, trained + sum(a.size for a in jax.tree.leaves(self.abstract.frozen))
 
-    def state_bytes(self) -> int:
-        """Of the state and the gradient, with every array counted once."""
-        arrays = jax.tree.leaves((self.abstract, self.abstract.trained))
-        return sum(a.size * a.dtype.itemsize for a in arrays)
 
-    def device_state_bytes(self) -> int:
-        """Of the parts of the state and the gradient that lie on one device."""
-        arrays = jax.tree.leaves((self.abstract, self.abstract.trained))
-        return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in arrays)
+def device_state_bytes(state: TrainState) -> int:
+    """Of the parts of the state and the gradient that lie on one device."""
+    arrays = jax.tree.leaves((state, state.trained))
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in arrays)
 
 
 def lay_out(
@@ -62,51 +77,79 @@ def lay_out(
     backbone_config: BackboneConfig,
     steps: int,
     devices: Sequence[Device] | None = None,
+    prompt_checksum: str | None = None,
 ) -> Layout:
     """Lays a run of `steps` out over the devices, by default all devices of all processes.
 
+    Args:
+        prompt_checksum: of the run's prompts, where its tokenizer is there; a frozen teacher must
+            have been trained with the same.
+
     Raises:
         ConfigError: a batch that the mesh does not divide, lengths beyond the model's positions, an
-            attention kernel that cannot run there.
+            attention kernel that cannot run there, a teacher that cannot teach this model.
+        FileNotFoundError: there is no teacher.
     """
     devices = jax.devices() if devices is None else devices
     _require_positions(config, backbone_config)
-    kernel, reason = choose_kernel(
-        config.model.attention,
-        devices[0].platform,
-        config.model.dtype,
-        backbone_config.head_dim,
-    )
-    backbone = Backbone(
-        backbone_config,
-        lora=config.lora,
-        dtype=jnp.dtype(config.model.dtype),
-        param_dtype=jnp.dtype(jnp.float32),
-        attention=kernel,
-        remat=config.model.remat,
-        reverse_only=True,
+    backbone, attention = build_backbone(
+        config.model, backbone_config, devices[0].platform, config.lora
     )
     optimizer = make_optimizer(config.optimizer, steps)
 
-    def layout_on(mesh: Mesh) -> Layout:
-        return Layout(
-            mesh,
-            backbone,
-            f"{kernel} ({reason})",
-            optimizer,
-            learning_rate_schedule(config.optimizer, steps),
-            abstract_state(backbone, optimizer, mesh, jnp.dtype(config.model.param_dtype)),
-        )
+    def state_on(mesh: Mesh) -> TrainState:
+        return abstract_state(backbone, optimizer, mesh, jnp.dtype(config.model.param_dtype))
 
-    one = layout_on(make_mesh(MeshConfig(1, 1, 1), devices[:1]))
+    one = make_mesh(MeshConfig(1, 1, 1), devices[:1])
     mesh = make_mesh(
         config.mesh,
         devices,
-        state_bytes=one.state_bytes(),
+        state_bytes=device_state_bytes(state_on(one)),
         device_bytes=_agreed_device_bytes(devices[0]),
     )
     _require_divisible(config, mesh)
-    return layout_on(mesh)
+    teacher = _lay_out_teacher(config.objective.teacher, backbone_config, prompt_checksum, mesh)
+    schedule = learning_rate_schedule(config.optimizer, steps)
+    return Layout(mesh, backbone, attention, optimizer, schedule, state_on(mesh), *teacher)
+
+
+def _lay_out_teacher(
+    directory: str | None, student: BackboneConfig, prompt_checksum: str | None, mesh: Mesh
+) -> tuple[FrozenTeacher | None, Variables | None]:
+    """The teacher of `objective.teacher` and the shapes of its variables."""
+    if directory is None:
+        return None, None
+    retriever = load_retriever_config(directory)
+    if retriever.backbone.vocab_size != student.vocab_size:
+        raise ConfigError(
+            f"objective.teacher {directory} has {retriever.backbone.vocab_size} tokens and the "
+            f"model {student.vocab_size}; both must read the same tokens"
+        )
+    if prompt_checksum and retriever.prompt_checksum not in (None, prompt_checksum):
+        raise ConfigError(
+            f"objective.teacher {directory} was trained with another tokenizer or other templates: "
+            f"its prompt_checksum is {retriever.prompt_checksum}, and the model's "
+            f"{prompt_checksum}; both must read the same tokens. Train the teacher from the "
+            "same model.path with the same prompt settings"
+        )
+    if retriever.pooling != "prompt_and_thoughts":
+        raise ConfigError(
+            f"objective.teacher {directory} pools its {retriever.pooling} alone (GIRCSE), and the "
+            "explicit view of a teacher has none; name a model of objective.method: laser, such "
+            "as configs/ablation/teacher.yaml trains"
+        )
+    dtype = jnp.dtype(retriever.dtype)
+    backbone = Backbone(retriever.backbone, dtype=dtype, param_dtype=dtype)
+    abstract = {"params": abstract_variables(backbone, mesh, "params", dtype)}
+    return FrozenTeacher(backbone, retriever.num_thinking_steps), abstract
+
+
+def step_programs(config: Config, layout: Layout) -> StepPrograms:
+    """The step of a run, to be compiled for every shape of a batch."""
+    step = make_train_step(
+        layout.backbone, config, layout.optimizer, layout.schedule, layout.teacher
+    )
+    return StepPrograms(jit_train_step(step, layout.abstract, layout.mesh))
 
 
 def _agreed_device_bytes(device: Device) -> int | None:

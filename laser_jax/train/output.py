@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from fnmatch import fnmatch
 from importlib.metadata import version
@@ -214,10 +214,12 @@ class StepLog:
 
     Attributes:
         lines: all lines, those given and those written.
+        show: is called with every line that is written.
     """
 
     def __init__(self, path: Path, lines: Sequence[dict[str, Any]]):
         self.lines = list(lines)
+        self.show: Callable[[dict[str, Any]], None] | None = None
         self._file: TextIO | None = None
         if jax.process_index() == 0:
             write_atomically(path, "".join(f"{json.dumps(line)}\n" for line in lines))
@@ -231,6 +233,8 @@ class StepLog:
     def write(self, line: dict[str, Any]) -> None:
         """Appends a line, which must hold `step`."""
         self.lines.append(line)
+        if self.show is not None:
+            self.show(line)
         if self._file is not None:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()

@@ -40,15 +40,14 @@ class StepPrograms:
     ) -> tuple[TrainState, Terms]:
         shape = shape_of(batch)
         if shape not in self._programs:
-            self.compile(shape, state, batch, teacher_variables)
+            self.compile(state, batch, teacher_variables)
         return self._programs[shape](state, batch, teacher_variables)
 
     def compile(
-        self, shape: str, state: TrainState, batch: Batch, teacher_variables: Variables | None
+        self, state: TrainState, batch: Batch, teacher_variables: Variables | None
     ) -> jax.stages.Compiled:
         """Compiles the step; arrays or `jax.ShapeDtypeStruct`s."""
-        began = time.monotonic()
-        lowered = self._jitted.lower(state, batch, teacher_variables)
-        self._programs[shape] = lowered.compile()
-        self.compiled[shape] = time.monotonic() - began
-        return self._programs[shape]
+        began, shape = time.monotonic(), shape_of(batch)
+        program = self._jitted.lower(state, batch, teacher_variables).compile()
+        self._programs[shape], self.compiled[shape] = program, time.monotonic() - began
+        return program

@@ -11,11 +11,42 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from laser_jax.config import TrainConfig
+from jax.sharding import Mesh
+
+from laser_jax.config import Config, RetrieverConfig, TrainConfig
 from laser_jax.data.tokenization import PromptTokenizer
 from laser_jax.evaluate.beir import BeirDataset
 from laser_jax.evaluate.retrieval import METRICS, retrieval_runs, score_runs
 from laser_jax.inference.batch_encoder import LatentEncoder
+from laser_jax.modeling.backbone import Variables
+
+
+class TrainedEncoder:
+    """The model as it is being trained, as an encoder. Its programs are kept, so that nothing is
+    compiled again, and its weights are not: on one device they are a copy."""
+
+    def __init__(self, config: Config, retriever: RetrieverConfig, mesh: Mesh):
+        self._config, self._retriever, self._mesh = config, retriever, mesh
+        self._programs: LatentEncoder | None = None
+
+    def of(self, variables: Variables) -> LatentEncoder:
+        if self._programs is not None:
+            return self._programs.with_variables(variables)
+        encoder = LatentEncoder(
+            variables,
+            self._retriever,
+            batch_size=self._config.train.eval_batch_size,
+            length_multiple=self._config.data.length_multiple,
+            # one device alone runs faster over separate layers, which the encoder then makes
+            mesh=self._mesh if self._mesh.size > 1 else None,
+        )
+        self._programs = encoder.without_variables()
+        return encoder
+
+
+def scores_by_step(evaluations: Sequence[dict[str, Any]], train: TrainConfig) -> dict[int, float]:
+    """The score that chooses, of every step that was ranked."""
+    return {line["step"]: line[train.eval_metric] for line in evaluations}
 
 
 def is_evaluated(step: int, steps: int, train: TrainConfig) -> bool:
@@ -35,8 +66,8 @@ def score_dev(
 
 def best_steps(evaluations: Sequence[dict[str, Any]], train: TrainConfig) -> list[int]:
     """The steps that were ranked, the highest score first, and the first of equals."""
-    ranked = sorted(evaluations, key=lambda line: (-line[train.eval_metric], line["step"]))
-    return [line["step"] for line in ranked]
+    scores = scores_by_step(evaluations, train)
+    return sorted(scores, key=lambda step: (-scores[step], step))
 
 
 def is_out_of_patience(evaluations: Sequence[dict[str, Any]], train: TrainConfig) -> bool:

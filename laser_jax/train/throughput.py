@@ -26,7 +26,7 @@ class DataSheet:
     tflops: float
     """Peak of dense bfloat16 matmuls, in 1e12 FLOP/s."""
     memory: int | None = None
-    """Bytes, for devices that are only compiled for."""
+    """Bytes, of TPUs, which can be compiled for where they are not."""
 
 
 DATA_SHEETS = (
@@ -34,10 +34,10 @@ DATA_SHEETS = (
     DataSheet("TPU v5 lite", 197, 16 * GIB),
     DataSheet("TPU v5", 459, 95 * GIB),
     DataSheet("TPU v6 lite", 918, 32 * GIB),
-    DataSheet("A100", 312, 80 * GIB),
-    DataSheet("H100 PCIe", 756, 80 * GIB),
-    DataSheet("H100", 989, 80 * GIB),
-    DataSheet("H200", 989, 141 * GIB),
+    DataSheet("A100", 312),
+    DataSheet("H100 PCIe", 756),
+    DataSheet("H100", 989),
+    DataSheet("H200", 989),
 )
 
 

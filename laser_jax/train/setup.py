@@ -1,0 +1,292 @@
+"""From a config to a run that can take its next step: input is checked, the state is built, and the
+newest checkpoint is restored."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from laser_jax.batch import Batch
+from laser_jax.config import BackboneConfig, Config, ConfigError, RetrieverConfig, as_dict
+from laser_jax.data.pipeline import BatchSettings, training_batches
+from laser_jax.data.sources import Source, open_sources, rows_per_epoch
+from laser_jax.data.tokenization import PromptTokenizer, Tokenizer, query_content
+from laser_jax.evaluate.beir import BeirDataset, read_beir
+from laser_jax.evaluate.retrieval import require_instructions
+from laser_jax.hf.reading import load_sharded_params
+from laser_jax.modeling.backbone import Variables
+from laser_jax.step import TrainState, init_state
+from laser_jax.train.checkpoint import CheckpointError, Checkpoints, fingerprint
+from laser_jax.train.layout import Layout, describe_mesh, lay_out, number_of_steps, step_programs
+from laser_jax.train.model import starting_model
+from laser_jax.train.output import OutputDirectory, StepLog, code_version, logged_lines
+from laser_jax.train.processes import local_rows
+from laser_jax.train.programs import StepPrograms
+from laser_jax.train.selection import TrainedEncoder, fingerprint_of
+from laser_jax.train.telemetry import TensorBoard, require_tensorboard
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads."""
+
+    sources: list[Source]
+    model: Path | None
+    """The directory of the weights; None for a model from scratch."""
+    backbone: BackboneConfig
+    tokenizer: Tokenizer
+    prompts: PromptTokenizer
+    test: BeirDataset | None
+    """The split that is ranked at the end."""
+    dev: BeirDataset | None
+    """The split that is ranked while training: the latent view alone, over the same documents."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that the steps and the evaluation use but the state, which the steps hand on."""
+
+    config: Config
+    output: Path
+    inputs: Inputs
+    layout: Layout
+    steps: int
+    teacher_variables: Variables | None
+    programs: StepPrograms
+    checkpoints: Checkpoints
+    origin: dict[str, Any]
+    """What every checkpoint says of where it comes from: config, code and fingerprints."""
+    log: StepLog
+    evaluations: StepLog
+    encoder: TrainedEncoder
+    batches_from: Callable[[int], Iterable[Batch]]
+    """This process's rows of the batches after a step."""
+    retriever: RetrieverConfig
+    """Of the exported model, whose adapters are merged."""
+
+
+def set_up(config: Config, stack: ExitStack) -> tuple[Run, TrainState]:
+    """Checks the input, builds the state and restores the newest checkpoint. What is to be closed
+    goes on the `stack`."""
+    output = stack.enter_context(OutputDirectory(config))
+    inputs = read_inputs(config)
+    rows = rows_per_epoch(inputs.sources)
+    steps = number_of_steps(config, rows)
+    layout = lay_out(config, inputs.backbone, steps, prompt_checksum=inputs.prompts.checksum())
+    _log.info("attention: %s", layout.attention)
+    part = local_rows(layout.mesh, config.train.batch_size)
+
+    def batches_from(step: int) -> Iterable[Batch]:
+        return batches_of(config, inputs.sources, inputs.prompts, step, part)
+
+    batches_from(0)  # looks at every row, before anything is written
+    state, teacher_variables = _new_state(config, inputs, layout)
+    origin = {
+        "config": as_dict(config),
+        "code": code_version(),
+        "inputs": _fingerprints(config, inputs, teacher_variables),
+    }
+    checkpoints = Checkpoints(
+        output.path / "checkpoints",
+        keep=config.train.keep_checkpoints,
+        base=None if state.frozen is None else fingerprint(state.frozen),
+    )
+    stack.enter_context(closing(checkpoints))
+    state, meta = _restored(state, checkpoints, output, origin["inputs"])
+    output.claim()
+    log, evaluations = _open_logs(config, int(state.step), meta, stack)
+    trained, total = layout.parameters
+    _log.info(
+        f"{rows} rows, {steps} steps of {config.train.batch_size} queries; "
+        f"{trained:,} of {total:,} parameters are trained, on {layout.mesh.size} "
+        f"{layout.platform} device(s), mesh {describe_mesh(layout.mesh)}"
+    )
+    stack.enter_context(jax.set_mesh(layout.mesh))
+    retriever = _retriever_config(config, inputs)
+    run = Run(
+        config=config,
+        output=output.path,
+        inputs=inputs,
+        layout=layout,
+        steps=steps,
+        teacher_variables=teacher_variables,
+        programs=step_programs(config, layout),
+        checkpoints=checkpoints,
+        origin=origin,
+        log=log,
+        evaluations=evaluations,
+        encoder=TrainedEncoder(config, replace(retriever, lora=config.lora), layout.mesh),
+        batches_from=batches_from,
+        retriever=retriever,
+    )
+    return run, state
+
+
+def read_inputs(config: Config) -> Inputs:
+    """Opens and checks all that is read, the evaluation's data too: now, not after hours."""
+    sources = open_sources(config.data)
+    if config.train.tensorboard:
+        require_tensorboard()
+    test, dev = read_evaluation(config)
+
+    def texts() -> list[str]:
+        found: set[str] = set()
+        for row in (row for source in sources for row in source):
+            found.add(query_content(row.query, row.prompt, config.prompt))
+            found.update((row.reasoning_query, *row.positive_passages, *row.negative_passages))
+        return sorted(found)
+
+    model, tokenizer, backbone = starting_model(config.model, texts)
+    prompts = PromptTokenizer(tokenizer, config.prompt)
+    return Inputs(sources, model, backbone, tokenizer, prompts, test, dev)
+
+
+def read_evaluation(config: Config) -> tuple[BeirDataset | None, BeirDataset | None]:
+    """The split that is ranked at the end, and the one that is ranked while training."""
+    if config.data.eval is None:
+        if config.train.eval_every is not None:
+            raise ConfigError("train.eval_every wants data.eval, a BEIR directory to rank")
+        return None, None
+    test = _read_split(config, config.data.eval, config.data.eval_split)
+    if config.train.eval_every is None:
+        return test, None
+    dev = _read_split(config, config.data.eval, config.data.dev_split)
+    latent = {name: replace(query, reasoning=None) for name, query in dev.queries.items()}
+    return test, replace(dev, queries=latent, documents=test.documents)
+
+
+def _read_split(config: Config, directory: str, split: str) -> BeirDataset:
+    dataset = read_beir(directory, split)
+    require_instructions(dataset)
+    dataset = replace(dataset, ignore_identical_ids=config.data.ignore_identical_ids)
+    for count in dataset.id_counts:
+        _log.info("%s (%s), %s", directory, split, count)
+    return dataset
+
+
+def batches_of(
+    config: Config,
+    sources: Sequence[Source],
+    prompts: PromptTokenizer,
+    first: int = 0,
+    part: np.ndarray | None = None,
+) -> Iterable[Batch]:
+    """The batches of a run from number `first` on, or of each the rows `part`. Every row is looked
+    at before this returns."""
+    settings = BatchSettings.of(config)
+    return training_batches(sources, prompts, config.data, settings, first_batch=first, part=part)
+
+
+def _new_state(
+    config: Config, inputs: Inputs, layout: Layout
+) -> tuple[TrainState, Variables | None]:
+    """The state before the first step, and the variables of the frozen teacher."""
+    model, backbone = inputs.model, inputs.backbone
+    load = None if model is None else lambda like: load_sharded_params(model, backbone, like)
+    state = init_state(layout.backbone, layout.optimizer, layout.abstract, config.train.seed, load)
+    teacher, like = layout.teacher, layout.abstract_teacher
+    if teacher is None or like is None:
+        return state, None
+    directory = str(config.objective.teacher)
+    params = load_sharded_params(directory, teacher.backbone.config, like["params"])
+    return state, {"params": params}
+
+
+def _retriever_config(config: Config, inputs: Inputs) -> RetrieverConfig:
+    return RetrieverConfig(
+        backbone=inputs.backbone,
+        num_thinking_steps=config.objective.num_thinking_steps,
+        pooling=config.objective.pooling,
+        prompt=config.prompt,
+        dtype=config.model.dtype,
+        prompt_checksum=inputs.prompts.checksum(),
+    )
+
+
+def _fingerprints(
+    config: Config, inputs: Inputs, teacher_variables: Variables | None
+) -> dict[str, Any]:
+    """What a resumed run must find as it was, and neither its config nor its state holds. Another
+    split may be ranked, but no other texts or judgements under the same name."""
+    teacher = None if teacher_variables is None else fingerprint(teacher_variables)
+    ranked = {config.data.eval_split: inputs.test, config.data.dev_split: inputs.dev}
+    return {
+        f"fingerprint of data.eval's {split}": fingerprint_of(dataset)
+        for split, dataset in ranked.items()
+        if dataset is not None
+    } | {
+        "number of training rows": rows_per_epoch(inputs.sources),
+        "fingerprints of the training rows": [source.fingerprint for source in inputs.sources],
+        "prompt_checksum": inputs.prompts.checksum(),
+        "weights of objective.teacher": teacher,
+    }
+
+
+def _restored(
+    state: TrainState,
+    checkpoints: Checkpoints,
+    output: OutputDirectory,
+    fingerprints: dict[str, Any],
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state of the newest checkpoint and its meta, or the given state and {}."""
+    restored = checkpoints.restore(state)
+    if restored is None:
+        return state, {}
+    state, meta = restored
+    directory = output.path / "checkpoints"
+    output.require_same_config(meta["config"], str(directory))
+    require_same_inputs(meta, fingerprints, directory)
+    _log.info("resumed at step %d from %s", int(state.step), directory)
+    return state, meta
+
+
+def require_same_inputs(
+    meta: dict[str, Any], fingerprints: dict[str, Any], directory: Path
+) -> None:
+    """Raises a CheckpointError where a checkpoint was trained on other inputs. What a checkpoint of
+    an older release does not hold is not compared."""
+    stored = meta.get("inputs", {})
+    changed = [
+        f"{name}: was {stored[name]}, is {value}"
+        for name, value in fingerprints.items()
+        if name in stored and stored[name] != value
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{directory} was trained on other inputs:\n  " + "\n  ".join(changed) + "\nBring back "
+            "those that the run began with, or choose another output"
+        )
+
+
+def _open_logs(
+    config: Config, start: int, meta: dict[str, Any], stack: ExitStack
+) -> tuple[StepLog, StepLog]:
+    """The logs of steps and of rankings of a run that begins after step `start`. The scores are
+    those of the checkpoint's `meta`, never what `evaluations.jsonl` holds."""
+    output = Path(config.output)
+    if config.train.eval_every is not None and meta and "evaluations" not in meta:
+        _log.warning(
+            f"the checkpoint of step {start} is an older release's, without the scores on "
+            f"{config.data.dev_split}: the best step is chosen among those that are ranked now"
+        )
+    lines = {line["step"]: line for line in logged_lines(output / "metrics.jsonl", start)}
+    if last := meta.get("metrics"):
+        lines[last["step"]] = last
+    log = StepLog(output / "metrics.jsonl", [lines[step] for step in sorted(lines)])
+    evaluations = StepLog(output / "evaluations.jsonl", meta.get("evaluations", []))
+    for each in (log, evaluations):
+        stack.enter_context(closing(each))
+    if config.train.tensorboard:
+        board = stack.enter_context(closing(TensorBoard(output / "tensorboard", start)))
+        log.show, evaluations.show = partial(board.write, "train"), partial(board.write, "dev")
+    return log, evaluations
