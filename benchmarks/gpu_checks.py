@@ -45,10 +45,11 @@ from laser_jax.config import (
 )
 from laser_jax.data.tokenization import right_pad
 from laser_jax.encoder import encode_all_steps
-from laser_jax.hf.weights import load_params, read_backbone_config
+from laser_jax.hf.directory import read_backbone_config
+from laser_jax.hf.reading import load_params
 from laser_jax.modeling import attention
 from laser_jax.modeling.backbone import Backbone
-from laser_jax.step import objective_terms
+from laser_jax.step import loss_terms, read_views
 
 FOLDERS = ("../shared/golden", "shared/golden")
 EMBEDDING: dict[Dtype, float] = {"float32": 1e-5, "bfloat16": 0.2}
@@ -159,9 +160,8 @@ def training_check(case: Path) -> Check:
 
     def gradient(params: Any) -> Any:
         def loss(params: Any) -> Any:
-            terms = objective_terms(
-                Backbone(config), {"params": params}, batch, objective, jnp.ones(())
-            )
+            views = read_views(Backbone(config), {"params": params}, batch, objective)
+            terms = loss_terms(views, batch.contrast_BC, objective, jnp.ones(()))
             return terms["loss"], terms
 
         grads, terms = jax.grad(loss, has_aux=True)(params)

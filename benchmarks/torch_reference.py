@@ -37,7 +37,7 @@ from torch.nn.functional import kl_div, log_softmax, normalize, one_hot, softmax
 from benchmarks.measure import torch_device
 from laser_jax.batch import Batch, Tokens
 from laser_jax.config import BackboneConfig, Dtype, LoraConfig, ObjectiveConfig, OptimizerConfig
-from laser_jax.hf.weights import save_adapter, save_params
+from laser_jax.hf.writing import save_adapter, save_params
 from laser_jax.modeling.backbone import Variables
 
 Model = Any

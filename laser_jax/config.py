@@ -216,13 +216,9 @@ class LoraConfig:
     alpha: float = 32.0
     targets: tuple[str, ...] = PROJECTIONS
     rank_stabilised: bool = False
-    dropout: float = 0.0
-    """Share of an adapter's inputs that a training step zeroes. The views are then separate passes
-    (`objective.views: parity`, which `auto` takes)."""
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, f"lora.rank must be at least 1, got {self.rank}")
-        _require(0 <= self.dropout < 1, f"lora.dropout must lie in [0, 1), got {self.dropout}")
         unknown = sorted(set(self.targets) - set(PROJECTIONS))
         _require(
             not unknown, f"lora.targets holds {unknown}; a subset of {list(PROJECTIONS)} is wanted"
@@ -449,9 +445,6 @@ class ModelConfig:
     remat: Remat = "none"
     """What the backward pass recomputes: `none` keeps every activation, `dots` keeps the outputs of
     the weight matmuls, `full` keeps one input per layer and per thinking step."""
-    unroll_layers: bool = False
-    """Compiles the layers one behind the other instead of in a loop: takes minutes to compile and
-    spares the copies in and out of the loop; slower on the H200 that it was measured on."""
 
     def __post_init__(self) -> None:
         _require(
@@ -633,9 +626,9 @@ class Config:
     def __post_init__(self) -> None:
         _require(
             self.objective.views != "fast" or self._may_share_prefix,
-            "objective.views: fast wants the query's tokens to be a prefix of the explicit input's "
-            "and no dropout, which prompt.truncation: sequence, prompt.append_eos: true and "
-            "lora.dropout above 0 break; set objective.views: parity",
+            "objective.views: fast wants the query's tokens to be a prefix of the explicit "
+            "input's, which prompt.truncation: sequence and prompt.append_eos: true break; set "
+            "objective.views: parity",
         )
 
     @property
@@ -649,7 +642,7 @@ class Config:
     def _may_share_prefix(self) -> bool:
         shared = self.prompt.truncation == "content" and not self.prompt.append_eos
         needless = not self.objective.need_explicit_view
-        return (shared or needless) and not (self.lora and self.lora.dropout)
+        return shared or needless
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 
 from laser_jax.config import AttentionKernel, RetrieverConfig, load_retriever_config
 from laser_jax.files.durable import Digest
-from laser_jax.hf.weights import load_adapter, load_params, merge_lora, read_backbone_config
+from laser_jax.hf.adapters import merge_lora
+from laser_jax.hf.directory import read_backbone_config
+from laser_jax.hf.reading import load_adapter, load_params
 from laser_jax.losses import pool
 from laser_jax.modeling.backbone import Backbone, Variables, is_stacked
 from laser_jax.views import latent_view

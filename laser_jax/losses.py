@@ -10,10 +10,21 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from laser_jax.config import ObjectiveConfig
 
 Terms = dict[str, jax.Array]
+
+
+@struct.dataclass
+class ExplicitView:
+    """The teacher's un-normalised float32 states."""
+
+    final_BD: jax.Array
+    """At the last token (EOS)."""
+    keyframes_BKD: jax.Array
+    """At the K chosen segment ends, one for each thinking step."""
 
 
 def normalize(x: jax.Array) -> jax.Array:
@@ -59,8 +70,7 @@ def score_kl(
 
 def laser_loss(
     hidden_BKD: jax.Array,
-    final_BD: jax.Array | None,
-    keyframes_BKD: jax.Array | None,
+    explicit: ExplicitView | None,
     documents_CD: jax.Array,
     teacher_documents_CD: jax.Array,
     positives_B: jax.Array,
@@ -72,8 +82,7 @@ def laser_loss(
 
     Args:
         hidden_BKD: un-normalised states of the student.
-        final_BD: the teacher's state at EOS; None without an explicit view.
-        keyframes_BKD: the teacher's state at the segment chosen for each step.
+        explicit: states of the teacher; None where the objective has no explicit view.
         documents_CD: unit embeddings of the pool.
         teacher_documents_CD: the same array where one model teaches and learns; a frozen
             teacher's own embeddings otherwise.
@@ -88,12 +97,12 @@ def laser_loss(
     """
     scores_BC = _scores(pool(hidden_BKD), documents_CD)
     terms = {"latent": info_nce(scores_BC, positives_B, contrast_BC, objective.temperature)}
-    if final_BD is not None and keyframes_BKD is not None:
-        teacher_BC = _scores(normalize(final_BD), teacher_documents_CD)
+    if explicit is not None:
+        teacher_BC = _scores(normalize(explicit.final_BD), teacher_documents_CD)
         terms["explicit"] = info_nce(teacher_BC, positives_B, contrast_BC, objective.temperature)
         terms["output"] = score_kl(teacher_BC, scores_BC, contrast_BC, objective.output_temperature)
         terms["trajectory"] = score_kl(
-            _scores(normalize(keyframes_BKD), teacher_documents_CD),
+            _scores(normalize(explicit.keyframes_BKD), teacher_documents_CD),
             _scores(normalize(hidden_BKD), documents_CD),
             contrast_BC[:, None, :],
             objective.trajectory_temperature,

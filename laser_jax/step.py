@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -19,22 +20,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from laser_jax.batch import Batch
 from laser_jax.config import Config, ObjectiveConfig, OptimizerConfig
-from laser_jax.losses import Terms, gircse_loss, laser_loss, pool
+from laser_jax.losses import ExplicitView, Terms, gircse_loss, laser_loss, pool
 from laser_jax.modeling.backbone import Backbone, Variables
 from laser_jax.sharding import batch_sharding, constrain, shardings
 from laser_jax.thinking import think
-from laser_jax.views import (
-    ExplicitView,
-    explicit_view,
-    latent_view,
-    read_both_views,
-    read_prompts,
-)
+from laser_jax.views import explicit_view, latent_view, read_both_views, read_prompts
 
 GPU_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": "0", "xla_gpu_enable_triton_gemm": False}
-"""Of the compiler for GPUs. It would join a projection with those of adapters on the same input,
-and write the whole product in float32; and it would look for the fastest of Triton's matmuls by
-trial. The vendor's need no search (docs/benchmarks.md)."""
+"""Options of the compiler for GPUs. Without them it joins a projection with those of adapters on
+the same input and writes the whole product in float32, and it searches for the fastest of Triton's
+matmuls by trial; the vendor's need no search (docs/benchmarks.md)."""
 
 
 @struct.dataclass
@@ -45,8 +40,6 @@ class TrainState:
     """int32, optimizer steps taken, skipped ones included."""
     skipped: jax.Array
     """int32, steps without an update, because the loss or a gradient was not finite."""
-    rng: jax.Array
-    """uint32 data of the key from which every step derives its dropout."""
     trained: Any
     """The collection that is optimised, float32."""
     frozen: Any
@@ -87,84 +80,38 @@ def read_views(
     objective: ObjectiveConfig,
     teacher: FrozenTeacher | None = None,
     teacher_variables: Variables | None = None,
-    dropout: jax.Array | None = None,
 ) -> Views:
     """Runs the views that the objective needs.
 
     Args:
         objective: its `views` is `fast` or `parity`; `auto` counts as `fast`.
-        dropout: key of the adapters' dropout; None switches it off.
     """
     K, pooling = objective.num_thinking_steps, objective.pooling
-    queries, documents, explicit = batch.query, batch.documents, batch.explicit
     keyframes_BK: Any = batch.keyframes_BK
-    if not objective.need_explicit_view:
-        explicit = None
-    view = None
-    if objective.views != "parity":
-        if explicit is not None and teacher is None:
-            query_prefix, view = read_both_views(
-                backbone,
-                variables,
-                explicit.ids_BT,
-                explicit.lengths_B,
-                queries.lengths_B,
-                keyframes_BK,
-            )
-        else:
-            query_prefix = read_prompts(backbone, variables, queries.ids_BT, queries.lengths_B)
-        document_prefix = read_prompts(backbone, variables, documents.ids_BT, documents.lengths_B)
-        hidden_BKD, document_hidden_CKD = think(
-            backbone, variables, (query_prefix, document_prefix), K, pooling
-        )
-    else:
-        keys = [None] * 3 if dropout is None else jax.random.split(dropout, 3)
+    queries = (batch.query.ids_BT, batch.query.lengths_B)
+    documents = (batch.documents.ids_BT, batch.documents.lengths_B)
+    explicit = view = teacher_document_hidden_CKD = None
+    if batch.explicit is not None and objective.need_explicit_view:
+        explicit = (batch.explicit.ids_BT, batch.explicit.lengths_B)
+    model = (backbone, variables)
+    if objective.views == "parity":
         hidden_BKD, document_hidden_CKD = (
-            latent_view(backbone, variables, rows.ids_BT, rows.lengths_B, K, pooling, dropout=key)
-            for rows, key in zip((queries, documents), keys, strict=False)
+            latent_view(*model, *rows, K, pooling) for rows in (queries, documents)
         )
         if explicit is not None and teacher is None:
-            view = explicit_view(
-                backbone,
-                variables,
-                explicit.ids_BT,
-                explicit.lengths_B,
-                keyframes_BK,
-                dropout=keys[2],
-            )
-    teacher_document_hidden_CKD = None
+            view = explicit_view(*model, *explicit, keyframes_BK)
+    else:
+        if explicit is not None and teacher is None:
+            prefix, view = read_both_views(*model, *explicit, batch.query.lengths_B, keyframes_BK)
+        else:
+            prefix = read_prompts(*model, *queries)
+        prefixes = (prefix, read_prompts(*model, *documents))
+        hidden_BKD, document_hidden_CKD = think(*model, prefixes, K, pooling)
     if explicit is not None and teacher is not None:
-        view = explicit_view(
-            teacher.backbone,
-            teacher_variables,
-            explicit.ids_BT,
-            explicit.lengths_B,
-            keyframes_BK,
-        )
-        teacher_document_hidden_CKD = latent_view(
-            teacher.backbone,
-            teacher_variables,
-            documents.ids_BT,
-            documents.lengths_B,
-            teacher.num_thinking_steps,
-            pooling,
-        )
+        taught_by, steps = (teacher.backbone, teacher_variables), teacher.num_thinking_steps
+        view = explicit_view(*taught_by, *explicit, keyframes_BK)
+        teacher_document_hidden_CKD = latent_view(*taught_by, *documents, steps, pooling)
     return Views(hidden_BKD, document_hidden_CKD, view, teacher_document_hidden_CKD)
-
-
-def objective_terms(
-    backbone: Backbone,
-    variables: Variables,
-    batch: Batch,
-    objective: ObjectiveConfig,
-    distillation_scale: jax.Array,
-    teacher: FrozenTeacher | None = None,
-    teacher_variables: Variables | None = None,
-    dropout: jax.Array | None = None,
-) -> Terms:
-    """The loss of a batch and its terms by name; all of its activations are held at once."""
-    views = read_views(backbone, variables, batch, objective, teacher, teacher_variables, dropout)
-    return loss_terms(views, batch.contrast_BC, objective, distillation_scale)
 
 
 def loss_terms(
@@ -187,8 +134,7 @@ def loss_terms(
         teacher_documents_CD = constrain(pool(views.teacher_document_hidden_CKD), None, None)
     return laser_loss(
         views.hidden_BKD,
-        views.explicit.final_BD if views.explicit else None,
-        views.explicit.keyframes_BKD if views.explicit else None,
+        views.explicit,
         documents_CD,
         teacher_documents_CD,
         positives_B,
@@ -246,27 +192,75 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     warmup = round(config.warmup_ratio * steps)
     peak = config.learning_rate
     end = 0.0 if config.schedule == "linear" else peak
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, peak, max(warmup, 1)),
-            optax.linear_schedule(peak, end, max(steps - warmup, 1)),
-        ],
-        [warmup],
-    )
+    rising = optax.linear_schedule(0.0, peak, max(warmup, 1))
+    falling = optax.linear_schedule(peak, end, max(steps - warmup, 1))
+    return optax.join_schedules([rising, falling], [warmup])
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """AdamW, after clipping by global norm where `clip_norm` is set."""
-    adamw = optax.adamw(
-        learning_rate_schedule(config, steps),
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-    )
+    rate = learning_rate_schedule(config, steps)
+    adamw = optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay)
     if config.clip_norm is None:
         return adamw
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+# --- the gradient, one function a way --------------------------------------------------------
+
+Read = Callable[[Variables, Batch], Views]
+Score = Callable[[Views, jax.Array], Terms]
+"""From the views of a batch and its `contrast_BC` to the loss and its terms."""
+
+
+def _gradient(terms_of: Callable[[Variables], Terms], state: TrainState) -> tuple[Any, Terms]:
+    def loss(trained: Any) -> tuple[jax.Array, Terms]:
+        terms = terms_of(replace(state, trained=trained).variables)
+        return terms["loss"], terms
+
+    return jax.grad(loss, has_aux=True)(state.trained)
+
+
+def whole_batch(read: Read, score: Score, state: TrainState, batch: Batch) -> tuple[Any, Terms]:
+    """The gradient and the terms of a batch whose activations are held at once."""
+    return _gradient(lambda variables: score(read(variables, batch), batch.contrast_BC), state)
+
+
+def gradcache(
+    read: Read, score: Score, state: TrainState, batch: Batch, parts: int
+) -> tuple[Any, Terms]:
+    """The same gradient, read in `parts` (Gao et al. 2021, arXiv 2101.06983).
+
+    The views of one micro-batch after the other are computed and dropped but for the states that
+    the loss reads. The loss is taken over the whole batch, and the backward pass reads each
+    micro-batch again.
+    """
+
+    def terms_of(variables: Variables) -> Terms:
+        chunks = replace(_micro_batches(batch, parts), contrast_BC=None)
+        views = jax.lax.map(jax.checkpoint(lambda rows: read(variables, rows)), chunks)
+        views = jax.tree.map(lambda a: _join(a, len(batch.contrast_BC)), views)
+        return score(views, batch.contrast_BC)
+
+    return _gradient(terms_of, state)
+
+
+def plain(
+    read: Read, score: Score, state: TrainState, batch: Batch, parts: int
+) -> tuple[Any, Terms]:
+    """The mean gradient and the mean terms of `parts`, each contrasted only within itself."""
+
+    def add(total: Any, part: Batch) -> tuple[Any, Terms]:
+        grads, terms = whole_batch(read, score, state, part)
+        return jax.tree.map(jnp.add, total, grads), terms
+
+    zeros = jax.tree.map(jnp.zeros_like, state.trained)
+    total, terms = jax.lax.scan(add, zeros, _micro_batches(batch, parts))
+    mean = jax.tree.map(lambda a: a / parts, total)
+    return mean, jax.tree.map(lambda a: a.mean(axis=0), terms)
+
+
+# --- the step --------------------------------------------------------------------------------
 
 
 def make_train_step(
@@ -279,11 +273,6 @@ def make_train_step(
     """The function (state, batch, frozen teacher's variables) -> (state, metrics). Jit it, donating
     the state.
 
-    With micro-batches and `accumulation: gradcache` the views of one micro-batch after the other
-    are computed and dropped but for the states that the loss reads; it is taken over the whole
-    batch, and the backward pass reads each micro-batch again (Gao et al. 2021, arXiv 2101.06983).
-    With `plain` the loss of each micro-batch is taken alone, and the gradients are averaged.
-
     Metrics are float32 scalars: the loss terms, `grad_norm`, `learning_rate`, `documents` (the pool
     that a query is contrasted with), `masked_negatives` in the whole batch, `tokens`,
     `token_pairs`, `padding_share` and `skipped_steps`. Where the loss or a gradient is not finite,
@@ -292,60 +281,9 @@ def make_train_step(
     warmup = config.objective.distillation_warmup_steps
     objective = replace(config.objective, views=config.views)
     parts = config.train.num_micro_batches
-    plain = config.train.accumulation == "plain" and parts > 1
-    with_dropout = config.lora is not None and config.lora.dropout > 0
-
-    def terms_of(
-        variables: Variables,
-        batch: Batch,
-        teacher_variables: Variables | None,
-        scale: jax.Array,
-        dropout: jax.Array | None,
-        parts: int,
-    ) -> Terms:
-        taught_by = (teacher, teacher_variables)
-        if parts == 1:
-            return objective_terms(
-                backbone, variables, batch, objective, scale, *taught_by, dropout
-            )
-
-        def views_of(chunk: tuple[Batch, jax.Array | None]) -> Views:
-            rows, key = chunk
-            return read_views(backbone, variables, rows, objective, *taught_by, key)
-
-        chunks = replace(_micro_batches(batch, parts), contrast_BC=None)
-        keys = None if dropout is None else jax.random.split(dropout, parts)
-        views = jax.lax.map(jax.checkpoint(views_of), (chunks, keys))
-        views = jax.tree.map(lambda a: _join(a, len(batch.contrast_BC)), views)
-        return loss_terms(views, batch.contrast_BC, objective, scale)
-
-    def gradients(
-        state: TrainState, batch: Batch, teacher_variables: Variables | None, scale: jax.Array
-    ) -> tuple[Any, Terms]:
-        dropout = None
-        if with_dropout:
-            dropout = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-
-        def loss(
-            trained: Any, batch: Batch, dropout: jax.Array | None, parts: int
-        ) -> tuple[jax.Array, Terms]:
-            variables = replace(state, trained=trained).variables
-            terms = terms_of(variables, batch, teacher_variables, scale, dropout, parts)
-            return terms["loss"], terms
-
-        gradient = jax.grad(loss, has_aux=True)
-        if not plain:
-            return gradient(state.trained, batch, dropout, parts)
-
-        def add(total: Any, chunk: tuple[Batch, jax.Array | None]) -> tuple[Any, Terms]:
-            grads, terms = gradient(state.trained, *chunk, 1)
-            return jax.tree.map(jnp.add, total, grads), terms
-
-        keys = None if dropout is None else jax.random.split(dropout, parts)
-        zeros = jax.tree.map(jnp.zeros_like, state.trained)
-        total, terms = jax.lax.scan(add, zeros, (_micro_batches(batch, parts), keys))
-        mean = jax.tree.map(lambda a: a / parts, total)
-        return mean, jax.tree.map(lambda a: a.mean(axis=0), terms)
+    in_parts = plain if config.train.accumulation == "plain" else gradcache
+    way = whole_batch if parts == 1 else partial(in_parts, parts=parts)
+    pools = parts if in_parts is plain else 1
 
     def train_step(
         state: TrainState, batch: Batch, teacher_variables: Variables | None
@@ -353,39 +291,37 @@ def make_train_step(
         step = state.step.astype(jnp.float32)
         scale = jnp.minimum(1.0, (step + 1.0) / warmup) if warmup else jnp.ones(())
         batch = replace(batch, rows_B=None)
-        grads, terms = gradients(state, batch, teacher_variables, scale)
-        grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(terms["loss"]) & jnp.isfinite(grad_norm)
-
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
-        trained, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (optax.apply_updates(state.trained, updates), opt_state),
-            (state.trained, state.opt_state),
-        )
-        new = replace(
-            state,
-            step=state.step + 1,
-            skipped=state.skipped + ~finite,
-            trained=trained,
-            opt_state=opt_state,
-        )
-        contrast_BC = batch.contrast_BC
-        metrics = (
-            terms
-            | _reading(batch, objective)
-            | {
-                "grad_norm": grad_norm,
-                "learning_rate": schedule(state.step - state.skipped),
-                "documents": contrast_BC.shape[1] // (parts if plain else 1),
-                "masked_negatives": (~contrast_BC).sum(),
-                "finite": finite,
-                "skipped_steps": new.skipped,
-            }
-        )
+        taught_by = {"teacher": teacher, "teacher_variables": teacher_variables}
+        read = partial(read_views, backbone, objective=objective, **taught_by)
+        score = partial(loss_terms, objective=objective, distillation_scale=scale)
+        grads, terms = way(read, score, state, batch)
+        new, seen = _updated(state, grads, terms["loss"], optimizer)
+        metrics = terms | _reading(batch, objective) | seen
+        metrics |= {
+            "learning_rate": schedule(state.step - state.skipped),
+            "documents": batch.contrast_BC.shape[1] // pools,
+            "masked_negatives": (~batch.contrast_BC).sum(),
+        }
         return new, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
     return train_step
+
+
+def _updated(
+    state: TrainState, grads: Any, loss: jax.Array, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, Terms]:
+    """The next state, and whether the loss and the gradient are finite: only then it learns."""
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
+    trained, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (optax.apply_updates(state.trained, updates), opt_state),
+        (state.trained, state.opt_state),
+    )
+    skipped = state.skipped + ~finite
+    new = TrainState(state.step + 1, skipped, trained, state.frozen, opt_state)
+    return new, {"grad_norm": grad_norm, "finite": finite, "skipped_steps": skipped}
 
 
 def abstract_variables(backbone: Backbone, mesh: Mesh, collection: str, dtype: jnp.dtype) -> Any:
@@ -411,24 +347,22 @@ def abstract_state(
     """
     replicated = NamedSharding(mesh, PartitionSpec())
 
-    def scalar(dtype: Any, *shape: int) -> Any:
+    def whole(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated)
 
     with_adapters = backbone.lora is not None
-    trained = abstract_variables(
-        backbone, mesh, "lora" if with_adapters else "params", jnp.dtype(jnp.float32)
-    )
+    collection = "lora" if with_adapters else "params"
+    trained = abstract_variables(backbone, mesh, collection, jnp.dtype(jnp.float32))
     opt_state = optax.tree.map_params(
         optimizer,
         lambda a, like: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=like.sharding),
         jax.eval_shape(optimizer.init, trained),
         trained,
-        transform_non_params=lambda a: scalar(a.dtype, *a.shape),
+        transform_non_params=lambda a: whole(a.dtype, *a.shape),
     )
     return TrainState(
-        step=scalar(jnp.int32),
-        skipped=scalar(jnp.int32),
-        rng=scalar(jnp.uint32, 2),
+        step=whole(jnp.int32),
+        skipped=whole(jnp.int32),
         trained=trained,
         frozen=abstract_variables(backbone, mesh, "params", base_dtype) if with_adapters else None,
         opt_state=opt_state,
@@ -467,14 +401,11 @@ def init_state(
     with_adapters = abstract.frozen is not None
     trained = draw(backbone, "lora", abstract.trained) if with_adapters else params
 
-    def whole(value: jax.Array) -> jax.Array:
-        # not device_put, which copies to the devices of this process alone
-        return jax.jit(lambda: value, out_shardings=abstract.step.sharding)()
-
+    # not device_put, which copies to the devices of this process alone
+    count = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=abstract.step.sharding)
     return TrainState(
-        step=whole(jnp.zeros((), jnp.int32)),
-        skipped=whole(jnp.zeros((), jnp.int32)),
-        rng=whole(jax.random.key_data(key)),
+        step=count(),
+        skipped=count(),
         trained=trained,
         frozen=params if with_adapters else None,
         opt_state=jax.jit(optimizer.init, out_shardings=_layout(abstract.opt_state))(trained),

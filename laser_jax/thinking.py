@@ -50,9 +50,6 @@ def think(
     prefixes: Sequence[Prefix],
     num_thinking_steps: int,
     pooling: Pooling,
-    *,
-    dropout: jax.Array | None = None,
-    unroll: int = 1,
 ) -> list[jax.Array]:
     """The K states that are pooled, [B, K, D] float32, un-normalised, of every group of prompts.
 
@@ -63,10 +60,6 @@ def think(
     With pooling `prompt_and_thoughts` (LaSER as released) the first is the prompt's own state and
     K - 1 soft tokens are generated; with `thoughts` (GIRCSE) K are generated and the prompt's state
     is left out.
-
-    Args:
-        dropout: key of the adapters' dropout; None switches it off.
-        unroll: thinking steps that are laid out one behind the other in the compiled loop.
 
     Raises:
         ValueError: when `num_thinking_steps` is below 1.
@@ -83,26 +76,16 @@ def think(
 
     def step(carry: tuple[jax.Array, Cache], slot: jax.Array) -> tuple[Any, jax.Array]:
         h_BD, suffix = carry
-        key = None if dropout is None else jax.random.fold_in(dropout, slot)
         token_BD = apply(Backbone.soft_token, backbone, variables, h_BD)
-        h_BD, suffix = apply(
-            Backbone.think,
-            backbone,
-            variables,
-            token_BD,
-            caches,
-            suffix,
-            lengths_B,
-            slot,
-            dropout=key,
-        )
+        past = (caches, suffix, lengths_B, slot)
+        h_BD, suffix = apply(Backbone.think, backbone, variables, token_BD, *past)
         return (h_BD, suffix), h_BD
 
     if backbone.remat != "none":
         policy = REMAT_POLICIES[backbone.remat]
         step = jax.checkpoint(step, policy=policy, prevent_cse=False)
     carry = (merge_groups([prefix.h_BD for prefix in prefixes]), empty_suffix(caches, generated))
-    _, h_KBD = jax.lax.scan(step, carry, jnp.arange(generated), unroll=unroll)
+    _, h_KBD = jax.lax.scan(step, carry, jnp.arange(generated))
     sizes = [prefix.lengths_B.shape[0] for prefix in prefixes]
     thoughts = split_groups(jnp.swapaxes(h_KBD, 0, 1).astype(wide), sizes)
     if pooling == "thoughts":

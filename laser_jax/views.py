@@ -7,35 +7,20 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from laser_jax.config import Pooling
+from laser_jax.losses import ExplicitView
 from laser_jax.modeling.attention import accumulation_dtype
 from laser_jax.modeling.backbone import Backbone, Variables, apply
 from laser_jax.thinking import Prefix, think
 
 
-@struct.dataclass
-class ExplicitView:
-    """Un-normalised float32 states of the teacher."""
-
-    final_BD: jax.Array
-    """At the last token (EOS)."""
-    keyframes_BKD: jax.Array
-    """At the K chosen segment ends."""
-
-
 def read_prompts(
-    backbone: Backbone,
-    variables: Variables,
-    ids_BT: jax.Array,
-    lengths_B: jax.Array,
-    *,
-    dropout: jax.Array | None = None,
+    backbone: Backbone, variables: Variables, ids_BT: jax.Array, lengths_B: jax.Array
 ) -> Prefix:
     """Reads the prompts of queries or documents once."""
     last_B1 = (lengths_B - 1)[:, None]
-    h_B1D, cache = apply(Backbone.read, backbone, variables, ids_BT, last_B1, dropout=dropout)
+    h_B1D, cache = apply(Backbone.read, backbone, variables, ids_BT, last_B1)
     return Prefix(h_B1D[:, 0], cache, lengths_B)
 
 
@@ -46,17 +31,10 @@ def latent_view(
     lengths_B: jax.Array,
     num_thinking_steps: int,
     pooling: Pooling,
-    *,
-    dropout: jax.Array | None = None,
 ) -> jax.Array:
-    """Reads the prompts and thinks K steps. Returns [B, K, D] float32 un-normalised states.
-
-    Args:
-        dropout: key of the adapters' dropout; None switches it off.
-    """
-    reading, thinking = (None, None) if dropout is None else jax.random.split(dropout)
-    prefix = read_prompts(backbone, variables, ids_BT, lengths_B, dropout=reading)
-    return think(backbone, variables, [prefix], num_thinking_steps, pooling, dropout=thinking)[0]
+    """Reads the prompts and thinks K steps. Returns [B, K, D] float32 un-normalised states."""
+    prefix = read_prompts(backbone, variables, ids_BT, lengths_B)
+    return think(backbone, variables, [prefix], num_thinking_steps, pooling)[0]
 
 
 def explicit_view(
@@ -65,17 +43,14 @@ def explicit_view(
     ids_BT: jax.Array,
     lengths_B: jax.Array,
     keyframes_BK: jax.Array,
-    *,
-    dropout: jax.Array | None = None,
 ) -> ExplicitView:
     """Reads [query prompt; chain of thought; EOS] once.
 
     Args:
         keyframes_BK: int token positions of the chosen segment ends (see `alignment`).
-        dropout: key of the adapters' dropout; None switches it off.
     """
     select = jnp.concatenate([(lengths_B - 1)[:, None], keyframes_BK], axis=1)
-    h_BPD, _ = apply(Backbone.read, backbone, variables, ids_BT, select, dropout=dropout)
+    h_BPD, _ = apply(Backbone.read, backbone, variables, ids_BT, select)
     h_BPD = h_BPD.astype(accumulation_dtype(h_BPD.dtype))
     return ExplicitView(h_BPD[:, 0], h_BPD[:, 1:])
 
@@ -92,7 +67,7 @@ def read_both_views(
 
     Attention is causal, so the states of the query's tokens are those of the query alone: the
     student starts from the state at the query's last token and sees only the keys before it.
-    Valid only where the query's tokens are a prefix of the explicit input's, and without dropout.
+    Valid only where the query's tokens are a prefix of the explicit input's.
 
     Returns:
         The query's prefix, for `think`, and the explicit view.

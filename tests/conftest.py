@@ -106,7 +106,7 @@ def write_model() -> Callable[..., None]:
 
     from laser_jax.config import RetrieverConfig, ScratchConfig, save_retriever_config
     from laser_jax.data.tokenization import special_token_ids, train_tokenizer
-    from laser_jax.hf.weights import save_params
+    from laser_jax.hf.writing import save_params
     from laser_jax.modeling.backbone import Backbone
 
     def write(
@@ -129,7 +129,7 @@ def write_model() -> Callable[..., None]:
             backbone,
             dtype=np.float32,
             lora=None,
-            **special_token_ids(tokenizer),
+            tokens=special_token_ids(tokenizer),
         )
         tokenizer.save_pretrained(directory)
         save_retriever_config(RetrieverConfig(backbone, num_thinking_steps=steps), directory)

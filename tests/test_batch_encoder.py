@@ -26,7 +26,7 @@ from laser_jax.config import (
 )
 from laser_jax.data.tokenization import right_pad
 from laser_jax.encoder import encode
-from laser_jax.hf.weights import save_params
+from laser_jax.hf.writing import save_params
 from laser_jax.inference.batch_encoder import LatentEncoder, NotFiniteError
 from laser_jax.modeling.backbone import Backbone, Variables
 from laser_jax.sharding import make_mesh, shardings

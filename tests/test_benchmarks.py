@@ -57,7 +57,7 @@ from benchmarks.workload import (
 )
 from laser_jax.config import ObjectiveConfig, OptimizerConfig
 from laser_jax.losses import pool
-from laser_jax.step import objective_terms
+from laser_jax.step import loss_terms, read_views
 from laser_jax.views import latent_view
 
 # torch, transformers and peft warn about themselves on import and use.
@@ -417,7 +417,8 @@ def test_transcriptions_give_our_loss_gradients_and_embeddings_on_rows_of_all_le
     @jax.jit
     def ours(variables: Any) -> Any:
         def loss(variables: Any) -> Any:
-            terms = objective_terms(backbone, variables, batch, objective, jnp.ones(()))
+            views = read_views(backbone, variables, batch, objective)
+            terms = loss_terms(views, batch.contrast_BC, objective, jnp.ones(()))
             return terms["loss"], terms
 
         grads, terms = jax.grad(loss, has_aux=True)(variables)

@@ -73,7 +73,6 @@ def state(
     return TrainState(
         step=jax.device_put(np.int32(step), replicated),
         skipped=jax.device_put(np.int32(seed), replicated),
-        rng=jax.device_put(np.asarray([seed, 7], np.uint32), replicated),
         trained=trained,
         frozen=frozen,
         opt_state=opt_state,
@@ -106,7 +105,7 @@ def steps_in(directory: Path) -> list[str]:
 
 
 def saved_part(state: TrainState) -> Any:
-    return state.step, state.skipped, state.rng, state.trained, state.opt_state
+    return state.step, state.skipped, state.trained, state.opt_state
 
 
 def assert_equal(left: Any, right: Any) -> None:
@@ -358,8 +357,8 @@ def put(array, *axes):
     return jax.make_array_from_callback(array.shape, layout, lambda index: array[index])
 def state(step):
     kernel = put(np.random.default_rng(step).normal(size=(256, 256)).astype(np.float32), "fsdp")
-    count, key = put(np.int32(step)), put(np.zeros(2, np.uint32))
-    return TrainState(count, count, key, {"kernel": kernel}, None, {"mu": kernel})
+    count = put(np.int32(step))
+    return TrainState(count, count, {"kernel": kernel}, None, {"mu": kernel})
 checkpoints = Checkpoints(sys.argv[3], keep=2, scores={}, base=None)
 restored = checkpoints.restore(state(9))
 if restored is None:

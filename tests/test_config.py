@@ -220,7 +220,6 @@ def test_fast_views_want_the_query_to_be_a_prefix_of_the_explicit_input() -> Non
 
 def test_auto_views_are_fast_unless_the_views_must_be_separate_passes() -> None:
     assert parse().views == "fast"
-    assert parse("--lora.dropout=0.1").views == "parity"
     assert parse("--objective.views=parity").views == "parity"
 
 

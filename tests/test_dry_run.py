@@ -33,7 +33,7 @@ from laser_jax.config import (
 from laser_jax.data.pipeline import training_batches
 from laser_jax.data.sources import open_sources
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, train_tokenizer
-from laser_jax.hf.weights import read_backbone_config
+from laser_jax.hf.directory import read_backbone_config
 from laser_jax.train.dry_run import dry_run
 from laser_jax.train.throughput import reading_of, step_flops
 

@@ -36,13 +36,9 @@ from laser_jax.encode_corpus.run import main
 from laser_jax.encoder import load_pretrained
 from laser_jax.files import durable as files
 from laser_jax.files.durable import Digest
-from laser_jax.hf.weights import (
-    Stored,
-    load_params,
-    read_backbone_config,
-    save_adapter,
-    save_params,
-)
+from laser_jax.hf.directory import read_backbone_config
+from laser_jax.hf.reading import Stored, load_params
+from laser_jax.hf.writing import save_adapter, save_params
 from laser_jax.inference.retriever import LatentRetriever
 from laser_jax.modeling.backbone import Backbone
 from laser_jax.search.codes import decode_vectors

@@ -30,7 +30,8 @@ from laser_jax.encoder import (
     load_pretrained,
     right_padded,
 )
-from laser_jax.hf.weights import merged_adapters, save_adapter, save_params
+from laser_jax.hf.adapters import merged_adapters
+from laser_jax.hf.writing import save_adapter, save_params
 from laser_jax.modeling.backbone import Backbone, Variables, unstack_layers
 from laser_jax.sharding import MESH_AXES, make_mesh
 

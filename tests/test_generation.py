@@ -15,7 +15,8 @@ import pytest
 
 from laser_jax.config import BackboneConfig, ConfigError, ScratchConfig
 from laser_jax.data.tokenization import train_tokenizer
-from laser_jax.hf.weights import HFError, load_params, read_backbone_config
+from laser_jax.hf.directory import HFError, read_backbone_config
+from laser_jax.hf.reading import load_params
 from laser_jax.modeling.backbone import Backbone, Variables
 from laser_jax.rewrite.generation import Decoding, TextGenerator, choose_tokens, stop_ids
 

@@ -26,12 +26,9 @@ from safetensors.numpy import load_file
 
 from laser_jax.config import BackboneConfig, ConfigError, RopeScaling
 from laser_jax.data.tokenization import load_tokenizer_for, train_tokenizer
-from laser_jax.hf.weights import (
-    HFError,
-    load_params,
-    read_backbone_config,
-    save_weights,
-)
+from laser_jax.hf.directory import HFError, read_backbone_config
+from laser_jax.hf.reading import load_params
+from laser_jax.hf.writing import save_weights
 from laser_jax.import_gguf.file import gguf_weights, open_gguf, packaged_file, read_gguf_config
 from laser_jax.import_gguf.run import ImportOptions, import_gguf, main
 from laser_jax.modeling.backbone import Backbone
@@ -490,7 +487,7 @@ def test_a_failure_while_writing_leaves_nothing(
         raise error
 
     place = {
-        "save_weights": "laser_jax.hf.weights.save_file",
+        "save_weights": "laser_jax.hf.writing.save_file",
         "save_pretrained": "transformers.PreTrainedTokenizerBase.save_pretrained",
     }
     monkeypatch.setattr(place[stage], fail)

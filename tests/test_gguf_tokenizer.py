@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from laser_jax.data.tokenization import TokenizationError, load_tokenizer, train_tokenizer
-from laser_jax.hf.weights import HFError
+from laser_jax.hf.directory import HFError
 from laser_jax.import_gguf.file import GGUFFile, open_gguf
 from laser_jax.import_gguf.tokenizer import read_gguf_tokenizer
 

@@ -37,7 +37,9 @@ from laser_jax.config import (
 )
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, right_pad
 from laser_jax.encoder import encode, load_pretrained, right_padded
-from laser_jax.hf.weights import load_adapter, load_params, merge_lora, read_backbone_config
+from laser_jax.hf.adapters import merge_lora
+from laser_jax.hf.directory import read_backbone_config
+from laser_jax.hf.reading import load_adapter, load_params
 from laser_jax.losses import gircse_loss, laser_loss, normalize, pool
 from laser_jax.modeling.backbone import Backbone, Variables, unstack_layers
 from laser_jax.modeling.rope import rope_at
@@ -391,8 +393,7 @@ def compiled(backbone: Backbone, objective: ObjectiveConfig) -> Any:
             B, C = batch.contrast_BC.shape
             values = laser_loss(
                 hidden_BKD,
-                teacher.final_BD,
-                teacher.keyframes_BKD,
+                teacher,
                 documents_CD,
                 documents_CD,
                 jnp.arange(B) * (C // B),
@@ -541,7 +542,6 @@ def test_train_step_follows_the_adamw_curve(case: Path) -> None:
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
-        rng=jnp.zeros(2, jnp.uint32),
         trained=params,
         frozen=None,
         opt_state=optimizer.init(params),

@@ -43,8 +43,9 @@ from laser_jax.modeling.backbone import Backbone, Variables
 from laser_jax.step import (
     FrozenTeacher,
     TrainState,
+    loss_terms,
     make_train_step,
-    objective_terms,
+    read_views,
 )
 from laser_jax.views import latent_view
 
@@ -174,7 +175,8 @@ def test_four_term_loss(views: str, lora: LoraConfig | None) -> None:
 
     def terms(trained: Any, *teacher: Any) -> dict[str, jax.Array]:
         student = variables | {trainable: trained}
-        return objective_terms(backbone, student, batch, objective, jnp.ones(()), *teacher)
+        views = read_views(backbone, student, batch, objective, *teacher)
+        return loss_terms(views, batch.contrast_BC, objective, jnp.ones(()))
 
     def with_fixed_teacher(trained: Any) -> jax.Array:
         """No gradient flows into the teacher's side of the two distillations, so differences must
@@ -198,7 +200,8 @@ def test_gircse() -> None:
     objective = ObjectiveConfig(method="gircse", temperature=0.3)
 
     def terms(variables: Variables) -> dict[str, jax.Array]:
-        return objective_terms(backbone, variables, batch, objective, jnp.ones(()))
+        views = read_views(backbone, variables, batch, objective)
+        return loss_terms(views, batch.contrast_BC, objective, jnp.ones(()))
 
     assert terms(variables)["penalty"] > 1e-3
     gradient = jax.jit(jax.grad(lambda variables: terms(variables)["loss"]))(variables)
@@ -251,13 +254,14 @@ def step_gradient(params: Any, batch: Batch, layers: dict[str, Any], **train: An
     backbone = Backbone(TRAINED, reverse_only=True, **layers)
     step = make_train_step(backbone, config, keep, optax.constant_schedule(0.0))
     zero = jnp.zeros((), jnp.int32)
-    state = TrainState(zero, zero, jnp.zeros(2, jnp.uint32), params, None, keep.init(params))
+    state = TrainState(zero, zero, params, None, keep.init(params))
     return jax.jit(step)(state, batch, None)[0].opt_state
 
 
 def terms_and_backward(backbone: Backbone, params: Any, batch: Batch) -> Any:
     def terms(params: Any) -> jax.Array:
-        values = objective_terms(backbone, {"params": params}, batch, WATCHED, jnp.ones(()))
+        views = read_views(backbone, {"params": params}, batch, WATCHED)
+        values = loss_terms(views, batch.contrast_BC, WATCHED, jnp.ones(()))
         return jnp.stack([values[name] for name in TERMS])
 
     return jax.vjp(terms, params)

@@ -25,19 +25,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from laser_jax.config import PROJECTIONS, BackboneConfig, LoraConfig, RopeScaling
-from laser_jax.hf import weights as hf
-from laser_jax.hf.weights import (
-    HFError,
-    hf_config_dict,
-    load_adapter,
-    load_params,
-    load_sharded_params,
-    merge_lora,
-    read_backbone_config,
-    resolve_directory,
-    save_adapter,
-    save_params,
-)
+from laser_jax.hf.adapters import merge_lora
+from laser_jax.hf.directory import HFError, hf_config_dict, read_backbone_config, resolve_directory
+from laser_jax.hf.reading import Stored, load_adapter, load_params, load_sharded_params
+from laser_jax.hf.writing import save_adapter, save_params
 from laser_jax.modeling.backbone import Backbone
 from laser_jax.sharding import MESH_AXES, shardings
 
@@ -511,14 +502,14 @@ def layout(
 def count_bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of all reads from here on."""
     sizes: list[int] = []
-    read = hf.Stored.read
+    read = Stored.read
 
     def counted(self: Any, *index: slice) -> np.ndarray:
         value = read(self, *index)
         sizes.append(value.nbytes)
         return value
 
-    monkeypatch.setattr(hf.Stored, "read", counted)
+    monkeypatch.setattr(Stored, "read", counted)
     return sizes
 
 
@@ -691,7 +682,7 @@ def test_a_failed_export_leaves_the_older_one_alone(
         file.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("laser_jax.hf.weights.save_file", full_disk)
+    monkeypatch.setattr("laser_jax.hf.writing.save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
         save_params(tmp_path, {"params": params}, backbone, dtype="f4", lora=None)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
@@ -735,7 +726,7 @@ def test_a_full_disk_is_an_error_of_the_system(
         raise SafetensorError("I/O error: No space left on device")
 
     backbone = tiny()
-    monkeypatch.setattr("laser_jax.hf.weights.save_file", full_disk)
+    monkeypatch.setattr("laser_jax.hf.writing.save_file", full_disk)
     with pytest.raises(OSError, match=r"adapter_model\.safetensors cannot be written: .*No space"):
         save_adapter(tmp_path, random_lora(backbone), LORA, backbone, base_model="base")
     assert list(tmp_path.iterdir()) == []
@@ -1131,8 +1122,7 @@ def test_transformers_gives_equal_logits_after_import_and_export(
         backbone,
         dtype="float32",
         lora=None,
-        eos_token_id=[1, 2],
-        pad_token_id=0,
+        tokens={"eos_token_id": [1, 2], "pad_token_id": 0},
         max_shard_bytes=max_shard_bytes,
     )
     exported = reload(tmp_path / "ours")

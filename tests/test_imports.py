@@ -21,7 +21,7 @@ ORDER: tuple[str, ...] = (
     *("config", "sharding", "losses", "alignment", "batch"),
     *("modeling.kernels", "modeling.lora", "modeling.attention", "modeling.rope"),
     *("modeling.backbone", "thinking", "views", "step"),
-    *("hf.weights", "encoder"),
+    *("hf.directory", "hf.layout", "hf.adapters", "hf.reading", "hf.writing", "encoder"),
     *("data.buckets", "data.tokenizer_files", "data.schema", "data.chat_template"),
     *("data.control_tokens", "data.sources", "data.tokenization", "data.reasoning_retrieval"),
     "data.pipeline",
@@ -48,7 +48,7 @@ ORDER: tuple[str, ...] = (
 # The budgets of the house. They are a ratchet: lowered whenever a room gets smaller, towards 1,150,
 # 15,500, 500, 60 and 8, and never raised.
 METHOD = ("losses", "alignment", "batch", "thinking", "views", "step", "modeling")
-METHOD_LINES = 1_290
+METHOD_LINES = 1_150
 """Of code: one person reads the method in an afternoon."""
 PACKAGE_LINES, BENCHMARK_LINES = 21_230, 4_500
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 1_012, 117, 11
@@ -56,7 +56,7 @@ FILE_LINES, FUNCTION_LINES, PARAMETERS = 1_012, 117, 11
 # Library -> the files under laser_jax that may import it.
 CONFINED: dict[str, frozenset[str]] = {
     "transformers": frozenset({"data/tokenization.py"}),
-    "safetensors": frozenset({"hf/weights.py"}),
+    "safetensors": frozenset({"hf/reading.py", "hf/writing.py"}),
     "gguf": frozenset({"import_gguf/file.py"}),
     "orbax": frozenset({"train/checkpoint.py"}),
     "faiss": frozenset({"search/faiss_index.py"}),
@@ -245,7 +245,7 @@ def test_lines_of_code_leave_out_blanks_comments_and_docstrings() -> None:
         ("modeling.backbone", "laser_jax.modeling.rope", True),
         ("train.run", "laser_jax.train.checkpoint", True),
         ("modeling.rope", "laser_jax.modeling.backbone", False),
-        ("thinking", "laser_jax.hf.weights", False),
+        ("thinking", "laser_jax.hf.reading", False),
         ("losses", "laser_jax.views", False),
         ("evaluate.run", "laser_jax.train.run.train", False),
         ("encoder", "laser_jax", False),

@@ -104,14 +104,11 @@ def test_the_devices_may_be_given() -> None:
 
 def test_the_settings_reach_the_model() -> None:
     lora = LoraConfig(rank=3)
-    model = ModelConfig(
-        scratch=SCRATCH, dtype="bfloat16", remat="full", attention="xla", unroll_layers=True
-    )
+    model = ModelConfig(scratch=SCRATCH, dtype="bfloat16", remat="full", attention="xla")
     with jax.numpy_dtype_promotion("standard"):  # jax's own attention promotes bfloat16
         laid = lay(lora=lora, model=model)
     assert laid.backbone.config == BACKBONE
     assert (laid.backbone.lora, laid.backbone.remat) == (lora, "full")
-    assert laid.backbone.unroll_layers
     assert laid.backbone.dtype == jnp.bfloat16
     assert laid.attention == "xla (as asked)"
     with pytest.raises(ConfigError, match=r"model\.attention: cudnn cannot run here"):

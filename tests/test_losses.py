@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 
 from laser_jax.config import LossWeights, ObjectiveConfig
-from laser_jax.losses import gircse_loss, info_nce, laser_loss, normalize, pool, score_kl
+from laser_jax.losses import (
+    ExplicitView,
+    gircse_loss,
+    info_nce,
+    laser_loss,
+    normalize,
+    pool,
+    score_kl,
+)
 
 B, K, D, C = 3, 4, 5, 6
 OBJECTIVE = ObjectiveConfig(
@@ -31,7 +39,7 @@ def draw(*shape: int, seed: int) -> jax.Array:
 
 
 def inputs() -> dict[str, jax.Array]:
-    """The arrays of `laser_loss` that carry gradients, by parameter name."""
+    """The arrays of `laser_loss` that carry gradients, by name."""
     return {
         "hidden_BKD": draw(B, K, D, seed=0),
         "final_BD": draw(B, D, seed=1),
@@ -50,7 +58,10 @@ def loss(
         "objective": OBJECTIVE,
         "distillation_scale": ONE,
     }
-    return laser_loss(**(arrays | fixed | changes))
+    given = dict(arrays)
+    final_BD, keyframes_BKD = given.pop("final_BD"), given.pop("keyframes_BKD")
+    explicit = None if final_BD is None else ExplicitView(final_BD, keyframes_BKD)
+    return laser_loss(explicit=explicit, **(given | fixed | changes))
 
 
 def gradients(term: str, contrast_BC: jax.Array = EVERYTHING) -> dict[str, jax.Array]:

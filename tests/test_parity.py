@@ -13,13 +13,9 @@ import numpy as np
 import pytest
 
 from laser_jax.config import BackboneConfig, LoraConfig
-from laser_jax.hf.weights import (
-    load_adapter,
-    load_params,
-    read_backbone_config,
-    save_adapter,
-    save_params,
-)
+from laser_jax.hf.directory import read_backbone_config
+from laser_jax.hf.reading import load_adapter, load_params
+from laser_jax.hf.writing import save_adapter, save_params
 from laser_jax.modeling.backbone import Backbone, Variables, unstack_layers
 
 torch = pytest.importorskip("torch", reason="pip install laser-jax[parity]")

@@ -26,7 +26,8 @@ from laser_jax.config import (
     parse_command_line,
 )
 from laser_jax.data.tokenization import load_tokenizer
-from laser_jax.hf.weights import load_params, read_backbone_config
+from laser_jax.hf.directory import read_backbone_config
+from laser_jax.hf.reading import load_params
 from laser_jax.modeling.backbone import Backbone
 from laser_jax.pretrain import run as program
 from laser_jax.pretrain.run import pretrain, written_right
@@ -112,7 +113,7 @@ def test_settings_that_an_older_release_did_not_have_count_as_their_defaults(
     file = Path(config.output) / "pretrain.json"
     written = file.read_text()
     older = json.loads(written)
-    del older["config"]["model"]["unroll_layers"]
+    del older["config"]["model"]["attention"]
     file.write_text(json.dumps(older))
     try:
         assert pretrain(config) == older
@@ -250,7 +251,7 @@ def test_every_setting_of_the_model_counts(config, report, tmp_path, monkeypatch
 
     monkeypatch.setattr(program, "resolve_directory", hub.__getitem__)
     monkeypatch.setattr(program, "_loss", recorded)
-    asked = {"remat": "full", "unroll_layers": True, "attention": "xla"}
+    asked = {"remat": "full", "attention": "xla"}
     model = ModelConfig(path="mine/tiny", param_dtype="bfloat16", **asked)
     output = tmp_path / "out"
     pretrain(dataclasses.replace(config, model=model, output=str(output), eval=None, steps=1))

@@ -36,7 +36,7 @@ from laser_jax.data.tokenization import (
     train_tokenizer,
 )
 from laser_jax.encoder import encode
-from laser_jax.hf.weights import save_params
+from laser_jax.hf.writing import save_params
 from laser_jax.inference.batch_encoder import LatentEncoder
 from laser_jax.inference.retriever import LatentRetriever, OverlongTextError, Tally
 from laser_jax.modeling.backbone import Backbone

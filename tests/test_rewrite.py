@@ -23,7 +23,8 @@ from flax import linen as nn
 from laser_jax.config import ScratchConfig
 from laser_jax.data.tokenization import load_tokenizer, special_token_ids, train_tokenizer
 from laser_jax.evaluate.rewrites import read_rewrites
-from laser_jax.hf.weights import load_params, save_params
+from laser_jax.hf.reading import load_params
+from laser_jax.hf.writing import save_params
 from laser_jax.modeling.backbone import Backbone
 from laser_jax.rewrite.generation import Decoding, TextGenerator
 from laser_jax.rewrite.run import (
@@ -50,7 +51,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     drawn = jax.jit(Backbone(BACKBONE).init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))
     variables = jax.tree.map(lambda a: 2 * a, nn.meta.unbox(drawn))
     ids = special_token_ids(tokenizer)
-    save_params(directory, jax.device_get(variables), BACKBONE, dtype=np.float32, lora=None, **ids)
+    save_params(
+        directory, jax.device_get(variables), BACKBONE, dtype=np.float32, lora=None, tokens=ids
+    )
     tokenizer.save_pretrained(directory)
     return directory
 

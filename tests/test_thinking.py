@@ -22,7 +22,7 @@ from laser_jax.losses import pool
 from laser_jax.modeling.backbone import Backbone, Variables, unstack_layers
 from laser_jax.modeling.rope import rope_at
 from laser_jax.sharding import batch_sharding, make_mesh, shardings
-from laser_jax.thinking import Prefix, think, top_tokens
+from laser_jax.thinking import top_tokens
 from laser_jax.views import latent_view
 
 VOCAB = 88  # no other size in these models
@@ -221,20 +221,6 @@ def test_embeddings_are_unit_rows_of_the_configured_number_of_steps(
     np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-6)
     assert embeddings.dtype == np.float32
     assert_same(embeddings, pool(standard(3)))
-
-
-@pytest.mark.parametrize("unroll", [2, 5])
-def test_unrolling_does_not_change_the_states(unroll: int) -> None:
-    backbone = Backbone(tiny("qwen3"))
-
-    @jax.jit
-    def run(variables: Variables) -> jax.Array:
-        last = (LENGTHS - 1)[:, None]
-        h_B1D, cache = backbone.apply(variables, _ids(), last, method="read")
-        prefix = Prefix(h_B1D[:, 0], cache, jnp.asarray(LENGTHS))
-        return think(backbone, variables, [prefix], 4, "prompt_and_thoughts", unroll=unroll)[0]
-
-    assert_same(run(random_variables("qwen3")), standard(4))
 
 
 @pytest.mark.parametrize("K", [0, -1])

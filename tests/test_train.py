@@ -29,7 +29,7 @@ import laser_jax.train.run as program
 from laser_jax.config import Config, RetrieverConfig, parse_command_line
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, right_pad
 from laser_jax.encoder import load_pretrained
-from laser_jax.hf.weights import load_adapter
+from laser_jax.hf.reading import load_adapter
 from laser_jax.inference.batch_encoder import LatentEncoder
 from laser_jax.train.checkpoint import CheckpointError
 from laser_jax.train.output import OutputError

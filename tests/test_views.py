@@ -16,7 +16,7 @@ from laser_jax.alignment import keyframe_positions
 from laser_jax.batch import Batch, Tokens
 from laser_jax.config import BackboneConfig, LossWeights, ObjectiveConfig
 from laser_jax.modeling.backbone import Backbone, Variables, unstack_layers
-from laser_jax.step import FrozenTeacher, objective_terms
+from laser_jax.step import FrozenTeacher, loss_terms, read_views
 from laser_jax.thinking import think
 from laser_jax.views import ExplicitView, explicit_view, latent_view, read_both_views
 
@@ -96,6 +96,17 @@ def dual(variables: Variables, tokens: Tokens) -> tuple[jax.Array, ExplicitView]
     return think(BACKBONE, variables, [prefix], K, "prompt_and_thoughts")[0], view
 
 
+def terms_of(
+    backbone: Backbone,
+    variables: Variables,
+    batch: Batch,
+    objective: ObjectiveConfig,
+    *teacher: Any,
+) -> Any:
+    views = read_views(backbone, variables, batch, objective, *teacher)
+    return loss_terms(views, batch.contrast_BC, objective, jnp.ones(()))
+
+
 def assert_same(got: Any, wanted: Any) -> None:
     # un-normalised states reach 4
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), got, wanted)
@@ -163,7 +174,7 @@ def values_and_gradients(objective: ObjectiveConfig, *teacher: Any) -> tuple[Any
     """The terms by name, and the gradient of each."""
 
     def run(variables: Variables) -> Any:
-        terms = objective_terms(BACKBONE, variables, BATCH, objective, jnp.ones(()), *teacher)
+        terms = terms_of(BACKBONE, variables, BATCH, objective, *teacher)
         return terms, terms
 
     @jax.jit
@@ -193,7 +204,7 @@ def test_one_pass_gives_the_loss_and_gradients_of_two() -> None:
 
 def test_unstacked_layers_give_the_same_terms() -> None:
     backbone = Backbone(CONFIG, scan_layers=False)
-    run = jax.jit(lambda v: objective_terms(backbone, v, BATCH, OBJECTIVE, jnp.ones(())))
+    run = jax.jit(lambda v: terms_of(backbone, v, BATCH, OBJECTIVE))
     got = run(unstack_layers(random_variables()))
     for name, term in shared("fast")[0].items():
         np.testing.assert_allclose(got[name], term, rtol=2e-5, err_msg=name)
@@ -211,15 +222,15 @@ def test_a_frozen_copy_teaches_what_the_model_itself_teaches() -> None:
         assert relative_error(gradients[name], wanted[name]) < 2e-6, name
 
 
-def terms_of(objective: ObjectiveConfig, batch: Batch = BATCH) -> dict[str, jax.Array]:
-    run = jax.jit(lambda v: objective_terms(BACKBONE, v, batch, objective, jnp.ones(())))
+def terms_under(objective: ObjectiveConfig, batch: Batch = BATCH) -> dict[str, jax.Array]:
+    run = jax.jit(lambda v: terms_of(BACKBONE, v, batch, objective))
     return run(random_variables())
 
 
 def test_plain_contrastive_training_reads_no_chain_of_thought() -> None:
     plain = LossWeights(explicit=0.0, output=0.0, trajectory=0.0)
     objective = dataclasses.replace(OBJECTIVE, weights=plain)
-    got = terms_of(objective, BATCH.replace(explicit=None, keyframes_BK=None))
+    got = terms_under(objective, BATCH.replace(explicit=None, keyframes_BK=None))
     assert set(got) == {"loss", "latent"}
     wanted = shared("parity")[0]["latent"]
     np.testing.assert_allclose(got["loss"], wanted, rtol=2e-6)
@@ -227,7 +238,7 @@ def test_plain_contrastive_training_reads_no_chain_of_thought() -> None:
 
 def test_one_thinking_step_has_a_teacher_too() -> None:
     batch = BATCH.replace(keyframes_BK=KEYFRAMES[:, :1])
-    got = terms_of(dataclasses.replace(OBJECTIVE, num_thinking_steps=1), batch)
+    got = terms_under(dataclasses.replace(OBJECTIVE, num_thinking_steps=1), batch)
     assert all(np.isfinite(term) for term in got.values())
     assert {"explicit", "output", "trajectory"} < set(got)
     wanted = shared("parity")[0]
@@ -236,7 +247,7 @@ def test_one_thinking_step_has_a_teacher_too() -> None:
 
 
 def test_keyframes_teach_the_trajectory_alone() -> None:
-    moved = terms_of(with_views("parity"), BATCH.replace(keyframes_BK=KEYFRAMES[:, ::-1]))
+    moved = terms_under(with_views("parity"), BATCH.replace(keyframes_BK=KEYFRAMES[:, ::-1]))
     wanted = shared("parity")[0]
     for name in ("latent", "explicit", "output"):
         np.testing.assert_allclose(moved[name], wanted[name], rtol=1e-6)

@@ -28,7 +28,8 @@ from laser_jax.encode_corpus.directory import CorpusDirectory, Record
 from laser_jax.encode_corpus.documents import Corpus, Fields, Located
 from laser_jax.encode_corpus.plan import Plan, Settings, differing, query_instruction, read_planned
 from laser_jax.files.durable import Digest
-from laser_jax.hf.weights import find_params, load_adapter, read_backbone_config, resolve_directory
+from laser_jax.hf.directory import read_backbone_config, resolve_directory
+from laser_jax.hf.reading import find_params, load_adapter
 from laser_jax.inference.batch_encoder import NotFiniteError
 from laser_jax.inference.retriever import (
     LatentRetriever,

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import numpy as np
 
 from laser_jax.config import BackboneConfig, ConfigError, RopeScaling
-from laser_jax.hf.weights import HFError, Stored, fitting_tensors
+from laser_jax.hf.directory import HFError
+from laser_jax.hf.layout import param_slots
+from laser_jax.hf.reading import Stored, fitting
 from laser_jax.modeling.rope import inverse_frequencies
 
 if TYPE_CHECKING:
@@ -418,4 +420,4 @@ def gguf_weights(file: GGUFFile, backbone: BackboneConfig) -> Iterator[np.ndarra
             interleaved = heads.get(match["module"], 0) if backbone.family == "llama" else 0
         weight = GGUFWeight(key, file.path, tensor.shape, "F32", tensor, interleaved)
         by_name.setdefault(key, []).append(weight)
-    return (tensor.read() for tensor in fitting_tensors(by_name, backbone, file.path))
+    return (tensor.read() for tensor in fitting(param_slots(backbone), by_name, file.path).values())

@@ -17,7 +17,7 @@ import ml_dtypes
 
 from laser_jax.config import ConfigError, Dtype, parse_command_line
 from laser_jax.data.tokenization import special_token_ids
-from laser_jax.hf.weights import save_weights
+from laser_jax.hf.writing import save_weights
 from laser_jax.import_gguf.file import (
     PACKAGED,
     gguf_weights,

@@ -33,7 +33,7 @@ from laser_jax.data.tokenization import (
 )
 from laser_jax.encoder import backbone_for, load_pretrained
 from laser_jax.files.durable import Digest
-from laser_jax.hf.weights import resolve_directory
+from laser_jax.hf.directory import resolve_directory
 from laser_jax.inference.batch_encoder import LatentEncoder
 from laser_jax.modeling.backbone import Variables
 from laser_jax.sharding import make_mesh, shardings

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -68,34 +69,27 @@ def choose_kernel(
     Raises:
         ConfigError: the wanted kernel cannot run there.
     """
-    half = jnp.dtype(dtype).itemsize == 2
-    refusals: dict[AttentionKernel, str | None] = {
-        "cudnn": (
-            "cuDNN runs on NVIDIA GPUs"
-            if platform not in ("gpu", "cuda")
-            else "cuDNN computes in bfloat16 or float16"
-            if not half
-            else f"cuDNN wants a head_dim of a multiple of 8 up to 128, not {head_dim}"
-            if head_dim % 8 or head_dim > 128
-            else None
-        ),
-        "splash": (
-            "splash attention runs on TPUs"
-            if platform != "tpu"
-            else f"splash attention wants a head_dim of a multiple of 64, not {head_dim}"
-            if head_dim % 64
-            else None
-        ),
-        "xla": None,
+    in_eights, in_blocks = head_dim % 8 == 0 and head_dim <= 128, head_dim % 64 == 0
+    conditions: dict[AttentionKernel, list[tuple[bool, str]]] = {
+        "cudnn": [
+            (platform in ("gpu", "cuda"), "cuDNN runs on NVIDIA GPUs"),
+            (jnp.dtype(dtype).itemsize == 2, "cuDNN computes in bfloat16 or float16"),
+            (in_eights, f"cuDNN wants a head_dim of a multiple of 8 up to 128, not {head_dim}"),
+        ],
+        "splash": [
+            (platform == "tpu", "splash attention runs on TPUs"),
+            (in_blocks, f"splash attention wants a head_dim of a multiple of 64, not {head_dim}"),
+        ],
+        "xla": [],
     }
-    if wanted != "auto":
-        if refusals[wanted] is not None:
-            raise ConfigError(f"model.attention: {wanted} cannot run here: {refusals[wanted]}")
-        return wanted, "as asked"
     natural: AttentionKernel = "splash" if platform == "tpu" else "cudnn"
-    if refusals[natural] is not None:
-        return "xla", str(refusals[natural])
-    return natural, f"its conditions hold on {platform}"
+    kernel = natural if wanted == "auto" else wanted
+    refusal = next((reason for holds, reason in conditions[kernel] if not holds), None)
+    if refusal is None:
+        return kernel, "as asked" if kernel == wanted else f"its conditions hold on {platform}"
+    if wanted == "auto":
+        return "xla", refusal
+    raise ConfigError(f"model.attention: {wanted} cannot run here: {refusal}")
 
 
 def causal_attention(q_BTNH: jax.Array, kv: KeyValues, kernel: AttentionKernel) -> jax.Array:
@@ -139,7 +133,7 @@ def thinking_attention(
 ) -> jax.Array:
     """One more position behind each prompt and the thoughts up to `slot`. Returns [B, 1, N, H]."""
 
-    def attend(q: jax.Array, prefix: KeyValues, lengths_B: jax.Array, k: Any, v: Any) -> jax.Array:
+    def attend(prefix: KeyValues, q: jax.Array, lengths_B: jax.Array, k: Any, v: Any) -> jax.Array:
         if kernel != "cudnn":
             suffix = KeyValues(k, v)
             return counted_attention(q, prefix, lengths_B[:, None], suffix, slot + 1)
@@ -150,12 +144,7 @@ def thinking_attention(
 
     sizes = [prefix.k.shape[0] for prefix in past.prefixes]
     groups = (split_groups(x, sizes) for x in (q_B1NH, lengths_B, past.suffix.k, past.suffix.v))
-    return merge_groups(
-        [
-            attend(q, prefix, lengths, k, v)
-            for prefix, q, lengths, k, v in zip(past.prefixes, *groups, strict=True)
-        ]
-    )
+    return merge_groups([attend(*group) for group in zip(past.prefixes, *groups, strict=True)])
 
 
 def counted_attention(
@@ -200,11 +189,8 @@ def counted_attention(
         jnp.concatenate([logits(kv, mask) for kv, mask in parts], axis=-1), axis=-1
     ).astype(q_BPNH.dtype)
     # [:T] belongs to the prefix; float32 accumulation, one sum over both parts
-    out = jnp.einsum(
-        "bgmpt,btgh->bpgmh", weights[..., :T], prefix.v, preferred_element_type=accumulate
-    )
+    mean = partial(jnp.einsum, "bgmpt,btgh->bpgmh", preferred_element_type=accumulate)
+    out = mean(weights[..., :T], prefix.v)
     if suffix is not None:
-        out += jnp.einsum(
-            "bgmpt,btgh->bpgmh", weights[..., T:], suffix.v, preferred_element_type=accumulate
-        )
+        out += mean(weights[..., T:], suffix.v)
     return out.astype(q_BPNH.dtype).reshape(B, P, N, H)

@@ -42,9 +42,6 @@ Cache = tuple[Any, KeyValues]
 """Keys and values of (all layers but the last, the last layer). The first part is stacked
 [L-1, B, T, G, H] for scanned layers and a tuple of [B, T, G, H] for unstacked ones."""
 
-VOCABULARY_PARTS = 64
-"""Of the sum over the vocabulary on a GPU."""
-
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -138,14 +135,12 @@ class Attention(nn.Module):
     def _output(self, out_BTNH: jax.Array) -> jax.Array:
         return self.o_proj(out_BTNH.reshape(*out_BTNH.shape[:2], -1))
 
-    def read(self, x_BTD: jax.Array, rope: Rope) -> tuple[jax.Array, KeyValues]:
-        kv = self._keys_values(x_BTD, rope)
-        return self._output(causal_attention(self._queries(x_BTD, rope), kv, self.kernel)), kv
-
-    def read_at(
-        self, x_BTD: jax.Array, rope: Rope, select_BP: jax.Array
+    def read(
+        self, x_BTD: jax.Array, rope: Rope, select_BP: jax.Array | None
     ) -> tuple[jax.Array, KeyValues]:
         kv = self._keys_values(x_BTD, rope)
+        if select_BP is None:
+            return self._output(causal_attention(self._queries(x_BTD, rope), kv, self.kernel)), kv
         q_BPNH = self._queries(take_positions(x_BTD, select_BP), rope.at(select_BP))
         return self._output(counted_attention(q_BPNH, kv, select_BP + 1)), kv
 
@@ -192,17 +187,14 @@ class Layer(nn.Module):
         x = constrain(x, "batch", None, None)  # else fsdp splits activations over D, not weights
         return constrain(x + self.mlp(self.post_attention_layernorm(x)), "batch", None, None)
 
-    def read(self, x_BTD: jax.Array, rope: Rope) -> tuple[jax.Array, KeyValues]:
-        """A whole sequence, causally."""
-        out, kv = self.self_attn.read(self.input_layernorm(x_BTD), rope)
-        return self._feed_forward(x_BTD + out), kv
-
-    def read_at(
-        self, x_BTD: jax.Array, rope: Rope, select_BP: jax.Array
+    def read(
+        self, x_BTD: jax.Array, rope: Rope, select_BP: jax.Array | None = None
     ) -> tuple[jax.Array, KeyValues]:
-        """A whole sequence, but output [B, P, D] only at the selected positions."""
-        out, kv = self.self_attn.read_at(self.input_layernorm(x_BTD), rope, select_BP)
-        return self._feed_forward(take_positions(x_BTD, select_BP) + out), kv
+        """A whole sequence, causally; the output [B, P, D] only at the positions that are selected,
+        or at all of them."""
+        out, kv = self.self_attn.read(self.input_layernorm(x_BTD), rope, select_BP)
+        x_BPD = x_BTD if select_BP is None else take_positions(x_BTD, select_BP)
+        return self._feed_forward(x_BPD + out), kv
 
     def think(
         self, x_B1D: jax.Array, past: Past, rope: Rope, lengths_B: jax.Array, slot: jax.Array
@@ -214,7 +206,6 @@ class Layer(nn.Module):
 
 class Backbone(nn.Module):
     """The decoder. `scan_layers` says which parameter layout it reads (see `unstack_layers`);
-    `unroll_layers` that stacked layers are laid out one behind the other instead of looped over;
     `remat` what the backward pass through stacked layers recomputes; `reverse_only` that its
     products need no forward mode (see `kernels.matmul`)."""
 
@@ -225,7 +216,6 @@ class Backbone(nn.Module):
     scan_layers: bool = True
     attention: AttentionKernel = "xla"
     remat: Remat = "none"
-    unroll_layers: bool = False
     reverse_only: bool = False
 
     def setup(self) -> None:
@@ -267,10 +257,7 @@ class Backbone(nn.Module):
         x = self.embed(ids_BT)
         rope = rope_from_zero(ids_BT.shape[1], self.config)
         x, earlier = self._read_layers(x, rope)
-        if select_BP is None:
-            x, last = self.last_layer.read(x, rope)
-        else:
-            x, last = self.last_layer.read_at(x, rope, select_BP)
+        x, last = self.last_layer.read(x, rope, select_BP)
         return self.norm(x), (earlier, last)
 
     def _read_layers(self, x: jax.Array, rope: Rope) -> tuple[jax.Array, Any]:
@@ -291,9 +278,8 @@ class Backbone(nn.Module):
         return nn.scan(
             body,
             variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True, "dropout": True},
+            split_rngs={"params": True},
             length=self.config.num_layers - 1,
-            unroll=self.config.num_layers - 1 if self.unroll_layers else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(self.layers, x, per_layer)
 
@@ -350,18 +336,10 @@ class Backbone(nn.Module):
         Logits and softmax are float32: bf16 logits move the soft token by several per cent.
         """
         p_BV = paired(jax.nn.softmax(self.logits(h_BD), axis=-1).astype(self.dtype))
-        table = self.embed_tokens().astype(self.dtype)
+        table_VD = self.embed_tokens().astype(self.dtype)
         accumulate = accumulation_dtype(self.dtype)
-        # XLA cuts the sum for a GPU too, but first copies the whole table to pad it
-        whole = self.attention != "cudnn" or table.shape[0] % VOCABULARY_PARTS
-        parts = 1 if whole else VOCABULARY_PARTS
-        t_SBD = jnp.einsum(
-            "bsv,svd->sbd",
-            p_BV.reshape(p_BV.shape[0], parts, -1),
-            table.reshape(parts, -1, table.shape[1]),
-            preferred_element_type=accumulate,
-        )
-        return constrain(t_SBD.sum(axis=0)[: h_BD.shape[0]].astype(self.dtype), "batch", None)
+        t_BD = jnp.einsum("bv,vd->bd", p_BV, table_VD, preferred_element_type=accumulate)
+        return constrain(t_BD[: h_BD.shape[0]].astype(self.dtype), "batch", None)
 
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
         """Logits at every position, [B, T, V] float32: for causal-LM training and for init."""
@@ -385,18 +363,10 @@ def empty_suffix(prefixes: Sequence[Cache], slots: int) -> Cache:
     return jax.tree.map(zeros, prefixes[0])
 
 
-def apply(
-    method: Callable[..., Any],
-    backbone: Backbone,
-    variables: Variables,
-    *args: Any,
-    dropout: jax.Array | None = None,
-) -> Any:
-    """`method` of the backbone on `variables`, its float32 matmuls in full precision. `dropout` is
-    the key of the adapters' dropout; None switches it off."""
-    rngs = None if dropout is None else {"dropout": dropout}
+def apply(method: Callable[..., Any], backbone: Backbone, variables: Variables, *args: Any) -> Any:
+    """`method` of the backbone on `variables`, its float32 matmuls in full precision."""
     with exact_matmuls(backbone.dtype):
-        return nn.apply(method, backbone)(variables, *args, rngs=rngs)
+        return nn.apply(method, backbone)(variables, *args)
 
 
 def unstack_layers(variables: Variables) -> Variables:

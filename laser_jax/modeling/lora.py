@@ -16,9 +16,8 @@ from laser_jax.sharding import with_axes
 class Projection(nn.Module):
     """y = x W + scale (x A) B, without bias. W is `[in, out]`; A and B are kept in float32.
 
-    A starts uniform in ±1/sqrt(in) as in PEFT, B at zero: a fresh adapter changes nothing. Dropout
-    on the adapter's input acts only where a random stream `dropout` is given. `product` is
-    x, W -> x W.
+    A starts uniform in ±1/sqrt(in) as in PEFT, B at zero: a fresh adapter changes nothing.
+    `product` is x, W -> x W.
     """
 
     features: int
@@ -54,7 +53,5 @@ class Projection(nn.Module):
         a = adapter("lora_a", uniform, (in_features, rank), (self.axes[0], "lora_rank"))
         zeros = nn.initializers.constant(0, jnp.float32)
         b = adapter("lora_b", zeros, (rank, self.features), ("lora_rank", self.axes[1]))
-        if self.lora.dropout and self.has_rng("dropout"):
-            x = nn.Dropout(self.lora.dropout, deterministic=False)(x)
         # the scale meets the narrow product
         return y + self.product(self.product(x, a) * jnp.asarray(self.lora.scale, self.dtype), b)

@@ -42,15 +42,10 @@ from laser_jax.data.tokenizer_files import save_tokenizer
 from laser_jax.evaluate.beir import read_beir
 from laser_jax.files.durable import folder_written_whole, read_state, write_atomically
 from laser_jax.files.terminal import fail
-from laser_jax.hf.weights import (
-    HFError,
-    find_params,
-    load_params,
-    merged_adapters,
-    read_backbone_config,
-    resolve_directory,
-    save_params,
-)
+from laser_jax.hf.adapters import merged_adapters
+from laser_jax.hf.directory import HFError, read_backbone_config, resolve_directory
+from laser_jax.hf.reading import find_params, load_params
+from laser_jax.hf.writing import save_params
 from laser_jax.modeling.attention import choose_kernel
 from laser_jax.modeling.backbone import Backbone, Variables, apply
 from laser_jax.pretrain.texts import (
@@ -188,7 +183,6 @@ def _starting_point(
         dtype=jnp.dtype(model.dtype),
         attention=kernel,
         remat=model.remat,
-        unroll_layers=model.unroll_layers,
         reverse_only=True,
     )
     return tokenizer, backbone, params
@@ -283,7 +277,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         backbone.config,
         dtype=config.model.param_dtype,
         lora=None,
-        **special_token_ids(tokenizer),
+        tokens=special_token_ids(tokenizer),
         merged=merged_adapters(resolve_directory(config.model.path)) if config.model.path else (),
     )
     with folder_written_whole(output) as folder:

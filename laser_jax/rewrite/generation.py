@@ -25,7 +25,7 @@ from laser_jax.config import BackboneConfig, ConfigError
 from laser_jax.data.buckets import Buckets
 from laser_jax.data.tokenization import Tokenizer, right_pad
 from laser_jax.files.reading import DataError, read_json
-from laser_jax.hf.weights import CONFIG_FILE, HFError
+from laser_jax.hf.directory import CONFIG_FILE, HFError
 from laser_jax.inference.batch_encoder import for_inference
 from laser_jax.modeling.attention import KeyValues, choose_kernel
 from laser_jax.modeling.backbone import (

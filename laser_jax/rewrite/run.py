@@ -35,7 +35,8 @@ from laser_jax.evaluate.rewrites import (
 )
 from laser_jax.files.durable import lock, read_state, write_atomically
 from laser_jax.files.terminal import fail, printable
-from laser_jax.hf.weights import load_params, read_backbone_config, resolve_directory
+from laser_jax.hf.directory import read_backbone_config, resolve_directory
+from laser_jax.hf.reading import load_params
 from laser_jax.rewrite.generation import Decoding, TextGenerator, Written, stop_ids
 from laser_jax.search.trec import DatasetError
 from laser_jax.train.checkpoint import fingerprint

@@ -30,7 +30,7 @@ from laser_jax.config import (
 from laser_jax.data.pipeline import training_batches
 from laser_jax.data.sources import is_there, open_sources, rows_per_epoch
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
-from laser_jax.hf.weights import read_backbone_config
+from laser_jax.hf.directory import read_backbone_config
 from laser_jax.modeling.backbone import Backbone
 from laser_jax.sharding import Device, batch_sharding
 from laser_jax.step import FrozenTeacher, abstract_variables, jit_train_step, make_train_step

@@ -84,7 +84,6 @@ def lay_out(
         param_dtype=jnp.dtype(jnp.float32),
         attention=kernel,
         remat=config.model.remat,
-        unroll_layers=config.model.unroll_layers,
         reverse_only=True,
     )
     optimizer = make_optimizer(config.optimizer, steps)

@@ -48,7 +48,6 @@ CHANGEABLE = (
     "mesh",
     "model.attention",
     "model.remat",
-    "model.unroll_layers",
 )
 
 

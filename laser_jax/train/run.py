@@ -56,14 +56,10 @@ from laser_jax.evaluate.retrieval import (
 )
 from laser_jax.files.durable import folder_written_whole, write_atomically
 from laser_jax.files.terminal import fail
-from laser_jax.hf.weights import (
-    load_sharded_params,
-    merged_adapters,
-    read_backbone_config,
-    resolve_directory,
-    save_adapter,
-    save_params,
-)
+from laser_jax.hf.adapters import merged_adapters
+from laser_jax.hf.directory import read_backbone_config, resolve_directory
+from laser_jax.hf.reading import load_sharded_params
+from laser_jax.hf.writing import save_adapter, save_params
 from laser_jax.inference.batch_encoder import LatentEncoder
 from laser_jax.losses import Terms
 from laser_jax.modeling.backbone import Backbone, Variables
@@ -222,7 +218,7 @@ def export_model(run: _Run) -> None:
         backbone,
         dtype=config.model.param_dtype,
         lora=config.lora,
-        **special_token_ids(run.tokenizer),
+        tokens=special_token_ids(run.tokenizer),
         merged=merged_adapters(resolve_directory(config.model.path)) if config.model.path else (),
     )
     if is_first():
