@@ -241,7 +241,8 @@ def stop(run: Run) -> str:
     assert run.wait() == 0, run.text()
     assert "Traceback" not in run.text(), run.text()
     assert not (run.output / "results.json").exists()
-    return next(line for line in reversed(run.said) if line.startswith("SIGTERM: "))
+    last = next(line for line in reversed(run.said) if "SIGTERM: " in line)
+    return last[last.index("SIGTERM: ") :]  # without the time and the process
 
 
 OUTSIDE = "SIGTERM: stopped outside the steps; the same command goes on from there\n"
