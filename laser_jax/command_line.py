@@ -24,7 +24,7 @@ import yaml
 
 from laser_jax.config import Config
 from laser_jax.files.reading import DataError, parse_yaml, read_yaml
-from laser_jax.files.terminal import configure_logging
+from laser_jax.files.terminal import configure_logging, printable
 from laser_jax.settings import (
     ConfigError,
     MissingSettings,
