@@ -47,13 +47,13 @@ ORDER: tuple[str, ...] = (
     *("import_gguf.file", "import_gguf.tokenizer", "import_gguf.run"),
 )
 
-# The budgets of the house. They are a ratchet: lowered whenever a room gets smaller, towards 1,150,
-# 15,500, 500, 60 and 8, and never raised.
+# The budgets of the house, without exemptions. That of the package is a ratchet on its way to
+# 15,500: lowered whenever a room gets smaller, and never raised.
 METHOD = ("losses", "alignment", "batch", "thinking", "views", "step", "modeling")
 METHOD_LINES = 1_150
 """Of code: one person reads the method in an afternoon."""
-PACKAGE_LINES, BENCHMARK_LINES = 21_230, 4_500
-FILE_LINES, FUNCTION_LINES, PARAMETERS = 853, 117, 11
+PACKAGE_LINES, BENCHMARK_LINES = 20_500, 4_500
+FILE_LINES, FUNCTION_LINES, PARAMETERS = 500, 60, 8
 
 # Library -> the files under laser_jax that may import it.
 CONFINED: dict[str, frozenset[str]] = {

@@ -78,7 +78,7 @@ def save_model(
         backbone.config,
         dtype=model.param_dtype,
         lora=backbone.lora,
-        **special_token_ids(tokenizer),
+        tokens=special_token_ids(tokenizer),
         merged=merged_adapters(resolve_directory(model.path)) if model.path else (),
     )
     if is_first():
