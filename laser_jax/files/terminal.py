@@ -28,16 +28,18 @@ class _OnStderr(logging.Handler):
 
 
 def configure_logging(process_index: int = 0) -> None:
-    """Sends what the logger `laser_jax` is told to stderr, with time and process index.
+    """Sends progress, and the warnings of libraries, to stderr with time and process index.
 
     Every command line calls it when it is parsed. A program of several processes calls it again
-    when its process knows its index.
+    when its process knows its index. The root logger's plain handler, which some libraries install
+    as they are imported, would say everything twice and is taken out.
     """
     handler = _OnStderr()
     handler.setFormatter(logging.Formatter(f"%(asctime)s [{process_index}] %(message)s"))
-    logger = logging.getLogger("laser_jax")
-    logger.handlers = [handler]
-    logger.setLevel(logging.INFO)
+    root = logging.getLogger()
+    plain = (logging.StreamHandler, _OnStderr)
+    root.handlers = [*(h for h in root.handlers if type(h) not in plain), handler]
+    logging.getLogger("laser_jax").setLevel(logging.INFO)
 
 
 def fail(error: object) -> NoReturn:
