@@ -24,8 +24,6 @@ TOLD = [
     ),
 ]
 PLACEHOLDERS = {"laser_jax.NAME", "laser_jax.tar.gz"}
-# The documentation changes with the commands that take their place.
-REPLACED = {"laser_jax.evaluate_mteb", "laser_jax.report"}
 FOLDERS = "laser_jax|tests|docs|configs|launch|examples|benchmarks"
 
 
@@ -57,7 +55,7 @@ def missing_programs(text: str) -> list[str]:
     return [
         name
         for name, place in places.items()
-        if name not in PLACEHOLDERS | REPLACED
+        if name not in PLACEHOLDERS
         and not place.with_suffix(".py").is_file()
         and not (place / "__main__.py").is_file()
     ]
@@ -98,7 +96,7 @@ def missing_names(file: Path, text: str) -> list[str]:
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("laser_jax"):
                 dotted += [f"{node.module}.{alias.name}" for alias in node.names]
-    wanted = dict.fromkeys(name for name in dotted if name not in PLACEHOLDERS | REPLACED)
+    wanted = dict.fromkeys(name for name in dotted if name not in PLACEHOLDERS)
     return [name for name in wanted if not is_there(name)]
 
 

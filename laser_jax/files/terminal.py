@@ -28,17 +28,13 @@ class _OnStderr(logging.Handler):
 
 
 def configure_logging(process_index: int = 0) -> None:
-    """Sends progress, and the warnings of libraries, to stderr with time and process index.
-
-    Every command line calls it when it is parsed. A program of several processes calls it again
-    when its process knows its index. The root logger's plain handler, which some libraries install
-    as they are imported, would say everything twice and is taken out.
-    """
+    """Sends progress, and the warnings of libraries, to stderr with time and process index. The
+    root's plain handler, which some libraries install, would say everything twice and goes."""
     handler = _OnStderr()
     handler.setFormatter(logging.Formatter(f"%(asctime)s [{process_index}] %(message)s"))
     root = logging.getLogger()
-    plain = (logging.StreamHandler, _OnStderr)
-    root.handlers = [*(h for h in root.handlers if type(h) not in plain), handler]
+    kept = [h for h in root.handlers if type(h) not in (logging.StreamHandler, _OnStderr)]
+    root.handlers = [*kept, handler]
     logging.getLogger("laser_jax").setLevel(logging.INFO)
 
 
