@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,6 +103,12 @@ def require_unicode(text: str, what: str) -> None:
             f"{text[error.start]!r}; take it out, or replace it by "
             'text.encode(errors="replace").decode()'
         ) from error
+
+
+def same_text(text: str) -> str:
+    """A form that is equal for queries, or passages, that count as the same: they differ in case,
+    in white space or in compatible Unicode forms (NFKC) alone."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,15 @@ import numpy as np
 
 from laser_jax.config import DataConfig
 from laser_jax.data.array_record import example_values, open_array_record
-from laser_jax.data.schema import FIELDS, DataError, FactFinder, Facts, TrainingRow, parse_row
+from laser_jax.data.schema import (
+    FIELDS,
+    DataError,
+    FactFinder,
+    Facts,
+    TrainingRow,
+    parse_row,
+    same_text,
+)
 from laser_jax.files.reading import (
     import_pyarrow,
     is_blank,
@@ -83,13 +91,21 @@ class Source(ABC):
         """A hash of the texts of all rows in their order, read as `facts` is."""
         return self._read[1]
 
+    @property
+    def query_keys(self) -> np.ndarray:
+        """[rows] uint64, equal for rows whose queries are the same (`same_text`), read as `facts`
+        is."""
+        return self._read[2]
+
     @functools.cached_property
-    def _read(self) -> tuple[Facts, str]:
-        finder, digest = FactFinder(), hashlib.sha256()
+    def _read(self) -> tuple[Facts, str, np.ndarray]:
+        finder, digest, keys = FactFinder(), hashlib.sha256(), array("Q")
         for row in self:
             finder.add(row)
             digest.update(repr([getattr(row, name) for name in FIELDS]).encode())
-        return finder.facts(), digest.hexdigest()[:16]
+            key = hashlib.blake2b(same_text(row.query).encode(), digest_size=8).digest()
+            keys.append(int.from_bytes(key, "little"))
+        return finder.facts(), digest.hexdigest()[:16], np.array(keys, np.uint64)
 
     def __reduce__(self) -> Any:
         return type(self), (self.path,)
@@ -216,6 +232,15 @@ def describe_row(sources: Sequence[Source], index: int) -> str:
     """File and line of an index into the concatenation of the sources (`Batch.rows_B`)."""
     source, row = locate(sources, index)
     return sources[source].where(row)
+
+
+def rows_of_same_query(sources: Sequence[Source]) -> dict[int, np.ndarray]:
+    """The rows whose query stands in other rows too, by index into the concatenation of the sources
+    (`Batch.rows_B`): for each all rows with that query, itself among them, in their order."""
+    keys = np.concatenate([source.query_keys for source in sources])
+    order = np.argsort(keys, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(keys[order])) + 1)
+    return {int(row): group for group in groups if len(group) > 1 for row in group}
 
 
 # --- kinds of sources ------------------------------------------------------------------------

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from laser_jax.config import PromptConfig
-from laser_jax.data.pipeline import same_passage, settled_reasoning
+from laser_jax.data.pipeline import settled_reasoning
 from laser_jax.data.reasoning_retrieval import example_of
-from laser_jax.data.schema import TrainingRow, longest_instructions
+from laser_jax.data.schema import TrainingRow, longest_instructions, same_text
 from laser_jax.data.tokenization import PromptTokenizer
 from laser_jax.files.reading import read_json
 
@@ -74,11 +74,11 @@ class Tally:
             self.count("segments", len(explicit.segment_ends))
             for passage in passages:
                 self.count("passages", len(passage.ids), passage.truncated)
-        self.query_hashes.append(_hash(same_passage(row.query)))
+        self.query_hashes.append(_hash(same_text(row.query)))
         self.row_hashes.append(_hash(json.dumps(example_of(row, ""))))
-        negatives = set(map(same_passage, row.negative_passages))
+        negatives = set(map(same_text, row.negative_passages))
         self.positives_among_own_negatives += sum(
-            same_passage(text) in negatives for text in row.positive_passages
+            same_text(text) in negatives for text in row.positive_passages
         )
 
 
