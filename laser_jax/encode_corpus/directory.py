@@ -14,16 +14,14 @@ whole, so that lost records, report and manifest are made again of the shards; a
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
-import sys
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laser_jax.config import as_dict
 from laser_jax.encode_corpus.documents import Corpus
 from laser_jax.encode_corpus.plan import (
     PLAN_FILE,
@@ -31,11 +29,11 @@ from laser_jax.encode_corpus.plan import (
     Settings,
     make_plan,
     plan_text,
-    plan_values,
     read_plan,
     require_same_corpus,
 )
-from laser_jax.files.durable import lock, no_link, parts_of, read_state, write_atomically
+from laser_jax.files.claim import WORK_FOLDER, Claim, sweep
+from laser_jax.files.durable import read_state, write_atomically
 from laser_jax.files.reading import DataError
 from laser_jax.search.vectors import (
     MANIFEST_FILE,
@@ -48,10 +46,11 @@ from laser_jax.search.vectors import (
     shard_name,
     write_manifest,
 )
-from laser_jax.settings import changes, listed
+from laser_jax.settings import changes
 
 REPORT_FILE = "report.json"
-_WORK, _CORPUS_FILE = ".work", "corpus.json"
+_CORPUS_FILE = "corpus.json"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,10 @@ class Record:
         if [type(value) for value in vars(self).values()] != [int, str, int, int]:
             raise TypeError(f"{vars(self)} is no record of a shard")
 
+    def entry(self, number: int) -> Shard:
+        """What the manifest says of shard `number`."""
+        return Shard(shard_name(number), self.count, self.sha256)
+
 
 class CorpusDirectory:
     """The output directory, as one of perhaps several processes sees it.
@@ -78,12 +81,10 @@ class CorpusDirectory:
         path: where it is.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-
-    @property
-    def _work(self) -> Path:
-        return self.path / _WORK
+    def __init__(self, output: str | Path):
+        self.path = Path(output)
+        self._output = output
+        self._work = self.path / WORK_FOLDER
 
     @property
     def is_finished(self) -> bool:
@@ -91,96 +92,46 @@ class CorpusDirectory:
 
     # --- the plan ------------------------------------------------------------------------------
 
-    def open_plan(
-        self,
-        corpus: Corpus,
-        settings: Settings,
-        *,
-        skipped: Callable[[], int],
-        advance: Callable[[int], object],
-    ) -> Plan:
+    def open_plan(self, corpus: Corpus, settings: Settings) -> Plan:
         """The plan that is there, once settings and corpus are found to be the same; or a new one.
 
         Of several processes that find none, one makes it and the others wait (where the file system
         has locks; elsewhere each makes the same).
 
         Raises:
-            DataError: the directory belongs to other settings or to another program; the corpus is
-                another, or cannot be used.
+            OutputError: the directory belongs to other settings or to another program.
+            DataError: the corpus is another, or cannot be used.
         """
-        if not self._has_plan:
-            self._require_ours()
-            with self._locked():
-                if not self._has_plan:
-                    self._make_plan(corpus, settings, skipped, advance)
+        with Claim(
+            self._output,
+            PLAN_FILE,
+            lambda plan: changes(plan["settings"], settings, source=PLAN_FILE),
+            alone=True,
+            shared=True,
+        ) as claim:
+            if claim.recorded is None:
+                self._make_plan(claim, corpus, settings)
         plan = read_plan(self.path)
-        if changed := changes(as_dict(plan.settings), settings, source=str(self.path / PLAN_FILE)):
-            raise DataError(
-                f"{self.path} holds vectors that were made in another way:\n  {listed(changed)}\n"
-                "The two cannot be mixed. Choose another --output, or delete that directory"
-            )
         if self.is_finished:
             self._open_again_if_damaged(plan)
         if not self.is_finished:
             self._work.mkdir(exist_ok=True)
         # Reading all of a corpus is only worth its time where the files look changed.
-        stamp = _stamp(corpus)
-        seen = self._work / _CORPUS_FILE
+        stamp, seen = _stamp(corpus), self._work / _CORPUS_FILE
         if read_state(seen, list) != stamp:
-            require_same_corpus(corpus, plan, advance)
-            with contextlib.suppress(FileNotFoundError):  # a finished directory has no such folder
+            require_same_corpus(corpus, plan)
+            with suppress(FileNotFoundError):  # a finished directory has no such folder
                 write_atomically(seen, json.dumps(stamp))
         return plan
 
-    @property
-    def _has_plan(self) -> bool:
-        return plan_values(self.path) is not None
-
-    def _require_ours(self) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise DataError(f"{self.path} is no directory")
-        own = {self._work, self.path / PLAN_FILE, *parts_of(self.path)}
-        others = sorted(set(self.path.iterdir()) - own) if self.path.exists() else []
-        if others:
-            raise DataError(
-                f"{self.path} holds {others[0].name!r} and no whole {PLAN_FILE}: it is no "
-                "directory of this program, or its plan is lost. Choose another --output, or bring "
-                "the plan back from a copy"
-            )
-
-    def _make_plan(
-        self,
-        corpus: Corpus,
-        settings: Settings,
-        skipped: Callable[[], int],
-        advance: Callable[[int], object],
-    ) -> None:
-        self._work.mkdir(parents=True, exist_ok=True)  # another may have failed and removed it
+    def _make_plan(self, claim: Claim, corpus: Corpus, settings: Settings) -> None:
+        self._work.mkdir(exist_ok=True)
         stamp = _stamp(corpus)
-        plan = make_plan(corpus, settings, skipped=skipped, folder=self._work, advance=advance)
+        plan = make_plan(corpus, settings, self._work)
         if _stamp(corpus) != stamp:
             raise DataError(f"{corpus.files[0]}: the corpus was changed while it was read")
         write_atomically(self._work / _CORPUS_FILE, json.dumps(stamp))
-        write_atomically(self.path / PLAN_FILE, plan_text(plan))
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Makes the folder for work, and waits for its turn there. The lock only saves work, and
-        nothing breaks where there is none. If no plan comes out of it, nothing stays."""
-        made = [path for path in (self.path, *self.path.parents) if not path.exists()]
-        self._work.mkdir(parents=True, exist_ok=True)
-        with open(self._work / "lock", "w", opener=no_link) as file:
-            with contextlib.suppress(OSError):
-                lock(file, wait=True)
-            try:
-                yield
-            except BaseException:
-                if not (self.path / PLAN_FILE).is_file():
-                    shutil.rmtree(self._work, ignore_errors=True)
-                    for path in made:
-                        with contextlib.suppress(OSError):  # somebody else has a file there
-                            path.rmdir()
-                raise
+        claim.record(plan_text(plan))
 
     # --- shards --------------------------------------------------------------------------------
 
@@ -189,7 +140,11 @@ class CorpusDirectory:
         if self.is_finished:
             records = self._final_records()
             return {n: records[n] for n in numbers}
-        return {n: record for n in numbers if (record := self._record(n)) is not None}
+        return {
+            n: record
+            for n in numbers
+            if (record := read_state(self._record_file(n), lambda v: Record(**v))) is not None
+        }
 
     def recover(self, number: int, plan: Plan) -> bool:
         """Records a shard that is finished and has lost its record, by what it tells itself.
@@ -210,13 +165,13 @@ class CorpusDirectory:
 
     def is_intact(self, number: int, record: Record) -> bool:
         """Reads the shard's file and compares its checksum."""
-        return is_intact(self.path, _entry(number, record))
+        return is_intact(self.path, record.entry(number))
 
     def finish_shard(self, number: int, record: Record) -> None:
         """Records that a shard's file was written."""
         if not self.is_finished:
             try:
-                write_atomically(self._record_path(number), json.dumps(vars(record)))
+                write_atomically(self._record_file(number), json.dumps(vars(record)))
                 return
             except FileNotFoundError:
                 if not self.is_finished:  # by another process just now, which removed the folder
@@ -227,11 +182,8 @@ class CorpusDirectory:
             records[number] = record
             self._write_end(read_manifest(self.path).info, records)
 
-    def _record_path(self, number: int) -> Path:
+    def _record_file(self, number: int) -> Path:
         return self._work / f"{shard_name(number)}.json"
-
-    def _record(self, number: int) -> Record | None:
-        return read_state(self._record_path(number), lambda values: Record(**values))
 
     # --- the end -------------------------------------------------------------------------------
 
@@ -248,9 +200,7 @@ class CorpusDirectory:
             except FileNotFoundError:  # it was quicker just now, and took our part for a dead one's
                 if not self.is_finished:
                     raise
-        shutil.rmtree(self._work, ignore_errors=True)
-        for part in parts_of(self.path):  # of processes that were killed
-            part.unlink(missing_ok=True)
+        sweep(self.path)
         return True
 
     def _write_end(self, info: VectorsInfo, records: list[Record]) -> None:
@@ -261,7 +211,7 @@ class CorpusDirectory:
             "shards": [[r.tokens, r.truncated] for r in records],
         }
         write_atomically(self.path / REPORT_FILE, json.dumps(report) + "\n")
-        entries = tuple(_entry(number, record) for number, record in enumerate(records))
+        entries = tuple(record.entry(number) for number, record in enumerate(records))
         write_manifest(self.path, Manifest(info, entries))
 
     def _final_records(self) -> list[Record]:
@@ -282,19 +232,23 @@ class CorpusDirectory:
         """Takes the manifest off where manifest or report are damaged, so that both are made again
         of the shards."""
         try:
-            counts = [record.count for record in self._final_records()]
-            info = read_manifest(self.path).info
-            if (info, counts) == (plan.settings.info, [shard.count for shard in plan.shards]):
-                return
-            fault = f"{self.path / MANIFEST_FILE} does not have the shards of {PLAN_FILE}"
+            fault = fault_of_manifest(self.path, plan)
+            self._final_records()
         except DataError as error:
             fault = str(error)
-        print(f"{fault}\nManifest and report are made again of the shards", file=sys.stderr)
-        (self.path / MANIFEST_FILE).unlink(missing_ok=True)
+        if fault is not None:
+            _log.warning("%s\nManifest and report are made again of the shards", fault)
+            (self.path / MANIFEST_FILE).unlink(missing_ok=True)
 
 
-def _entry(number: int, record: Record) -> Shard:
-    return Shard(shard_name(number), record.count, record.sha256)
+def fault_of_manifest(directory: Path, plan: Plan) -> str | None:
+    """What is wrong with a manifest that does not have the shards of the plan; None where it has.
+    Raises as `read_manifest`."""
+    manifest = read_manifest(directory)
+    planned = plan.settings.info, [shard.count for shard in plan.shards]
+    if planned == (manifest.info, [shard.count for shard in manifest.shards]):
+        return None
+    return f"{directory / MANIFEST_FILE} does not have the shards of {PLAN_FILE}"
 
 
 def _stamp(corpus: Corpus) -> list[list[Any]]:

@@ -9,7 +9,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from laser_jax.data.pipeline import same_passage, settled_reasoning
 from laser_jax.data.reasoning_retrieval import example_of
 from laser_jax.data.schema import TrainingRow, longest_instructions
 from laser_jax.data.tokenization import PromptTokenizer
-from laser_jax.files.reading import read_json
 
 _SHOWN = 10
 """Rejected rows that the report names."""
@@ -86,17 +84,14 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def load_tally(path: Path) -> Tally | None:
-    """None where it is absent or damaged, which is the same: its shard is written again."""
-    try:
-        values = read_json(path)
-        values["lengths"] = {
-            what: {int(length): n for length, n in counts.items()}
-            for what, counts in values["lengths"].items()
-        }
-        return Tally(**values)
-    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
-        return None
+def tally_of(values: dict[str, Any]) -> Tally:
+    """The tally that was written as JSON, whose keys are texts. Raises a ValueError, KeyError or
+    TypeError on anything else."""
+    lengths = {
+        what: {int(length): n for length, n in dict(counts).items()}
+        for what, counts in dict(values["lengths"]).items()
+    }
+    return Tally(**{**values, "lengths": lengths})
 
 
 def facts_of(tallies: Sequence[Tally]) -> dict[str, Any]:
@@ -182,11 +177,14 @@ def format_report(report: dict[str, Any]) -> str:
         f"duplicates: {duplicates['queries']:,} queries, {duplicates['rows']:,} rows, "
         f"{duplicates['positives_among_own_negatives']:,} positives among their own negatives"
     )
-    for padding in report.get("padding", {}).get("shares", []):
+    if "batch_size" in (padding := report.get("padding", {})):  # older reports have other keys
         lines.append(
-            "padding with data.length_multiple {length_multiple}, data.bucket_window "
-            "{bucket_window}: {padding_share:.1%} ({batches} batches of {shapes} shapes)".format(
-                **padding
-            )
+            f"padding of {padding['batch_size']} queries a batch, {padding['group_size']} "
+            "passages a query:"
         )
+        lines += [
+            "  data.length_multiple {length_multiple}, data.bucket_window {bucket_window}: "
+            "{padding_share:.1%} ({batches} batches of {shapes} shapes)".format(**share)
+            for share in padding["shares"]
+        ]
     return "\n".join(lines)
