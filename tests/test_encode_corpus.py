@@ -27,7 +27,6 @@ from laser_jax.config import (
     save_retriever_config,
 )
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, train_tokenizer
-from laser_jax.encode_corpus import directory as module
 from laser_jax.encode_corpus.directory import CorpusDirectory
 from laser_jax.encode_corpus.encoding import CorpusConfig, ShardEncoder, weights_hash
 from laser_jax.encode_corpus.on_ray import Worker
@@ -42,6 +41,7 @@ from laser_jax.hf.reading import Stored, load_params
 from laser_jax.hf.writing import save_adapter, save_params
 from laser_jax.inference.retriever import LatentRetriever
 from laser_jax.modeling.backbone import Backbone
+from laser_jax.search import vectors
 from laser_jax.search.codes import decode_vectors
 from laser_jax.search.vectors import (
     read_ids,
@@ -152,7 +152,6 @@ def test_the_vectors_are_those_of_the_retriever(model: Path, finished: Path) -> 
     assert sorted(contents(finished)) == [
         "manifest.json",
         "plan.json",
-        "report.json",
         *(shard_name(n) for n in range(3)),
     ]
 
@@ -195,8 +194,8 @@ def test_the_summary_counts_tokens_and_shortened_texts(
     out, err = capsys.readouterr()
     assert re.search(r"shard-00000\.parquet: 4 documents in .* docs/s, .* tokens/s, ETA 00:00", err)
     assert f"4 documents, {tokens / 4:.1f} tokens each, 1 shortened (25.00%)" in out
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["shards"] == [[tokens, 1]]
+    (shard,) = read_manifest(tmp_path / "out").shards
+    assert (shard.tokens, shard.truncated) == (tokens, 1)
 
 
 def test_queries_are_encoded_for_the_search(model: Path, finished: Path, tmp_path: Path) -> None:
@@ -462,9 +461,7 @@ def emptied(path: Path) -> None:
 
 def without_last_shard(path: Path) -> None:
     values = json.loads(path.read_text())
-    last = values["shards"].pop()
-    if isinstance(last, dict):  # the manifest counts, the report does not
-        values["count"] -= last["count"]
+    values["count"] -= values["shards"].pop()["count"]
     path.write_text(json.dumps(values))
 
 
@@ -476,13 +473,20 @@ def encodes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ShardEncoder, "__init__", lambda *_: pytest.fail("a shard was made again"))
 
 
-@pytest.mark.parametrize("damage", [*DAMAGES, without_last_shard])
-@pytest.mark.parametrize("name", ["manifest.json", "report.json"])
+def without_tokens(path: Path) -> None:
+    """As an older version wrote it."""
+    values = json.loads(path.read_text())
+    for shard in values["shards"]:
+        del shard["tokens"], shard["truncated"]
+    path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, without_last_shard, without_tokens])
 @pytest.mark.usefixtures("encodes_nothing")
-def test_a_lost_manifest_or_report_is_made_again_of_the_shards(
-    model: Path, corpus: Path, finished: Path, copy: Path, name: str, damage: Any
+def test_a_lost_manifest_is_made_again_of_the_shards(
+    model: Path, corpus: Path, finished: Path, copy: Path, damage: Any
 ) -> None:
-    damage(copy / name)
+    damage(copy / "manifest.json")
     encode(model, corpus, copy)
     assert contents(copy) == contents(finished)
 
@@ -495,8 +499,7 @@ def test_lost_records_are_made_again_of_the_shards(
     """As a run leaves it that was killed before the end."""
     (copy / ".work").mkdir()
     for number, shard in enumerate(read_manifest(copy).shards):
-        record = {"count": shard.count, "sha256": shard.sha256, "tokens": 1, "truncated": 0}
-        (copy / ".work" / f"{shard_name(number)}.json").write_text(json.dumps(record))
+        (copy / ".work" / f"{shard_name(number)}.json").write_text(json.dumps(vars(shard)))
     (copy / ".work" / "corpus.json").write_text("[]")
     (copy / "manifest.json").unlink()
     for file in (copy / ".work").iterdir():
@@ -528,7 +531,7 @@ def test_a_shard_of_another_corpus_is_not_taken_for_one_that_lost_its_record(
 def test_who_is_overtaken_at_the_very_end_is_finished_too(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another process finishes the directory while this one writes the report, and removes its
+    """Another process finishes the directory while this one writes the manifest, and removes its
     part."""
     manifest, plan = (copy / "manifest.json").read_bytes(), read_plan(copy)
     (copy / "manifest.json").unlink()
@@ -536,7 +539,7 @@ def test_who_is_overtaken_at_the_very_end_is_finished_too(
     directory = CorpusDirectory(copy)
     for number in range(len(plan.shards)):
         assert directory.recover(number, plan)
-    write = module.write_atomically
+    write = vectors.write_atomically
 
     def overtaken(path: Path, text: str) -> None:
         (copy / "manifest.json").write_bytes(manifest)
@@ -544,7 +547,7 @@ def test_who_is_overtaken_at_the_very_end_is_finished_too(
             patch.setattr(files, "flush", lambda part: part.unlink())
             write(path, text)
 
-    monkeypatch.setattr(module, "write_atomically", overtaken)
+    monkeypatch.setattr(vectors, "write_atomically", overtaken)
     assert directory.finish(plan)
     assert verify(copy) == []
 

@@ -2,14 +2,13 @@
 
     plan.json               first of all: what is encoded and how it is cut (see `plan`)
     shard-00000.parquet     the vectors (see `laser_jax.search.vectors`)
-    report.json             tokens and truncated texts of every shard
     manifest.json           last of all: the directory is finished
     .work/                  until then: a record of every finished shard, and what a rerun goes by
 
 Every file takes its name when it is whole. What a shard holds depends on the plan alone, so it
 does not matter who writes it, nor if two do at once. A shard is finished when its record is there
 and its bytes have the record's checksum. A shard also tells of what it was made and that it is
-whole, so that lost records, report and manifest are made again of the shards; a lost plan is not.
+whole, so that lost records and a lost manifest are made again of the shards; a lost plan is not.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import json
 import logging
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,39 +37,17 @@ from laser_jax.search.vectors import (
     MANIFEST_FILE,
     Manifest,
     Shard,
-    VectorsInfo,
-    is_intact,
     read_manifest,
     recovered_shard,
     shard_name,
+    shard_of,
+    shard_values,
     write_manifest,
 )
 from laser_jax.settings import changes
 
-REPORT_FILE = "report.json"
 _CORPUS_FILE = "corpus.json"
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Record:
-    """A finished shard."""
-
-    count: int
-    sha256: str
-    """Of its file."""
-    tokens: int
-    truncated: int
-    """Texts that were shortened."""
-
-    def __post_init__(self) -> None:
-        """Raises a TypeError on what a damaged file may hold."""
-        if [type(value) for value in vars(self).values()] != [int, str, int, int]:
-            raise TypeError(f"{vars(self)} is no record of a shard")
-
-    def entry(self, number: int) -> Shard:
-        """What the manifest says of shard `number`."""
-        return Shard(shard_name(number), self.count, self.sha256)
 
 
 class CorpusDirectory:
@@ -135,16 +111,17 @@ class CorpusDirectory:
 
     # --- shards --------------------------------------------------------------------------------
 
-    def finished_shards(self, numbers: Iterable[int]) -> dict[int, Record]:
+    def finished_shards(self, numbers: Iterable[int]) -> dict[int, Shard]:
         """Those of `numbers` that are recorded as finished. The files are not looked at."""
         if self.is_finished:
-            records = self._final_records()
-            return {n: records[n] for n in numbers}
-        return {
-            n: record
-            for n in numbers
-            if (record := read_state(self._record_file(n), lambda v: Record(**v))) is not None
-        }
+            shards = read_manifest(self.path).shards
+            return {n: shards[n] for n in numbers}
+        found = {n: self._recorded(n) for n in numbers}
+        return {n: shard for n, shard in found.items() if shard is not None}
+
+    def _recorded(self, number: int) -> Shard | None:
+        path = self._record_file(number)
+        return read_state(path, lambda values: shard_of(values, str(path)))
 
     def recover(self, number: int, plan: Plan) -> bool:
         """Records a shard that is finished and has lost its record, by what it tells itself.
@@ -153,34 +130,26 @@ class CorpusDirectory:
         if found is None:
             return False
         shard, told = found
-        try:
-            record = Record(shard.count, shard.sha256, told["tokens"], told["truncated"])
-        except (KeyError, TypeError):  # not a shard of this program
-            return False
-        origin = plan.origin(number, record.tokens, record.truncated)
+        origin = plan.origin(number, shard.tokens, shard.truncated)
         if any(told.get(key) != value for key, value in origin.items()):
             return False
-        self.finish_shard(number, record)
+        self.finish_shard(number, shard)
         return True
 
-    def is_intact(self, number: int, record: Record) -> bool:
-        """Reads the shard's file and compares its checksum."""
-        return is_intact(self.path, record.entry(number))
-
-    def finish_shard(self, number: int, record: Record) -> None:
+    def finish_shard(self, number: int, shard: Shard) -> None:
         """Records that a shard's file was written."""
         if not self.is_finished:
             try:
-                write_atomically(self._record_file(number), json.dumps(vars(record)))
+                write_atomically(self._record_file(number), json.dumps(shard_values(shard)))
                 return
             except FileNotFoundError:
                 if not self.is_finished:  # by another process just now, which removed the folder
                     raise
         # A damaged shard was made again. On another kind of device its last digits may differ.
-        records = self._final_records()
-        if records[number] != record:
-            records[number] = record
-            self._write_end(read_manifest(self.path).info, records)
+        manifest = read_manifest(self.path)
+        shards = (*manifest.shards[:number], shard, *manifest.shards[number + 1 :])
+        if shards != manifest.shards:
+            write_manifest(self.path, Manifest(manifest.info, shards))
 
     def _record_file(self, number: int) -> Path:
         return self._work / f"{shard_name(number)}.json"
@@ -188,56 +157,32 @@ class CorpusDirectory:
     # --- the end -------------------------------------------------------------------------------
 
     def finish(self, plan: Plan) -> bool:
-        """Writes report and manifest if all shards are there, whoever made them. Several processes
-        may do so at once: they write the same. Returns whether the directory is finished."""
+        """Writes the manifest if all shards are there, whoever made them. Several processes may do
+        so at once: they write the same. Returns whether the directory is finished."""
         if not self.is_finished:
-            records = self.finished_shards(range(len(plan.shards)))
-            if len(records) < len(plan.shards) and not self.is_finished:
+            shards = self.finished_shards(range(len(plan.shards)))
+            if len(shards) == len(plan.shards):
+                try:
+                    write_manifest(self.path, Manifest(plan.settings.info, tuple(shards.values())))
+                except FileNotFoundError:  # another was quicker, and took our part for a dead one's
+                    if not self.is_finished:
+                        raise
+            elif not self.is_finished:  # else another was quicker, and took the records
                 return False
-            try:
-                if not self.is_finished:  # else another process was quicker, and took the records
-                    self._write_end(plan.settings.info, list(records.values()))
-            except FileNotFoundError:  # it was quicker just now, and took our part for a dead one's
-                if not self.is_finished:
-                    raise
         sweep(self.path)
         return True
 
-    def _write_end(self, info: VectorsInfo, records: list[Record]) -> None:
-        report = {
-            "tokens": sum(r.tokens for r in records),
-            "truncated": sum(r.truncated for r in records),
-            "shard": ["tokens", "truncated"],
-            "shards": [[r.tokens, r.truncated] for r in records],
-        }
-        write_atomically(self.path / REPORT_FILE, json.dumps(report) + "\n")
-        entries = tuple(record.entry(number) for number, record in enumerate(records))
-        write_manifest(self.path, Manifest(info, entries))
-
-    def _final_records(self) -> list[Record]:
-        shards = read_manifest(self.path).shards
-        counts = read_state(self.path / REPORT_FILE, lambda report: list(report["shards"]))
-        try:
-            return [
-                Record(shard.count, shard.sha256, *numbers)
-                for shard, numbers in zip(shards, counts or (), strict=True)
-            ]
-        except (TypeError, ValueError) as error:
-            raise DataError(
-                f"{self.path / REPORT_FILE} is absent or damaged; the command that wrote it makes "
-                "it again"
-            ) from error
-
     def _open_again_if_damaged(self, plan: Plan) -> None:
-        """Takes the manifest off where manifest or report are damaged, so that both are made again
-        of the shards."""
+        """Takes a damaged manifest off, so that it is made again of the shards; and one of an older
+        version, which did not count tokens."""
         try:
             fault = fault_of_manifest(self.path, plan)
-            self._final_records()
+            if any(shard.tokens is None for shard in read_manifest(self.path).shards):
+                fault = f"{self.path / MANIFEST_FILE} does not count tokens"
         except DataError as error:
             fault = str(error)
         if fault is not None:
-            _log.warning("%s\nManifest and report are made again of the shards", fault)
+            _log.warning("%s\nIt is made again of the shards", fault)
             (self.path / MANIFEST_FILE).unlink(missing_ok=True)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from laser_jax.config import RetrieverConfig, as_dict
 from laser_jax.data.pipeline import tokenization_settings
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
-from laser_jax.encode_corpus.directory import CorpusDirectory, Record
+from laser_jax.encode_corpus.directory import CorpusDirectory
 from laser_jax.encode_corpus.documents import Corpus, Fields, Located
 from laser_jax.encode_corpus.plan import (
     PLAN_FILE,
@@ -34,7 +34,7 @@ from laser_jax.inference.batch_encoder import NotFiniteError
 from laser_jax.inference.options import EncoderOptions, LimitKey, require_positions
 from laser_jax.inference.retriever import EncodingStats, LatentRetriever, require_matching
 from laser_jax.search.codes import encode_vectors
-from laser_jax.search.vectors import Role, VectorsInfo, shard_name, write_shard
+from laser_jax.search.vectors import Role, Shard, VectorsInfo, shard_name, write_shard
 from laser_jax.settings import changes, listed, require, require_in
 
 
@@ -226,7 +226,7 @@ class ShardEncoder:
     def __exit__(self, *exception: object) -> None:
         self._corpus.close()
 
-    def encode(self, number: int, watch: Callable[[EncodingStats], object] | None = None) -> Record:
+    def encode(self, number: int, watch: Callable[[EncodingStats], object] | None = None) -> Shard:
         """Writes a shard, whole or not at all, and records it.
 
         Args:
@@ -255,9 +255,8 @@ class ShardEncoder:
             if directory.is_finished:  # by others, who took our part for one of a killed process
                 return directory.finished_shards([number])[number]
             raise
-        record = Record(shard.count, shard.sha256, stats.tokens, stats.truncated)
-        directory.finish_shard(number, record)
-        return record
+        directory.finish_shard(number, shard)
+        return shard
 
     def _vectors(self, documents: list[Located], stats: EncodingStats) -> np.ndarray:
         texts = [located.item.text for located in documents]

@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from laser_jax.encode_corpus.directory import CorpusDirectory, Record
+from laser_jax.encode_corpus.directory import CorpusDirectory
 from laser_jax.encode_corpus.encoding import CorpusConfig, RayConfig, ShardEncoder
 from laser_jax.encode_corpus.plan import read_plan
+from laser_jax.search.vectors import Shard
 
 _OBJECT_STORE_BYTES = 100 * 2**20
 """Nothing lies in it but numbers; Ray would take 30 % of the memory."""
@@ -49,19 +50,19 @@ class Worker:
         self._index = index
         self._encoder = ShardEncoder(config, read_plan(directory.path), directory)
 
-    def encode(self, number: int) -> tuple[int, str, int, Record]:
-        """Encodes a shard. Returns which worker did it and in which process, the shard's number
-        and its record."""
-        record = self._encoder.encode(number)
+    def encode(self, number: int) -> tuple[int, str, Shard]:
+        """Encodes a shard. Returns which worker did it and in which process, and the
+        shard's entry of the manifest."""
+        shard = self._encoder.encode(number)
         process = f"process {os.getpid()} on {socket.gethostname()}: {self._encoder.device}"
-        return self._index, process, number, record
+        return self._index, process, shard
 
 
 def encode_on_ray(
     config: CorpusConfig,
     wanted: RayConfig,
     missing: Sequence[int],
-    done: Callable[[int, Record], object],
+    done: Callable[[Shard], object],
 ) -> None:
     """Encodes the shards `missing`, and calls `done` for each as it is finished.
 
@@ -125,7 +126,7 @@ def _spread(
     config: CorpusConfig,
     wanted: RayConfig,
     missing: Sequence[int],
-    done: Callable[[int, Record], object],
+    done: Callable[[Shard], object],
 ) -> None:
     from ray.util import ActorPool
 
@@ -142,11 +143,11 @@ def _spread(
         lambda worker, number: worker.encode.remote(number), list(missing)
     )
     processes: dict[int, str] = {}
-    for worker, process, number, record in encoded:
+    for worker, process, shard in encoded:
         before = processes.get(worker, process)
         if before != process:
             _log.warning("a worker died and was started again: %s", before)
         if worker not in processes or before != process:
             _log.info("worker: %s", process)
         processes[worker] = process
-        done(number, record)
+        done(shard)

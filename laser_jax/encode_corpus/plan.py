@@ -73,9 +73,9 @@ class Plan:
     def count(self) -> int:
         return sum(shard.count for shard in self.shards)
 
-    def origin(self, number: int, tokens: int, truncated: int) -> dict[str, Any]:
+    def origin(self, number: int, tokens: int | None, truncated: int | None) -> dict[str, Any]:
         """What shard `number` tells about itself: a hash of all that decides on its vectors, and
-        the counts of its record."""
+        how many tokens and shortened texts it has."""
         made_of = [as_dict(self.settings), self.shards[number].sha256]
         digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
         return {"made_of": digest, "tokens": tokens, "truncated": truncated}

@@ -24,12 +24,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from laser_jax.command_line import parse_command_line
-from laser_jax.encode_corpus.directory import CorpusDirectory, Record, fault_of_manifest
+from laser_jax.encode_corpus.directory import CorpusDirectory, fault_of_manifest
 from laser_jax.encode_corpus.encoding import CorpusConfig, ShardEncoder, open_corpus, settings_of
 from laser_jax.encode_corpus.plan import PLAN_FILE, Plan, read_plan
 from laser_jax.files.terminal import fail, printable
 from laser_jax.inference.retriever import EncodingStats
-from laser_jax.search.vectors import shard_name, verify
+from laser_jax.search.vectors import Shard, is_intact, verify
 
 _SHOWN_BAD_LINES = 5
 _log = logging.getLogger(__name__)
@@ -66,14 +66,14 @@ class Progress:
         self._bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
         self._bar.update(self._done + self._documents + stats.texts - self._bar.n)
 
-    def shard(self, number: int, record: Record) -> None:
+    def shard(self, shard: Shard) -> None:
         """Counts a finished shard."""
-        self._tokens += record.tokens
-        self._documents += record.count
+        self._tokens += shard.tokens or 0
+        self._documents += shard.count
         self.batch(EncodingStats())
         if self._bar.disable:
             left = (self._left - self._documents) * self._seconds / self._documents
-            _log.info("%s: %s, ETA %s", shard_name(number), self, tqdm.format_interval(left))
+            _log.info("%s: %s, ETA %s", shard.file, self, tqdm.format_interval(left))
 
     @property
     def _seconds(self) -> float:
@@ -124,13 +124,13 @@ def _missing(directory: CorpusDirectory, plan: Plan, numbers: Sequence[int]) -> 
     """Those of the shards `numbers` that are to be encoded: absent or damaged ones."""
     for number in set(numbers) - directory.finished_shards(numbers).keys():
         directory.recover(number, plan)
-    records = directory.finished_shards(numbers)
+    shards = directory.finished_shards(numbers)
     intact = set()
-    for number in tqdm(records, "check", unit="shard", disable=None, leave=False):
-        if directory.is_intact(number, records[number]):
+    for number, shard in tqdm(shards.items(), "check", unit="shard", disable=None, leave=False):
+        if is_intact(directory.path, shard):
             intact.add(number)
         else:
-            _log.warning("%s is missing or damaged and is encoded again", shard_name(number))
+            _log.warning("%s is missing or damaged and is encoded again", shard.file)
     if intact:
         _log.info(f"{len(intact):,} of {len(numbers):,} shards are there already")
     return [number for number in numbers if number not in intact]
@@ -156,7 +156,7 @@ def _encode(
                     f"device: {encoder.device}, attention: {encoder.retriever.encoder.attention}"
                 )
                 for number in missing:
-                    progress.shard(number, encoder.encode(number, progress.batch))
+                    progress.shard(encoder.encode(number, progress.batch))
     _log.info("encoded %s", progress)
 
 
@@ -177,10 +177,10 @@ def _count_finished(directory: CorpusDirectory, plan: Plan) -> int:
 
 
 def _print_end(directory: CorpusDirectory, plan: Plan, numbers: Sequence[int]) -> None:
-    records = directory.finished_shards(numbers).values()
-    if count := sum(record.count for record in records):
-        tokens = sum(record.tokens for record in records)
-        truncated = sum(record.truncated for record in records)
+    shards = directory.finished_shards(numbers).values()
+    if count := sum(shard.count for shard in shards):
+        tokens = sum(shard.tokens or 0 for shard in shards)
+        truncated = sum(shard.truncated or 0 for shard in shards)
         print(
             f"{count:,} {plan.settings.texts}, {tokens / count:.1f} tokens each, "
             f"{truncated:,} shortened ({truncated / count:.2%})"

@@ -32,8 +32,8 @@ class Tally:
     bytes: int = 0
     rejected: list[tuple[str, str]] = field(default_factory=list)
     """Where, and why."""
-    lengths: dict[str, dict[int, int]] = field(default_factory=dict)
-    truncated: dict[str, int] = field(default_factory=dict)
+    lengths: dict[str, Counter[int]] = field(default_factory=dict)
+    truncated: Counter[str] = field(default_factory=Counter)
     query_hashes: list[int] = field(default_factory=list)
     row_hashes: list[int] = field(default_factory=list)
     positives_among_own_negatives: int = 0
@@ -44,9 +44,8 @@ class Tally:
     """Of the shard's file."""
 
     def count(self, what: str, length: int, truncated: bool = False) -> None:
-        lengths = self.lengths.setdefault(what, {})
-        lengths[length] = lengths.get(length, 0) + 1
-        self.truncated[what] = self.truncated.get(what, 0) + truncated
+        self.lengths.setdefault(what, Counter())[length] += 1
+        self.truncated[what] += truncated
 
     def count_row(
         self, row: TrainingRow, prompt: PromptConfig, prompts: PromptTokenizer | None
@@ -87,11 +86,12 @@ def _hash(text: str) -> int:
 def tally_of(values: dict[str, Any]) -> Tally:
     """The tally that was written as JSON, whose keys are texts. Raises a ValueError, KeyError or
     TypeError on anything else."""
-    lengths = {
-        what: {int(length): n for length, n in dict(counts).items()}
-        for what, counts in dict(values["lengths"]).items()
+    tally = Tally(**values)
+    tally.lengths = {
+        what: Counter({int(length): n for length, n in dict(counts).items()})
+        for what, counts in dict(tally.lengths).items()
     }
-    return Tally(**{**values, "lengths": lengths})
+    return tally
 
 
 def facts_of(tallies: Sequence[Tally]) -> dict[str, Any]:
@@ -110,6 +110,7 @@ def facts_of(tallies: Sequence[Tally]) -> dict[str, Any]:
 
 
 def report_of(tallies: Sequence[Tally]) -> dict[str, Any]:
+    """What `report.json` holds, of all shards together."""
     lengths: dict[str, Counter[int]] = {}
     truncated: Counter[str] = Counter()
     for tally in tallies:

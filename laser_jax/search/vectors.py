@@ -68,6 +68,10 @@ class Shard:
     """Its name, without a folder."""
     count: int
     sha256: str
+    tokens: int | None = None
+    """Of its texts, as the model read them; None where they were not counted."""
+    truncated: int | None = None
+    """Texts that were shortened."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,7 @@ def write_shard(
     Args:
         vectors_CD: coded by `encode_vectors` as `info.dtype`.
         origin: what else the shard is to tell about itself, of JSON types; see `recovered_shard`.
+            `tokens` and `truncated` of it stand in the shard's entry too.
 
     Returns:
         The shard's entry for `write_manifest`.
@@ -145,7 +150,12 @@ def write_shard(
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as part:
         part.write_bytes(content)
-    return Shard(file, len(ids), hashlib.sha256(content).hexdigest())
+    return _entry(file, content, len(ids), told)
+
+
+def _entry(file: str, content: bytes, count: int, told: Mapping[str, Any]) -> Shard:
+    digest = hashlib.sha256(content).hexdigest()
+    return Shard(file, count, digest, told.get("tokens"), told.get("truncated"))
 
 
 def _serialised(
@@ -173,6 +183,11 @@ def _rows_checksum(ids: Sequence[str], vectors_CD: np.ndarray, told: Mapping[str
     return digest.hexdigest()
 
 
+def shard_values(shard: Shard) -> dict[str, Any]:
+    """What a file of JSON says of a shard; `shard_of` reads it."""
+    return {key: value for key, value in vars(shard).items() if value is not None}
+
+
 def write_manifest(directory: str | Path, manifest: Manifest) -> None:
     """Writes `manifest.json`, which makes the directory a finished one."""
     values = {
@@ -180,7 +195,7 @@ def write_manifest(directory: str | Path, manifest: Manifest) -> None:
         "version": FORMAT_VERSION,
         **as_dict(manifest.info),
         "count": manifest.count,
-        "shards": as_dict(manifest)["shards"],
+        "shards": [shard_values(shard) for shard in manifest.shards],
     }
     write_atomically(Path(directory) / MANIFEST_FILE, json.dumps(values, indent=1) + "\n")
 
@@ -231,7 +246,7 @@ def _manifest(values: Any, path: Path) -> Manifest:
     count, entries = values.pop("count", None), values.pop("shards", None)
     if not isinstance(entries, list):
         raise DataError(f"{path}: 'shards' must be a list of objects")
-    shards = tuple(_shard(entry, f"{path}: shards[{n}]") for n, entry in enumerate(entries))
+    shards = tuple(shard_of(entry, f"{path}: shards[{n}]") for n, entry in enumerate(entries))
     try:
         manifest = Manifest(from_dict(VectorsInfo, values, source=str(path)), shards)
     except ConfigError as error:
@@ -243,10 +258,13 @@ def _manifest(values: Any, path: Path) -> Manifest:
     return manifest
 
 
-def _shard(values: Any, where: str) -> Shard:
-    """An entry of a manifest. (`from_dict` takes milliseconds, and there may be 30,000.)"""
-    kinds = {"file": str, "count": int, "sha256": str}
-    if not isinstance(values, dict) or {key: type(v) for key, v in values.items()} != kinds:
+def shard_of(values: Any, where: str) -> Shard:
+    """The shard of which a file of JSON says these values. (`from_dict` takes milliseconds, and a
+    manifest may have 30,000.) Raises a DataError that begins with `where`."""
+    needed = {"file": str, "count": int, "sha256": str}
+    known = needed | {"tokens": int, "truncated": int}
+    found = {key: type(v) for key, v in values.items()} if isinstance(values, dict) else {}
+    if not needed.items() <= found.items() <= known.items():
         raise DataError(f"{where}: wanted file, count and sha256, got {values}")
     if re.fullmatch(r"[\w.-]+\.parquet", values["file"]) is None:
         raise DataError(f"{where}: shard name {values['file']!r} is no file name.parquet")
@@ -317,7 +335,7 @@ def recovered_shard(
         content = path.read_bytes()
         metadata = pyarrow.parquet.read_metadata(pyarrow.BufferReader(content))
         told = json.loads(metadata.metadata[_SCHEMA_KEY])
-        shard = Shard(file, metadata.num_rows, hashlib.sha256(content).hexdigest())
+        shard = _entry(file, content, metadata.num_rows, told)
         ids, vectors_CD = read_shard(directory, shard, info)
     except (OSError, pyarrow.ArrowException, KeyError, TypeError, ValueError):
         return None

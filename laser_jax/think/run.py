@@ -16,13 +16,14 @@ from urllib.parse import urlsplit
 
 from laser_jax.command_line import parse_command_line
 from laser_jax.config import ConfigError
+from laser_jax.evaluate.beir import BeirDataset
 from laser_jax.files.durable import write_atomically
 from laser_jax.files.reading import DataError, read_json
 from laser_jax.files.terminal import fail, printable
 from laser_jax.settings import require, require_in
 from laser_jax.think.page import render_page
 from laser_jax.think.server import LARGEST_STEPS, PageServer, Site
-from laser_jax.think.thought import Corpus, Inspector, Thought, load_corpus
+from laser_jax.think.thought import Inspector, Thought, load_corpus
 
 _log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def address_of(text: str) -> tuple[str, int]:
     return host, port
 
 
-def find_corpus(options: ThinkOptions) -> tuple[Corpus | None, str]:
+def find_corpus(options: ThinkOptions) -> tuple[BeirDataset | None, str]:
     """The corpus - of the option, or `data.eval` of the training run beside the model - and a
     sentence about it, or about why there is none.
 

@@ -49,7 +49,7 @@ class Site:
         known = inspector.known(fields.get("query", ""))
         instruction = known.instruction if self.instruction is None else self.instruction
         steps = self.num_thinking_steps or inspector.config.num_thinking_steps
-        queries = inspector.corpus.queries if inspector.corpus else []
+        queries = list(inspector.corpus.queries.values()) if inspector.corpus else []
         shown = queries[:: max(len(queries) // _EXAMPLES, 1)][:_EXAMPLES]
         return Form(
             query=known.text,
