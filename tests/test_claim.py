@@ -161,7 +161,7 @@ def test_what_is_no_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match=r"file is no directory; choose another --output"):
         record(tmp_path / "file")
-    with pytest.raises(OutputError, match=r"gs:/bucket/run: .*Mount the bucket"):
+    with pytest.raises(OutputError, match=r"gs://bucket/run: .*Mount.*gcsfuse"):
         Claim("gs://bucket/run", "run.json", of_seed(1)).__enter__()
     assert not Path("gs:").exists()
 
@@ -175,6 +175,21 @@ def test_a_directory_of_others_is_refused_to_a_program_that_must_be_alone(tmp_pa
     (tmp_path / "run.json").write_text('{"config"')
     with pytest.raises(OutputError, match=r"or bring run\.json back from a copy"):
         record(tmp_path, alone=True)
+
+
+def test_settings_are_compared_but_for_the_keys_that_may_change() -> None:
+    old = {"data": {"train": "a", "parts": [{"path": "a", "weight": 1}]}, "seed": 1}
+    new = {"data": {"train": "b", "parts": [{"path": "b", "weight": 2}]}, "seed": 1, "top": 3}
+
+    def found(*changeable: str) -> list[str]:
+        return [str(c) for c in changes(old, new, source="run.json", changeable=changeable)]
+
+    assert found("data.train", "data.parts.*.path") == [
+        "data.parts.0.weight was 1, is 2",
+        "top was None, is 3",
+    ]
+    assert found("data", "top") == []
+    assert changes({"seed": "x" * 99}, {"seed": 1}, source="")[0].old == "x" * 99
 
 
 # --- nothing is left behind --------------------------------------------------------------------

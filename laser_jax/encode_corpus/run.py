@@ -13,11 +13,10 @@ docs/corpus.md.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,31 +144,25 @@ def _encode(
 ) -> None:
     """Encodes the shards `missing` of those that are this run's."""
     total, left = (sum(plan.shards[n].count for n in numbers) for numbers in (mine, missing))
-    with Progress(total, total - left) as progress, _told_what_is_there(directory, plan):
-        if config.ray is not None:
-            from laser_jax.encode_corpus.on_ray import encode_on_ray
+    with Progress(total, total - left) as progress:
+        try:
+            if config.ray is not None:
+                from laser_jax.encode_corpus.on_ray import encode_on_ray
 
-            encode_on_ray(config, config.ray, missing, progress.shard)
-        else:
-            with ShardEncoder(config, plan, directory) as encoder:
-                _log.info(
-                    f"device: {encoder.device}, attention: {encoder.retriever.encoder.attention}"
-                )
-                for number in missing:
-                    progress.shard(encoder.encode(number, progress.batch))
+                encode_on_ray(config, config.ray, missing, progress.shard)
+            else:
+                with ShardEncoder(config, plan, directory) as encoder:
+                    attention = encoder.retriever.encoder.attention
+                    _log.info("device: %s, attention: %s", encoder.device, attention)
+                    for number in missing:
+                        progress.shard(encoder.encode(number, progress.batch))
+        except BaseException:
+            _log.info(
+                f"stopped: {_count_finished(directory, plan):,} of {len(plan.shards):,} shards are "
+                "finished; the same command goes on with the others"
+            )
+            raise
     _log.info("encoded %s", progress)
-
-
-@contextlib.contextmanager
-def _told_what_is_there(directory: CorpusDirectory, plan: Plan) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        _log.info(
-            f"stopped: {_count_finished(directory, plan):,} of {len(plan.shards):,} shards are "
-            "finished; the same command goes on with the others"
-        )
-        raise
 
 
 def _count_finished(directory: CorpusDirectory, plan: Plan) -> int:

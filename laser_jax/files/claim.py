@@ -70,7 +70,7 @@ class Claim:
         """
         self.directory = Path(directory)
         self.recorded: dict[str, Any] | None = None
-        self._is_remote = "://" in str(directory)
+        self._address = str(directory)
         self._record, self._changed = self.directory / record, changed
         self._alone, self._shared = alone, shared
         self._lock_file = self.directory / lock_file
@@ -106,10 +106,11 @@ class Claim:
         write_atomically(self._record, text)
 
     def _acquire(self) -> None:
-        if self._is_remote:
+        if "://" in self._address:
             raise OutputError(
-                f"{self.directory}: a directory of a file system is wanted. Mount the bucket and "
-                "name the directory there"
+                f"output {self._address}: a directory of a file system is wanted. Mount the bucket "
+                "and name the directory; gcsfuse needs --implicit-dirs and, for checkpoints, a "
+                "bucket with hierarchical namespace or --rename-dir-limit above their files"
             )
         if self.directory.exists() and not self.directory.is_dir():
             raise OutputError(f"{self.directory} is no directory; choose another --output")

@@ -139,7 +139,7 @@ class Preparation:
             digest.update(bytes.fromhex(checksum_of(file)))
         return digest.hexdigest()
 
-    @property
+    @functools.cached_property
     def shards(self) -> list[Path]:
         """The files to write, whether they are there or not."""
         return [shard_path(self.output, n, self.num_shards) for n in range(self.num_shards)]

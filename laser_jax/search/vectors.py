@@ -24,7 +24,7 @@ import numpy as np
 
 from laser_jax.config import ConfigError, as_dict, from_dict
 from laser_jax.files.durable import write_atomically, written_whole
-from laser_jax.files.reading import DataError, import_pyarrow, read_json
+from laser_jax.files.reading import DataError, import_pyarrow, parse_json, read_json
 from laser_jax.search.repeated_ids import RepeatedIds, id_hash
 from laser_jax.search.trec import document_id_fault
 
@@ -280,6 +280,24 @@ def is_intact(directory: str | Path, shard: Shard) -> bool:
         return False
 
 
+def _file_of(directory: str | Path, shard: Shard) -> Path:
+    """Raises a FileNotFoundError where the shard has none."""
+    path = Path(directory) / shard.file
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing, and {MANIFEST_FILE} names it")
+    return path
+
+
+def _table(path: Path, source: Any, columns: list[str]) -> Any:
+    """Columns of the shard at `path`, of which `source` holds the bytes. Raises a DataError where
+    it has none."""
+    pyarrow = import_pyarrow(path)
+    try:
+        return pyarrow.parquet.read_table(source, columns=columns).select(columns)
+    except (pyarrow.ArrowException, KeyError, OSError) as error:
+        raise DataError(f"{path}: no shard of vectors: {error}") from error
+
+
 def read_shard(
     directory: str | Path, shard: Shard, info: VectorsInfo
 ) -> tuple[list[str], np.ndarray]:
@@ -292,21 +310,15 @@ def read_shard(
         FileNotFoundError: when the shard is missing.
         DataError: when it is damaged or not what the manifest says.
     """
-    pyarrow, path = import_pyarrow(directory), Path(directory) / shard.file
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, and {MANIFEST_FILE} names it")
+    pyarrow, path = import_pyarrow(directory), _file_of(directory, shard)
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != shard.sha256:
         raise DataError(
             f"{path}: damaged: its sha256 is not that of {MANIFEST_FILE}. Encode this shard again"
         )
-    try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
-        stored = json.loads((table.schema.metadata or {}).get(_SCHEMA_KEY, b"{}"))
-        ids = table["id"].to_pylist()
-        column = table["vector"].combine_chunks()
-    except (pyarrow.ArrowException, KeyError, ValueError) as error:
-        raise DataError(f"{path}: no shard of vectors: {error}") from error
+    table = _table(path, pyarrow.BufferReader(content), ["id", "vector"])
+    ids, column = table["id"].to_pylist(), table["vector"].combine_chunks()
+    stored = parse_json((table.schema.metadata or {}).get(_SCHEMA_KEY, b"{}"), path)
     stored.setdefault("role", info.role)  # older shards have none; their manifest has
     for key, value in as_dict(info).items():
         if stored.get(key) != value:
@@ -373,14 +385,8 @@ def read_ids(directory: str | Path, manifest: Manifest) -> list[str]:
 
 
 def _read_ids(directory: str | Path, shard: Shard) -> list[str]:
-    pyarrow = import_pyarrow(directory)
-    path = Path(directory) / shard.file
-    try:
-        return pyarrow.parquet.read_table(path, columns=["id"])["id"].to_pylist()
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is missing, and {MANIFEST_FILE} names it") from error
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: no shard of vectors: {error}") from error
+    path = _file_of(directory, shard)
+    return _table(path, path, ["id"])["id"].to_pylist()
 
 
 def _twice(directory: str | Path, file: str, id_: str, first: str) -> str:
