@@ -162,15 +162,19 @@ def _rounded_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _pieces(chunks: Iterable[Chunk], most: int) -> Iterator[tuple[int, Chunk]]:
-    """The chunks in pieces of `most` rows at most, each with the length of the longest so far. The
+def _pieces(chunks: Iterable[Chunk], most: int, devices: int) -> Iterator[tuple[int, Chunk]]:
+    """The chunks in pieces of `most` rows at most, each with the length that it is to be filled up
+    to: that of the longest so far, rounded up so that the devices have as many rows each. The
     pieces of a chunk are about equally long, so that little is filled up."""
     rows = 0
     for codes_MW, ranks_M in chunks:
         count = max(-(-len(codes_MW) // most), 1)
         rows = max(rows, -(-len(codes_MW) // count))
+        length = _rounded_up(rows, _CUTTABLE * devices)
+        if length > most:
+            length = _rounded_up(rows, devices)
         for start in range(0, len(codes_MW), rows or 1):
-            yield rows, (codes_MW[start : start + rows], ranks_M[start : start + rows])
+            yield length, (codes_MW[start : start + rows], ranks_M[start : start + rows])
 
 
 def exact_top_k(
@@ -217,12 +221,10 @@ def exact_top_k(
     best = [_empty_lists((mesh.size, len(block_QD), k), split) for block_QD in blocks]
     count = 0
     with jax.set_mesh(mesh):  # the caller's program may have set another
-        for rows, piece in _pieces(chunks, chunk):
+        for length, piece in _pieces(chunks, chunk, mesh.size):
             _check_documents(queries_QD, piece[0], code)
             count += int((np.asarray(piece[1]) != NO_RANK).sum())
-            cuttable = _rounded_up(rows, _CUTTABLE * mesh.size)
-            rows = cuttable if cuttable <= chunk else _rounded_up(rows, mesh.size)
-            codes_MW, ranks_M = jax.device_put(_filled(piece, rows), split)
+            codes_MW, ranks_M = jax.device_put(_filled(piece, length), split)
             jax.block_until_ready(best)  # or the host would put the whole corpus on the devices
             best = [
                 _add_chunk(*lists, block_QD, codes_MW, ranks_M, code=code, mesh=mesh)

@@ -372,16 +372,13 @@ def read_ids(directory: str | Path, manifest: Manifest) -> list[str]:
         FileNotFoundError, DataError: a shard is missing or is no Parquet; an id stands twice,
             names both shards.
     """
-    ids: list[str] = []
-    first_shard: dict[str, str] = {}
+    shard_of_id: dict[str, str] = {}
     for shard in manifest.shards:
-        column = _read_ids(directory, shard)
-        for id_ in column:
-            if id_ in first_shard:
-                raise DataError(_twice(directory, shard.file, id_, first_shard[id_]))
-            first_shard[id_] = shard.file
-        ids += column
-    return ids
+        for id_ in _read_ids(directory, shard):
+            if id_ in shard_of_id:
+                raise DataError(_twice(directory, shard.file, id_, shard_of_id[id_]))
+            shard_of_id[id_] = shard.file
+    return list(shard_of_id)
 
 
 def _read_ids(directory: str | Path, shard: Shard) -> list[str]:
