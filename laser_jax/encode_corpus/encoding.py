@@ -40,8 +40,7 @@ from laser_jax.settings import changes, listed, require, require_in
 
 @dataclass(frozen=True)
 class RayConfig:
-    """Spreads the shards over workers of a Ray cluster. Each holds the model and encodes a shard at
-    a time."""
+    """Workers of a Ray cluster. Each holds the model and encodes a shard at a time."""
 
     workers: int = 1
     cpus: int = 1
@@ -83,6 +82,7 @@ class CorpusConfig(EncoderOptions):
     shard_documents: int = 32_768
     """Documents a shard."""
     ray: RayConfig | None = None
+    """Any of these settings spreads the shards over workers of a Ray cluster."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

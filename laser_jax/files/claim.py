@@ -1,10 +1,10 @@
 """The one way in which a program takes a directory for its output.
 
-    with Claim(output, "config.json", lambda old: changes(old, config)) as claim:
+    with Claim(output, "run.json", lambda old: changes(old, config, source="run.json")) as claim:
         ...                     # look at all input: what fails here leaves no trace
         claim.record(text)      # from now on the directory is this run's
         ...                     # write, each file whole (see `durable`)
-        sweep(output)           # nothing is left to do
+        sweep(output)           # all is finished; where the directory is its alone
 
 A claim locks the directory, so that a second program is refused. It reads the record, a JSON file
 in which an earlier run has said how it was made, and refuses, key by key, what is to be made in
