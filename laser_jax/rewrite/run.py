@@ -37,11 +37,11 @@ from laser_jax.evaluate.rewrites import (
     read_rewrites,
 )
 from laser_jax.files.durable import lock, read_state, write_atomically
+from laser_jax.files.reading import DataError
 from laser_jax.files.terminal import fail, printable
 from laser_jax.hf.directory import read_backbone_config, resolve_directory
 from laser_jax.hf.reading import load_params
 from laser_jax.rewrite.generation import Decoding, TextGenerator, Written, stop_ids
-from laser_jax.search.trec import DatasetError
 from laser_jax.train.checkpoint import fingerprint
 
 REASONING_PROMPT = """{query}
@@ -135,7 +135,7 @@ def read_wanted(options: RewriteOptions) -> dict[str, EvalQuery]:
         judged = read_qrels(options.queries, options.split)
         queries = {id_: query for id_, query in queries.items() if id_ in judged}
     if not queries:
-        raise DatasetError(f"{options.queries}: holds no query to rewrite")
+        raise DataError(f"{options.queries}: holds no query to rewrite")
     if options.instruction is not None:
         given = options.instruction
         queries = {id_: replace(query, instruction=given) for id_, query in queries.items()}
@@ -191,7 +191,7 @@ class RewriteFile:
 
     Raises:
         ConfigError: another process has it, or it was written with other settings.
-        DatasetError: a line of it is damaged; the last one, cut short, is written again instead.
+        DataError: a line of it is damaged; the last one, cut short, is written again instead.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], wanted: dict[str, EvalQuery]):
@@ -267,7 +267,7 @@ def rewrite(options: RewriteOptions) -> dict[str, Any]:
     """Rewrites what the output lacks. Returns what NAME.report.json then holds.
 
     Raises:
-        ConfigError, DatasetError, HFError, TokenizationError, FileNotFoundError, OSError: bad
+        ConfigError, DataError, HFError, TokenizationError, FileNotFoundError, OSError: bad
             input, or a full disk; the message names it.
     """
     queries = read_wanted(options)
