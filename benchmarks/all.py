@@ -9,13 +9,13 @@ timing (`ablation`) or is meant for a GPU (`gpu`, `kernels`) is not among them.
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import measure
 from benchmarks.gpu import runs
 
 OUTPUT = Path("benchmarks/results")
@@ -25,11 +25,7 @@ RUNS: dict[str, str] = runs("cpu")
 
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.all",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = measure.empty_parser("all", __doc__)
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run?")
     parser.add_argument("--output", type=Path, help=f"folder; default {OUTPUT}")
     parser.add_argument("--only", choices=RUNS, nargs="+", default=[*RUNS], help="some of them")

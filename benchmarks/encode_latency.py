@@ -25,6 +25,7 @@ import numpy as np
 from benchmarks import flops, kernels, measure, workload
 from benchmarks.encoders import OURS, Encoders
 from benchmarks.measure import Report, Row, Run, paired_ratio, positive, timing_fields
+from laser_jax.train.throughput import forward_flops
 
 BATCHES = [(1, 128), (8, 128), (8, 512)]
 
@@ -35,20 +36,14 @@ def fill(options: argparse.Namespace, report: Report) -> None:
     Raises:
         BenchmarkError: two contenders give different vectors.
     """
-    encoders = Encoders(options)
-    report.settings["attention"] = encoders.kernel
-    report.notes += encoders.notes
+    encoders = Encoders.that_can_run(options, report)
     backbone, rng = encoders.config.backbone, np.random.default_rng(0)
-    of = flops.ceiling_sizes(quick=options.quick)
     for rows, width in options.batches:
         tokens = workload.random_tokens(rng, rows, width, backbone.vocab_size)
         contenders: dict[tuple[str, int], Run] = {
             (name, K): run for K in options.steps for name, run in encoders.on(tokens, K).items()
         }
-        ceiling = {(name, 0): run for name, run in flops.ceiling_runs(options.dtype, of).items()}
-        times = measure.time_alternating(contenders | ceiling, repeats=options.repeats)
-        ceilings = {name: times[name, 0] for name, _ in ceiling}
-        best = flops.ceilings(ceilings, options.dtype, of)
+        times, best = flops.time_beside_ceilings(contenders, options)
         for name, K in contenders:
             row: Row = {"rows": rows, "tokens": width, "thinking_steps": K, "contender": name}
             row |= timing_fields(times, (name, K), base=(OURS, K))
@@ -56,9 +51,11 @@ def fill(options: argparse.Namespace, report: Report) -> None:
                 row["over_one_step"] = vars(paired_ratio(times[name, K], times[name, 1]))
             median = row["seconds"]["median"]
             row["rows_per_second"] = rows / median
-            needed = flops.encode_work([width] * rows, K, backbone, options.dtype)
-            row |= best.shares(needed.flops, median)
-            row["roofline_fraction"] = needed.seconds(best) / median
+            lengths = [width] * rows
+            needed = forward_flops(backbone, flops.encode_reading(lengths, K))
+            row |= best.shares(needed, median)
+            least = flops.roofline(lengths, K, backbone, options.dtype, best)
+            row["roofline_fraction"] = least / median
             if options.profile and name == OURS:
                 row["kernels"] = kernels.profiled(contenders[name, K])
             report.rows.append(row)
@@ -80,11 +77,8 @@ COLUMNS = {
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    workload.add_backbone(parser)
     workload.add_contenders(parser)
-    batch = measure.sizes_of("rows", "tokens")
-    text = f"default {' '.join(f'{rows}x{tokens}' for rows, tokens in BATCHES)}"
-    parser.add_argument("--batches", type=batch, nargs="+", default=BATCHES, help=text)
+    measure.add_shapes(parser, "batches", ("rows", "tokens"), BATCHES)
     parser.add_argument("--steps", type=positive, nargs="+", default=[1, 3], help="default 1 3")
     parser.add_argument("--profile", action="store_true", help="the kernels of ours, by kind")
 

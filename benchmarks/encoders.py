@@ -7,22 +7,33 @@ from __future__ import annotations
 
 import argparse
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import BenchmarkError, Run, torch_unusable
-from benchmarks.workload import SHAPES, drawn_unstacked, kernel_for, make_backbone, random_variables
+from benchmarks.measure import BenchmarkError, Report, Run, torch_unusable
+from benchmarks.targets import COMPILED, PYTORCH
+from benchmarks.workload import SHAPES, kernel_for, make_backbone, random_variables
 from laser_jax import encode
 from laser_jax.batch import Tokens
 from laser_jax.config import AttentionKernel, Dtype, RetrieverConfig
 from laser_jax.modeling.backbone import unstack_layers
 
 OURS = "ours"
+ENCODE: Any = jax.jit(encode, static_argnames=("config", "num_thinking_steps", "attention"))
 # Of the difference between two unit vectors. bfloat16 carries 8 bits through every layer.
 TOLERANCE: dict[Dtype, float] = {"float32": 1e-4, "bfloat16": 0.1}
+
+
+def torch_names(options: argparse.Namespace) -> tuple[Sequence[str], list[str]]:
+    """The PyTorch contenders that are asked for and can run, and a note where there are none."""
+    why_not = "--no_torch" if options.no_torch else torch_unusable()
+    if why_not is not None:
+        return (), [f"PyTorch is not measured: {why_not}."]
+    return [name for name in PYTORCH if name != COMPILED or options.torch_compile], []
 
 
 class Encoders:
@@ -33,27 +44,30 @@ class Encoders:
         variables: its weights, with every layer apart.
         kernel: our attention.
         torch_models: PyTorch's copies of the model, by their transcription.
-        notes: why PyTorch is absent, if it is.
     """
 
-    def __init__(self, options: argparse.Namespace):
-        """Makes the models, by the options of `add_backbone` and `add_contenders`."""
+    def __init__(self, options: argparse.Namespace, torch: Sequence[str]):
+        """Makes the models, by the options of `add_contenders`; of PyTorch's those named."""
         backbone, dtype = SHAPES[options.backbone], options.dtype
         self.config = RetrieverConfig(backbone, dtype=dtype)
-        self.kernel: AttentionKernel = kernel_for(options.attention, backbone, dtype)
-        self.torch_models: dict[Any, Any] = {}
-        why_not = "--no_torch" if options.no_torch else torch_unusable()
-        self.notes = [f"PyTorch is not measured: {why_not}."] if why_not else []
-        if why_not:  # nobody wants the files, and no second copy need fit
-            self.variables = drawn_unstacked(backbone, dtype)
-            return
-        from benchmarks.torch_reference import exported, load, transcriptions
-
-        scanned = random_variables(make_backbone(backbone, dtype, lora=None))
+        self.kernel: AttentionKernel = kernel_for(backbone, dtype)
+        module = make_backbone(backbone, dtype, lora=None)
+        scanned = random_variables(module)
         self.variables = unstack_layers(scanned)
-        wanted = transcriptions(torch_compile=options.torch_compile)
-        with exported(scanned, backbone, None, dtype) as export:
-            self.torch_models = {t: load(export, t, train=False) for t in wanted}
+        self.torch_models: dict[Any, Any] = {}
+        if torch:
+            from benchmarks.torch_reference import load
+
+            self.torch_models = load(torch, scanned, module, dtype, train=False)
+
+    @classmethod
+    def that_can_run(cls, options: argparse.Namespace, report: Report) -> Encoders:
+        """All that are asked for. The report is told which kernel is ours and what is absent."""
+        names, notes = torch_names(options)
+        encoders = cls(options, names)
+        report.notes += notes
+        report.settings["attention"] = encoders.kernel
+        return encoders
 
     def on(self, tokens: Tokens, thinking_steps: int) -> dict[str, Run]:
         """The contenders on one batch, by name; each call embeds it.
@@ -61,29 +75,25 @@ class Encoders:
         Raises:
             BenchmarkError: two contenders give different vectors.
         """
+        contenders: dict[str, Run] = {OURS: self.ours(tokens, thinking_steps)}
+        wanted_BD = np.asarray(contenders[OURS]())
+        for transcription, model in self.torch_models.items():
+            run = transcription.encoder(model, tokens, thinking_steps)
+            got_BD = run().cpu().numpy()
+            require_same_vectors(transcription.name, got_BD, wanted_BD, self.config.dtype)
+            contenders[transcription.name] = run
+        return contenders
+
+    def ours(self, tokens: Tokens, thinking_steps: int) -> functools.partial[jax.Array]:
+        """A jitted program and its arguments, those by name being static."""
         mask_BT = np.arange(tokens.ids_BT.shape[1]) < tokens.lengths_B[:, None]
-        ids_BT, mask_BT = jnp.asarray(tokens.ids_BT), jnp.asarray(mask_BT, jnp.int32)
-        program = functools.partial(
-            encode,
+        return functools.partial(
+            ENCODE,
+            *(self.variables, jnp.asarray(tokens.ids_BT), jnp.asarray(mask_BT, jnp.int32)),
             config=self.config,
             num_thinking_steps=thinking_steps,
             attention=self.kernel,
         )
-        run = functools.partial(jax.jit(program), self.variables, ids_BT, mask_BT)
-        contenders: dict[str, Run] = {OURS: run}
-        if self.torch_models:
-            from benchmarks.torch_reference import TorchEncoder, left_padded
-
-            for transcription, model in self.torch_models.items():
-                rows = left_padded(tokens, str(model.device))
-                contenders[transcription.name] = TorchEncoder(
-                    transcription, model, rows, thinking_steps
-                )
-        wanted_BD = np.asarray(contenders[OURS]())
-        for name in contenders.keys() - {OURS}:
-            got_BD = contenders[name]().cpu().numpy()
-            require_same_vectors(name, got_BD, wanted_BD, self.config.dtype)
-        return contenders
 
 
 def require_same_vectors(

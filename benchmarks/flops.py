@@ -10,6 +10,8 @@ timed beside the contenders: a large matmul and a large copy.
 
 from __future__ import annotations
 
+import argparse
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.measure import Run, Spread
+from benchmarks.measure import Name, Run, Spread, time_alternating
+from benchmarks.workload import make_backbone, random_variables
 from laser_jax.config import BackboneConfig, Dtype
 from laser_jax.modeling.attention import exact_matmuls
 from laser_jax.train.throughput import Reading, forward_flops, known_device
@@ -69,28 +72,23 @@ def _inner(params: dict[str, Any]) -> Iterator[Any]:
 # --- by formula --------------------------------------------------------------------------------
 
 
-def encode_reading(lengths: Sequence[int], thinking_steps: int, *, causal: bool = True) -> Reading:
-    """What embedding rows of these lengths reads.
-
-    Args:
-        causal: False counts all pairs of positions, as a kernel computes them that masks half.
-    """
+def encode_reading(lengths: Sequence[int], thinking_steps: int) -> Reading:
+    """What embedding rows of these lengths reads."""
     return Reading(
         rows=len(lengths),
         tokens=sum(lengths),
-        token_pairs=sum(n * (n + 1) / 2 if causal else n * n for n in lengths),
+        token_pairs=sum(n * (n + 1) / 2 for n in lengths),
         selected=len(lengths),
         thoughts=len(lengths) * (thinking_steps - 1),
     )
 
 
+@functools.cache
 def parameters(config: BackboneConfig) -> int:
     """The numbers that a backbone holds."""
-    D, V, H = config.hidden_size, config.vocab_size, config.head_dim
-    NH, GH = config.num_heads * H, config.num_kv_heads * H
-    norms = 2 * D + (2 * H if config.qk_norm else 0)
-    layer = 2 * D * NH + 2 * D * GH + 3 * D * config.intermediate_size + norms
-    return config.num_layers * layer + D + V * D * (1 if config.tie_word_embeddings else 2)
+    backbone = make_backbone(config, "float32", lora=None)
+    shapes = jax.eval_shape(lambda: random_variables(backbone))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
 def moved_bytes(
@@ -111,30 +109,18 @@ def moved_bytes(
     return itemsize * reading, itemsize * (layers + 2 * V * D + tokens * key_values)
 
 
-@dataclass(frozen=True)
-class Work:
-    """FLOPs by formula and least bytes, of reading and of each of some thoughts."""
-
-    reading: tuple[float, float]
-    thought: tuple[float, float]
-    thoughts: int
-
-    @property
-    def flops(self) -> float:
-        return self.reading[0] + self.thoughts * self.thought[0]
-
-    def seconds(self, best: Ceilings) -> float:
-        """The roofline."""
-        return best.seconds(*self.reading) + self.thoughts * best.seconds(*self.thought)
-
-
-def encode_work(
-    lengths: Sequence[int], thinking_steps: int, config: BackboneConfig, dtype: Dtype
-) -> Work:
-    """What embedding rows of these lengths costs."""
+def roofline(
+    lengths: Sequence[int],
+    thinking_steps: int,
+    config: BackboneConfig,
+    dtype: Dtype,
+    best: Ceilings,
+) -> float:
+    """The least seconds in which rows of these lengths can be embedded."""
     read, one = (forward_flops(config, encode_reading(lengths, K)) for K in (1, 2))
     bytes_read, bytes_thought = moved_bytes(config, lengths, jnp.dtype(dtype).itemsize)
-    return Work((read, bytes_read), (one - read, bytes_thought), thinking_steps - 1)
+    thought = best.seconds(one - read, bytes_thought)
+    return best.seconds(read, bytes_read) + (thinking_steps - 1) * thought
 
 
 # --- the device at its best ----------------------------------------------------------------------
@@ -142,29 +128,26 @@ def encode_work(
 MATMUL, COPY = "large matmul", "large copy"
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Side of the square matrices, and bytes that are copied."""
-
-    side: int
-    copied: int
-
-
-def ceiling_sizes(*, quick: bool) -> Sizes:
-    """Large enough to fill the device, small enough to be short beside the contenders."""
-    if quick:
-        return Sizes(128, 2**20)
-    return Sizes(2048, 2**28) if jax.default_backend() == "cpu" else Sizes(8192, 2**31)
+def time_beside_ceilings(
+    contenders: Mapping[Name, Run], options: argparse.Namespace
+) -> tuple[dict[Any, list[float]], Ceilings]:
+    """Times contenders in turn with each other, and with a large matmul and a large copy: large
+    enough to fill the device, small enough to be short beside the contenders."""
+    side, copied = (2048, 2**28) if jax.default_backend() == "cpu" else (8192, 2**31)
+    if options.quick:
+        side, copied = 128, 2**20
+    both: dict[Any, Run] = {**contenders, **ceiling_runs(options.dtype, side, copied)}
+    times = time_alternating(both, repeats=options.repeats)
+    return times, ceilings(times, options.dtype, side, copied)
 
 
-def ceiling_runs(dtype: Dtype, of: Sizes) -> dict[str, Run]:
-    """Two contenders for `time_alternating`. The copy adds 1 in place: that reads and writes every
-    number, cannot be left out, and takes no new pages from the system."""
-    key = jax.random.key(0)
-    shape = (of.side, of.side)
-    a, b = (jax.random.normal(k, shape, jnp.dtype(dtype)) for k in jax.random.split(key))
+def ceiling_runs(dtype: Dtype, side: int, copied: int) -> dict[str, Run]:
+    """A product of two square matrices, and a copy of so many bytes. The copy adds 1 in place: that
+    reads and writes every number, cannot be left out, and takes no new pages from the system."""
+    keys = jax.random.split(jax.random.key(0))
+    a, b = (jax.random.normal(key, (side, side), jnp.dtype(dtype)) for key in keys)
     add = jax.jit(lambda x: x + 1.0, donate_argnums=0)
-    numbers = jnp.zeros(of.copied // 4, jnp.float32)
+    numbers = jnp.zeros(copied // 4, jnp.float32)
 
     def copy() -> jax.Array:
         nonlocal numbers
@@ -205,11 +188,13 @@ class Ceilings:
         return found
 
 
-def ceilings(times: Mapping[str, Sequence[float]], dtype: Dtype, of: Sizes) -> Ceilings:
+def ceilings(
+    times: Mapping[Any, Sequence[float]], dtype: Dtype, side: int, copied: int
+) -> Ceilings:
     """From the times of `ceiling_runs`."""
     known = known_device(jax.devices()[0]) if jnp.dtype(dtype).itemsize == 2 else None
     return Ceilings(
-        flops=Spread.of([2 * of.side**3 / seconds for seconds in times[MATMUL]]),
-        bytes=Spread.of([2 * of.copied / seconds for seconds in times[COPY]]),
+        flops=Spread.of([2 * side**3 / seconds for seconds in times[MATMUL]]),
+        bytes=Spread.of([2 * copied / seconds for seconds in times[COPY]]),
         data_sheet_flops=known.tflops * 1e12 if known else None,
     )

@@ -1,14 +1,14 @@
 """Everything that is worth knowing of a GPU in one run with a time limit.
 
-    python -m benchmarks.gpu --output FOLDER [--minutes 9] [--at_once 3]
+    python -m benchmarks.gpu --output FILE [--minutes 9] [--at_once 3]
 
 Each part (benchmarks/runs.yaml) is another of our programs in a process of its own, the most
 important first: a part that fails, hangs or takes the device down is recorded with its message, and
 the next one goes on. Some load and compile at once, which is most of a part's time and keeps one
 core busy; they are timed one after the other, though a part's first run, which checks it, may fall
 into another's timing. A part has its own limit, times the number at once, and what is left of
-`--minutes`; what does not begin is recorded as such. FOLDER holds `gpu.json`, written again after
-every part, with the reports of the parts inside.
+`--minutes`; what does not begin is recorded as such. FILE is written again after every part, and
+holds the reports of the parts.
 
 `--quick` runs every part in its tiny form, on any device. `--parts` chooses some. LASER_COMMIT
 names the commit where the code is no git checkout of it.
@@ -36,7 +36,7 @@ from typing import Any
 import yaml
 
 from benchmarks import measure
-from benchmarks.measure import Report, Row
+from benchmarks.measure import BenchmarkError, Report, Row
 
 LEAST_SECONDS = 15
 """Less is not enough for a process to import and compile anything."""
@@ -111,13 +111,17 @@ def run_part(
 
 
 def fill(options: argparse.Namespace, report: Report) -> None:
-    """Runs the parts, and writes what is known after each."""
+    """Runs the parts, and writes what is known after each.
+
+    Raises:
+        BenchmarkError: there is no file to write it to.
+    """
+    if options.output is None:
+        raise BenchmarkError("--output FILE is wanted: what is known is written after every part")
     ends = time.monotonic() + 60 * options.minutes
-    file = options.folder / "gpu.json"
-    options.folder.mkdir(exist_ok=True)
     parts = [part for part in PARTS if part.name in options.parts]
     report.rows = [{"part": part.name, "state": NOT_BEGUN} for part in parts]
-    report.write(file)
+    report.write(options.output)
     writing, stopped = threading.Lock(), threading.Event()
 
     def run(part: Part, cache: Path) -> None:
@@ -129,7 +133,7 @@ def fill(options: argparse.Namespace, report: Report) -> None:
         with writing:
             report.rows[parts.index(part)] = row
             print(f"{part.name}: {row['state']}, {row['seconds_taken']:.0f} s", flush=True)
-            report.write(file)
+            report.write(options.output)
 
     with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(options.at_once) as pool:
         try:
@@ -154,17 +158,13 @@ COLUMNS = {
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    # a folder, as the file in it is written after every part
-    parser.add_argument("--output", dest="folder", type=measure.new_file, required=True)
     parser.add_argument("--minutes", type=float, default=9.0, help="for all; default 9")
     names = [part.name for part in PARTS]
     parser.add_argument("--parts", nargs="+", choices=names, default=names, metavar="PART")
     measure.add_numbers(parser, {"at_once": (3, "parts at once")})
 
 
-PROGRAM = measure.Program(
-    "gpu", __doc__, fill, COLUMNS, add_flags, repeats=None, apart=True, writes=False
-)
+PROGRAM = measure.Program("gpu", __doc__, fill, COLUMNS, add_flags, repeats=None, apart=True)
 
 if __name__ == "__main__":
     main(sys.argv[1:])

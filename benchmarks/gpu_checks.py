@@ -1,6 +1,6 @@
 """Is it right on this device? The reference numbers, and the attention kernels against float32.
 
-    python -m benchmarks.gpu_checks [--golden FOLDER] [--output FILE]
+    python -m benchmarks.gpu_checks [--output FILE]
 
 The reference numbers are those of the shared folder `golden` (`LASER_GOLDEN` names another), which
 tests/test_golden.py compares in full on the CPU; without it those rows are absent. Embeddings are
@@ -33,6 +33,7 @@ import optax
 
 from benchmarks import measure
 from benchmarks.measure import Report, Row
+from benchmarks.workload import kernel_for
 from laser_jax.alignment import keyframe_positions, token_segment_ends
 from laser_jax.batch import Batch, Tokens
 from laser_jax.config import (
@@ -71,28 +72,26 @@ def row(check: str, value: float, bound: float) -> Row:
 
 @dataclass(frozen=True)
 class Check:
-    """Programs with their arguments, and what their outputs, host arrays, say."""
+    """A program with its arguments, and what its outputs, host arrays, say."""
 
-    programs: Sequence[tuple[Callable[..., Any], Sequence[Any]]]
-    rows: Callable[[Sequence[Any]], Iterable[Row]]
+    program: Callable[..., Any]
+    arguments: Sequence[Any]
+    rows: Callable[[Any], Iterable[Row]]
 
-    def compiled(self) -> list[Callable[[], Any]]:
-        """The programs, ready to run. Which of a library's kernels is fastest does not matter."""
+    def compiled(self) -> Callable[[], Any]:
+        """The program, ready to run. Which of a library's kernels is fastest does not matter."""
         untuned: dict[str, str | bool] = {"xla_gpu_autotune_level": "0"}
-        return [
-            functools.partial(jax.jit(program).lower(*given).compile(untuned), *given)
-            for program, given in self.programs
-        ]
+        compiled = jax.jit(self.program).lower(*self.arguments).compile(untuned)
+        return functools.partial(compiled, *self.arguments)
 
 
 # --- the reference numbers ---------------------------------------------------------------------
 
 
-def golden_folder(given: Path | None) -> Path | None:
-    """The folder that is given, that LASER_GOLDEN names, or the first of FOLDERS that is there."""
-    named = [given or os.environ.get("LASER_GOLDEN")]
-    candidates = [Path(name) for name in (named if named[0] else FOLDERS) if name]
-    return next((folder for folder in candidates if folder.is_dir()), None)
+def golden_folder() -> Path | None:
+    """The folder that LASER_GOLDEN names, or the first of FOLDERS that is there."""
+    named = os.environ.get("LASER_GOLDEN")
+    return next((f for f in map(Path, [named] if named else FOLDERS) if f.is_dir()), None)
 
 
 def model_of(case: Path) -> Path:
@@ -106,19 +105,19 @@ def embedding_check(case: Path, dtype: Dtype) -> Check:
     variables = {"params": load_params(model_of(case), config, dtype=jnp.dtype(dtype))}
     ids_BT, mask_BT = (golden[k].astype(np.int32) for k in ("input_ids", "attention_mask"))
     Ks = [int(K) for K in golden["Ks"]]
-    kernel, _ = attention.choose_kernel("auto", jax.default_backend(), dtype, config.head_dim)
+    kernel = kernel_for(config, dtype)
     program = functools.partial(
         encode_all_steps, config=RetrieverConfig(config, max(Ks), dtype=dtype), attention=kernel
     )
 
-    def rows(outputs: Sequence[Any]) -> Iterator[Row]:
+    def rows(vectors_BKD: Any) -> Iterator[Row]:
         for K in Ks:
-            difference = outputs[0][:, K - 1] - golden[f"emb_K{K}"]
+            difference = vectors_BKD[:, K - 1] - golden[f"emb_K{K}"]
             off = np.abs(difference) if dtype == "float32" else np.linalg.norm(difference, axis=1)
             name = f"{case.stem}, K = {K}, {dtype}, {kernel}"
             yield row(name, float(off.max()), EMBEDDING[dtype])
 
-    return Check([(program, (variables, ids_BT, mask_BT))], rows)
+    return Check(program, (variables, ids_BT, mask_BT), rows)
 
 
 def batch_of(case: Any) -> Batch:
@@ -167,8 +166,8 @@ def training_check(case: Path) -> Check:
         grads, terms = jax.grad(loss, has_aux=True)(params)
         return optax.tree.norm(grads), terms
 
-    def rows(outputs: Sequence[Any]) -> Iterator[Row]:
-        [(norm, terms)] = outputs
+    def rows(found: Any) -> Iterator[Row]:
+        norm, terms = found
         names = {"loss": "loss", "latent": "loss_q", "output": "loss_kl"}
         names |= {"explicit": "loss_teacher", "trajectory": "loss_latent"}
         for ours, theirs in names.items():
@@ -180,7 +179,7 @@ def training_check(case: Path) -> Check:
         yield row(f"{case.stem}, norm of the gradient", off, GRADIENT)
 
     params = load_params(model_of(case), config, dtype="float32")
-    return Check([(gradient, (params,))], rows)
+    return Check(gradient, (params,), rows)
 
 
 # --- attention ---------------------------------------------------------------------------------
@@ -211,26 +210,25 @@ def against_float32(
     weights: np.ndarray,
 ) -> Check:
     """How far each is, in bfloat16, from `xla` in float32, relative in L2: output and gradients."""
-    half = [x.astype(jnp.bfloat16) for x in inputs.values()]
-    exact = parts_of(attentions["xla"], inputs, weights)
-    programs = [(exact, [x.astype(np.float32) for x in half])]
-    programs += [(parts_of(attend, inputs, weights), half) for attend in attentions.values()]
+    run = {name: parts_of(attend, inputs, weights) for name, attend in attentions.items()}
 
-    def rows(outputs: Sequence[Any]) -> Iterator[Row]:
-        truth, *others = outputs
-        off = {
-            name: {
-                part: float(np.linalg.norm(got[part] - truth[part]) / np.linalg.norm(truth[part]))
-                for part in truth
-            }
-            for name, got in zip(attentions, others, strict=True)
-        }
-        for name, parts in off.items():
-            for part, value in parts.items():
-                bound = ATTENTION[0] * off["xla"][part] + ATTENTION[1]
-                yield row(f"{title}, {name}, {part}", value, bound)
+    def program(*half: jax.Array) -> Any:
+        exact = run["xla"](*(x.astype(jnp.float32) for x in half))
+        return exact, {name: parts(*half) for name, parts in run.items()}
 
-    return Check(programs, rows)
+    def rows(found: Any) -> Iterator[Row]:
+        truth, got = found
+
+        def off(name: str, part: str) -> float:
+            difference = np.linalg.norm(got[name][part] - truth[part])
+            return float(difference / np.linalg.norm(truth[part]))
+
+        for name in got:
+            for part in truth:
+                bound = ATTENTION[0] * off("xla", part) + ATTENTION[1]
+                yield row(f"{title}, {name}, {part}", off(name, part), bound)
+
+    return Check(program, [x.astype(jnp.bfloat16) for x in inputs.values()], rows)
 
 
 def drawn(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
@@ -286,7 +284,7 @@ def thinking_check(
 def fill(options: argparse.Namespace, report: Report) -> None:
     """All checks; none of them raises."""
     heads, lengths = (((4, 2, 16),), (96,)) if options.quick else (HEADS, LENGTHS)
-    folder = golden_folder(options.golden)
+    folder = golden_folder()
     numbers: list[Check] = []
     if folder is None:
         report.notes.append("The reference numbers are not compared: no folder golden is here.")
@@ -308,8 +306,8 @@ def fill(options: argparse.Namespace, report: Report) -> None:
         # Compiling is most of the time. Nothing runs beside it: XLA 0.11 then aborted on a GPU.
         with ThreadPoolExecutor(options.threads) as pool:
             compiled = list(pool.map(Check.compiled, checks))
-        for check, programs in zip(checks, compiled, strict=True):
-            report.rows += check.rows([jax.device_get(program()) for program in programs])
+        for check, program in zip(checks, compiled, strict=True):
+            report.rows += check.rows(jax.device_get(program()))
         if options.output is not None:
             report.write(options.output)  # what is known, should the next ones take too long
     failed = [r["check"] for r in report.rows if not r["passed"]]
@@ -332,7 +330,6 @@ def main(arguments: Sequence[str]) -> None:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     measure.add_numbers(parser, {"threads": (4, "that compile")})
-    parser.add_argument("--golden", type=Path, help=f"default {' or '.join(FOLDERS)}")
 
 
 PROGRAM = measure.Program("gpu_checks", __doc__, fill, COLUMNS, add_flags, repeats=None)

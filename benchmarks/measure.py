@@ -17,10 +17,11 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +53,7 @@ Columns = Mapping[str, Cell]
 Run = Callable[[], Any]
 """One whole piece of work. What it returns is waited for; PyTorch contenders wait by themselves."""
 
-Name = TypeVar("Name", str, tuple[str, int])
+Name = TypeVar("Name", bound=Hashable)
 """The name of a contender."""
 
 T = TypeVar("T")
@@ -80,34 +81,31 @@ class Spread:
         return cls(*(float(np.quantile(values, q)) for q in (0.5, 0.25, 0.75, 0.0, 1.0)))
 
 
-def time_alternating(
-    contenders: Mapping[Name, Run], *, repeats: int, warmup: int = 1
-) -> dict[Name, list[float]]:
+def time_alternating(contenders: Mapping[Name, Run], *, repeats: int) -> dict[Name, list[float]]:
     """Seconds of every repeat of every contender.
 
     Args:
-        repeats: timed rounds through all contenders; round i begins with contender i.
-        warmup: rounds before them that are not timed.
+        repeats: timed rounds through all contenders, after one that is not timed. Each round begins
+            with another contender.
 
     Raises:
         ValueError: when there is nothing to time or no repeat.
     """
     names = list(contenders)
-    if not names or repeats < 1 or warmup < 0:
+    if not names or repeats < 1:
         raise ValueError(
-            f"at least one contender and one repeat are wanted, got {names}, "
-            f"{repeats} repeats and {warmup} warm-up rounds"
+            f"at least one contender and one repeat are wanted, got {names} and {repeats} repeats"
         )
     seconds: dict[Name, list[float]] = {name: [] for name in names}
     with alone():
-        for round_ in range(warmup + repeats):
+        for round_ in range(1 + repeats):
             first = round_ % len(names)
             for name in [*names[first:], *names[:first]]:
                 time.sleep(REST_SECONDS)
                 began = time.perf_counter()
                 jax.block_until_ready(contenders[name]())
                 taken = time.perf_counter() - began
-                if round_ >= warmup:
+                if round_ > 0:
                     seconds[name].append(taken)
     return seconds
 
@@ -138,15 +136,11 @@ def paired_ratio(seconds: Sequence[float], base: Sequence[float]) -> Spread:
     return Spread.of([ours / other for ours, other in zip(seconds, base, strict=True)])
 
 
-def repeated(values: Sequence[float]) -> Row:
-    """The spread of some repeats and, in order, the repeats, so that others can be paired later."""
-    return vars(Spread.of(values)) | {"repeats": list(values)}
-
-
 def timing_fields(times: Mapping[Name, Sequence[float]], name: Name, base: Name) -> Row:
-    """The fields of a row that say how long contender `name` took, also against `base`."""
-    ratio = vars(paired_ratio(times[name], times[base]))
-    return {"seconds": repeated(times[name]), "ratio": ratio}
+    """The fields of a row that say how long contender `name` took, also against `base`; with the
+    repeats in order, so that others can be paired later."""
+    taken = vars(Spread.of(times[name])) | {"repeats": list(times[name])}
+    return {"seconds": taken, "ratio": vars(paired_ratio(times[name], times[base]))}
 
 
 # --- where and when --------------------------------------------------------------------------
@@ -154,6 +148,11 @@ def timing_fields(times: Mapping[Name, Sequence[float]], name: Name, base: Name)
 
 def environment() -> dict[str, Any]:
     """Machine, versions, date and commit of this run, and how busy the machine is as it begins."""
+    torch_threads = None
+    if torch_unusable() is None:
+        import torch
+
+        torch_threads = torch.get_num_threads()
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": os.environ.get("LASER_COMMIT") or code_version().get("commit"),
@@ -167,7 +166,7 @@ def environment() -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "torch_threads": torch_threads(),
+        "torch_threads": torch_threads,
     }
 
 
@@ -180,20 +179,9 @@ def _version(package: str) -> str | None:
 
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def torch_threads() -> int | None:
-    """The threads on which PyTorch computes; None where it cannot be measured."""
-    if torch_unusable() is not None:
-        return None
-    import torch
-
-    return torch.get_num_threads()
+    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    named = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
+    return named[1].strip() if named else platform.processor() or platform.machine()
 
 
 def torch_device() -> str | None:
@@ -289,16 +277,11 @@ class Report:
     rows: list[Row] = field(default_factory=list)
 
     def write(self, output: Path) -> None:
-        """Writes the JSON file, compressed where its name ends in .gz."""
-        write_json(output, vars(self))
-
-
-def write_json(output: Path, found: Any) -> None:
-    """Writes JSON on one line, compressed where the name ends in .gz: the same content gives the
-    same bytes."""
-    data = (json.dumps(found, ensure_ascii=False) + "\n").encode()
-    with written_whole(output) as part:
-        part.write_bytes(gzip.compress(data, mtime=0) if output.suffix == ".gz" else data)
+        """Writes JSON on one line, compressed where the name ends in .gz: the same content gives
+        the same bytes."""
+        data = (json.dumps(vars(self), ensure_ascii=False) + "\n").encode()
+        with written_whole(output) as part:
+            part.write_bytes(gzip.compress(data, mtime=0) if output.suffix == ".gz" else data)
 
 
 def as_markdown(report: Mapping[str, Any], columns: Columns) -> str:
@@ -334,18 +317,11 @@ class Program:
     """The default of --repeats; None for a program that repeats nothing."""
     apart: bool = False
     """Leaves the device to the processes that it starts."""
-    writes: bool = True
-    """Has the flag --output; one without writes by itself."""
 
     def parser(self) -> argparse.ArgumentParser:
-        parser = argparse.ArgumentParser(
-            prog=f"python -m benchmarks.{self.name}",
-            description=self.description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        parser = empty_parser(self.name, self.description)
         parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run?")
-        if self.writes:
-            parser.add_argument("--output", type=new_file, help="write the numbers to this file")
+        parser.add_argument("--output", type=new_file, help="write the numbers to this file")
         if self.repeats is not None:
             text = f"timed rounds; default {self.repeats}"
             parser.add_argument("--repeats", type=positive, default=self.repeats, help=text)
@@ -376,10 +352,19 @@ class Program:
         except BenchmarkError as error:
             sys.exit(f"error: {error}")
         print(as_markdown(vars(report), self.columns))
-        if self.writes and options.output is not None:
+        if options.output is not None:
             report.write(options.output)
             print(f"\n{options.output}", file=sys.stderr)
         return report
+
+
+def empty_parser(program: str, description: str | None) -> argparse.ArgumentParser:
+    """The command line of a program here, without any flag."""
+    return argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{program}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def add_numbers(parser: argparse.ArgumentParser, numbers: Mapping[str, tuple[int, str]]) -> None:
@@ -405,14 +390,20 @@ def positive(text: str) -> int:
     return number
 
 
-def sizes_of(*names: str) -> Callable[[str], tuple[int, ...]]:
-    """An argparse type: with the names rows and tokens, `8x128` is 8 rows of 128 tokens."""
+def add_shapes(
+    parser: argparse.ArgumentParser,
+    flag: str,
+    sizes: Sequence[str],
+    default: Sequence[tuple[int, ...]],
+) -> None:
+    """A flag of shapes: where the sizes are rows and tokens, `8x128` is 8 rows of 128 tokens."""
 
-    def parse(text: str) -> tuple[int, ...]:
+    def shape(text: str) -> tuple[int, ...]:
         parts = text.split("x")
-        if len(parts) != len(names):
-            wanted = "x".join(names).upper()
+        if len(parts) != len(sizes):
+            wanted = "x".join(sizes).upper()
             raise argparse.ArgumentTypeError(f"{wanted} is wanted, such as 8x128, got {text}")
         return tuple(map(positive, parts))
 
-    return parse
+    text = f"default {' '.join('x'.join(map(str, shape)) for shape in default)}"
+    parser.add_argument(f"--{flag}", type=shape, nargs="*", default=default, help=text)

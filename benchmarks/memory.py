@@ -1,6 +1,6 @@
 """Peak memory of embedding a batch and of a training step, on the device and on the host.
 
-    python -m benchmarks.memory [--backbone NAME] [--batch 8x512] [--programs encode train_step]
+    python -m benchmarks.memory [--backbone NAME] [--programs encode train_step]
 
 Every contender has a process of its own, which makes weights and batch, runs once, gives back what
 is free, forgets its peak (/proc/self/clear_refs, Linux with glibc) and runs `--repeats` times more:
@@ -11,7 +11,7 @@ overhead          the difference: what a run adds. On the CPU this is the device
 device peak       on a GPU: the allocator's peak since the process began, weights included
 XLA temporaries   ours: `compiled.memory_analysis()`, known before anything runs
 
-The contenders are those of `encode_latency` and `train_step`; see there.
+The contenders are those of `encode_latency`, on 8 rows of 512 tokens, and of `train_step`.
 """
 
 from __future__ import annotations
@@ -32,10 +32,8 @@ import numpy as np
 from benchmarks import measure, train_step, workload
 from benchmarks.encoders import OURS, Encoders
 from benchmarks.measure import BenchmarkError, Report, Row, Run
-from benchmarks.targets import PUBLISHED, TUNED
-from benchmarks.workload import SHAPES
+from benchmarks.targets import PYTORCH
 
-PYTORCH = (PUBLISHED, TUNED)
 MIB = 2**20
 
 Work = tuple[Run, dict[str, Any]]
@@ -44,22 +42,15 @@ Work = tuple[Run, dict[str, Any]]
 
 def encode_work(contender: str, options: argparse.Namespace) -> Work:
     """Embeds one batch."""
-    backbone, (rows, width) = SHAPES[options.backbone], options.batch
-    K, dtype = options.thinking_steps, options.dtype
-    tokens = workload.random_tokens(np.random.default_rng(0), rows, width, backbone.vocab_size)
-    if contender == OURS:
-        options.no_torch = True
-        run: Any = Encoders(options).on(tokens, K)[OURS]
-        compiled: Any = run.func.lower(*run.args).compile()
-        temporaries = compiled.memory_analysis().temp_size_in_bytes
-        return functools.partial(compiled, *run.args), {"temp_bytes": temporaries}
-    from benchmarks.torch_reference import TRANSCRIPTIONS, TorchEncoder, exported, left_padded, load
-
-    [transcription] = [t for t in TRANSCRIPTIONS if t.name == contender]
-    variables = workload.random_variables(workload.make_backbone(backbone, dtype, None))
-    with exported(variables, backbone, None, dtype) as export:
-        model = load(export, transcription, train=False)
-    return TorchEncoder(transcription, model, left_padded(tokens, str(model.device)), K), {}
+    encoders = Encoders(options, [contender] if contender in PYTORCH else ())
+    (rows, width), vocab_size = options.batch, encoders.config.backbone.vocab_size
+    tokens = workload.random_tokens(np.random.default_rng(0), rows, width, vocab_size)
+    for transcription, model in encoders.torch_models.items():
+        return transcription.encoder(model, tokens, options.thinking_steps), {}
+    run = encoders.ours(tokens, options.thinking_steps)
+    compiled: Any = run.func.lower(*run.args, **run.keywords).compile()
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    return functools.partial(compiled, *run.args), {"temp_bytes": temporaries}
 
 
 def train_work(contender: str, options: argparse.Namespace) -> Work:
@@ -115,11 +106,12 @@ def device_peak(contender: str) -> dict[str, Any]:
     return {"device_peak_bytes": stats["peak_bytes_in_use"]}
 
 
-def contenders_of(program: str, options: argparse.Namespace) -> Sequence[str]:
-    """Ours."""
+def contenders_of(program: str, options: argparse.Namespace) -> tuple[Sequence[str], list[str]]:
+    """All that can run here, and a note where PyTorch cannot."""
+    torch, notes = train_step.torch_names(options)
     if program == "encode":
-        return [OURS]
-    return list(train_step.variants(train_step.base_config(options), options))
+        return [OURS, *torch], notes
+    return [*train_step.variants(train_step.base_config(options), options), *torch], notes
 
 
 def fill(options: argparse.Namespace, report: Report) -> None:
@@ -128,14 +120,10 @@ def fill(options: argparse.Namespace, report: Report) -> None:
         raise BenchmarkError(f"memory is read from /proc, which {sys.platform} has not")
     for program in options.programs:
         # on a GPU this process must not take the memory of those that are measured
-        reason = measure.in_new_process(train_step.why_no_torch, options)
-        if reason is not None:
-            report.notes.append(f"PyTorch's {program} is not measured: {reason}.")
-        ours = measure.in_new_process(contenders_of, program, options)
-        for contender in [*ours, *(() if reason else PYTORCH)]:
-            row = {"program": program, "contender": contender}
+        contenders, report.notes = measure.in_new_process(contenders_of, program, options)
+        for contender in contenders:
             found = measure.in_new_process(peak_of, program, contender, options)
-            report.rows.append(row | found)
+            report.rows.append({"program": program, "contender": contender} | found)
 
 
 COLUMNS = {
@@ -151,9 +139,8 @@ COLUMNS = {
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     train_step.add_flags(parser)
-    batch = measure.sizes_of("rows", "tokens")
-    parser.add_argument("--batch", type=batch, default=(8, 512), help="default 8x512")
     parser.add_argument("--programs", choices=WORK, nargs="+", default=[*WORK])
+    parser.set_defaults(batch=(8, 512))
 
 
 QUICK = {**train_step.QUICK, "batch": (2, 8)}

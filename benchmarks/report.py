@@ -12,23 +12,21 @@ with its command, commit, machine and notes.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import importlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import measure
 from benchmarks.ablation_table import further_tables, mean_cell
 from benchmarks.measure import as_markdown, markdown_table
-from benchmarks.targets import COMPILED, DROPPED, PUBLISHED, TARGETS, TUNED, reached, values_of
-from laser_jax.evaluate.plots import Interval, plot_intervals, plot_quality_by_steps
+from benchmarks.targets import PUBLISHED, PYTORCH, TARGETS, TUNED, reached, values_of
+from laser_jax.evaluate.plots import plot_quality_by_steps
 from laser_jax.files.durable import write_atomically
 
 RESULTS, OUTPUT = Path("benchmarks/results"), Path("docs")
@@ -153,7 +151,6 @@ class Comparison:
         return markdown_table([self.heading, self.base, *self.others, "date"], lines)
 
 
-PYTORCH = (PUBLISHED, TUNED, COMPILED)
 MODEL = "{machine}, {backbone}, {dtype}"
 BATCH = f"{MODEL}, {{rows}}×{{tokens}}"
 STEP = f"{MODEL}, {{kind}}, {{queries}}×{{query_tokens}}"
@@ -234,7 +231,8 @@ HEAD = """# Results
 Made by `python -m benchmarks.report` from the files under `benchmarks/results`; not to be edited by
 hand. How times are taken is in [benchmarks.md](benchmarks.md). Ratios are times of the others over
 ours in the same run, so above 1 ours is faster; in brackets are quartiles. `python -m
-benchmarks.report --show NAME` prints a file whole, with its command, commit and machine."""
+benchmarks.report --show NAME` prints a file whole, with its command, commit and machine. Goals that
+were given up are in [benchmarks.md](benchmarks.md#goals-that-were-given-up)."""
 
 QUALITY = """## Quality
 
@@ -253,66 +251,45 @@ and measures speed on random weights of the real shapes. [reproduce.md](reproduc
 command from the hub to a BRIGHT table, with the hours to expect.
 
 The CPU's timings are measured again, on an idle machine, by `python -m benchmarks.all`, those of a
-GPU by `python -m benchmarks.gpu --output FOLDER`, whose file belongs into `benchmarks/results`."""
+GPU by `python -m benchmarks.gpu --output FILE`, which belongs into `benchmarks/results`."""
 
 
 def page(results: Sequence[Result]) -> str:
     """The whole of docs/results.md."""
     reports = [result.report for result in results]
-    dropped = "\n".join(f"- {what}: {why}." for what, why in DROPPED.items())
-    figures = {
-        ablation: " ".join(
-            f"![{r.name}]({FIGURES}/{r.name}.svg)"
-            for r in results
-            if figure_of(r) and (r.report["benchmark"] == "ablation") is ablation
-        )
-        for ablation in (True, False)
-    }
+    figures = [f"![{r.name}]({FIGURES}/{r.name}.svg)" for r in results if is_drawn(r)]
     parts = [HEAD, headline(reports), "## Targets", targets_table(reports)]
-    parts += ["Given up, with what was reached:", dropped]
-    parts += [QUALITY, quality_table(results), figures[True]]
-    parts += ["## Speed", *(of.table(results) for of in COMPARISONS), figures[False]]
+    parts += [QUALITY, quality_table(results), " ".join(figures)]
+    parts += ["## Speed", *(of.table(results) for of in COMPARISONS)]
     parts += [TAIL, f"The files: {', '.join(r.name for r in results)}."]
     return "\n\n".join(parts) + "\n"
 
 
-def figure_of(result: Result) -> Callable[[Path], None] | None:
-    """What draws the figure of a report to a stem; None where there is none: nDCG@10 by K of an
-    ablation (the paper's Figure 5), and the times beside PyTorch's compiled loops."""
-    rows = result.report["rows"]
-    if result.report["benchmark"] == "ablation":
-        curves = {
-            f"{row['title']}" + ("" if "K =" in row["title"] else f", trained at K = {row['K']}"): {
-                int(k): scores["nDCG@10"]["mean"] for k, scores in row["by_steps"].items()
-            }
-            for row in rows
-            if row["row"] in DRAWN
-        }
-        return partial(plot_quality_by_steps, curves, {}, "nDCG@10")
-    if COMPILED not in [row.get("contender") for row in rows]:
-        return None
-    found = []
-    for row in rows:
-        batch = f", {measure.batch_cell(row)}" if "tokens" in row else ""
-        spread = [row["seconds"][key] for key in ("q1", "median", "q3")]
-        found.append(Interval(row["contender"] + batch, row["contender"], *spread))
-    return partial(plot_intervals, found, "seconds, median and quartiles")
+def is_drawn(result: Result) -> bool:
+    return result.report["benchmark"] == "ablation"
 
 
 def draw(results: Sequence[Result], folder: Path) -> None:
-    """The figures as SVG with text as text; whatever else lies in the folder is removed."""
+    """A figure of every ablation, nDCG@10 by K (the paper's Figure 5), as SVG with text as text;
+    whatever else lies in the folder is removed."""
     import matplotlib
 
     folder.mkdir(parents=True, exist_ok=True)
     for file in folder.iterdir():
         file.unlink()
-    for result in results:
-        if figure := figure_of(result):
-            with tempfile.TemporaryDirectory() as made:
-                with matplotlib.rc_context({"svg.fonttype": "none"}):
-                    figure(Path(made, result.name))
-                text = Path(made, f"{result.name}.svg").read_text()
-            write_atomically(folder / f"{result.name}.svg", text)
+    for result in filter(is_drawn, results):
+        curves = {
+            f"{row['title']}" + ("" if "K =" in row["title"] else f", trained at K = {row['K']}"): {
+                int(k): scores["nDCG@10"]["mean"] for k, scores in row["by_steps"].items()
+            }
+            for row in result.report["rows"]
+            if row["row"] in DRAWN
+        }
+        with tempfile.TemporaryDirectory() as made:
+            with matplotlib.rc_context({"svg.fonttype": "none"}):
+                plot_quality_by_steps(curves, {}, "nDCG@10", Path(made, result.name))
+            text = Path(made, f"{result.name}.svg").read_text()
+        write_atomically(folder / f"{result.name}.svg", text)
 
 
 def shown(result: Result) -> str:
@@ -335,11 +312,7 @@ def shown(result: Result) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = measure.empty_parser("report", __doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"default {RESULTS}")
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default {OUTPUT}")
     parser.add_argument("--check", action="store_true", help="write nothing; is the page as given?")

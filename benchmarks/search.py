@@ -8,13 +8,13 @@ scores that are those of the documents that it names, and the same scores.
 
 ours, from the host     `exact_top_k`, the corpus streaming to the device in every search
 ours, on the device     `exact_top_k` over chunks that lie there
-NumPy                   matmul and argpartition, `--chunk` documents at a time
-PyTorch                 matmul and topk, likewise, on the device of JAX
+NumPy                   matmul and argpartition
+PyTorch                 matmul and topk, on the device of JAX
 FAISS                   IndexFlatIP, on the CPU
 
 On a GPU, a search as large as all of BRIGHT:
 
-    python -m benchmarks.search --shapes 1384x1146880x1024 --chunk 163840 --without numpy
+    python -m benchmarks.search --shapes 1384x1146880x1024 --chunk 163840 --without NumPy
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ import argparse
 import functools
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import measure
@@ -40,46 +39,29 @@ Search = Callable[[], Found]
 
 SHAPES = [(1, 100_000, 512), (500, 100_000, 512), (1384, 100_000, 1024)]
 OURS, RESIDENT = "ours, from the host", "ours, on the device"
-OTHERS = ("numpy", "torch", "faiss")
 TOLERANCE = 2e-5
 """Of a score: float32 sums of some thousand products, in another order."""
 
 
 def unit_rows(seed: int, rows: int, width: int) -> np.ndarray:
-    """Random unit rows, [rows, width] float32, drawn on the device some at a time."""
-
-    @functools.partial(jax.jit, static_argnums=1)
-    def draw(key: jax.Array, count: int) -> jax.Array:
-        drawn = jax.random.normal(key, (count, width), jnp.float32)
-        return drawn / jnp.linalg.norm(drawn, axis=1, keepdims=True)
-
-    out, size = np.empty((rows, width), np.float32), 2**17
-    for i, start in enumerate(range(0, rows, size)):
-        count = min(size, rows - start)
-        out[start : start + count] = draw(jax.random.fold_in(jax.random.key(seed), i), count)
-    return out
+    """Random unit rows, [rows, width] float32."""
+    drawn = np.random.default_rng(seed).standard_normal((rows, width), np.float32)
+    drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
+    return drawn
 
 
-def pieces(corpus: Any, chunk: int) -> Iterator[tuple[int, Any]]:
-    """Where a piece begins, and the piece."""
-    for start in range(0, len(corpus), chunk):
-        yield start, corpus[start : start + chunk]
+def numpy_search(queries_QD: np.ndarray, corpus_CD: np.ndarray, k: int) -> Search:
+    def run() -> Found:
+        scores_QC = queries_QD @ corpus_CD.T
+        rows_Qk = np.argpartition(scores_QC, -k, axis=1)[:, -k:]
+        scores_Qk = np.take_along_axis(scores_QC, rows_Qk, axis=1)
+        order_Qk = np.argsort(-scores_Qk, axis=1)
+        return np.take_along_axis(scores_Qk, order_Qk, 1), np.take_along_axis(rows_Qk, order_Qk, 1)
+
+    return run
 
 
-def numpy_search(queries_QD: np.ndarray, corpus_CD: np.ndarray, k: int, chunk: int) -> Found:
-    scores_Qn = np.empty((len(queries_QD), 0), np.float32)
-    rows_Qn = np.empty((len(queries_QD), 0), np.int64)
-    for start, piece_MD in pieces(corpus_CD, chunk):
-        scores_QM = queries_QD @ piece_MD.T
-        best_Qk = np.argpartition(scores_QM, -min(k, len(piece_MD)), axis=1)[:, -k:]
-        scores_Qn = np.hstack([scores_Qn, np.take_along_axis(scores_QM, best_Qk, axis=1)])
-        rows_Qn = np.hstack([rows_Qn, best_Qk + start])
-    order_Qk = np.argsort(-scores_Qn, axis=1)[:, :k]
-    scores_Qk, rows_Qk = (np.take_along_axis(a, order_Qk, axis=1) for a in (scores_Qn, rows_Qn))
-    return scores_Qk, rows_Qk
-
-
-def torch_search(queries_QD: np.ndarray, corpus_CD: np.ndarray, k: int, chunk: int) -> Search:
+def torch_search(queries_QD: np.ndarray, corpus_CD: np.ndarray, k: int) -> Search:
     import torch
 
     device = measure.torch_device()
@@ -87,16 +69,8 @@ def torch_search(queries_QD: np.ndarray, corpus_CD: np.ndarray, k: int, chunk: i
 
     @torch.inference_mode()
     def run() -> Found:
-        best: Any = None
-        for start, piece in pieces(corpus, chunk):
-            scores, rows = (queries @ piece.T).topk(min(k, len(piece)), dim=1)
-            rows = rows + start
-            if best is not None:
-                scores, rows = torch.cat([best[0], scores], 1), torch.cat([best[1], rows], 1)
-                scores, places = scores.topk(k, dim=1)
-                rows = rows.gather(1, places)
-            best = scores, rows
-        return best[0].cpu().numpy(), best[1].cpu().numpy()
+        scores, rows = (queries @ corpus.T).topk(k, dim=1)
+        return scores.cpu().numpy(), rows.cpu().numpy()
 
     return run
 
@@ -109,35 +83,35 @@ def faiss_search(queries_QD: np.ndarray, corpus_CD: np.ndarray, k: int) -> Searc
     return lambda: index.search(queries_QD, k)
 
 
-def why_not(other: str) -> str | None:
-    """Why a library is not measured, in words; None where it can be."""
-    if other == "torch":
+OTHERS: dict[str, Callable[[np.ndarray, np.ndarray, int], Search]] = {
+    "NumPy": numpy_search,
+    "PyTorch": torch_search,
+    "FAISS": faiss_search,
+}
+
+
+def why_not(other: str, without: Sequence[str]) -> str | None:
+    """Why another is not measured, in words; None where it is."""
+    if other in without:
+        return "--without"
+    if other == "PyTorch":
         return measure.torch_unusable()
-    absent = importlib.util.find_spec(other) is None
-    return f"{other} absent: pip install laser-jax[bench]" if absent else None
+    absent = other == "FAISS" and importlib.util.find_spec("faiss") is None
+    return "absent: pip install laser-jax[bench]" if absent else None
 
 
-def contenders_for(
-    queries_QD: np.ndarray, corpus_CD: np.ndarray, options: argparse.Namespace
+def our_searches(
+    queries_QD: np.ndarray, corpus_CD: np.ndarray, k: int, chunk: int
 ) -> dict[str, Search]:
-    """Those that can run here, by name."""
-    k, chunk = options.k, options.chunk
+    """Ours, by name."""
     ranks_C = np.arange(len(corpus_CD), dtype=np.int32)
     parts = np.array_split(ranks_C, -(-len(ranks_C) // chunk))
     on_device = [(jax.device_put(corpus_CD[part]), part) for part in parts]
     top = functools.partial(exact_top_k, k=k, chunk=chunk, query_block=min(len(queries_QD), 2048))
-    found: dict[str, Search] = {
+    return {
         OURS: lambda: top(queries_QD, [(corpus_CD, ranks_C)]),
         RESIDENT: lambda: top(queries_QD, on_device),
     }
-    usable = [name for name in OTHERS if name not in options.without and why_not(name) is None]
-    if "numpy" in usable:
-        found["NumPy"] = lambda: numpy_search(queries_QD, corpus_CD, k, chunk)
-    if "torch" in usable:
-        found["PyTorch"] = torch_search(queries_QD, corpus_CD, k, chunk)
-    if "faiss" in usable:
-        found["FAISS"] = faiss_search(queries_QD, corpus_CD, k)
-    return found
 
 
 def require_found(
@@ -162,12 +136,16 @@ def fill(options: argparse.Namespace, report: Report) -> None:
     Raises:
         BenchmarkError: a contender finds something else.
     """
-    for other in OTHERS:
-        if reason := "--without" if other in options.without else why_not(other):
-            report.notes.append(f"{other} is not measured: {reason}.")
+    reasons = {other: why_not(other, options.without) for other in OTHERS}
+    report.notes += [f"{other} is not measured: {why}." for other, why in reasons.items() if why]
     for queries, documents, width in options.shapes:
         queries_QD, corpus_CD = unit_rows(1, queries, width), unit_rows(2, documents, width)
-        contenders = contenders_for(queries_QD, corpus_CD, options)
+        contenders = our_searches(queries_QD, corpus_CD, options.k, options.chunk)
+        contenders |= {
+            other: search(queries_QD, corpus_CD, options.k)
+            for other, search in OTHERS.items()
+            if reasons[other] is None
+        }
         wanted = contenders[OURS]()
         for name, search in contenders.items():
             require_found(name, search(), wanted, queries_QD, corpus_CD)
@@ -193,12 +171,10 @@ COLUMNS = {
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    shape = measure.sizes_of("queries", "documents", "width")
-    text = f"default {' '.join('x'.join(map(str, shape)) for shape in SHAPES)}"
-    parser.add_argument("--shapes", type=shape, nargs="+", default=SHAPES, help=text)
+    measure.add_shapes(parser, "shapes", ("queries", "documents", "width"), SHAPES)
     numbers = {
         "k": (100, "documents a query"),
-        "chunk": (DEFAULT_CHUNK, "documents scored at a time, by all but FAISS"),
+        "chunk": (DEFAULT_CHUNK, "documents that ours scores at a time"),
     }
     measure.add_numbers(parser, numbers)
     parser.add_argument("--without", choices=OTHERS, nargs="*", default=[], help="not these")

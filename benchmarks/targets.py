@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ DTYPES = {"cpu": "float32", "gpu": "bfloat16"}
 SMALL, LARGE, H200 = "small-42m", "qwen3-0.6b", "H200"
 PUBLISHED, TUNED = "published PyTorch", "tuned PyTorch"
 COMPILED = f"{TUNED}, compiled"
+PYTORCH = (PUBLISHED, TUNED, COMPILED)
 
 Values = Mapping[str, Any]
 """The settings of a report and, over them, the values of a row."""
@@ -27,10 +28,10 @@ class Target:
     wanted: Mapping[str, Any]
     """Values that a row or its settings must have; a tuple holds those that will do."""
     goal: float
-    value: Callable[[Values], Any] = lambda values: values["ratio"]
-    """A spread of repeats, or a number."""
-    at_most: bool = False
+    key: str = "ratio"
+    """Where a row has the value: a spread of repeats, or a number. Seconds are told in `unit`."""
     unit: str = " ×"
+    at_most: bool = False
     device: str = ""
     """What the name of a GPU must hold; a CPU's target where it is empty."""
 
@@ -42,30 +43,23 @@ class Target:
         return value <= self.goal if self.at_most else value >= self.goal
 
 
-def _milliseconds(values: Values) -> Any:
-    return {key: 1000 * values["seconds"][key] for key in ("median", "q1", "q3")}
+def _embedding(backbone: str, tokens: int, contender: str) -> dict[str, Any]:
+    batch = {"rows": 8, "tokens": tokens, "thinking_steps": 3}
+    return {"backbone": backbone, "contender": contender} | batch
 
 
-def _encode(backbone: str, tokens: int, contender: str, goal: float) -> Target:
-    wanted = {"backbone": backbone, "rows": 8, "tokens": tokens, "thinking_steps": 3}
+def _beside_encoder(backbone: str, tokens: int, contender: str, goal: float) -> Target:
     what = f"embed 8×{tokens}, {backbone}: {contender} / ours"
-    return Target(what, "encode_latency", wanted | {"contender": contender}, goal)
+    return Target(what, "encode_latency", _embedding(backbone, tokens, contender), goal)
 
 
 def _thinking(backbone: str, goal: float, device: str = "") -> Target:
-    wanted = {"backbone": backbone, "rows": 8, "tokens": 512, "thinking_steps": 3}
-    return Target(
-        f"embed 8×512, {backbone}: K = 3 / K = 1",
-        "encode_latency",
-        wanted | {"contender": "ours"},
-        goal,
-        lambda values: values.get("over_one_step"),
-        at_most=True,
-        device=device,
-    )
+    what, wanted = f"embed 8×512, {backbone}: K = 3 / K = 1", _embedding(backbone, 512, "ours")
+    key = "over_one_step"
+    return Target(what, "encode_latency", wanted, goal, key, at_most=True, device=device)
 
 
-def _step(
+def _beside_step(
     backbone: str, shape: TrainShape, contender: str, goal: float, *, full=False, device=""
 ) -> Target:
     kind = "all weights" if full else "adapters"
@@ -79,39 +73,36 @@ def gpu_shape(queries: int) -> TrainShape:
     return TrainShape(queries, 222, 1024, 2, 512, 3)
 
 
-CPU_TARGETS = (
-    *(_encode(SMALL, tokens, COMPILED, 1.0) for tokens in (128, 512)),
-    *(_encode(SMALL, tokens, PUBLISHED, 1.7) for tokens in (128, 512)),
-    _encode(LARGE, 128, TUNED, 1.0),
-    _step(SMALL, TRAIN_SHAPE, COMPILED, 1.0),
-    _step(SMALL, TRAIN_SHAPE, PUBLISHED, 1.7),
-    _step(SMALL, TRAIN_SHAPE, COMPILED, 1.0, full=True),
-    _step(SMALL, TRAIN_SHAPE, PUBLISHED, 1.7, full=True),
+# On a CPU in float32, on an H200 in bfloat16; K = 3.
+TARGETS: Sequence[Target] = (
+    *(_beside_encoder(SMALL, tokens, COMPILED, 1.0) for tokens in (128, 512)),
+    *(_beside_encoder(SMALL, tokens, PUBLISHED, 1.7) for tokens in (128, 512)),
+    _beside_encoder(LARGE, 128, TUNED, 1.0),
+    _beside_step(SMALL, TRAIN_SHAPE, COMPILED, 1.0),
+    _beside_step(SMALL, TRAIN_SHAPE, PUBLISHED, 1.7),
+    _beside_step(SMALL, TRAIN_SHAPE, COMPILED, 1.0, full=True),
+    _beside_step(SMALL, TRAIN_SHAPE, PUBLISHED, 1.7, full=True),
     _thinking(SMALL, 1.2),
-)
-"""In float32, K = 3."""
-
-H200_TARGETS = (
     Target(
         f"train adapters, 64 queries a step, {LARGE} (stretch: 100)",
         "train_step",
         {"backbone": LARGE, "full": False, "contender": ("fast", "gradcache / 8", "gradcache / 4")}
         | vars(gpu_shape(64)),
         60,
-        lambda values: values["queries_per_second"],
-        unit=" queries/s",
+        "queries_per_second",
+        " queries/s",
         device=H200,
     ),
-    _step(LARGE, gpu_shape(4), PUBLISHED, 4, device=H200),
-    _step(LARGE, gpu_shape(4), TUNED, 1, device=H200),
+    _beside_step(LARGE, gpu_shape(4), PUBLISHED, 4, device=H200),
+    _beside_step(LARGE, gpu_shape(4), TUNED, 1, device=H200),
     Target(
         f"embed 8×512, {LARGE}",
         "encode_latency",
-        {"backbone": LARGE, "rows": 8, "tokens": 512, "thinking_steps": 3, "contender": "ours"},
+        _embedding(LARGE, 512, "ours"),
         10,
-        _milliseconds,
+        "seconds",
+        " ms",
         at_most=True,
-        unit=" ms",
         device=H200,
     ),
     _thinking(LARGE, 1.25, H200),
@@ -120,8 +111,8 @@ H200_TARGETS = (
         "encode_throughput",
         {"backbone": LARGE, "workload": "64×512", "thinking_steps": 3, "contender": "ours"},
         1150,
-        lambda values: values["documents_per_second"],
-        unit=" documents/s",
+        "documents_per_second",
+        " documents/s",
         device=H200,
     ),
     Target(
@@ -130,35 +121,12 @@ H200_TARGETS = (
         {"queries": 1384, "documents": 1_146_880, "width": 1024, "k": 100}
         | {"contender": "ours, on the device"},
         100,
-        _milliseconds,
+        "seconds",
+        " ms",
         at_most=True,
-        unit=" ms",
         device=H200,
     ),
 )
-"""In bfloat16, K = 3."""
-
-TARGETS: Sequence[Target] = (*CPU_TARGETS, *H200_TARGETS)
-
-DROPPED = {
-    "embedding and training on a CPU 3 × the published PyTorch, 1.5 × the tuned one": (
-        "they were set on a CPU where XLA's float32 matmuls reached 370 to 490 GFLOP/s and "
-        "PyTorch's 200; on the Xeon measured here both reach about 300, `encode` is at 73 to 96 % "
-        "of its roofline, and 1.5 × a tuned PyTorch would take 470 GFLOP/s"
-    ),
-    "K = 3 / K = 1 ≤ 1.2 for 8×128 on a CPU (1.36)": (
-        "a thought multiplies eight rows with all weights, so memory decides, and XLA's matmuls of "
-        "eight rows move 2 to 8 GB/s where a copy moves 39"
-    ),
-    "a mix of lengths 2.5 × the tuned PyTorch padded as published (2.27)": (
-        "sorting into buckets brings it, which PyTorch can do too: with our batches it is as fast"
-    ),
-    "55 queries/s at 8 queries a step on an H200 (36)": (
-        "a step of 8 queries is bound by copies and small kernels; 64 queries are what is trained"
-    ),
-    "780 documents/s 8 at a time on an H200 (666)": "it is the same goal as 8×512 in 10 ms",
-}
-"""Goals that were given up -> why. In brackets what was reached."""
 
 
 @dataclass(frozen=True)
@@ -195,14 +163,13 @@ def reached(target: Target, reports: Sequence[Mapping[str, Any]]) -> Reached | N
         for values in values_of(report):
             if not all(_fits(values.get(key), wanted) for key, wanted in target.wanted.items()):
                 continue
-            found = target.value(values)
+            found = values.get(target.key)
             if found is None or (newest is not None and newest.date >= e["date"]):
                 continue
-            spread = isinstance(found, Mapping)
-            newest = Reached(
-                float(found["median"] if spread else found),
-                (float(found["q1"]), float(found["q3"])) if spread else None,
-                e["device"] if target.device else e["processor"],
-                e["date"],
-            )
+            scale = 1000 if target.unit == " ms" else 1
+            value, quartiles = found, None
+            if isinstance(found, Mapping):
+                value, quartiles = found["median"], (scale * found["q1"], scale * found["q3"])
+            on = e["device"] if target.device else e["processor"]
+            newest = Reached(scale * value, quartiles, on, e["date"])
     return newest

@@ -22,8 +22,7 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,10 +34,11 @@ import transformers
 from torch.nn.functional import kl_div, log_softmax, normalize, one_hot, softmax
 
 from benchmarks.measure import torch_device
+from benchmarks.targets import COMPILED, PUBLISHED, TUNED
 from laser_jax.batch import Batch, Tokens
-from laser_jax.config import BackboneConfig, Dtype, LoraConfig, ObjectiveConfig, OptimizerConfig
+from laser_jax.config import Dtype, ObjectiveConfig, OptimizerConfig
 from laser_jax.hf.writing import save_adapter, save_params
-from laser_jax.modeling.backbone import Variables
+from laser_jax.modeling.backbone import Backbone, Variables
 
 Model = Any
 """A causal LM of transformers."""
@@ -50,13 +50,9 @@ CACHE = "cache" if "cache" in _PARAMETERS else "past_key_values"
 transformers.utils.logging.disable_progress_bar()
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Rows padded on the left, on the model's device."""
-
-    ids_BT: torch.Tensor
-    mask_BT: torch.Tensor
-    positions_BT: torch.Tensor
+Rows = dict[str, torch.Tensor]
+"""Rows padded on the left, on the model's device: its `input_ids`, `attention_mask` and
+`position_ids`, each [B, T]."""
 
 
 def left_padded(tokens: Tokens, device: str) -> Rows:
@@ -65,8 +61,9 @@ def left_padded(tokens: Tokens, device: str) -> Rows:
     lengths_B1 = torch.asarray(tokens.lengths_B, dtype=torch.long)[:, None]
     positions_BT = torch.arange(T)[None] - (T - lengths_B1)
     ids_BT = torch.asarray(tokens.ids_BT, dtype=torch.long).gather(1, positions_BT % T)
-    mask_BT = (positions_BT >= 0).long()
-    return Rows(ids_BT.to(device), mask_BT.to(device), positions_BT.clamp(min=0).to(device))
+    mask_BT, positions_BT = (positions_BT >= 0).long(), positions_BT.clamp(min=0)
+    rows = {"input_ids": ids_BT, "attention_mask": mask_BT, "position_ids": positions_BT}
+    return {name: tensor.to(device) for name, tensor in rows.items()}
 
 
 def expected_embedding(model: Model, logits_BV: torch.Tensor) -> torch.Tensor:
@@ -103,102 +100,77 @@ class Transcription:
         cache: dict[str, Any] = {"use_cache": False}
         if self.whole or steps > 1:
             cache = {CACHE: transformers.DynamicCache(config=model.config), "use_cache": True}
-        mask_BT, positions_BT = rows.mask_BT, rows.positions_BT
-        inputs = {"input_ids": rows.ids_BT}
+        inputs, mask_BT, logits_BV = rows, rows["attention_mask"], None
         states: list[torch.Tensor] = []
-        logits_BV = None
         for step in range(steps):
             if step > 0:
                 logits_BV = model.lm_head(states[-1]) if logits_BV is None else logits_BV
-                inputs = {"inputs_embeds": expected_embedding(model, logits_BV)}
                 mask_BT = torch.cat([mask_BT, torch.ones_like(mask_BT[:, :1])], dim=1)
-                positions_BT = rows.positions_BT[:, -1:] + step
-            states_BTD, logits_BV = self.forward(
-                model, attention_mask=mask_BT, position_ids=positions_BT, **inputs, **cache
-            )
+                inputs = {
+                    "inputs_embeds": expected_embedding(model, logits_BV),
+                    "attention_mask": mask_BT,
+                    "position_ids": rows["position_ids"][:, -1:] + step,
+                }
+            states_BTD, logits_BV = self.forward(model, **inputs, **cache)
             states.append(states_BTD[:, -1])
         return torch.stack(states, dim=1)
 
-    def explicit(self, model: Model, rows: Rows) -> torch.Tensor:
-        """The states of all positions, [B, T, D]."""
-        return self.forward(
-            model,
-            input_ids=rows.ids_BT,
-            attention_mask=rows.mask_BT,
-            position_ids=rows.positions_BT,
-            use_cache=False,
-        )[0]
+    def encoder(self, model: Model, tokens: Tokens, steps: int) -> Callable[[], torch.Tensor]:
+        """What embeds one batch, [B, D] unit rows, as often as it is called, and waits for them."""
+        rows = left_padded(tokens, str(model.device))
+
+        @torch.inference_mode()
+        def run() -> torch.Tensor:
+            embeddings_BD = unit_mean(self.latent(model, rows, steps).float())
+            _wait(embeddings_BD)
+            return embeddings_BD
+
+        return run
 
 
-PUBLISHED = Transcription("published PyTorch", "eager", whole=True, fused_optimizer=False)
-TUNED = Transcription("tuned PyTorch", "sdpa", whole=False, fused_optimizer=True)
-TRANSCRIPTIONS = (PUBLISHED, TUNED)
-COMPILED = replace(TUNED, name="tuned PyTorch, compiled", compiled=True)
-"""Measured where it is asked for, as it compiles for minutes."""
+_TUNED = Transcription(TUNED, "sdpa", whole=False, fused_optimizer=True)
+TRANSCRIPTIONS = {
+    PUBLISHED: Transcription(PUBLISHED, "eager", whole=True, fused_optimizer=False),
+    TUNED: _TUNED,
+    COMPILED: replace(_TUNED, name=COMPILED, compiled=True),
+}
 
 
 # --- models ----------------------------------------------------------------------------------
 
 
-def transcriptions(*, torch_compile: bool = False) -> tuple[Transcription, ...]:
-    """Those to measure, in their order."""
-    return (*TRANSCRIPTIONS, COMPILED) if torch_compile else TRANSCRIPTIONS
+def load(
+    names: Sequence[str], variables: Variables, backbone: Backbone, dtype: Dtype, *, train: bool
+) -> dict[Transcription, Model]:
+    """Causal LMs with our weights, through files as transformers and PEFT read them, by the
+    transcription that computes with each. Adapters are in place and not merged. What wants
+    gradients is what is trained: the adapters, or everything where there are none.
 
-
-@dataclass(frozen=True)
-class Export:
-    """A model of ours in files that transformers and PEFT read."""
-
-    model: Path
-    adapter: Path | None
-
-
-@contextmanager
-def exported(
-    variables: Variables, backbone: BackboneConfig, lora: LoraConfig | None, dtype: Dtype
-) -> Iterator[Export]:
-    """Our weights in a temporary directory, the adapters beside the base and not merged."""
-    host = jax.device_get(variables)
+    Args:
+        backbone: ours, which has these variables.
+        dtype: of the files.
+    """
+    host, models = jax.device_get(variables), {}
     with tempfile.TemporaryDirectory() as directory:
-        model = Path(directory, "model")
-        save_params(model, {"params": host["params"]}, backbone, dtype=dtype, lora=None)
-        adapter = None
+        whole, adapter = Path(directory, "model"), Path(directory, "adapter")
+        params, config, lora = {"params": host["params"]}, backbone.config, backbone.lora
+        save_params(whole, params, config, dtype=dtype, lora=None)
         if lora is not None:
-            adapter = Path(directory, "adapter")
-            save_adapter(adapter, host["lora"], lora, backbone, base_model=str(model))
-        yield Export(model, adapter)
-
-
-def load(export: Export, transcription: Transcription, *, train: bool) -> Model:
-    """The causal LM, its adapters in place. What wants gradients is what is trained: the adapters,
-    or everything where there are none."""
-    model: Model = transformers.AutoModelForCausalLM.from_pretrained(
-        export.model,
-        attn_implementation=transcription.attention,
-        dtype="auto",
-        trust_remote_code=False,
-    )
-    if export.adapter is not None:
-        wrapped = peft.PeftModel.from_pretrained(model, str(export.adapter), is_trainable=train)
-        model = wrapped.get_base_model()
-    if transcription.compiled:
-        model.model.forward = torch.compile(model.model.forward, dynamic=False)
-    return model.to(torch_device()).train(train)
-
-
-class TorchEncoder:
-    """Embeds one batch again and again. Call it for [B, D] unit rows; it waits for the device."""
-
-    def __init__(self, transcription: Transcription, model: Model, rows: Rows, thinking_steps: int):
-        self._transcription, self._model = transcription, model
-        self._rows, self._steps = rows, thinking_steps
-
-    @torch.inference_mode()
-    def __call__(self) -> torch.Tensor:
-        states_BKD = self._transcription.latent(self._model, self._rows, self._steps).float()
-        embeddings_BD = normalize(states_BKD.mean(dim=1), dim=-1)
-        _wait(embeddings_BD)
-        return embeddings_BD
+            save_adapter(adapter, host["lora"], lora, config, base_model=str(whole))
+        for transcription in (TRANSCRIPTIONS[name] for name in names):
+            model: Model = transformers.AutoModelForCausalLM.from_pretrained(
+                whole,
+                attn_implementation=transcription.attention,
+                dtype="auto",
+                trust_remote_code=False,
+            )
+            if lora is not None:
+                wrapped = peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=train)
+                model = wrapped.get_base_model()
+            if transcription.compiled:
+                model.model.forward = torch.compile(model.model.forward, dynamic=False)
+            models[transcription] = model.to(torch_device()).train(train)
+    return models
 
 
 class TorchTraining:
@@ -218,7 +190,8 @@ class TorchTraining:
         self._query = left_padded(batch.query, device)
         self._documents = left_padded(batch.documents, device)
         self._explicit = left_padded(batch.explicit, device)
-        shift_B1 = self._explicit.ids_BT.shape[1] - torch.asarray(batch.explicit.lengths_B)[:, None]
+        width = self._explicit["input_ids"].shape[1]
+        shift_B1 = width - torch.asarray(batch.explicit.lengths_B)[:, None]
         keyframes_BK = torch.asarray(batch.keyframes_BK) + shift_B1
         self._keyframes_BK = keyframes_BK.long().to(device)
         self._trained = [p for p in model.parameters() if p.requires_grad]
@@ -238,7 +211,7 @@ class TorchTraining:
         K = objective.num_thinking_steps
         hidden_BKD = transcription.latent(model, self._query, K).float()
         documents_CD = unit_mean(transcription.latent(model, self._documents, K).float())
-        states_BTD = transcription.explicit(model, self._explicit).float()
+        states_BTD = transcription.forward(model, use_cache=False, **self._explicit)[0].float()
         index = self._keyframes_BK[:, :, None].expand(-1, -1, states_BTD.shape[-1])
         keyframes_BKD = normalize(states_BTD.gather(1, index), dim=-1)
 

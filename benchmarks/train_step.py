@@ -24,7 +24,7 @@ import argparse
 import functools
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from benchmarks import kernels, measure, workload
+from benchmarks import encoders, kernels, measure, workload
 from benchmarks.flops import flops_of
 from benchmarks.measure import BenchmarkError, Report, Row, Run, positive, timing_fields
 from benchmarks.workload import SHAPES, train_shape
@@ -42,6 +42,7 @@ from laser_jax.config import (
     Config,
     DataConfig,
     Dtype,
+    LoraConfig,
     MeshConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -60,6 +61,7 @@ from laser_jax.step import (
     make_optimizer,
     make_train_step,
 )
+from laser_jax.train.model import build_backbone
 
 TERMS: tuple[str, ...] = ("loss", "latent", "explicit", "output", "trajectory")
 # Relative. In bfloat16 a score is good to 0.004, which a temperature of 0.02 multiplies by 50.
@@ -89,11 +91,11 @@ def base_config(options: argparse.Namespace) -> Config:
     """The settings of `fast`. Of `model` the step takes kernel and remat; its backbone is made
     apart."""
     shape, dtype = train_shape(options), options.dtype
-    kernel = workload.kernel_for(options.attention, SHAPES[options.backbone], dtype)
+    kernel = workload.kernel_for(SHAPES[options.backbone], dtype)
     return Config(
         ModelConfig(scratch=ScratchConfig(), dtype=dtype, param_dtype=dtype, attention=kernel),
         DataConfig(group_size=shape.documents_per_query),
-        lora=workload.lora_of(options),
+        lora=None if options.full else LoraConfig(rank=64, alpha=32),
         objective=ObjectiveConfig(num_thinking_steps=shape.thinking_steps, views="fast"),
         optimizer=OPTIMIZER,
         train=TrainConfig(batch_size=shape.queries),
@@ -105,9 +107,7 @@ def set_up(options: argparse.Namespace) -> tuple[Setup, Config]:
     The mesh is over the first device, as PyTorch has one."""
     config, mesh = base_config(options), make_mesh(MeshConfig(), jax.devices()[:1])
     shape = SHAPES[options.backbone]
-    # what is trained is float32, and `abstract_state` sees to the storage dtype of a frozen base
-    backbone = workload.make_backbone(shape, options.dtype, config.lora)
-    backbone = backbone.clone(param_dtype=jnp.float32, reverse_only=True)
+    backbone, _ = build_backbone(config.model, shape, jax.default_backend(), config.lora)
     optimizer = make_optimizer(OPTIMIZER, STEPS)
     abstract = abstract_state(backbone, optimizer, mesh, jnp.dtype(options.dtype))
     with jax.set_mesh(mesh):
@@ -132,33 +132,31 @@ def variants(base: Config, options: argparse.Namespace) -> dict[str, Config]:
             micro-batches.
     """
 
-    def chunked(accumulation: Any, parts: int) -> Config:
-        if base.train.batch_size % parts:
-            raise BenchmarkError(
-                f"{base.train.batch_size} queries do not divide into {parts} micro-batches"
-            )
-        size = base.train.batch_size // parts
-        return replace(
-            base, train=replace(base.train, micro_batch_size=size, accumulation=accumulation)
-        )
-
-    def with_model(**changes: Any) -> Config:
-        return replace(base, model=replace(base.model, **changes))
-
-    part = functools.partial
-    made: dict[str, Callable[[], Config]] = {
-        "fast": lambda: base,
-        "parity": lambda: replace(base, objective=replace(base.objective, views="parity")),
-        **{f"gradcache / {n}": part(chunked, "gradcache", n) for n in options.gradcache},
-        **{f"plain / {n}": part(chunked, "plain", n) for n in options.plain},
-        **{f"remat {r}": part(with_model, remat=r) for r in options.remat},
+    queries = base.train.batch_size
+    made: dict[str, tuple[str, dict[str, Any]]] = {
+        "fast": ("train", {}),
+        "parity": ("objective", {"views": "parity"}),
+        **{
+            f"{way} / {n}": ("train", {"accumulation": way, "micro_batch_size": queries // n})
+            for way in ("gradcache", "plain")
+            for n in getattr(options, way)
+        },
+        **{f"remat {remat}": ("model", {"remat": remat}) for remat in options.remat},
     }
     if base.model.attention != "xla":
-        made["xla attention"] = part(with_model, attention="xla")
+        made["xla attention"] = ("model", {"attention": "xla"})
     only = list(made) if options.only is None else options.only
     if unknown := sorted(set(only) - made.keys()):
         raise BenchmarkError(f"--only {unknown}: the contenders are {list(made)}")
-    return {name: make() for name, make in made.items() if name in only}
+    for name in only:
+        parts = int(name.partition(" / ")[2] or 1)
+        if queries % parts:
+            raise BenchmarkError(f"{queries} queries do not divide into {parts} micro-batches")
+    return {
+        name: replace(base, **{part: replace(getattr(base, part), **changes)})
+        for name, (part, changes) in made.items()
+        if name in only
+    }
 
 
 def same_function(config: Config) -> bool:
@@ -227,38 +225,26 @@ def require_agreement(name: str, got: Metrics, wanted: Metrics, dtype: Dtype) ->
         raise BenchmarkError(f"{name} computes another function than the first: {'; '.join(wrong)}")
 
 
-def torch_contenders(
-    setup: Setup, config: Config, names: Sequence[str] | None = None, *, torch_compile: bool = False
-) -> dict[str, Run]:
-    """The transcriptions as callables that take a step and return its metrics.
+def torch_contenders(setup: Setup, config: Config, names: Sequence[str]) -> dict[str, Run]:
+    """PyTorch's contenders of these names; each call takes a step and returns its metrics."""
+    if not names:
+        return {}
+    from benchmarks.torch_reference import TorchTraining, load
 
-    Args:
-        names: which; None takes all.
-    """
-    from benchmarks.torch_reference import TorchTraining, exported, load, transcriptions
-
-    backbone, variables = setup.backbone, setup.start.variables
-    with exported(variables, backbone.config, backbone.lora, config.model.dtype) as export:
-        return {
-            transcription.name: TorchTraining(
-                transcription,
-                load(export, transcription, train=True),
-                setup.batch,
-                config.objective,
-                OPTIMIZER,
-            )
-            for transcription in transcriptions(torch_compile=torch_compile)
-            if names is None or transcription.name in names
-        }
+    models = load(names, setup.start.variables, setup.backbone, config.model.dtype, train=True)
+    return {
+        transcription.name: TorchTraining(
+            transcription, model, setup.batch, config.objective, OPTIMIZER
+        )
+        for transcription, model in models.items()
+    }
 
 
-def why_no_torch(options: argparse.Namespace) -> str | None:
-    """Why the PyTorch contenders are absent, None where they are not."""
-    if options.no_torch:
-        return "--no_torch"
+def torch_names(options: argparse.Namespace) -> tuple[Sequence[str], list[str]]:
+    """As `encoders.torch_names`; training all weights is transcribed in float32 alone."""
     if options.full and options.dtype != "float32":
-        return "full fine-tuning is transcribed in float32 alone"
-    return measure.torch_unusable()
+        return (), ["PyTorch is not measured: it trains all weights in float32 alone."]
+    return encoders.torch_names(options)
 
 
 # --- the program -----------------------------------------------------------------------------
@@ -282,10 +268,9 @@ def fill(options: argparse.Namespace, report: Report) -> None:
         for name, config in configs.items():
             program, facts[name] = compile_variant(config, setup)
             contenders[name] = functools.partial(training.run, program)
-        if why_not := why_no_torch(options):
-            report.notes.append(f"PyTorch is not measured: {why_not}.")
-        else:
-            contenders |= torch_contenders(setup, fast, torch_compile=options.torch_compile)
+        names, notes = torch_names(options)
+        report.notes += notes
+        contenders |= torch_contenders(setup, fast, names)
         first: dict[str, dict[str, float]] = {}
         for name, run in contenders.items():
             if name in configs:
@@ -316,7 +301,6 @@ COLUMNS = {
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    workload.add_backbone(parser)
     workload.add_contenders(parser)
     workload.add_train_shape(parser)
     for name, default in (("gradcache", [2, 4, 8]), ("plain", [4])):

@@ -8,9 +8,8 @@ Dimension letters as in CONTRIBUTING.md, with C = B G documents and G of them fo
 from __future__ import annotations
 
 import argparse
-import functools
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -28,7 +27,7 @@ from laser_jax.config import (
     ScratchConfig,
 )
 from laser_jax.modeling.attention import choose_kernel
-from laser_jax.modeling.backbone import Backbone, Variables, unstack_layers
+from laser_jax.modeling.backbone import Backbone, Variables
 
 SMALL = "small-42m"
 TINY = "tiny"
@@ -76,19 +75,12 @@ TINY_TRAIN_SHAPE = TrainShape(4, 8, 16, 2, 8, 2)
 def add_train_shape(parser: argparse.ArgumentParser) -> None:
     """The flags of a LoRA or full training step: a `TrainShape`, and what is trained."""
     add_numbers(parser, {name: (size, "size") for name, size in vars(TRAIN_SHAPE).items()})
-    add_numbers(parser, {"lora_rank": (64, "of the adapters; alpha is half of it")})
     parser.add_argument("--full", action="store_true", help="train all weights, not adapters")
 
 
 def train_shape(options: argparse.Namespace) -> TrainShape:
     """The shape that the flags of `add_train_shape` describe."""
     return TrainShape(**{name: getattr(options, name) for name in vars(TRAIN_SHAPE)})
-
-
-def lora_of(options: argparse.Namespace) -> LoraConfig | None:
-    """The adapters that the flags of `add_train_shape` describe; None trains all weights."""
-    rank = options.lora_rank
-    return None if options.full else LoraConfig(rank=rank, alpha=rank / 2)
 
 
 def add_backbone(parser: argparse.ArgumentParser) -> None:
@@ -103,24 +95,17 @@ def add_backbone(parser: argparse.ArgumentParser) -> None:
 
 
 def add_contenders(parser: argparse.ArgumentParser) -> None:
-    """The flags `--attention`, `--no_torch` and `--torch_compile`."""
+    """The flags of `add_backbone`, `--no_torch` and `--torch_compile`."""
+    add_backbone(parser)
     parser.add_argument("--no_torch", action="store_true", help="time ours alone")
     parser.add_argument(
         "--torch_compile", action="store_true", help="also the tuned PyTorch under torch.compile"
     )
-    parser.add_argument(
-        "--attention",
-        choices=("auto", *get_args(AttentionKernel)),
-        default="auto",
-        help="our kernel for whole sequences; auto, the default, is the fastest that can run",
-    )
 
 
-def kernel_for(
-    wanted: Literal["auto"] | AttentionKernel, backbone: BackboneConfig, dtype: Dtype
-) -> AttentionKernel:
-    """Our attention kernel on jax's default device. Raises a ConfigError where it cannot run."""
-    return choose_kernel(wanted, jax.default_backend(), dtype, backbone.head_dim)[0]
+def kernel_for(backbone: BackboneConfig, dtype: Dtype) -> AttentionKernel:
+    """Our fastest attention kernel that can run on jax's default device."""
+    return choose_kernel("auto", jax.default_backend(), dtype, backbone.head_dim)[0]
 
 
 # --- batches ---------------------------------------------------------------------------------
@@ -175,31 +160,7 @@ def make_backbone(config: BackboneConfig, dtype: Dtype, lora: LoraConfig | None)
     return Backbone(config, lora=lora, dtype=wanted, param_dtype=wanted)
 
 
-def random_variables(backbone: Backbone, seed: int = 0) -> Variables:
+def random_variables(backbone: Backbone) -> Variables:
     """Random weights, {"params": ...}, in the backbone's storage dtype."""
     ids = jnp.zeros((1, 8), jnp.int32)
-    return nn.meta.unbox(jax.jit(backbone.init)(jax.random.key(seed), ids))
-
-
-def drawn_unstacked(config: BackboneConfig, dtype: Dtype, seed: int = 0) -> Variables:
-    """Random weights with every layer apart, drawn leaf by leaf: never more than one copy, and no
-    program as long as the model."""
-    backbone = make_backbone(config, dtype, lora=None)
-    leaves, tree = jax.tree.flatten(unstacked_shapes(backbone))
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(
-        tree, [_draw(k, a.shape, a.dtype) for k, a in zip(keys, leaves, strict=True)]
-    )
-
-
-def unstacked_shapes(backbone: Backbone) -> Variables:
-    """The weights of `drawn_unstacked` without values."""
-    return jax.eval_shape(lambda: unstack_layers(random_variables(backbone)))
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    if len(shape) == 1:  # the scale of a norm
-        return jnp.ones(shape, dtype)
-    # of a kernel [in, out] or a table [V, D], the smaller side is near enough to the fan-in
-    return jax.random.normal(key, shape, dtype) * jnp.asarray(min(shape) ** -0.5, dtype)
+    return nn.meta.unbox(jax.jit(backbone.init)(jax.random.key(0), ids))

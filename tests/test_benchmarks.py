@@ -138,20 +138,17 @@ def test_encode_latency_compares_with_ours_with_one_step_and_with_the_device(
 
 def test_encoders_without_pytorch_say_why(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("benchmarks.encoders.torch_unusable", lambda: "torch absent")
-    flags = ("--data", str(tmp_path))
-    rows = run(encode_throughput.PROGRAM, tmp_path, *flags)
-    assert [(row["contender"], row["workload"]) for row in rows] == [("ours", "2×32")]
+    rows = run(encode_throughput.PROGRAM, tmp_path)
+    assert [(row["contender"], row["workload"]) for row in rows] == [
+        *(("ours", "2×32"), ("ours", "mix"))
+    ]
     assert rows[0]["padding_share"] == 0
-    printed = capsys.readouterr().out
-    assert "PyTorch is not measured: torch absent." in printed
-    assert "has no entailmentbank, scifact" in printed
+    assert "PyTorch is not measured: torch absent." in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("require_torch")
-def test_encode_throughput_times_full_batches_and_a_mix_of_lengths(
-    tmp_path: Path, shared_data: Path
-) -> None:
-    rows = run(encode_throughput.PROGRAM, tmp_path, "--data", str(shared_data))
+def test_encode_throughput_times_full_batches_and_a_mix_of_lengths(tmp_path: Path) -> None:
+    rows = run(encode_throughput.PROGRAM, tmp_path)
     found = {(row["workload"], row["contender"]): row for row in rows}
     ways = ["published PyTorch", "tuned, as published", "tuned, sorted"]
     assert list(found) == [("2×32", name) for name in ["ours", *PYTORCH]] + [
@@ -170,9 +167,7 @@ def test_padding_is_what_batches_in_order_of_arrival_add() -> None:
     assert [encode_throughput.padded(b).ids_BT.shape for b in batches] == [(2, 8), (2, 4)]
 
 
-def test_rewrite_latency_compares_three_methods_and_says_what_was_scaled(
-    tmp_path: Path, capsys
-) -> None:
+def test_rewrite_latency_compares_three_methods(tmp_path: Path) -> None:
     rows = run(rewrite_latency.PROGRAM, tmp_path)
     methods = ["standard retriever", "latent, K = 3", "rewrite-then-retrieve"]
     assert [(row["method"], row["rows"]) for row in rows] == [(method, 2) for method in methods]
@@ -182,8 +177,6 @@ def test_rewrite_latency_compares_three_methods_and_says_what_was_scaled(
     assert rewrite["tokens_per_second"] == pytest.approx(
         2 * 5 / rewrite["decode_seconds"]["median"]
     )
-    # 4 of 6 tokens were written, and the first belongs to prefill
-    assert "scaled by 1.667" in capsys.readouterr().out
 
 
 def test_search_times_what_finds_the_same_documents(tmp_path: Path) -> None:
@@ -197,7 +190,7 @@ def test_search_times_what_finds_the_same_documents(tmp_path: Path) -> None:
 
 def test_a_search_that_finds_something_else_is_not_timed() -> None:
     queries_QD, corpus_CD = search.unit_rows(1, 3, 8), search.unit_rows(2, 50, 8)
-    right = search.numpy_search(queries_QD, corpus_CD, 4, 16)
+    right = search.numpy_search(queries_QD, corpus_CD, 4)()
     brute_QC = queries_QD @ corpus_CD.T
     np.testing.assert_array_equal(right[1], np.argsort(-brute_QC, axis=1)[:, :4])
     search.require_found("other", right, right, queries_QD, corpus_CD)
@@ -261,12 +254,13 @@ def test_gpu_checks_compare_with_the_reference_numbers_and_keep_what_they_know(
     tmp_path: Path, golden_dir: Path, monkeypatch
 ) -> None:
     def out_of_time(*_: object) -> gpu_checks.Check:
-        return gpu_checks.Check([(lambda: 1 / 0, ())], lambda outputs: [])
+        return gpu_checks.Check(lambda: 1 / 0, (), lambda outputs: [])
 
+    monkeypatch.setenv("LASER_GOLDEN", str(golden_dir))
     monkeypatch.setattr(gpu_checks, "reading_check", out_of_time)
     output = tmp_path / "checks.json"
     with pytest.raises(ZeroDivisionError):
-        gpu_checks.main(["--quick", "--golden", str(golden_dir), "--output", str(output)])
+        gpu_checks.main(["--quick", "--output", str(output)])
     rows = json.loads(output.read_text())["rows"]
     checks = " ".join(row["check"] for row in rows)
     for part in ("float32", "bfloat16", "trajectory", "norm of the gradient"):
@@ -276,7 +270,7 @@ def test_gpu_checks_compare_with_the_reference_numbers_and_keep_what_they_know(
 
 def test_gpu_checks_compare_attention_forward_and_backward(tmp_path: Path, monkeypatch) -> None:
     output = tmp_path / "checks.json"
-    monkeypatch.setattr(gpu_checks, "golden_folder", lambda given: None)
+    monkeypatch.setattr(gpu_checks, "golden_folder", lambda: None)
     with pytest.raises(SystemExit) as ended:
         gpu_checks.main(["--quick", "--output", str(output)])
     assert ended.value.code == 0
@@ -293,11 +287,12 @@ def test_a_gpu_run_records_what_fails_and_goes_on(tmp_path: Path, monkeypatch) -
     parts = (gpu.Part("absent", 60, "no_such_program"), gpu.Part("slow", 0, "search"))
     monkeypatch.setattr(gpu, "PARTS", parts)
     monkeypatch.setattr("benchmarks.measure.in_new_process", lambda function: function())
-    arguments = ["--quick", "--parts", "absent", "slow", "--output", str(tmp_path / "out")]
+    file = tmp_path / "gpu.json"
+    arguments = ["--quick", "--parts", "absent", "slow", "--output", str(file)]
     with pytest.raises(SystemExit) as ended:
         gpu.main(arguments)
     assert ended.value.code == 1
-    absent, slow = json.loads((tmp_path / "out/gpu.json").read_text())["rows"]
+    absent, slow = json.loads(file.read_text())["rows"]
     assert absent["state"] == "failed"
     assert "no_such_program" in absent["message"]
     assert slow["state"] == "out of time"
@@ -305,8 +300,8 @@ def test_a_gpu_run_records_what_fails_and_goes_on(tmp_path: Path, monkeypatch) -
 
     with pytest.raises(SystemExit):
         gpu.main([*arguments, "--minutes", "0.1"])
-    report = json.loads((tmp_path / "out/gpu.json").read_text())
-    assert [row["state"] for row in report["rows"]] == ["not begun"] * 2
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["state"] for row in rows] == ["not begun"] * 2
 
 
 def test_parts_of_a_gpu_run_work_at_once_and_give_their_reports(
@@ -323,9 +318,9 @@ def test_parts_of_a_gpu_run_work_at_once_and_give_their_reports(
     monkeypatch.setattr(gpu, "run_part", run_part)
     monkeypatch.setattr("benchmarks.measure.in_new_process", lambda function: function())
     with pytest.raises(SystemExit) as ended:
-        gpu.main(["--output", str(tmp_path / "out"), "--at_once", "3"])
+        gpu.main(["--output", str(tmp_path / "gpu.json"), "--at_once", "3"])
     assert ended.value.code == 0
-    rows = json.loads((tmp_path / "out/gpu.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
     assert [row["part"] for row in rows] == list("abc")
 
 
@@ -388,7 +383,7 @@ def test_an_output_that_cannot_be_written_is_refused_at_once(tmp_path: Path, cap
 
 
 def test_a_measurement_that_means_nothing_ends_the_program_with_its_message() -> None:
-    with pytest.raises(SystemExit, match="error: --new_tokens and --measured_tokens: at least 2"):
+    with pytest.raises(SystemExit, match="error: --new_tokens: at least 2"):
         rewrite_latency.PROGRAM.main(["--new_tokens", "1"])
 
 
@@ -397,14 +392,7 @@ def test_a_measurement_that_means_nothing_ends_the_program_with_its_message() ->
 
 @pytest.mark.usefixtures("require_torch")
 def test_transcriptions_give_our_loss_gradients_and_embeddings_on_rows_of_all_lengths() -> None:
-    from benchmarks.torch_reference import (
-        TRANSCRIPTIONS,
-        TorchEncoder,
-        TorchTraining,
-        exported,
-        left_padded,
-        load,
-    )
+    from benchmarks.torch_reference import TorchTraining, load
 
     config, K = SHAPES[TINY], 3
     shape = dataclasses.replace(TINY_TRAIN_SHAPE, thinking_steps=K)
@@ -434,15 +422,13 @@ def test_transcriptions_give_our_loss_gradients_and_embeddings_on_rows_of_all_le
         )
 
     wanted = {name: float(number) for name, number in ours(variables).items()}
-    with exported(variables, config, None, "float32") as export:
-        for transcription in TRANSCRIPTIONS:
-            model = load(export, transcription, train=True)
-            rows = left_padded(batch.query, "cpu")
-            got_BD = TorchEncoder(transcription, model, rows, K)().numpy()
-            np.testing.assert_allclose(got_BD, embeddings(variables), atol=1e-5)
-            step = TorchTraining(transcription, model, batch, objective, OptimizerConfig())
-            train_step.require_agreement(transcription.name, step(), wanted, "float32")
-            assert step()["loss"] != wanted["loss"]  # it has learned
+    models = load(PYTORCH, variables, backbone, "float32", train=True)
+    for transcription, model in models.items():
+        got_BD = transcription.encoder(model, batch.query, K)().numpy()
+        np.testing.assert_allclose(got_BD, embeddings(variables), atol=1e-5)
+        step = TorchTraining(transcription, model, batch, objective, OptimizerConfig())
+        train_step.require_agreement(transcription.name, step(), wanted, "float32")
+        assert step()["loss"] != wanted["loss"]  # it has learned
 
 
 def test_contenders_of_a_training_step_can_be_chosen() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import report as reporting
-from benchmarks.measure import write_json
+from benchmarks.measure import Report
 from benchmarks.report import Result, ResultsError, draw, inner_results, page, read_results, shown
 from benchmarks.targets import TARGETS, Target, reached
 
@@ -62,7 +62,7 @@ def test_the_page_is_what_the_files_of_results_give() -> None:
 
 def test_every_figure_of_the_page_is_there_once() -> None:
     folder = REPOSITORY / "docs/results"
-    named = {f"{r.name}.svg" for r in read_results(RESULTS) if reporting.figure_of(r)}
+    named = {f"{r.name}.svg" for r in read_results(RESULTS) if reporting.is_drawn(r)}
     assert {file.name for file in folder.iterdir()} == named
 
 
@@ -146,12 +146,14 @@ def test_a_file_is_shown_whole_and_so_is_one_of_a_program_that_is_gone() -> None
 
 def test_the_same_results_give_the_same_figures_and_no_others(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    results = [Result("latency", latency())]
+    by_steps = {k: {"nDCG@10": {"mean": 0.1 * int(k)}} for k in "123"}
+    row = {"row": "laser", "title": "LaSER", "K": 3, "by_steps": by_steps}
+    results = [Result("world", latency(benchmark="ablation", rows=[row]))]
     for folder in ("a", "b"):
-        draw(results, tmp_path / folder)
-    one, other = ((tmp_path / folder / "latency.svg").read_bytes() for folder in "ab")
+        draw([*results, Result("latency", latency())], tmp_path / folder)
+    one, other = ((tmp_path / folder / "world.svg").read_bytes() for folder in "ab")
     assert one == other
-    assert b"tuned PyTorch, compiled" in one  # text stays text
+    assert b"LaSER, trained at K = 3" in one  # text stays text
     draw([], tmp_path / "a")
     assert not list((tmp_path / "a").iterdir())  # of results that are gone
 
@@ -177,13 +179,13 @@ def test_the_program_writes_the_page_and_checks_it(tmp_path: Path, capsys) -> No
     pytest.importorskip("matplotlib")
     results, output = tmp_path / "in/cpu", tmp_path / "out"
     results.mkdir(parents=True)
-    write_json(results / "latency.json.gz", latency())
+    Report(**latency()).write(results / "latency.json.gz")
     arguments = ["--results", str(tmp_path / "in"), "--output", str(output)]
     with pytest.raises(SystemExit, match=r"is not what .* gives"):
         reporting.main([*arguments, "--check"])
     reporting.main(arguments)
     reporting.main([*arguments, "--check"])
-    assert [file.name for file in (output / "results").iterdir()] == ["cpu-latency.svg"]
+    assert not list((output / "results").iterdir())
     reporting.main([*arguments, "--show", "cpu-latency"])
     assert "A note." in capsys.readouterr().out
     with pytest.raises(SystemExit, match="the files are cpu-latency"):
