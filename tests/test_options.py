@@ -92,7 +92,7 @@ def test_options_below_one_are_refused(name: str) -> None:
 
 def test_a_model_has_only_so_many_positions(released: Path, backbone: BackboneConfig) -> None:
     save_retriever_config(RetrieverConfig(backbone), released)
-    with pytest.raises(ConfigError, match=r"max_length 40449.* the model's 40960 positions"):
+    with pytest.raises(ConfigError, match=r"max_length 40449.* take 40961 positions, .* has 40960"):
         EncoderOptions(model=str(released), max_length=40449).retriever_config()
 
 
