@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import importlib.util
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from test_bright import DOCUMENTS, EXAMPLES, write_copy
 
 from laser_jax.evaluate.metrics import evaluate_run, without_excluded
 from laser_jax.evaluate.model import model_table
+from laser_jax.evaluate.plots import can_draw
 from laser_jax.evaluate.results import read_evaluation, read_per_query
 from laser_jax.evaluate.retrieval import (
     CONTROL,
@@ -365,6 +367,23 @@ def test_queries_without_reasoning_or_instruction(
     evaluation = read_evaluation(tmp_path / "out")
     assert list(evaluation.scores) == RUNS[:3]
     assert evaluation.model == "tiny"
+
+
+def test_without_matplotlib_there_is_no_plot_and_the_extra_is_named(
+    model: Path,
+    evaluated: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    find = importlib.util.find_spec
+    absent = lambda name: None if name == "matplotlib" else find(name)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", absent)
+    can_draw.cache_clear()
+    main(arguments(model, evaluated.parent / "towns", tmp_path / "out"))
+    can_draw.cache_clear()
+    assert not list((tmp_path / "out").glob("*.svg"))
+    assert caplog.text.count("pip install laser-jax[bench]") == 1
 
 
 def test_a_single_query_has_no_control(

@@ -74,7 +74,8 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(EvaluationOptions):
     """Evaluates a model on a BEIR directory or on BRIGHT at every K, and its explicit view with a
-    control. Of BRIGHT every domain gets a directory in the output."""
+    control. Of BRIGHT every domain gets a directory in the output. A directory that holds an
+    evaluation is refused."""
 
     data: str
     """A BEIR directory, or a local copy of BRIGHT."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +16,9 @@ from laser_jax.files.durable import written_whole
 logger = logging.getLogger(__name__)
 
 
+@functools.cache
 def can_draw() -> bool:
-    """Whether matplotlib is there. Where it is not, says so and names the extra."""
+    """Whether matplotlib is there. Where it is not, says so once and names the extra."""
     found = importlib.util.find_spec("matplotlib") is not None
     if not found:
         logger.warning("no plot, which wants matplotlib: pip install laser-jax[bench]")

@@ -47,7 +47,7 @@ class EvaluationOptions(EncoderOptions):
     """Which model is evaluated, what it is called, and where the results go."""
 
     output: str
-    """The directory to write. One that holds an evaluation is refused."""
+    """The directory to write."""
     name: str | None = None
     """What the model is called; by default its directory, less a last part `model`."""
     instruction: str | None = None

@@ -94,11 +94,9 @@ def grouped_bootstrap(
     drawn_RG = rng.integers(0, len(groups), (resamples, len(groups)))
     means_RG = np.empty(drawn_RG.shape)
     for group, difference_Q in enumerate(groups):
-        queries, places = len(difference_Q), np.argwhere(drawn_RG == group)
-        for start in range(0, len(places), _block(queries)):
-            block = places[start : start + _block(queries)]
-            drawn = rng.integers(0, queries, (len(block), queries))
-            means_RG[tuple(block.T)] = difference_Q[drawn].mean(axis=1)
+        chosen_RG, Q = drawn_RG == group, len(difference_Q)
+        queries = rng.integers(0, Q, (chosen_RG.sum(), Q))
+        means_RG[chosen_RG] = difference_Q[queries].mean(axis=1)
     tail = (1 - confidence) / 2
     low, high = np.quantile(means_RG.mean(axis=1), [tail, 1 - tail])
     return Interval(float(np.mean([d.mean() for d in groups])), float(low), float(high))

@@ -100,18 +100,32 @@ def require_positions(config: RetrieverConfig, limit_key: LimitKey, steps: int) 
     )
 
 
-def local_mesh(config: MeshConfig, count: int | None = None) -> Mesh | None:
+@dataclass(frozen=True)
+class SplitConfig:
+    """How devices share the weights of a model; what that leaves of them shares the rows."""
+
+    fsdp: int = 1
+    """Splits parameters and batch."""
+    tensor: int = 1
+    """Splits heads, feed-forward and vocabulary."""
+
+    def __post_init__(self) -> None:
+        require_in("[1, inf)", self, "mesh.", "fsdp", "tensor")
+
+
+def local_mesh(split: SplitConfig, count: int | None = None) -> Mesh | None:
     """A mesh for `LatentRetriever.from_pretrained` over the first `count` devices of this process,
     by default all of them; None where that is a single one.
 
     Raises:
-        ConfigError: there are fewer, or the axes do not multiply to their number.
+        ConfigError: there are fewer, or the split does not divide their number.
     """
     devices = jax.local_devices()
     if count is not None and count > len(devices):
         raise ConfigError(f"devices is {count}, and this process has {len(devices)}")
-    devices = devices[:count]
-    return make_mesh(config, devices) if len(devices) > 1 or config != MeshConfig() else None
+    if len(devices[:count]) == 1 and split == SplitConfig():
+        return None
+    return make_mesh(MeshConfig(-1, split.fsdp, split.tensor), devices[:count])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,8 +164,8 @@ class EncoderOptions(BatchOptions):
     """The most tokens of a batch, on all devices together."""
     devices: int | None = None
     """Local devices that share every batch. None: all of them."""
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    """How those devices share weights and rows; by default rows alone."""
+    mesh: SplitConfig = field(default_factory=SplitConfig)
+    """How those devices share the weights; by default they share rows alone."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
