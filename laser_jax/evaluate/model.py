@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -161,14 +161,14 @@ def evaluate_model(options: ModelOptions) -> dict[str, Evaluation]:
     """
     output = Path(options.output)
     bright = _is_bright(options)
-    reading = {"": partial(_read_beir, options)}
+    reading: dict[str, Callable[[], _Data]] = {"": cache(partial(_read_beir, options))}
     if bright:
         copy = BrightCopy(Path(options.data), options.long_documents, options.rewrites)
         domains = copy.domains(options.domains)
         reading = {domain: partial(_read_domain, copy, domain, options) for domain in domains}
-    for name, read in reading.items():  # and not after hours, when its turn comes
+    for name, read in reading.items():
         require_free(output / name)
-        read()
+        read()  # so that its faults are not said after hours, when its turn comes
     retriever = load_retriever(options, *options.eval_thinking_steps)
     evaluations = {}
     for name, read in reading.items():

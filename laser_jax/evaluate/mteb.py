@@ -15,7 +15,6 @@ instruction, exclusions left out.
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -106,7 +105,7 @@ class MtebRetriever(AbsEncoder):
         self.retriever = retriever
         self._steps = num_thinking_steps
         self._instruction = instruction
-        self._last_documents: list[tuple[bytes, np.ndarray]] = []
+        self._last_documents: list[tuple[tuple[int, int], np.ndarray]] = []
         self.mteb_model_meta: ModelMeta = ModelMeta.create_empty(
             {
                 "name": name,
@@ -172,10 +171,7 @@ class MtebRetriever(AbsEncoder):
 
     def _documents(self, texts: list[str], options: Mapping[str, Any]) -> np.ndarray:
         """Keeps the last corpus, which is searched twice where documents are excluded."""
-        digest = hashlib.sha256()
-        for text in texts:
-            digest.update(hashlib.sha256(text.encode()).digest())
-        key = digest.digest()
+        key = len(texts), hash(tuple(texts))
         if not self._last_documents or self._last_documents[0][0] != key:
             self._last_documents.clear()  # before the next one is in memory
             self._last_documents.append((key, self.retriever.encode_document(texts, **options)))

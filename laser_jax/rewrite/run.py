@@ -342,8 +342,9 @@ def _statistics(rewrites: dict[str, Rewrite]) -> dict[str, Any]:
     costs = [rewrite.cost for rewrite in rewrites.values() if rewrite.cost is not None]
     shares = milliseconds_per_query(rewrites)
     assert shares is not None
-    parts = {"prefill": shares[:, 0], "decode": shares[:, 1], "in all": shares.sum(axis=1)}
+    times = {"prefill": shares[:, 0], "decode": shares[:, 1], "in all": shares.sum(axis=1)}
     waits = [1000 * (cost.prefill_seconds + cost.decode_seconds) for cost in costs]
+    times["until its batch was done"] = np.array(waits)
     reading, writing = shares.sum(axis=0) / 1000
     return {
         "queries": len(rewrites),
@@ -352,19 +353,15 @@ def _statistics(rewrites: dict[str, Rewrite]) -> dict[str, Any]:
         "prompt_tokens": sum(cost.prompt_tokens for cost in costs),
         "tokens": sum(cost.tokens for cost in costs),
         "largest_batch": max(cost.rows for cost in costs),
-        "milliseconds_a_query": {name: _spread(values) for name, values in parts.items()},
-        "milliseconds_until_its_batch_was_done": _spread(waits),
+        "milliseconds_a_query": {name: _spread(values) for name, values in times.items()},
         "prompt_tokens_per_second": sum(cost.prompt_tokens for cost in costs) / reading,
         "tokens_per_second": sum(cost.tokens for cost in costs) / writing,
     }
 
 
-def _spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:
-    return {
-        "mean": float(np.mean(values)),
-        "median": float(np.median(values)),
-        "p90": float(np.quantile(values, 0.9)),
-    }
+def _spread(values: np.ndarray) -> dict[str, float]:
+    median, p90 = np.quantile(values, [0.5, 0.9]).tolist()
+    return {"mean": float(values.mean()), "median": median, "p90": p90}
 
 
 def _print(report: dict[str, Any], options: RewriteOptions) -> None:
@@ -381,10 +378,9 @@ def _print(report: dict[str, Any], options: RewriteOptions) -> None:
         f"{report['prompt_tokens_per_second']:.0f} prompt tokens/s read, "
         f"{report['tokens_per_second']:.1f} tokens/s written\n"
     )
-    times = {f"{name}, a query": v for name, v in report["milliseconds_a_query"].items()}
-    times["until its batch was done"] = report["milliseconds_until_its_batch_was_done"]
+    times = report["milliseconds_a_query"]
     rows = [[name, *(f"{value:.1f}" for value in v.values())] for name, v in times.items()]
-    print(markdown_table(["milliseconds", "mean", "median", "p90"], rows))
+    print(markdown_table(["milliseconds a query", "mean", "median", "p90"], rows))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
