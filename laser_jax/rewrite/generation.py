@@ -4,7 +4,7 @@ The rewriter of rewrite-then-retrieve. It is the latent loop with words: a promp
 each further token is one `Backbone.think`, whose input is the embedding of the token just chosen
 instead of the expected one. One device.
 
-Dimension letters: B batch, T tokens of a prompt, W written tokens, V vocabulary, n candidates.
+Dimension letters: B batch, T tokens of a prompt, W written tokens, V vocabulary.
 """
 
 from __future__ import annotations
