@@ -12,6 +12,7 @@ import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from types import MappingProxyType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -206,17 +207,33 @@ class Change:
     new: Any
 
     def __str__(self) -> str:
-        return f"{self.key} was {self.old!r}, is {self.new!r}"
+        return f"{self.key} was {self.old!r:.80}, is {self.new!r:.80}"
 
 
-def changes(stored: dict[str, Any], config: Any, *, source: str) -> list[Change]:
-    """Where `config` differs from the one of its class that `as_dict` stored. A setting that the
-    release which stored it did not have counts as its default.
+def changes(
+    stored: dict[str, Any], settings: Any, *, source: str, changeable: Sequence[str] = ()
+) -> list[Change]:
+    """Where settings differ from those that were stored.
+
+    Args:
+        stored: what `as_dict` made of settings of the same class, of this release or an earlier
+            one. A setting that the earlier one did not have counts as its default.
+        settings: a dataclass; or a dict of plain values, which are compared as they are.
+        source: the file that the message names.
+        changeable: patterns of the keys, or of the groups of keys, that may differ, such as
+            `data.*.path`.
 
     Raises:
         ConfigError: `stored` is no such config; names `source`.
     """
-    return _changes(as_dict(from_dict(type(config), stored, source=source)), as_dict(config))
+    if dataclasses.is_dataclass(settings):
+        stored = as_dict(from_dict(type(settings), stored, source=source))
+        settings = as_dict(settings)
+    return [
+        change
+        for change in _changes(stored, settings)
+        if not any(fnmatch(change.key, p) or fnmatch(change.key, f"{p}.*") for p in changeable)
+    ]
 
 
 def _changes(old: Any, new: Any, prefix: str = "") -> list[Change]:

@@ -17,7 +17,7 @@ from laser_jax.evaluate.beir import (
     read_qrels_file,
     read_queries,
 )
-from laser_jax.search.trec import DatasetError
+from laser_jax.files.reading import DataError
 
 HEADER = "query-id\tcorpus-id\tscore\n"
 
@@ -115,7 +115,7 @@ def test_a_list_of_which_no_id_matches_is_refused(
     queries = (beir / "queries.jsonl").read_text().replace('"d3"', '"D3"')
     (beir / "queries.jsonl").write_text(queries.replace('["d1"', f'["{excluded}"'))
     (beir / "qrels" / "test.tsv").write_text(HEADER + grades)
-    with pytest.raises(DatasetError, match=rf"\(test\): {message}.*not one matches"):
+    with pytest.raises(DataError, match=rf"\(test\): {message}.*not one matches"):
         read_beir(beir, "test")
 
 
@@ -181,7 +181,7 @@ def test_a_missing_corpus_is_named(tmp_path: Path) -> None:
 )
 def test_faulty_qrels_are_refused_with_their_line(beir: Path, content: str, message: str) -> None:
     (beir / "qrels" / "test.tsv").write_text(content)
-    with pytest.raises(DatasetError, match=message):
+    with pytest.raises(DataError, match=message):
         read_beir(beir, "test")
 
 
@@ -204,7 +204,7 @@ def test_the_same_judgement_twice_is_one_judgement(beir: Path) -> None:
 def test_a_faulty_document_is_refused_with_its_line(beir: Path, line: str, message: str) -> None:
     path = beir / "corpus.jsonl"
     path.write_text(path.read_text() + "\n" + line + "\n")
-    with pytest.raises(DatasetError, match=re.escape(str(path)) + ":5: " + message):
+    with pytest.raises(DataError, match=re.escape(str(path)) + ":5: " + message):
         read_corpus(beir)
 
 
@@ -222,13 +222,13 @@ def test_a_faulty_query_is_refused_with_its_line(
 ) -> None:
     path = beir / "queries.jsonl"
     path.write_text(path.read_text() + json.dumps(row) + "\n")
-    with pytest.raises(DatasetError, match=re.escape(str(path)) + ":4: .*" + message):
+    with pytest.raises(DataError, match=re.escape(str(path)) + ":4: .*" + message):
         read_queries(beir)
 
 
 def test_an_empty_corpus_is_refused(beir: Path) -> None:
     (beir / "corpus.jsonl").write_text("\n")
-    with pytest.raises(DatasetError, match="holds no document"):
+    with pytest.raises(DataError, match="holds no document"):
         read_corpus(beir)
 
 
@@ -238,16 +238,14 @@ def test_an_empty_corpus_is_refused(beir: Path) -> None:
 )
 def test_a_document_id_that_no_table_holds_is_refused(beir: Path, id_: str, fault: str) -> None:
     write_lines(beir / "corpus.jsonl", [{"_id": id_, "text": "t"}])
-    with pytest.raises(
-        DatasetError, match=re.escape(f"corpus.jsonl:1: document id {id_!r} {fault}")
-    ):
+    with pytest.raises(DataError, match=re.escape(f"corpus.jsonl:1: document id {id_!r} {fault}")):
         read_corpus(beir)
 
 
 def test_a_line_that_is_not_utf8_is_named(beir: Path) -> None:
     path = beir / "corpus.jsonl"
     path.write_bytes(path.read_bytes() + b'{"_id": "d4", "text": "\xff"}\n')
-    with pytest.raises(DatasetError, match=r"corpus\.jsonl:4: not UTF-8"):
+    with pytest.raises(DataError, match=r"corpus\.jsonl:4: not UTF-8"):
         read_corpus(beir)
 
 
@@ -256,7 +254,7 @@ def test_judgements_of_trec_eval_are_read_by_their_name(tmp_path: Path) -> None:
     path.write_text("q1 0 with two  blanks.txt 2\nq1\t0\td\t-1\n\n")
     assert read_qrels_file(path) == {"q1": {"with two  blanks.txt": 2, "d": -1}}
     path.write_text("q1 0 d\n")
-    with pytest.raises(DatasetError, match=r"qrels\.txt:1: wanted 'qid iter docid grade'"):
+    with pytest.raises(DataError, match=r"qrels\.txt:1: wanted 'qid iter docid grade'"):
         read_qrels_file(path)
 
 
@@ -271,18 +269,18 @@ def test_a_byte_order_mark_is_no_part_of_an_id(tmp_path: Path) -> None:
 def test_a_judgement_is_not_taken_for_the_header(tmp_path: Path, grade: str) -> None:
     path = tmp_path / "test.tsv"
     path.write_text(f"q1\td1\t{grade}\nq2\td2\t1\n")
-    with pytest.raises(DatasetError, match=r"test\.tsv:1: the header is missing"):
+    with pytest.raises(DataError, match=r"test\.tsv:1: the header is missing"):
         read_qrels_file(path)
     path.write_text(f"query-id\tcorpus-id\tgrade (0-3)\nq1\td1\t{grade}\n")
     if grade == "1":
         assert read_qrels_file(path) == {"q1": {"d1": 1}}
     else:
-        with pytest.raises(DatasetError, match=r"test\.tsv:2: the score must be an integer"):
+        with pytest.raises(DataError, match=r"test\.tsv:2: the score must be an integer"):
             read_qrels_file(path)
 
 
 def test_a_line_too_deep_for_python_is_named(beir: Path) -> None:
     path = beir / "corpus.jsonl"
     path.write_bytes(path.read_bytes() + b'{"_id": ' + b"[" * 100_000 + b"\n")
-    with pytest.raises(DatasetError, match=r"corpus\.jsonl:4: not valid JSON"):
+    with pytest.raises(DataError, match=r"corpus\.jsonl:4: not valid JSON"):
         read_corpus(beir)

@@ -19,7 +19,7 @@ from laser_jax.evaluate.bright import (
     BrightCopy,
     is_bright,
 )
-from laser_jax.search.trec import DatasetError
+from laser_jax.files.reading import DataError
 
 Rows = list[dict[str, Any]]
 
@@ -201,7 +201,7 @@ def test_there_are_twelve_domains_each_with_an_instruction() -> None:
 def test_what_a_copy_lacks_is_named_beside_what_it_has(
     copy: Path, options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises((DatasetError, FileNotFoundError), match=message):
+    with pytest.raises((DataError, FileNotFoundError), match=message):
         BrightCopy(copy, rewrites=options.get("rewrites")).domains(options["names"])
 
 
@@ -214,13 +214,13 @@ def test_a_copy_without_any_domain_in_both_folders_says_so(copy: Path) -> None:
 def test_a_missing_shard_is_an_error(tmp_path: Path) -> None:
     copy = write_copy(tmp_path, write_shards, ".parquet")
     (copy / "documents" / "biology-00001-of-00002.parquet").unlink()
-    with pytest.raises(DatasetError, match=r"all of its shards, found biology-00000-of-00002\.par"):
+    with pytest.raises(DataError, match=r"all of its shards, found biology-00000-of-00002\.par"):
         BrightCopy(copy).read("biology")
 
 
 def test_two_files_of_one_domain_are_an_error(copy: Path) -> None:
     write_parquet(copy / "documents" / "biology.parquet", DOCUMENTS)
-    with pytest.raises(DatasetError, match=r"found biology\.jsonl, biology\.parquet"):
+    with pytest.raises(DataError, match=r"found biology\.jsonl, biology\.parquet"):
         BrightCopy(copy).read("biology")
 
 
@@ -228,7 +228,7 @@ def test_a_missing_column_is_named_beside_those_present(tmp_path: Path) -> None:
     copy = write_copy(tmp_path, write_parquet, ".parquet")
     write_parquet(copy / "documents" / "biology.parquet", [{"_id": "a", "content": "text"}])
     with pytest.raises(
-        DatasetError, match=r"biology\.parquet: no column 'id'; the columns are \['_id', 'content'"
+        DataError, match=r"biology\.parquet: no column 'id'; the columns are \['_id', 'content'"
     ):
         BrightCopy(copy).read("biology")
 
@@ -237,7 +237,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
     copy = write_copy(tmp_path, write_parquet, ".parquet")
     file = copy / "examples" / "biology.parquet"
     file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(DatasetError, match=r"examples/biology\.parquet: cannot be read after row"):
+    with pytest.raises(DataError, match=r"examples/biology\.parquet: cannot be read after row"):
         BrightCopy(copy).read("biology")
 
 
@@ -257,16 +257,16 @@ BAD_EXAMPLES: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("row", "message"), BAD_EXAMPLES)
 def test_a_bad_query_is_named(copy: Path, row: dict[str, Any], message: str) -> None:
     write_json_lines(copy / "examples" / "biology.jsonl", [example("0"), row])
-    with pytest.raises(DatasetError, match=rf"examples/biology\.jsonl:2: {message}"):
+    with pytest.raises(DataError, match=rf"examples/biology\.jsonl:2: {message}"):
         BrightCopy(copy).read("biology")
 
 
 def test_an_id_that_stands_twice_is_an_error(copy: Path) -> None:
     write_json_lines(copy / "examples" / "biology.jsonl", [example("0"), example("0")])
-    with pytest.raises(DatasetError, match=r"biology\.jsonl:2: query id '0' stands here a second"):
+    with pytest.raises(DataError, match=r"biology\.jsonl:2: query id '0' stands here a second"):
         BrightCopy(copy).read("biology")
     write_json_lines(copy / "documents" / "biology.jsonl", [*DOCUMENTS, DOCUMENTS[0]])
-    with pytest.raises(DatasetError, match=r":4: document id 'light/Moth_0.txt' stands here a sec"):
+    with pytest.raises(DataError, match=r":4: document id 'light/Moth_0.txt' stands here a sec"):
         BrightCopy(copy).read("biology")
 
 
@@ -285,5 +285,5 @@ def test_a_bad_file_of_documents_is_named(
 ) -> None:
     (copy / "documents" / "biology.jsonl").unlink()
     (copy / "documents" / f"biology{suffix}").write_text(content)
-    with pytest.raises(DatasetError, match=message):
+    with pytest.raises(DataError, match=message):
         BrightCopy(copy).read("biology")

@@ -119,6 +119,7 @@ def test_bad_rows_are_left_out_where_they_may_be(tmp_path: Path) -> None:
     with Corpus(path, skipped=said.append) as corpus:
         found: list[Located] = list(corpus.read())
         assert [located.item.id for located in found] == ["a", "c"]
+        assert corpus.bad_lines == 1
         assert [located.item.id for located in corpus.read(found[0].end)] == ["c"]
     assert found[1].end == Place(0, 3, 3)
     assert said[0] == f"{path}: row 2: field 'text' must be a string, got None"

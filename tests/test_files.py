@@ -150,6 +150,21 @@ def test_the_files_of_a_folder_are_all_on_the_disk_before_the_first_moves(
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["a", "b"]
 
 
+def test_files_of_inner_folders_move_too_and_the_one_that_tells_of_all_comes_last(
+    tmp_path: Path, happened: list[tuple[str, str]]
+) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "old").touch()
+    with folder_written_whole(tmp_path, last="a") as folder:
+        (folder / "runs").mkdir()
+        for name in ("a", "b", "runs/c"):
+            (folder / name).touch()
+    assert [name for what, name in happened if what == "move"] == ["b", "c", "a"]
+    assert {("flush", "runs"), ("flush", tmp_path.name)} == {*happened[-2:]}
+    found = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")]
+    assert sorted(found) == ["a", "b", "runs", "runs/c", "runs/old"]
+
+
 def test_a_folder_that_fails_leaves_what_was_there_and_a_killed_ones_rest_goes(
     tmp_path: Path,
 ) -> None:

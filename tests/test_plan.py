@@ -43,9 +43,7 @@ def write(path: Path, count: int, **more: Any) -> Path:
 
 def plan_of(path: Path, settings: Settings = SETTINGS) -> Plan:
     with Corpus(path) as corpus:
-        return make_plan(
-            corpus, settings, skipped=lambda: 0, folder=path.parent, advance=lambda count: None
-        )
+        return make_plan(corpus, settings, path.parent)
 
 
 def test_shards_hold_the_documents_in_their_order(tmp_path: Path) -> None:

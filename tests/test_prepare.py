@@ -23,7 +23,9 @@ from laser_jax.config import ConfigError, PromptConfig
 from laser_jax.data.schema import DataError
 from laser_jax.data.sources import open_source
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, train_tokenizer
-from laser_jax.prepare.run import PaddingConfig, PrepareConfig, format_report, main, prepare
+from laser_jax.files.claim import OutputError
+from laser_jax.prepare import padding
+from laser_jax.prepare.run import PrepareConfig, format_report, main, prepare
 
 PROMPT = PromptConfig(query_max_length=40, document_max_length=30, explicit_max_length=64)
 
@@ -48,6 +50,12 @@ def files(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*")}
 
 
+def with_prompt(path: Path, prompt: PromptConfig) -> Path:
+    """The config of a training run, in JSON, which is YAML."""
+    path.write_text(json.dumps({"model": {"path": "x"}, "prompt": asdict(prompt)}))
+    return path
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer")
@@ -63,8 +71,9 @@ def config(tmp_path, caplog) -> PrepareConfig:
 
 
 @pytest.fixture
-def with_tokens(config, tokenizer) -> PrepareConfig:
-    return replace(config, tokenizer=str(tokenizer), prompt=PROMPT)
+def with_tokens(config, tokenizer, tmp_path) -> PrepareConfig:
+    train = with_prompt(tmp_path / "train.yaml", PROMPT)
+    return replace(config, tokenizer=str(tokenizer), train_config=str(train))
 
 
 # --- what is written -------------------------------------------------------------------------
@@ -89,17 +98,16 @@ def test_the_facts_are_those_of_the_source(config) -> None:
     assert open_source(config.output).facts.row_without_negatives == 11
 
 
-def test_prepared_rows_are_told_apart_without_reading_them(config, tmp_path) -> None:
+def test_prepared_rows_are_told_apart_by_content_not_by_shards(config, tmp_path) -> None:
     prepare(config)
     again = replace(config, output=str(tmp_path / "again"), shards=1)
     prepare(again)
     found = open_source(config.output)
-    assert found.fingerprint == open_source(again.output).fingerprint
-    assert "_read" not in vars(found)
+    assert found.facts.fingerprint == open_source(again.output).facts.fingerprint
     write_rows(Path(config.input), [record(n + 1) for n in range(20)])
     other = replace(config, output=str(tmp_path / "other"))
     prepare(other)
-    assert open_source(other.output).fingerprint != found.fingerprint
+    assert open_source(other.output).facts.fingerprint != found.facts.fingerprint
 
 
 def test_another_run_and_worker_processes_write_the_same_bytes(with_tokens, tmp_path) -> None:
@@ -200,16 +208,25 @@ def test_rejected_rows_are_named_and_the_rest_is_written(with_tokens) -> None:
     assert "2 x 'negative_passages' must be a list of strings, got a list whose item N" in text
 
 
-def test_padding_is_measured_on_request_also_later(with_tokens, caplog) -> None:
+def test_padding_is_measured_on_request_also_later(with_tokens, caplog, monkeypatch) -> None:
+    monkeypatch.setattr(padding, "LENGTH_MULTIPLES", (8,))
+    monkeypatch.setattr(padding, "BUCKET_WINDOWS", (1, 5))
     prepare(with_tokens)
-    padding = PaddingConfig(batch_size=4, length_multiples=(8,), bucket_windows=(1, 5))
-    report = prepare(replace(with_tokens, padding=padding))
+    report = prepare(replace(with_tokens, padding=4))
     plain, bucketed = report["padding"]["shares"]
     assert (plain["bucket_window"], plain["batches"]) == (1, 5)
     assert 0 < bucketed["padding_share"] < plain["padding_share"] < 1
+    assert "padding of 4 queries a batch, 2 passages a query:\n" in format_report(report)
     assert not caplog.messages
-    assert prepare(replace(with_tokens, padding=padding)) == report
+    assert prepare(replace(with_tokens, padding=4)) == report
     assert "nothing to do" in caplog.text
+
+
+def test_padding_of_rows_without_negatives_is_that_of_their_positives(with_tokens) -> None:
+    write_rows(Path(with_tokens.input), [record(0), record(1, negative_passages=[])])
+    report = prepare(replace(with_tokens, shards=1, padding=1))
+    assert report["padding"]["group_size"] == 1
+    assert "1 queries a batch, 1 passages a query" in format_report(report)
 
 
 # --- again and on ----------------------------------------------------------------------------
@@ -226,15 +243,22 @@ def test_a_second_run_does_nothing_and_says_so(config, caplog) -> None:
 @pytest.mark.parametrize(
     ("change", "differs"),
     [
-        ({"shards": 2}, "shards"),
-        ({"on_bad_row": "reject"}, "on_bad_row"),
-        ({"prompt": replace(PROMPT, document_max_length=29)}, "counted_with"),
+        ({"shards": 2}, "shards was 3, is 2"),
+        ({"on_bad_row": "reject"}, "on_bad_row was 'stop', is 'reject'"),
+        (
+            {"train_config": "other.yaml"},
+            r"counted_with\.prompt\.document_max_length was 30",
+        ),
     ],
 )
-def test_other_settings_in_the_same_directory_are_refused(with_tokens, change, differs) -> None:
+def test_other_settings_in_the_same_directory_are_refused(
+    with_tokens, tmp_path, monkeypatch, change, differs
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with_prompt(tmp_path / "other.yaml", replace(PROMPT, document_max_length=29))
     prepare(with_tokens)
     before = files(Path(with_tokens.output))
-    with pytest.raises(DataError, match=rf"prepared otherwise \(differs in {differs}\)"):
+    with pytest.raises(OutputError, match=rf"another config:\n  {differs}"):
         prepare(replace(with_tokens, **change))
     assert files(Path(with_tokens.output)) == before
 
@@ -243,14 +267,14 @@ def test_a_changed_input_in_the_same_directory_is_refused(config) -> None:
     prepare(config)
     with Path(config.input).open("a") as file:
         file.write(json.dumps(record(20)) + "\n")
-    with pytest.raises(DataError, match=r"prepared otherwise \(differs in input\)"):
+    with pytest.raises(OutputError, match=r"another config:\n  input was '.*', is '.*'\nChoose"):
         prepare(config)
 
 
 def test_a_directory_with_other_files_is_refused(config) -> None:
     Path(config.output).mkdir()
     (Path(config.output) / "thesis.tex").write_text("x")
-    with pytest.raises(DataError, match="holds other files"):
+    with pytest.raises(OutputError, match=r"holds 'thesis\.tex' and no whole prepare\.json"):
         prepare(config)
 
 
@@ -284,7 +308,7 @@ def test_swapped_shards_are_no_rows_to_train_on(config) -> None:
         open_source(config.output)
 
 
-@pytest.mark.parametrize("left", [".lock", ".prepare.json.part", ".tallies/"])
+@pytest.mark.parametrize("left", [".lock", ".prepare.json.0.part", ".work/"])
 def test_a_run_that_was_killed_before_its_first_file_goes_on(config, left) -> None:
     output = Path(config.output)
     output.mkdir()
@@ -298,7 +322,7 @@ def test_a_damaged_tally_of_a_stopped_run_is_made_again(config, monkeypatch) -> 
         patch.setattr("laser_jax.prepare.run.write_description", lambda *_: 1 / 0)  # stopped there
         with pytest.raises(ZeroDivisionError):
             prepare(config)
-    (Path(config.output) / ".tallies" / "00001.json").write_bytes(b"{\0")
+    (Path(config.output) / ".work" / "00001.json").write_bytes(b"{\0")
     assert prepare(config)["written"] == 20
     assert len(open_source(config.output)) == 20
 
@@ -307,7 +331,7 @@ def test_a_second_preparation_at_once_is_refused(config) -> None:
     Path(config.output).mkdir()
     with (Path(config.output) / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(SystemExit, match=r"^error: .*another laser_jax\.prepare is writing"):
+        with pytest.raises(SystemExit, match=r"^error: .*out is being written by another process"):
             main([f"--input={config.input}", f"--output={config.output}"])
     assert prepare(config)["written"] == 20
 
@@ -331,12 +355,14 @@ def test_a_full_disk_ends_with_one_line_and_the_run_goes_on(config, monkeypatch)
 
 def test_prepared_rows_are_the_rows_they_were_made_from(config, tmp_path) -> None:
     prepare(config)
-    assert open_source(config.output).fingerprint == open_source(config.input).fingerprint
+    assert (
+        open_source(config.output).facts.fingerprint == open_source(config.input).facts.fingerprint
+    )
     good = write_rows(tmp_path / "good.jsonl", [record(n) for n in range(4)])
     write_rows(Path(config.input), [record(0), {}, *(record(n) for n in range(1, 4))])
     rest = replace(config, output=str(tmp_path / "rest"), on_bad_row="reject")
     prepare(rest)
-    assert open_source(rest.output).fingerprint == open_source(good).fingerprint
+    assert open_source(rest.output).facts.fingerprint == open_source(good).facts.fingerprint
 
 
 def test_one_split_is_prepared(config, tmp_path) -> None:
@@ -417,34 +443,15 @@ def test_nothing_but_bad_rows_is_refused(config) -> None:
     assert prepare(replace(config, on_bad_row="reject"))["written"] == 5
 
 
-def test_padding_with_negatives_that_a_row_lacks_names_its_own_key(with_tokens) -> None:
-    write_rows(Path(with_tokens.input), [record(0), record(1, negative_passages=[])])
-    config = replace(with_tokens, shards=1, padding=PaddingConfig(batch_size=1, batches=1))
-    message = "has no negative_passages, and padding.group_size 2 .* --padding.group_size 1,"
-    with pytest.raises(DataError, match=rf"rows\.jsonl:2 {message}"):
-        prepare(config)
-    assert not Path(config.output).exists()
-    prepare(replace(config, padding=None))
-    with pytest.raises(DataError, match=message):
-        prepare(config)
-    alone = PaddingConfig(batch_size=1, group_size=1, batches=1)
-    assert prepare(replace(config, padding=alone))["padding"]["shares"]
-
-
 def test_impossible_settings_are_refused(config) -> None:
     with pytest.raises(ConfigError, match="padding counts on tokens"):
-        replace(config, padding=PaddingConfig())
+        replace(config, padding=32)
+    with pytest.raises(ConfigError, match="padding must be at least 1, got 0"):
+        replace(config, tokenizer="x", padding=0)
     with pytest.raises(ConfigError, match="shards must be at least 1"):
         replace(config, shards=0)
     with pytest.raises(ConfigError, match="workers must be at least 0, got -1"):
         replace(config, workers=-1)
-    for name in ("batch_size", "group_size", "batches"):
-        with pytest.raises(ConfigError, match=rf"padding\.{name} must be at least 1, got 0"):
-            PaddingConfig(**dict[str, Any]({name: 0}))
-    with pytest.raises(ConfigError, match=r"padding\.length_multiples must be at least 1"):
-        PaddingConfig(length_multiples=(0, 32))
-    with pytest.raises(ConfigError, match=r"padding\.bucket_windows is empty"):
-        PaddingConfig(bucket_windows=())
     with pytest.raises(ConfigError, match="21 shards are too many for 20 rows"):
         prepare(replace(config, shards=21))
 

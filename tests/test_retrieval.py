@@ -25,10 +25,10 @@ from laser_jax.evaluate.retrieval import (
     rewrite_inputs,
     score_runs,
 )
+from laser_jax.files.reading import DataError
 from laser_jax.inference.batch_encoder import LatentEncoder
 from laser_jax.inference.options import with_max_length
 from laser_jax.modeling.backbone import Backbone
-from laser_jax.search.trec import DatasetError
 from laser_jax.train.selection import score_dev
 
 SCRATCH = ScratchConfig(
@@ -170,7 +170,7 @@ def test_a_query_without_instruction_is_named(encoder, prompts) -> None:
         lambda: require_instructions(dataset.queries.values(), "{instruction} {query}"),
         lambda: retrieval_runs(encoder, prompts, dataset, [1]),
     ):
-        with pytest.raises(DatasetError, match="query q1 has no instruction"):
+        with pytest.raises(DataError, match="query q1 has no instruction"):
             refuse()
 
 

@@ -17,7 +17,7 @@ from laser_jax.evaluate.rewrites import (
     read_rewrites,
     require_rewrites_of,
 )
-from laser_jax.search.trec import DatasetError
+from laser_jax.files.reading import DataError
 
 COST = WritingCost(prompt_tokens=9, tokens=4, rows=2, prefill_seconds=0.1, decode_seconds=0.3)
 FULL = Rewrite("Ulm, then.\n\nOn the Danube.", "Where is Ulm?", True, COST)
@@ -66,7 +66,7 @@ def test_a_query_costs_its_share_of_its_batch() -> None:
 )
 def test_a_bad_line_is_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     path = write(tmp_path / "f.jsonl", FULL.as_row("first"), row)
-    with pytest.raises(DatasetError, match=rf"f\.jsonl:2: .*{message}"):
+    with pytest.raises(DataError, match=rf"f\.jsonl:2: .*{message}"):
         read_rewrites(path)
 
 
@@ -74,17 +74,15 @@ def test_a_missing_file_and_a_query_that_stands_twice_are_named(tmp_path: Path) 
     with pytest.raises(FileNotFoundError, match=r"absent\.jsonl is missing"):
         read_rewrites(tmp_path / "absent.jsonl")
     path = write(tmp_path / "f.jsonl", FULL.as_row("a"), FULL.as_row("a"))
-    with pytest.raises(DatasetError, match=r"f\.jsonl:2: query 'a' stands here a second time"):
+    with pytest.raises(DataError, match=r"f\.jsonl:2: query 'a' stands here a second time"):
         read_rewrites(path)
 
 
 def test_rewrites_must_be_of_these_queries() -> None:
     queries = {id_: EvalQuery(id_, "Where is Ulm?") for id_ in "ab"}
-    with pytest.raises(DatasetError, match="f: 1 of 2 queries have no rewrite, the first is 'b'"):
+    with pytest.raises(DataError, match="f: 1 of 2 queries have no rewrite, the first is 'b'"):
         require_rewrites_of(queries, {"a": FULL}, "f")
     require_rewrites_of(queries, {"a": FULL, "b": FULL, "c": FULL}, "f")
     other = {"a": FULL, "b": Rewrite("x", query="Where is Kiel?")}
-    with pytest.raises(
-        DatasetError, match=r"query 'b' is of 'Where is Kiel\?', and .* 'Where is U"
-    ):
+    with pytest.raises(DataError, match=r"query 'b' is of 'Where is Kiel\?', and .* 'Where is U"):
         require_rewrites_of(queries, other, "f")

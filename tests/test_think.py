@@ -14,9 +14,9 @@ import pytest
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
 from laser_jax.encoder import load_pretrained
 from laser_jax.evaluate.beir import Document
+from laser_jax.files.reading import DataError
 from laser_jax.inference.batch_encoder import LatentEncoder
-from laser_jax.search.trec import DatasetError
-from laser_jax.think.run import describe, main
+from laser_jax.think.run import address_of, describe, main
 from laser_jax.think.thought import (
     PROGRAMS,
     Inspector,
@@ -213,7 +213,7 @@ def test_ids_of_a_corpus_that_match_nothing_are_counted_or_refused(tmp_path: Pat
     for judged, excluded in (("Ulm", []), ("ulm", ["kiel "])):
         directory = write_corpus(tmp_path / judged, "q", judged, excluded)
         with pytest.raises(
-            DatasetError, match=f"{judged}: .* documents that the corpus lacks: 1 of 1"
+            DataError, match=f"{judged}: .* documents that the corpus lacks: 1 of 1"
         ):
             load_corpus(directory)
 
@@ -337,11 +337,13 @@ def test_html_writes_a_page_that_stands_alone(thinking_model: Path, tmp_path: Pa
         (["--text", "x", "--html", "/nowhere/x.html"], "the folder of --html"),
         (["--text", "  "], "the query is empty"),
         ([], "text is missing: give the query, or --serve"),
-        (["--serve", "--text", "x"], "text does not go with --serve"),
-        (["--serve", "--html", "x"], "html does not go with --serve"),
-        (["--serve", "--num_thinking_steps", "99"], "at most 32 thinking steps, got 99"),
-        (["--serve", "--port", "70000"], r"port must lie in 0\.\.65535"),
-        (["--serve", "--port", "0", "--corpus", "/nowhere"], "/nowhere"),
+        (["--serve", "0", "--text", "x"], "text does not go with --serve"),
+        (["--serve", "0", "--html", "x"], "html does not go with --serve"),
+        (["--serve", "0", "--num_thinking_steps", "99"], "at most 32 thinking steps, got 99"),
+        (["--serve", "70000"], r"serve wants PORT or HOST:PORT, a port in 0\.\.65535, got '70000'"),
+        (["--serve", "localhost:"], "serve wants PORT or HOST:PORT"),
+        (["--serve", "[::1"], "serve wants PORT or HOST:PORT"),
+        (["--serve", "0", "--corpus", "/nowhere"], "/nowhere"),
     ],
 )
 def test_bad_options_exit_with_the_culprit(
@@ -349,6 +351,12 @@ def test_bad_options_exit_with_the_culprit(
 ) -> None:
     with pytest.raises(SystemExit, match=message):
         main(["--model", str(thinking_model), *arguments])
+
+
+def test_the_address_of_the_server_is_a_port_or_a_host_with_one() -> None:
+    assert address_of("8000") == ("127.0.0.1", 8000)
+    assert address_of("0.0.0.0:0") == ("0.0.0.0", 0)
+    assert address_of("[::1]:80") == ("::1", 80)
 
 
 def test_a_plain_directory_is_refused_by_name(tmp_path: Path) -> None:

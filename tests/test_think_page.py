@@ -404,10 +404,10 @@ def test_serve_prints_its_address_and_ends_on_ctrl_c(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(PageServer, "serve_forever", interrupted)
-    main(["--model", str(thinking_model), "--serve", "--port", "0"])
-    out = capsys.readouterr().out
-    assert "3 documents" in out
-    assert re.search(r"http://127\.0\.0\.1:[1-9][0-9]*/ \(Ctrl-C ends it\)\n\nended", out)
+    main(["--model", str(thinking_model), "--serve", "0"])
+    said = capsys.readouterr().err
+    assert "3 documents" in said
+    assert re.search(r"http://127\.0\.0\.1:[1-9][0-9]*/ \(Ctrl-C ends it\)\n.* ended\n", said)
 
 
 def test_a_port_in_use_is_refused_before_the_model_is_loaded() -> None:
@@ -415,8 +415,8 @@ def test_a_port_in_use_is_refused_before_the_model_is_loaded() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(SystemExit, match=rf"port {port} .*another with --port"):
-            main(["--model", "/nowhere", "--serve", "--port", str(port)])
+        with pytest.raises(SystemExit, match=rf"port {port} .*choose another port"):
+            main(["--model", "/nowhere", "--serve", str(port)])
 
 
 def test_ipv6_is_served_and_its_loopback_answers_local_names_alone(site: Site) -> None:
@@ -438,6 +438,6 @@ def test_ipv6_is_served_and_its_loopback_answers_local_names_alone(site: Site) -
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.1", "..", "a" * 70])
 def test_a_host_that_is_not_this_machine_is_refused_without_blaming_the_port(host: str) -> None:
     with pytest.raises(SystemExit, match=re.escape(f"listen on {host}")) as refused:
-        main(["--model", "/nowhere", "--serve", "--host", host])
-    assert "--host takes an address or a name of this machine" in str(refused.value)
-    assert "--port" not in str(refused.value)
+        main(["--model", "/nowhere", "--serve", f"{host}:0"])
+    assert "the host of --serve is an address or a name of this machine" in str(refused.value)
+    assert "another port" not in str(refused.value)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from laser_jax.files.reading import DataError
 from laser_jax.search.trec import (
-    DatasetError,
     read_excluded,
     read_trec_run,
     trec_order,
@@ -61,7 +61,7 @@ def test_a_run_is_read_from_both_ends(tmp_path: Path) -> None:
 def test_a_faulty_run_is_refused_with_its_line(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "run.trec"
     path.write_text("q Q0 a 1 1.0 t\n" + line + "\n")
-    with pytest.raises(DatasetError, match=re.escape(str(path)) + ":2: " + message):
+    with pytest.raises(DataError, match=re.escape(str(path)) + ":2: " + message):
         read_trec_run(path)
 
 
@@ -89,11 +89,11 @@ def test_what_could_not_be_read_back_is_not_written(
 def test_an_empty_or_damaged_run_is_refused(tmp_path: Path) -> None:
     empty = tmp_path / "run.trec"
     empty.write_text("\n")
-    with pytest.raises(DatasetError, match=r"run\.trec: holds no ranked document"):
+    with pytest.raises(DataError, match=r"run\.trec: holds no ranked document"):
         read_trec_run(empty)
     torn = tmp_path / "run.trec.gz"
     torn.write_bytes(gzip.compress(b"q Q0 d 1 0.5 t\n" * 1)[:-6])
-    with pytest.raises(DatasetError, match=r"run\.trec\.gz:.*cannot be read"):
+    with pytest.raises(DataError, match=r"run\.trec\.gz:.*cannot be read"):
         read_trec_run(torn)
 
 
@@ -107,9 +107,9 @@ def test_excluded_documents_come_from_queries_or_a_table(tmp_path: Path) -> None
     table.write_text("q2\td1\nq2\ta b.txt\n")
     assert read_excluded(table) == {"q2": ("d1", "a b.txt")}
     table.write_text("q2 d1\n")
-    with pytest.raises(DatasetError, match=r"excluded\.tsv:1: wanted query-id and corpus-id"):
+    with pytest.raises(DataError, match=r"excluded\.tsv:1: wanted query-id and corpus-id"):
         read_excluded(table)
-    with pytest.raises(DatasetError, match=r"from a \.jsonl or a \.tsv file"):
+    with pytest.raises(DataError, match=r"from a \.jsonl or a \.tsv file"):
         read_excluded(tmp_path / "excluded.json")
 
 
@@ -128,5 +128,5 @@ def test_a_byte_order_mark_is_no_part_of_an_id(tmp_path: Path) -> None:
 def test_an_excluded_line_too_deep_for_python_is_named(tmp_path: Path) -> None:
     queries = tmp_path / "queries.jsonl"
     queries.write_text('{"_id": ' + "[" * 100_000)
-    with pytest.raises(DatasetError, match=r"queries\.jsonl:1: not valid JSON"):
+    with pytest.raises(DataError, match=r"queries\.jsonl:1: not valid JSON"):
         read_excluded(queries)

@@ -246,7 +246,7 @@ def test_ties_go_by_id_across_shards(tmp_path: Path, queries: Path) -> None:
     ids = [f"d{i}" for i in np.random.default_rng(5).permutation(90)]
     same = np.tile(DOCUMENTS[:1], (90, 1))
     write_directory(tmp_path / "same", ids, same, shards=4)
-    main(options(tmp_path / "same", queries, tmp_path / "run.trec", "--k", "30", "--chunk", "16"))
+    main(options(tmp_path / "same", queries, tmp_path / "run.trec", "--k", "30"))
     # the run is checked as it was written, since reading it would sort by id once more
     lines = (tmp_path / "run.trec").read_text().splitlines()[:30]
     assert [line.split()[2] for line in lines] == sorted(ids, reverse=True)[:30]
@@ -313,10 +313,10 @@ def test_a_query_is_not_given_the_document_of_its_own_id(
     assert set(run["q3"]) == set(ids) - {"q3"}
     assert sum("q3" in ranking for ranking in run.values()) >= 5  # others may have it
     said = "documents with the id of their query, dropped from its ranking (BEIR's rule): 1 of 7"
-    assert said in capsys.readouterr().out
+    assert said in capsys.readouterr().err
     main(options(tmp_path / "same", queries, output, "--ignore_identical_ids", "false"))
     assert set(read_trec_run(output)["q3"]) == set(ids)
-    assert "kept (ignore_identical_ids false): 1 of 7" in capsys.readouterr().out
+    assert "kept (ignore_identical_ids false): 1 of 7" in capsys.readouterr().err
 
 
 def test_exclusions_that_match_nothing_are_said_or_refused(
@@ -325,10 +325,10 @@ def test_exclusions_that_match_nothing_are_said_or_refused(
     excluded = tmp_path / "excluded.tsv"
     excluded.write_text(f"q1\t{DOCUMENT_IDS[3]}\nq1\t{DOCUMENT_IDS[4]} \nother\tx\n")
     main(options(corpus, queries, tmp_path / "run.trec", "--excluded", str(excluded)))
-    out = capsys.readouterr().out
-    assert "queries with exclusions that have no vector: 1 of 2, the first is 'other'" in out
+    said = capsys.readouterr().err
+    assert "queries with exclusions that have no vector: 1 of 2, the first is 'other'" in said
     lacking = f"{DOCUMENT_IDS[4]} "
-    assert f"excluded documents that the corpus lacks: 1 of 2, the first is {lacking!r}" in out
+    assert f"excluded documents that the corpus lacks: 1 of 2, the first is {lacking!r}" in said
     for text, message in (
         (f"other\t{DOCUMENT_IDS[3]}\n", "queries with exclusions.*like 'q0'.*leave the list away"),
         (f"q1\t{DOCUMENT_IDS[3]} \n", r"excluded\.tsv: excluded documents that the corpus lacks"),
@@ -355,6 +355,6 @@ def test_the_program_refuses_what_cannot_be_compared(
         main(options(tmp_path / "empty", tmp_path / "blank", output))
     with pytest.raises(SystemExit, match=r"folder of --output .* does not exist"):
         main(options(corpus, tmp_path / "other", tmp_path / "no" / "run.trec"))
-    with pytest.raises(SystemExit, match="k and chunk must be at least 1"):
+    with pytest.raises(SystemExit, match="k must be at least 1, got 0"):
         main(options(corpus, tmp_path / "other", output, "--k", "0"))
     assert not output.exists()

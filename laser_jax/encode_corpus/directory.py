@@ -2,28 +2,24 @@
 
     plan.json               first of all: what is encoded and how it is cut (see `plan`)
     shard-00000.parquet     the vectors (see `laser_jax.search.vectors`)
-    report.json             tokens and truncated texts of every shard
     manifest.json           last of all: the directory is finished
     .work/                  until then: a record of every finished shard, and what a rerun goes by
 
 Every file takes its name when it is whole. What a shard holds depends on the plan alone, so it
 does not matter who writes it, nor if two do at once. A shard is finished when its record is there
 and its bytes have the record's checksum. A shard also tells of what it was made and that it is
-whole, so that lost records, report and manifest are made again of the shards; a lost plan is not.
+whole, so that lost records and a lost manifest are made again of the shards; a lost plan is not.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from laser_jax.config import as_dict
 from laser_jax.encode_corpus.documents import Corpus
 from laser_jax.encode_corpus.plan import (
     PLAN_FILE,
@@ -31,44 +27,27 @@ from laser_jax.encode_corpus.plan import (
     Settings,
     make_plan,
     plan_text,
-    plan_values,
     read_plan,
     require_same_corpus,
 )
-from laser_jax.files.durable import lock, no_link, parts_of, read_state, write_atomically
+from laser_jax.files.claim import WORK_FOLDER, Claim, sweep
+from laser_jax.files.durable import read_state, write_atomically
 from laser_jax.files.reading import DataError
 from laser_jax.search.vectors import (
     MANIFEST_FILE,
     Manifest,
     Shard,
-    VectorsInfo,
-    is_intact,
     read_manifest,
     recovered_shard,
     shard_name,
+    shard_of,
+    shard_values,
     write_manifest,
 )
-from laser_jax.settings import changes, listed
+from laser_jax.settings import changes
 
-REPORT_FILE = "report.json"
-_WORK, _CORPUS_FILE = ".work", "corpus.json"
-
-
-@dataclass(frozen=True)
-class Record:
-    """A finished shard."""
-
-    count: int
-    sha256: str
-    """Of its file."""
-    tokens: int
-    truncated: int
-    """Texts that were shortened."""
-
-    def __post_init__(self) -> None:
-        """Raises a TypeError on what a damaged file may hold."""
-        if [type(value) for value in vars(self).values()] != [int, str, int, int]:
-            raise TypeError(f"{vars(self)} is no record of a shard")
+_CORPUS_FILE = "corpus.json"
+_log = logging.getLogger(__name__)
 
 
 class CorpusDirectory:
@@ -78,12 +57,10 @@ class CorpusDirectory:
         path: where it is.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-
-    @property
-    def _work(self) -> Path:
-        return self.path / _WORK
+    def __init__(self, output: str | Path):
+        self.path = Path(output)
+        self._output = output
+        self._work = self.path / WORK_FOLDER
 
     @property
     def is_finished(self) -> bool:
@@ -91,105 +68,60 @@ class CorpusDirectory:
 
     # --- the plan ------------------------------------------------------------------------------
 
-    def open_plan(
-        self,
-        corpus: Corpus,
-        settings: Settings,
-        *,
-        skipped: Callable[[], int],
-        advance: Callable[[int], object],
-    ) -> Plan:
+    def open_plan(self, corpus: Corpus, settings: Settings) -> Plan:
         """The plan that is there, once settings and corpus are found to be the same; or a new one.
 
         Of several processes that find none, one makes it and the others wait (where the file system
         has locks; elsewhere each makes the same).
 
         Raises:
-            DataError: the directory belongs to other settings or to another program; the corpus is
-                another, or cannot be used.
+            OutputError: the directory belongs to other settings or to another program.
+            DataError: the corpus is another, or cannot be used.
         """
-        if not self._has_plan:
-            self._require_ours()
-            with self._locked():
-                if not self._has_plan:
-                    self._make_plan(corpus, settings, skipped, advance)
+        with Claim(
+            self._output,
+            PLAN_FILE,
+            lambda plan: changes(plan["settings"], settings, source=PLAN_FILE),
+            alone=True,
+            shared=True,
+        ) as claim:
+            if claim.recorded is None:
+                self._make_plan(claim, corpus, settings)
         plan = read_plan(self.path)
-        if changed := changes(as_dict(plan.settings), settings, source=str(self.path / PLAN_FILE)):
-            raise DataError(
-                f"{self.path} holds vectors that were made in another way:\n  {listed(changed)}\n"
-                "The two cannot be mixed. Choose another --output, or delete that directory"
-            )
         if self.is_finished:
             self._open_again_if_damaged(plan)
         if not self.is_finished:
             self._work.mkdir(exist_ok=True)
         # Reading all of a corpus is only worth its time where the files look changed.
-        stamp = _stamp(corpus)
-        seen = self._work / _CORPUS_FILE
+        stamp, seen = _stamp(corpus), self._work / _CORPUS_FILE
         if read_state(seen, list) != stamp:
-            require_same_corpus(corpus, plan, advance)
-            with contextlib.suppress(FileNotFoundError):  # a finished directory has no such folder
+            require_same_corpus(corpus, plan)
+            with suppress(FileNotFoundError):  # a finished directory has no such folder
                 write_atomically(seen, json.dumps(stamp))
         return plan
 
-    @property
-    def _has_plan(self) -> bool:
-        return plan_values(self.path) is not None
-
-    def _require_ours(self) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise DataError(f"{self.path} is no directory")
-        own = {self._work, self.path / PLAN_FILE, *parts_of(self.path)}
-        others = sorted(set(self.path.iterdir()) - own) if self.path.exists() else []
-        if others:
-            raise DataError(
-                f"{self.path} holds {others[0].name!r} and no whole {PLAN_FILE}: it is no "
-                "directory of this program, or its plan is lost. Choose another --output, or bring "
-                "the plan back from a copy"
-            )
-
-    def _make_plan(
-        self,
-        corpus: Corpus,
-        settings: Settings,
-        skipped: Callable[[], int],
-        advance: Callable[[int], object],
-    ) -> None:
-        self._work.mkdir(parents=True, exist_ok=True)  # another may have failed and removed it
+    def _make_plan(self, claim: Claim, corpus: Corpus, settings: Settings) -> None:
+        self._work.mkdir(exist_ok=True)
         stamp = _stamp(corpus)
-        plan = make_plan(corpus, settings, skipped=skipped, folder=self._work, advance=advance)
+        plan = make_plan(corpus, settings, self._work)
         if _stamp(corpus) != stamp:
             raise DataError(f"{corpus.files[0]}: the corpus was changed while it was read")
         write_atomically(self._work / _CORPUS_FILE, json.dumps(stamp))
-        write_atomically(self.path / PLAN_FILE, plan_text(plan))
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Makes the folder for work, and waits for its turn there. The lock only saves work, and
-        nothing breaks where there is none. If no plan comes out of it, nothing stays."""
-        made = [path for path in (self.path, *self.path.parents) if not path.exists()]
-        self._work.mkdir(parents=True, exist_ok=True)
-        with open(self._work / "lock", "w", opener=no_link) as file:
-            with contextlib.suppress(OSError):
-                lock(file, wait=True)
-            try:
-                yield
-            except BaseException:
-                if not (self.path / PLAN_FILE).is_file():
-                    shutil.rmtree(self._work, ignore_errors=True)
-                    for path in made:
-                        with contextlib.suppress(OSError):  # somebody else has a file there
-                            path.rmdir()
-                raise
+        claim.record(plan_text(plan))
 
     # --- shards --------------------------------------------------------------------------------
 
-    def finished_shards(self, numbers: Iterable[int]) -> dict[int, Record]:
+    def finished_shards(self, numbers: Iterable[int]) -> dict[int, Shard]:
         """Those of `numbers` that are recorded as finished. The files are not looked at."""
         if self.is_finished:
-            records = self._final_records()
-            return {n: records[n] for n in numbers}
-        return {n: record for n in numbers if (record := self._record(n)) is not None}
+            shards = read_manifest(self.path).shards
+            return {n: shards[n] for n in numbers}
+        found = {n: self._recorded(n) for n in numbers}
+        return {n: shard for n, shard in found.items() if shard is not None}
+
+    def _recorded(self, number: int) -> Shard | None:
+        path = self._record_file(number)
+        return read_state(path, lambda values: shard_of(values, str(path)))
 
     def recover(self, number: int, plan: Plan) -> bool:
         """Records a shard that is finished and has lost its record, by what it tells itself.
@@ -198,103 +130,70 @@ class CorpusDirectory:
         if found is None:
             return False
         shard, told = found
-        try:
-            record = Record(shard.count, shard.sha256, told["tokens"], told["truncated"])
-        except (KeyError, TypeError):  # not a shard of this program
-            return False
-        origin = plan.origin(number, record.tokens, record.truncated)
+        origin = plan.origin(number, shard.tokens, shard.truncated)
         if any(told.get(key) != value for key, value in origin.items()):
             return False
-        self.finish_shard(number, record)
+        self.finish_shard(number, shard)
         return True
 
-    def is_intact(self, number: int, record: Record) -> bool:
-        """Reads the shard's file and compares its checksum."""
-        return is_intact(self.path, _entry(number, record))
-
-    def finish_shard(self, number: int, record: Record) -> None:
+    def finish_shard(self, number: int, shard: Shard) -> None:
         """Records that a shard's file was written."""
         if not self.is_finished:
             try:
-                write_atomically(self._record_path(number), json.dumps(vars(record)))
+                write_atomically(self._record_file(number), json.dumps(shard_values(shard)))
                 return
             except FileNotFoundError:
                 if not self.is_finished:  # by another process just now, which removed the folder
                     raise
         # A damaged shard was made again. On another kind of device its last digits may differ.
-        records = self._final_records()
-        if records[number] != record:
-            records[number] = record
-            self._write_end(read_manifest(self.path).info, records)
+        manifest = read_manifest(self.path)
+        shards = (*manifest.shards[:number], shard, *manifest.shards[number + 1 :])
+        if shards != manifest.shards:
+            write_manifest(self.path, Manifest(manifest.info, shards))
 
-    def _record_path(self, number: int) -> Path:
+    def _record_file(self, number: int) -> Path:
         return self._work / f"{shard_name(number)}.json"
-
-    def _record(self, number: int) -> Record | None:
-        return read_state(self._record_path(number), lambda values: Record(**values))
 
     # --- the end -------------------------------------------------------------------------------
 
     def finish(self, plan: Plan) -> bool:
-        """Writes report and manifest if all shards are there, whoever made them. Several processes
-        may do so at once: they write the same. Returns whether the directory is finished."""
+        """Writes the manifest if all shards are there, whoever made them. Several processes may do
+        so at once: they write the same. Returns whether the directory is finished."""
         if not self.is_finished:
-            records = self.finished_shards(range(len(plan.shards)))
-            if len(records) < len(plan.shards) and not self.is_finished:
+            shards = self.finished_shards(range(len(plan.shards)))
+            if len(shards) == len(plan.shards):
+                try:
+                    write_manifest(self.path, Manifest(plan.settings.info, tuple(shards.values())))
+                except FileNotFoundError:  # another was quicker, and took our part for a dead one's
+                    if not self.is_finished:
+                        raise
+            elif not self.is_finished:  # else another was quicker, and took the records
                 return False
-            try:
-                if not self.is_finished:  # else another process was quicker, and took the records
-                    self._write_end(plan.settings.info, list(records.values()))
-            except FileNotFoundError:  # it was quicker just now, and took our part for a dead one's
-                if not self.is_finished:
-                    raise
-        shutil.rmtree(self._work, ignore_errors=True)
-        for part in parts_of(self.path):  # of processes that were killed
-            part.unlink(missing_ok=True)
+        sweep(self.path)
         return True
 
-    def _write_end(self, info: VectorsInfo, records: list[Record]) -> None:
-        report = {
-            "tokens": sum(r.tokens for r in records),
-            "truncated": sum(r.truncated for r in records),
-            "shard": ["tokens", "truncated"],
-            "shards": [[r.tokens, r.truncated] for r in records],
-        }
-        write_atomically(self.path / REPORT_FILE, json.dumps(report) + "\n")
-        entries = tuple(_entry(number, record) for number, record in enumerate(records))
-        write_manifest(self.path, Manifest(info, entries))
-
-    def _final_records(self) -> list[Record]:
-        shards = read_manifest(self.path).shards
-        counts = read_state(self.path / REPORT_FILE, lambda report: list(report["shards"]))
-        try:
-            return [
-                Record(shard.count, shard.sha256, *numbers)
-                for shard, numbers in zip(shards, counts or (), strict=True)
-            ]
-        except (TypeError, ValueError) as error:
-            raise DataError(
-                f"{self.path / REPORT_FILE} is absent or damaged; the command that wrote it makes "
-                "it again"
-            ) from error
-
     def _open_again_if_damaged(self, plan: Plan) -> None:
-        """Takes the manifest off where manifest or report are damaged, so that both are made again
-        of the shards."""
+        """Takes a damaged manifest off, so that it is made again of the shards; and one of an older
+        version, which did not count tokens."""
         try:
-            counts = [record.count for record in self._final_records()]
-            info = read_manifest(self.path).info
-            if (info, counts) == (plan.settings.info, [shard.count for shard in plan.shards]):
-                return
-            fault = f"{self.path / MANIFEST_FILE} does not have the shards of {PLAN_FILE}"
+            fault = fault_of_manifest(self.path, plan)
+            if any(shard.tokens is None for shard in read_manifest(self.path).shards):
+                fault = f"{self.path / MANIFEST_FILE} does not count tokens"
         except DataError as error:
             fault = str(error)
-        print(f"{fault}\nManifest and report are made again of the shards", file=sys.stderr)
-        (self.path / MANIFEST_FILE).unlink(missing_ok=True)
+        if fault is not None:
+            _log.warning("%s\nIt is made again of the shards", fault)
+            (self.path / MANIFEST_FILE).unlink(missing_ok=True)
 
 
-def _entry(number: int, record: Record) -> Shard:
-    return Shard(shard_name(number), record.count, record.sha256)
+def fault_of_manifest(directory: Path, plan: Plan) -> str | None:
+    """What is wrong with a manifest that does not have the shards of the plan; None where it has.
+    Raises as `read_manifest`."""
+    manifest = read_manifest(directory)
+    planned = plan.settings.info, [shard.count for shard in plan.shards]
+    if planned == (manifest.info, [shard.count for shard in manifest.shards]):
+        return None
+    return f"{directory / MANIFEST_FILE} does not have the shards of {PLAN_FILE}"
 
 
 def _stamp(corpus: Corpus) -> list[list[Any]]:

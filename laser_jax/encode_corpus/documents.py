@@ -62,6 +62,7 @@ class Corpus:
 
     Attributes:
         files: what is read.
+        bad_lines: how many bad lines or rows were left out until now.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Corpus:
             FileNotFoundError, DataError: there is nothing to be read.
         """
         self.files = _files(Path(path), texts)
+        self.bad_lines = 0
         self._skipped = skipped
         self._parse: Callable[[dict[str, Any], str], Document | EvalQuery] = parse_query
         self._columns, self._needed = {"_id", "text", "instruction"}, ["_id", "text"]
@@ -154,6 +156,7 @@ class Corpus:
         except DataError as error:
             if self._skipped is None:
                 raise
+            self.bad_lines += 1
             self._skipped(str(error))
             return None
 
@@ -207,7 +210,7 @@ def _records(
             if missing := [name for name in needed if name not in names]:
                 raise DataError(
                     f"{path}: no column {missing[0]!r}; the columns are {sorted(names)}. "
-                    "--fields.id, --fields.text and --fields.title name others"
+                    "--fields '[ID, TEXT, TITLE]' names others"
                 )
             group, left = 0, start
             while group < file.num_row_groups:

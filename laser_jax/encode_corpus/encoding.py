@@ -7,17 +7,17 @@ import json
 import re
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import jax
 import numpy as np
 
-from laser_jax.config import ConfigError, RetrieverConfig, as_dict
+from laser_jax.config import RetrieverConfig, as_dict
 from laser_jax.data.pipeline import tokenization_settings
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
-from laser_jax.encode_corpus.directory import CorpusDirectory, Record
+from laser_jax.encode_corpus.directory import CorpusDirectory
 from laser_jax.encode_corpus.documents import Corpus, Fields, Located
 from laser_jax.encode_corpus.plan import (
     PLAN_FILE,
@@ -34,13 +34,13 @@ from laser_jax.inference.batch_encoder import NotFiniteError
 from laser_jax.inference.options import EncoderOptions, LimitKey, require_positions
 from laser_jax.inference.retriever import EncodingStats, LatentRetriever, require_matching
 from laser_jax.search.codes import encode_vectors
-from laser_jax.search.vectors import Role, VectorsInfo, shard_name, write_shard
-from laser_jax.settings import changes, listed
+from laser_jax.search.vectors import Role, Shard, VectorsInfo, shard_name, write_shard
+from laser_jax.settings import changes, listed, require, require_in
 
 
 @dataclass(frozen=True)
 class RayConfig:
-    """The workers of `--engine ray`. Each holds the model and encodes a shard at a time."""
+    """Workers of a Ray cluster. Each holds the model and encodes a shard at a time."""
 
     workers: int = 1
     cpus: int = 1
@@ -49,15 +49,10 @@ class RayConfig:
     """GPUs of a worker; it sees no other. 0 computes on the CPU."""
     address: str | None = None
     """A running cluster: `auto` or host:port. None starts one on this machine for the while."""
-    restarts: int = 10
-    """How often a worker that died is started again before the run gives up."""
 
     def __post_init__(self) -> None:
-        if self.workers < 1 or self.cpus < 1 or self.gpus < 0 or self.restarts < 0:
-            raise ConfigError(
-                "ray.workers and ray.cpus must be at least 1, ray.gpus and ray.restarts at least "
-                f"0, got {self.workers}, {self.cpus}, {self.gpus} and {self.restarts}"
-            )
+        require_in("[1, inf)", self, "ray.", "workers", "cpus")
+        require_in("[0, inf)", self, "ray.", "gpus")
 
 
 @dataclass(frozen=True)
@@ -72,46 +67,49 @@ class CorpusConfig(EncoderOptions):
     output: str
     """A directory, empty or of the same corpus, model and settings."""
     shard: str | None = None
-    """`i/n`: encodes every n-th shard from the i-th on, counted from 0, for array jobs. Whoever
-    comes last finishes the directory."""
-    plan_only: bool = False
-    """Reads the corpus, cuts it into shards and stops."""
+    """`i/n`, for array jobs, encodes every n-th shard from the i-th on, counted from 0; whoever
+    comes last finishes the directory. `none` encodes nothing: the corpus is read and cut."""
     store_dtype: Literal["float32", "float16", "int8"] = "float32"
     """What the vectors are stored as."""
     texts: Role = "documents"
     """`queries` encodes a queries.jsonl, for `laser_jax.search`."""
     instruction: str | None = None
     """The task, for all queries. None: each query's own field `instruction`."""
-    fields: Fields = field(default_factory=Fields)
-    """The fields of a document, or columns."""
+    fields: tuple[str, str, str] = ("_id", "text", "title")
+    """Fields, or columns, of a document: for its id, text, and title, which may be absent."""
     skip_bad_lines: bool = False
     """Leaves out, shows and counts lines that are no documents. Otherwise the first is an error."""
     shard_documents: int = 32_768
     """Documents a shard."""
-    engine: Literal["local", "ray"] = "local"
-    """`ray` spreads the shards over a Ray cluster."""
-    ray: RayConfig = field(default_factory=RayConfig)
+    ray: RayConfig | None = None
+    """Any of these settings spreads the shards over workers of a Ray cluster."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.shard_documents < 1:
-            raise ConfigError(f"shard_documents must be at least 1, got {self.shard_documents}")
-        if self.texts == "documents" and self.instruction is not None:
-            raise ConfigError("an instruction goes with queries: --texts queries")
-        if self.texts == "queries" and self.fields != Fields():
-            raise ConfigError("fields name those of documents; queries have _id and text")
-        part_of(self.shard)
-        if self.shard is not None and (self.engine == "ray" or self.plan_only):
-            raise ConfigError("shard i/n goes with neither --engine ray nor --plan_only true")
+        require_in("[1, inf)", self, "", "shard_documents")
+        of_queries = self.texts == "queries"
+        require(
+            of_queries or self.instruction is None,
+            "an instruction goes with queries: --texts queries",
+        )
+        require(
+            not of_queries or self.fields == CorpusConfig.fields,
+            "fields name those of documents; queries have _id and text",
+        )
+        self.part_of(1)
 
-
-def part_of(shard: str | None) -> tuple[int, int]:
-    """(i, n) of "i/n"; (0, 1) of None. Raises a ConfigError on anything else."""
-    found = re.fullmatch(r"(\d+)/(\d+)", shard if shard is not None else "0/1")
-    i, n = (int(number) for number in found.groups()) if found else (0, 0)
-    if i >= n:
-        raise ConfigError(f"shard must be i/n with 0 <= i < n, such as 0/8, got {shard!r}")
-    return i, n
+    def part_of(self, shards: int) -> range:
+        """The numbers of those of so many shards that are this process's. Raises a ConfigError on a
+        `shard` that is neither i/n nor none."""
+        if self.shard == "none":
+            return range(0)
+        found = re.fullmatch(r"(\d+)/(\d+)", "0/1" if self.shard is None else self.shard)
+        i, n = (int(number) for number in found.groups()) if found else (0, 0)
+        require(
+            i < n,
+            f"shard must be none, or i/n with 0 <= i < n, such as 0/8, got {self.shard!r}",
+        )
+        return range(i, shards, n)
 
 
 # --- what a run depends on ---------------------------------------------------------------------
@@ -135,8 +133,16 @@ def settings_of(config: CorpusConfig) -> Settings:
     require_positions(model, limit, model.num_thinking_steps)
     prompts.require_room([config.instruction or ""], explicit=False)
     info = _vectors_info(config, model, prompts, weights_hash(directory, config.adapter))
-    names = [name for name in Settings.__dataclass_fields__ if name != "info"]
-    return Settings(info, **{name: getattr(config, name) for name in names})
+    return Settings(
+        info,
+        instruction=config.instruction,
+        fields=Fields(*config.fields),
+        skip_bad_lines=config.skip_bad_lines,
+        shard_documents=config.shard_documents,
+        batch_size=config.batch_size,
+        batch_tokens=config.batch_tokens,
+        length_multiple=config.length_multiple,
+    )
 
 
 def weights_hash(directory: str | Path, adapter: str | Path | None) -> str:
@@ -174,7 +180,7 @@ def open_corpus(config: CorpusConfig, on_bad_line: Callable[[str], object]) -> C
     return Corpus(
         config.input,
         texts=config.texts,
-        fields=config.fields,
+        fields=Fields(*config.fields),
         skipped=on_bad_line if config.skip_bad_lines else None,
     )
 
@@ -220,7 +226,7 @@ class ShardEncoder:
     def __exit__(self, *exception: object) -> None:
         self._corpus.close()
 
-    def encode(self, number: int, watch: Callable[[EncodingStats], object] | None = None) -> Record:
+    def encode(self, number: int, watch: Callable[[EncodingStats], object] | None = None) -> Shard:
         """Writes a shard, whole or not at all, and records it.
 
         Args:
@@ -249,9 +255,8 @@ class ShardEncoder:
             if directory.is_finished:  # by others, who took our part for one of a killed process
                 return directory.finished_shards([number])[number]
             raise
-        record = Record(shard.count, shard.sha256, stats.tokens, stats.truncated)
-        directory.finish_shard(number, record)
-        return record
+        directory.finish_shard(number, shard)
+        return shard
 
     def _vectors(self, documents: list[Located], stats: EncodingStats) -> np.ndarray:
         texts = [located.item.text for located in documents]

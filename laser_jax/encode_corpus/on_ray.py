@@ -7,19 +7,23 @@ process or machine dies, Ray starts it again and gives it the shard once more.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
-from laser_jax.encode_corpus.directory import CorpusDirectory, Record
+from laser_jax.encode_corpus.directory import CorpusDirectory
 from laser_jax.encode_corpus.encoding import CorpusConfig, RayConfig, ShardEncoder
-from laser_jax.encode_corpus.plan import Plan, read_plan
+from laser_jax.encode_corpus.plan import read_plan
+from laser_jax.search.vectors import Shard
 
 _OBJECT_STORE_BYTES = 100 * 2**20
 """Nothing lies in it but numbers; Ray would take 30 % of the memory."""
+_RESTARTS = 10
+"""How often a worker that died is started again before the run gives up."""
+_log = logging.getLogger(__name__)
 
 
 class RayError(ValueError):
@@ -29,33 +33,41 @@ class RayError(ValueError):
 class Worker:
     """An actor."""
 
-    def __init__(self, config: CorpusConfig):
+    def __init__(self, config: CorpusConfig, folder: str = ".", index: int = 0):
+        """
+        Args:
+            folder: where the paths of `config` begin; it need not be there if they are absolute.
+            index: counts the workers of a run.
+        """
+        with suppress(OSError):
+            os.chdir(folder)
         directory = CorpusDirectory(config.output)
         if not directory.path.is_dir():
             raise RayError(
                 f"{directory.path} is not there on {socket.gethostname()}: --output must be on "
                 "storage that all nodes share"
             )
+        self._index = index
         self._encoder = ShardEncoder(config, read_plan(directory.path), directory)
 
-    def encode(self, number: int) -> tuple[str, Record]:
-        """Encodes a shard. Returns who did it, and its record."""
-        record = self._encoder.encode(number)
-        who = f"process {os.getpid()} on {socket.gethostname()}: {self._encoder.device}"
-        return who, record
+    def encode(self, number: int) -> tuple[int, str, Shard]:
+        """Encodes a shard. Returns which worker did it and in which process, and the
+        shard's entry of the manifest."""
+        shard = self._encoder.encode(number)
+        process = f"process {os.getpid()} on {socket.gethostname()}: {self._encoder.device}"
+        return self._index, process, shard
 
 
 def encode_on_ray(
     config: CorpusConfig,
-    plan: Plan,
-    directory: CorpusDirectory,
+    wanted: RayConfig,
     missing: Sequence[int],
-    done: Callable[[int, Record], object],
+    done: Callable[[Shard], object],
 ) -> None:
     """Encodes the shards `missing`, and calls `done` for each as it is finished.
 
     Raises:
-        RayError: too few resources, or a worker that died more often than `restarts`.
+        RayError: too few resources, or a worker that died more often than `_RESTARTS`.
         ValueError, OSError: what a worker raised over a shard.
         ImportError: Ray is not installed.
     """
@@ -63,10 +75,10 @@ def encode_on_ray(
         import ray
         from ray.exceptions import RayActorError, RayTaskError
     except ImportError as error:
-        raise ImportError("--engine ray needs Ray: pip install laser-jax[ray]") from error
-    _start(ray, config.ray)
+        raise ImportError("--ray.workers needs Ray: pip install laser-jax[ray]") from error
+    _start(ray, wanted)
     try:
-        _spread(ray, _absolute(config, directory), missing, done)
+        _spread(ray, config, wanted, missing, done)
     except RayTaskError as error:
         if isinstance(error.cause, ValueError | OSError | ImportError):
             raise error.cause from error
@@ -96,22 +108,7 @@ def _start(ray: Any, wanted: RayConfig) -> None:
             message = f"{wanted.workers} workers want {all_want} {kind}s, and Ray has {there:g}"
             if wanted.address is None or there < each:
                 raise RayError(message)
-            print(f"{message}: some workers wait for more", flush=True)
-
-
-def _absolute(config: CorpusConfig, directory: CorpusDirectory) -> CorpusConfig:
-    """For workers, which run in another folder."""
-
-    def absolute(path: str) -> str:
-        return str(Path(path).absolute()) if Path(path).exists() else path  # a hub id stays
-
-    return replace(
-        config,
-        model=absolute(config.model),
-        input=absolute(config.input),
-        output=str(directory.path),
-        adapter=config.adapter and absolute(config.adapter),
-    )
+            _log.warning("%s: some workers wait for more", message)
 
 
 def _environment(wanted: RayConfig) -> dict[str, str]:
@@ -127,36 +124,30 @@ def _environment(wanted: RayConfig) -> dict[str, str]:
 def _spread(
     ray: Any,
     config: CorpusConfig,
+    wanted: RayConfig,
     missing: Sequence[int],
-    done: Callable[[int, Record], object],
+    done: Callable[[Shard], object],
 ) -> None:
-    wanted = config.ray
+    from ray.util import ActorPool
+
     actor = ray.remote(Worker).options(
         num_cpus=wanted.cpus,
         num_gpus=wanted.gpus,
-        max_restarts=wanted.restarts,
-        max_task_retries=wanted.restarts,
+        max_restarts=_RESTARTS,
+        max_task_retries=_RESTARTS,
         runtime_env={"env_vars": _environment(wanted)},
     )
-    left = list(reversed(missing))
-    running: dict[Any, tuple[Any, int]] = {}
-
-    def give(worker: Any) -> None:
-        number = left.pop()
-        running[worker.encode.remote(number)] = worker, number
-
-    for _ in range(min(wanted.workers, len(missing))):
-        give(actor.remote(config))
-    names: dict[Any, str] = {}
-    while running:
-        (result,), _ = ray.wait(list(running), num_returns=1)
-        worker, number = running.pop(result)
-        who, record = ray.get(result)
-        if left:
-            give(worker)
-        if names.get(worker, who) != who:
-            print(f"a worker died and was started again: {names[worker]}", flush=True)
-        if names.get(worker) != who:
-            print(f"worker: {who}", flush=True)
-            names[worker] = who
-        done(number, record)
+    count = min(wanted.workers, len(missing))
+    workers = ActorPool([actor.remote(config, os.getcwd(), index) for index in range(count)])
+    encoded = workers.map_unordered(
+        lambda worker, number: worker.encode.remote(number), list(missing)
+    )
+    processes: dict[int, str] = {}
+    for worker, process, shard in encoded:
+        before = processes.get(worker, process)
+        if before != process:
+            _log.warning("a worker died and was started again: %s", before)
+        if worker not in processes or before != process:
+            _log.info("worker: %s", process)
+        processes[worker] = process
+        done(shard)

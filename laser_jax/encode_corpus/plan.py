@@ -9,14 +9,16 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from laser_jax.config import as_dict, from_dict
 from laser_jax.encode_corpus.documents import Corpus, Fields, Located, Place
-from laser_jax.evaluate.beir import Document, EvalQuery
+from laser_jax.evaluate.beir import EvalQuery
 from laser_jax.files.durable import read_state
 from laser_jax.files.reading import DataError
 from laser_jax.search.repeated_ids import RepeatedIds, id_hash
@@ -71,29 +73,25 @@ class Plan:
     def count(self) -> int:
         return sum(shard.count for shard in self.shards)
 
-    def origin(self, number: int, tokens: int, truncated: int) -> dict[str, Any]:
+    def origin(self, number: int, tokens: int | None, truncated: int | None) -> dict[str, Any]:
         """What shard `number` tells about itself: a hash of all that decides on its vectors, and
-        the counts of its record."""
+        how many tokens and shortened texts it has."""
         made_of = [as_dict(self.settings), self.shards[number].sha256]
         digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
         return {"made_of": digest, "tokens": tokens, "truncated": truncated}
 
 
-class Contents:
-    """The sha256 of documents, in their order."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.sha256()
-
-    def add(self, item: Document | EvalQuery) -> None:
+def contents_hash(documents: Sequence[Located]) -> str:
+    """The sha256 of documents, or queries, in their order."""
+    digest = hashlib.sha256()
+    for located in documents:
+        item = located.item
         instruction = item.instruction if isinstance(item, EvalQuery) else None
         for part in (item.id, item.text, instruction):
             content = b"" if part is None else part.encode()
-            self._digest.update(b"%d " % (-1 if part is None else len(content)))
-            self._digest.update(content)
-
-    def hexdigest(self) -> str:
-        return self._digest.hexdigest()
+            digest.update(b"%d " % (-1 if part is None else len(content)))
+            digest.update(content)
+    return digest.hexdigest()
 
 
 def query_instruction(located: Located, given: str | None) -> str:
@@ -112,57 +110,43 @@ def query_instruction(located: Located, given: str | None) -> str:
     return instruction
 
 
-def make_plan(
-    corpus: Corpus,
-    settings: Settings,
-    *,
-    skipped: Callable[[], int],
-    folder: Path,
-    advance: Callable[[int], object],
-) -> Plan:
-    """Cuts a corpus into shards. Reads all of it once, a document at a time.
+def make_plan(corpus: Corpus, settings: Settings, folder: Path) -> Plan:
+    """Cuts a corpus into shards. Reads all of it once, a shard at a time.
 
     Args:
-        skipped: how many bad lines the corpus has passed over.
         folder: for a temporary file, 8 bytes a document.
-        advance: called with the number of documents of each shard.
 
     Raises:
         DataError: no document; an id that stands twice, with both places; a bad line; a query
             without an instruction.
     """
+    shards = []
     with RepeatedIds(folder) as repeated:
-
-        def see(located: Located) -> None:
-            if settings.texts == "queries":
-                query_instruction(located, settings.instruction)
-            repeated.add(located.item.id)
-
-        shards = []
-        for shard in _shards(corpus, settings.shard_documents, see):
+        for shard, documents in _shards(corpus, settings.shard_documents):
             shards.append(shard)
-            advance(shard.count)
+            for located in documents:
+                if settings.texts == "queries":
+                    query_instruction(located, settings.instruction)
+                repeated.add(located.item.id)
         suspects = repeated.hashes()
     if not shards:
         raise DataError(f"{corpus.files[0]}: holds no {settings.texts}")
-    number_skipped = skipped()  # before the second reading passes over them again
+    skipped = corpus.bad_lines  # before the second reading passes over them again
     if suspects:
         _refuse_repeated(corpus, suspects)
-    return Plan(settings, tuple(p.name for p in corpus.files), number_skipped, tuple(shards))
+    return Plan(settings, tuple(path.name for path in corpus.files), skipped, tuple(shards))
 
 
-def _shards(corpus: Corpus, size: int, see: Callable[[Located], object]) -> Iterator[PlannedShard]:
-    """Reads a corpus and cuts it into shards of `size` documents, each of which `see` is given."""
-    begin, contents, count = Place(), Contents(), 0
-    for located in corpus.read():
-        see(located)
-        contents.add(located.item)
-        count += 1
-        if count == size:
-            yield PlannedShard(begin, count, contents.hexdigest())
-            begin, contents, count = located.end, Contents(), 0
-    if count:
-        yield PlannedShard(begin, count, contents.hexdigest())
+def _shards(corpus: Corpus, size: int) -> Iterator[tuple[PlannedShard, list[Located]]]:
+    """Reads a corpus and cuts it into shards of `size` documents. Those of one are in memory: the
+    list that was given is emptied when the next one is asked for."""
+    begin, documents = Place(), corpus.read()
+    with tqdm(desc="read", unit="doc", disable=None, leave=False) as progress:
+        while shard := list(itertools.islice(documents, size)):
+            yield PlannedShard(begin, len(shard), contents_hash(shard)), shard
+            begin = shard[-1].end
+            progress.update(len(shard))
+            shard.clear()
 
 
 def _refuse_repeated(corpus: Corpus, suspects: set[int]) -> None:
@@ -185,28 +169,23 @@ def read_planned(corpus: Corpus, shard: PlannedShard, name: str) -> list[Located
     Raises:
         DataError: they are not those that the plan was made of.
     """
-    contents = Contents()
     documents = list(itertools.islice(corpus.read(shard.begin), shard.count))
-    for located in documents:
-        contents.add(located.item)
-    if len(documents) != shard.count or contents.hexdigest() != shard.sha256:
+    if len(documents) != shard.count or contents_hash(documents) != shard.sha256:
         raise _changed(corpus, name)
     return documents
 
 
-def require_same_corpus(corpus: Corpus, plan: Plan, advance: Callable[[int], object]) -> None:
+def require_same_corpus(corpus: Corpus, plan: Plan) -> None:
     """Reads the whole corpus and compares it with the plan.
 
     Raises:
         DataError: another document stands somewhere, or one more or less; names the shard.
     """
-    found = _shards(corpus, plan.settings.shard_documents, lambda located: None)
+    found = (shard for shard, _ in _shards(corpus, plan.settings.shard_documents))
     for number, (shard, planned) in enumerate(itertools.zip_longest(found, plan.shards)):
-        if planned is None:
-            raise _changed(corpus, "what follows the last shard")
         if shard != planned:
-            raise _changed(corpus, f"shard {number}")
-        advance(planned.count)
+            rest = "what follows the last shard"
+            raise _changed(corpus, rest if planned is None else f"shard {number}")
 
 
 def _changed(corpus: Corpus, what: str) -> DataError:
@@ -238,11 +217,6 @@ def plan_text(plan: Plan) -> str:
     return f'{head},\n "shards": [\n  {shards}\n ]\n}}\n'
 
 
-def plan_values(directory: Path) -> dict[str, Any] | None:
-    """What `plan.json` holds; None where it is absent or damaged."""
-    return read_state(directory / PLAN_FILE, lambda values: {**values, "format": values["format"]})
-
-
 def read_plan(directory: Path) -> Plan:
     """Reads `plan.json`.
 
@@ -254,10 +228,10 @@ def read_plan(directory: Path) -> Plan:
         "nobody knows of which corpus its shards are. Bring the plan back from a copy, choose "
         "another --output, or delete that directory"
     )
-    values = plan_values(directory)
+    values = read_state(path, dict)
     if values is None:
         raise DataError(f"{directory} has no whole {PLAN_FILE}: {way_out}")
-    found = values["format"], values.get("version")
+    found = values.get("format"), values.get("version")
     if found != (_FORMAT, _VERSION):
         raise DataError(f"{path}: wanted {(_FORMAT, _VERSION)}, got {found}")
     try:

@@ -82,9 +82,10 @@ def _remove_abandoned(path: Path) -> None:
 
 
 @contextmanager
-def folder_written_whole(directory: Path) -> Iterator[Path]:
-    """Gives a temporary folder in `directory`, whose files move there in the order of their names
-    when the block ends, and vanish if it fails. The first one moves when all are on the disk.
+def folder_written_whole(directory: Path, last: str | None = None) -> Iterator[Path]:
+    """Gives a temporary folder in `directory`, whose files, those of inner folders too, move there
+    in the order of their names when the block ends, and vanish if it fails. The first one moves
+    when all are on the disk, and one of the name `last`, which says that all is there, at the end.
 
     What earlier calls have left there that were killed is removed, so of two processes that write
     into one directory at once the first may fail, with a FileNotFoundError.
@@ -95,12 +96,16 @@ def folder_written_whole(directory: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=directory, prefix=".partial-") as name:
         folder = Path(name)
         yield folder
-        files = sorted(folder.iterdir())
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        files.sort(key=lambda file: file.name == last)
         for file in files:
             flush(file)
         for file in files:
-            file.replace(directory / file.name)
-        flush(directory)
+            target = directory / file.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(target)
+        for parent in {directory, *(directory / f.relative_to(folder).parent for f in files)}:
+            flush(parent)
 
 
 def parts_of(folder: Path) -> list[Path]:

@@ -7,6 +7,8 @@ import re
 import sys
 from typing import NoReturn
 
+from tqdm import tqdm
+
 # Control characters but tab and line feed, and those that turn the direction of writing.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
@@ -21,10 +23,11 @@ def printable(text: object) -> str:
 
 
 class _OnStderr(logging.Handler):
-    """Writes to what `sys.stderr` is at the time, with control characters of data made visible."""
+    """Writes to what `sys.stderr` is at the time, above the bars that are shown there, with control
+    characters of data made visible."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(printable(self.format(record)), file=sys.stderr, flush=True)
+        tqdm.write(printable(self.format(record)), file=sys.stderr)
 
 
 def configure_logging(process_index: int = 0) -> None:

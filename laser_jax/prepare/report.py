@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from laser_jax.config import PromptConfig
-from laser_jax.data.pipeline import same_passage, settled_reasoning
+from laser_jax.data.pipeline import settled_reasoning
 from laser_jax.data.reasoning_retrieval import example_of
-from laser_jax.data.schema import TrainingRow, longest_instructions
+from laser_jax.data.schema import TrainingRow, same_text
 from laser_jax.data.tokenization import PromptTokenizer
-from laser_jax.files.reading import read_json
 
 _SHOWN = 10
 """Rejected rows that the report names."""
@@ -34,21 +31,17 @@ class Tally:
     bytes: int = 0
     rejected: list[tuple[str, str]] = field(default_factory=list)
     """Where, and why."""
-    lengths: dict[str, dict[int, int]] = field(default_factory=dict)
-    truncated: dict[str, int] = field(default_factory=dict)
+    lengths: dict[str, Counter[int]] = field(default_factory=dict)
+    truncated: Counter[str] = field(default_factory=Counter)
     query_hashes: list[int] = field(default_factory=list)
     row_hashes: list[int] = field(default_factory=list)
     positives_among_own_negatives: int = 0
-    row_without_negatives: int | None = None
-    """Index among the written."""
-    instructions: tuple[str, ...] = ()
     sha256: str = ""
     """Of the shard's file."""
 
     def count(self, what: str, length: int, truncated: bool = False) -> None:
-        lengths = self.lengths.setdefault(what, {})
-        lengths[length] = lengths.get(length, 0) + 1
-        self.truncated[what] = self.truncated.get(what, 0) + truncated
+        self.lengths.setdefault(what, Counter())[length] += 1
+        self.truncated[what] += truncated
 
     def count_row(
         self, row: TrainingRow, prompt: PromptConfig, prompts: PromptTokenizer | None
@@ -74,11 +67,11 @@ class Tally:
             self.count("segments", len(explicit.segment_ends))
             for passage in passages:
                 self.count("passages", len(passage.ids), passage.truncated)
-        self.query_hashes.append(_hash(same_passage(row.query)))
+        self.query_hashes.append(_hash(same_text(row.query)))
         self.row_hashes.append(_hash(json.dumps(example_of(row, ""))))
-        negatives = set(map(same_passage, row.negative_passages))
+        negatives = set(map(same_text, row.negative_passages))
         self.positives_among_own_negatives += sum(
-            same_passage(text) in negatives for text in row.positive_passages
+            same_text(text) in negatives for text in row.positive_passages
         )
 
 
@@ -86,35 +79,19 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def load_tally(path: Path) -> Tally | None:
-    """None where it is absent or damaged, which is the same: its shard is written again."""
-    try:
-        values = read_json(path)
-        values["lengths"] = {
-            what: {int(length): n for length, n in counts.items()}
-            for what, counts in values["lengths"].items()
-        }
-        return Tally(**values)
-    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
-        return None
-
-
-def facts_of(tallies: Sequence[Tally]) -> dict[str, Any]:
-    """What `Facts` holds, of the rows that were written."""
-    starts = itertools.accumulate((tally.written for tally in tallies), initial=0)
-    first = (
-        start + tally.row_without_negatives
-        for start, tally in zip(starts, tallies, strict=False)
-        if tally.row_without_negatives is not None
-    )
-    instructions = itertools.chain(*(tally.instructions for tally in tallies))
-    return {
-        "row_without_negatives": next(first, None),
-        "instructions": longest_instructions(instructions),
+def tally_of(values: dict[str, Any]) -> Tally:
+    """The tally that was written as JSON, whose keys are texts. Raises a ValueError, KeyError or
+    TypeError on anything else."""
+    tally = Tally(**values)
+    tally.lengths = {
+        what: Counter({int(length): n for length, n in dict(counts).items()})
+        for what, counts in dict(tally.lengths).items()
     }
+    return tally
 
 
 def report_of(tallies: Sequence[Tally]) -> dict[str, Any]:
+    """What `report.json` holds, of all shards together."""
     lengths: dict[str, Counter[int]] = {}
     truncated: Counter[str] = Counter()
     for tally in tallies:
@@ -182,11 +159,14 @@ def format_report(report: dict[str, Any]) -> str:
         f"duplicates: {duplicates['queries']:,} queries, {duplicates['rows']:,} rows, "
         f"{duplicates['positives_among_own_negatives']:,} positives among their own negatives"
     )
-    for padding in report.get("padding", {}).get("shares", []):
+    if "batch_size" in (padding := report.get("padding", {})):  # older reports have other keys
         lines.append(
-            "padding with data.length_multiple {length_multiple}, data.bucket_window "
-            "{bucket_window}: {padding_share:.1%} ({batches} batches of {shapes} shapes)".format(
-                **padding
-            )
+            f"padding of {padding['batch_size']} queries a batch, {padding['group_size']} "
+            "passages a query:"
         )
+        lines += [
+            "  data.length_multiple {length_multiple}, data.bucket_window {bucket_window}: "
+            "{padding_share:.1%} ({batches} batches of {shapes} shapes)".format(**share)
+            for share in padding["shares"]
+        ]
     return "\n".join(lines)

@@ -215,7 +215,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Runs the causal-LM stage. Returns what `pretrain.json` holds.
 
     Raises:
-        ConfigError, DataError, DatasetError, HFError, TokenizationError, FileNotFoundError: bad
+        ConfigError, DataError, HFError, TokenizationError, FileNotFoundError: bad
             input; the message names it.
         PretrainingError: the loss is not finite; nothing is written then.
     """

@@ -6,6 +6,7 @@ The corpus is read shard by shard and searched on all devices of this machine.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,25 +17,18 @@ import numpy as np
 from tqdm import tqdm
 
 from laser_jax.command_line import parse_command_line
-from laser_jax.config import ConfigError
 from laser_jax.files.reading import DataError
 from laser_jax.files.terminal import fail
 from laser_jax.search.codes import decode_vectors
 from laser_jax.search.matching import exclusions, identical_count, unmatched
-from laser_jax.search.topk import (
-    DEFAULT_CHUNK,
-    Chunk,
-    StoredCorpus,
-    device_mesh,
-    search_chunks,
-)
+from laser_jax.search.topk import Chunk, StoredCorpus, device_mesh, search_chunks
 from laser_jax.search.trec import Run, read_excluded, trec_order, write_trec_run
-from laser_jax.search.vectors import (
-    Manifest,
-    read_ids,
-    read_manifest,
-    read_shards,
-)
+from laser_jax.search.vectors import Manifest, read_ids, read_manifest, read_shards
+from laser_jax.settings import require_in
+
+_TAG = "laser_jax"
+"""The name of the run, in its last column."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,19 +52,10 @@ class SearchOptions:
     """What to search with; other than as stored, it is an approximation."""
     oversample: int = 0
     """m >= 1: the best m k documents are scored again with the vectors as stored."""
-    chunk: int = DEFAULT_CHUNK
-    """Documents on the devices at a time."""
-    tag: str = "laser_jax"
-    """The name of the run, in its last column."""
 
     def __post_init__(self) -> None:
-        if self.k < 1 or self.chunk < 1 or self.oversample < 0:
-            raise ConfigError(
-                "k and chunk must be at least 1 and oversample at least 0, got "
-                f"{self.k}, {self.chunk} and {self.oversample}"
-            )
-        if re.fullmatch(r"\S+", self.tag) is None:
-            raise ConfigError(f"tag {self.tag!r} must be one word")
+        require_in("[1, inf)", self, "", "k")
+        require_in("[0, inf)", self, "", "oversample")
 
 
 def search_directories(options: SearchOptions) -> Run:
@@ -101,15 +86,12 @@ def search_directories(options: SearchOptions) -> Run:
         code=corpus.info.dtype if options.code == "stored" else options.code,
         oversample=options.oversample,
         mesh=device_mesh(),
-        chunk=options.chunk,
     )
 
 
 def _require_comparable(options: SearchOptions, corpus: Manifest, queries: Manifest) -> None:
-    for directory, manifest in (
-        (options.corpus_vectors, corpus),
-        (options.query_vectors, queries),
-    ):
+    directories = ((options.corpus_vectors, corpus), (options.query_vectors, queries))
+    for directory, manifest in directories:
         if manifest.count == 0:
             raise DataError(f"{directory}: holds no vector")
     for key in ("model_hash", "prompt_hash", "dimension"):
@@ -155,7 +137,7 @@ def _excluded(
         *unmatched("excluded documents that the corpus lacks", named, documents, path),
         *identical_count(query_ids, identical, options.ignore_identical_ids),
     ):
-        print(count)
+        _log.info("%s", count)
     return exclusions(excluded, identical if options.ignore_identical_ids else ())
 
 
@@ -166,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not Path(options.output).parent.is_dir():  # now, not after the search
             raise FileNotFoundError(f"the folder of --output {options.output} does not exist")
         run = search_directories(options)
-        write_trec_run(run, options.output, options.tag)
+        write_trec_run(run, options.output, _TAG)
     except (ValueError, OSError, ImportError) as error:
         fail(error)
     print(f"{options.output}: {len(run)} queries, {sum(map(len, run.values()))} documents")

@@ -38,7 +38,7 @@ DEFAULT_QUERY_BLOCK = 1_024
 NO_RANK = np.iinfo(np.int32).max
 """The rank of a row that only fills a chunk up."""
 _CUTTABLE = 128
-"""`_top_of_chunk` cuts pieces of a multiple of this, on one device, into blocks of any length."""
+"""`_top_of_chunk` cuts rows of a device that are a multiple of this into blocks of any length."""
 
 Chunk = tuple[np.ndarray, np.ndarray]
 """Rows of documents [M, W] and their ranks [M] int32, ascending."""
@@ -147,26 +147,34 @@ def _merge_devices(
 
 
 def _filled(chunk: Chunk, rows: int) -> Chunk:
-    """The chunk with rows of zeros behind it that have no rank."""
+    """The chunk with rows of zeros behind it that have no rank, where its documents lie."""
     codes_MW, ranks_M = chunk
     spare = rows - len(codes_MW)
     if spare == 0:
         return chunk
-    return (
-        np.concatenate([codes_MW, np.zeros((spare, codes_MW.shape[1]), codes_MW.dtype)]),
-        np.concatenate([ranks_M, np.full(spare, NO_RANK, np.int32)]),
-    )
+    xp: Any = np if isinstance(codes_MW, np.ndarray) else jnp
+    zeros_sW = xp.zeros((spare, codes_MW.shape[1]), codes_MW.dtype)
+    filled_MW = xp.concatenate([codes_MW, zeros_sW])
+    return filled_MW, np.concatenate([ranks_M, np.full(spare, NO_RANK, np.int32)])
 
 
-def _pieces(chunks: Iterable[Chunk], most: int) -> Iterator[tuple[int, Chunk]]:
-    """The chunks in pieces of `most` rows at most, each with the length of the longest so far. The
+def _rounded_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _pieces(chunks: Iterable[Chunk], most: int, devices: int) -> Iterator[tuple[int, Chunk]]:
+    """The chunks in pieces of `most` rows at most, each with the length that it is to be filled up
+    to: that of the longest so far, rounded up so that the devices have as many rows each. The
     pieces of a chunk are about equally long, so that little is filled up."""
     rows = 0
     for codes_MW, ranks_M in chunks:
         count = max(-(-len(codes_MW) // most), 1)
         rows = max(rows, -(-len(codes_MW) // count))
+        length = _rounded_up(rows, _CUTTABLE * devices)
+        if length > most:
+            length = _rounded_up(rows, devices)
         for start in range(0, len(codes_MW), rows or 1):
-            yield rows, (codes_MW[start : start + rows], ranks_M[start : start + rows])
+            yield length, (codes_MW[start : start + rows], ranks_M[start : start + rows])
 
 
 def exact_top_k(
@@ -213,11 +221,10 @@ def exact_top_k(
     best = [_empty_lists((mesh.size, len(block_QD), k), split) for block_QD in blocks]
     count = 0
     with jax.set_mesh(mesh):  # the caller's program may have set another
-        for rows, piece in _pieces(chunks, chunk):
+        for length, piece in _pieces(chunks, chunk, mesh.size):
             _check_documents(queries_QD, piece[0], code)
             count += int((np.asarray(piece[1]) != NO_RANK).sum())
-            filled = _filled(piece, -(-rows // mesh.size) * mesh.size)
-            codes_MW, ranks_M = jax.device_put(filled, split)
+            codes_MW, ranks_M = jax.device_put(_filled(piece, length), split)
             jax.block_until_ready(best)  # or the host would put the whole corpus on the devices
             best = [
                 _add_chunk(*lists, block_QD, codes_MW, ranks_M, code=code, mesh=mesh)
@@ -423,16 +430,13 @@ def search(
     order_C = trec_order(doc_ids)
 
     C, chunk = len(order_C), settings.get("chunk", DEFAULT_CHUNK)
-    rows = -(-C // max(-(-C // chunk), 1))
-    if (rounded := -(-rows // _CUTTABLE) * _CUTTABLE) <= chunk:
-        rows = rounded
+    rows = -(-C // max(-(-C // chunk), 1)) or 1
 
     def read() -> Iterator[Chunk]:
         # in pieces, so that the permuted corpus is never a second copy
-        for start in range(0, C, rows or 1):
-            ranks_M = np.arange(start, start + rows, dtype=np.int32)
-            documents_MD = doc_embeddings[order_C[np.minimum(ranks_M, C - 1)]]
-            yield documents_MD, np.where(ranks_M < C, ranks_M, NO_RANK)
+        for start in range(0, C, rows):
+            places_M = order_C[start : start + rows]
+            yield doc_embeddings[places_M], np.arange(start, start + len(places_M), dtype=np.int32)
 
     corpus = StoredCorpus(read, [doc_ids[int(i)] for i in order_C])
     return search_chunks(query_embeddings, corpus, query_ids, k, excluded, **settings)

@@ -24,10 +24,6 @@ Run = dict[str, dict[str, float]]
 _LINE = re.compile(r"\s*(\S+)\s+\S+\s+(\S.*?)\s+([0-9]+)\s+(\S+)\s+\S+\s*", re.ASCII)
 
 
-DatasetError = DataError
-"""The name that other rooms still use."""
-
-
 def rank_documents(scores: Mapping[str, float]) -> list[str]:
     """The documents of one query in trec_eval's order.
 

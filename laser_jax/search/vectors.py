@@ -24,7 +24,7 @@ import numpy as np
 
 from laser_jax.config import ConfigError, as_dict, from_dict
 from laser_jax.files.durable import write_atomically, written_whole
-from laser_jax.files.reading import DataError, import_pyarrow, read_json
+from laser_jax.files.reading import DataError, import_pyarrow, parse_json, read_json
 from laser_jax.search.repeated_ids import RepeatedIds, id_hash
 from laser_jax.search.trec import document_id_fault
 
@@ -68,6 +68,10 @@ class Shard:
     """Its name, without a folder."""
     count: int
     sha256: str
+    tokens: int | None = None
+    """Of its texts, as the model read them; None where they were not counted."""
+    truncated: int | None = None
+    """Texts that were shortened."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,7 @@ def write_shard(
     Args:
         vectors_CD: coded by `encode_vectors` as `info.dtype`.
         origin: what else the shard is to tell about itself, of JSON types; see `recovered_shard`.
+            `tokens` and `truncated` of it stand in the shard's entry too.
 
     Returns:
         The shard's entry for `write_manifest`.
@@ -145,7 +150,12 @@ def write_shard(
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as part:
         part.write_bytes(content)
-    return Shard(file, len(ids), hashlib.sha256(content).hexdigest())
+    return _entry(file, content, len(ids), told)
+
+
+def _entry(file: str, content: bytes, count: int, told: Mapping[str, Any]) -> Shard:
+    digest = hashlib.sha256(content).hexdigest()
+    return Shard(file, count, digest, told.get("tokens"), told.get("truncated"))
 
 
 def _serialised(
@@ -173,6 +183,11 @@ def _rows_checksum(ids: Sequence[str], vectors_CD: np.ndarray, told: Mapping[str
     return digest.hexdigest()
 
 
+def shard_values(shard: Shard) -> dict[str, Any]:
+    """What a file of JSON says of a shard; `shard_of` reads it."""
+    return {key: value for key, value in vars(shard).items() if value is not None}
+
+
 def write_manifest(directory: str | Path, manifest: Manifest) -> None:
     """Writes `manifest.json`, which makes the directory a finished one."""
     values = {
@@ -180,7 +195,7 @@ def write_manifest(directory: str | Path, manifest: Manifest) -> None:
         "version": FORMAT_VERSION,
         **as_dict(manifest.info),
         "count": manifest.count,
-        "shards": as_dict(manifest)["shards"],
+        "shards": [shard_values(shard) for shard in manifest.shards],
     }
     write_atomically(Path(directory) / MANIFEST_FILE, json.dumps(values, indent=1) + "\n")
 
@@ -231,7 +246,7 @@ def _manifest(values: Any, path: Path) -> Manifest:
     count, entries = values.pop("count", None), values.pop("shards", None)
     if not isinstance(entries, list):
         raise DataError(f"{path}: 'shards' must be a list of objects")
-    shards = tuple(_shard(entry, f"{path}: shards[{n}]") for n, entry in enumerate(entries))
+    shards = tuple(shard_of(entry, f"{path}: shards[{n}]") for n, entry in enumerate(entries))
     try:
         manifest = Manifest(from_dict(VectorsInfo, values, source=str(path)), shards)
     except ConfigError as error:
@@ -243,10 +258,13 @@ def _manifest(values: Any, path: Path) -> Manifest:
     return manifest
 
 
-def _shard(values: Any, where: str) -> Shard:
-    """An entry of a manifest. (`from_dict` takes milliseconds, and there may be 30,000.)"""
-    kinds = {"file": str, "count": int, "sha256": str}
-    if not isinstance(values, dict) or {key: type(v) for key, v in values.items()} != kinds:
+def shard_of(values: Any, where: str) -> Shard:
+    """The shard of which a file of JSON says these values. (`from_dict` takes milliseconds, and a
+    manifest may have 30,000.) Raises a DataError that begins with `where`."""
+    needed = {"file": str, "count": int, "sha256": str}
+    known = needed | {"tokens": int, "truncated": int}
+    found = {key: type(v) for key, v in values.items()} if isinstance(values, dict) else {}
+    if not needed.items() <= found.items() <= known.items():
         raise DataError(f"{where}: wanted file, count and sha256, got {values}")
     if re.fullmatch(r"[\w.-]+\.parquet", values["file"]) is None:
         raise DataError(f"{where}: shard name {values['file']!r} is no file name.parquet")
@@ -262,6 +280,24 @@ def is_intact(directory: str | Path, shard: Shard) -> bool:
         return False
 
 
+def _file_of(directory: str | Path, shard: Shard) -> Path:
+    """Raises a FileNotFoundError where the shard has none."""
+    path = Path(directory) / shard.file
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing, and {MANIFEST_FILE} names it")
+    return path
+
+
+def _table(path: Path, source: Any, columns: list[str]) -> Any:
+    """Columns of the shard at `path`, of which `source` holds the bytes. Raises a DataError where
+    it has none."""
+    pyarrow = import_pyarrow(path)
+    try:
+        return pyarrow.parquet.read_table(source, columns=columns).select(columns)
+    except (pyarrow.ArrowException, KeyError, OSError) as error:
+        raise DataError(f"{path}: no shard of vectors: {error}") from error
+
+
 def read_shard(
     directory: str | Path, shard: Shard, info: VectorsInfo
 ) -> tuple[list[str], np.ndarray]:
@@ -274,21 +310,15 @@ def read_shard(
         FileNotFoundError: when the shard is missing.
         DataError: when it is damaged or not what the manifest says.
     """
-    pyarrow, path = import_pyarrow(directory), Path(directory) / shard.file
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, and {MANIFEST_FILE} names it")
+    pyarrow, path = import_pyarrow(directory), _file_of(directory, shard)
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != shard.sha256:
         raise DataError(
             f"{path}: damaged: its sha256 is not that of {MANIFEST_FILE}. Encode this shard again"
         )
-    try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
-        stored = json.loads((table.schema.metadata or {}).get(_SCHEMA_KEY, b"{}"))
-        ids = table["id"].to_pylist()
-        column = table["vector"].combine_chunks()
-    except (pyarrow.ArrowException, KeyError, ValueError) as error:
-        raise DataError(f"{path}: no shard of vectors: {error}") from error
+    table = _table(path, pyarrow.BufferReader(content), ["id", "vector"])
+    ids, column = table["id"].to_pylist(), table["vector"].combine_chunks()
+    stored = parse_json((table.schema.metadata or {}).get(_SCHEMA_KEY, b"{}"), path)
     stored.setdefault("role", info.role)  # older shards have none; their manifest has
     for key, value in as_dict(info).items():
         if stored.get(key) != value:
@@ -317,7 +347,7 @@ def recovered_shard(
         content = path.read_bytes()
         metadata = pyarrow.parquet.read_metadata(pyarrow.BufferReader(content))
         told = json.loads(metadata.metadata[_SCHEMA_KEY])
-        shard = Shard(file, metadata.num_rows, hashlib.sha256(content).hexdigest())
+        shard = _entry(file, content, metadata.num_rows, told)
         ids, vectors_CD = read_shard(directory, shard, info)
     except (OSError, pyarrow.ArrowException, KeyError, TypeError, ValueError):
         return None
@@ -342,27 +372,18 @@ def read_ids(directory: str | Path, manifest: Manifest) -> list[str]:
         FileNotFoundError, DataError: a shard is missing or is no Parquet; an id stands twice,
             names both shards.
     """
-    ids: list[str] = []
-    first_shard: dict[str, str] = {}
+    shard_of_id: dict[str, str] = {}
     for shard in manifest.shards:
-        column = _read_ids(directory, shard)
-        for id_ in column:
-            if id_ in first_shard:
-                raise DataError(_twice(directory, shard.file, id_, first_shard[id_]))
-            first_shard[id_] = shard.file
-        ids += column
-    return ids
+        for id_ in _read_ids(directory, shard):
+            if id_ in shard_of_id:
+                raise DataError(_twice(directory, shard.file, id_, shard_of_id[id_]))
+            shard_of_id[id_] = shard.file
+    return list(shard_of_id)
 
 
 def _read_ids(directory: str | Path, shard: Shard) -> list[str]:
-    pyarrow = import_pyarrow(directory)
-    path = Path(directory) / shard.file
-    try:
-        return pyarrow.parquet.read_table(path, columns=["id"])["id"].to_pylist()
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is missing, and {MANIFEST_FILE} names it") from error
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: no shard of vectors: {error}") from error
+    path = _file_of(directory, shard)
+    return _table(path, path, ["id"])["id"].to_pylist()
 
 
 def _twice(directory: str | Path, file: str, id_: str, first: str) -> str:

@@ -2,23 +2,30 @@
 
 For every latent step: the likeliest next tokens and how sure the model is, how near its state is to
 the segments of a written chain of thought, and how the ranking of a small corpus moves. On the
-terminal, as a page (`--html FILE`), or as a page with a form (`--serve`).
+terminal, as a page (`--html FILE`), or as a page with a form (`--serve PORT`).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from laser_jax.command_line import parse_command_line
 from laser_jax.config import ConfigError
+from laser_jax.evaluate.beir import BeirDataset
 from laser_jax.files.durable import write_atomically
 from laser_jax.files.reading import DataError, read_json
 from laser_jax.files.terminal import fail, printable
+from laser_jax.settings import require, require_in
 from laser_jax.think.page import render_page
 from laser_jax.think.server import LARGEST_STEPS, PageServer, Site
-from laser_jax.think.thought import Corpus, Inspector, Thought, load_corpus
+from laser_jax.think.thought import Inspector, Thought, load_corpus
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,48 +53,51 @@ class ThinkOptions:
     """How many documents a step shows."""
     html: str | None = None
     """Write a page to this file instead."""
-    serve: bool = False
-    """Serve a page with a form instead, until Ctrl-C."""
-    host: str = "127.0.0.1"
-    """The address that --serve listens on, of IPv4 or IPv6, or its name; another one lets others
-    ask too."""
-    port: int = 8000
-    """Its port; 0 takes a free one."""
+    serve: str | None = None
+    """Serve a page with a form instead, until Ctrl-C, at PORT or HOST:PORT; port 0 takes a free
+    one. The host is 127.0.0.1 unless another address of IPv4 or IPv6, such as [::1]:8000, or its
+    name lets others ask too."""
 
     def __post_init__(self) -> None:
-        def require(holds: object, message: str) -> None:
-            if not holds:
-                raise ConfigError(message)
-
-        K = self.num_thinking_steps
-        for name in ("top", "top_documents", "num_thinking_steps"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+        require_in("[1, inf)", self, "", "top", "top_documents", "num_thinking_steps")
         for name in ("text", "instruction", "reasoning"):
             try:
                 (getattr(self, name) or "").encode()
             except UnicodeEncodeError as error:  # a byte of the command line that is no UTF-8
                 message = f"{name} is no Unicode text, give it in UTF-8: {error}"
                 raise ConfigError(message) from error
-        require(0 <= self.port <= 65535, f"port must lie in 0..65535, got {self.port}")
-        if not self.serve:
-            missing = "text is missing: give the query, or --serve for a page to ask"
+        if self.serve is None:
+            missing = "text is missing: give the query, or --serve PORT for a page to ask"
             require(self.text is not None, missing)
             return
+        address_of(self.serve)
         for name in ("text", "reasoning", "html"):
             given = getattr(self, name)
             require(given is None, f"{name} does not go with --serve: its page has a form")
+        K = self.num_thinking_steps
         most = f"--serve shows at most {LARGEST_STEPS} thinking steps, got {K}"
         require(K is None or K <= LARGEST_STEPS, most)
 
 
-def find_corpus(options: ThinkOptions) -> tuple[Corpus | None, str]:
+def address_of(text: str) -> tuple[str, int]:
+    """Host and port of HOST:PORT, or of a port alone. Raises a ConfigError on anything else."""
+    try:
+        parts = urlsplit(f"//{text}" if ":" in text else f"//127.0.0.1:{text}")
+        host, port = parts.hostname, parts.port
+    except ValueError:  # no number, or none of a port
+        host, port = None, None
+    if host is None or port is None:
+        raise ConfigError(f"serve wants PORT or HOST:PORT, a port in 0..65535, got {text!r}")
+    return host, port
+
+
+def find_corpus(options: ThinkOptions) -> tuple[BeirDataset | None, str]:
     """The corpus - of the option, or `data.eval` of the training run beside the model - and a
     sentence about it, or about why there is none.
 
     Raises:
         ConfigError: the run's config.json is not what laser_jax.train writes.
-        FileNotFoundError, DatasetError: as `load_corpus`.
+        FileNotFoundError, DataError: as `load_corpus`.
     """
     directory, missing = options.corpus, "No corpus; --corpus DIR shows how its ranking moves."
     run = Path(options.model).parent / "config.json"
@@ -145,16 +155,15 @@ def describe(thought: Thought) -> str:
 
 def serve(options: ThinkOptions) -> None:
     """Serves the page until Ctrl-C. The port is taken first, before the model is loaded."""
-    with PageServer(options.host, options.port) as server:
+    with PageServer(*address_of(options.serve or "")) as server:
         inspector, about = _inspector(options)
         server.site = Site(
             inspector, options.model, about, options.instruction, options.num_thinking_steps
         )
-        print(f"{printable(about)}\n{server.url} (Ctrl-C ends it)", flush=True)
-        try:
+        _log.info("%s\n%s (Ctrl-C ends it)", about, server.url)
+        with suppress(KeyboardInterrupt):
             server.serve_forever()
-        except KeyboardInterrupt:
-            print("\nended")
+        _log.info("ended")
 
 
 def show(options: ThinkOptions) -> None:
@@ -189,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     try:
         options = parse_command_line(ThinkOptions, "python -m laser_jax.think", arguments)
-        if options.serve:
+        if options.serve is not None:
             serve(options)
         else:
             show(options)

@@ -49,7 +49,7 @@ class Site:
         known = inspector.known(fields.get("query", ""))
         instruction = known.instruction if self.instruction is None else self.instruction
         steps = self.num_thinking_steps or inspector.config.num_thinking_steps
-        queries = inspector.corpus.queries if inspector.corpus else []
+        queries = list(inspector.corpus.queries.values()) if inspector.corpus else []
         shown = queries[:: max(len(queries) // _EXAMPLES, 1)][:_EXAMPLES]
         return Form(
             query=known.text,
@@ -129,9 +129,9 @@ class PageServer(ThreadingHTTPServer):
             self.address_family = first[0]
             super().__init__(first[4], _Handler)  # pyright: ignore[reportArgumentType]
         except (OSError, UnicodeError) as error:  # the latter of names that no host can have
-            mend = "--host takes an address or a name of this machine, such as 127.0.0.1"
+            mend = "the host of --serve is an address or a name of this machine, such as 127.0.0.1"
             if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES):
-                mend = "choose another with --port, from 1024 on (0 takes any free one)"
+                mend = "choose another port, from 1024 on (0 takes any free one)"
             reason = getattr(error, "strerror", error)
             raise OSError(f"cannot listen on {host}, port {port} ({reason}): {mend}") from error
         bound, port = str(self.server_address[0]), self.server_address[1]

@@ -6,8 +6,8 @@ concern of this file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from laser_jax.data.tokenization import (
 )
 from laser_jax.encoder import backbone_for, load_pretrained
 from laser_jax.evaluate.beir import (
+    BeirDataset,
     Document,
     EvalQuery,
     judged_split,
@@ -38,7 +39,7 @@ from laser_jax.inference.batch_encoder import LatentEncoder, NotFiniteError
 from laser_jax.inference.retriever import LatentRetriever
 from laser_jax.losses import normalize, pool
 from laser_jax.modeling.backbone import Variables
-from laser_jax.search.matching import IdCount, exclusions
+from laser_jax.search.matching import IdCount
 from laser_jax.thinking import TopTokens, top_tokens
 from laser_jax.views import explicit_view, latent_view
 
@@ -114,33 +115,9 @@ class Thought:
         return next((d for d in self.documents if d.relevant), None)
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Documents, with the queries and judgements that lie beside them, if any."""
-
-    directory: Path
-    documents: list[Document]
-    queries: list[EvalQuery] = field(default_factory=list)
-    qrels: Qrels = field(default_factory=dict)
-    """Of all splits."""
-    unmatched: tuple[IdCount, ...] = ()
-    """Ids that match nothing."""
-    ignore_identical_ids: bool = True
-    """BEIR's rule: a query is not given the document that has its own id."""
-
-    def query_of(self, text: str) -> EvalQuery | None:
-        """The first query with this text."""
-        return next((query for query in self.queries if query.text == text), None)
-
-    def own_document(self, query: EvalQuery) -> str | None:
-        """The document that BEIR's rule keeps from the query, by its id; None without one."""
-        if self.ignore_identical_ids and any(d.id == query.id for d in self.documents):
-            return query.id
-        return None
-
-
-def load_corpus(directory: str | Path, *, ignore_identical_ids: bool = True) -> Corpus:
-    """Reads a BEIR directory of which only `corpus.jsonl` is a must. Raises as `evaluate.beir`."""
+def load_corpus(directory: str | Path, *, ignore_identical_ids: bool = True) -> BeirDataset:
+    """Reads a BEIR directory of which only `corpus.jsonl` is a must; judgements of all splits
+    count. Raises as `evaluate.beir`."""
     directory = Path(directory)
     documents = read_corpus(directory)
     queries = read_queries(directory) if (directory / "queries.jsonl").is_file() else {}
@@ -152,7 +129,7 @@ def load_corpus(directory: str | Path, *, ignore_identical_ids: bool = True) -> 
     if queries:
         judged = qrels or {query: {} for query in queries}
         counts = judged_split(directory, documents, queries, judged).unmatched
-    return Corpus(directory, documents, list(queries.values()), qrels, counts, ignore_identical_ids)
+    return BeirDataset(documents, queries, qrels, counts, ignore_identical_ids)
 
 
 def rank_documents(
@@ -196,7 +173,7 @@ class Inspector:
     """
 
     def __init__(
-        self, model: str | Path, corpus: Corpus | None, *, top_tokens: int, top_documents: int
+        self, model: str | Path, corpus: BeirDataset | None, *, top_tokens: int, top_documents: int
     ) -> None:
         """Loads the model, a directory that laser_jax.train exported, and embeds the corpus.
 
@@ -212,9 +189,10 @@ class Inspector:
             )
         self._prompts = PromptTokenizer(load_tokenizer(model), self.config.prompt)
         self.corpus = corpus
-        queries = corpus.queries if corpus else []
+        queries = [] if corpus is None else corpus.queries.values()
         given = (query.instruction for query in queries if query.instruction is not None)
         self.instruction = next(given, "")
+        self._excluded = {} if corpus is None else corpus.exclusions()
         self._top_tokens, self._top_documents = top_tokens, top_documents
         # The retriever is made without a corpus too: it refuses a tokenizer of another model.
         retriever = LatentRetriever(LatentEncoder(variables, self.config), self._prompts)
@@ -248,8 +226,8 @@ class Inspector:
 
     def known(self, text: str) -> EvalQuery:
         """The corpus's query with this text, or one with an empty id, and an instruction."""
-        found = self.corpus.query_of(text) if self.corpus else None
-        query = found or EvalQuery("", text)
+        queries = [] if self.corpus is None else self.corpus.queries.values()
+        query = next((query for query in queries if query.text == text), EvalQuery("", text))
         given = self.instruction if query.instruction is None else query.instruction
         return replace(query, instruction=given)
 
@@ -292,7 +270,7 @@ class Inspector:
         if reasoning.strip():
             explicit = self._prompts.explicit(query, instruction, reasoning)
             segments, reasoning_cut = self._segments(explicit, states_KD), explicit.truncated
-        own = self.corpus.own_document(known) if self.corpus else None
+        excluded = self._excluded.get(known.id, ())
         return Thought(
             query=query,
             instruction=instruction,
@@ -300,10 +278,12 @@ class Inspector:
             pooling=self.config.pooling,
             steps=self._steps(tokens),
             segments=segments,
-            documents=self._rank(known, own, prefixes_KD),
+            documents=self._rank(known, excluded, prefixes_KD),
             top_documents=self._top_documents,
             corpus_size=len(self._vectors_CD),
-            notices=self._notices(prompt, reasoning_cut, own),
+            notices=self._notices(
+                prompt, reasoning_cut, known.id if known.id in excluded else None
+            ),
         )
 
     def _notices(
@@ -367,16 +347,15 @@ class Inspector:
         )
 
     def _rank(
-        self, known: EvalQuery, own: str | None, prefixes_KD: np.ndarray
+        self, known: EvalQuery, excluded: Collection[str], prefixes_KD: np.ndarray
     ) -> tuple[RankedDocument, ...]:
         if self.corpus is None:
             return ()
         grades = self.corpus.qrels.get(known.id, {})
-        excluded = exclusions({known.id: known.excluded_ids}, [] if own is None else [own])
         return rank_documents(
             prefixes_KD @ self._vectors_CD.T,
             self.corpus.documents,
             self._top_documents,
             relevant=frozenset(id_ for id_, grade in grades.items() if grade > 0),
-            excluded=frozenset(excluded[known.id]),
+            excluded=frozenset(excluded),
         )

@@ -37,7 +37,7 @@ def train(config: Config) -> dict[str, Any]:
         What `results.json` holds; see `write_results`.
 
     Raises:
-        ConfigError, DataError, DatasetError, HFError, TokenizationError, CheckpointError,
+        ConfigError, DataError, HFError, TokenizationError, CheckpointError,
         OutputError, FileNotFoundError: bad input; the message names it.
         TrainingError: the loss is not finite.
         SystemExit: a signal came; the same command goes on.
