@@ -331,10 +331,9 @@ def evaluate_row(seed: Seed, row: str, split: str) -> None:
             output=str(run / split),
             split=split,
             name=row,
-            num_thinking_steps=STEPS,
+            eval_thinking_steps=STEPS,
             metrics=METRICS,
             length_multiple=8,
-            plot=False,
         )
         evaluate_model(options)
     if not (run / split / PROBE_FILE).is_file():

@@ -160,10 +160,16 @@ class LossWeights:
         return bool(self.explicit or self.output or self.trajectory)
 
 
+def pools_prompt(pooling: Pooling) -> bool:
+    """Whether the first of the K pooled states is the prompt's own, which reads the query by
+    itself. Where it is not (GIRCSE), K = 1 is a thought already, and there is no explicit view: a
+    reasoning read behind the query would have its own state left out."""
+    return pooling == "prompt_and_thoughts"
+
+
 def appended_thoughts(num_thinking_steps: int, pooling: Pooling) -> int:
-    """The soft tokens that stand behind a prompt when K states are pooled: the first of them is the
-    prompt's own with `prompt_and_thoughts`."""
-    return num_thinking_steps - (pooling == "prompt_and_thoughts")
+    """The soft tokens that stand behind a prompt when K states are pooled."""
+    return num_thinking_steps - pools_prompt(pooling)
 
 
 @dataclass(frozen=True)

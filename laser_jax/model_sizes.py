@@ -60,6 +60,17 @@ class BackboneConfig:
         """Qwen3 normalises every query and key head before RoPE; Llama does not."""
         return self.family == "qwen3"
 
+    def require_positions(self, taken: int, what: str, way_out: str) -> None:
+        """Raises a ConfigError where more positions are taken than the model has.
+
+        Args:
+            what: the words before the number, such as "row_length takes".
+            way_out: how to mend it.
+        """
+        positions = self.max_position_embeddings
+        fault = f"{what} {taken} positions, and the model has {positions}: {way_out}"
+        require(taken <= positions, fault)
+
 
 _QWEN3: dict[str, Any] = {
     "family": "qwen3",

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from laser_jax.config import Pooling, appended_thoughts
+from laser_jax.config import Pooling, appended_thoughts, pools_prompt
 from laser_jax.modeling.attention import accumulation_dtype, merge_groups, split_groups
 from laser_jax.modeling.backbone import (
     REMAT_POLICIES,
@@ -88,7 +88,7 @@ def think(
     _, h_KBD = jax.lax.scan(step, carry, jnp.arange(generated))
     sizes = [prefix.lengths_B.shape[0] for prefix in prefixes]
     thoughts = split_groups(jnp.swapaxes(h_KBD, 0, 1).astype(wide), sizes)
-    if pooling == "thoughts":
+    if not pools_prompt(pooling):
         return thoughts
     return [jnp.concatenate(states, axis=1) for states in zip(firsts, thoughts, strict=True)]
 

@@ -16,9 +16,8 @@ from laser_jax.evaluate.beir import Document, EvalQuery
 from laser_jax.evaluate.bright import (
     DOMAINS,
     INSTRUCTIONS,
-    choose_domains,
+    BrightCopy,
     is_bright,
-    read_bright,
 )
 from laser_jax.files.reading import DataError
 
@@ -118,7 +117,7 @@ def copy(tmp_path: Path) -> Path:
 def test_every_form_of_file_gives_the_same_dataset(
     tmp_path: Path, write: Callable[[Path, Rows], None], suffix: str
 ) -> None:
-    dataset = read_bright(write_copy(tmp_path, write, suffix), "biology")
+    dataset = BrightCopy(write_copy(tmp_path, write, suffix)).read("biology")
     assert dataset.documents == [
         Document("light/Moth_0.txt", " Moths keep the moon at one angle. "),
         Document("light/Moth 1.txt", "A lamp is too near for that."),
@@ -141,15 +140,15 @@ def test_every_form_of_file_gives_the_same_dataset(
 
 
 def test_long_documents_have_gold_ids_of_their_own(copy: Path) -> None:
-    dataset = read_bright(copy, "biology", long_documents=True)
+    dataset = BrightCopy(copy, long_documents=True).read("biology")
     assert [document.id for document in dataset.documents] == ["light/Moth.txt", "heat/LED.txt"]
     assert dataset.qrels == {"0": {"light/Moth.txt": 1}, "1": {"light/Moth.txt": 1}}
 
 
 def test_rewrites_stand_in_for_the_queries_and_nothing_else_changes(copy: Path) -> None:
     plain, rewritten = (
-        read_bright(copy, "biology"),
-        read_bright(copy, "biology", rewrites="gpt4_reason"),
+        BrightCopy(copy).read("biology"),
+        BrightCopy(copy, rewrites="gpt4_reason").read("biology"),
     )
     assert [query.text for query in rewritten.queries.values()] == [
         "Moths, 0, in other words",
@@ -162,7 +161,7 @@ def test_rewrites_stand_in_for_the_queries_and_nothing_else_changes(copy: Path) 
 
 def test_a_query_without_gold_documents_is_not_judged(copy: Path) -> None:
     write_json_lines(copy / "examples" / "biology.jsonl", [example("0"), example("1", gold_ids=[])])
-    dataset = read_bright(copy, "biology")
+    dataset = BrightCopy(copy).read("biology")
     assert list(dataset.queries) == list(dataset.qrels) == ["0"]
 
 
@@ -172,9 +171,9 @@ def test_all_are_the_domains_that_the_copy_holds_in_the_order_of_the_tables(
     copy = write_copy(tmp_path, domains=("pony", "aops", "biology", "theoremqa_theorems"))
     (copy / "long_documents" / "aops.jsonl").unlink()
     (copy / "examples" / "notes.txt").write_text("no domain")
-    assert choose_domains(copy, "all") == ["biology", "pony", "aops", "theoremqa_theorems"]
-    assert choose_domains(copy, "pony, biology") == ["biology", "pony"]
-    assert choose_domains(copy, "all", long_documents=True) == [
+    assert BrightCopy(copy).domains("all") == ["biology", "pony", "aops", "theoremqa_theorems"]
+    assert BrightCopy(copy).domains("pony, biology") == ["biology", "pony"]
+    assert BrightCopy(copy, long_documents=True).domains("all") == [
         "biology",
         "pony",
         "theoremqa_theorems",
@@ -203,26 +202,26 @@ def test_what_a_copy_lacks_is_named_beside_what_it_has(
     copy: Path, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises((DataError, FileNotFoundError), match=message):
-        choose_domains(copy, options.pop("names"), **options)
+        BrightCopy(copy, rewrites=options.get("rewrites")).domains(options["names"])
 
 
 def test_a_copy_without_any_domain_in_both_folders_says_so(copy: Path) -> None:
     (copy / "examples" / "biology.jsonl").rename(copy / "examples" / "pony.jsonl")
     with pytest.raises(FileNotFoundError, match="no domain has a file in both documents and exam"):
-        choose_domains(copy, "all")
+        BrightCopy(copy).domains("all")
 
 
 def test_a_missing_shard_is_an_error(tmp_path: Path) -> None:
     copy = write_copy(tmp_path, write_shards, ".parquet")
     (copy / "documents" / "biology-00001-of-00002.parquet").unlink()
     with pytest.raises(DataError, match=r"all of its shards, found biology-00000-of-00002\.par"):
-        read_bright(copy, "biology")
+        BrightCopy(copy).read("biology")
 
 
 def test_two_files_of_one_domain_are_an_error(copy: Path) -> None:
     write_parquet(copy / "documents" / "biology.parquet", DOCUMENTS)
     with pytest.raises(DataError, match=r"found biology\.jsonl, biology\.parquet"):
-        read_bright(copy, "biology")
+        BrightCopy(copy).read("biology")
 
 
 def test_a_missing_column_is_named_beside_those_present(tmp_path: Path) -> None:
@@ -231,7 +230,7 @@ def test_a_missing_column_is_named_beside_those_present(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"biology\.parquet: no column 'id'; the columns are \['_id', 'content'"
     ):
-        read_bright(copy, "biology")
+        BrightCopy(copy).read("biology")
 
 
 def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
@@ -239,7 +238,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
     file = copy / "examples" / "biology.parquet"
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(DataError, match=r"examples/biology\.parquet: cannot be read after row"):
-        read_bright(copy, "biology")
+        BrightCopy(copy).read("biology")
 
 
 BAD_EXAMPLES: list[tuple[dict[str, Any], str]] = [
@@ -256,25 +255,19 @@ BAD_EXAMPLES: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("row", "message"), BAD_EXAMPLES)
-def test_a_bad_query_is_named_or_left_out_and_counted(
-    copy: Path, row: dict[str, Any], message: str
-) -> None:
+def test_a_bad_query_is_named(copy: Path, row: dict[str, Any], message: str) -> None:
     write_json_lines(copy / "examples" / "biology.jsonl", [example("0"), row])
     with pytest.raises(DataError, match=rf"examples/biology\.jsonl:2: {message}"):
-        read_bright(copy, "biology")
-    skipped: list[str] = []
-    assert list(read_bright(copy, "biology", skipped=skipped).queries) == ["0"]
-    assert len(skipped) == 1
-    assert message in skipped[0]
+        BrightCopy(copy).read("biology")
 
 
 def test_an_id_that_stands_twice_is_an_error(copy: Path) -> None:
     write_json_lines(copy / "examples" / "biology.jsonl", [example("0"), example("0")])
     with pytest.raises(DataError, match=r"biology\.jsonl:2: query id '0' stands here a second"):
-        read_bright(copy, "biology")
+        BrightCopy(copy).read("biology")
     write_json_lines(copy / "documents" / "biology.jsonl", [*DOCUMENTS, DOCUMENTS[0]])
     with pytest.raises(DataError, match=r":4: document id 'light/Moth_0.txt' stands here a sec"):
-        read_bright(copy, "biology")
+        BrightCopy(copy).read("biology")
 
 
 @pytest.mark.parametrize(
@@ -293,4 +286,4 @@ def test_a_bad_file_of_documents_is_named(
     (copy / "documents" / "biology.jsonl").unlink()
     (copy / "documents" / f"biology{suffix}").write_text(content)
     with pytest.raises(DataError, match=message):
-        read_bright(copy, "biology")
+        BrightCopy(copy).read("biology")

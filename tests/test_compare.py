@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from laser_jax.evaluate.compare import CompareOptions, compare, format_comparison
-from laser_jax.evaluate.results import (
-    PER_QUERY_FILE,
-    Evaluation,
-    write_evaluation,
+from laser_jax.evaluate.compare import (
+    CompareOptions,
+    Comparison,
+    compare,
+    format_comparison,
+    read_all,
 )
+from laser_jax.evaluate.results import PER_QUERY_FILE, Evaluation, write_results
 from laser_jax.evaluate.retrieval import (
     EXPLICIT,
     REWRITE,
@@ -40,12 +42,8 @@ EVALUATION = Evaluation(
     documents=10,
     queries=30,
     queries_without_relevant=0,
-    bad_lines=0,
     scores={},
     differences=[],
-    confidence=0.95,
-    resamples=100,
-    seed=0,
 )
 
 
@@ -53,16 +51,19 @@ def write(
     directory: Path, values: dict[str, np.ndarray], queries: list[str] = QUERIES, **changes
 ) -> str:
     """An evaluated directory in which a run has these values, query by query."""
-    directory.mkdir()
     per_query = {
         run: {q: {METRIC: float(v)} for q, v in zip(queries, of_run, strict=True)}
         for run, of_run in values.items()
     }
     scores = {run: {METRIC: float(np.mean(of_run))} for run, of_run in values.items()}
-    write_evaluation(
-        directory, dataclasses.replace(EVALUATION, scores=scores, **changes), per_query
-    )
+    evaluation = dataclasses.replace(EVALUATION, scores=scores, **changes)
+    write_results(directory, dataclasses.asdict(evaluation), per_query)
     return str(directory)
+
+
+def compared(directories: list[str], **options: Any) -> Comparison:
+    asked = CompareOptions(tuple(directories), **options)
+    return compare(read_all(asked), asked)
 
 
 @pytest.fixture
@@ -103,12 +104,12 @@ def test_rewrite_then_retrieve_is_plotted_with_the_time_to_write_or_not_at_all(
         f"told, {REWRITE_AS_QUERY} (writing and reading)": [53.0],
         "base, latent view": [1.0],
     }
-    rows = compare([told], CompareOptions()).rows
+    rows = compared([told]).rows
     assert [row.run for row in rows] == [latent(1), latent(3), *REWRITES]
 
 
 def test_rows_are_models_and_views_and_columns_are_data_sets(directories: list[str]) -> None:
-    report = compare(directories, CompareOptions())
+    report = compared(directories)
     assert report.columns == ["towns", "rivers"]
     assert [(row.model, row.run) for row in report.rows] == [
         (model, run)
@@ -123,7 +124,7 @@ def test_rows_are_models_and_views_and_columns_are_data_sets(directories: list[s
 
 
 def test_marks_are_for_what_differs_from_the_baseline_beyond_chance(directories: list[str]) -> None:
-    report = compare(directories, CompareOptions(resamples=999))
+    report = compared(directories)
     assert report.baseline == ("base", latent(3))
     marks = {(row.model, row.run): [c.mark for c in row.cells.values()] for row in report.rows}
     assert marks["base", latent(3)] == ["", ""]
@@ -135,18 +136,18 @@ def test_marks_are_for_what_differs_from_the_baseline_beyond_chance(directories:
 
 
 def test_p_values_are_corrected_for_all_tested_cells(directories: list[str]) -> None:
-    report = compare(directories, CompareOptions(resamples=999))
+    report = compared(directories)
     cells = [cell for row in report.rows for cell in row.cells.values()]
     corrected = sorted(cell.p_value for cell in cells if cell.p_value is not None)
     assert len(corrected) == report.tested
-    # the smallest that 999 swaps can show, times the number of comparisons
-    assert corrected[0] == pytest.approx(report.tested / 1000)
-    alone = permutation_p_value((EASY + 0.2).tolist(), EASY.tolist(), resamples=999)
-    assert alone == pytest.approx(1 / 1000)
+    # the smallest that 10,000 swaps can show, times the number of comparisons
+    assert corrected[0] == pytest.approx(report.tested / 10_001)
+    alone = permutation_p_value((EASY + 0.2).tolist(), EASY.tolist())
+    assert alone == pytest.approx(1 / 10_001)
 
 
 def test_the_table_shows_scores_times_100_with_the_best_in_bold(directories: list[str]) -> None:
-    text = format_comparison(compare(directories, CompareOptions(resamples=999)))
+    text = format_comparison(compared(directories))
     header, _, *rows = text.split("\n\n")[0].splitlines()
     assert [cell.strip() for cell in header.strip("|").split("|")] == [
         "nDCG@10 x 100",
@@ -162,7 +163,7 @@ def test_the_table_shows_scores_times_100_with_the_best_in_bold(directories: lis
 
 
 def test_all_runs_and_another_baseline_on_request(directories: list[str]) -> None:
-    report = compare(directories, CompareOptions(runs="all", baseline="better", resamples=99))
+    report = compared(directories, runs="all", baseline="better")
     assert report.baseline == ("better", latent(3))
     assert [row.run for row in report.rows[:4]] == [latent(1), latent(2), latent(3), EXPLICIT]
     assert report.rows[2].cells["towns"].difference == pytest.approx(-0.2)
@@ -175,7 +176,7 @@ def test_the_directory_holds_table_numbers_and_plot(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     output = tmp_path / "report"
-    main(["compare", *directories, "--output", str(output), "--resamples", "99"])
+    main(["compare", *directories, "--output", str(output)])
     assert {path.name for path in output.iterdir()} == {
         *("report.md", "report.json", "latency_quality.svg")
     }
@@ -188,7 +189,7 @@ def test_the_directory_holds_table_numbers_and_plot(
     stored = json.loads((output / "report.json").read_text())
     assert stored["rows"][4]["cells"]["towns"]["score"] == pytest.approx(EASY.mean() + 0.2)
     drawn = (output / "latency_quality.svg").read_bytes()
-    main(["compare", *directories, "--output", str(output), "--resamples", "99"])
+    main(["compare", *directories, "--output", str(output)])
     assert (output / "latency_quality.svg").read_bytes() == drawn
 
 
@@ -205,9 +206,7 @@ def test_what_cannot_be_compared_is_refused(directories: list[str], tmp_path: Pa
     with pytest.raises(SystemExit, match="different queries of towns: 1 are in one of them alone"):
         main(["compare", directories[0], fewer])
     with pytest.raises(SystemExit, match=r"no directories to compare: .* compare DIR\.\.\."):
-        main(["compare", "--alpha", "0.1"])
-    with pytest.raises(SystemExit, match="alpha must lie between 0 and 1"):
-        main(["compare", *directories, "--alpha", "1.5"])
+        main(["compare", "--runs", "all"])
 
 
 def test_damaged_evaluations_are_named(directories: list[str]) -> None:

@@ -195,8 +195,6 @@ def test_what_is_in_the_cache_is_not_computed_again(
     assert len(calls) == 2
     assert evaluate_task(model, scifact, tmp_path) == first
     assert len(calls) == 2
-    assert evaluate_task(model, scifact, tmp_path, overwrite=True) == first
-    assert len(calls) == 4
 
 
 def test_vectors_are_those_of_the_retriever(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from test_bright import write_json_lines
 
-from laser_jax.evaluate.bright import INSTRUCTIONS, read_bright
+from laser_jax.evaluate.bright import INSTRUCTIONS, BrightCopy
 from laser_jax.evaluate.metrics import evaluate_run, mean
 from laser_jax.evaluate.retrieval import latent, retrieval_runs, unrestricted
 from laser_jax.evaluate.run import main
@@ -82,7 +83,7 @@ def local_hub(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def our_scores(copy: Path, retriever: LatentRetriever, domain: str, steps: int) -> list[float]:
     """nDCG@10 with exclusions and without."""
-    dataset = read_bright(copy, domain)
+    dataset = BrightCopy(copy).read(domain)
     encoder, prompts = retriever.encoder, retriever.prompts
     runs = retrieval_runs(encoder, prompts, dataset, [steps], nothing_excluded=True)
     names = (latent(steps), unrestricted(latent(steps)))
@@ -116,6 +117,24 @@ def test_bright_is_scored_with_exclusions_and_without_as_by_our_evaluator(
         assert printed[name] == ["ndcg_at_10", *(f"{value:.4f}" for value in ours)]
     files = {path.parent.name for path in tmp_path.rglob("BrightAopsRetrieval.json")}
     assert files == {"num_thinking_steps_1", "exclusions_none__num_thinking_steps_1"}
+
+
+@pytest.mark.usefixtures("local_hub")
+@pytest.mark.parametrize("preset", ["official", "official-bare"])
+def test_a_released_model_is_scored_by_the_vectors_of_the_retriever(
+    model: Path, copy: Path, tmp_path: Path, preset: str
+) -> None:
+    released = tmp_path / "laser"
+    shutil.copytree(model, released)
+    (released / "laser_config.json").unlink()
+    output, task = tmp_path / "out", "BrightPonyRetrieval"
+    where = ["mteb", "--model", str(released), "--output", str(output), "--tasks", task]
+    main([*where, "--preset", preset])
+    (score,) = json.loads((output / "scores.json").read_text())[task]
+    retriever = LatentRetriever.from_pretrained(released, preset=preset)
+    assert score["score"] == pytest.approx(our_scores(copy, retriever, "pony", 3)[0], abs=6e-6)
+    (file,) = output.rglob(f"{task}.json")
+    assert file.parent.name == f"preset_{preset}"
 
 
 # mteb recommends BRIGHT(v1.1), in several warnings
@@ -158,9 +177,12 @@ def test_names_are_cut_at_commas_outside_brackets() -> None:
         (["--tasks", "BRIGTH"], "no benchmark or task of mteb: 'BRIGTH' not found"),
         (["--tasks", " ,"], "tasks must name one task at least"),
         (["--tasks", "FollowIR", "--num_thinking_steps", "0"], "steps must be at least 1, got 0"),
-        (["--tasks", "FollowIR", "--max_length", "99999"], "more than the model's"),
+        (
+            ["--tasks", "FollowIR", "--max_length", "99999"],
+            "take 100511 positions, and the model has 4096",
+        ),
         (["--tasks", "FollowIR", "--devices", "99"], "devices is 99, and this process has 8"),
-        (["--tasks", "FollowIR", "--model", "absent"], r"absent/laser_config\.json is missing"),
+        (["--tasks", "FollowIR", "--model", "/absent/model"], "/absent/model is no directory"),
     ],
 )
 def test_bad_options_end_the_program_before_anything_is_written(

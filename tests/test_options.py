@@ -12,13 +12,17 @@ import pytest
 from laser_jax.config import (
     BackboneConfig,
     ConfigError,
-    MeshConfig,
     PromptConfig,
     RetrieverConfig,
     save_retriever_config,
 )
 from laser_jax.hf.directory import read_backbone_config
-from laser_jax.inference.options import EncoderOptions, local_mesh, read_retriever_config
+from laser_jax.inference.options import (
+    EncoderOptions,
+    SplitConfig,
+    local_mesh,
+    read_retriever_config,
+)
 
 QWEN = {
     "model_type": "qwen3",
@@ -92,7 +96,7 @@ def test_options_below_one_are_refused(name: str) -> None:
 
 def test_a_model_has_only_so_many_positions(released: Path, backbone: BackboneConfig) -> None:
     save_retriever_config(RetrieverConfig(backbone), released)
-    with pytest.raises(ConfigError, match=r"max_length 40449.* the model's 40960 positions"):
+    with pytest.raises(ConfigError, match=r"max_length 40449.* take 40961 positions, .* has 40960"):
         EncoderOptions(model=str(released), max_length=40449).retriever_config()
 
 
@@ -100,8 +104,13 @@ def test_devices_that_are_not_there_are_refused() -> None:
     with pytest.raises(
         ConfigError, match=f"devices is 99, and this process has {len(jax.devices())}"
     ):
-        local_mesh(MeshConfig(), 99)
-    assert local_mesh(MeshConfig(), 1) is None
-    mesh = local_mesh(MeshConfig(), 2)
+        local_mesh(SplitConfig(), 99)
+    assert local_mesh(SplitConfig(), 1) is None
+    mesh = local_mesh(SplitConfig(), 2)
     assert mesh is not None
     assert mesh.size == 2
+    split = local_mesh(SplitConfig(fsdp=2, tensor=2))
+    assert split is not None
+    assert dict(split.shape) == {"data": len(jax.devices()) // 4, "fsdp": 2, "tensor": 2}
+    with pytest.raises(ConfigError, match="does not multiply to the 2 devices"):
+        local_mesh(SplitConfig(fsdp=3), 2)

@@ -284,7 +284,7 @@ def test_a_tokenizer_that_is_larger_than_the_embedding_is_refused(config, report
         (("--model.attention", "splash"), "model.attention: splash cannot run here"),
         (
             ("--row_length", "64", "--model.scratch.max_position_embeddings", "63"),
-            "row_length is 64, and the model has 63 positions",
+            "row_length takes 64 positions, and the model has 63",
         ),
     ],
 )

@@ -167,7 +167,7 @@ def test_the_dev_score_follows_beirs_rule(encoder, prompts) -> None:
 def test_a_query_without_instruction_is_named(encoder, prompts) -> None:
     dataset = with_queries(QUERIES[0], dataclasses.replace(QUERIES[1], instruction=None))
     for refuse in (
-        lambda: require_instructions(dataset),
+        lambda: require_instructions(dataset.queries.values(), "{instruction} {query}"),
         lambda: retrieval_runs(encoder, prompts, dataset, [1]),
     ):
         with pytest.raises(DataError, match="query q1 has no instruction"):
@@ -227,5 +227,5 @@ def test_the_limit_of_a_text_may_leave_room_for_its_thoughts_alone() -> None:
     for pooling, most in (("prompt_and_thoughts", 98), ("thoughts", 97)):
         config = RetrieverConfig(backbone, num_thinking_steps=3, pooling=pooling, prompt=prompt)
         assert with_max_length(config, most).prompt.document_max_length == most
-        with pytest.raises(ConfigError, match="the model's 100 positions"):
+        with pytest.raises(ConfigError, match="positions, and the model has 100"):
             with_max_length(config, most + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -110,7 +111,7 @@ def test_every_query_gets_the_text_that_the_model_writes_after_its_prompt(
     mean = parts["prefill"]["mean"] + parts["decode"]["mean"]
     assert parts["in all"]["mean"] == pytest.approx(mean)
     assert parts["in all"]["p90"] >= parts["in all"]["median"] > 0
-    whole_batch = report["milliseconds_until_its_batch_was_done"]["mean"]
+    whole_batch = parts["until its batch was done"]["mean"]
     assert whole_batch == pytest.approx(2 * parts["in all"]["mean"])
     assert report["tokens_per_second"] == pytest.approx(
         report["tokens"] / (6 * parts["decode"]["mean"] / 1000)
@@ -241,14 +242,14 @@ def options(data: Path, **more: Any) -> RewriteOptions:
 
 def test_the_reasoning_prompt_comes_in_a_turn_with_an_empty_thought(data: Path) -> None:
     tokenizer = train_tokenizer(["a"], 270)
-    text = prompt_maker(options(data), tokenizer, 4096).query_prompt_text("Why?", "")
+    text = prompt_maker(options(data), tokenizer, BACKBONE).query_prompt_text("Why?", "")
     assert text.startswith("<|im_start|>user\nWhy?\n\n")
     assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     thinking = options(data, thinking_suffix="<think>\n")
-    text = prompt_maker(thinking, tokenizer, 4096).query_prompt_text("Why?", "")
+    text = prompt_maker(thinking, tokenizer, BACKBONE).query_prompt_text("Why?", "")
     assert text.endswith("<|im_start|>assistant\n<think>\n")
     plain = options(data, chat_template=False, prompt="{query}!")
-    assert prompt_maker(plain, tokenizer, 4096).query_prompt_text("Why?", "") == "Why?!"
+    assert prompt_maker(plain, tokenizer, BACKBONE).query_prompt_text("Why?", "") == "Why?!"
 
 
 def test_a_tokenizer_without_thoughts_gets_none_and_one_without_template_says_so(
@@ -256,27 +257,30 @@ def test_a_tokenizer_without_thoughts_gets_none_and_one_without_template_says_so
 ) -> None:
     tokenizer = train_tokenizer(["a"], 270)
     tokenizer.get_vocab = lambda: {"a": 0}  # type: ignore[method-assign]
-    text = prompt_maker(options(data), tokenizer, 4096).query_prompt_text("Why?", "")
+    text = prompt_maker(options(data), tokenizer, BACKBONE).query_prompt_text("Why?", "")
     assert text.endswith("<|im_start|>assistant\n")
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="--chat_template false"):
-        prompt_maker(options(data), tokenizer, 4096)
+        prompt_maker(options(data), tokenizer, BACKBONE)
 
 
 def test_a_long_query_is_shortened_to_what_the_positions_leave_and_counted(
     model: Path, tmp_path: Path, capsys: Any
 ) -> None:
     tokenizer = load_tokenizer(model)
-    room = prompt_maker(options(tmp_path, max_new_tokens=100), tokenizer, 1000)
+    short = dataclasses.replace(BACKBONE, max_position_embeddings=1000)
+    room = prompt_maker(options(tmp_path, max_new_tokens=100), tokenizer, short)
     long = room.query_prompt("far away " * 1000, "")
     assert long.truncated
     assert len(long.ids) <= 900
-    with pytest.raises(ValueError, match="leaves no room for a prompt: the model has 512"):
-        prompt_maker(options(tmp_path), tokenizer, 512)
+    full = dataclasses.replace(BACKBONE, max_position_embeddings=512)
+    message = "max_new_tokens 512 and a prompt of a token take 513 positions, and the model has 512"
+    with pytest.raises(ValueError, match=message):
+        prompt_maker(options(tmp_path), tokenizer, full)
 
     queries = tmp_path / "queries.jsonl"
     queries.write_text(json.dumps({"_id": "q", "text": "far away " * 100}) + "\n")
-    main(arguments(model, queries, tmp_path / "out.jsonl", "--prompt_max_length", "128"))
+    main(arguments(model, queries, tmp_path / "out.jsonl", "--max_length", "128"))
     cost = read_rewrites(tmp_path / "out.jsonl")["q"].cost
     assert cost is not None
     assert 100 < cost.prompt_tokens <= 128
@@ -287,8 +291,7 @@ def test_a_prompt_with_an_instruction_wants_one_of_every_query(data: Path) -> No
     prompt = "Instruct: {instruction}\nQuery: {query}"
     with pytest.raises(ValueError, match="query q0 has no instruction"):
         read_wanted(options(data, prompt=prompt))
-    given = read_wanted(options(data, prompt=prompt, instruction="Find"))
-    assert {query.instruction for query in given.values()} == {"Find"}
+    assert len(read_wanted(options(data))) == 6
 
 
 def test_seeds_differ_by_query_and_by_seed() -> None:
@@ -319,7 +322,7 @@ def spoil(name: str, content: bytes) -> Callable[[Path], object]:
         (lambda data: None, ("--output", "/absent/out"), "folder /absent does not exist"),
         (lambda data: None, ("--prompt", "Think."), "has no {query} placeholder"),
         (lambda data: None, ("--max_new_tokens", "0"), "max_new_tokens must be at least 1"),
-        (lambda data: None, ("--top_k", "5"), "need a temperature above 0"),
+        (lambda data: None, ("--top_p", "0.5"), "needs a temperature above 0"),
         (lambda data: None, ("--seed", "5"), "a seed is of use only with"),
         (lambda data: None, ("--batch_size", "0"), "batch_size must be at least 1"),
     ],

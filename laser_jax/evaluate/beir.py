@@ -24,9 +24,6 @@ from laser_jax.files.reading import (
 from laser_jax.search.matching import IdCount, count_ids, exclusions, identical_count, unmatched
 from laser_jax.search.trec import document_id_fault, excluded_ids
 
-R = TypeVar("R")
-T = TypeVar("T")
-
 # `qid iter docid grade`, parsed from both ends, as BRIGHT's document ids hold blanks.
 _TREC_JUDGEMENT = re.compile(r"\s*(\S+)\s+\S+\s+(\S.*?)\s+(\S+)\s*", re.ASCII)
 
@@ -91,28 +88,6 @@ class BeirDataset:
         return [query for query in self.queries if query in documents]
 
 
-def parse_rows(
-    rows: Iterable[tuple[str, R]], parse: Callable[[R, str], T], skipped: list[str] | None
-) -> list[tuple[str, T]]:
-    """("file:line", parsed row) of every row.
-
-    Args:
-        rows: ("file:line", row).
-        parse: makes something of a row and its "file:line", or raises a DataError.
-        skipped: None for the first bad row to raise; a list to leave bad rows out and to have
-            their messages appended to it.
-    """
-    parsed = []
-    for where, row in rows:
-        try:
-            parsed.append((where, parse(row, where)))
-        except DataError as error:
-            if skipped is None:
-                raise
-            skipped.append(str(error))
-    return parsed
-
-
 def json_object(line: bytes, where: str) -> dict[str, Any]:
     """The JSON object of a line, or a DataError where it holds something else."""
     row = parse_json(line, where)
@@ -122,7 +97,7 @@ def json_object(line: bytes, where: str) -> dict[str, Any]:
 
 
 def _read_json_lines(
-    path: Path, parse: Callable[[dict[str, Any], str], D], kind: str, skipped: list[str] | None
+    path: Path, parse: Callable[[dict[str, Any], str], D], kind: str
 ) -> dict[str, D]:
     """What `parse` makes of the rows of a file, by their ids."""
     if not path.is_file():
@@ -130,11 +105,8 @@ def _read_json_lines(
             f"{path} is missing: a BEIR directory holds corpus.jsonl, queries.jsonl and "
             "qrels/<split>.tsv"
         )
-
-    def parse_line(line: bytes, where: str) -> D:
-        return parse(json_object(line, where), where)
-
-    return unique(parse_rows(json_lines(path), parse_line, skipped), kind)
+    rows = ((where, parse(json_object(line, where), where)) for where, line in json_lines(path))
+    return unique(rows, kind)
 
 
 def text_field(row: dict[str, Any], key: str, where: str) -> str:
@@ -210,33 +182,27 @@ def unique(rows: Iterable[tuple[str, D]], kind: str) -> dict[str, D]:
     return by_id
 
 
-def read_corpus(directory: str | Path, *, skipped: list[str] | None = None) -> list[Document]:
+def read_corpus(directory: str | Path) -> list[Document]:
     """Reads `corpus.jsonl`, in its order. Fields other than _id, title and text are ignored.
-
-    Args:
-        skipped: as None, a bad line is an error; a list gets a message for every line that is
-            left out instead. An id that stands twice is an error in either case.
 
     Raises:
         FileNotFoundError: when the file is missing.
         DataError: on a line that is no document, an id that stands twice, or an empty file.
     """
     path = Path(directory) / "corpus.jsonl"
-    documents = _read_json_lines(path, parse_document, "document", skipped)
+    documents = _read_json_lines(path, parse_document, "document")
     if not documents:
         raise DataError(f"{path}: holds no document")
     return list(documents.values())
 
 
-def read_queries(
-    directory: str | Path, *, skipped: list[str] | None = None
-) -> dict[str, EvalQuery]:
+def read_queries(directory: str | Path) -> dict[str, EvalQuery]:
     """Reads the `queries.jsonl` of a BEIR directory, or a file of that form, in its order: query
-    id -> query. Unknown fields are ignored; `skipped` and errors are as in `read_corpus`."""
+    id -> query. Unknown fields are ignored; raises as `read_corpus`."""
     path = Path(directory)
     if not path.is_file():
         path /= "queries.jsonl"
-    return _read_json_lines(path, parse_query, "query", skipped)
+    return _read_json_lines(path, parse_query, "query")
 
 
 def read_qrels_file(path: str | Path) -> Qrels:
@@ -337,16 +303,11 @@ def judged_split(
     return BeirDataset(documents, kept, of_queries, lacking)
 
 
-def read_beir(
-    directory: str | Path, split: str, *, skipped: list[str] | None = None
-) -> BeirDataset:
+def read_beir(directory: str | Path, split: str) -> BeirDataset:
     """Reads one split of a BEIR directory; of the queries, those that have qrels in it.
 
     A judged document that the corpus lacks (ArguAna has some) stays in the qrels, as it does for
     trec_eval, and counts as never retrieved. Ids that match nothing are counted (`judged_split`).
-
-    Args:
-        skipped: as in `read_corpus`. A judged query whose line was left out is left out too.
 
     Raises:
         FileNotFoundError: when a file is missing.
@@ -354,15 +315,12 @@ def read_beir(
             judged document is in corpus.jsonl.
     """
     qrels = read_qrels(directory, split)
-    bad: list[str] | None = None if skipped is None else []
-    queries = read_queries(directory, skipped=bad)
+    queries = read_queries(directory)
     unknown = [id_ for id_ in qrels if id_ not in queries]
-    if len(unknown) > len(bad or ()):  # more than the lines that were left out can explain
+    if unknown:
         raise DataError(
             f"{Path(directory) / 'qrels' / split}.tsv judges {len(unknown)} queries that "
             f"queries.jsonl lacks, the first is {unknown[0]!r}"
         )
-    documents = read_corpus(directory, skipped=bad)
-    if skipped is not None:
-        skipped += bad or ()
+    documents = read_corpus(directory)
     return judged_split(f"{directory} ({split})", documents, queries, qrels)

@@ -16,8 +16,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from laser_jax.evaluate.beir import (
     BeirDataset,
@@ -25,7 +26,6 @@ from laser_jax.evaluate.beir import (
     EvalQuery,
     json_object,
     judged_split,
-    parse_rows,
     require_document_id,
     require_query_id,
     text_field,
@@ -72,6 +72,7 @@ _FILE = re.compile(
 )
 _NO_EXCLUSION = "N/A"
 
+T = TypeVar("T")
 _Row = dict[str, Any] | bytes
 """An object, or the line that should hold one."""
 
@@ -81,94 +82,90 @@ def is_bright(directory: str | Path) -> bool:
     return (Path(directory) / EXAMPLES).is_dir()
 
 
-def choose_domains(
-    directory: str | Path, names: str, *, long_documents: bool = False, rewrites: str | None = None
-) -> list[str]:
-    """The domains that `names` asks for, in the order of `DOMAINS`.
+@dataclass(frozen=True)
+class BrightCopy:
+    """A local copy, and what of it is read."""
 
-    Args:
-        directory: the copy.
-        names: domains with commas between, or `all`: those that are there.
-        long_documents, rewrites: as for `read_bright`.
+    directory: Path
+    long_documents: bool = False
+    """Search whole web pages instead of passages; `gold_ids_long` are the gold documents."""
+    rewrites: str | None = None
+    """A folder of rewritten queries such as `gpt4_reason`, instead of `examples`."""
 
-    Raises:
-        FileNotFoundError: a folder or a domain is missing; names those that are there.
-        DataError: an unknown domain.
-    """
-    folders = (_documents(long_documents), rewrites or EXAMPLES)
-    present = set.intersection(*(_present(directory, folder) for folder in folders))
-    wanted = present if names == ALL else {name.strip() for name in names.split(",")}
-    if unknown := wanted - set(DOMAINS):
-        raise DataError(
-            f"{min(unknown)!r} is no domain of BRIGHT: they are {', '.join(DOMAINS)}, or {ALL}"
+    @property
+    def documents(self) -> str:
+        """The folder of the documents."""
+        return "long_documents" if self.long_documents else "documents"
+
+    @property
+    def queries(self) -> str:
+        """The folder of the queries."""
+        return self.rewrites or EXAMPLES
+
+    def domains(self, names: str) -> list[str]:
+        """The domains that `names` asks for, with commas between, or `all` that are there; in the
+        order of `DOMAINS`.
+
+        Raises:
+            FileNotFoundError: a folder or a domain is missing; names those that are there.
+            DataError: an unknown domain.
+        """
+        folders = [self.directory / name for name in (self.documents, self.queries)]
+        present = set.intersection(*({m[1] for m in _matches(f).values()} for f in folders))
+        wanted = present if names == ALL else {name.strip() for name in names.split(",")}
+        if unknown := wanted - set(DOMAINS):
+            raise DataError(
+                f"{min(unknown)!r} is no domain of BRIGHT: they are {', '.join(DOMAINS)}, or {ALL}"
+            )
+        for domain in _in_order(wanted):
+            for folder in folders:
+                _files(folder, domain)
+        if not wanted:
+            raise FileNotFoundError(
+                f"{self.directory}: no domain has a file in both {self.documents} and "
+                f"{self.queries}"
+            )
+        return _in_order(wanted)
+
+    def read(self, domain: str) -> BeirDataset:
+        """Reads one domain. Gold documents have grade 1; a query without any is not judged and left
+        out, as it is by BRIGHT's own code and by mteb.
+
+        Raises:
+            FileNotFoundError: a file is missing; names the domains, or the rewrites, that are
+                there.
+            DataError: a missing column, a row of another form, a gold document that the corpus
+                lacks or that is excluded too, an id that stands twice, or an empty file; the corpus
+                lacks every excluded document.
+            ImportError: Parquet without pyarrow.
+        """
+        rows = _read(self.directory / self.documents, domain, ("id", "content"), _document)
+        documents = unique(rows, "document")
+        gold_field = "gold_ids_long" if self.long_documents else "gold_ids"
+
+        def parse(row: dict[str, Any], where: str) -> tuple[EvalQuery, list[str]]:
+            query, gold = _query(row, where, INSTRUCTIONS[domain]), _ids(row, gold_field, where)
+            for id_ in gold:
+                if id_ in query.excluded_ids:
+                    raise DataError(f"{where}: document {id_!r} is both gold and excluded")
+                if id_ not in documents:
+                    raise DataError(
+                        f"{where}: gold document {id_!r} is not among the {len(documents)} of "
+                        f"{self.documents} of this domain: the copy is incomplete, or its folders "
+                        "are of two versions"
+                    )
+            return query, gold
+
+        columns = ("id", "query", "excluded_ids", gold_field)
+        examples = _read(self.directory / self.queries, domain, columns, parse)
+        queries = unique(((where, query) for where, (query, _) in examples), "query")
+        return judged_split(
+            f"{self.directory} ({domain})",
+            list(documents.values()),
+            queries,
+            {query.id: dict.fromkeys(gold, 1) for _, (query, gold) in examples if gold},
+            refuse_excluded=not self.long_documents,  # exclusions name passages
         )
-    for domain in _in_order(wanted):
-        for folder in folders:
-            _files(directory, folder, domain)
-    if not wanted:
-        raise FileNotFoundError(
-            f"{directory}: no domain has a file in both {' and '.join(folders)}"
-        )
-    return _in_order(wanted)
-
-
-def read_bright(
-    directory: str | Path,
-    domain: str,
-    *,
-    long_documents: bool = False,
-    rewrites: str | None = None,
-    skipped: list[str] | None = None,
-) -> BeirDataset:
-    """Reads one domain. Gold documents have grade 1; a query without any is not judged and left
-    out, as it is by BRIGHT's own code and by mteb.
-
-    Args:
-        directory: the copy.
-        domain: one of `DOMAINS`.
-        long_documents: search whole web pages instead of passages; `gold_ids_long` are the gold
-            documents.
-        rewrites: a folder of rewritten queries such as `gpt4_reason`, instead of `examples`.
-        skipped: as in `laser_jax.evaluate.beir.read_corpus`.
-
-    Raises:
-        FileNotFoundError: a file is missing; names the domains, or the rewrites, that are there.
-        DataError: a missing column, a row of another form, a gold document that the corpus
-            lacks or that is excluded too, an id that stands twice, or an empty file; the corpus
-            lacks every excluded document.
-        ImportError: Parquet without pyarrow.
-    """
-    source = _documents(long_documents)
-    rows = _read(directory, source, domain, ("id", "content"), _document, skipped)
-    documents = unique(rows, "document")
-    gold_field = "gold_ids_long" if long_documents else "gold_ids"
-
-    def parse(row: dict[str, Any], where: str) -> tuple[EvalQuery, list[str]]:
-        query, gold = _query(row, where, INSTRUCTIONS[domain]), _ids(row, gold_field, where)
-        for id_ in gold:
-            if id_ in query.excluded_ids:
-                raise DataError(f"{where}: document {id_!r} is both gold and excluded")
-            if id_ not in documents:
-                raise DataError(
-                    f"{where}: gold document {id_!r} is not among the {len(documents)} of {source} "
-                    "of this domain: the copy is incomplete, or its folders are of two versions"
-                )
-        return query, gold
-
-    columns = ("id", "query", "excluded_ids", gold_field)
-    examples = _read(directory, rewrites or EXAMPLES, domain, columns, parse, skipped)
-    queries = unique(((where, query) for where, (query, _) in examples), "query")
-    return judged_split(
-        f"{directory} ({domain})",
-        list(documents.values()),
-        queries,
-        {query.id: dict.fromkeys(gold, 1) for _, (query, gold) in examples if gold},
-        refuse_excluded=not long_documents,  # exclusions name passages
-    )
-
-
-def _documents(long_documents: bool) -> str:
-    return "long_documents" if long_documents else "documents"
 
 
 def _in_order(domains: Iterable[str]) -> list[str]:
@@ -198,29 +195,23 @@ def _ids(row: dict[str, Any], key: str, where: str) -> list[str]:
 # --- files -------------------------------------------------------------------------------------
 
 
-def _matches(directory: str | Path, folder: str) -> dict[Path, re.Match[str]]:
+def _matches(folder: Path) -> dict[Path, re.Match[str]]:
     """The files of a folder of the copy that are a domain's."""
-    path = Path(directory) / folder
-    if not path.is_dir():
-        present = sorted(p.name for p in Path(directory).glob("*") if p.is_dir())
-        raise FileNotFoundError(f"{path} is missing; folders present: {', '.join(present)}")
-    matched = ((file, _FILE.fullmatch(file.name)) for file in sorted(path.iterdir()))
+    if not folder.is_dir():
+        present = sorted(p.name for p in folder.parent.glob("*") if p.is_dir())
+        raise FileNotFoundError(f"{folder} is missing; folders present: {', '.join(present)}")
+    matched = ((file, _FILE.fullmatch(file.name)) for file in sorted(folder.iterdir()))
     return {file: match for file, match in matched if match}
 
 
-def _present(directory: str | Path, folder: str) -> set[str]:
-    return {match[1] for match in _matches(directory, folder).values()}
-
-
-def _files(directory: str | Path, folder: str, domain: str) -> list[Path]:
+def _files(folder: Path, domain: str) -> list[Path]:
     """A domain's file, or all of its shards in their order."""
-    matches = _matches(directory, folder)
+    matches = _matches(folder)
     files = {file: match for file, match in matches.items() if match[1] == domain}
-    path = Path(directory) / folder
     if not files:
         present = _in_order({match[1] for match in matches.values()})
         raise FileNotFoundError(
-            f"{path} holds no file of {domain}; domains present: {', '.join(present) or 'none'}"
+            f"{folder} holds no file of {domain}; domains present: {', '.join(present) or 'none'}"
         )
     shards = {int(match[2]): file for file, match in files.items() if match[2]}
     if len(shards) == len(files):
@@ -230,28 +221,27 @@ def _files(directory: str | Path, folder: str, domain: str) -> list[Path]:
     elif len(files) == 1:
         return list(files)
     raise DataError(
-        f"{path}: wanted one file of {domain} or all of its shards, found "
+        f"{folder}: wanted one file of {domain} or all of its shards, found "
         f"{', '.join(file.name for file in files)}"
     )
 
 
 def _read(
-    directory: str | Path,
-    folder: str,
+    folder: Path,
     domain: str,
     columns: tuple[str, ...],
-    parse: Callable[[dict[str, Any], str], Any],
-    skipped: list[str] | None,
-) -> list[tuple[str, Any]]:
-    def parse_row(row: _Row, where: str) -> Any:
-        return parse(json_object(row, where) if isinstance(row, bytes) else row, where)
-
-    files = _files(directory, folder, domain)
-    rows = (row for file in files for row in _rows(file, columns))
-    parsed = parse_rows(rows, parse_row, skipped)
-    if not parsed:
+    parse: Callable[[dict[str, Any], str], T],
+) -> list[tuple[str, T]]:
+    """("file:line", what `parse` makes of it) of every row of a domain's file or shards."""
+    files = _files(folder, domain)
+    rows = [
+        (where, parse(json_object(row, where) if isinstance(row, bytes) else row, where))
+        for file in files
+        for where, row in _rows(file, columns)
+    ]
+    if not rows:
         raise DataError(f"{files[0]}: holds no row")
-    return parsed
+    return rows
 
 
 def _rows(file: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, _Row]]:

@@ -7,12 +7,9 @@ differs from the baseline's by more than chance, corrected for the number of cel
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +18,7 @@ import numpy as np
 from laser_jax.command_line import parse_command_line
 from laser_jax.config import ConfigError
 from laser_jax.evaluate.bright import EXAMPLES
-from laser_jax.evaluate.plots import LatencyPoint, plot_latency_quality, require_matplotlib
+from laser_jax.evaluate.plots import LatencyPoint, can_draw, plot_latency_quality
 from laser_jax.evaluate.results import (
     PER_QUERY_FILE,
     Evaluation,
@@ -29,6 +26,7 @@ from laser_jax.evaluate.results import (
     markdown_table,
     read_evaluation,
     read_per_query,
+    write_json,
 )
 from laser_jax.evaluate.retrieval import CONTROL, EXPLICIT, REWRITES, latent
 from laser_jax.evaluate.significance import holm, permutation_p_value
@@ -38,6 +36,8 @@ from laser_jax.files.terminal import printable
 
 PLOT_STEM = "latency_quality"
 BETTER, WORSE = "▲", "▼"
+ALPHA = 0.05
+"""The chance of a single false mark in a table, or more."""
 logger = logging.getLogger(__name__)
 
 
@@ -46,27 +46,16 @@ class CompareOptions:
     """Compares evaluated models in one table, with marks of significance and a plot."""
 
     directories: tuple[str, ...] = ()
-    """What laser_jax.evaluate --model wrote. They may stand without the flag."""
+    """What `evaluate model` wrote. They may stand without the flag."""
     output: str | None = None
     """A directory for report.md, report.json and the plot; None prints the table alone."""
     metric: str = "nDCG@10"
     runs: Literal["main", "all"] = "main"
-    """`main`: the query alone, the latent view at the model's own K, the explicit view and
+    """`main`: K = 1, the latent view at the model's own K, the explicit view and
     rewrite-then-retrieve; `all` every run of the evaluations."""
     baseline: str | None = None
     """The name of the model that the others are tested against, at its own K; by default that of
     the first directory."""
-    alpha: float = 0.05
-    resamples: int = 10_000
-    seed: int = 0
-    plot: bool = True
-    """Draw quality against the time of a query, where the evaluations measured it."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.alpha < 1:
-            raise ConfigError(f"alpha must lie between 0 and 1, got {self.alpha}")
-        if self.resamples < 1:
-            raise ConfigError(f"resamples must be at least 1, got {self.resamples}")
 
 
 @dataclass(frozen=True)
@@ -103,21 +92,22 @@ class Comparison:
     baseline: tuple[str, str]
     tested: int
     """Cells that were compared with the baseline."""
-    alpha: float
+    alpha: float = ALPHA
 
 
 @dataclass(frozen=True)
-class _Evaluated:
+class _Directory:
     directory: str
     column: str
     evaluation: Evaluation
     per_query: dict[str, QueryScores]
 
-    def values(self, run: str, metric: str) -> dict[str, float]:
-        return {query: scores[metric] for query, scores in self.per_query[run].items()}
+
+Evaluated = Mapping[tuple[str, str], _Directory]
+"""(model, column) -> evaluation."""
 
 
-def _read(directory: str, metric: str) -> _Evaluated:
+def _read(directory: str, metric: str) -> _Directory:
     evaluation = read_evaluation(directory)
     if metric not in evaluation.metrics:
         raise DataError(
@@ -129,50 +119,19 @@ def _read(directory: str, metric: str) -> _Evaluated:
         raise DataError(f"{directory}: {PER_QUERY_FILE} and results.json hold other runs")
     data = Path(evaluation.data).name
     column = data if evaluation.split in ("test", EXAMPLES) else f"{data} ({evaluation.split})"
-    return _Evaluated(directory, column, evaluation, per_query)
+    return _Directory(directory, column, evaluation, per_query)
 
 
-def _shown_runs(evaluation: Evaluation, runs: str) -> list[str]:
-    if runs == "all":
-        return list(evaluation.scores)
-    own = latent(evaluation.num_thinking_steps)
-    wanted = dict.fromkeys([latent(1), own, EXPLICIT, *REWRITES])
-    return [run for run in wanted if run in evaluation.scores]
-
-
-def compare(directories: Sequence[str], options: CompareOptions) -> Comparison:
-    """Reads the evaluations and tests every cell against the baseline's of its column.
+def read_all(options: CompareOptions) -> Evaluated:
+    """Reads the directories.
 
     Raises:
-        FileNotFoundError, DataError: a directory is no evaluation, or two of them are of the same
-            model and data, or of different queries of the same data.
-        ConfigError: no evaluation is of the baseline.
+        FileNotFoundError, DataError: a directory is no evaluation or lacks the metric, or two are
+            of the same model and data.
     """
-    evaluated = _read_all(directories, options.metric)
-    baseline = model, run = _baseline(evaluated, options.baseline)
-    cells: dict[tuple[str, str], dict[str, Cell]] = {}
-    for (of, column), read in evaluated.items():
-        base = evaluated.get((model, column))
-        if base and run not in base.per_query:
-            base = None
-        for shown in _shown_runs(read.evaluation, options.runs):
-            against = (base, run) if base and (of, shown) != baseline else None
-            cells.setdefault((of, shown), {})[column] = _cell(read, shown, against, options)
-    number = _correct(cells, options.alpha)
-    columns = list(dict.fromkeys(column for _, column in evaluated))
-    averages = [
-        float(np.mean([cell.score for cell in row.values()])) if len(row) == len(columns) else None
-        for row in cells.values()
-    ]
-    rows = [Row(*key, cells[key], of) for key, of in zip(cells, averages, strict=True)]
-    return Comparison(options.metric, columns, rows, baseline, number, options.alpha)
-
-
-def _read_all(directories: Sequence[str], metric: str) -> dict[tuple[str, str], _Evaluated]:
-    """(model, column) -> evaluation."""
-    evaluated: dict[tuple[str, str], _Evaluated] = {}
-    for directory in directories:
-        read = _read(directory, metric)
+    evaluated: dict[tuple[str, str], _Directory] = {}
+    for directory in options.directories:
+        read = _read(directory, options.metric)
         key = (read.evaluation.model, read.column)
         if key in evaluated:
             raise DataError(
@@ -183,7 +142,7 @@ def _read_all(directories: Sequence[str], metric: str) -> dict[tuple[str, str], 
     return evaluated
 
 
-def _baseline(evaluated: Mapping[tuple[str, str], _Evaluated], name: str | None) -> tuple[str, str]:
+def _baseline(evaluated: Evaluated, name: str | None) -> tuple[str, str]:
     """The model and the run that the others are tested against."""
     models = list(dict.fromkeys(model for model, _ in evaluated))
     model = name or models[0]
@@ -195,44 +154,61 @@ def _baseline(evaluated: Mapping[tuple[str, str], _Evaluated], name: str | None)
     return model, latent(own.pop())
 
 
-def _cell(
-    read: _Evaluated, run: str, against: tuple[_Evaluated, str] | None, options: CompareOptions
-) -> Cell:
-    """A result with the p-value that its test alone gives.
+def _shown_runs(evaluation: Evaluation, runs: str) -> list[str]:
+    if runs == "all":
+        return list(evaluation.scores)
+    own = latent(evaluation.num_thinking_steps)
+    wanted = dict.fromkeys([latent(1), own, EXPLICIT, *REWRITES])
+    return [run for run in wanted if run in evaluation.scores]
 
-    Args:
-        against: the baseline's evaluation on the same data and its run; None where nothing is to
-            be tested.
+
+def compare(evaluated: Evaluated, options: CompareOptions) -> Comparison:
+    """Tests every cell of the table against the baseline's of its column.
+
+    Raises:
+        DataError: two evaluations are of different queries of the same data.
+        ConfigError: no evaluation is of the baseline.
     """
-    score = read.evaluation.scores[run][options.metric]
-    if against is None:
-        return Cell(score)
-    base, base_run = against
-    values, others = read.values(run, options.metric), base.values(base_run, options.metric)
-    if values.keys() != others.keys():
+    metric = options.metric
+    baseline = model, run = _baseline(evaluated, options.baseline)
+    cells: dict[tuple[str, str], dict[str, Cell]] = {}
+    tests: list[tuple[dict[str, Cell], str, float, float]] = []
+    for (of, column), read in evaluated.items():
+        base = evaluated.get((model, column))
+        for shown in _shown_runs(read.evaluation, options.runs):
+            row = cells.setdefault((of, shown), {})
+            row[column] = Cell(read.evaluation.scores[shown][metric])
+            if base and run in base.per_query and (of, shown) != baseline:
+                tests.append((row, column, *_tested(read, shown, base, run, metric)))
+    corrected = holm([p_value for *_, p_value in tests])
+    for (row, column, difference, _), p_value in zip(tests, corrected, strict=True):
+        mark = "" if p_value >= ALPHA else BETTER if difference > 0 else WORSE
+        row[column] = Cell(row[column].score, difference, p_value, mark)
+    columns = list(dict.fromkeys(column for _, column in evaluated))
+    rows = [Row(*key, row, _average(row, columns)) for key, row in cells.items()]
+    return Comparison(metric, columns, rows, baseline, len(tests))
+
+
+def _average(row: Mapping[str, Cell], columns: Sequence[str]) -> float | None:
+    scores = [cell.score for cell in row.values()]
+    return float(np.mean(scores)) if len(scores) == len(columns) else None
+
+
+def _tested(
+    read: _Directory, run: str, base: _Directory, base_run: str, metric: str
+) -> tuple[float, float]:
+    """How much better a run is than the baseline's, and the p-value that its test alone gives."""
+    ours, theirs = (
+        {query: scores[metric] for query, scores in of.per_query[name].items()}
+        for of, name in ((read, run), (base, base_run))
+    )
+    if ours.keys() != theirs.keys():
         raise DataError(
             f"{read.directory} and {base.directory} were evaluated on different queries of "
-            f"{read.column}: {len(values.keys() ^ others.keys())} are in one of them alone"
+            f"{read.column}: {len(ours.keys() ^ theirs.keys())} are in one of them alone"
         )
-    ours, theirs = list(values.values()), [others[query] for query in values]
-    p_value = permutation_p_value(ours, theirs, resamples=options.resamples, seed=options.seed)
-    return Cell(score, float(np.mean(ours) - np.mean(theirs)), p_value)
-
-
-def _correct(cells: Mapping[tuple[str, str], dict[str, Cell]], alpha: float) -> int:
-    """Corrects the p-values in place for all that are tested, and marks what lies below alpha.
-    Returns their number."""
-    tested = [
-        (row, column, cell.p_value, cell.difference)
-        for row in cells.values()
-        for column, cell in row.items()
-        if cell.p_value is not None and cell.difference is not None
-    ]
-    corrected = holm([p_value for _, _, p_value, _ in tested])
-    for (row, column, _, difference), p_value in zip(tested, corrected, strict=True):
-        mark = "" if p_value >= alpha else BETTER if difference > 0 else WORSE
-        row[column] = dataclasses.replace(row[column], p_value=p_value, mark=mark)
-    return len(tested)
+    values, others = list(ours.values()), [theirs[query] for query in ours]
+    return float(np.mean(values) - np.mean(others)), permutation_p_value(values, others)
 
 
 def format_comparison(comparison: Comparison) -> str:
@@ -266,69 +242,57 @@ def format_comparison(comparison: Comparison) -> str:
     )
 
 
-def _series(
-    directories: Sequence[str], metric: str
-) -> tuple[dict[str, list[LatencyPoint]], list[str]]:
+def _series(evaluated: Evaluated, metric: str) -> dict[str, list[LatencyPoint]]:
     """What the plot shows: a line a model over its K, points for its explicit view and for
-    rewrite-then-retrieve, each a mean over the data sets on which it was timed; and the directories
-    that hold no times."""
-    timed: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    untimed = []
-    for directory in directories:
-        evaluation = read_evaluation(directory)
-        if not evaluation.milliseconds_per_query:
-            untimed.append(directory)
+    rewrite-then-retrieve, each a mean over the data sets on which it was timed."""
+    timed: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for read in evaluated.values():
+        evaluation = read.evaluation
         writing = evaluation.writing_milliseconds_per_query
         for run, milliseconds in evaluation.milliseconds_per_query.items():
-            if run in REWRITES and run not in writing:  # most of its time is unknown
-                continue
-            pair = milliseconds + writing.get(run, 0.0), evaluation.scores[run][metric]
-            timed.setdefault(evaluation.model, {}).setdefault(run, []).append(pair)
+            if run not in REWRITES or run in writing:  # else most of its time is unknown
+                pair = milliseconds + writing.get(run, 0.0), evaluation.scores[run][metric]
+                timed.setdefault((evaluation.model, run), []).append(pair)
     series: dict[str, list[LatencyPoint]] = {}
-    for model, runs in timed.items():
-        for run, pairs in runs.items():
+    for (model, run), pairs in timed.items():
+        what = "latent view"
+        if run == EXPLICIT:  # the text is read here; the time to write it is not in it
+            what = "explicit (reading alone)"
+        elif run in REWRITES:
+            what = f"{run} (writing and reading)"
+        if run != CONTROL:
             point = LatencyPoint(
                 *np.mean(pairs, axis=0).tolist(), label=run.removeprefix("latent ")
             )
-            if run == EXPLICIT:  # the text is read here; the time to write it is not in it
-                series[f"{model}, explicit (reading alone)"] = [point]
-            elif run in REWRITES:
-                series[f"{model}, {run} (writing and reading)"] = [point]
-            elif run != CONTROL:
-                series.setdefault(f"{model}, latent view", []).append(point)
-    return series, untimed
+            series.setdefault(f"{model}, {what}", []).append(point)
+    return series
 
 
-def write_report(
-    directories: Sequence[str], comparison: Comparison, output: Path, *, plot: bool
-) -> None:
+def _write_report(evaluated: Evaluated, comparison: Comparison, output: Path) -> None:
     """Writes report.md, report.json and, where there are times, the plot."""
     output.mkdir(parents=True, exist_ok=True)
-    if plot:
-        series, untimed = _series(directories, comparison.metric)
-        if series:
-            plot_latency_quality(series, comparison.metric, output / PLOT_STEM)
-        if untimed:
-            logger.warning(
-                "not in the plot, as evaluated without --measure_time true: %s", ", ".join(untimed)
-            )
+    series = _series(evaluated, comparison.metric)
+    if series and can_draw():
+        plot_latency_quality(series, comparison.metric, output / PLOT_STEM)
+    untimed = [e.directory for e in evaluated.values() if not e.evaluation.milliseconds_per_query]
+    if untimed:
+        logger.warning(
+            "not in the plot, as evaluated without --measure_time true: %s", ", ".join(untimed)
+        )
     write_atomically(output / "report.md", format_comparison(comparison) + "\n")
-    text = json.dumps(asdict(comparison), indent=2, ensure_ascii=False) + "\n"
-    write_atomically(output / "report.json", text)
+    write_json(output / "report.json", asdict(comparison))
 
 
 def main(program: str, arguments: Sequence[str]) -> None:
-    """The command line: directories, then options."""
-    directories = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
-    options = parse_command_line(CompareOptions, f"{program} DIR...", arguments[len(directories) :])
-    if not directories:
+    """The command line: directories and options."""
+    options = parse_command_line(CompareOptions, f"{program} DIR...", arguments, "directories")
+    if not options.directories:
         raise ConfigError(
             f"no directories to compare: {program} DIR... [options], where each DIR is one that "
             "python -m laser_jax.evaluate model wrote"
         )
-    if options.output and options.plot:
-        require_matplotlib()
-    comparison = compare(directories, options)
+    evaluated = read_all(options)
+    comparison = compare(evaluated, options)
     if options.output:
-        write_report(directories, comparison, Path(options.output), plot=options.plot)
+        _write_report(evaluated, comparison, Path(options.output))
     print(printable(format_comparison(comparison)))

@@ -19,6 +19,8 @@ import numpy as np
 from laser_jax.config import ConfigError
 from laser_jax.search.trec import Run, rank_documents
 
+METRICS = ("nDCG@10", "Recall@100", "MRR@10")
+"""Those of the programs, where no others are asked for."""
 Qrels = dict[str, dict[str, int]]
 """Query id -> document id -> graded relevance; 1 and above is relevant."""
 
@@ -103,18 +105,15 @@ def _parse_metric(name: str) -> tuple[_Metric, int]:
     return _METRICS[match[1]], int(match[2])
 
 
-def require_metrics(names: Sequence[str], depth: int | None = None) -> None:
-    """Raises a ConfigError where there is no metric, an unknown one, or one that looks at more
-    documents of a ranking than the `depth` that are kept."""
+def deepest_cutoff(names: Sequence[str]) -> int:
+    """How many documents of a ranking the metrics look at. Raises a ConfigError where there is no
+    metric or an unknown one."""
     if not names:
         raise ConfigError("metrics must name one metric at least")
-    for name in names:
-        try:
-            _, cutoff = _parse_metric(name)
-        except ValueError as error:
-            raise ConfigError(f"metrics: {error}") from error
-        if depth is not None and cutoff > depth:
-            raise ConfigError(f"metrics: {name} looks deeper than --depth {depth}")
+    try:
+        return max(_parse_metric(name)[1] for name in names)
+    except ValueError as error:
+        raise ConfigError(f"metrics: {error}") from error
 
 
 def evaluate_run(

@@ -13,25 +13,31 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 
 from laser_jax.command_line import parse_command_line
-from laser_jax.config import ConfigError
+from laser_jax.config import ConfigError, pools_prompt
 from laser_jax.evaluate.beir import BeirDataset, read_beir
-from laser_jax.evaluate.bright import ALL, EXAMPLES, choose_domains, is_bright, read_bright
-from laser_jax.evaluate.metrics import evaluate_run, mean, require_metrics, without_relevant
-from laser_jax.evaluate.plots import plot_quality_by_steps, require_matplotlib
+from laser_jax.evaluate.bright import ALL, EXAMPLES, BrightCopy, is_bright
+from laser_jax.evaluate.metrics import (
+    METRICS,
+    deepest_cutoff,
+    evaluate_run,
+    mean,
+    without_relevant,
+)
+from laser_jax.evaluate.plots import can_draw, plot_quality_by_steps
 from laser_jax.evaluate.results import (
     Difference,
     Evaluation,
     QueryScores,
-    claim_directory,
     markdown_table,
     model_name,
-    write_evaluation,
+    require_free,
+    write_results,
 )
 from laser_jax.evaluate.retrieval import (
     CONTROL,
@@ -39,14 +45,13 @@ from laser_jax.evaluate.retrieval import (
     EXPLICIT,
     LATENT,
     REWRITES,
-    EncodingOptions,
+    EvaluationOptions,
     QueryInputs,
     explicit_view_fault,
     latent,
     load_retriever,
     query_inputs,
     rank_corpus,
-    require_positive,
     rewrite_inputs,
     unrestricted,
 )
@@ -58,26 +63,22 @@ from laser_jax.evaluate.rewrites import (
 )
 from laser_jax.evaluate.significance import paired_bootstrap
 from laser_jax.files.durable import write_atomically
-from laser_jax.files.terminal import printable
 from laser_jax.inference.retriever import LatentRetriever
 from laser_jax.search.matching import unmatched
+from laser_jax.settings import require, require_in
 
-METRICS = ("nDCG@10", "Recall@100", "MRR@10")
 DOMAINS_FILE = "domains.md"
-SHOWN_BAD_LINES = 5
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(EncodingOptions):
+class ModelOptions(EvaluationOptions):
     """Evaluates a model on a BEIR directory or on BRIGHT at every K, and its explicit view with a
-    control."""
+    control. Of BRIGHT every domain gets a directory in the output. A directory that holds an
+    evaluation is refused."""
 
     data: str
     """A BEIR directory, or a local copy of BRIGHT."""
-    output: str
-    """The directory to write: tables, runs, values of every query, plot; of BRIGHT in a directory
-    each domain."""
     split: str = "test"
     """Of a BEIR directory."""
     domains: str = ALL
@@ -89,37 +90,18 @@ class ModelOptions(EncodingOptions):
     Of BRIGHT: the folder of rewritten queries to take, such as `gpt4_reason`."""
     ignore_identical_ids: bool = True
     """BEIR's rule: a query is not given the document that has its own id."""
-    num_thinking_steps: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
-    """Values of K, all from one pass; K = 1 is the query alone."""
+    eval_thinking_steps: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
+    """Values of K at which the latent view is evaluated, all from one pass."""
     metrics: tuple[str, ...] = METRICS
     """NAME@CUTOFF; the first is the one of the plot."""
-    depth: int = DEPTH
-    """Documents kept of each ranking."""
-    skip_bad_lines: bool = False
-    """Leave bad lines of the data out and count them, instead of stopping at the first."""
-    seed: int = 0
-    """Of the control and of the resamples."""
-    resamples: int = 10_000
-    confidence: float = 0.95
-    """Of the intervals of the differences."""
     measure_time: bool = False
     """Encode the queries again for every run by itself and time it (no compilation, no search)."""
-    plot: bool = True
-    """Draw the first metric against K."""
-    overwrite: bool = False
-    """Replace an evaluation that stands in the output directory."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.num_thinking_steps or min(self.num_thinking_steps) < 1:
-            raise ConfigError(
-                f"num_thinking_steps must each be at least 1, got {self.num_thinking_steps}"
-            )
-        for key in ("depth", "resamples"):
-            require_positive(key, getattr(self, key))
-        if not 0 < self.confidence < 1:
-            raise ConfigError(f"confidence must lie between 0 and 1, got {self.confidence}")
-        require_metrics(self.metrics, self.depth)
+        require(bool(self.eval_thinking_steps), "eval_thinking_steps must name one K at least")
+        require_in("[1, inf)", self, "", "eval_thinking_steps")
+        deepest_cutoff(self.metrics)
 
 
 # --- the data ----------------------------------------------------------------------------------
@@ -132,102 +114,87 @@ class _Data:
     dataset: BeirDataset
     name: str
     split: str
-    bad_lines: list[str]
-    """What is wrong with the lines that were left out."""
     rewrites: dict[str, Rewrite] | None = None
     """Of its queries."""
 
 
-def _read(read: Callable[..., BeirDataset], name: str, split: str, options: ModelOptions) -> _Data:
-    skipped: list[str] | None = [] if options.skip_bad_lines else None
-    dataset = replace(read(skipped=skipped), ignore_identical_ids=options.ignore_identical_ids)
+def _as_asked(dataset: BeirDataset, options: ModelOptions) -> BeirDataset:
+    """The dataset with the instruction and the rule on ids that the options ask for."""
+    queries = dataset.queries
     if options.instruction is not None:
-        queries = {
-            id_: replace(query, instruction=options.instruction)
-            for id_, query in dataset.queries.items()
-        }
-        dataset = replace(dataset, queries=queries)
-    return _Data(dataset, name, split, skipped or [])
+        given = options.instruction
+        queries = {id_: replace(query, instruction=given) for id_, query in queries.items()}
+    return replace(dataset, queries=queries, ignore_identical_ids=options.ignore_identical_ids)
 
 
 def _read_beir(options: ModelOptions) -> _Data:
-    read = partial(read_beir, options.data, options.split)
-    data = _read(read, options.data, options.split, options)
-    if options.rewrites is None:
-        return data
-    rewrites = read_rewrites(options.rewrites)
-    queries = data.dataset.queries
-    require_rewrites_of(queries, rewrites, options.rewrites)
-    other = unmatched("rewrites of no query of this split", rewrites, queries, options.rewrites)
-    dataset = replace(data.dataset, unmatched=(*data.dataset.unmatched, *other))
-    return replace(data, dataset=dataset, rewrites={id_: rewrites[id_] for id_ in queries})
+    dataset, rewrites = _as_asked(read_beir(options.data, options.split), options), None
+    if options.rewrites is not None:
+        written, queries = read_rewrites(options.rewrites), dataset.queries
+        require_rewrites_of(queries, written, options.rewrites)
+        other = unmatched("rewrites of no query of this split", written, queries, options.rewrites)
+        dataset = replace(dataset, unmatched=(*dataset.unmatched, *other))
+        rewrites = {id_: written[id_] for id_ in queries}
+    return _Data(dataset, options.data, options.split, rewrites)
 
 
-def _read_domain(domain: str, options: ModelOptions) -> _Data:
-    kind = {"long_documents": options.long_documents, "rewrites": options.rewrites}
-    read = partial(read_bright, options.data, domain, **kind)
-    split = (options.rewrites or EXAMPLES) + (", long documents" if options.long_documents else "")
-    return _read(read, str(Path(options.data) / domain), split, options)
+def _read_domain(copy: BrightCopy, domain: str, options: ModelOptions) -> _Data:
+    dataset = _as_asked(copy.read(domain), options)
+    split = copy.queries + (", long documents" if copy.long_documents else "")
+    return _Data(dataset, str(copy.directory / domain), split)
 
 
 # --- the evaluation ----------------------------------------------------------------------------
 
 
-def evaluate_model(options: ModelOptions) -> Evaluation:
-    """Evaluates a model on a BEIR directory and writes the output directory.
+def evaluate_model(options: ModelOptions) -> dict[str, Evaluation]:
+    """Evaluates a model and writes the output: of a BEIR directory a directory, of BRIGHT one a
+    domain in it, and the table of all.
+
+    Returns:
+        The evaluation of every domain by its name, in BRIGHT's order; of a BEIR directory the one,
+        under "".
 
     Raises:
         ConfigError, DataError, HFError, TokenizationError, FileNotFoundError: bad input; the
             message names it.
-        ImportError: a plot is asked for without matplotlib.
     """
-    if options.plot:
-        require_matplotlib()
-    data = _read_beir(options)
-    retriever = load_retriever(options, max(options.num_thinking_steps))
-    return _evaluate(data, retriever, Path(options.output), options)
-
-
-def evaluate_domains(options: ModelOptions) -> dict[str, Evaluation]:
-    """Evaluates a model on domains of BRIGHT and writes a directory each, and the table of all.
-
-    Returns:
-        Domain -> evaluation, in BRIGHT's order.
-
-    Raises:
-        As `evaluate_model`.
-    """
-    if options.plot:
-        require_matplotlib()
-    domains = choose_domains(
-        options.data,
-        options.domains,
-        long_documents=options.long_documents,
-        rewrites=options.rewrites,
-    )
-    for domain in domains:  # and not after hours, when its turn comes
-        _read_domain(domain, options)
-    retriever = load_retriever(options, max(options.num_thinking_steps))
-    outputs = {domain: Path(options.output) / domain for domain in domains}
-    for output in outputs.values():
-        claim_directory(output, options.overwrite)
+    output = Path(options.output)
+    bright = _is_bright(options)
+    reading: dict[str, Callable[[], _Data]] = {"": cache(partial(_read_beir, options))}
+    if bright:
+        copy = BrightCopy(Path(options.data), options.long_documents, options.rewrites)
+        domains = copy.domains(options.domains)
+        reading = {domain: partial(_read_domain, copy, domain, options) for domain in domains}
+    for name, read in reading.items():
+        require_free(output / name)
+        read()  # so that its faults are not said after hours, when its turn comes
+    retriever = load_retriever(options, *options.eval_thinking_steps)
     evaluations = {}
-    for domain, output in outputs.items():
-        logger.info("%s, %d of %d", domain, len(evaluations) + 1, len(domains))
-        data = _read_domain(domain, options)
-        evaluations[domain] = _evaluate(data, retriever, output, options)
-    table = domain_table(evaluations)
-    write_atomically(Path(options.output) / DOMAINS_FILE, table + "\n")
+    for name, read in reading.items():
+        if bright:
+            logger.info("%s, %d of %d", name, len(evaluations) + 1, len(reading))
+        evaluations[name] = _evaluate(read(), retriever, output / name, options)
+    if bright:
+        write_atomically(output / DOMAINS_FILE, domain_table(evaluations) + "\n")
     return evaluations
+
+
+def _is_bright(options: ModelOptions) -> bool:
+    bright = is_bright(options.data)
+    if (options.domains != ALL or options.long_documents) and not bright:
+        raise ConfigError(
+            f"domains and long_documents are BRIGHT's, and {options.data} has no folder {EXAMPLES}"
+        )
+    if bright and options.split != "test":
+        raise ConfigError("BRIGHT has no splits: take --split away, or choose --domains")
+    return bright
 
 
 def _evaluate(
     data: _Data, retriever: LatentRetriever, output: Path, options: ModelOptions
 ) -> Evaluation:
-    dataset, encoder, prompts = data.dataset, retriever.encoder, retriever.prompts
-    if data.bad_lines:
-        shown = "\n  ".join(map(printable, data.bad_lines[:SHOWN_BAD_LINES]))
-        logger.warning("left out %d bad lines:\n  %s", len(data.bad_lines), shown)
+    dataset, config, prompts = data.dataset, retriever.encoder.config, retriever.prompts
     # the tokens are made before the directory is: they show what is wrong with the texts
     inputs = _query_inputs(data, retriever, options)
     documents = [prompts.document_prompt(document.text) for document in dataset.documents]
@@ -237,42 +204,38 @@ def _evaluate(
     for name, of in inputs.items():
         shortened[f"queries, {name}"] = of.shortened
         _log_lengths(f"queries, {name}", of.rows, of.shortened)
-    claim_directory(output, options.overwrite)
+    output.mkdir(parents=True, exist_ok=True)
     runs = rank_corpus(
-        encoder,
+        retriever.encoder,
         document_rows,
         dataset,
         inputs,
-        depth=options.depth,
+        depth=max(DEPTH, deepest_cutoff(options.metrics)),
         nothing_excluded=any(query.excluded_ids for query in dataset.queries.values()),
         progress=True,
     )
     per_query = {
         name: evaluate_run(run, dataset.qrels, options.metrics) for name, run in runs.items()
     }
-    own = encoder.config.num_thinking_steps
     evaluation = Evaluation(
         model=options.name or model_name(options.model),
         data=data.name,
         split=data.split,
-        num_thinking_steps=own,
+        num_thinking_steps=config.num_thinking_steps,
+        pools_prompt=pools_prompt(config.pooling),
         metrics=list(options.metrics),
         documents=len(dataset.documents),
         queries=len(dataset.queries),
         queries_without_relevant=without_relevant(dataset.qrels),
-        bad_lines=len(data.bad_lines),
         scores={name: mean(queries) for name, queries in per_query.items()},
-        differences=_differences(per_query, own, options),
-        confidence=options.confidence,
-        resamples=options.resamples,
-        seed=options.seed,
+        differences=_differences(per_query, config.num_thinking_steps, options.metrics),
         milliseconds_per_query=_reading_times(retriever, inputs) if options.measure_time else {},
         writing_milliseconds_per_query=_writing_times(data, runs),
         shortened=shortened,
         id_counts=list(dataset.id_counts),
     )
-    draw = partial(_plot, evaluation, inputs) if options.plot else None
-    write_evaluation(output, evaluation, per_query, runs, draw)
+    draw = partial(_plot, evaluation, inputs) if can_draw() else None
+    write_results(output, asdict(evaluation), per_query, runs, draw)
     return evaluation
 
 
@@ -281,7 +244,7 @@ def _query_inputs(
 ) -> dict[str, QueryInputs]:
     """The queries in every form in which the model reads them."""
     dataset, config, prompts = data.dataset, retriever.encoder.config, retriever.prompts
-    inputs = query_inputs(prompts, dataset, config, options.num_thinking_steps, options.seed)
+    inputs = query_inputs(prompts, dataset, config, options.eval_thinking_steps, control=True)
     if fault := explicit_view_fault(dataset, config):
         logger.warning("no explicit view: %s", fault)
     elif CONTROL not in inputs:
@@ -321,31 +284,23 @@ def _writing_times(data: _Data, runs: Mapping[str, object]) -> dict[str, float]:
     return {run: float(times.sum(axis=1).mean()) for run in REWRITES if run in runs}
 
 
-def _comparisons(runs: Sequence[str], own: int) -> list[tuple[str, str]]:
-    """Which runs are compared: each with the query alone; the explicit view also with its control
-    and, as rewrite-then-retrieve, with the latent view at the model's own K. What excludes nothing
-    is compared with none."""
-    compared = set(runs) - {latent(1)} - {unrestricted(run) for run in runs}
-    pairs = [(run, latent(1)) for run in runs if run in compared]
-    pairs += [(EXPLICIT, other) for other in (CONTROL, latent(own)) if own > 1 or other == CONTROL]
-    pairs += [(run, latent(own)) for run in REWRITES if own > 1]
-    return [(a, b) for a, b in pairs if a in runs and b in runs]
-
-
 def _differences(
-    per_query: Mapping[str, QueryScores], own: int, options: ModelOptions
+    per_query: Mapping[str, QueryScores], own: int, metrics: Sequence[str]
 ) -> list[Difference]:
+    """Each run less the one of K = 1; the explicit view also less its control and, as
+    rewrite-then-retrieve, less the latent view at the model's own K. What excludes nothing is
+    compared with none."""
+    compared = set(per_query) - {latent(1)} - {unrestricted(run) for run in per_query}
+    pairs = [(run, latent(1)) for run in per_query if run in compared]
+    pairs += [(EXPLICIT, CONTROL)]
+    pairs += [(run, latent(own)) for run in (EXPLICIT, *REWRITES) if own > 1]
     differences = []
-    for run, against in _comparisons(list(per_query), own):
-        for metric in options.metrics:
-            interval = paired_bootstrap(
-                [values[metric] for values in per_query[run].values()],
-                [values[metric] for values in per_query[against].values()],
-                resamples=options.resamples,
-                confidence=options.confidence,
-                seed=options.seed,
-            )
-            differences.append(Difference(run, against, metric, **asdict(interval)))
+    for run, against in pairs:
+        if run in per_query and against in per_query:
+            for metric in metrics:
+                a, b = ([v[metric] for v in per_query[r].values()] for r in (run, against))
+                interval = paired_bootstrap(a, b)
+                differences.append(Difference(run, against, metric, **asdict(interval)))
     return differences
 
 
@@ -362,9 +317,10 @@ def _plot(evaluation: Evaluation, inputs: Mapping[str, QueryInputs], stem: Path)
 
 def model_table(evaluation: Evaluation) -> str:
     """The scores of every run, the differences in the first metric, and the counts of ids."""
+    query_alone = latent(1) if evaluation.pools_prompt else None
 
     def title(run: str) -> str:
-        return f"{run} (query alone)" if run == latent(1) else run
+        return f"{run} (query alone)" if run == query_alone else run
 
     times = {
         "ms a query": evaluation.milliseconds_per_query,
@@ -401,8 +357,8 @@ def model_table(evaluation: Evaluation) -> str:
 
 
 def domain_table(evaluations: Mapping[str, Evaluation]) -> str:
-    """The first metric, a row a domain and their mean: of the query alone, the model's own K and
-    the explicit view (or every K, where none of these was evaluated), each with the excluded
+    """The first metric, a row a domain and their mean: at K = 1, at the model's own K and of the
+    explicit view (or at every K, where none of these was evaluated), each with the excluded
     documents removed and with nothing excluded. Below it what is to be said about ids."""
     first, *_ = evaluations.values()
     metric = first.metrics[0]
@@ -426,25 +382,10 @@ def domain_table(evaluations: Mapping[str, Evaluation]) -> str:
     return "\n\n".join([table, "\n".join(notes)] if notes else [table])
 
 
-# --- the command line --------------------------------------------------------------------------
-
-
-def _is_bright(options: ModelOptions) -> bool:
-    bright = is_bright(options.data)
-    if (options.domains != ALL or options.long_documents) and not bright:
-        raise ConfigError(
-            f"domains and long_documents are BRIGHT's, and {options.data} has no folder {EXAMPLES}"
-        )
-    if bright and options.split != "test":
-        raise ConfigError("BRIGHT has no splits: take --split away, or choose --domains")
-    return bright
-
-
 def main(program: str, arguments: Sequence[str]) -> None:
     """The command line."""
     options = parse_command_line(ModelOptions, program, arguments)
-    if _is_bright(options):
-        print(domain_table(evaluate_domains(options)))
-    else:
-        print(model_table(evaluate_model(options)))
+    evaluations = evaluate_model(options)
+    one = evaluations.get("")
+    print(model_table(one) if one else domain_table(evaluations))
     logger.info("written to %s", options.output)

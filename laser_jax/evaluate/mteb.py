@@ -15,25 +15,25 @@ instruction, exclusions left out.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from laser_jax.command_line import parse_command_line
-from laser_jax.config import ConfigError, load_retriever_config
 from laser_jax.data.schema import as_strings
 from laser_jax.evaluate.bright import INSTRUCTIONS
-from laser_jax.evaluate.results import markdown_table, model_name
-from laser_jax.evaluate.retrieval import EncodingOptions, load_retriever, require_positive
-from laser_jax.files.durable import checksum, write_atomically
+from laser_jax.evaluate.results import markdown_table, model_name, write_json
+from laser_jax.evaluate.retrieval import EvaluationOptions, load_retriever
+from laser_jax.files.durable import checksum
+from laser_jax.hf.directory import resolve_directory
+from laser_jax.inference.options import read_retriever_config
 from laser_jax.inference.retriever import LatentRetriever
+from laser_jax.settings import require
 
 try:
     import mteb
@@ -49,21 +49,9 @@ except ImportError as error:
 SCORES_FILE = "scores.json"
 logger = logging.getLogger(__name__)
 
-BRIGHT_TASKS: dict[str, str] = {
-    "BrightBiologyRetrieval": "biology",
-    "BrightEarthScienceRetrieval": "earth_science",
-    "BrightEconomicsRetrieval": "economics",
-    "BrightPsychologyRetrieval": "psychology",
-    "BrightRoboticsRetrieval": "robotics",
-    "BrightStackoverflowRetrieval": "stackoverflow",
-    "BrightSustainableLivingRetrieval": "sustainable_living",
-    "BrightLeetcodeRetrieval": "leetcode",
-    "BrightPonyRetrieval": "pony",
-    "BrightAopsRetrieval": "aops",
-    "BrightTheoremQAQuestionsRetrieval": "theoremqa_questions",
-    "BrightTheoremQATheoremsRetrieval": "theoremqa_theorems",
-}
-"""Tasks of BRIGHT(v1.1) -> domain. Those of long documents have `Long` before `Retrieval`."""
+# Tasks of BRIGHT(v1.1), such as BrightEarthScienceRetrieval, in lower case -> domain. Those of long
+# documents have `Long` before `Retrieval`.
+_BRIGHT_TASKS = {f"bright{domain.replace('_', '')}retrieval": domain for domain in INSTRUCTIONS}
 BRIGHT_WITH_SUBSETS = ("BrightRetrieval", "BrightLongRetrieval")
 """Tasks of BRIGHT and BRIGHT (long), whose subsets are the domains and which exclude nothing."""
 # The released evaluator takes these from a file that is not released; that of Qwen3-Embedding's
@@ -117,7 +105,7 @@ class MtebRetriever(AbsEncoder):
         self.retriever = retriever
         self._steps = num_thinking_steps
         self._instruction = instruction
-        self._last_documents: list[tuple[bytes, np.ndarray]] = []
+        self._last_documents: list[tuple[tuple[int, int], np.ndarray]] = []
         self.mteb_model_meta: ModelMeta = ModelMeta.create_empty(
             {
                 "name": name,
@@ -183,10 +171,7 @@ class MtebRetriever(AbsEncoder):
 
     def _documents(self, texts: list[str], options: Mapping[str, Any]) -> np.ndarray:
         """Keeps the last corpus, which is searched twice where documents are excluded."""
-        digest = hashlib.sha256()
-        for text in texts:
-            digest.update(hashlib.sha256(text.encode()).digest())
-        key = digest.digest()
+        key = len(texts), hash(tuple(texts))
         if not self._last_documents or self._last_documents[0][0] != key:
             self._last_documents.clear()  # before the next one is in memory
             self._last_documents.append((key, self.retriever.encode_document(texts, **options)))
@@ -196,9 +181,7 @@ class MtebRetriever(AbsEncoder):
         """The task in words: LaSER's for BRIGHT and FollowIR, mteb's for all others."""
         if self._instruction is not None:
             return self._instruction
-        if task.name in BRIGHT_WITH_SUBSETS:
-            return INSTRUCTIONS[subset]
-        domain = BRIGHT_TASKS.get(task.name.replace("LongRetrieval", "Retrieval"))
+        domain = subset if task.name in BRIGHT_WITH_SUBSETS else _domain_of(task.name)
         if domain is not None:
             return INSTRUCTIONS[domain]
         if task.name in FOLLOWIR_TASKS:
@@ -221,6 +204,11 @@ def model_revision(*directories: str | Path) -> str:
     files = [path for directory in directories for path in sorted(Path(directory).iterdir())]
     kinds = (".safetensors", ".json", ".jinja", ".model")
     return checksum(f for f in files if f.suffix in kinds or f.name == "merges.txt")[:16]
+
+
+def _domain_of(task: str) -> str | None:
+    """The domain of a task of BRIGHT(v1.1), of passages or of long documents; None of others."""
+    return _BRIGHT_TASKS.get(task.lower().replace("longretrieval", "retrieval"))
 
 
 # --- tasks -------------------------------------------------------------------------------------
@@ -262,14 +250,12 @@ def evaluate_task(
     output: str | Path,
     *,
     batch_size: int = 64,
-    overwrite: bool = False,
     predictions: str | Path | None = None,
 ) -> list[TaskScore]:
     """Runs a task, and where a task of BRIGHT excludes documents also without exclusions.
 
     Args:
         output: the folder of mteb's cache; results that are there are not computed again.
-        overwrite: compute them again.
         predictions: a folder for mteb's files of rankings.
 
     Returns:
@@ -281,7 +267,7 @@ def evaluate_task(
             cast(Any, model),  # its protocol also wants a constructor that loads from the hub
             task,
             cache=mteb.ResultCache(output),
-            overwrite_strategy="always" if overwrite else "only-missing",
+            overwrite_strategy="only-missing",
             encode_kwargs={"batch_size": batch_size, "show_progress_bar": True},
             prediction_folder=predictions,
             show_progress_bar=False,
@@ -295,14 +281,16 @@ def evaluate_task(
         }
 
     name = task.metadata.name
-    excluding = task if name in BRIGHT_TASKS and isinstance(task, AbsTaskRetrieval) else None
+    domain = _domain_of(name)
+    # of long documents nothing is excluded, as exclusions name passages
+    may_exclude = domain is not None and "Long" not in name
+    excluding = task if may_exclude and isinstance(task, AbsTaskRetrieval) else None
     if excluding:
         excluding.load_data()
         excluding.convert_v1_dataset_format_to_v2(num_proc=None)
     scores = run(model)
-    unrestricted: Mapping[tuple[str, str], float | None] = dict.fromkeys(scores)
-    if name.replace("LongRetrieval", "Retrieval") in (*BRIGHT_TASKS, *BRIGHT_WITH_SUBSETS):
-        unrestricted = scores
+    of_bright = domain is not None or name in BRIGHT_WITH_SUBSETS
+    unrestricted = scores if of_bright else dict.fromkeys(scores)
     if excluding:
         if _exclude_nothing(excluding):
             unrestricted = run(model.without_exclusions())
@@ -330,25 +318,18 @@ def _exclude_nothing(task: AbsTaskRetrieval) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MtebOptions(EncodingOptions):
+class MtebOptions(EvaluationOptions):
     """Evaluates a model on tasks of mteb, BRIGHT with exclusions and without. `name` is what mteb
-    calls the model, organisation/model; by default laser_jax/ and its directory."""
+    calls the model, organisation/model; by default laser_jax/ and its directory. The output is a
+    cache of mteb beside scores.json: what it holds is not computed again."""
 
     tasks: str
     """Names of mteb's benchmarks and tasks with commas between: "BRIGHT(v1.1)", BRIGHT, FollowIR,
     BrowseCompPlusRetrieval, ..."""
-    output: str
-    """The directory to write: mteb's results, and scores.json."""
-    num_thinking_steps: int | None = None
-    """K; None takes the model's."""
-    overwrite: bool = False
-    """Compute again what is in the output directory."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive("num_thinking_steps", self.num_thinking_steps)
-        if not task_names(self.tasks):
-            raise ConfigError("tasks must name one task at least")
+        require(bool(task_names(self.tasks)), "tasks must name one task at least")
 
 
 def task_names(tasks: str) -> list[str]:
@@ -375,31 +356,30 @@ def evaluate(options: MtebOptions) -> dict[str, list[TaskScore]]:
         scores[name] = []
         for number, task in enumerate(named, start=1):
             logger.info("%s, %d of %d", task.metadata.name, number, len(named))
-            scores[name] += evaluate_task(
-                model, task, output, batch_size=options.batch_size, overwrite=options.overwrite
-            )
-    text = json.dumps(
-        {name: [asdict(score) for score in named] for name, named in scores.items()}, indent=2
-    )
-    write_atomically(output / SCORES_FILE, text + "\n")
+            scores[name] += evaluate_task(model, task, output, batch_size=options.batch_size)
+    found = {name: [asdict(score) for score in named] for name, named in scores.items()}
+    write_json(output / SCORES_FILE, found)
     return scores
 
 
 def _load(options: MtebOptions) -> MtebRetriever:
-    own = load_retriever_config(options.model)
-    experiment = {}  # what sets the results apart from those of the model as it was exported
-    if options.compute_dtype not in (None, own.dtype):
-        experiment["dtype"] = options.compute_dtype
-    if options.max_length is not None:
-        experiment["max_length"] = options.max_length
+    directory = resolve_directory(options.model)
+    own = read_retriever_config(directory, options.preset)
+    # what sets the results apart from those of the model as it was exported
+    asked = {
+        "preset": options.preset,
+        "dtype": options.compute_dtype if options.compute_dtype != own.dtype else None,
+        "max_length": options.max_length,
+    }
+    steps = options.num_thinking_steps
     name = options.name or Path(model_name(options.model)).name
     return MtebRetriever(
-        load_retriever(options, options.num_thinking_steps or own.num_thinking_steps),
+        load_retriever(replace(options, num_thinking_steps=None), steps or 1),
         name=name if "/" in name else f"laser_jax/{name}",
-        revision=model_revision(options.model, *filter(None, [options.adapter])),
-        num_thinking_steps=options.num_thinking_steps,
+        revision=model_revision(directory, *filter(None, [options.adapter])),
+        num_thinking_steps=steps,
         instruction=options.instruction,
-        experiment=experiment,
+        experiment={key: value for key, value in asked.items() if value is not None},
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,22 +13,22 @@ from typing import Any
 
 from laser_jax.files.durable import written_whole
 
+logger = logging.getLogger(__name__)
 
-def require_matplotlib() -> Any:
-    """The module, or an ImportError that names the extra; to be called before long work."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError(
-            "plots need matplotlib: pip install laser-jax[bench], or go without by --plot false"
-        ) from error
-    return matplotlib
+
+@functools.cache
+def can_draw() -> bool:
+    """Whether matplotlib is there. Where it is not, says so once and names the extra."""
+    found = importlib.util.find_spec("matplotlib") is not None
+    if not found:
+        logger.warning("no plot, which wants matplotlib: pip install laser-jax[bench]")
+    return found
 
 
 @contextmanager
 def _drawn(stem: Path, height: float = 4.0) -> Iterator[Any]:
     """Gives the axes of a figure, which is written when the block ends."""
-    matplotlib = require_matplotlib()
+    import matplotlib
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, height), layout="constrained")
@@ -99,22 +102,14 @@ def plot_latency_quality(
     """
     with _drawn(stem) as axes:
         for name, points in series.items():
-            alone = len(points) == 1
-            axes.plot(
-                [point.milliseconds for point in points],
-                [point.quality for point in points],
-                marker="s" if alone else "o",
-                linestyle="none" if alone else "-",
-                label=name,
-            )
-            for point in () if alone else points:
-                axes.annotate(
-                    point.label,
-                    (point.milliseconds, point.quality),
-                    textcoords="offset points",
-                    xytext=(4, 4),
-                    fontsize=7,
-                )
+            times, qualities = ([p.milliseconds for p in points], [p.quality for p in points])
+            if len(points) == 1:
+                axes.plot(times, qualities, marker="s", linestyle="none", label=name)
+                continue
+            axes.plot(times, qualities, marker="o", label=name)
+            for point, *place in zip(points, times, qualities, strict=True):
+                offset = {"textcoords": "offset points", "xytext": (4, 4)}
+                axes.annotate(point.label, place, fontsize=7, **offset)
         _log_axis(axes, [point.milliseconds for points in series.values() for point in points])
         axes.set_xlabel("milliseconds a query")
         axes.set_ylabel(metric)
@@ -131,56 +126,35 @@ class Interval:
     q1: float
     median: float
     q3: float
-    bound: float | None = None
-    """What the value could be at best."""
 
 
-def plot_intervals(
-    intervals: Sequence[Interval], quantity: str, stem: Path, bound: str = "bound"
-) -> None:
-    """Draws a line of quartiles with a point at the median for each value, the first on top, and a
-    black stroke at its bound. The axis begins at 0, or is logarithmic where the medians are more
-    than tenfold apart.
+def plot_intervals(intervals: Sequence[Interval], quantity: str, stem: Path) -> None:
+    """Draws a line of quartiles with a point at the median for each value, the first on top. The
+    axis begins at 0, or is logarithmic where the medians are more than tenfold apart.
 
     Args:
         quantity: what the axis shows.
-        bound: what the legend calls the bounds.
         stem: the file is this with .svg.
     """
+    kinds = list(dict.fromkeys(value.kind for value in intervals))
+    told_apart = 1 < len(kinds) < len(intervals)  # else the labels say it all
     with _drawn(stem, 1.0 + 0.24 * len(intervals)) as axes:
-        kinds = list(dict.fromkeys(value.kind for value in intervals))
-        told_apart = 1 < len(kinds) < len(intervals)  # else the labels say it all
-        for place, value in enumerate(intervals):
-            color = f"C{kinds.index(value.kind)}" if told_apart else "C0"
-            first = [other.kind for other in intervals].index(value.kind) == place
-            axes.hlines(place, value.q1, value.q3, color=color, linewidth=3, alpha=0.5)
-            axes.plot(
-                value.median,
-                place,
-                marker="o",
-                linestyle="none",
-                color=color,
-                label=value.kind if first and told_apart else None,
-            )
-        bounds = [(v.bound, place) for place, v in enumerate(intervals) if v.bound is not None]
-        if bounds:
-            axes.plot(
-                *zip(*bounds, strict=True),
-                marker="|",
-                markersize=10,
-                markeredgewidth=1.5,
-                linestyle="none",
-                color="black",
-                label=bound,
-            )
+        for number, kind in enumerate(kinds):
+            drawn = [(i, value) for i, value in enumerate(intervals) if value.kind == kind]
+            places = [place for place, _ in drawn]
+            color = f"C{number}" if told_apart else "C0"
+            quartiles = [v.q1 for _, v in drawn], [v.q3 for _, v in drawn]
+            axes.hlines(places, *quartiles, color=color, linewidth=3, alpha=0.5)
+            medians = [value.median for _, value in drawn]
+            axes.plot(medians, places, marker="o", linestyle="none", color=color, label=kind)
         axes.set_yticks(range(len(intervals)), [value.label for value in intervals], fontsize=8)
         axes.invert_yaxis()
         medians = [value.median for value in intervals]
-        if medians and max(medians) > 10 * min(medians):
+        if max(medians) > 10 * min(medians):
             _log_axis(axes, medians)
         else:
             axes.set_xlim(left=0)
         axes.grid(axis="x", which="both", alpha=0.3)
         axes.set_xlabel(quantity, loc="right")  # has the room below the labels too
-        if told_apart or bounds:
-            axes.figure.legend(loc="outside upper right", fontsize=8, ncols=min(len(kinds) + 1, 4))
+        if told_apart:
+            axes.figure.legend(loc="outside upper right", fontsize=8, ncols=min(len(kinds), 4))

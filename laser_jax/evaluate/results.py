@@ -1,6 +1,6 @@
 """The directory that an evaluation of a model leaves, written and read.
 
-results.json            scores, differences and what was evaluated; written last
+results.json            scores, differences and what was evaluated
 per_query.tsv           query_id, run and every metric
 runs/*.trec             the rankings
 quality_by_steps.svg    the first metric against K
@@ -10,22 +10,21 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
-from laser_jax.config import ConfigError, as_dict, from_dict
-from laser_jax.files.durable import write_atomically
+from laser_jax.config import ConfigError, from_dict
+from laser_jax.evaluate.significance import CONFIDENCE, RESAMPLES
+from laser_jax.files.durable import folder_written_whole, write_atomically
 from laser_jax.files.reading import DataError, parse_number, read_json, text_lines
 from laser_jax.search.matching import IdCount
 from laser_jax.search.trec import Run, write_trec_run
 
 RESULTS_FILE, PER_QUERY_FILE = "results.json", "per_query.tsv"
 PLOT_STEM = "quality_by_steps"
-_PART = ".evaluation-"
 
 Scores = dict[str, dict[str, float]]
 """Run -> metric -> mean."""
@@ -59,13 +58,16 @@ class Evaluation:
     documents: int
     queries: int
     queries_without_relevant: int
-    bad_lines: int
-    """Lines of the data that were left out."""
     scores: Scores
     differences: list[Difference]
-    confidence: float
-    resamples: int
-    seed: int
+    pools_prompt: bool = True
+    """Whether the latent view at K = 1 reads the query by itself."""
+    bad_lines: int = 0
+    """Lines of the data that an older version left out."""
+    confidence: float = CONFIDENCE
+    """Of the intervals, with `resamples` and `seed`."""
+    resamples: int = RESAMPLES
+    seed: int = 0
     milliseconds_per_query: dict[str, float] = field(default_factory=dict)
     """Run -> time to embed a query; empty where it was not measured."""
     writing_milliseconds_per_query: dict[str, float] = field(default_factory=dict)
@@ -84,8 +86,8 @@ def model_name(directory: str | Path) -> str:
     return str(path.parent if path.name == "model" and path.parent.name else path)
 
 
-def write_per_query(path: Path, per_query: Mapping[str, QueryScores]) -> None:
-    """Writes run -> query -> metric -> value as a table: query_id, run, the metrics."""
+def _write_per_query(path: Path, per_query: Mapping[str, QueryScores]) -> None:
+    """Writes a table with the columns query_id, run and the metrics."""
     metrics = list(next(iter(next(iter(per_query.values())).values())))
     lines = ["\t".join(["query_id", "run", *metrics])]
     for run, queries in per_query.items():
@@ -97,7 +99,7 @@ def write_per_query(path: Path, per_query: Mapping[str, QueryScores]) -> None:
 
 
 def read_per_query(path: Path) -> dict[str, QueryScores]:
-    """Reads what `write_per_query` wrote: run -> query -> metric -> value.
+    """Reads what `write_results` wrote: run -> query -> metric -> value.
 
     Raises:
         FileNotFoundError: when it is missing.
@@ -122,58 +124,41 @@ def read_per_query(path: Path) -> dict[str, QueryScores]:
     return per_query
 
 
-def claim_directory(output: Path, overwrite: bool) -> None:
-    """Makes an output directory, or says now, not after the work, why it cannot be had."""
-    if (output / RESULTS_FILE).exists() and not overwrite:
-        raise ConfigError(
-            f"{output} holds an evaluation: choose another --output, or --overwrite true"
-        )
-    output.mkdir(parents=True, exist_ok=True)
+def require_free(output: str | Path) -> None:
+    """Raises a ConfigError where the directory holds an evaluation: now, and not after the work."""
+    if (Path(output) / RESULTS_FILE).exists():
+        raise ConfigError(f"{output} holds an evaluation: choose another --output, or delete it")
 
 
-def write_evaluation(
+def write_results(
     output: Path,
-    evaluation: Evaluation,
+    results: Mapping[str, Any],
     per_query: Mapping[str, QueryScores],
-    runs: Mapping[str, Run] | None = None,
+    runs: Mapping[str, Run] = MappingProxyType({}),
     draw: Callable[[Path], None] | None = None,
 ) -> None:
-    """Writes the files of an evaluation into an existing directory, in place of an older one's.
+    """Writes the files of an evaluation into a directory. If that fails, nothing of it is left.
 
     Args:
+        results: what results.json is to hold.
         per_query: run -> query -> metric -> value.
         runs: the rankings by their names.
         draw: writes the plot to a stem.
     """
-    with _replaced_evaluation(output) as part:
-        for name, run in (runs or {}).items():
+    with folder_written_whole(output) as part:
+        for name, run in runs.items():
             slug = re.sub(r"[^A-Za-z0-9]+", "-", name)
+            (part / "runs").mkdir(exist_ok=True)
             write_trec_run(run, part / "runs" / f"{slug}.trec", slug)
-        write_per_query(part / PER_QUERY_FILE, per_query)
+        _write_per_query(part / PER_QUERY_FILE, per_query)
         if draw is not None:
             draw(part / PLOT_STEM)
-        text = json.dumps(as_dict(evaluation), indent=2, ensure_ascii=False) + "\n"
-        write_atomically(part / RESULTS_FILE, text)
+        write_json(part / RESULTS_FILE, results)
 
 
-@contextmanager
-def _replaced_evaluation(output: Path) -> Iterator[Path]:
-    """Gives a folder for the files of an evaluation, which take the place of an older one when the
-    block ends. If the block fails, the older one stays and nothing is left of the new one."""
-    for abandoned in output.glob(f"{_PART}*"):  # of a killed process
-        shutil.rmtree(abandoned, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=output, prefix=_PART) as folder:
-        part = Path(folder)
-        (part / "runs").mkdir()
-        yield part
-        # the runs of the older one need not be those of the new one
-        old = [output / RESULTS_FILE, output / PER_QUERY_FILE, *output.glob(f"{PLOT_STEM}.*")]
-        for file in (*old, *(output / "runs").glob("*.trec")):
-            file.unlink(missing_ok=True)
-        (output / "runs").mkdir(exist_ok=True)
-        written = [file for file in part.rglob("*") if file.is_file()]
-        for file in sorted(written, key=lambda file: file.name == RESULTS_FILE):  # that one last
-            file.replace(output / file.relative_to(part))
+def write_json(path: Path, values: Any) -> None:
+    """Writes a JSON file for people and programs, whole or not at all."""
+    write_atomically(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_evaluation(directory: str | Path) -> Evaluation:
@@ -181,7 +166,7 @@ def read_evaluation(directory: str | Path) -> Evaluation:
 
     Raises:
         FileNotFoundError: when there is none.
-        DataError: when it is not one that `write_evaluation` wrote.
+        DataError: when it is no evaluation of a model.
     """
     path = Path(directory) / RESULTS_FILE
     if not path.is_file():

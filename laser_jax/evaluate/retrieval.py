@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from laser_jax.config import (
-    ConfigError,
-    Dtype,
-    MeshConfig,
-    RetrieverConfig,
-    load_retriever_config,
-)
+from laser_jax.config import RetrieverConfig, pools_prompt
 from laser_jax.data.tokenization import ExplicitTokens, PromptTokenizer, PromptTokens
-from laser_jax.evaluate.beir import BeirDataset
+from laser_jax.evaluate.beir import BeirDataset, EvalQuery
 from laser_jax.evaluate.metrics import evaluate_run, mean
 from laser_jax.evaluate.results import markdown_table
 from laser_jax.files.reading import DataError
 from laser_jax.inference.batch_encoder import LatentEncoder
-from laser_jax.inference.options import local_mesh, require_positions, with_max_length
+from laser_jax.inference.options import EncoderOptions, require_positions
 from laser_jax.inference.retriever import LatentRetriever
 from laser_jax.search.topk import device_mesh, search
 from laser_jax.search.trec import Run, trec_order
@@ -36,7 +30,7 @@ REWRITES = (REWRITE_AS_QUERY, REWRITE)
 
 
 def latent(num_thinking_steps: int) -> str:
-    """The name of the latent view's run at a K; K = 1 reads the query alone."""
+    """The name of the latent view's run at a K."""
     return f"latent K={num_thinking_steps}"
 
 
@@ -49,88 +43,49 @@ def unrestricted(run: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodingOptions:
-    """Which model encodes, and how."""
+class EvaluationOptions(EncoderOptions):
+    """Which model is evaluated, what it is called, and where the results go."""
 
-    model: str
-    """A directory that laser_jax.train exported."""
+    output: str
+    """The directory to write."""
     name: str | None = None
     """What the model is called; by default its directory, less a last part `model`."""
-    adapter: str | None = None
-    """A directory with a PEFT LoRA adapter for the model."""
     instruction: str | None = None
     """One task description for all queries, instead of their own or of the task's."""
-    max_length: int | None = None
-    """Tokens of a query and of a document; None takes the model's limits (the paper trains at 512
-    and evaluates at 8192)."""
-    compute_dtype: Dtype | None = None
-    """Compute in another dtype than the model's."""
-    batch_size: int = 64
-    """The most rows of a batch."""
-    batch_tokens: int = 8192
-    """The most tokens of a batch, on all devices together."""
-    length_multiple: int = 32
-    """Widths of batches are multiples of it."""
-    devices: int | None = None
-    """Local devices that share every batch, and the search. None: all of them."""
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    """How those devices share weights and rows; by default rows alone."""
-
-    def __post_init__(self) -> None:
-        for key in ("max_length", "batch_size", "batch_tokens", "length_multiple", "devices"):
-            require_positive(key, getattr(self, key))
 
 
-def require_positive(key: str, value: int | None) -> None:
-    """Raises a ConfigError where the value of an option is below 1."""
-    if value is not None and value < 1:
-        raise ConfigError(f"{key} must be at least 1, got {value}")
-
-
-def load_retriever(options: EncodingOptions, num_thinking_steps: int) -> LatentRetriever:
-    """Loads the model that `options` name.
-
-    Args:
-        num_thinking_steps: the largest K that is evaluated.
+def load_retriever(options: EncoderOptions, *num_thinking_steps: int) -> LatentRetriever:
+    """Loads the model that `options` name, for its own K and others.
 
     Raises:
         ConfigError, HFError, FileNotFoundError: the model cannot be loaded, or has fewer positions
-            than its limits and K take.
+            than its limits and the largest K take.
     """
-    config = load_retriever_config(options.model)
-    if options.compute_dtype is not None:
-        config = replace(config, dtype=options.compute_dtype)
-    if options.max_length is not None:
-        config = with_max_length(config, options.max_length)
-    require_positions(config, "query_max_length", num_thinking_steps)
-    require_positions(config, "document_max_length", num_thinking_steps)
-    return LatentRetriever.from_pretrained(
-        options.model,
-        config=config,
-        adapter=options.adapter,
-        batch_size=options.batch_size,
-        batch_tokens=options.batch_tokens,
-        length_multiple=options.length_multiple,
-        mesh=local_mesh(options.mesh, options.devices),
-    )
+    config = options.retriever_config()
+    largest = max(config.num_thinking_steps, *num_thinking_steps)
+    require_positions(config, "query_max_length", largest)
+    require_positions(config, "document_max_length", largest)
+    return LatentRetriever.from_options(options)
 
 
 # --- inputs ------------------------------------------------------------------------------------
 
 
-def require_instructions(dataset: BeirDataset) -> None:
-    """Raises a DataError that names the first query without an instruction."""
-    for query in dataset.queries.values():
-        if query.instruction is None:
+def require_instructions(queries: Iterable[EvalQuery], template: str) -> None:
+    """Raises a DataError that names the first query without an instruction, where the template has
+    a place for one."""
+    for query in queries:
+        if query.instruction is None and "{instruction}" in template:
             raise DataError(
                 f"query {query.id} has no instruction: give every line of queries.jsonl an "
                 '"instruction" field; an empty string is allowed'
             )
 
 
-def _other_queries(count: int, seed: int) -> list[int]:
-    """For each of two or more queries the index of another one, drawn by `seed`."""
-    order = np.random.default_rng(seed).permutation(count)
+def _other_queries(count: int) -> list[int]:
+    """For each of two or more queries the index of another one, drawn by chance but always the same
+    ones."""
+    order = np.random.default_rng(0).permutation(count)
     other = np.empty(count, np.int64)
     other[order] = np.roll(order, 1)  # one cycle through all of them
     return other.tolist()
@@ -155,16 +110,17 @@ def query_inputs(
     dataset: BeirDataset,
     config: RetrieverConfig,
     num_thinking_steps: Sequence[int],
-    control_seed: int | None = None,
+    *,
+    control: bool = False,
 ) -> dict[str, QueryInputs]:
-    """The inputs by their names: `LATENT` always; `EXPLICIT` and, with a seed and more than one
-    query, `CONTROL` where `explicit_view_fault` finds none.
+    """The inputs by their names: `LATENT` always; `EXPLICIT` and, if asked for and there is more
+    than one query, `CONTROL` where `explicit_view_fault` finds none.
 
     Raises:
         DataError: a query without an instruction.
     """
-    require_instructions(dataset)
     queries = list(dataset.queries.values())
+    require_instructions(queries, prompts.config.query_template)
     alone = [prompts.query_prompt(q.text, q.instruction or "") for q in queries]
     inputs = {LATENT: _inputs(alone, tuple(sorted(set(num_thinking_steps))))}
     if explicit_view_fault(dataset, config) is not None:
@@ -179,8 +135,8 @@ def query_inputs(
         return _inputs(reasoned, (1,), config.num_thinking_steps, alone)
 
     inputs[EXPLICIT] = explicit(range(len(queries)))
-    if control_seed is not None and len(queries) > 1:
-        inputs[CONTROL] = explicit(_other_queries(len(queries), control_seed))
+    if control and len(queries) > 1:
+        inputs[CONTROL] = explicit(_other_queries(len(queries)))
     return inputs
 
 
@@ -217,7 +173,7 @@ def rewrite_inputs(
     Raises:
         DataError: a query without an instruction.
     """
-    require_instructions(dataset)
+    require_instructions(dataset.queries.values(), config.prompt.query_template)
     room = config.prompt.explicit_max_length
     wide = PromptTokenizer(prompts.tokenizer, replace(config.prompt, query_max_length=room))
     alone, explicit, in_query = [], [], []
@@ -231,14 +187,14 @@ def rewrite_inputs(
         explicit.append(prompts.explicit(query.text, instruction, reasoning))
         in_query.append(wide.query_prompt(longer, instruction))
     inputs = {REWRITE_AS_QUERY: _inputs(in_query, (1,), 1)}
-    if config.pooling == "prompt_and_thoughts":
+    if pools_prompt(config.pooling):
         inputs[REWRITE] = _inputs(explicit, (1,), config.num_thinking_steps, alone)
     return inputs
 
 
 def explicit_view_fault(dataset: BeirDataset, config: RetrieverConfig) -> str | None:
     """Why there is no explicit view of the queries, None where there is."""
-    if config.pooling != "prompt_and_thoughts":
+    if not pools_prompt(config.pooling):
         return f"a model with pooling {config.pooling} has no explicit view"
     lacking = sum(not query.reasoning for query in dataset.queries.values())
     if lacking:

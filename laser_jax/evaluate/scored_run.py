@@ -5,30 +5,29 @@ python -m laser_jax.evaluate run --run RUN[.gz] --qrels QRELS [--excluded FILE] 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from laser_jax.command_line import parse_command_line
-from laser_jax.config import ConfigError
 from laser_jax.evaluate.beir import read_qrels_file
 from laser_jax.evaluate.metrics import (
+    METRICS,
     Qrels,
     changed_documents,
+    deepest_cutoff,
     evaluate_run,
     mean,
     p_mrr,
-    require_metrics,
     without_excluded,
     without_relevant,
 )
-from laser_jax.evaluate.results import write_per_query
-from laser_jax.files.durable import write_atomically
+from laser_jax.evaluate.results import require_free, write_results
 from laser_jax.files.reading import DataError
 from laser_jax.search.matching import IdCount, exclusions, identical_count, unmatched
 from laser_jax.search.trec import Run, read_excluded, read_trec_run
+from laser_jax.settings import require
 
 P_MRR = "p-MRR"
 
@@ -41,12 +40,14 @@ class RunOptions:
     """`qid Q0 docid rank score tag`, plain or .gz; document ids may hold blanks."""
     qrels: str
     """Judgements: a .tsv is BEIR's form, any other name trec_eval's; plain or .gz."""
+    output: str | None = None
+    """A directory for results.json and the values of every query; None prints the means alone."""
     excluded: str | None = None
     """Documents to take out of the rankings first: a queries.jsonl with `excluded_ids`, or a .tsv
     of query and document id."""
     ignore_identical_ids: bool = True
     """BEIR's rule: what has its query's own id leaves every ranking too"""
-    metrics: tuple[str, ...] = ("nDCG@10", "Recall@100", "MRR@10")
+    metrics: tuple[str, ...] = METRICS
     """NAME@CUTOFF with NAME one of nDCG, nDCG_exp, Recall, P, MRR, MAP, Hit."""
     complete: bool = False
     """Judged queries that the run lacks count as 0 (trec_eval -c); otherwise they are left out."""
@@ -54,34 +55,25 @@ class RunOptions:
     """For p-MRR: the run under the original instructions; `run` is that under the changed ones."""
     original_qrels: str | None = None
     """For p-MRR: the judgements under the original instructions."""
-    json: str | None = None
-    """A file for the result."""
-    per_query: str | None = None
-    """A .tsv file for the values of every query."""
 
     def __post_init__(self) -> None:
-        require_metrics(self.metrics)
-        if (self.original_run is None) != (self.original_qrels is None):
-            raise ConfigError("p-MRR wants both --original_run and --original_qrels")
+        deepest_cutoff(self.metrics)
+        both = (self.original_run is None) == (self.original_qrels is None)
+        require(both, "p-MRR wants both --original_run and --original_qrels")
 
 
 def score_run(options: RunOptions) -> dict[str, Any]:
-    """Scores a run and writes what `options` ask for.
+    """Scores a run, and writes the output where there is to be one.
 
     Returns:
-        What the JSON file holds: the files, the counts and the mean scores.
+        What results.json holds: the files, the counts and the mean scores.
 
     Raises:
-        ConfigError: a file to write in a folder that is not there.
+        ConfigError: the output holds an evaluation.
         FileNotFoundError, DataError, ValueError: bad input; the message names it.
     """
-    for key in ("json", "per_query"):
-        path = getattr(options, key)
-        if path is not None and not Path(path).parent.is_dir():
-            raise ConfigError(
-                f"{key}: {path} cannot be written, as {Path(path).parent} is no directory: make "
-                "it, or name another file"
-            )
+    if options.output:
+        require_free(options.output)
     run, qrels = read_trec_run(options.run), read_qrels_file(options.qrels)
     counts = {
         "queries in the run": len(run),
@@ -112,10 +104,8 @@ def score_run(options: RunOptions) -> dict[str, Any]:
         "id_counts": [asdict(count) for count in id_counts],
         "scores": scores,
     }
-    if options.per_query:
-        write_per_query(Path(options.per_query), {Path(options.run).name: per_query})
-    if options.json:
-        write_atomically(Path(options.json), json.dumps(result, indent=2) + "\n")
+    if options.output:
+        write_results(Path(options.output), result, {Path(options.run).name: per_query})
     return result
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+CONFIDENCE, RESAMPLES = 0.95, 10_000
 _NUMBERS_AT_A_TIME = 4_000_000
 """Bounds the memory of a block of resamples."""
 
@@ -45,8 +46,8 @@ def paired_bootstrap(
     a: Sequence[float],
     b: Sequence[float],
     *,
-    resamples: int = 10_000,
-    confidence: float = 0.95,
+    resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
     seed: int = 0,
 ) -> Interval:
     """The percentile interval of mean(a - b) when the queries are drawn again with replacement
@@ -75,8 +76,8 @@ def grouped_bootstrap(
     a: Sequence[Sequence[float]],
     b: Sequence[Sequence[float]],
     *,
-    resamples: int = 10_000,
-    confidence: float = 0.95,
+    resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
     seed: int = 0,
 ) -> Interval:
     """As `paired_bootstrap`, but whole groups of queries are drawn again as well (Davison and
@@ -93,18 +94,16 @@ def grouped_bootstrap(
     drawn_RG = rng.integers(0, len(groups), (resamples, len(groups)))
     means_RG = np.empty(drawn_RG.shape)
     for group, difference_Q in enumerate(groups):
-        queries, places = len(difference_Q), np.argwhere(drawn_RG == group)
-        for start in range(0, len(places), _block(queries)):
-            block = places[start : start + _block(queries)]
-            drawn = rng.integers(0, queries, (len(block), queries))
-            means_RG[tuple(block.T)] = difference_Q[drawn].mean(axis=1)
+        chosen_RG, Q = drawn_RG == group, len(difference_Q)
+        queries = rng.integers(0, Q, (chosen_RG.sum(), Q))
+        means_RG[chosen_RG] = difference_Q[queries].mean(axis=1)
     tail = (1 - confidence) / 2
     low, high = np.quantile(means_RG.mean(axis=1), [tail, 1 - tail])
     return Interval(float(np.mean([d.mean() for d in groups])), float(low), float(high))
 
 
 def permutation_p_value(
-    a: Sequence[float], b: Sequence[float], *, resamples: int = 10_000, seed: int = 0
+    a: Sequence[float], b: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> float:
     """The two-sided p-value of mean(a - b) when a and b are swapped by chance, query by query
     (Fisher's randomisation test; Smucker, Allan and Carterette 2007 for its use on rankings).

@@ -20,6 +20,7 @@ from laser_jax.config import (
     load_retriever_config,
 )
 from laser_jax.hf.directory import read_backbone_config, resolve_directory
+from laser_jax.settings import require_in
 from laser_jax.sharding import make_mesh
 
 LimitKey = Literal["query_max_length", "document_max_length"]
@@ -76,81 +77,100 @@ def with_max_length(config: RetrieverConfig, tokens: int) -> RetrieverConfig:
     Raises:
         ConfigError: the model has fewer positions.
     """
-    prompt, positions = config.prompt, config.backbone.max_position_embeddings
+    prompt, backbone = config.prompt, config.backbone
     explicit = tokens + max(prompt.explicit_max_length - prompt.query_max_length, 0)
     thoughts = appended_thoughts(config.num_thinking_steps, config.pooling)
-    if max(tokens + thoughts, explicit) > positions:
-        raise ConfigError(
-            f"max_length {tokens}, and as much for thinking or reasoning as before, is more than "
-            f"the model's {positions} positions"
-        )
+    backbone.require_positions(
+        max(tokens + thoughts, explicit),
+        f"max_length {tokens}, and as much for thinking or reasoning as before, take",
+        "take a smaller max_length",
+    )
     limits = {"query_max_length": tokens, "document_max_length": tokens}
     return replace(config, prompt=replace(prompt, **limits, explicit_max_length=explicit))
 
 
 def require_positions(config: RetrieverConfig, limit_key: LimitKey, steps: int) -> None:
-    """Raises a ConfigError where a prompt of the longest kind and its thinking steps take more
-    positions than the model has."""
+    """Raises a ConfigError where the longest prompt and its thinking steps outgrow the model's
+    positions."""
     limit: int = getattr(config.prompt, limit_key)
-    positions = config.backbone.max_position_embeddings
-    taken = limit + appended_thoughts(steps, config.pooling)
-    if taken > positions:
-        raise ConfigError(
-            f"prompt.{limit_key} {limit} and {steps} thinking steps take {taken} "
-            f"positions, and the model has {positions}: take fewer steps, or lower the limit"
-        )
+    config.backbone.require_positions(
+        limit + appended_thoughts(steps, config.pooling),
+        f"prompt.{limit_key} {limit} and {steps} thinking steps take",
+        f"take fewer steps, or lower prompt.{limit_key}",
+    )
 
 
-def local_mesh(config: MeshConfig, count: int | None = None) -> Mesh | None:
+@dataclass(frozen=True)
+class SplitConfig:
+    """How devices share the weights of a model; what that leaves of them shares the rows."""
+
+    fsdp: int = 1
+    """Splits parameters and batch."""
+    tensor: int = 1
+    """Splits heads, feed-forward and vocabulary."""
+
+    def __post_init__(self) -> None:
+        require_in("[1, inf)", self, "mesh.", "fsdp", "tensor")
+
+
+def local_mesh(split: SplitConfig, count: int | None = None) -> Mesh | None:
     """A mesh for `LatentRetriever.from_pretrained` over the first `count` devices of this process,
     by default all of them; None where that is a single one.
 
     Raises:
-        ConfigError: there are fewer, or the axes do not multiply to their number.
+        ConfigError: there are fewer, or the split does not divide their number.
     """
     devices = jax.local_devices()
     if count is not None and count > len(devices):
         raise ConfigError(f"devices is {count}, and this process has {len(devices)}")
-    devices = devices[:count]
-    return make_mesh(config, devices) if len(devices) > 1 or config != MeshConfig() else None
+    if len(devices[:count]) == 1 and split == SplitConfig():
+        return None
+    return make_mesh(MeshConfig(-1, split.fsdp, split.tensor), devices[:count])
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderOptions:
-    """A model and how it is run. The programs that run one inherit these flags."""
+class BatchOptions:
+    """A model, and the batches in which it reads texts."""
 
     model: str
-    """A directory as `laser_jax.train` exports it, or a name on the Hugging Face hub."""
-    preset: Preset | None = None
-    """For a model that the authors released, which has no laser_config.json: `official` prompts as
-    their evaluator does, `official-bare` reads the text alone."""
-    adapter: str | None = None
-    """A directory with a LoRA adapter, merged into the model."""
-    num_thinking_steps: int | None = None
-    """K. None: the model's."""
+    """A directory as `laser_jax.train` exports it or Hugging Face lays it out, or a name on the
+    Hugging Face hub."""
     max_length: int | None = None
     """Tokens of a query and of a document. None: the model's limits."""
     compute_dtype: Dtype | None = None
     """What the model computes in. None: its own."""
     batch_size: int = 64
-    """The most rows of a batch."""
-    batch_tokens: int = 8192
-    """The most tokens of a batch, on all devices together."""
+    """The most rows of a batch; 1 for the latency of a single query."""
     length_multiple: int = 32
-    """Widths of batches are multiples of it."""
-    devices: int | None = None
-    """Local devices that share every batch. None: all of them."""
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    """How those devices share weights and rows; by default rows alone."""
+    """Widths of batches are multiples of it: fewer of them mean less compilation, more padding."""
 
     def __post_init__(self) -> None:
+        counts = ("max_length", "batch_size", "length_multiple")
+        require_in("[1, inf)", self, "", *counts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderOptions(BatchOptions):
+    """A retriever and how it is run. The programs that run one inherit these flags."""
+
+    preset: Preset | None = None
+    """For a model that the authors released, which has no laser_config.json: `official` prompts as
+    their evaluator does, `official-bare` reads the text alone."""
+    adapter: str | None = None
+    """A directory with a PEFT LoRA adapter, merged into the model."""
+    num_thinking_steps: int | None = None
+    """K. None: the model's."""
+    batch_tokens: int = 8192
+    """The most tokens of a batch, on all devices together."""
+    devices: int | None = None
+    """Local devices that share every batch. None: all of them."""
+    mesh: SplitConfig = field(default_factory=SplitConfig)
+    """How those devices share the weights; by default they share rows alone."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         require_preset(self.preset)
-        for name in (
-            *("num_thinking_steps", "max_length", "batch_size", "batch_tokens"),
-            *("length_multiple", "devices"),
-        ):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
+        require_in("[1, inf)", self, "", "num_thinking_steps", "batch_tokens", "devices")
 
     def retriever_config(self) -> RetrieverConfig:
         """What the model's directory and these options make together. Raises as

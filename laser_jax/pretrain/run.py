@@ -227,11 +227,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     directory, tokenizer, sizes = starting_model(
         config.model, lambda: _texts_of(config, texts, reasonings)
     )
-    if config.row_length > sizes.max_position_embeddings:
-        raise ConfigError(
-            f"row_length is {config.row_length}, and the model has "
-            f"{sizes.max_position_embeddings} positions; lower row_length"
-        )
+    sizes.require_positions(config.row_length, "row_length takes", "lower row_length")
     backbone, attention = build_backbone(config.model, sizes, jax.default_backend())
     prompts = PromptTokenizer(tokenizer, config.prompt)
     rows = _training_rows(config, texts, reasonings, prompts)

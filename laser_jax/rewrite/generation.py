@@ -4,7 +4,7 @@ The rewriter of rewrite-then-retrieve. It is the latent loop with words: a promp
 each further token is one `Backbone.think`, whose input is the embedding of the token just chosen
 instead of the expected one. One device.
 
-Dimension letters: B batch, T tokens of a prompt, W written tokens, V vocabulary, n candidates.
+Dimension letters: B batch, T tokens of a prompt, W written tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from laser_jax.config import BackboneConfig, ConfigError
+from laser_jax.config import BackboneConfig
 from laser_jax.data.buckets import Buckets
 from laser_jax.data.tokenization import Tokenizer, right_pad
 from laser_jax.files.reading import DataError, read_json
@@ -30,6 +30,7 @@ from laser_jax.hf.directory import CONFIG_FILE, HFError
 from laser_jax.inference.batch_encoder import for_inference
 from laser_jax.modeling.attention import KeyValues, choose_kernel
 from laser_jax.modeling.backbone import Backbone, Cache, Variables, apply, empty_suffix, is_stacked
+from laser_jax.settings import require, require_in
 from laser_jax.thinking import Prefix
 from laser_jax.views import read_prompts
 
@@ -49,22 +50,15 @@ class Decoding:
     max_new_tokens: int = 512
     temperature: float = 0.0
     """0 takes the likeliest token; otherwise tokens are drawn, their logits divided by this."""
-    top_k: int | None = None
-    """Draws among so many likeliest tokens; None among all."""
     top_p: float = 1.0
-    """Draws among the likeliest tokens that together reach this probability, after `top_k`."""
+    """Draws among the likeliest tokens that together reach this probability."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature must be 0 or more, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"top_k must be at least 1, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if self.temperature == 0 and (self.top_k is not None or self.top_p < 1):
-            raise ConfigError("top_k and top_p need a temperature above 0: at 0 nothing is drawn")
+        require_in("[1, inf)", self, "", "max_new_tokens")
+        require_in("[0, inf)", self, "", "temperature")
+        require_in("(0, 1]", self, "", "top_p")
+        fault = "top_p needs a temperature above 0: at 0 nothing is drawn"
+        require(self.temperature > 0 or self.top_p == 1, fault)
 
 
 @dataclass(frozen=True)
@@ -81,6 +75,11 @@ class Written:
     """Until the first token of every row of the batch."""
     decode_seconds: float
     """From there until the last row of the batch was finished."""
+
+    @property
+    def tokens(self) -> int:
+        """How many were written, the stop token included."""
+        return len(self.ids) + self.finished
 
 
 def stop_ids(directory: str | Path, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -108,18 +107,15 @@ def choose_tokens(logits_BV: jax.Array, keys_B: jax.Array, decoding: Decoding) -
     """The next token of every row, [B] int32. A row is drawn by its own key alone."""
     if decoding.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_Bn = logits_BV / decoding.temperature
-    drawn_from = None
-    if decoding.top_k is not None or decoding.top_p < 1:
-        V = logits_BV.shape[-1]
-        logits_Bn, drawn_from = jax.lax.top_k(logits_Bn, min(decoding.top_k or V, V))
-        p_Bn = jax.nn.softmax(logits_Bn, axis=-1)
-        likelier_Bn = jnp.cumsum(p_Bn, axis=-1) - p_Bn  # 0 for the first, which always stays
-        logits_Bn = jnp.where(likelier_Bn < decoding.top_p, logits_Bn, -jnp.inf)
-    place_B = jax.vmap(jax.random.categorical)(keys_B, logits_Bn)
-    if drawn_from is None:
-        return place_B.astype(jnp.int32)
-    return jnp.take_along_axis(drawn_from, place_B[:, None], axis=1)[:, 0].astype(jnp.int32)
+    logits_BV = logits_BV / decoding.temperature
+    if decoding.top_p == 1:
+        return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+    logits_BV, ids_BV = jax.lax.top_k(logits_BV, logits_BV.shape[-1])
+    p_BV = jax.nn.softmax(logits_BV, axis=-1)
+    likelier_BV = jnp.cumsum(p_BV, axis=-1) - p_BV  # 0 for the first, which always stays
+    logits_BV = jnp.where(likelier_BV < decoding.top_p, logits_BV, -jnp.inf)
+    place_B = jax.vmap(jax.random.categorical)(keys_B, logits_BV)
+    return jnp.take_along_axis(ids_BV, place_B[:, None], axis=1)[:, 0].astype(jnp.int32)
 
 
 class _Text(NamedTuple):
@@ -321,14 +317,11 @@ class TextGenerator:
     def _batches(
         self, prompts: Sequence[Sequence[int]]
     ) -> Iterator[list[tuple[int, Sequence[int]]]]:
-        positions = self._backbone.config.max_position_embeddings
+        most = self.decoding.max_new_tokens
         for place, prompt in enumerate(prompts):
-            if not 1 <= len(prompt) <= positions - self.decoding.max_new_tokens:
-                raise ValueError(
-                    f"prompt {place} has {len(prompt)} tokens; wanted at least 1, and with "
-                    f"max_new_tokens {self.decoding.max_new_tokens} no more than the model's "
-                    f"{positions} positions"
-                )
+            what = f"prompt {place} of {len(prompt)} tokens and max_new_tokens {most} take"
+            self._backbone.config.require_positions(len(prompt) + most, what, "lower one of them")
+            require(len(prompt) >= 1, f"prompt {place} is empty; a token at least is wanted")
         return self.buckets.batches([list(enumerate(prompts))])
 
     def write_batches(

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ import numpy as np
 from tqdm import tqdm
 
 from laser_jax.command_line import parse_command_line
-from laser_jax.config import ConfigError, Dtype, PromptConfig
+from laser_jax.config import BackboneConfig, ConfigError, Dtype, PromptConfig
 from laser_jax.data.tokenization import PromptTokenizer, Tokenizer, load_tokenizer_for
-from laser_jax.evaluate.beir import BeirDataset, EvalQuery, read_qrels, read_queries
-from laser_jax.evaluate.results import markdown_table
+from laser_jax.evaluate.beir import EvalQuery, read_qrels, read_queries
+from laser_jax.evaluate.results import markdown_table, write_json
 from laser_jax.evaluate.retrieval import require_instructions
 from laser_jax.evaluate.rewrites import (
     Rewrite,
@@ -36,12 +37,14 @@ from laser_jax.evaluate.rewrites import (
     milliseconds_per_query,
     read_rewrites,
 )
-from laser_jax.files.durable import lock, read_state, write_atomically
+from laser_jax.files.durable import lock, read_state
 from laser_jax.files.reading import DataError
-from laser_jax.files.terminal import fail, printable
+from laser_jax.files.terminal import fail
 from laser_jax.hf.directory import read_backbone_config, resolve_directory
 from laser_jax.hf.reading import load_params
+from laser_jax.inference.options import BatchOptions
 from laser_jax.rewrite.generation import Decoding, TextGenerator, Written, stop_ids
+from laser_jax.settings import require
 from laser_jax.train.checkpoint import fingerprint
 
 REASONING_PROMPT = """{query}
@@ -55,16 +58,14 @@ them in detail.
 our words: the essential problem, helpful information step by step, a draft of the answer."""
 
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
-SHOWN_BAD_LINES = 5
+logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class RewriteOptions:
-    """Writes a reasoning for every query with a language model, into a file that evaluate reads."""
+@dataclass(frozen=True, kw_only=True)
+class RewriteOptions(BatchOptions):
+    """Writes a reasoning for every query with a language model (a Hugging Face directory of a Qwen3
+    or Llama 3.x with tokenizer) into a file that evaluate reads."""
 
-    model: str
-    """A Hugging Face directory of a Qwen3 or Llama 3.x with tokenizer, or organisation/name on the
-    hub."""
     queries: str
     """A BEIR directory, or a queries.jsonl."""
     output: str
@@ -74,20 +75,17 @@ class RewriteOptions:
     """Only the queries that this split of the BEIR directory judges."""
     prompt: str = REASONING_PROMPT
     """What the model is told; {query} stands for the query, {instruction} for its instruction."""
-    instruction: str | None = None
-    """One instruction for all queries, instead of their own field."""
     chat_template: bool = True
     """Put the prompt as a user's turn in the tokenizer's chat template; false for base models."""
     thinking_suffix: str | None = None
     """Begins the model's turn. None: an empty thought if the tokenizer knows <think>, so that the
     rewrite comes at once, otherwise nothing."""
-    prompt_max_length: int = 2048
-    """Tokens; a query that does not fit is shortened."""
+    max_length: int | None = 2048
+    """Tokens of a prompt, whose query is shortened where it does not fit. None: what the model's
+    positions leave room for."""
     max_new_tokens: int = 512
     temperature: float = 0.0
     """0 takes the likeliest token, always the same; otherwise tokens are drawn."""
-    top_k: int | None = None
-    """Draw among so many likeliest tokens."""
     top_p: float = 1.0
     """Draw among the likeliest tokens that together reach this probability."""
     seed: int = 0
@@ -95,24 +93,17 @@ class RewriteOptions:
     compute_dtype: Dtype = "float32"
     """Of weights and computation: float32 is fastest on CPU, bfloat16 on GPU and TPU."""
     batch_size: int = 8
-    """Queries written at a time. 1 for the latency of a single query."""
     length_multiple: int = 128
-    """Prompts are padded to multiples of about this; fewer shapes mean less compilation."""
-    skip_bad_lines: bool = False
-    """Leave bad lines of the queries out and count them, instead of stopping at the first."""
 
     def __post_init__(self) -> None:
-        for key in ("prompt_max_length", "batch_size", "length_multiple"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"{key} must be at least 1, got {getattr(self, key)}")
-        if "{query}" not in self.prompt:
-            raise ConfigError(f"prompt {self.prompt!r} has no {{query}} placeholder")
-        if self.decoding.temperature == 0 and self.seed != 0:
-            raise ConfigError("a seed is of use only with a temperature above 0")
+        super().__post_init__()
+        require("{query}" in self.prompt, f"prompt {self.prompt!r} has no {{query}} placeholder")
+        drawn = self.decoding.temperature > 0
+        require(drawn or self.seed == 0, "a seed is of use only with a temperature above 0")
 
     @property
     def decoding(self) -> Decoding:
-        return Decoding(self.max_new_tokens, self.temperature, self.top_k, self.top_p)
+        return Decoding(self.max_new_tokens, self.temperature, self.top_p)
 
 
 # --- what is asked -----------------------------------------------------------------------------
@@ -121,14 +112,7 @@ class RewriteOptions:
 def read_wanted(options: RewriteOptions) -> dict[str, EvalQuery]:
     """The queries to rewrite, with their instructions where the prompt has a place for one. Raises
     as `evaluate.beir`, and a ConfigError where options and queries do not go together."""
-    skipped: list[str] | None = [] if options.skip_bad_lines else None
-    queries = read_queries(options.queries, skipped=skipped)
-    if skipped:
-        print(
-            f"left out {len(skipped)} bad lines:",
-            *map(printable, skipped[:SHOWN_BAD_LINES]),
-            sep="\n  ",
-        )
+    queries = read_queries(options.queries)
     if options.split is not None:
         if not Path(options.queries).is_dir():
             raise ConfigError(f"--split wants a BEIR directory, and {options.queries} is none")
@@ -136,23 +120,19 @@ def read_wanted(options: RewriteOptions) -> dict[str, EvalQuery]:
         queries = {id_: query for id_, query in queries.items() if id_ in judged}
     if not queries:
         raise DataError(f"{options.queries}: holds no query to rewrite")
-    if options.instruction is not None:
-        given = options.instruction
-        queries = {id_: replace(query, instruction=given) for id_, query in queries.items()}
-    if "{instruction}" in options.prompt:
-        require_instructions(BeirDataset([], queries, {}))
+    require_instructions(queries.values(), options.prompt)
     return queries
 
 
-def prompt_maker(options: RewriteOptions, tokenizer: Tokenizer, positions: int) -> PromptTokenizer:
+def prompt_maker(
+    options: RewriteOptions, tokenizer: Tokenizer, backbone: BackboneConfig
+) -> PromptTokenizer:
     """Makes the rewriter's prompts, no longer than the model's positions leave room for. Raises a
     ConfigError where they leave none or there is no chat template, and a TokenizationError."""
-    limit = min(options.prompt_max_length, positions - options.max_new_tokens)
-    if limit < 1:
-        raise ConfigError(
-            f"max_new_tokens {options.max_new_tokens} leaves no room for a prompt: the model has "
-            f"{positions} positions"
-        )
+    written = options.max_new_tokens
+    what = f"max_new_tokens {written} and a prompt of a token take"
+    backbone.require_positions(written + 1, what, "lower max_new_tokens")
+    room = backbone.max_position_embeddings - written
     if options.chat_template and not tokenizer.chat_template:
         raise ConfigError(
             "the tokenizer has no chat template, and base models often have none: set "
@@ -165,7 +145,7 @@ def prompt_maker(options: RewriteOptions, tokenizer: Tokenizer, positions: int) 
         query_template=options.prompt,
         chat_template=options.chat_template,
         thinking_suffix=suffix,
-        query_max_length=limit,
+        query_max_length=min(options.max_length or room, room),
     )
     return PromptTokenizer(tokenizer, prompt)
 
@@ -197,24 +177,22 @@ class RewriteFile:
     def __init__(self, path: Path, settings: dict[str, Any], wanted: dict[str, EvalQuery]):
         self._path = path
         self._file = path.open("ab", buffering=0)
+        is_ours = False
         try:
             is_ours = lock(self._file, wait=False)
-            if is_ours:
-                self.rewrites = self._claim(settings, wanted)
+            require(is_ours, f"{path}: another process is writing this file")
+            self.rewrites = self._claim(settings, wanted)
         except BaseException:
-            if os.path.getsize(path) == 0:
+            if is_ours and os.path.getsize(path) == 0:
                 path.unlink()
             self.close()
             raise
-        if not is_ours:
-            self.close()
-            raise ConfigError(f"{path}: another process is writing this file")
 
     def _claim(self, settings: dict[str, Any], wanted: dict[str, EvalQuery]) -> dict[str, Rewrite]:
         path, report = self._path, report_file(self._path)
         content = path.read_bytes()
         if not content:
-            write_atomically(report, json.dumps({"settings": settings}, indent=2) + "\n")
+            write_json(report, {"settings": settings})
             return {}
         old = read_state(report, lambda values: dict(values["settings"]))
         if old is None:
@@ -222,9 +200,8 @@ class RewriteFile:
                 f"{path} is there without a whole {report.name}, so nobody knows how it was "
                 "written: bring that back from a copy, or choose another --output"
             )
-        if old != settings:
-            keys = [k for k in {**old, **settings} if old.get(k) != settings.get(k)]
-            differences = "; ".join(f"{k} {old.get(k)!r}, now {settings.get(k)!r}" for k in keys)
+        if changed := [k for k in {**old, **settings} if old.get(k) != settings.get(k)]:
+            differences = "; ".join(f"{k} {old.get(k)!r}, now {settings.get(k)!r}" for k in changed)
             raise ConfigError(
                 f"{path} was written with other settings ({differences}): choose another "
                 "--output, or delete the file"
@@ -276,7 +253,7 @@ def rewrite(options: RewriteOptions) -> dict[str, Any]:
         raise ConfigError(f"the folder {output.parent} does not exist; make it first")
     backbone = read_backbone_config(directory)
     tokenizer = load_tokenizer_for(directory, backbone)
-    maker = prompt_maker(options, tokenizer, backbone.max_position_embeddings)
+    maker = prompt_maker(options, tokenizer, backbone)
     prompts = {id_: maker.query_prompt(q.text, q.instruction or "") for id_, q in queries.items()}
     params = load_params(directory, backbone, dtype=jnp.dtype(options.compute_dtype))
     stops = stop_ids(directory, tokenizer)
@@ -284,6 +261,7 @@ def rewrite(options: RewriteOptions) -> dict[str, Any]:
     with closing(RewriteFile(output, settings, queries)) as file:
         before = len(file.rewrites)
         left = {id_: prompts[id_].ids for id_ in queries if id_ not in file.rewrites}
+        logger.info("%d queries, %d of them written before", len(queries), before)
         if left:
             generator = TextGenerator(
                 {"params": params},
@@ -307,7 +285,7 @@ def rewrite(options: RewriteOptions) -> dict[str, Any]:
             "shortened_queries": sum(prompt.truncated for prompt in prompts.values()),
             **_statistics(file.rewrites),
         }
-        write_atomically(report_file(output), json.dumps(report, indent=2) + "\n")
+        write_json(report_file(output), report)
     return report | {"written_before": before}
 
 
@@ -315,8 +293,8 @@ def _settings(
     options: RewriteOptions, prompts: PromptTokenizer, stops: Sequence[int], weights: str
 ) -> dict[str, Any]:
     """What decides on the text of a rewrite, rounding aside."""
-    keys = ("model", "prompt", "instruction", "chat_template")
-    keys += ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "compute_dtype")
+    keys = ("model", "prompt", "chat_template", "compute_dtype")
+    keys += ("max_new_tokens", "temperature", "top_p", "seed")
     return {
         **{key: getattr(options, key) for key in keys},
         "weights": weights,
@@ -338,10 +316,14 @@ def _written(
     with tqdm(total=total, initial=before, desc="rewrite", unit="query", disable=None) as bar:
         for batch in batches:
             yield {ids[place]: written for place, written in batch}
-            tokens += sum(len(written.ids) + written.finished for _, written in batch)
+            before += len(batch)
+            tokens += sum(written.tokens for _, written in batch)
             seconds += batch[0][1].prefill_seconds + batch[0][1].decode_seconds
-            bar.set_postfix_str(f"{tokens / seconds:.1f} tokens/s")
+            rate = f"{tokens / seconds:.1f} tokens/s"
+            bar.set_postfix_str(rate)
             bar.update(len(batch))
+            if bar.disable:  # no terminal
+                logger.info("%d of %d queries, %s", before, total, rate)
 
 
 def _as_rewrite(
@@ -350,13 +332,8 @@ def _as_rewrite(
     text = tokenizer.decode(
         written.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
-    cost = WritingCost(
-        prompt_tokens,
-        len(written.ids) + written.finished,
-        written.rows,
-        written.prefill_seconds,
-        written.decode_seconds,
-    )
+    seconds = written.prefill_seconds, written.decode_seconds
+    cost = WritingCost(prompt_tokens, written.tokens, written.rows, *seconds)
     return Rewrite(str(text), query.text, written.finished, cost)
 
 
@@ -365,8 +342,9 @@ def _statistics(rewrites: dict[str, Rewrite]) -> dict[str, Any]:
     costs = [rewrite.cost for rewrite in rewrites.values() if rewrite.cost is not None]
     shares = milliseconds_per_query(rewrites)
     assert shares is not None
-    parts = {"prefill": shares[:, 0], "decode": shares[:, 1], "in all": shares.sum(axis=1)}
+    times = {"prefill": shares[:, 0], "decode": shares[:, 1], "in all": shares.sum(axis=1)}
     waits = [1000 * (cost.prefill_seconds + cost.decode_seconds) for cost in costs]
+    times["until its batch was done"] = np.array(waits)
     reading, writing = shares.sum(axis=0) / 1000
     return {
         "queries": len(rewrites),
@@ -375,19 +353,15 @@ def _statistics(rewrites: dict[str, Rewrite]) -> dict[str, Any]:
         "prompt_tokens": sum(cost.prompt_tokens for cost in costs),
         "tokens": sum(cost.tokens for cost in costs),
         "largest_batch": max(cost.rows for cost in costs),
-        "milliseconds_a_query": {name: _spread(values) for name, values in parts.items()},
-        "milliseconds_until_its_batch_was_done": _spread(waits),
+        "milliseconds_a_query": {name: _spread(values) for name, values in times.items()},
         "prompt_tokens_per_second": sum(cost.prompt_tokens for cost in costs) / reading,
         "tokens_per_second": sum(cost.tokens for cost in costs) / writing,
     }
 
 
-def _spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:
-    return {
-        "mean": float(np.mean(values)),
-        "median": float(np.median(values)),
-        "p90": float(np.quantile(values, 0.9)),
-    }
+def _spread(values: np.ndarray) -> dict[str, float]:
+    median, p90 = np.quantile(values, [0.5, 0.9]).tolist()
+    return {"mean": float(values.mean()), "median": median, "p90": p90}
 
 
 def _print(report: dict[str, Any], options: RewriteOptions) -> None:
@@ -404,10 +378,9 @@ def _print(report: dict[str, Any], options: RewriteOptions) -> None:
         f"{report['prompt_tokens_per_second']:.0f} prompt tokens/s read, "
         f"{report['tokens_per_second']:.1f} tokens/s written\n"
     )
-    times = {f"{name}, a query": v for name, v in report["milliseconds_a_query"].items()}
-    times["until its batch was done"] = report["milliseconds_until_its_batch_was_done"]
+    times = report["milliseconds_a_query"]
     rows = [[name, *(f"{value:.1f}" for value in v.values())] for name, v in times.items()]
-    print(markdown_table(["milliseconds", "mean", "median", "p90"], rows))
+    print(markdown_table(["milliseconds a query", "mean", "median", "p90"], rows))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

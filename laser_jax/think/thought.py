@@ -310,12 +310,11 @@ class Inspector:
     def _thoughts(self, ids: list[int], K: int) -> tuple[np.ndarray, np.ndarray, TopTokens]:
         """What `_latent_steps` gives for one row: [K, D] twice and tokens [1, K, n]. No step sees
         a later one, so the program of the next power of two serves every K up to it."""
-        positions = self.config.backbone.max_position_embeddings
-        if len(ids) + appended_thoughts(K, self.config.pooling) > positions:
-            raise ValueError(
-                f"the query's {len(ids)} tokens and {K} thinking steps take more positions than "
-                f"the model has, {positions}"
-            )
+        self.config.backbone.require_positions(
+            len(ids) + appended_thoughts(K, self.config.pooling),
+            f"the query's {len(ids)} tokens and {K} thinking steps take",
+            "take fewer steps, or shorten the query",
+        )
         width, steps = self._width(len(ids)), 1 << (K - 1).bit_length()
         program = self._program(self._latent_steps, width, steps=steps)
         found = program(self._variables, *right_pad([ids], self._prompts.pad_id, width))

@@ -22,6 +22,7 @@ from laser_jax.config import (
     MeshConfig,
     appended_thoughts,
     load_retriever_config,
+    pools_prompt,
 )
 from laser_jax.modeling.backbone import Backbone, Variables
 from laser_jax.sharding import Device, make_mesh
@@ -132,7 +133,7 @@ def _lay_out_teacher(
             f"{prompt_checksum}; both must read the same tokens. Train the teacher from the "
             "same model.path with the same prompt settings"
         )
-    if retriever.pooling != "prompt_and_thoughts":
+    if not pools_prompt(retriever.pooling):
         raise ConfigError(
             f"objective.teacher {directory} pools its {retriever.pooling} alone (GIRCSE), and the "
             "explicit view of a teacher has none; name a model of objective.method: laser, such "
@@ -189,21 +190,20 @@ def _require_divisible(config: Config, mesh: Mesh) -> None:
 def _require_positions(config: Config, backbone: BackboneConfig) -> None:
     """Raises a ConfigError where a prompt and its thoughts, or an explicit input, outgrow the
     model's positions."""
-    objective, positions = config.objective, backbone.max_position_embeddings
-    steps, pooling = objective.num_thinking_steps, objective.pooling
-    thoughts = appended_thoughts(steps, pooling)
+    objective = config.objective
+    steps = objective.num_thinking_steps
+    thoughts = appended_thoughts(steps, objective.pooling)
     for name in ("query_max_length", "document_max_length"):
-        longest = getattr(config.prompt, name) + thoughts
-        if longest > positions:
-            raise ConfigError(
-                f"prompt.{name} and {steps} thinking steps take {longest} positions, and the model "
-                f"has {positions}; lower prompt.{name}"
-            )
+        backbone.require_positions(
+            getattr(config.prompt, name) + thoughts,
+            f"prompt.{name} and {steps} thinking steps take",
+            f"lower prompt.{name}",
+        )
     # the evaluation reads explicit inputs too, whatever is trained
-    evaluated = config.data.eval is not None and pooling == "prompt_and_thoughts"
-    longest = config.prompt.explicit_max_length
-    if longest > positions and (objective.need_explicit_view or evaluated):
-        raise ConfigError(
-            f"prompt.explicit_max_length takes {longest} positions, and the model has {positions}; "
-            "lower prompt.explicit_max_length"
+    evaluated = config.data.eval is not None and pools_prompt(objective.pooling)
+    if objective.need_explicit_view or evaluated:
+        backbone.require_positions(
+            config.prompt.explicit_max_length,
+            "prompt.explicit_max_length takes",
+            "lower prompt.explicit_max_length",
         )

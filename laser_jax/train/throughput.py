@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from laser_jax.config import BackboneConfig, Config
+from laser_jax.config import BackboneConfig, Config, appended_thoughts
 from laser_jax.losses import Terms
 from laser_jax.sharding import Device
 
@@ -115,7 +115,7 @@ def reading_of(config: Config, tokens: float, token_pairs: float) -> Reading:
     C = B * config.data.group_size
     explicit = objective.need_explicit_view
     shared = explicit and config.views == "fast" and objective.teacher is None
-    generated = objective.num_thinking_steps - (objective.pooling == "prompt_and_thoughts")
+    generated = appended_thoughts(objective.num_thinking_steps, objective.pooling)
     return Reading(
         rows=C + B * (1 if shared else 1 + explicit),
         tokens=tokens,
