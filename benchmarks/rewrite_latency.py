@@ -51,7 +51,7 @@ class Methods:
         self._variables, self._options = unstack_layers(scanned), options
         self._encode = {
             K: jax.jit(functools.partial(encode, config=self._config, num_thinking_steps=K))
-            for K in {1, options.thinking_steps}
+            for K in {1, options.num_thinking_steps}
         }
         self.written: list[Written] = []
         """Of every call of rewrite-then-retrieve, the first row."""
@@ -86,7 +86,7 @@ class Methods:
             longer_BT[:, start : start + measured] = [text.ids for text in texts]
             return self._embed(longer_BT, 1)
 
-        K = options.thinking_steps
+        K = options.num_thinking_steps
         return {
             STANDARD: lambda: self._embed(query_BT, 1),
             f"latent, K = {K}": lambda: self._embed(query_BT, K),
@@ -147,7 +147,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     workload.add_backbone(parser)
     parser.add_argument("--batches", type=positive, nargs="+", default=[1, 8], help="default 1 8")
     numbers = {
-        "thinking_steps": (3, "K of the latent view"),
+        "num_thinking_steps": (3, "K of the latent view"),
         "query_tokens": (128, "tokens of a query"),
         "prompt_tokens": (PROMPT_TOKENS, "tokens of the rewriting prompt around it"),
         "new_tokens": (300, "tokens of a rewrite"),

@@ -98,16 +98,16 @@ class Transcription:
         out = model(output_hidden_states=True, **inputs)
         return out.hidden_states[-1], out.logits[:, -1]
 
-    def latent(self, model: Model, rows: Rows, steps: int) -> torch.Tensor:
+    def latent(self, model: Model, rows: Rows, num_thinking_steps: int) -> torch.Tensor:
         """The K hidden states, [B, K, D]."""
         cache: dict[str, Any] = {"use_cache": False}
-        if self.whole or steps > 1:
+        if self.whole or num_thinking_steps > 1:
             cache = {CACHE: transformers.DynamicCache(config=model.config), "use_cache": True}
         mask_BT, positions_BT = rows.mask_BT, rows.positions_BT
         inputs = {"input_ids": rows.ids_BT}
         states: list[torch.Tensor] = []
         logits_BV = None
-        for step in range(steps):
+        for step in range(num_thinking_steps):
             if step > 0:
                 logits_BV = model.lm_head(states[-1]) if logits_BV is None else logits_BV
                 inputs = {"inputs_embeds": expected_embedding(model, logits_BV)}

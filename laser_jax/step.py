@@ -108,9 +108,9 @@ def read_views(
         prefixes = (prefix, read_prompts(*model, *documents))
         hidden_BKD, document_hidden_CKD = think(*model, prefixes, K, pooling)
     if explicit is not None and teacher is not None:
-        taught_by, steps = (teacher.backbone, teacher_variables), teacher.num_thinking_steps
+        taught_by, own_K = (teacher.backbone, teacher_variables), teacher.num_thinking_steps
         view = explicit_view(*taught_by, *explicit, keyframes_BK)
-        teacher_document_hidden_CKD = latent_view(*taught_by, *documents, steps, pooling)
+        teacher_document_hidden_CKD = latent_view(*taught_by, *documents, own_K, pooling)
     return Views(hidden_BKD, document_hidden_CKD, view, teacher_document_hidden_CKD)
 
 

@@ -88,15 +88,17 @@ def with_max_length(config: RetrieverConfig, tokens: int) -> RetrieverConfig:
     return replace(config, prompt=replace(prompt, **limits, explicit_max_length=explicit))
 
 
-def require_positions(config: RetrieverConfig, limit_key: LimitKey, steps: int) -> None:
+def require_positions(
+    config: RetrieverConfig, limit_key: LimitKey, num_thinking_steps: int
+) -> None:
     """Raises a ConfigError where a prompt of the longest kind and its thinking steps take more
     positions than the model has."""
     limit: int = getattr(config.prompt, limit_key)
     positions = config.backbone.max_position_embeddings
-    taken = limit + appended_thoughts(steps, config.pooling)
+    taken = limit + appended_thoughts(num_thinking_steps, config.pooling)
     if taken > positions:
         raise ConfigError(
-            f"prompt.{limit_key} {limit} and {steps} thinking steps take {taken} "
+            f"prompt.{limit_key} {limit} and {num_thinking_steps} thinking steps take {taken} "
             f"positions, and the model has {positions}: take fewer steps, or lower the limit"
         )
 
