@@ -226,8 +226,7 @@ class TorchTraining:
         self._optimizer = torch.optim.AdamW(
             self._trained,
             lr=optimizer.learning_rate,
-            betas=(optimizer.b1, optimizer.b2),
-            eps=optimizer.eps,
+            betas=optimizer.betas,
             weight_decay=optimizer.weight_decay,
             fused=transcription.fused_optimizer,
         )

@@ -96,9 +96,8 @@ class DataConfig:
 
     train: str = ""
     """LaSER rows: JSONL (plain or .gz), Parquet, a Hugging Face `save_to_disk` directory,
-    ArrayRecord files, or a directory that `laser_jax.prepare` wrote."""
-    split: str | None = None
-    """Which split of the directory `train`, where it holds several: short for `train/SPLIT`."""
+    ArrayRecord files, or a directory that `laser_jax.prepare` wrote. Of a directory with several
+    splits, `DIR/SPLIT`."""
     mixture: tuple[MixtureSource, ...] = ()
     """Several such sources with weights, instead of `train`."""
     eval: str | None = None
@@ -107,8 +106,6 @@ class DataConfig:
     """Ranked once, when training has ended."""
     dev_split: str = "dev"
     """Ranked every `train.eval_every` steps, to choose a checkpoint by."""
-    ignore_identical_ids: bool = True
-    """BEIR's rule for both rankings: a query is not given the document that has its own id."""
     group_size: int = 2
     """Documents per query: one positive and group_size - 1 hard negatives."""
     selection: Literal["official", "random"] = "official"
@@ -128,18 +125,13 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(not (self.train and self.mixture), "data.train and data.mixture exclude each other")
-        require(
-            self.split is None or bool(self.train),
-            "data.split goes with data.train; a source of data.mixture names its split in its path",
-        )
         counts = ("group_size", "length_multiple", "bucket_window", "threads")
         require_in("[1, inf)", self, "data.", *counts)
         require_in("[0, inf)", self, "data.", "workers")
 
     @property
     def sources(self) -> tuple[MixtureSource, ...]:
-        split = f"/{self.split}" if self.split else ""
-        return self.mixture or (MixtureSource(f"{self.train}{split}"),)
+        return self.mixture or (MixtureSource(self.train),)
 
 
 @dataclass(frozen=True)
@@ -259,9 +251,8 @@ class OptimizerConfig:
     learning_rate: float = 1e-4
     warmup_ratio: float = 0.1
     schedule: Literal["linear", "constant"] = "linear"
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
+    betas: tuple[float, float] = (0.9, 0.999)
+    """How much of the running means of the gradient and of its square a step keeps."""
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
     """None switches clipping off."""
@@ -269,8 +260,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         require_in("[0, inf)", self, "optimizer.", "learning_rate", "weight_decay")
         require_in("[0, 1]", self, "optimizer.", "warmup_ratio")
-        require_in("[0, 1)", self, "optimizer.", "b1", "b2")
-        require_in("(0, inf)", self, "optimizer.", "eps", "clip_norm")
+        require_in("[0, 1)", self, "optimizer.", "betas")
+        require_in("(0, inf)", self, "optimizer.", "clip_norm")
 
 
 @dataclass(frozen=True)
@@ -304,7 +295,6 @@ class TrainConfig:
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A NaN or Inf in the loss or the gradients: `stop` ends the run and names the rows, `skip`
     leaves the parameters as they were, counts the step and goes on."""
-    eval_batch_size: int = 64
     eval_thinking_steps: tuple[int, ...] = (1, 2, 3, 4)
     """The K for which the table at the end is printed."""
     tensorboard: bool = False
@@ -317,7 +307,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         counts = ("batch_size", "micro_batch_size", "log_every", "checkpoint_every")
-        counts += ("keep_checkpoints", "eval_batch_size", "eval_every", "patience")
+        counts += ("keep_checkpoints", "eval_every", "patience")
         require_in("[1, inf)", self, "train.", *counts, "eval_thinking_steps")
         require_in("[0, inf)", self, "train.", "steps", "epochs")
         require_in("[0, 4294967296)", self, "train.", "seed")

@@ -108,9 +108,8 @@ BACKBONES: dict[BackboneName, BackboneConfig] = {
 
 @dataclass(frozen=True)
 class ScratchConfig:
-    """A small backbone with random weights and a BPE tokenizer trained on the training texts."""
+    """A small Qwen3 with random weights and a BPE tokenizer trained on the training texts."""
 
-    family: Literal["qwen3", "llama"] = "qwen3"
     vocab_size: int = 8192
     hidden_size: int = 256
     num_layers: int = 4
@@ -118,14 +117,13 @@ class ScratchConfig:
     num_kv_heads: int = 2
     head_dim: int = 64
     intermediate_size: int = 768
-    rope_theta: float = 1e4
-    tie_word_embeddings: bool = True
     max_position_embeddings: int = 4096
 
     def backbone(self, vocab_size: int) -> BackboneConfig:
         """The backbone over a tokenizer of `vocab_size` tokens."""
         sizes: dict[str, Any] = vars(self) | {"vocab_size": vocab_size}
-        return BackboneConfig(**sizes, rms_norm_eps=1e-6, rope_scaling=None)
+        fixed = {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "rope_scaling": None}
+        return BackboneConfig("qwen3", **sizes, **fixed, tie_word_embeddings=True)
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """AdamW, after clipping by global norm where `clip_norm` is set."""
     rate = learning_rate_schedule(config, steps)
-    adamw = optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay)
+    adamw = optax.adamw(rate, *config.betas, weight_decay=config.weight_decay)
     if config.clip_norm is None:
         return adamw
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)

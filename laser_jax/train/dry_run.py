@@ -6,6 +6,7 @@ Nothing is loaded, drawn or written. Of the model only `config.json` is read, or
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -16,12 +17,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import topologies
 
 from laser_jax.batch import Batch, Tokens
 from laser_jax.command_line import Invocation
 from laser_jax.config import BACKBONES, BackboneConfig, Config, ConfigError
 from laser_jax.data.sources import is_there, open_sources, rows_per_epoch
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
+from laser_jax.files.reading import parse_integer
 from laser_jax.hf.directory import read_backbone_config
 from laser_jax.sharding import Device, batch_sharding
 from laser_jax.train.layout import (
@@ -35,7 +38,6 @@ from laser_jax.train.layout import (
 from laser_jax.train.programs import shape_of
 from laser_jax.train.setup import batches_of
 from laser_jax.train.throughput import GIB, device_bytes, peak_flops, reading_of, step_flops
-from laser_jax.train.topologies import devices_to_compile_for
 
 BATCHES_LOOKED_AT = 64
 
@@ -149,19 +151,50 @@ def _described(
 
 
 def _devices(invocation: Invocation) -> Sequence[Device]:
-    if invocation.devices is not None:
-        # before jax looks for devices, which it does once
-        try:
-            jax.config.update("jax_num_cpu_devices", invocation.devices)
-        except RuntimeError as error:
-            raise ConfigError(
-                f"--devices {invocation.devices}: jax has already made its devices in this "
-                "process; start another for this dry run"
-            ) from error
-        return jax.devices("cpu")
-    if invocation.topology is None:
+    wanted = invocation.dry_run
+    if isinstance(wanted, bool):
         return jax.devices()
-    return devices_to_compile_for(invocation.topology)
+    if (count := parse_integer(wanted)) is None:
+        return devices_to_compile_for(wanted)
+    try:  # before jax looks for devices, which it does once
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"--dry_run {count}: jax has already made its devices in this process; start another "
+            "for this dry run"
+        ) from error
+    return jax.devices("cpu")
+
+
+def devices_to_compile_for(topology: str) -> Sequence[Device]:
+    """Devices that programs can be compiled for and cannot run on: TPU slices that are not here.
+
+    Takes jax's own devices to be the CPU, so that an accelerator of this machine stays free.
+
+    Args:
+        topology: a TPU and its chips, such as v5e:4x4, v6e:2x4, v4:2x2x2 or v5p:2x2x2.
+
+    Raises:
+        ConfigError: no such devices, or the compiler for them is not installed.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    # no question to a cloud's metadata server, and two dry runs may be under way at once
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    name, _, chips = topology.partition(":")
+    options: dict[str, Any] = {}
+    if name == "v4":
+        options["chip_config_name"] = "megacore"  # else a chip counts as two devices
+    if chips == "1x1":
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        return topologies.get_topology_desc(topology, "tpu", **options).devices
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"--dry_run {topology}: {error}. Names are such as v5e:4x4, v6e:2x4, v4:2x2x2 and "
+            "v5p:2x2x2, in chips of TPUs; `pip install laser-jax[tpu]` brings their compiler. For "
+            "GPUs give --dry_run alone, on a machine that has one"
+        ) from error
 
 
 def _backbone(config: Config) -> BackboneConfig:

@@ -168,7 +168,6 @@ def read_evaluation(config: Config) -> tuple[BeirDataset | None, BeirDataset | N
 def _read_split(config: Config, directory: str, split: str) -> BeirDataset:
     dataset = read_beir(directory, split)
     require_instructions(dataset)
-    dataset = replace(dataset, ignore_identical_ids=config.data.ignore_identical_ids)
     for count in dataset.id_counts:
         _log.info("%s (%s), %s", directory, split, count)
     return dataset
