@@ -278,8 +278,9 @@ def _settings(cls: type, prefix: str, sections: Collection[type]) -> Iterator[st
         elif group:
             yield f"{flag}  null, or"
         else:
-            default = f"default: {defaults[name]}" if name in defaults else "must be given"
-            yield f"{flag}  {describe(kind)} ({default})"
+            default = str(defaults.get(name)).replace("\n", "\\n")
+            given = f"default: {default}" if name in defaults else "must be given"
+            yield f"{flag}  {describe(kind)} ({given})"
         yield from textwrap.wrap(text, 94, initial_indent=" " * 6, subsequent_indent=" " * 6)
         if group and group not in sections:
             yield from _settings(group, f"{prefix}{name}.", sections)

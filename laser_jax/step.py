@@ -171,7 +171,7 @@ def _micro_batches(batch: Batch, parts: int) -> Batch:
     return replace(rows, contrast_BC=own.reshape(parts, B // parts, C // parts))
 
 
-def _reading(batch: Batch, objective: ObjectiveConfig) -> Terms:
+def reading(batch: Batch, objective: ObjectiveConfig) -> Terms:
     """How many tokens are read, with how many (position, position before it) pairs, and which share
     of the arrays is padding."""
     read = [batch.documents]
@@ -296,7 +296,7 @@ def make_train_step(
         score = partial(loss_terms, objective=objective, distillation_scale=scale)
         grads, terms = way(read, score, state, batch)
         new, seen = _updated(state, grads, terms["loss"], optimizer)
-        metrics = terms | _reading(batch, objective) | seen
+        metrics = terms | reading(batch, objective) | seen
         metrics |= {
             "learning_rate": schedule(state.step - state.skipped),
             "documents": batch.contrast_BC.shape[1] // pools,

@@ -51,9 +51,8 @@ def best_state(run: Run, state: TrainState) -> TrainState:
 def export_model(run: Run, state: TrainState) -> None:
     """Writes `model/` (merged) and, with LoRA, `adapter/`. All processes take part."""
     config, backbone, variables = run.config, run.layout.backbone, state.variables
-    save_model(
-        run.output / "model", variables, backbone, config.model, run.inputs.tokenizer, run.retriever
-    )
+    tokenizer, retriever = run.inputs.tokenizer, run.layout.retriever
+    save_model(run.output / "model", variables, backbone, config.model, tokenizer, retriever)
     if config.lora is not None:
         save_adapter(
             run.output / "adapter",

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from laser_jax.batch import Batch
-from laser_jax.config import BackboneConfig, Config, ConfigError, RetrieverConfig, as_dict
+from laser_jax.config import BackboneConfig, Config, ConfigError, as_dict
 from laser_jax.data.pipeline import BatchSettings, training_batches
 from laser_jax.data.sources import Source, open_sources, rows_per_epoch
 from laser_jax.data.tokenization import PromptTokenizer, Tokenizer, query_content
@@ -25,11 +25,17 @@ from laser_jax.hf.reading import load_sharded_params
 from laser_jax.modeling.backbone import Variables
 from laser_jax.step import TrainState, init_state
 from laser_jax.train.checkpoint import CheckpointError, Checkpoints, fingerprint
-from laser_jax.train.layout import Layout, describe_mesh, lay_out, number_of_steps, step_programs
+from laser_jax.train.layout import (
+    Layout,
+    StepPrograms,
+    describe_mesh,
+    lay_out,
+    number_of_steps,
+    step_programs,
+)
 from laser_jax.train.model import starting_model
 from laser_jax.train.output import OutputDirectory, StepLog, code_version, logged_lines
 from laser_jax.train.processes import local_rows
-from laser_jax.train.programs import StepPrograms
 from laser_jax.train.selection import TrainedEncoder, fingerprint_of
 from laser_jax.train.telemetry import TensorBoard, require_tensorboard
 
@@ -71,8 +77,6 @@ class Run:
     encoder: TrainedEncoder
     batches_from: Callable[[int], Iterable[Batch]]
     """This process's rows of the batches after a step."""
-    retriever: RetrieverConfig
-    """Of the exported model, whose adapters are merged."""
 
 
 def set_up(config: Config, stack: ExitStack) -> tuple[Run, TrainState]:
@@ -112,7 +116,6 @@ def set_up(config: Config, stack: ExitStack) -> tuple[Run, TrainState]:
         f"{layout.platform} device(s), mesh {describe_mesh(layout.mesh)}"
     )
     stack.enter_context(jax.set_mesh(layout.mesh))
-    retriever = _retriever_config(config, inputs)
     run = Run(
         config=config,
         output=output.path,
@@ -125,9 +128,8 @@ def set_up(config: Config, stack: ExitStack) -> tuple[Run, TrainState]:
         origin=origin,
         log=log,
         evaluations=evaluations,
-        encoder=TrainedEncoder(config, replace(retriever, lora=config.lora), layout.mesh),
+        encoder=TrainedEncoder(config, replace(layout.retriever, lora=config.lora), layout.mesh),
         batches_from=batches_from,
-        retriever=retriever,
     )
     return run, state
 
@@ -199,17 +201,6 @@ def _new_state(
     directory = str(config.objective.teacher)
     params = load_sharded_params(directory, teacher.backbone.config, like["params"])
     return state, {"params": params}
-
-
-def _retriever_config(config: Config, inputs: Inputs) -> RetrieverConfig:
-    return RetrieverConfig(
-        backbone=inputs.backbone,
-        num_thinking_steps=config.objective.num_thinking_steps,
-        pooling=config.objective.pooling,
-        prompt=config.prompt,
-        dtype=config.model.dtype,
-        prompt_checksum=inputs.prompts.checksum(),
-    )
 
 
 def _fingerprints(
