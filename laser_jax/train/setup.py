@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from laser_jax.batch import Batch
-from laser_jax.config import BackboneConfig, Config, ConfigError, as_dict
+from laser_jax.config import BackboneConfig, Config, ConfigError, DataConfig, as_dict
 from laser_jax.data.pipeline import BatchSettings, training_batches
 from laser_jax.data.sources import Source, open_sources, rows_per_epoch
 from laser_jax.data.tokenization import PromptTokenizer, Tokenizer, query_content
@@ -23,6 +23,7 @@ from laser_jax.evaluate.beir import BeirDataset, read_beir
 from laser_jax.evaluate.retrieval import require_instructions
 from laser_jax.hf.reading import load_sharded_params
 from laser_jax.modeling.backbone import Variables
+from laser_jax.settings import listed
 from laser_jax.step import TrainState, init_state
 from laser_jax.train.checkpoint import CheckpointError, Checkpoints, fingerprint
 from laser_jax.train.layout import (
@@ -56,6 +57,11 @@ class Inputs:
     """The split that is ranked at the end."""
     dev: BeirDataset | None
     """The split that is ranked while training: the latent view alone, over the same documents."""
+
+    def ranked(self, data: DataConfig) -> dict[str, BeirDataset]:
+        """The splits that are ranked, by their names."""
+        splits = {data.eval_split: self.test, data.dev_split: self.dev}
+        return {name: dataset for name, dataset in splits.items() if dataset is not None}
 
 
 @dataclass(frozen=True)
@@ -209,11 +215,9 @@ def _fingerprints(
     """What a resumed run must find as it was, and neither its config nor its state holds. Another
     split may be ranked, but no other texts or judgements under the same name."""
     teacher = None if teacher_variables is None else fingerprint(teacher_variables)
-    ranked = {config.data.eval_split: inputs.test, config.data.dev_split: inputs.dev}
     return {
         f"fingerprint of data.eval's {split}": fingerprint_of(dataset)
-        for split, dataset in ranked.items()
-        if dataset is not None
+        for split, dataset in inputs.ranked(config.data).items()
     } | {
         "number of training rows": rows_per_epoch(inputs.sources),
         "fingerprints of the training rows": [source.fingerprint for source in inputs.sources],
@@ -253,8 +257,8 @@ def require_same_inputs(
     ]
     if changed:
         raise CheckpointError(
-            f"{directory} was trained on other inputs:\n  " + "\n  ".join(changed) + "\nBring back "
-            "those that the run began with, or choose another output"
+            f"{directory} was trained on other inputs:\n  {listed(changed)}\n"
+            "Bring back those that the run began with, or choose another output"
         )
 
 
