@@ -122,6 +122,7 @@ def test_how_a_run_is_started_is_no_part_of_its_config() -> None:
     ("values", "message"),
     [
         ({"dry_run": "0"}, "--dry_run wants a number of CPU devices, .* got '0'"),
+        ({"dry_run": "00"}, "--dry_run wants a number of CPU devices, .* got '00'"),
         ({"dry_run": ""}, "--dry_run wants a number of CPU devices, .* got ''"),
         ({"dry_run": True, "distributed": True}, "--dry_run takes one process"),
         ({"distributed": "a:1"}, "--distributed a:1 is no INDEX/COUNT@HOST:PORT"),

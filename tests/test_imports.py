@@ -38,7 +38,7 @@ ORDER: tuple[str, ...] = (
     *("prepare.padding", "prepare.report", "prepare.run"),
     *("train.before_imports", "train.checkpoint"),
     *("train.throughput", "train.output", "train.processes", "train.selection", "train.stop"),
-    *("train.model", "train.layout", "train.telemetry", "train.setup", "train.dry_run"),
+    *("train.model", "train.layout", "train.setup", "train.dry_run"),
     *("train.loop", "train.export", "train.run"),
     *("pretrain.texts", "pretrain.run"),
     *("rewrite.generation", "rewrite.run"),

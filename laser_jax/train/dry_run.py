@@ -24,7 +24,6 @@ from laser_jax.command_line import Invocation
 from laser_jax.config import BACKBONES, BackboneConfig, Config, ConfigError
 from laser_jax.data.sources import is_there, open_sources, rows_per_epoch
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
-from laser_jax.files.reading import parse_integer
 from laser_jax.hf.directory import read_backbone_config
 from laser_jax.sharding import Device, batch_sharding
 from laser_jax.step import reading
@@ -150,13 +149,13 @@ def _devices(invocation: Invocation) -> Sequence[Device]:
     wanted = invocation.dry_run
     if isinstance(wanted, bool):
         return jax.devices()
-    if (count := parse_integer(wanted)) is None:
+    if not (wanted.isascii() and wanted.isdecimal()):
         return devices_to_compile_for(wanted)
     try:  # before jax looks for devices, which it does once
-        jax.config.update("jax_num_cpu_devices", count)
+        jax.config.update("jax_num_cpu_devices", int(wanted))
     except RuntimeError as error:
         raise ConfigError(
-            f"--dry_run {count}: jax has already made its devices in this process; start another "
+            f"--dry_run {wanted}: jax has already made its devices in this process; start another "
             "for this dry run"
         ) from error
     return jax.devices("cpu")

@@ -35,10 +35,16 @@ from laser_jax.train.layout import (
     step_programs,
 )
 from laser_jax.train.model import starting_model
-from laser_jax.train.output import OutputDirectory, StepLog, code_version, logged_lines
+from laser_jax.train.output import (
+    OutputDirectory,
+    StepLog,
+    TensorBoard,
+    code_version,
+    logged_lines,
+    require_tensorboard,
+)
 from laser_jax.train.processes import local_rows
 from laser_jax.train.selection import TrainedEncoder, fingerprint_of
-from laser_jax.train.telemetry import TensorBoard, require_tensorboard
 
 _log = logging.getLogger(__name__)
 
