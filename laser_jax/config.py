@@ -112,7 +112,7 @@ class DataConfig:
     """Which positive and negatives an epoch uses: `official` takes positive `epoch mod n` and the
     first negatives; `random` draws both by (seed, epoch, row)."""
     mask_false_negatives: bool = True
-    """Never contrast a query with a passage of the batch that is one of its own positives."""
+    """Never contrast a query with a passage that is one of its positives in any training row."""
     length_multiple: int = 32
     """Batches are padded to a multiple of this, which bounds the number of compiled shapes."""
     bucket_window: int = 1

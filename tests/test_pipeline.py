@@ -286,22 +286,42 @@ def test_a_duplicate_of_a_positive_is_not_contrasted() -> None:
     assert contrast([draw(row)], True).tolist() == [[True, False, True]]
 
 
-def test_positives_of_the_same_query_in_another_row_are_not_contrasted() -> None:
-    """Not those that the other row shows, and not those that it only knows."""
-    one = replace(ROWS[0], query="Which?", positive_passages=("a",), negative_passages=("n", "c"))
-    other = replace(
-        ROWS[1], query=" which? ", positive_passages=("b", "C"), negative_passages=("m", "a")
+SAME_QUERY = [
+    replace(ROWS[0], query="Which?", positive_passages=("a",), negative_passages=("n c d",)),
+    replace(ROWS[1], query=" which? ", positive_passages=("b",), negative_passages=("a",)),
+    replace(ROWS[2], query="Who?", positive_passages=("b",), negative_passages=("N  C d",)),
+    replace(ROWS[4], query="ＷＨＩＣＨ?", positive_passages=("N c D",), negative_passages=("b",)),
+]
+"""Three rows ask one question, in three spellings."""
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+@pytest.mark.parametrize("cut", [0, 1, 3])
+def test_positives_of_the_same_query_in_any_row_are_not_contrasted(
+    prompts, batch_size, cut
+) -> None:
+    """Whether that row is in the batch, in another batch, or in another source of a mixture."""
+    parts = (SAME_QUERY[:cut], SAME_QUERY[cut:]) if cut else (SAME_QUERY,)
+    data = replace(
+        DATA,
+        group_size=2,
+        train="" if cut else "rows",
+        mixture=tuple(MixtureSource(str(i), weight=len(p)) for i, p in enumerate(parts) if cut),
     )
-    stranger = replace(ROWS[2], positive_passages=("b",), negative_passages=("x", "y"))
-    examples = [draw(one), draw(other), draw(stranger)]
-    documents = [d for e in examples for d in e.documents]
-    assert documents == ["a", "n", "c", "b", "m", "a", "b", "x", "y"]
-    no, yes = False, True
-    assert contrast(examples, True).tolist() == [
-        [yes, yes, no, no, yes, no, no, yes, yes],
-        [no, yes, no, yes, yes, no, no, yes, yes],
-        [yes, yes, yes, no, yes, yes, yes, yes, yes],
-    ]
+    sources = [RowsSource(part) for part in parts]
+    positives = {0: {"a", "b", "n c d"}, 1: {"a", "b", "n c d"}, 2: {"b"}, 3: {"a", "b", "n c d"}}
+    forms = {tuple(prompts.document(t)): t for t in ("a", "b", "n c d", "N  C d", "N c D")}
+    seen = Counter()
+    for batch in batches_of(prompts, 8 // batch_size, sources, data, batch_size=batch_size):
+        texts = [forms[tuple(ids)].casefold() for ids in rows_of(batch.documents)]
+        texts = [" ".join(text.split()) for text in texts]
+        for b, row in enumerate(batch.rows_B.tolist()):
+            expected = [c == 2 * b or text not in positives[row] for c, text in enumerate(texts)]
+            assert batch.contrast_BC[b].tolist() == expected
+            seen[row] += 1
+    assert set(seen) == {0, 1, 2, 3}
+    unmasked = replace(data, mask_false_negatives=False)
+    assert batches_of(prompts, 1, sources, unmasked, batch_size=4)[0].contrast_BC.all()
 
 
 def test_a_row_that_meets_itself_in_a_batch_does_not_contrast_its_positive(prompts) -> None:

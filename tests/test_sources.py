@@ -152,10 +152,10 @@ def test_every_kind_gives_the_same_rows_in_any_order(kind, tmp_path) -> None:
 
 def test_a_fingerprint_tells_rows_by_their_texts_and_order(kind, tmp_path) -> None:
     name, write = kind
-    found = open_source(write(tmp_path / name, RECORDS)).fingerprint
-    assert found == RowsSource(ROWS).fingerprint
-    assert found != RowsSource([*ROWS[:5], ROWS[6], ROWS[5]]).fingerprint
-    assert found != RowsSource([*ROWS[:6], replace(ROWS[6], query="another")]).fingerprint
+    found = open_source(write(tmp_path / name, RECORDS)).facts.fingerprint
+    assert found == RowsSource(ROWS).facts.fingerprint
+    assert found != RowsSource([*ROWS[:5], ROWS[6], ROWS[5]]).facts.fingerprint
+    assert found != RowsSource([*ROWS[:6], replace(ROWS[6], query="another")]).facts.fingerprint
 
 
 def test_every_kind_goes_into_another_process(kind, tmp_path) -> None:

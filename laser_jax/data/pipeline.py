@@ -12,10 +12,9 @@ import functools
 import hashlib
 import json
 import threading
-import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -26,8 +25,8 @@ from absl import flags
 from laser_jax.alignment import keyframe_positions
 from laser_jax.batch import Batch, Tokens
 from laser_jax.config import Config, DataConfig, KeyframeRule, as_dict
-from laser_jax.data.schema import DataError, TrainingRow
-from laser_jax.data.sources import Source, describe_row
+from laser_jax.data.schema import DataError, TrainingRow, same_text
+from laser_jax.data.sources import Source, describe_row, locate, rows_of_same_query
 from laser_jax.data.tokenization import PromptTokenizer, TokenizationError, right_pad
 
 Array = Any
@@ -51,7 +50,7 @@ class Example:
     documents: tuple[str, ...]
     """G passages, the positive first."""
     positives: frozenset[str]
-    """All positives of the row."""
+    """All positives of the row; in a batch, of all rows with the same query."""
 
 
 def draw_example(
@@ -108,35 +107,24 @@ def _no_negatives(where: str, row: TrainingRow, data: DataConfig) -> DataError:
 
 
 def contrast(examples: Sequence[Example], mask_false_negatives: bool) -> np.ndarray:
-    """Which documents of the batch are contrasted with which query.
-
-    Two texts are the same when they differ in case, in white space or in compatible Unicode forms
-    (NFKC) alone. A query's positives are those of all examples with the same query.
+    """Which documents of the batch are contrasted with which query; texts are compared in the form
+    of `same_text`.
 
     Returns:
         [B, C] bool. All True without `mask_false_negatives`; with it, False where document c is one
         of query b's positives, its designated positive (c = b G) excepted.
     """
-    texts = [same_passage(text) for example in examples for text in example.documents]
+    texts = [same_text(text) for example in examples for text in example.documents]
     contrast_BC = np.ones((len(examples), len(texts)), bool)
     if mask_false_negatives:
         columns = defaultdict(list)
         for c, text in enumerate(texts):
             columns[text].append(c)
-        queries = [same_passage(example.query) for example in examples]
-        positives = defaultdict(set)
-        for query, example in zip(queries, examples, strict=True):
-            positives[query].update(map(same_passage, example.positives))
         for b, example in enumerate(examples):
-            for positive in positives[queries[b]]:
+            for positive in set(map(same_text, example.positives)):
                 contrast_BC[b, columns.get(positive, [])] = False
             contrast_BC[b, b * len(example.documents)] = True
     return contrast_BC
-
-
-def same_passage(passage: str) -> str:
-    """A form that is equal for passages, or queries, that count as the same."""
-    return " ".join(unicodedata.normalize("NFKC", passage).casefold().split())
 
 
 # --- the order of rows -----------------------------------------------------------------------
@@ -242,7 +230,8 @@ class _Drawn:
 
 
 class _BatchBuilder:
-    """Makes batch i; the arguments are those of `training_batches`. Threads may share it."""
+    """Makes batch i; the arguments are those of `training_batches`, and `rows_of_same_query` where
+    false negatives are masked. Threads may share it."""
 
     def __init__(
         self,
@@ -251,8 +240,10 @@ class _BatchBuilder:
         data: DataConfig,
         settings: BatchSettings,
         part: np.ndarray | None,
+        same_query: Mapping[int, np.ndarray],
     ):
-        self._arguments = (sources, prompts, data, settings, part)
+        self._arguments = (sources, prompts, data, settings, part, same_query)
+        self._same_query = same_query
         self._sources, self._prompts, self._data, self._settings = sources, prompts, data, settings
         self._part = np.arange(settings.batch_size) if part is None else part
         lengths = [len(source) for source in sources]
@@ -268,6 +259,7 @@ class _BatchBuilder:
             lambda text: np.array(prompts.document(text), np.int32)
         )
         self._explicit = functools.lru_cache(held)(self._tokenise_explicit)
+        self._positives = functools.lru_cache(held)(self._read_positives)
 
     def __reduce__(self) -> Any:
         # locks and caches stay behind: a worker process makes its own
@@ -340,6 +332,9 @@ class _BatchBuilder:
             epoch=sample.epoch,
             row_index=row_index,
         )
+        if row_index in self._same_query:
+            positives = self._positives(int(self._same_query[row_index][0]))
+            example = replace(example, positives=positives)
         try:
             return _Drawn(
                 row_index,
@@ -353,6 +348,14 @@ class _BatchBuilder:
         except TokenizationError as error:
             where = describe_row(self._sources, row_index)
             raise TokenizationError(f"{where}: {error}") from error
+
+    def _read_positives(self, row_index: int) -> frozenset[str]:
+        """Those of all rows with the query of this one."""
+        found: set[str] = set()
+        for index in self._same_query[row_index]:
+            source, row = locate(self._sources, int(index))
+            found.update(self._sources[source][row].positive_passages)
+        return frozenset(found)
 
     # --- tokens
 
@@ -417,7 +420,8 @@ def training_batches(
         without = source.facts.row_without_negatives
         if data.group_size > 1 and without is not None:  # now, not hours into the run
             raise _no_negatives(source.where(without), source[without], data)
-    build = _BatchBuilder(sources, prompts, data, settings, part)
+    same_query = rows_of_same_query(sources) if data.mask_false_negatives else {}
+    build = _BatchBuilder(sources, prompts, data, settings, part, same_query)
     batches = (
         grain.MapDataset.range(first_batch, _ENDLESS)
         .map(build)

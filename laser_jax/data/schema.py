@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import unicodedata
+from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from laser_jax.files.reading import DataError
 
@@ -104,37 +109,43 @@ def require_unicode(text: str, what: str) -> None:
         ) from error
 
 
+def same_text(text: str) -> str:
+    """A form that is equal for queries, or passages, that count as the same: they differ in case,
+    in white space or in compatible Unicode forms (NFKC) alone."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
 @dataclass(frozen=True)
 class Facts:
-    """What is known of all rows once every row was read.
+    """What is known of all rows of a source once every row was read.
 
     Attributes:
         row_without_negatives: index of the first, None when every row has some.
         instructions: the longest of the distinct instructions, up to 32.
+        fingerprint: a hash of the texts of all rows in their order.
+        query_keys: [rows] uint64, equal for rows whose queries are the same (`same_text`).
     """
 
     row_without_negatives: int | None
     instructions: tuple[str, ...]
+    fingerprint: str
+    query_keys: np.ndarray = field(compare=False)
 
 
-class FactFinder:
-    """Gathers the facts of rows that are added one after another."""
-
-    def __init__(self) -> None:
-        self._rows = 0
-        self._row_without_negatives: int | None = None
-        self._instructions: set[str] = set()
-
-    def add(self, row: TrainingRow) -> None:
-        if self._row_without_negatives is None and not row.negative_passages:
-            self._row_without_negatives = self._rows
-        self._rows += 1
-        self._instructions.add(row.prompt)
-        if len(self._instructions) > 100 * _INSTRUCTIONS:
-            self._instructions = set(longest_instructions(self._instructions))
-
-    def facts(self) -> Facts:
-        return Facts(self._row_without_negatives, longest_instructions(self._instructions))
+def facts_of(rows: Iterable[TrainingRow]) -> Facts:
+    """Reads through all rows. Raises what their iteration raises."""
+    without, instructions, digest, keys = None, set[str](), hashlib.sha256(), array("Q")
+    for index, row in enumerate(rows):
+        if without is None and not row.negative_passages:
+            without = index
+        instructions.add(row.prompt)
+        if len(instructions) > 100 * _INSTRUCTIONS:
+            instructions = set(longest_instructions(instructions))
+        digest.update(repr([getattr(row, name) for name in FIELDS]).encode())
+        key = hashlib.blake2b(same_text(row.query).encode(), digest_size=8).digest()
+        keys.append(int.from_bytes(key, "little"))
+    longest = longest_instructions(instructions)
+    return Facts(without, longest, digest.hexdigest()[:16], np.array(keys, np.uint64))
 
 
 def longest_instructions(instructions: Iterable[str]) -> tuple[str, ...]:

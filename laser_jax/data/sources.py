@@ -25,7 +25,7 @@ import numpy as np
 
 from laser_jax.config import DataConfig
 from laser_jax.data.array_record import example_values, open_array_record
-from laser_jax.data.schema import FIELDS, DataError, FactFinder, Facts, TrainingRow, parse_row
+from laser_jax.data.schema import FIELDS, DataError, Facts, TrainingRow, facts_of, parse_row
 from laser_jax.files.reading import (
     import_pyarrow,
     is_blank,
@@ -73,23 +73,10 @@ class Source(ABC):
     def __iter__(self) -> Iterator[TrainingRow]:
         return (self[index] for index in range(len(self)))
 
-    @property
+    @functools.cached_property
     def facts(self) -> Facts:
         """Read once through all rows. Raises a `DataError` at the first that is no training row."""
-        return self._read[0]
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of the texts of all rows in their order, read as `facts` is."""
-        return self._read[1]
-
-    @functools.cached_property
-    def _read(self) -> tuple[Facts, str]:
-        finder, digest = FactFinder(), hashlib.sha256()
-        for row in self:
-            finder.add(row)
-            digest.update(repr([getattr(row, name) for name in FIELDS]).encode())
-        return finder.facts(), digest.hexdigest()[:16]
+        return facts_of(self)
 
     def __reduce__(self) -> Any:
         return type(self), (self.path,)
@@ -216,6 +203,15 @@ def describe_row(sources: Sequence[Source], index: int) -> str:
     """File and line of an index into the concatenation of the sources (`Batch.rows_B`)."""
     source, row = locate(sources, index)
     return sources[source].where(row)
+
+
+def rows_of_same_query(sources: Sequence[Source]) -> dict[int, np.ndarray]:
+    """The rows whose query stands in other rows too, by index into the concatenation of the sources
+    (`Batch.rows_B`): for each all rows with that query, itself among them, in their order."""
+    keys = np.concatenate([source.facts.query_keys for source in sources])
+    order = np.argsort(keys, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(keys[order])) + 1)
+    return {int(row): group for group in groups if len(group) > 1 for row in group}
 
 
 # --- kinds of sources ------------------------------------------------------------------------
@@ -445,20 +441,13 @@ class PreparedSource(ArrayRecordSource):
 
     @functools.cached_property
     def facts(self) -> Facts:
-        """As they were found when the rows were prepared, if the files are still those."""
-        if not {"facts", "checksums"} <= self._known.keys():
-            return super().facts
-        if changed := changed_shards(self.files, self._known["checksums"]):
+        """Of the files as they were prepared; a DataError names one that was changed since."""
+        if changed := changed_shards(self.files, self._known.get("checksums")):
             raise DataError(
                 f"{changed[0]} is not as it was prepared: cut short, changed, or another shard's; "
                 "run the same laser_jax.prepare again, which writes it anew"
             )
-        values = self._known["facts"]
-        return Facts(values["row_without_negatives"], tuple(values["instructions"]))
-
-    @property
-    def fingerprint(self) -> str:
-        return self._known.get("fingerprint") or super().fingerprint
+        return super().facts
 
     def where(self, index: int) -> str:
         place = f"{self.path}: row {index + 1}"
@@ -469,12 +458,13 @@ class PreparedSource(ArrayRecordSource):
 _SHARDED: tuple[type[_Sharded], ...] = (ArrowSource, ParquetSource, ArrayRecordSource)
 
 
-def changed_shards(files: Iterable[Path], checksums: dict[str, str]) -> list[Path]:
-    """Those files that are not as the sha256 under their name says."""
+def changed_shards(files: Iterable[Path], checksums: dict[str, str] | None) -> list[Path]:
+    """Those files that are not as the sha256 under their name says; none without checksums."""
     return [
         file
         for file in files
-        if not file.is_file() or checksums.get(file.name) != checksum_of(file)
+        if checksums is not None
+        and (not file.is_file() or checksums.get(file.name) != checksum_of(file))
     ]
 
 

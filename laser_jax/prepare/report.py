@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import re
 from collections import Counter
@@ -15,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from laser_jax.config import PromptConfig
-from laser_jax.data.pipeline import same_passage, settled_reasoning
+from laser_jax.data.pipeline import settled_reasoning
 from laser_jax.data.reasoning_retrieval import example_of
-from laser_jax.data.schema import TrainingRow, longest_instructions
+from laser_jax.data.schema import TrainingRow, same_text
 from laser_jax.data.tokenization import PromptTokenizer
 from laser_jax.files.reading import read_json
 
@@ -39,9 +38,6 @@ class Tally:
     query_hashes: list[int] = field(default_factory=list)
     row_hashes: list[int] = field(default_factory=list)
     positives_among_own_negatives: int = 0
-    row_without_negatives: int | None = None
-    """Index among the written."""
-    instructions: tuple[str, ...] = ()
     sha256: str = ""
     """Of the shard's file."""
 
@@ -74,11 +70,11 @@ class Tally:
             self.count("segments", len(explicit.segment_ends))
             for passage in passages:
                 self.count("passages", len(passage.ids), passage.truncated)
-        self.query_hashes.append(_hash(same_passage(row.query)))
+        self.query_hashes.append(_hash(same_text(row.query)))
         self.row_hashes.append(_hash(json.dumps(example_of(row, ""))))
-        negatives = set(map(same_passage, row.negative_passages))
+        negatives = set(map(same_text, row.negative_passages))
         self.positives_among_own_negatives += sum(
-            same_passage(text) in negatives for text in row.positive_passages
+            same_text(text) in negatives for text in row.positive_passages
         )
 
 
@@ -97,21 +93,6 @@ def load_tally(path: Path) -> Tally | None:
         return Tally(**values)
     except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
         return None
-
-
-def facts_of(tallies: Sequence[Tally]) -> dict[str, Any]:
-    """What `Facts` holds, of the rows that were written."""
-    starts = itertools.accumulate((tally.written for tally in tallies), initial=0)
-    first = (
-        start + tally.row_without_negatives
-        for start, tally in zip(starts, tallies, strict=False)
-        if tally.row_without_negatives is not None
-    )
-    instructions = itertools.chain(*(tally.instructions for tally in tallies))
-    return {
-        "row_without_negatives": next(first, None),
-        "instructions": longest_instructions(instructions),
-    }
 
 
 def report_of(tallies: Sequence[Tally]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ stays, and the same command goes on with the rest.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -37,10 +36,9 @@ from laser_jax.data.reasoning_retrieval import (
     write_description,
     write_shard,
 )
-from laser_jax.data.schema import DataError, FactFinder
+from laser_jax.data.schema import DataError
 from laser_jax.data.sources import (
     PREPARED_FILE,
-    ArrayRecordSource,
     Source,
     changed_shards,
     checksum_of,
@@ -52,7 +50,7 @@ from laser_jax.files.durable import lock, no_link, parts_of, write_atomically, w
 from laser_jax.files.reading import read_json, read_yaml
 from laser_jax.files.terminal import fail, printable
 from laser_jax.prepare.padding import PaddingConfig, measure_padding, require_negatives
-from laser_jax.prepare.report import Tally, facts_of, format_report, load_tally, report_of
+from laser_jax.prepare.report import Tally, format_report, load_tally, report_of
 from laser_jax.settings import require, require_in
 
 LOG = logging.getLogger("laser_jax")
@@ -130,7 +128,6 @@ class Preparation:
     def _examples(
         self, shard: int, tally: Tally, advance: Callable[[int], Any]
     ) -> Iterator[dict[str, Any]]:
-        finder = FactFinder()
         for index in self.rows_of(shard):
             advance(1)
             tally.rows += 1
@@ -145,9 +142,7 @@ class Preparation:
                 tally.rejected.append((where, why))
                 continue
             tally.written += 1
-            finder.add(row)
             yield example_of(row, origin(self.source, index))
-        tally.row_without_negatives, tally.instructions = dataclasses.astuple(finder.facts())
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:
@@ -199,14 +194,8 @@ def _prepare(preparation: Preparation, made: dict[str, Any]) -> dict[str, Any]:
             raise DataError(f"{config.input}: every row was rejected, such as {first}")
         shards = range(preparation.num_shards)
         names = [preparation.shard_path(shard).name for shard in shards]
-        # of the rows that were prepared: all of the source's, unless some were rejected
-        whole = config.on_bad_row == "stop"
-        known = {
-            "facts": facts_of(tallies),
-            "fingerprint": (preparation.source if whole else ArrayRecordSource(output)).fingerprint,
-            "checksums": {n: t.sha256 for n, t in zip(names, tallies, strict=True)},
-        }
-        _write_json(output / PREPARED_FILE, made | known)
+        checksums = {n: t.sha256 for n, t in zip(names, tallies, strict=True)}
+        _write_json(output / PREPARED_FILE, made | {"checksums": checksums})
         write_description(
             output,
             text_features(),

@@ -226,7 +226,9 @@ def _fingerprints(
         for split, dataset in inputs.ranked(config.data).items()
     } | {
         "number of training rows": rows_per_epoch(inputs.sources),
-        "fingerprints of the training rows": [source.fingerprint for source in inputs.sources],
+        "fingerprints of the training rows": [
+            source.facts.fingerprint for source in inputs.sources
+        ],
         "prompt_checksum": inputs.prompts.checksum(),
         "weights of objective.teacher": teacher,
     }
