@@ -175,7 +175,7 @@ def test_a_resumed_run_may_change_what_is_not_trained(tmp_path: Path) -> None:
 def test_the_same_rows_may_lie_elsewhere(tmp_path: Path) -> None:
     first = config(tmp_path)
     claim(first)
-    claim(replace(first, data=DataConfig(train="moved", split="train")))
+    claim(replace(first, data=DataConfig(train="moved/train")))
     mixture = (MixtureSource("a"), MixtureSource("b", 2.0))
     mixed = replace(config(tmp_path / "mixed"), data=DataConfig(mixture=mixture))
     claim(mixed)
