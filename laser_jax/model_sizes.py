@@ -122,8 +122,14 @@ class ScratchConfig:
     def backbone(self, vocab_size: int) -> BackboneConfig:
         """The backbone over a tokenizer of `vocab_size` tokens."""
         sizes: dict[str, Any] = vars(self) | {"vocab_size": vocab_size}
-        fixed = {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "rope_scaling": None}
-        return BackboneConfig("qwen3", **sizes, **fixed, tie_word_embeddings=True)
+        return BackboneConfig(
+            family="qwen3",
+            **sizes,
+            rms_norm_eps=1e-6,
+            rope_theta=1e4,
+            rope_scaling=None,
+            tie_word_embeddings=True,
+        )
 
 
 @dataclass(frozen=True)
