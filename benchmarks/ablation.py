@@ -124,7 +124,7 @@ class Setting:
         return build_world(replace(self.world, seed=seed)) if self.world else None
 
 
-WORLD = WorldConfig(num_places=20, final_separator=True)
+WORLD = WorldConfig(num_places=20)
 """The quickstart's."""
 TINY_WORLD = replace(
     WORLD, num_places=8, num_relations=3, hops=2, num_dev_queries=8, num_test_queries=16

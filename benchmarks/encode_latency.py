@@ -1,6 +1,6 @@
 """Time to embed one batch, and what each thinking step costs: ours, published and tuned PyTorch.
 
-    python -m benchmarks.encode_latency [--backbone NAME] [--batches 1x128 8x512] [--steps 1 3]
+    python -m benchmarks.encode_latency [--batches 1x128 8x512] [--num_thinking_steps 1 3]
 
 For every batch shape (rows x tokens) all contenders at all numbers K of thinking steps are timed in
 turn. Each is compared with ours at the same K, with itself at K = 1 where 1 is among the steps,
@@ -41,7 +41,9 @@ def fill(options: argparse.Namespace, report: Report) -> None:
     for rows, width in options.batches:
         tokens = workload.random_tokens(rng, rows, width, backbone.vocab_size)
         contenders: dict[tuple[str, int], Run] = {
-            (name, K): run for K in options.steps for name, run in encoders.on(tokens, K).items()
+            (name, K): run
+            for K in options.num_thinking_steps
+            for name, run in encoders.on(tokens, K).items()
         }
         times, best = flops.time_beside_ceilings(contenders, options)
         for name, K in contenders:
@@ -79,11 +81,13 @@ COLUMNS = {
 def add_flags(parser: argparse.ArgumentParser) -> None:
     workload.add_contenders(parser)
     measure.add_shapes(parser, "batches", ("rows", "tokens"), BATCHES)
-    parser.add_argument("--steps", type=positive, nargs="+", default=[1, 3], help="default 1 3")
+    parser.add_argument(
+        "--num_thinking_steps", type=positive, nargs="+", default=[1, 3], help="default 1 3"
+    )
     parser.add_argument("--profile", action="store_true", help="the kernels of ours, by kind")
 
 
-QUICK = {"backbone": workload.TINY, "batches": [(2, 8)], "steps": [1, 2]}
+QUICK = {"backbone": workload.TINY, "batches": [(2, 8)], "num_thinking_steps": [1, 2]}
 PROGRAM = measure.Program("encode_latency", __doc__, fill, COLUMNS, add_flags, QUICK)
 
 if __name__ == "__main__":

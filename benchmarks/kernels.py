@@ -101,7 +101,7 @@ def profiled(run: Run) -> list[Row]:
         BenchmarkError: the profile holds no kernels.
     """
     options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0  # as in training/telemetry.py
+    options.python_tracer_level = 0  # as in laser_jax/train/loop.py
     found = []
     for _ in range(RUNS):
         with tempfile.TemporaryDirectory() as folder:

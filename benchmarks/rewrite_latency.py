@@ -45,7 +45,7 @@ def methods_on(
         batch_size=rows,
         batch_tokens=2**30,
     )
-    start, K = options.query_tokens, options.thinking_steps
+    start, K = options.query_tokens, options.num_thinking_steps
     widths = (start, options.prompt_tokens, start + options.new_tokens + 1)  # and EOS
     query, around, longer = (
         workload.random_tokens(rng, rows, width, vocab_size) for width in widths
@@ -110,7 +110,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     workload.add_backbone(parser)
     parser.add_argument("--batches", type=positive, nargs="+", default=[1, 8], help="default 1 8")
     numbers = {
-        "thinking_steps": (3, "K of the latent view"),
+        "num_thinking_steps": (3, "K of the latent view"),
         "query_tokens": (128, "tokens of a query"),
         "prompt_tokens": (96, "tokens that `laser_jax.rewrite` puts around it"),
         "new_tokens": (300, "tokens of a rewrite"),

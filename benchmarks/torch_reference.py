@@ -95,14 +95,14 @@ class Transcription:
         out = model(output_hidden_states=True, **inputs)
         return out.hidden_states[-1], out.logits[:, -1]
 
-    def latent(self, model: Model, rows: Rows, steps: int) -> torch.Tensor:
+    def latent(self, model: Model, rows: Rows, num_thinking_steps: int) -> torch.Tensor:
         """The K hidden states, [B, K, D]."""
         cache: dict[str, Any] = {"use_cache": False}
-        if self.whole or steps > 1:
+        if self.whole or num_thinking_steps > 1:
             cache = {CACHE: transformers.DynamicCache(config=model.config), "use_cache": True}
         inputs, mask_BT, logits_BV = rows, rows["attention_mask"], None
         states: list[torch.Tensor] = []
-        for step in range(steps):
+        for step in range(num_thinking_steps):
             if step > 0:
                 logits_BV = model.lm_head(states[-1]) if logits_BV is None else logits_BV
                 mask_BT = torch.cat([mask_BT, torch.ones_like(mask_BT[:, :1])], dim=1)
@@ -199,8 +199,7 @@ class TorchTraining:
         self._optimizer = torch.optim.AdamW(
             self._trained,
             lr=optimizer.learning_rate,
-            betas=(optimizer.b1, optimizer.b2),
-            eps=optimizer.eps,
+            betas=optimizer.betas,
             weight_decay=optimizer.weight_decay,
             fused=transcription.fused_optimizer,
         )

@@ -42,7 +42,6 @@ SHAPES: dict[str, BackboneConfig] = {
         num_kv_heads=4,
         head_dim=64,
         intermediate_size=1536,
-        rope_theta=1e6,
     ).backbone(vocab_size=32_000),
     **BACKBONES,
 }

@@ -13,12 +13,12 @@ import numpy as np
 from laser_jax.config import KeyframeRule
 
 
-def keyframe_segments(num_segments: int, num_steps: int, rule: KeyframeRule) -> np.ndarray:
+def keyframe_segments(num_segments: int, num_thinking_steps: int, rule: KeyframeRule) -> np.ndarray:
     """The segment that teaches each thinking step.
 
     Args:
         num_segments: M, the segments of the chain of thought, at least 1.
-        num_steps: K, the thinking steps, at least 1.
+        num_thinking_steps: K, the thinking steps, at least 1.
         rule: `official` is the released code's `linspace(0, M-1, K).long()`, and for M < K all
             segments, the last repeated; `paper` is equation 11, `max(floor(i M / K) - 1, 0)` for
             i = 1..K.
@@ -29,19 +29,18 @@ def keyframe_segments(num_segments: int, num_steps: int, rule: KeyframeRule) -> 
     Raises:
         ValueError: when M or K is below 1.
     """
-    if num_segments < 1 or num_steps < 1:
-        raise ValueError(
-            f"keyframes need at least one segment and one step, got M={num_segments}, K={num_steps}"
-        )
-    steps_K = np.arange(num_steps)
+    M, K = num_segments, num_thinking_steps
+    if M < 1 or K < 1:
+        raise ValueError(f"keyframes need at least one segment and one step, got M={M}, K={K}")
+    steps_K = np.arange(K)
     if rule == "paper":
-        return np.maximum((steps_K + 1) * num_segments // num_steps - 1, 0)
-    if num_segments < num_steps:
-        return np.minimum(steps_K, num_segments - 1)
-    return _linspace(num_segments - 1, num_steps)
+        return np.maximum((steps_K + 1) * M // K - 1, 0)
+    if M < K:
+        return np.minimum(steps_K, M - 1)
+    return _linspace(M - 1, K)
 
 
-def _linspace(last: int, num_steps: int) -> np.ndarray:
+def _linspace(last: int, K: int) -> np.ndarray:
     """`torch.linspace(0, last, K).long()` bit for bit, [K] int64.
 
     torch's float32 values fall just below some integers, so the integer formula differs from it
@@ -49,33 +48,33 @@ def _linspace(last: int, num_steps: int) -> np.ndarray:
     down from `last`, each with a fused multiply-add: float64 holds the product exactly, and the
     sum is rounded to float32 once.
     """
-    if num_steps == 1:
+    if K == 1:
         return np.zeros(1, np.int64)
-    step = float(np.float32(last) / np.float32(num_steps - 1))
-    steps_K = np.arange(num_steps)
+    step = float(np.float32(last) / np.float32(K - 1))
+    steps_K = np.arange(K)
     from_start_K = step * steps_K
-    from_end_K = last - step * (num_steps - 1 - steps_K)
-    values_K = np.where(steps_K < num_steps // 2, from_start_K, from_end_K)
+    from_end_K = last - step * (K - 1 - steps_K)
+    values_K = np.where(steps_K < K // 2, from_start_K, from_end_K)
     return values_K.astype(np.float32).astype(np.int64)
 
 
 def keyframe_positions(
-    segment_ends: Sequence[int], last: int, num_steps: int, rule: KeyframeRule
+    segment_ends: Sequence[int], last: int, num_thinking_steps: int, rule: KeyframeRule
 ) -> np.ndarray:
     """The token positions in the explicit input whose states teach the K thinking steps.
 
     Args:
         segment_ends: positions of the M segments' last tokens; empty for an empty chain of thought.
         last: position of the input's last token, which stands in when there is no segment.
-        num_steps: K.
+        num_thinking_steps: K.
         rule: see `keyframe_segments`.
 
     Returns:
         [K] int32.
     """
     if not segment_ends:
-        return np.full(num_steps, last, np.int32)
-    chosen_K = keyframe_segments(len(segment_ends), num_steps, rule)
+        return np.full(num_thinking_steps, last, np.int32)
+    chosen_K = keyframe_segments(len(segment_ends), num_thinking_steps, rule)
     return np.asarray(segment_ends, np.int32)[chosen_K]
 
 

@@ -11,10 +11,11 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import re
 import runpy
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -38,7 +39,6 @@ from laser_jax.settings import (
     kinds_of,
     members_of,
     require,
-    require_in,
 )
 
 C = TypeVar("C")
@@ -80,39 +80,32 @@ class Invocation:
     """How one process of `python -m laser_jax.train` is started: no part of the run, so that it may
     differ between its processes and when it is resumed."""
 
-    dry_run: bool = False
-    """Compile for the asked mesh, print what it takes, train nothing."""
-    topology: str | None = None
-    """With --dry_run: absent devices to compile for, such as v5e:4x4 or h100:8."""
-    devices: int | None = None
-    """With --dry_run: so many CPU devices instead of those that are there."""
-    distributed: bool = False
-    """This is one of several processes."""
-    coordinator: str | None = None
-    """With --distributed: HOST:PORT of process 0; found out where it is left out."""
-    num_processes: int | None = None
-    """With --coordinator."""
-    process_id: int | None = None
-    """With --coordinator, counted from 0."""
+    dry_run: bool | str = False
+    """Compile for the asked mesh, print what it takes, train nothing. Alone it is for the devices
+    that are here; `--dry_run 8` is for so many CPU devices, `--dry_run v5e:4x4` for absent TPUs."""
+    distributed: bool | str = False
+    """This is one of several processes. Alone it lets jax find them (Slurm, Cloud TPU, GKE, Open
+    MPI); elsewhere `--distributed 3/16@HOST:PORT` says that this is number 3, counted from 0, of
+    16, and where process 0 runs."""
 
     def __post_init__(self) -> None:
-        explicit = (self.coordinator, self.num_processes, self.process_id)
-        require(
-            explicit.count(None) in (0, 3),
-            "--coordinator, --num_processes and --process_id go together; without them the cluster "
-            "is found out (Slurm, Cloud TPU, GKE, Open MPI)",
-        )
-        require(
-            self.distributed or self.coordinator is None, "--coordinator goes with --distributed"
-        )
-        for name in ("topology", "devices"):
-            require(self.dry_run or getattr(self, name) is None, f"--{name} goes with --dry_run")
-        require_in("[1, inf)", self, "--", "devices")
-        require(self.topology is None or self.devices is None, "--topology says how many devices")
+        wanted = "--dry_run wants a number of CPU devices, or TPUs such as v5e:4x4"
+        require(str(self.dry_run).strip("0") != "", f"{wanted}, got {self.dry_run!r}")
         require(
             not (self.dry_run and self.distributed),
-            "--dry_run takes one process; --devices or --topology give the devices of all",
+            "--dry_run takes one process; `--dry_run DEVICES` gives the devices of all",
         )
+        index, count, _ = self.process
+        require(
+            isinstance(self.distributed, bool) or (index is not None and index < (count or 0)),
+            f"--distributed {self.distributed} is no INDEX/COUNT@HOST:PORT such as 3/16@node0:1234",
+        )
+
+    @property
+    def process(self) -> tuple[int | None, int | None, str | None]:
+        """Which process this is, of how many, and HOST:PORT of process 0, as far as given."""
+        found = re.fullmatch(r"([0-9]+)/([0-9]+)@(.+:[0-9]+)", str(self.distributed))
+        return (int(found[1]), int(found[2]), found[3]) if found else (None, None, None)
 
 
 def parse_command_line(
@@ -136,7 +129,7 @@ def parse_command_line(
 def parse_train_command(arguments: Sequence[str] | None) -> tuple[Config, Invocation]:
     """The command line of `python -m laser_jax.train`; errors as those of `parse_command_line`."""
     config, invocation = _parse([Config, Invocation], "python -m laser_jax.train", arguments)
-    configure_logging(invocation.process_id or 0)
+    configure_logging(invocation.process[0] or 0)
     return config, invocation
 
 
@@ -230,6 +223,8 @@ def _flag(name: str, text: str | None, kind: Any) -> Any:
     if text is None:
         require(kind is None or bool in members, f"--{name} wants a value")
         return True
+    if bool in members and text in ("true", "false"):
+        return text == "true"
     if str in members:
         return None if text == "null" and "." in name and type(None) in members else text
     if any(text in get_args(member) for member in members if get_origin(member) is Literal):
@@ -263,20 +258,32 @@ def _laid_over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 def _help(classes: Sequence[type], program: str) -> Iterator[str]:
     yield f"usage: {program} [--config FILE.yaml] [--print_config] [--KEY VALUE] ...\n"
     yield f"{inspect.cleandoc(classes[0].__doc__ or '')}\n"
+    sections = set() if Config in classes else {*map(group_of, kinds_of(Config).values())} - {None}
     for cls in classes:
-        yield from _settings(cls, "")
+        yield from _settings(cls, "", sections)
 
 
-def _settings(cls: type, prefix: str) -> Iterator[str]:
+def _settings(cls: type, prefix: str, sections: Collection[type]) -> Iterator[str]:
+    """The settings of a class, without those of the `sections` that all programs share with a
+    training: `laser train --help` lists them once."""
     texts, defaults = _docstrings(cls), defaults_of(cls)
     for name, kind in kinds_of(cls).items():
-        default = f"default: {defaults[name]}" if name in defaults else "must be given"
-        group = group_of(kind)
-        yield f"  --{prefix}{name}  {'' if group else f'{describe(kind)} ({default})'}".rstrip()
+        group, flag = group_of(kind), f"  --{prefix}{name}"
         text = " ".join((texts.get(name) or (group and group.__doc__) or "").split())
+        if group in sections:
+            yield f"{flag}.KEY VALUE"
+            text += " The keys of this section: `laser train --help`."
+        elif group and group is kind:
+            yield f"  {prefix}{name}"  # a heading: its keys are the flags
+        elif group:
+            yield f"{flag}  null, or"
+        else:
+            default = str(defaults.get(name)).replace("\n", "\\n")
+            given = f"default: {default}" if name in defaults else "must be given"
+            yield f"{flag}  {describe(kind)} ({given})"
         yield from textwrap.wrap(text, 94, initial_indent=" " * 6, subsequent_indent=" " * 6)
-        if group:
-            yield from _settings(group, f"{prefix}{name}.")
+        if group and group not in sections:
+            yield from _settings(group, f"{prefix}{name}.", sections)
 
 
 def _docstrings(cls: type) -> dict[str, str]:

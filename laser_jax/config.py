@@ -265,9 +265,8 @@ class OptimizerConfig:
     learning_rate: float = 1e-4
     warmup_ratio: float = 0.1
     schedule: Literal["linear", "constant"] = "linear"
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
+    betas: tuple[float, float] = (0.9, 0.999)
+    """How much of the running means of the gradient and of its square a step keeps."""
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
     """None switches clipping off."""
@@ -275,8 +274,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         require_in("[0, inf)", self, "optimizer.", "learning_rate", "weight_decay")
         require_in("[0, 1]", self, "optimizer.", "warmup_ratio")
-        require_in("[0, 1)", self, "optimizer.", "b1", "b2")
-        require_in("(0, inf)", self, "optimizer.", "eps", "clip_norm")
+        require_in("[0, 1)", self, "optimizer.", "betas")
+        require_in("(0, inf)", self, "optimizer.", "clip_norm")
 
 
 @dataclass(frozen=True)
@@ -310,7 +309,6 @@ class TrainConfig:
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A NaN or Inf in the loss or the gradients: `stop` ends the run and names the rows, `skip`
     leaves the parameters as they were, counts the step and goes on."""
-    eval_batch_size: int = 64
     eval_thinking_steps: tuple[int, ...] = (1, 2, 3, 4)
     """The K for which the table at the end is printed."""
     tensorboard: bool = False
@@ -323,7 +321,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         counts = ("batch_size", "micro_batch_size", "log_every", "checkpoint_every")
-        counts += ("keep_checkpoints", "eval_batch_size", "eval_every", "patience")
+        counts += ("keep_checkpoints", "eval_every", "patience")
         require_in("[1, inf)", self, "train.", *counts, "eval_thinking_steps")
         require_in("[0, inf)", self, "train.", "steps", "epochs")
         require_in("[0, 4294967296)", self, "train.", "seed")

@@ -135,8 +135,8 @@ def encode_all_steps(
     A shorter thought is a prefix of a longer one, so all of them cost as much as the last. The
     arguments are those of `encode`.
     """
-    steps = config.num_thinking_steps if num_thinking_steps is None else num_thinking_steps
+    K = config.num_thinking_steps if num_thinking_steps is None else num_thinking_steps
     ids_BT, lengths_B = right_padded(input_ids, attention_mask)
     backbone = backbone_for(config, params, attention)
-    hidden_BKD = latent_view(backbone, params, ids_BT, lengths_B, steps, config.pooling)
-    return jnp.stack([pool(hidden_BKD[:, : k + 1]) for k in range(steps)], axis=1)
+    hidden_BKD = latent_view(backbone, params, ids_BT, lengths_B, K, config.pooling)
+    return jnp.stack([pool(hidden_BKD[:, : k + 1]) for k in range(K)], axis=1)

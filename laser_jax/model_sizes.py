@@ -129,14 +129,18 @@ class ScratchConfig:
     num_kv_heads: int = 2
     head_dim: int = 64
     intermediate_size: int = 768
-    rope_theta: float = 1e4
-    tie_word_embeddings: bool = True
     max_position_embeddings: int = 4096
 
     def backbone(self, vocab_size: int) -> BackboneConfig:
         """The backbone over a tokenizer of `vocab_size` tokens."""
         sizes: dict[str, Any] = vars(self) | {"vocab_size": vocab_size}
-        return BackboneConfig(**sizes, rms_norm_eps=1e-6, rope_scaling=None)
+        return BackboneConfig(
+            **sizes,
+            rms_norm_eps=1e-6,
+            rope_theta=1e4,
+            rope_scaling=None,
+            tie_word_embeddings=True,
+        )
 
 
 @dataclass(frozen=True)

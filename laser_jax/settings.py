@@ -248,9 +248,7 @@ def _changes(old: Any, new: Any, prefix: str = "") -> list[Change]:
     ]
 
 
-def listed(changed: Sequence[Change], most: int = 10) -> str:
+def listed(faults: Sequence[object], most: int = 10) -> str:
     """A line each for a message, at most `most`."""
-    lines = [str(change) for change in changed[:most]]
-    if len(changed) > most:
-        lines.append(f"... and {len(changed) - most} more")
-    return "\n  ".join(lines)
+    more = [f"... and {len(faults) - most} more"] if len(faults) > most else []
+    return "\n  ".join([*map(str, faults[:most]), *more])

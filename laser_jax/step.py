@@ -108,9 +108,9 @@ def read_views(
         prefixes = (prefix, read_prompts(*model, *documents))
         hidden_BKD, document_hidden_CKD = think(*model, prefixes, K, pooling)
     if explicit is not None and teacher is not None:
-        taught_by, steps = (teacher.backbone, teacher_variables), teacher.num_thinking_steps
+        taught_by, own_K = (teacher.backbone, teacher_variables), teacher.num_thinking_steps
         view = explicit_view(*taught_by, *explicit, keyframes_BK)
-        teacher_document_hidden_CKD = latent_view(*taught_by, *documents, steps, pooling)
+        teacher_document_hidden_CKD = latent_view(*taught_by, *documents, own_K, pooling)
     return Views(hidden_BKD, document_hidden_CKD, view, teacher_document_hidden_CKD)
 
 
@@ -171,7 +171,7 @@ def _micro_batches(batch: Batch, parts: int) -> Batch:
     return replace(rows, contrast_BC=own.reshape(parts, B // parts, C // parts))
 
 
-def _reading(batch: Batch, objective: ObjectiveConfig) -> Terms:
+def reading(batch: Batch, objective: ObjectiveConfig) -> Terms:
     """How many tokens are read, with how many (position, position before it) pairs, and which share
     of the arrays is padding."""
     read = [batch.documents]
@@ -200,7 +200,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """AdamW, after clipping by global norm where `clip_norm` is set."""
     rate = learning_rate_schedule(config, steps)
-    adamw = optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay)
+    adamw = optax.adamw(rate, *config.betas, weight_decay=config.weight_decay)
     if config.clip_norm is None:
         return adamw
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
@@ -296,7 +296,7 @@ def make_train_step(
         score = partial(loss_terms, objective=objective, distillation_scale=scale)
         grads, terms = way(read, score, state, batch)
         new, seen = _updated(state, grads, terms["loss"], optimizer)
-        metrics = terms | _reading(batch, objective) | seen
+        metrics = terms | reading(batch, objective) | seen
         metrics |= {
             "learning_rate": schedule(state.step - state.skipped),
             "documents": batch.contrast_BC.shape[1] // pools,

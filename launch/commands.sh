@@ -88,7 +88,7 @@ require_training_alone() {
   require_training
   for word in "${training[@]}"; do
     case $word in
-      --distributed* | --coordinator* | --num_processes* | --process_id*)
+      --distributed*)
         fail "$word is set by this script; leave it out behind --"
         ;;
     esac

@@ -12,11 +12,11 @@ def test_official_equals_torch_linspace_bit_for_bit() -> None:
     torch = pytest.importorskip("torch")
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("torch rounds linspace otherwise without fused multiply-add")
-    for num_steps in range(1, 33):
-        for num_segments in range(num_steps, 600):
-            expected = torch.linspace(0, num_segments - 1, num_steps).long().numpy()
-            got = keyframe_segments(num_segments, num_steps, "official")
-            np.testing.assert_array_equal(got, expected, f"M={num_segments} K={num_steps}")
+    for K in range(1, 33):
+        for num_segments in range(K, 600):
+            expected = torch.linspace(0, num_segments - 1, K).long().numpy()
+            got = keyframe_segments(num_segments, K, "official")
+            np.testing.assert_array_equal(got, expected, f"M={num_segments} K={K}")
 
 
 def test_official_with_fewer_segments_than_steps_takes_all_and_repeats_the_last() -> None:
@@ -30,9 +30,9 @@ def test_official_with_one_step_takes_the_first_segment() -> None:
 
 def test_paper_is_equation_11() -> None:
     for num_segments in range(1, 40):
-        for num_steps in range(1, 12):
-            expected = [max(i * num_segments // num_steps - 1, 0) for i in range(1, num_steps + 1)]
-            assert keyframe_segments(num_segments, num_steps, "paper").tolist() == expected
+        for K in range(1, 12):
+            expected = [max(i * num_segments // K - 1, 0) for i in range(1, K + 1)]
+            assert keyframe_segments(num_segments, K, "paper").tolist() == expected
 
 
 @pytest.mark.parametrize("rule", ["official", "paper"])

@@ -108,28 +108,26 @@ def parse_train(*arguments: str) -> tuple[Config, Invocation]:
 def test_how_a_run_is_started_is_no_part_of_its_config() -> None:
     config, plain = parse_train("--train.seed", "3")
     assert plain == Invocation()
-    dry, invocation = parse_train("--train.seed", "3", "--dry_run", "--devices", "8")
-    assert invocation == Invocation(dry_run=True, devices=8)
+    dry, invocation = parse_train("--train.seed", "3", "--dry_run", "8")
+    assert invocation == Invocation(dry_run="8")
     assert dry == config == parse("--train.seed", "3")
-    invocation = parse_train("--dry_run=true", "--topology", "v5e:4x4")[1]
-    assert invocation == Invocation(dry_run=True, topology="v5e:4x4")
-    cluster = ("--coordinator", "a:1", "--num_processes", "2", "--process_id", "0")
-    invocation = parse_train("--distributed", *cluster)[1]
-    assert invocation == Invocation(
-        distributed=True, coordinator="a:1", num_processes=2, process_id=0
-    )
+    assert parse_train("--dry_run=true")[1] == parse_train("--dry_run")[1] == Invocation(True)
+    assert parse_train("--dry_run", "v5e:4x4")[1] == Invocation(dry_run="v5e:4x4")
+    found = parse_train("--distributed", "true")[1]
+    assert (found, found.process) == (Invocation(distributed=True), (None, None, None))
+    assert parse_train("--distributed", "3/16@[::1]:80")[1].process == (3, 16, "[::1]:80")
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"devices": 8}, "--devices goes with --dry_run"),
-        ({"topology": "v5e:4x4"}, "--topology goes with --dry_run"),
-        ({"dry_run": True, "topology": "v5e:4x4", "devices": 16}, "--topology says how many"),
-        ({"dry_run": True, "devices": 0}, "--devices .* got 0"),
+        ({"dry_run": "0"}, "--dry_run wants a number of CPU devices, .* got '0'"),
+        ({"dry_run": "00"}, "--dry_run wants a number of CPU devices, .* got '00'"),
+        ({"dry_run": ""}, "--dry_run wants a number of CPU devices, .* got ''"),
         ({"dry_run": True, "distributed": True}, "--dry_run takes one process"),
-        ({"distributed": True, "coordinator": "a:1"}, "--coordinator, --num_processes and"),
-        ({"coordinator": "a:1", "num_processes": 1, "process_id": 0}, "goes with --distributed"),
+        ({"distributed": "a:1"}, "--distributed a:1 is no INDEX/COUNT@HOST:PORT"),
+        ({"distributed": "2/2@a:1"}, "--distributed 2/2@a:1 is no INDEX/COUNT@HOST:PORT"),
+        ({"distributed": ""}, "--distributed  is no INDEX/COUNT@HOST:PORT"),
     ],
 )
 def test_what_does_not_go_together_is_refused(values: dict[str, Any], message: str) -> None:
@@ -211,8 +209,8 @@ def test_a_group_may_be_taken_back_by_the_word_null() -> None:
 
 
 def test_a_text_of_how_a_run_is_started_is_no_yaml_either() -> None:
-    arguments = [*NEEDED, "--dry_run", "--topology", "# none"]
-    assert parse_train_command(arguments)[1].topology == "# none"
+    arguments = [*NEEDED, "--dry_run", "# none"]
+    assert parse_train_command(arguments)[1].dry_run == "# none"
 
 
 def test_a_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
@@ -273,9 +271,9 @@ def test_a_missing_setting_exits_and_is_named(capsys) -> None:
 
 
 def test_a_group_keeps_the_defaults_of_its_place() -> None:
-    arguments = ["--model.path=x", "--texts=t", "--output=y", "--optimizer.b1=0.8"]
+    arguments = ["--model.path=x", "--texts=t", "--output=y", "--optimizer.betas=[0.8, 0.9]"]
     optimizer = parse_command_line(PretrainConfig, "pretrain", arguments).optimizer
-    assert (optimizer.learning_rate, optimizer.b1) == (1e-3, 0.8)
+    assert (optimizer.learning_rate, optimizer.betas) == (1e-3, (0.8, 0.9))
 
 
 def test_dotted_keys_of_a_file_are_nested_ones(tmp_path: Path) -> None:
@@ -315,7 +313,26 @@ def test_help_names_every_setting_with_its_meaning(capsys) -> None:
         said = capsys.readouterr().out
         assert "  --train.batch_size  an integer (default: 32)\n      Queries in an optim" in said
         assert "  --model.dtype  float32 or bfloat16 or float16 (default: float32)" in said
-        assert "  --dry_run  true or false (default: False)\n      Compile for the asked" in said
+        assert (
+            "  --dry_run  true or false or a text (default: False)\n      Compile for the asked"
+            in said
+        )
+
+
+def test_a_section_that_a_training_has_too_is_listed_once(capsys) -> None:
+    with pytest.raises(SystemExit):
+        parse_command_line(PretrainConfig, "pretrain", ["--help"])
+    said = capsys.readouterr().out
+    assert "  --optimizer.KEY VALUE\n      AdamW with linear warm-up" in said
+    assert "The keys of this section: `laser train --help`." in said
+    assert "--optimizer.betas" not in said
+    assert "  --row_length  an integer (default: 128)\n" in said
+    with pytest.raises(SystemExit):
+        parse_train_command(["--help"])
+    said = capsys.readouterr().out
+    assert "  optimizer\n      AdamW" in said
+    assert "  --optimizer.betas  a list (default: (0.9, 0.999))\n" in said
+    assert "  --lora  null, or\n" in said
 
 
 # --- the log -----------------------------------------------------------------------------------

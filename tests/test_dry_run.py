@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -36,7 +37,7 @@ from laser_jax.data.pipeline import BatchSettings, training_batches
 from laser_jax.data.sources import open_sources
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, train_tokenizer
 from laser_jax.hf.directory import read_backbone_config
-from laser_jax.train.dry_run import dry_run
+from laser_jax.train.dry_run import devices_to_compile_for, dry_run
 from laser_jax.train.throughput import reading_of, step_flops
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -237,9 +238,9 @@ def test_the_8b_model_is_compiled_as_a_command_from_its_name_alone(tmp_path: Pat
         "prompt.document_max_length": 32,
         "prompt.explicit_max_length": 64,
         "train.batch_size": 8,
-        "devices": 8,
+        "dry_run": 8,
     }
-    command = [sys.executable, "-m", "laser_jax.train", "--dry_run"]
+    command = [sys.executable, "-m", "laser_jax.train"]
     command += [str(part) for key, value in flags.items() for part in (f"--{key}", value)]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
@@ -266,8 +267,8 @@ def test_the_8b_model_is_compiled_as_a_command_from_its_name_alone(tmp_path: Pat
 
 def test_devices_are_asked_for_before_jax_makes_its_own() -> None:
     jax.devices()
-    with pytest.raises(ConfigError, match="--devices 4: jax has already made its devices"):
-        dry_run(config("absent.jsonl"), Invocation(dry_run=True, devices=4))
+    with pytest.raises(ConfigError, match="--dry_run 4: jax has already made its devices"):
+        dry_run(config("absent.jsonl"), Invocation(dry_run="4"))
 
 
 def test_what_a_run_refuses_is_refused_here(directory: Path) -> None:
@@ -294,3 +295,17 @@ def test_a_teacher_that_a_run_refuses_is_refused_here(tmp_path: Path) -> None:
 def test_an_absent_model_without_a_name_is_named() -> None:
     with pytest.raises(ConfigError, match=r"Qwen/Qwen3-8B: no such directory.*model\.backbone"):
         dry_run(config("absent.jsonl", model=ModelConfig(path="Qwen/Qwen3-8B")), HERE)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed: this is no error"
+)
+def test_a_tpu_slice_wants_libtpu() -> None:
+    with pytest.raises(ConfigError, match=r"--dry_run v5e:4x4: .*pip install laser-jax\[tpu\]"):
+        devices_to_compile_for("v5e:4x4")
+
+
+@pytest.mark.parametrize("topology", ["b300:8", "h100:8"])
+def test_an_unknown_device_is_answered_with_names(topology: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--dry_run {topology}: .*Names are such as v5e:4x4"):
+        devices_to_compile_for(topology)

@@ -42,7 +42,6 @@ SETTINGS = {
     "train.log_every": 1,
     "train.checkpoint_every": 3,
     "train.eval_every": 5,
-    "train.eval_batch_size": 4,
     "train.eval_thinking_steps": "[2]",
 }
 # Says when the evaluation is reached, and runs the program as `python -m` does.

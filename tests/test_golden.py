@@ -184,9 +184,11 @@ jitted_encode = jax.jit(encode, static_argnames=("config", "num_thinking_steps")
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def thoughts(
-    backbone: Backbone, variables: Variables, ids_BT: Any, lengths_B: Any, num_steps: int
+    backbone: Backbone, variables: Variables, ids_BT: Any, lengths_B: Any, num_thinking_steps: int
 ) -> jax.Array:
-    return latent_view(backbone, variables, ids_BT, lengths_B, num_steps, "prompt_and_thoughts")
+    return latent_view(
+        backbone, variables, ids_BT, lengths_B, num_thinking_steps, "prompt_and_thoughts"
+    )
 
 
 def rolled(left_padded: np.ndarray, mask_BT: np.ndarray) -> np.ndarray:

@@ -183,8 +183,8 @@ def test_token_segments_are_as_many_as_in_the_recorded_training_batches() -> Non
 def test_keyframes_equal_the_index_map(rule: Literal["official", "paper"], column: str) -> None:
     table = json.loads((GOLDEN / "index_map.json").read_text())["table"]
     for name, columns in table.items():
-        num_segments, num_steps = (int(part[1:]) for part in name.split("_"))
-        got = keyframe_segments(num_segments, num_steps, rule).tolist()
+        num_segments, K = (int(part[1:]) for part in name.split("_"))
+        got = keyframe_segments(num_segments, K, rule).tolist()
         assert got == columns[column], name
 
 
@@ -193,12 +193,12 @@ def test_official_keyframes_round_where_torch_rounds() -> None:
     index_map = json.loads((GOLDEN / "index_map.json").read_text())
     expected = index_map["float_rounding_mismatches_K<=32_M<600"]
     mismatches = [
-        [num_segments, num_steps]
-        for num_steps in range(2, 33)
-        for num_segments in range(num_steps, 600)
+        [num_segments, K]
+        for K in range(2, 33)
+        for num_segments in range(K, 600)
         if not np.array_equal(
-            keyframe_segments(num_segments, num_steps, "official"),
-            np.arange(num_steps) * (num_segments - 1) // (num_steps - 1),
+            keyframe_segments(num_segments, K, "official"),
+            np.arange(K) * (num_segments - 1) // (K - 1),
         )
     ]
     assert mismatches == expected

@@ -244,7 +244,7 @@ SLURM = ("--nodes", "2", "--gpus-per-node", "8")
         (("slurm.sh", *SLURM, "--time", "soon", *TRAINING), "--time wants .* got soon"),
         (("gpu.sh", "install", "--cuda", "11"), "--cuda is 12 or 13, got 11"),
         (("gpu.sh", "run", "--gpus", "a,b", *TRAINING), "--gpus wants numbers .* got a,b"),
-        (("gpu.sh", "run", *TRAINING, "--num_processes", "2"), "--num_processes is set"),
+        (("gpu.sh", "run", *TRAINING, "--distributed", "0/2@a:1"), "--distributed is set"),
         (("train.sh", "--config", "a.yaml"), "unknown option --config"),
     ],
 )

@@ -83,13 +83,14 @@ def start(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Star
             address = f"127.0.0.1:{probe.getsockname()[1]}"
         devices = f"device_count={2 // processes}"
         flags = os.environ["XLA_FLAGS"].replace("device_count=8", devices)
-        joined = ["--distributed", "--coordinator", address, "--num_processes", str(processes)]
         runs.append(
             Together(
                 output,
                 [
                     subprocess.Popen(
-                        command + ([*joined, "--process_id", str(i)] if processes > 1 else []),
+                        [*command, "--distributed", f"{i}/{processes}@{address}"]
+                        if processes > 1
+                        else command,
                         env=environment | {"XLA_FLAGS": flags},
                         stdout=subprocess.PIPE,
                         stderr=subprocess.STDOUT,
@@ -170,7 +171,7 @@ def test_one_process_holds_every_row_of_a_batch() -> None:
 
 
 def test_without_a_cluster_the_way_out_is_named() -> None:
-    with pytest.raises(ConfigError, match="--coordinator HOST:PORT"):
+    with pytest.raises(ConfigError, match="--distributed INDEX/COUNT@HOST:PORT"):
         join_processes(Invocation(distributed=True))
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from laser_jax.batch import Batch, Tokens
-from laser_jax.train.programs import StepPrograms, shape_of
+from laser_jax.train.layout import StepPrograms, shape_of
 
 
 def batch(query: int, document: int, explicit: int | None = None) -> Batch:

@@ -160,8 +160,8 @@ def test_the_gradient_of_a_frozen_weight_is_not_computed(dtype: str) -> None:
 
 @pytest.mark.parametrize("scaling", [None, RopeScaling(8.0, 1.0, 4.0, 8192)])
 def test_rotations_known_beforehand_are_those_computed(scaling: RopeScaling | None) -> None:
-    config = ScratchConfig(head_dim=64, rope_theta=1e6).backbone(vocab_size=31)
-    config = replace(config, rope_scaling=scaling)
+    config = ScratchConfig(head_dim=64).backbone(vocab_size=31)
+    config = replace(config, rope_theta=1e6, rope_scaling=scaling)
     known = rope_from_zero(512, config)
     computed = jax.jit(lambda p: rope_at(p, config))(jnp.arange(512)[None, :])
     for got, wanted in zip(jax.tree.leaves(known), jax.tree.leaves(computed), strict=True):

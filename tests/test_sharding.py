@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,16 +28,14 @@ IDS = jnp.zeros((1, 2), jnp.int32)
 
 def tiny(family: str, *, tied: bool = True) -> BackboneConfig:
     scratch = ScratchConfig(
-        family=family,  # pyright: ignore[reportArgumentType]
         hidden_size=16,
         num_layers=3,
         num_heads=4,
         num_kv_heads=2,
         head_dim=8,
         intermediate_size=24,
-        tie_word_embeddings=tied,
     )
-    return scratch.backbone(vocab_size=30)
+    return dataclasses.replace(scratch.backbone(30), family=family, tie_word_embeddings=tied)
 
 
 def boxed(backbone: BackboneConfig):

@@ -13,7 +13,8 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from laser_jax.config import ConfigError
-from laser_jax.train.telemetry import TensorBoard, Trace, require_tensorboard
+from laser_jax.train.loop import Trace
+from laser_jax.train.output import TensorBoard, require_tensorboard
 
 # --- TensorBoard -------------------------------------------------------------------------------
 

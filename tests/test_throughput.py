@@ -28,7 +28,7 @@ from laser_jax.config import (
     TrainConfig,
 )
 from laser_jax.modeling.backbone import Backbone, apply, empty_suffix
-from laser_jax.step import FrozenTeacher, _reading, read_views
+from laser_jax.step import FrozenTeacher, read_views, reading
 from laser_jax.train.throughput import (
     Meter,
     Reading,
@@ -238,14 +238,14 @@ def test_a_step_reads_what_is_counted(config: Config, parts: list[str], monkeypa
     assert sorted(found.parts) == sorted(parts)
 
     lengths = np.concatenate([getattr(example, part).lengths_B for part in parts])
-    metrics = _reading(jax.tree.map(jnp.asarray, example), objective)
+    metrics = reading(jax.tree.map(jnp.asarray, example), objective)
     tokens, pairs = float(metrics["tokens"]), float(metrics["token_pairs"])
     assert tokens == lengths.sum()
     assert pairs == sum(n * (n + 1) / 2 for n in lengths)
     size = sum(getattr(example, part).ids_BT.size for part in parts)
     np.testing.assert_allclose(metrics["padding_share"], 1 - tokens / size, rtol=1e-6)
-    reading = reading_of(config, tokens, pairs)
-    assert reading == Reading(found.rows, tokens, pairs, found.selected, found.thoughts)
+    read = reading_of(config, tokens, pairs)
+    assert read == Reading(found.rows, tokens, pairs, found.selected, found.thoughts)
 
 
 # --- devices -----------------------------------------------------------------------------------

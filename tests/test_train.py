@@ -151,7 +151,6 @@ def arguments(data: Path) -> Callable[..., list[str]]:
             "train.steps": STEPS,
             "train.log_every": 1,
             "train.checkpoint_every": 2,
-            "train.eval_batch_size": 4,
             "train.eval_thinking_steps": "[1, 2]",
         }
         flags = [str(part) for key, value in settings.items() for part in (f"--{key}", value)]

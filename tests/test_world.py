@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ TINY = WorldConfig(num_places=8, num_relations=3, num_dev_queries=10, num_test_q
 
 @pytest.fixture(scope="module")
 def world() -> World:
-    return build_world(WorldConfig(shorter_hops=(1, 2)))
+    return build_world(WorldConfig())
 
 
 def read_query(text: str) -> tuple[str, tuple[str, ...]]:
@@ -97,8 +97,8 @@ def test_equal_seeds_give_equal_bytes_and_others_do_not() -> None:
 
 
 def test_test_queries_stay_the_same_while_training_grows() -> None:
-    small = build_world(WorldConfig(train_share=0.1, num_train_queries=50))
-    large = build_world(WorldConfig(train_share=0.4, shorter_hops=(2,)))
+    small = build_world(WorldConfig(train_share=0.1))
+    large = build_world(WorldConfig(train_share=0.4))
     assert small.test == large.test
     assert small.dev == large.dev
     assert {row.query for row in small.train} < {row.query for row in large.train}
@@ -117,11 +117,7 @@ def test_held_out_compositions_are_in_no_training_query_and_no_lm_reasoning(worl
     assert all(len(read_query(text)[1]) == world.config.hops for text in dev | test)
 
 
-@pytest.mark.parametrize("style", ["short", "sentence"])
-def test_held_out_chains_are_not_spelled_out_by_lm_texts(
-    style: Literal["short", "sentence"],
-) -> None:
-    world = build_world(WorldConfig(reasoning_style=style))
+def test_held_out_chains_are_not_spelled_out_by_lm_texts(world: World) -> None:
     longest = [pair for pair in world.lm if len(pair.walk.relations) == 3]
     assert longest
     spelled = {(pair.walk.places, pair.walk.relations) for pair in longest}
@@ -143,9 +139,9 @@ def test_every_hop_of_a_test_query_is_an_lm_fact(world: World) -> None:
 def test_all_shorter_walks_and_all_train_walks_are_lm_reasonings(world: World) -> None:
     lengths = collections.Counter(len(pair.walk.relations) for pair in world.lm)
     assert lengths[1] == world.successors_RP.size
-    assert lengths[3] == sum(len(walk.relations) == 3 for walk in world.train_walks)
+    assert lengths[3] == len(world.train_walks) == len(world.train)
     written = {(pair.text, pair.reasoning) for pair in world.lm}
-    assert {(row.query, row.reasoning_query) for row in world.train} == written
+    assert {(row.query, row.reasoning_query) for row in world.train} < written
 
 
 # --- what the texts say ----------------------------------------------------------------------
@@ -170,21 +166,11 @@ def test_a_query_names_no_place_but_its_start(world: World) -> None:
         assert start not in walk_by_table(world, text)
 
 
-def test_short_reasoning_names_one_place_a_segment(world: World) -> None:
+def test_a_reasoning_names_one_place_a_segment_and_every_segment_ends_alike(world: World) -> None:
     for row in world.train:
-        segments = row.reasoning_query.split(SEPARATOR)
+        *segments, rest = row.reasoning_query.split(SEPARATOR)
         assert segments == [f" {place}." for place in walk_by_table(world, row.query)]
-
-
-def test_sentence_reasoning_gives_one_fact_a_segment() -> None:
-    world = build_world(WorldConfig(reasoning_style="sentence", final_separator=True))
-    facts = set(world.facts)
-    for query in world.test:
-        *segments, rest = query.reasoning.split(SEPARATOR)
         assert rest == ""
-        assert set(segments) <= facts
-        ends = [segment.removesuffix(".").split()[-1] for segment in segments]
-        assert ends == walk_by_table(world, query.text)
 
 
 def test_a_document_names_its_own_place_and_no_road(world: World) -> None:
@@ -235,15 +221,6 @@ def test_answers_are_balanced(world: World) -> None:
 # --- the settings ----------------------------------------------------------------------------
 
 
-def test_query_caps_hold_for_each_length_and_spare_the_lm_reasonings() -> None:
-    config = WorldConfig(shorter_hops=(2,), num_train_queries=150, num_dev_queries=7)
-    world = build_world(config)
-    lengths = collections.Counter(len(read_query(row.query)[1]) for row in world.train)
-    assert lengths == {2: 150, 3: 150}
-    assert len(world.dev) == 7
-    assert sum(len(query.walk.relations) == 3 for query in world.lm) > 1000
-
-
 @pytest.mark.parametrize(
     ("key", "settings"),
     [
@@ -251,13 +228,9 @@ def test_query_caps_hold_for_each_length_and_spare_the_lm_reasonings() -> None:
         ("num_places", {"num_places": 200}),
         ("num_relations", {"num_relations": 1}),
         ("hops", {"hops": 0}),
-        ("shorter_hops", {"shorter_hops": (3,)}),
         ("train_share", {"train_share": 1.0}),
-        ("num_train_queries", {"num_train_queries": 0}),
         ("num_test_queries", {"num_test_queries": 0}),
-        ("shorter_hops", {"shorter_hops": (2, 2)}),
         ("num_negatives", {"num_negatives": 2}),
-        ("reasoning_style", {"reasoning_style": "long"}),
         ("seed", {"seed": -1}),
     ],
 )
@@ -316,7 +289,7 @@ def test_files_are_beir_and_laser_rows(tmp_path: Path) -> None:
         for pair in world.lm
     ]
     assert [row for row in lm if "document" in row] == [
-        {"document": text, "reasoning": f" {name}."}
+        {"document": text, "reasoning": f" {name}.{SEPARATOR}"}
         for name, (_, text) in zip(world.places, world.documents, strict=True)
     ]
     assert all(len({"text", "query", "document"} & set(row)) == 1 for row in lm)

@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from laser_jax.config import BackboneConfig, LoraConfig
 from laser_jax.hf.directory import HFError
+from laser_jax.settings import listed
 
 Array = Any  # numpy or jax
 Tree = dict[str, Any]
@@ -116,6 +117,7 @@ def checked_leaves(tree: Tree, slots: list[Slot], root: str) -> dict[TreePath, A
 def refuse(where: str, problems: list[str]) -> None:
     """Raises an error that lists the problems, if there are any."""
     if problems:
-        more = ["..."] if len(problems) > 50 else []
-        lines = "\n  ".join([*problems[:50], *more])
-        raise HFError(f"{where} does not fit its config, {len(problems)} problem(s):\n  {lines}")
+        raise HFError(
+            f"{where} does not fit its config, {len(problems)} problem(s):\n  "
+            f"{listed(problems, 50)}"
+        )

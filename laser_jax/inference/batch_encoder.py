@@ -128,16 +128,16 @@ class LatentEncoder:
         return variables if self.mesh is not None else for_inference(variables)
 
     def _embed(
-        self, variables: Variables, ids_BT: jax.Array, lengths_B: jax.Array, steps: tuple[int, ...]
+        self, variables: Variables, ids_BT: jax.Array, lengths_B: jax.Array, Ks: tuple[int, ...]
     ) -> jax.Array:
         hidden_BKD = latent_view(
-            self._backbone, variables, ids_BT, lengths_B, max(steps), self.config.pooling
+            self._backbone, variables, ids_BT, lengths_B, max(Ks), self.config.pooling
         )
-        return jnp.stack([pool(hidden_BKD[:, :k]) for k in steps])
+        return jnp.stack([pool(hidden_BKD[:, :k]) for k in Ks])
 
-    def _program(self, rows: int, width: int, steps: tuple[int, ...]) -> jax.stages.Compiled:
+    def _program(self, rows: int, width: int, Ks: tuple[int, ...]) -> jax.stages.Compiled:
         """The program for batches of this shape."""
-        key = (rows, width, steps)
+        key = (rows, width, Ks)
         if key not in self._programs:
             ids_BT, lengths_B = (
                 jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._rows)
@@ -146,21 +146,26 @@ class LatentEncoder:
             jitted = jax.jit(self._embed, static_argnums=3, out_shardings=self._everywhere)
             # `constrain` looks for the mesh while the program is traced
             with jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext():
-                lowered = jitted.lower(self._variables, ids_BT, lengths_B, steps)
+                lowered = jitted.lower(self._variables, ids_BT, lengths_B, Ks)
             self._programs[key] = lowered.compile()
         return self._programs[key]
 
     def warm_up(
-        self, longest: int, steps: Sequence[int], *, shortest: int = 1, progress: str | None = None
+        self,
+        longest: int,
+        num_thinking_steps: Sequence[int],
+        *,
+        shortest: int = 1,
+        progress: str | None = None,
     ) -> None:
         """Compiles every program that rows of `shortest` to `longest` tokens can need, so that
-        `encode_tokens` with the same `steps` compiles nothing. With jax's compilation cache
-        (JAX_COMPILATION_CACHE_DIR) only the first process on a machine waits for it."""
+        `encode_tokens` with the same `num_thinking_steps` compiles nothing. With jax's compilation
+        cache (JAX_COMPILATION_CACHE_DIR) only the first process on a machine waits for it."""
         shapes = self.buckets.shapes(shortest, longest)
         for shape in tqdm(shapes, progress, disable=None if progress else True, leave=False):
-            self._program(*shape, tuple(steps))
+            self._program(*shape, tuple(num_thinking_steps))
 
-    def _start(self, rows: Sequence[Sequence[int]], steps: tuple[int, ...]) -> jax.Array:
+    def _start(self, rows: Sequence[Sequence[int]], Ks: tuple[int, ...]) -> jax.Array:
         """Begins a batch: [S, B, D], perhaps still being computed."""
         size, width = self.buckets.shape(rows)
         # the spare rows of a batch that is not full are dropped by `encode_blocks`
@@ -170,40 +175,41 @@ class LatentEncoder:
                 jax.make_array_from_callback(array.shape, self._rows, array.__getitem__)
                 for array in batch
             ]
-        return self._program(size, width, steps)(self._variables, *batch)
+        return self._program(size, width, Ks)(self._variables, *batch)
 
     def encode_tokens(
         self,
         rows: Sequence[Sequence[int]],
-        steps: Sequence[int],
+        num_thinking_steps: Sequence[int],
         *,
         progress: str | None = None,
         describe: Callable[[int], str] = "row {}".format,
     ) -> np.ndarray:
-        """The embeddings of `rows` at every K of `steps`, from one pass with the largest K.
+        """The embeddings of `rows` at every K that is named, from one pass with the largest.
 
         Args:
             rows: token ids, unpadded; on a mesh the same in every process.
-            steps: values of K, each at least 1.
+            num_thinking_steps: values of K, each at least 1.
             progress: label of a progress bar; None for silence.
             describe: names the row at a place, for an error.
 
         Returns:
-            [len(steps), len(rows), D] float32, in the order given, in every process.
+            [len(num_thinking_steps), len(rows), D] float32, in the order given, in every process.
 
         Raises:
             NotFiniteError: a vector is not finite; names the row.
             ValueError: a K below 1.
         """
+        blocks = [list(enumerate(rows))]
         return self.encode_blocks(
-            [list(enumerate(rows))], len(rows), steps, progress=progress, describe=describe
+            blocks, len(rows), num_thinking_steps, progress=progress, describe=describe
         )
 
     def encode_blocks(
         self,
         blocks: Iterable[Sequence[IndexedRow]],
         count: int,
-        steps: Sequence[int],
+        num_thinking_steps: Sequence[int],
         *,
         progress: str | None = None,
         describe: Callable[[int], str] = "row {}".format,
@@ -212,10 +218,10 @@ class LatentEncoder:
         """`encode_tokens` for `count` rows that arrive in blocks, each with its place in the
         result: a block can be tokenised while the one before it is on the device. `advance` is
         called with every batch whose vectors have come."""
-        steps = tuple(steps)
-        if not steps or min(steps) < 1:
-            raise ValueError(f"every number of thinking steps must be at least 1, got {steps}")
-        out = np.empty((len(steps), count, self.config.backbone.hidden_size), np.float32)
+        Ks = tuple(num_thinking_steps)
+        if not Ks or min(Ks) < 1:
+            raise ValueError(f"every number of thinking steps must be at least 1, got {Ks}")
+        out = np.empty((len(Ks), count, self.config.backbone.hidden_size), np.float32)
         # The device computes the next batch while one is copied to the host. Processes on a mesh
         # wait for each: two programs with collectives in flight were seen to hang on CPU (gloo).
         ahead = 1 if jax.process_count() == 1 else 0
@@ -236,7 +242,7 @@ class LatentEncoder:
                     advance(batch)
 
             for batch in self.buckets.batches(blocks):
-                started.append((batch, self._start([row for _, row in batch], steps)))
+                started.append((batch, self._start([row for _, row in batch], Ks)))
                 if len(started) > ahead:
                     finish()
             while started:

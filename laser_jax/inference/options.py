@@ -89,13 +89,15 @@ def with_max_length(config: RetrieverConfig, tokens: int) -> RetrieverConfig:
     return replace(config, prompt=replace(prompt, **limits, explicit_max_length=explicit))
 
 
-def require_positions(config: RetrieverConfig, limit_key: LimitKey, steps: int) -> None:
+def require_positions(
+    config: RetrieverConfig, limit_key: LimitKey, num_thinking_steps: int
+) -> None:
     """Raises a ConfigError where the longest prompt and its thinking steps outgrow the model's
     positions."""
     limit: int = getattr(config.prompt, limit_key)
     config.backbone.require_positions(
-        limit + appended_thoughts(steps, config.pooling),
-        f"prompt.{limit_key} {limit} and {steps} thinking steps take",
+        limit + appended_thoughts(num_thinking_steps, config.pooling),
+        f"prompt.{limit_key} {limit} and {num_thinking_steps} thinking steps take",
         f"take fewer steps, or lower prompt.{limit_key}",
     )
 

@@ -281,16 +281,16 @@ class LatentRetriever:
         limits = self.prompts.config
         if longest is None:
             longest = max(limits.query_max_length, limits.document_max_length)
-        steps = num_thinking_steps
-        if steps is None:
-            steps = self.encoder.config.num_thinking_steps
-        if min(longest, steps) < 1:
+        if num_thinking_steps is None:
+            num_thinking_steps = self.encoder.config.num_thinking_steps
+        if min(longest, num_thinking_steps) < 1:
             raise ValueError(
-                f"longest and num_thinking_steps must be at least 1, got {longest} and {steps}"
+                "longest and num_thinking_steps must be at least 1, got "
+                f"{longest} and {num_thinking_steps}"
             )
         shortest = min(len(self.prompts.document("")), len(self.prompts.query("", "")), longest)
         label = "compile" if show_progress_bar else None
-        self.encoder.warm_up(longest, [steps], shortest=shortest, progress=label)
+        self.encoder.warm_up(longest, [num_thinking_steps], shortest=shortest, progress=label)
 
     def _instructions(self, given: str | Sequence[str] | None, count: int) -> list[str]:
         """One instruction for each of `count` queries."""
@@ -318,9 +318,9 @@ class LatentRetriever:
         width = config.backbone.hidden_size
         if size is not None and not 1 <= size <= width:
             raise ValueError(f"truncate_dim must lie in 1..{width}, got {size}")
-        steps = request.num_thinking_steps
-        steps = config.num_thinking_steps if steps is None else steps
-        require_positions(config, limit_key, steps)
+        K = request.num_thinking_steps
+        K = config.num_thinking_steps if K is None else K
+        require_positions(config, limit_key, K)
         limit: int = getattr(config.prompt, limit_key)
         truncated: set[int] = set()
 
@@ -342,7 +342,7 @@ class LatentRetriever:
         vectors = encoder.encode_blocks(
             _ahead(tokenise_block, _blocks(listed, encoder.buckets.batch_size)),
             len(listed),
-            [steps],
+            [K],
             progress="encode" if request.show_progress_bar else None,
             describe=lambda place: f"text {place}, {listed[place]!r:.60},",
             advance=None if stats is None else lambda batch: stats.add(batch, truncated),

@@ -81,7 +81,7 @@ def quickstart(options: QuickstartOptions) -> dict[str, dict[str, float]]:
     output = Path(options.output)
     data, seed = output / "data", str(options.seed)
     _require_same_seed(output, options.seed)
-    world = build_world(WorldConfig(num_places=20, final_separator=True, seed=options.seed))
+    world = build_world(WorldConfig(num_places=20, seed=options.seed))
     write_world(world, data)
     LOG.info(
         f"{data}: {len(world.places)} places, {len(world.relations)} ways between them; "

@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,27 +78,18 @@ class WorldConfig:
     num_places: int = 24
     num_relations: int = 6
     hops: int = 3
-    """The length of dev and test walks, and of training walks unless `shorter_hops` adds others."""
-    shorter_hops: tuple[int, ...] = ()
-    """Shorter walks that become training queries too, all of each length (up to the cap)."""
+    """The length of every walk that is a query."""
     train_share: float = 0.3
     """The share of the walks of length `hops` that training may spell out."""
-    num_train_queries: int | None = None
-    """Caps the training queries of each length. The LM reasonings keep all training walks."""
     num_dev_queries: int = 200
     num_test_queries: int = 500
     num_negatives: int = 6
     """Hard negatives of a training query: start and bridges, then places one wrong hop away. Fewer
     where a small world has no more of them."""
-    reasoning_style: Literal["short", "sentence"] = "short"
-    """One segment a hop: `short` names the place reached, `sentence` the whole fact."""
-    final_separator: bool = False
-    """End the last segment with the separator as well, so that every segment ends alike."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        counts = ("hops", "num_train_queries", "num_dev_queries", "num_test_queries")
-        require_in("[1, inf)", self, "world.", *counts)
+        require_in("[1, inf)", self, "world.", "hops", "num_dev_queries", "num_test_queries")
         require_in("[0, inf)", self, "world.", "seed")
         require_in("(0, 1)", self, "world.", "train_share")
         require_in(f"[2, {len(RELATION_NAMES)}]", self, "world.", "num_relations")
@@ -107,11 +98,6 @@ class WorldConfig:
         require_in(f"[{smallest}, {len(PLACE_NAMES)}]", self, "world.", "num_places")
         # the start and every bridge of a walk
         require_in(f"[{self.hops}, inf)", self, "world.", "num_negatives")
-        require_in(f"[1, {self.hops})", self, "world.", "shorter_hops")
-        once = len(set(self.shorter_hops)) == len(self.shorter_hops)
-        require(once, f"world.shorter_hops holds a length twice: {self.shorter_hops}")
-        style = self.reasoning_style
-        require(style in ("short", "sentence"), f"world.reasoning_style cannot be {style!r}")
 
 
 @dataclass(frozen=True)
@@ -150,10 +136,11 @@ class World:
     documents: tuple[tuple[str, str], ...]
     """(id, text) of each place, in the order of `places`; the id is the lower-case name."""
     train_walks: tuple[Walk, ...]
+    """Those of length `hops` that training may spell out."""
     dev_walks: tuple[Walk, ...]
     test_walks: tuple[Walk, ...]
     lm_walks: tuple[Walk, ...]
-    """All walks shorter than `hops`, then those of length `hops` that training may spell out."""
+    """All walks shorter than `hops`, then those of training."""
 
     @functools.cached_property
     def train(self) -> tuple[TrainingRow, ...]:
@@ -185,7 +172,9 @@ class World:
     def facts(self) -> tuple[str, ...]:
         """What the backbone reads beside them: every road in every paraphrase."""
         return tuple(
-            self._fact(template, relation, start, end)
+            template.format(
+                relation=self.relations[relation], start=self.places[start], end=self.places[end]
+            )
             for relation, successor_P in enumerate(self.successors_RP.tolist())
             for start, end in enumerate(successor_P)
             for template in _FACTS
@@ -210,21 +199,12 @@ class World:
 
     def _reasoning(self, walk: Walk) -> str:
         """The chain of thought: one segment a hop, the last of which names the answer."""
-        if self.config.reasoning_style == "short":
-            segments = [self.named(end) for end in walk.places[1:]]
-        else:
-            hops = zip(walk.relations, itertools.pairwise(walk.places), strict=True)
-            segments = [self._fact(_FACTS[0], r, start, end) for r, (start, end) in hops]
-        return SEPARATOR.join(segments) + SEPARATOR * self.config.final_separator
-
-    def _fact(self, template: str, relation: int, start: int, end: int) -> str:
-        return template.format(
-            relation=self.relations[relation], start=self.places[start], end=self.places[end]
-        )
+        return "".join(map(self.named, walk.places[1:]))
 
     def named(self, place: int) -> str:
-        """A short segment. The blank makes a name the same token as within a sentence."""
-        return f" {self.places[place]}."
+        """A segment: the place that is reached. The blank makes a name the same token as within a
+        sentence, and every segment ends alike, the last one too."""
+        return f" {self.places[place]}.{SEPARATOR}"
 
 
 def build_roads(num_places: int, num_relations: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -329,7 +309,7 @@ def build_world(config: WorldConfig) -> World:
     """The world of `config`; equal configs give equal worlds.
 
     Dev and test walks come first in the balanced order, so they stay the same while `train_share`
-    varies, as long as their caps are met.
+    varies, as long as there are as many of them as are wanted.
 
     Raises:
         ConfigError: when the split leaves no training, dev or test walk.
@@ -344,10 +324,8 @@ def build_world(config: WorldConfig) -> World:
     successors_RP = build_roads(config.num_places, config.num_relations, stream(_ROAD_STREAM))
     successors_RP.setflags(write=False)
 
-    def ordered_walks(hops: int) -> list[Walk]:
-        return _balanced_order(enumerate_walks(successors_RP, hops), stream(_SPLIT_STREAM, hops))
-
-    walks = ordered_walks(config.hops)
+    walks = enumerate_walks(successors_RP, config.hops)
+    walks = _balanced_order(walks, stream(_SPLIT_STREAM, config.hops))
     num_train = round(config.train_share * len(walks))
     num_held_out = len(walks) - num_train
     num_dev = min(config.num_dev_queries, num_held_out // 4)
@@ -359,8 +337,7 @@ def build_world(config: WorldConfig) -> World:
         "relations are wanted",
     )
     num_eval = num_test + num_dev
-    composed = walks[num_eval : num_eval + num_train]
-    groups = [composed, *map(ordered_walks, config.shorter_hops)]
+    composed = tuple(walks[num_eval : num_eval + num_train])
     shorter = (enumerate_walks(successors_RP, hops) for hops in range(1, config.hops))
     return World(
         config=config,
@@ -368,7 +345,7 @@ def build_world(config: WorldConfig) -> World:
         relations=relations,
         successors_RP=successors_RP,
         documents=_describe(places, stream(_DESCRIPTION_STREAM)),
-        train_walks=tuple(w for group in groups for w in group[: config.num_train_queries]),
+        train_walks=composed,
         dev_walks=tuple(walks[num_test:num_eval]),
         test_walks=tuple(walks[:num_test]),
         lm_walks=(*itertools.chain(*shorter), *composed),
@@ -378,7 +355,6 @@ def build_world(config: WorldConfig) -> World:
 def world_files(world: World) -> dict[str, str]:
     """Every file of the world by relative path: a BEIR directory, `train.jsonl`, `lm.jsonl`."""
     evaluated = {"dev": world.dev, "test": world.test}
-    end = SEPARATOR * world.config.final_separator
     rows: dict[str, list[dict[str, Any]]] = {
         "corpus.jsonl": [
             {"_id": doc_id, "title": "", "text": text} for doc_id, text in world.documents
@@ -399,7 +375,7 @@ def world_files(world: World) -> dict[str, str]:
             *({"prompt": INSTRUCTION, "query": q.text, "reasoning": q.reasoning} for q in world.lm),
             # of a document the model thinks its subject, in the form in which a walk names its end
             *(
-                {"document": text, "reasoning": world.named(place) + end}
+                {"document": text, "reasoning": world.named(place)}
                 for place, (_, text) in enumerate(world.documents)
             ),
         ],

@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from laser_jax.settings import listed
 from laser_jax.step import TrainState
 
 _log = logging.getLogger(__name__)
@@ -214,10 +215,8 @@ class Checkpoints:
             if stored.get(name) != here.get(name)
         ]
         if different:
-            more = [f"... and {len(different) - 5} more"] if len(different) > 5 else []
-            lines = "\n  ".join([*different[:5], *more])
             raise CheckpointError(
-                f"{directory} was saved by a run with other settings:\n  {lines}"
+                f"{directory} was saved by a run with other settings:\n  {listed(different, 5)}"
                 "\nResume it with its own settings, or choose another output"
             )
         if record["base"] != self._base:

@@ -6,6 +6,7 @@ Nothing is loaded, drawn or written. Of the model only `config.json` is read, or
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import topologies
 
 from laser_jax.batch import Batch, Tokens
 from laser_jax.command_line import Invocation
@@ -24,40 +26,31 @@ from laser_jax.data.sources import is_there, open_sources, rows_per_epoch
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
 from laser_jax.hf.directory import read_backbone_config
 from laser_jax.sharding import Device, batch_sharding
+from laser_jax.step import reading
 from laser_jax.train.layout import (
     Layout,
     describe_mesh,
     device_state_bytes,
     lay_out,
     number_of_steps,
+    shape_of,
     step_programs,
 )
-from laser_jax.train.programs import shape_of
 from laser_jax.train.setup import batches_of
 from laser_jax.train.throughput import GIB, device_bytes, peak_flops, reading_of, step_flops
-from laser_jax.train.topologies import devices_to_compile_for
 
 BATCHES_LOOKED_AT = 64
 
 
-@dataclass(frozen=True)
-class Lengths:
-    """Padded widths of a batch."""
-
-    query: int
-    document: int
-    explicit: int | None = None
-
-    def __str__(self) -> str:
-        explicit = "" if self.explicit is None else f", explicit {self.explicit}"
-        return f"queries {self.query}, documents {self.document}{explicit}"
+Widths = tuple[int, ...]
+"""Of a padded batch: its queries, documents and, where they are read, explicit inputs."""
 
 
 @dataclass(frozen=True)
 class Expected:
     """The batches of a run."""
 
-    buckets: Counter[Lengths]
+    buckets: Counter[Widths]
     """How many batches have which widths; without rows to look at, one of the widest possible."""
     tokens: float
     """Of a step, on average."""
@@ -66,14 +59,18 @@ class Expected:
     """Where this is known from."""
 
     @property
-    def widest(self) -> Lengths:
+    def widest(self) -> Widths:
         """The largest of each width; a later batch may have them together."""
-        explicit = [b.explicit for b in self.buckets if b.explicit is not None]
-        return Lengths(
-            max(b.query for b in self.buckets),
-            max(b.document for b in self.buckets),
-            max(explicit, default=None),
-        )
+        return tuple(map(max, zip(*self.buckets, strict=True)))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The buckets in words, the most frequent first."""
+        names = ("queries", "documents", "explicit")
+        return {
+            ", ".join(f"{name} {width}" for name, width in zip(names, widths, strict=False)): count
+            for widths, count in self.buckets.most_common()
+        }
 
 
 def dry_run(config: Config, invocation: Invocation) -> dict[str, Any]:
@@ -117,11 +114,11 @@ def _described(
 ) -> dict[str, Any]:
     """Prints and returns what is known before anything is compiled."""
     trained, total = layout.parameters
-    reading = reading_of(config, expected.tokens, expected.token_pairs)
+    read = reading_of(config, expected.tokens, expected.token_pairs)
     # a frozen teacher reads without a backward pass, which the formula does not know
     flops = None
     if config.objective.teacher is None:
-        flops = step_flops(layout.backbone.config, reading, trains_base=config.lora is None)
+        flops = step_flops(layout.backbone.config, read, trains_base=config.lora is None)
     peak = peak_flops(config, devices[0])
     found: dict[str, Any] = {
         "device": f"{len(devices)} x {devices[0].device_kind}",
@@ -129,7 +126,7 @@ def _described(
         "parameters": total,
         "trained_parameters": trained,
         "attention": layout.attention,
-        "buckets": {str(lengths): count for lengths, count in expected.buckets.items()},
+        "buckets": expected.counts,
         "tokens_per_step": round(expected.tokens),
         "flops_per_step": flops,
         "state_bytes": device_state_bytes(layout.abstract),
@@ -138,8 +135,8 @@ def _described(
     print(f"model       {total:,} parameters, {trained:,} trained, {config.model.dtype}")
     print(f"attention   {layout.attention}")
     print(f"buckets     {len(expected.buckets)} {expected.source}")
-    for lengths, count in expected.buckets.most_common(12):
-        print(f"              {count} x {lengths}")
+    for widths, count in islice(expected.counts.items(), 12):
+        print(f"              {count} x {widths}")
     print(f"tokens      {expected.tokens:,.0f} a step without padding, {expected.source}")
     if flops is not None:
         print(f"FLOPs       {flops:.3e} a step by formula (docs/scale.md)", end="")
@@ -149,19 +146,50 @@ def _described(
 
 
 def _devices(invocation: Invocation) -> Sequence[Device]:
-    if invocation.devices is not None:
-        # before jax looks for devices, which it does once
-        try:
-            jax.config.update("jax_num_cpu_devices", invocation.devices)
-        except RuntimeError as error:
-            raise ConfigError(
-                f"--devices {invocation.devices}: jax has already made its devices in this "
-                "process; start another for this dry run"
-            ) from error
-        return jax.devices("cpu")
-    if invocation.topology is None:
+    wanted = invocation.dry_run
+    if isinstance(wanted, bool):
         return jax.devices()
-    return devices_to_compile_for(invocation.topology)
+    if not (wanted.isascii() and wanted.isdecimal()):
+        return devices_to_compile_for(wanted)
+    try:  # before jax looks for devices, which it does once
+        jax.config.update("jax_num_cpu_devices", int(wanted))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"--dry_run {wanted}: jax has already made its devices in this process; start another "
+            "for this dry run"
+        ) from error
+    return jax.devices("cpu")
+
+
+def devices_to_compile_for(topology: str) -> Sequence[Device]:
+    """Devices that programs can be compiled for and cannot run on: TPU slices that are not here.
+
+    Takes jax's own devices to be the CPU, so that an accelerator of this machine stays free.
+
+    Args:
+        topology: a TPU and its chips, such as v5e:4x4, v6e:2x4, v4:2x2x2 or v5p:2x2x2.
+
+    Raises:
+        ConfigError: no such devices, or the compiler for them is not installed.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    # no question to a cloud's metadata server, and two dry runs may be under way at once
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    name, _, chips = topology.partition(":")
+    options: dict[str, Any] = {}
+    if name == "v4":
+        options["chip_config_name"] = "megacore"  # else a chip counts as two devices
+    if chips == "1x1":
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        return topologies.get_topology_desc(topology, "tpu", **options).devices
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"--dry_run {topology}: {error}. Names are such as v5e:4x4, v6e:2x4, v4:2x2x2 and "
+            "v5p:2x2x2, in chips of TPUs; `pip install laser-jax[tpu]` brings their compiler. For "
+            "GPUs give --dry_run alone, on a machine that has one"
+        ) from error
 
 
 def _backbone(config: Config) -> BackboneConfig:
@@ -193,42 +221,41 @@ def _expected(config: Config) -> tuple[Expected, int | None]:
             wanted = min(BATCHES_LOOKED_AT, -(-rows // config.train.batch_size))
             batches = list(islice(batches_of(here, sources, prompts), wanted))
             return _counted(config, batches, f"in the first {wanted} batches of the rows"), rows
-    prompt, multiple, explicit = config.prompt, config.data.length_multiple, None
+    prompt, multiple = config.prompt, config.data.length_multiple
+    longest = (prompt.query_max_length, prompt.document_max_length)
     if config.objective.need_explicit_view:
-        explicit = -(-prompt.explicit_max_length // multiple) * multiple
-    longest = Lengths(prompt.query_max_length, prompt.document_max_length, explicit)
+        longest += (-(-prompt.explicit_max_length // multiple) * multiple,)
     where = "at the limits of the prompts (no rows or no tokenizer to count with)"
     return _counted(config, [_full_batch(config, longest)], where), rows
 
 
 def _counted(config: Config, batches: Sequence[Batch], source: str) -> Expected:
-    buckets: Counter[Lengths] = Counter()
+    buckets: Counter[Widths] = Counter()
     tokens = pairs = 0.0
+    objective = replace(config.objective, views=config.views)
     for batch in batches:
         parts = (batch.query, batch.documents, batch.explicit)
         read = [part for part in parts if part is not None]
-        buckets[Lengths(*(part.ids_BT.shape[1] for part in read))] += 1
-        if batch.explicit is not None and config.views == "fast" and not config.objective.teacher:
-            del read[0]  # a query is the beginning of its explicit input
-        lengths = np.concatenate([part.lengths_B for part in read]).astype(float)
-        tokens += lengths.sum() / len(batches)
-        pairs += (lengths * (lengths + 1) / 2).sum() / len(batches)
+        buckets[tuple(part.ids_BT.shape[1] for part in read)] += 1
+        found = reading(batch, objective)
+        tokens += float(found["tokens"]) / len(batches)
+        pairs += float(found["token_pairs"]) / len(batches)
     return Expected(buckets, tokens, pairs, source)
 
 
-def _full_batch(config: Config, lengths: Lengths) -> Batch:
+def _full_batch(config: Config, widths: Widths) -> Batch:
     """A batch without padding."""
     B, K = config.train.batch_size, config.objective.num_thinking_steps
-    C, explicit = B * config.data.group_size, lengths.explicit
+    C, (query, document, *explicit) = B * config.data.group_size, widths
 
     def tokens(rows: int, width: int) -> Tokens:
         return Tokens(np.zeros((rows, width), np.int32), np.full(rows, width, np.int32))
 
     return Batch(
-        query=tokens(B, lengths.query),
-        documents=tokens(C, lengths.document),
-        explicit=None if explicit is None else tokens(B, explicit),
-        keyframes_BK=None if explicit is None else np.zeros((B, K), np.int32),
+        query=tokens(B, query),
+        documents=tokens(C, document),
+        explicit=tokens(B, *explicit) if explicit else None,
+        keyframes_BK=np.zeros((B, K), np.int32) if explicit else None,
         contrast_BC=np.ones((B, C), np.bool_),
     )
 

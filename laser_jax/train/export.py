@@ -51,9 +51,8 @@ def best_state(run: Run, state: TrainState) -> TrainState:
 def export_model(run: Run, state: TrainState) -> None:
     """Writes `model/` (merged) and, with LoRA, `adapter/`. All processes take part."""
     config, backbone, variables = run.config, run.layout.backbone, state.variables
-    save_model(
-        run.output / "model", variables, backbone, config.model, run.inputs.tokenizer, run.retriever
-    )
+    tokenizer, retriever = run.inputs.tokenizer, run.layout.retriever
+    save_model(run.output / "model", variables, backbone, config.model, tokenizer, retriever)
     if config.lora is not None:
         save_adapter(
             run.output / "adapter",
@@ -69,8 +68,6 @@ def write_results(run: Run, state: TrainState, last: int, seconds: float) -> dic
     returns what `results.json` holds. The steps took `seconds`, and ended with step `last`."""
     trained, total = run.layout.parameters
     evaluations = run.evaluations.lines
-    data = run.config.data
-    splits = {data.eval_split: run.inputs.test, data.dev_split: run.inputs.dev}
     results: dict[str, Any] = {
         "code": run.origin["code"],
         "metrics": run.log.last,
@@ -83,8 +80,7 @@ def write_results(run: Run, state: TrainState, last: int, seconds: float) -> dic
         "compile_seconds": {k: round(v, 1) for k, v in run.programs.compiled.items()},
         "id_counts": {
             split: [asdict(count) for count in dataset.id_counts]
-            for split, dataset in splits.items()
-            if dataset is not None
+            for split, dataset in run.inputs.ranked(run.config.data).items()
         },
     }
     if evaluations:

@@ -4,9 +4,11 @@ array exists yet, so that a dry run can use all of it."""
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +17,18 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from laser_jax.batch import Batch
 from laser_jax.config import (
     BackboneConfig,
     Config,
     ConfigError,
     MeshConfig,
-    appended_thoughts,
+    RetrieverConfig,
     load_retriever_config,
     pools_prompt,
 )
+from laser_jax.inference.options import LimitKey, require_positions
+from laser_jax.losses import Terms
 from laser_jax.modeling.backbone import Backbone, Variables
 from laser_jax.sharding import Device, make_mesh
 from laser_jax.step import (
@@ -37,7 +42,6 @@ from laser_jax.step import (
     make_train_step,
 )
 from laser_jax.train.model import build_backbone
-from laser_jax.train.programs import StepPrograms
 from laser_jax.train.throughput import device_bytes
 
 
@@ -53,6 +57,8 @@ class Layout:
     schedule: optax.Schedule
     abstract: TrainState
     """Shapes, dtypes and shardings."""
+    retriever: RetrieverConfig
+    """Of the exported model, whose adapters are merged."""
     teacher: FrozenTeacher | None = None
     abstract_teacher: Variables | None = None
 
@@ -92,7 +98,15 @@ def lay_out(
         FileNotFoundError: there is no teacher.
     """
     devices = jax.devices() if devices is None else devices
-    _require_positions(config, backbone_config)
+    retriever = RetrieverConfig(
+        backbone_config,
+        num_thinking_steps=config.objective.num_thinking_steps,
+        pooling=config.objective.pooling,
+        prompt=config.prompt,
+        dtype=config.model.dtype,
+        prompt_checksum=prompt_checksum,
+    )
+    _require_positions(config, retriever)
     backbone, attention = build_backbone(
         config.model, backbone_config, devices[0].platform, config.lora
     )
@@ -111,7 +125,8 @@ def lay_out(
     _require_divisible(config, mesh)
     teacher = _lay_out_teacher(config.objective.teacher, backbone_config, prompt_checksum, mesh)
     schedule = learning_rate_schedule(config.optimizer, steps)
-    return Layout(mesh, backbone, attention, optimizer, schedule, state_on(mesh), *teacher)
+    state = state_on(mesh)
+    return Layout(mesh, backbone, attention, optimizer, schedule, state, retriever, *teacher)
 
 
 def _lay_out_teacher(
@@ -143,14 +158,6 @@ def _lay_out_teacher(
     backbone = Backbone(retriever.backbone, dtype=dtype, param_dtype=dtype)
     abstract = {"params": abstract_variables(backbone, mesh, "params", dtype)}
     return FrozenTeacher(backbone, retriever.num_thinking_steps), abstract
-
-
-def step_programs(config: Config, layout: Layout) -> StepPrograms:
-    """The step of a run, to be compiled for every shape of a batch."""
-    step = make_train_step(
-        layout.backbone, config, layout.optimizer, layout.schedule, layout.teacher
-    )
-    return StepPrograms(jit_train_step(step, layout.abstract, layout.mesh))
 
 
 def _agreed_device_bytes(device: Device) -> int | None:
@@ -187,23 +194,67 @@ def _require_divisible(config: Config, mesh: Mesh) -> None:
         )
 
 
-def _require_positions(config: Config, backbone: BackboneConfig) -> None:
+def _require_positions(config: Config, retriever: RetrieverConfig) -> None:
     """Raises a ConfigError where a prompt and its thoughts, or an explicit input, outgrow the
     model's positions."""
-    objective = config.objective
-    steps = objective.num_thinking_steps
-    thoughts = appended_thoughts(steps, objective.pooling)
-    for name in ("query_max_length", "document_max_length"):
-        backbone.require_positions(
-            getattr(config.prompt, name) + thoughts,
-            f"prompt.{name} and {steps} thinking steps take",
-            f"lower prompt.{name}",
-        )
+    for name in get_args(LimitKey):
+        require_positions(retriever, name, retriever.num_thinking_steps)
     # the evaluation reads explicit inputs too, whatever is trained
-    evaluated = config.data.eval is not None and pools_prompt(objective.pooling)
-    if objective.need_explicit_view or evaluated:
-        backbone.require_positions(
+    evaluated = config.data.eval is not None and pools_prompt(retriever.pooling)
+    if config.objective.need_explicit_view or evaluated:
+        retriever.backbone.require_positions(
             config.prompt.explicit_max_length,
             "prompt.explicit_max_length takes",
             "lower prompt.explicit_max_length",
         )
+
+
+# --- the step, compiled -----------------------------------------------------------------------
+
+
+def shape_of(batch: Batch) -> str:
+    """The shapes that a step is compiled for, in words."""
+    parts = {"queries": batch.query, "documents": batch.documents, "explicit": batch.explicit}
+    return ", ".join(
+        f"{name} {tokens.ids_BT.shape[0]} x {tokens.ids_BT.shape[1]}"
+        for name, tokens in parts.items()
+        if tokens is not None
+    )
+
+
+class StepPrograms:
+    """Runs the step, and compiles it where a batch has a new shape.
+
+    Attributes:
+        compiled: seconds of compiling by shape, in the order of their first batch.
+    """
+
+    def __init__(self, jitted: Any):
+        self._jitted = jitted
+        self._programs: dict[str, Any] = {}
+        self.compiled: dict[str, float] = {}
+
+    def __call__(
+        self, state: TrainState, batch: Batch, teacher_variables: Variables | None
+    ) -> tuple[TrainState, Terms]:
+        shape = shape_of(batch)
+        if shape not in self._programs:
+            self.compile(state, batch, teacher_variables)
+        return self._programs[shape](state, batch, teacher_variables)
+
+    def compile(
+        self, state: TrainState, batch: Batch, teacher_variables: Variables | None
+    ) -> jax.stages.Compiled:
+        """Compiles the step; arrays or `jax.ShapeDtypeStruct`s."""
+        began, shape = time.monotonic(), shape_of(batch)
+        program = self._jitted.lower(state, batch, teacher_variables).compile()
+        self._programs[shape], self.compiled[shape] = program, time.monotonic() - began
+        return program
+
+
+def step_programs(config: Config, layout: Layout) -> StepPrograms:
+    """The step of a run, to be compiled for every shape of a batch."""
+    step = make_train_step(
+        layout.backbone, config, layout.optimizer, layout.schedule, layout.teacher
+    )
+    return StepPrograms(jit_train_step(step, layout.abstract, layout.mesh))

@@ -7,7 +7,8 @@ import math
 import time
 from collections import deque
 from contextlib import ExitStack, closing
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 from tqdm import tqdm
@@ -20,7 +21,6 @@ from laser_jax.train.processes import is_first, place_batch
 from laser_jax.train.selection import is_evaluated, is_out_of_patience, score_dev, scores_by_step
 from laser_jax.train.setup import Run
 from laser_jax.train.stop import StopSignal
-from laser_jax.train.telemetry import Trace
 from laser_jax.train.throughput import Meter
 
 _log = logging.getLogger(__name__)
@@ -28,6 +28,39 @@ _log = logging.getLogger(__name__)
 
 class TrainingError(RuntimeError):
     """A run that cannot go on."""
+
+
+class Trace:
+    """Records the steps `steps[0]` to `steps[1]`, both included, for XProf.
+
+    Python's own calls are left out: as it ends, XLA's tracer of them (jaxlib 0.10) reaches into the
+    state of every other thread, and a data worker that ends at that moment takes the run down with
+    a segmentation fault.
+    """
+
+    def __init__(self, directory: Path, steps: tuple[int, int] | None):
+        self._directory = directory
+        self._first, self._last = steps or (0, 0)
+        self.recording = False
+
+    def before(self, step: int) -> None:
+        if step == self._first:
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0
+            jax.profiler.start_trace(str(self._directory), profiler_options=options)
+            self.recording = True
+
+    def after(self, step: int, arrays: Any) -> None:
+        """`arrays` of the step: the last one is waited for, or the trace would miss it."""
+        if self.recording and step == self._last:
+            jax.block_until_ready(arrays)
+            self.close()
+
+    def close(self) -> None:
+        """Ends a trace that a stopped run would leave open."""
+        if self.recording:
+            jax.profiler.stop_trace()
+            self.recording = False
 
 
 class Due(NamedTuple):

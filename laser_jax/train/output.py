@@ -1,8 +1,9 @@
 """A run's output directory: one run at a time, always of the same config, and files that are either
-whole or absent."""
+whole or absent. And its logs, for people and for TensorBoard."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import socket
@@ -18,7 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from laser_jax.config import Config, as_dict
+from laser_jax.config import Config, ConfigError, as_dict
 from laser_jax.files.durable import lock, no_link, read_state, read_state_lines, write_atomically
 from laser_jax.settings import changes, listed
 
@@ -32,12 +33,10 @@ CHANGEABLE = (
     "data.mixture.*.path",
     "model.path",
     "objective.teacher",
-    "data.split",
     "data.train",
     "data.threads",
     "data.workers",
     "train.checkpoint_every",
-    "train.eval_batch_size",
     "train.eval_thinking_steps",
     "train.keep_checkpoints",
     "train.log_every",
@@ -242,3 +241,40 @@ class StepLog:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def require_tensorboard() -> None:
+    """Raises a ConfigError where tensorboardX is not installed."""
+    if importlib.util.find_spec("tensorboardX") is None:
+        raise ConfigError(
+            "train.tensorboard wants tensorboardX: pip install laser-jax[tensorboard]"
+        )
+
+
+class TensorBoard:
+    """Scalars in `directory`; a resumed run replaces those after its start. The first process alone
+    writes."""
+
+    def __init__(self, directory: Path, start: int):
+        from tensorboardX import SummaryWriter
+
+        self._writer: Any = None
+        if jax.process_index() == 0:
+            # its flush() leaves out what is still in its queue, so it is told to flush by itself
+            self._writer = SummaryWriter(
+                str(directory),
+                purge_step=start + 1,
+                flush_secs=10,
+                filename_suffix=f".{start}",  # else two of the same second are one file
+            )
+
+    def write(self, group: str, line: dict[str, Any]) -> None:
+        """A log line, which holds `step`."""
+        if self._writer is not None:
+            for name, value in line.items():
+                if name != "step":
+                    self._writer.add_scalar(f"{group}/{name}", value, line["step"])
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()

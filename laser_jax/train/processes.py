@@ -23,13 +23,12 @@ def join_processes(invocation: Invocation) -> None:
     if not invocation.distributed:
         return
     try:
-        jax.distributed.initialize(
-            invocation.coordinator, invocation.num_processes, invocation.process_id
-        )
+        index, count, coordinator = invocation.process
+        jax.distributed.initialize(coordinator, count, index)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
             f"--distributed: {error}. jax finds the processes of Slurm, Cloud TPU, GKE and Open "
-            "MPI by itself; elsewhere give --coordinator HOST:PORT, --num_processes, --process_id"
+            "MPI by itself; elsewhere give --distributed INDEX/COUNT@HOST:PORT"
         ) from error
 
 

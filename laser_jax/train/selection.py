@@ -20,6 +20,9 @@ from laser_jax.evaluate.retrieval import METRICS, retrieval_runs, score_runs
 from laser_jax.inference.batch_encoder import LatentEncoder
 from laser_jax.modeling.backbone import Variables
 
+BATCH_SIZE = 64
+"""Rows at most; long ones come in smaller batches, by their tokens."""
+
 
 class TrainedEncoder:
     """The model as it is being trained, as an encoder. Its programs are kept, so that nothing is
@@ -35,7 +38,7 @@ class TrainedEncoder:
         encoder = LatentEncoder(
             variables,
             self._retriever,
-            batch_size=self._config.train.eval_batch_size,
+            batch_size=BATCH_SIZE,
             length_multiple=self._config.data.length_multiple,
             # one device alone runs faster over separate layers, which the encoder then makes
             mesh=self._mesh if self._mesh.size > 1 else None,

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from laser_jax.batch import Batch
-from laser_jax.config import BackboneConfig, Config, ConfigError, RetrieverConfig, as_dict
+from laser_jax.config import BackboneConfig, Config, ConfigError, DataConfig, as_dict
 from laser_jax.data.pipeline import BatchSettings, training_batches
 from laser_jax.data.sources import Source, open_sources, rows_per_epoch
 from laser_jax.data.tokenization import PromptTokenizer, Tokenizer, query_content
@@ -23,15 +23,28 @@ from laser_jax.evaluate.beir import BeirDataset, read_beir
 from laser_jax.evaluate.retrieval import require_instructions
 from laser_jax.hf.reading import load_sharded_params
 from laser_jax.modeling.backbone import Variables
+from laser_jax.settings import listed
 from laser_jax.step import TrainState, init_state
 from laser_jax.train.checkpoint import CheckpointError, Checkpoints, fingerprint
-from laser_jax.train.layout import Layout, describe_mesh, lay_out, number_of_steps, step_programs
+from laser_jax.train.layout import (
+    Layout,
+    StepPrograms,
+    describe_mesh,
+    lay_out,
+    number_of_steps,
+    step_programs,
+)
 from laser_jax.train.model import starting_model
-from laser_jax.train.output import OutputDirectory, StepLog, code_version, logged_lines
+from laser_jax.train.output import (
+    OutputDirectory,
+    StepLog,
+    TensorBoard,
+    code_version,
+    logged_lines,
+    require_tensorboard,
+)
 from laser_jax.train.processes import local_rows
-from laser_jax.train.programs import StepPrograms
 from laser_jax.train.selection import TrainedEncoder, fingerprint_of
-from laser_jax.train.telemetry import TensorBoard, require_tensorboard
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +63,11 @@ class Inputs:
     """The split that is ranked at the end."""
     dev: BeirDataset | None
     """The split that is ranked while training: the latent view alone, over the same documents."""
+
+    def ranked(self, data: DataConfig) -> dict[str, BeirDataset]:
+        """The splits that are ranked, by their names."""
+        splits = {data.eval_split: self.test, data.dev_split: self.dev}
+        return {name: dataset for name, dataset in splits.items() if dataset is not None}
 
 
 @dataclass(frozen=True)
@@ -71,8 +89,6 @@ class Run:
     encoder: TrainedEncoder
     batches_from: Callable[[int], Iterable[Batch]]
     """This process's rows of the batches after a step."""
-    retriever: RetrieverConfig
-    """Of the exported model, whose adapters are merged."""
 
 
 def set_up(config: Config, stack: ExitStack) -> tuple[Run, TrainState]:
@@ -112,7 +128,6 @@ def set_up(config: Config, stack: ExitStack) -> tuple[Run, TrainState]:
         f"{layout.platform} device(s), mesh {describe_mesh(layout.mesh)}"
     )
     stack.enter_context(jax.set_mesh(layout.mesh))
-    retriever = _retriever_config(config, inputs)
     run = Run(
         config=config,
         output=output.path,
@@ -125,9 +140,8 @@ def set_up(config: Config, stack: ExitStack) -> tuple[Run, TrainState]:
         origin=origin,
         log=log,
         evaluations=evaluations,
-        encoder=TrainedEncoder(config, replace(retriever, lora=config.lora), layout.mesh),
+        encoder=TrainedEncoder(config, replace(layout.retriever, lora=config.lora), layout.mesh),
         batches_from=batches_from,
-        retriever=retriever,
     )
     return run, state
 
@@ -202,28 +216,15 @@ def _new_state(
     return state, {"params": params}
 
 
-def _retriever_config(config: Config, inputs: Inputs) -> RetrieverConfig:
-    return RetrieverConfig(
-        backbone=inputs.backbone,
-        num_thinking_steps=config.objective.num_thinking_steps,
-        pooling=config.objective.pooling,
-        prompt=config.prompt,
-        dtype=config.model.dtype,
-        prompt_checksum=inputs.prompts.checksum(),
-    )
-
-
 def _fingerprints(
     config: Config, inputs: Inputs, teacher_variables: Variables | None
 ) -> dict[str, Any]:
     """What a resumed run must find as it was, and neither its config nor its state holds. Another
     split may be ranked, but no other texts or judgements under the same name."""
     teacher = None if teacher_variables is None else fingerprint(teacher_variables)
-    ranked = {config.data.eval_split: inputs.test, config.data.dev_split: inputs.dev}
     return {
         f"fingerprint of data.eval's {split}": fingerprint_of(dataset)
-        for split, dataset in ranked.items()
-        if dataset is not None
+        for split, dataset in inputs.ranked(config.data).items()
     } | {
         "number of training rows": rows_per_epoch(inputs.sources),
         "fingerprints of the training rows": [
@@ -265,8 +266,8 @@ def require_same_inputs(
     ]
     if changed:
         raise CheckpointError(
-            f"{directory} was trained on other inputs:\n  " + "\n  ".join(changed) + "\nBring back "
-            "those that the run began with, or choose another output"
+            f"{directory} was trained on other inputs:\n  {listed(changed)}\n"
+            "Bring back those that the run began with, or choose another output"
         )
 
 
