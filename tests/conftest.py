@@ -6,6 +6,7 @@ data, torch, peft, mteb and SmolLM2's weights, so no test that needs them can be
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -15,13 +16,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# jax reads both when it is first imported. Compiling is most of what the tests wait for: without
-# optimisation and fusion a third of that is left. Flags of the environment come last and win.
-# XLA aborts at a flag it does not know, as jaxlib 0.11 at that of the fusion.
+# jax reads both when it is first imported. Compiling is much of what the tests wait for: without
+# optimisation and fusion a third of that is left, and less again where LLVM is given a program in
+# one piece. Flags of the environment come last and win. XLA aborts at a flag it does not know, as
+# jaxlib 0.11 at that of the fusion.
 os.environ["XLA_FLAGS"] = " ".join(
     (
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
+        "--xla_cpu_parallel_codegen_split_count=1",
         *(["--xla_cpu_use_fusion_emitters=false"] if version("jaxlib").startswith("0.10.") else ()),
         os.environ.get("XLA_FLAGS", ""),
     )
@@ -64,6 +67,14 @@ def pytest_configure() -> None:
     reasons = [reason for reason in absent if reason is not None]
     if os.environ.get("LASER_REQUIRE_SHARED") == "1" and reasons:
         raise pytest.UsageError("LASER_REQUIRE_SHARED=1, but " + "; ".join(reasons))
+
+
+def pytest_collection_finish() -> None:
+    """Python's collector need not look again and again at the modules, of which a fourth of the
+    time that jax takes to trace a program is spent in a process as large as this one."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 50)
 
 
 @pytest.fixture(scope="session")
