@@ -45,9 +45,12 @@ SETTINGS = {
     "train.eval_batch_size": 4,
     "train.eval_thinking_steps": "[2]",
 }
-# Says when the evaluation is reached, and runs the program as `python -m` does.
+# Says when the evaluation is reached, and runs the program as `python -m` does. Without torch,
+# which transformers would load and nobody here uses, a process starts in half the time.
 PROGRAM = """
 import runpy
+import sys
+sys.modules["torch"] = None
 import laser_jax.evaluate.retrieval as retrieval
 def announced(*args, evaluate=retrieval.retrieval_runs, **kwargs):
     print("in evaluation", flush=True)

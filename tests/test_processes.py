@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from test_faults import SETTINGS, data  # noqa: F401  (the same small run and rows)
+from test_faults import PROGRAM, SETTINGS, data  # noqa: F401  (the same small run and rows)
 
 from laser_jax.command_line import Invocation
 from laser_jax.config import ConfigError, MeshConfig
@@ -76,7 +76,7 @@ def start(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Star
 
     def make(output: Path, processes: int) -> Together:
         settings = SETTINGS | OPTIONS | {"data.train": data / "train.jsonl", "data.eval": data}
-        command = [sys.executable, "-m", "laser_jax.train", "--output", str(output)]
+        command = [sys.executable, "-c", PROGRAM, "--output", str(output)]
         command += [str(part) for key, value in settings.items() for part in (f"--{key}", value)]
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
