@@ -101,6 +101,14 @@ def require_torch() -> None:
 
 
 @pytest.fixture(scope="session")
+def one_device() -> dict[str, str]:
+    """The environment of another process that computes as this one does, but on one device."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    paths = (str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", ""))
+    return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+@pytest.fixture(scope="session")
 def smollm2_file() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct, Q4_1 with some tensors in Q8_0 and F32."""
     if reason := _weights_absent():

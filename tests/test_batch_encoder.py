@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import socket
 import subprocess
 import sys
@@ -244,7 +243,9 @@ np.save(f"{sys.argv[3]}/{sys.argv[2]}.npy", encoder.encode_tokens(rows, [1, 3]))
 """
 
 
-def test_two_processes_both_get_the_vectors_of_one(base, separate, tmp_path: Path) -> None:
+def test_two_processes_both_get_the_vectors_of_one(
+    base, separate, tmp_path: Path, one_device
+) -> None:
     save_params(tmp_path, base, CONFIG.backbone, dtype=np.float32, lora=None)
     save_retriever_config(CONFIG, tmp_path)
     with socket.socket() as probe:
@@ -254,7 +255,7 @@ def test_two_processes_both_get_the_vectors_of_one(base, separate, tmp_path: Pat
         subprocess.Popen(
             [sys.executable, "-c", WORKER, address, str(i), str(tmp_path), str(ROWS)],
             stderr=subprocess.PIPE,
-            env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+            env=one_device,
             text=True,
         )
         for i in range(2)

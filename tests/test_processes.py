@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,7 @@ def test_a_signal_to_one_process_saves_and_ends_both_and_one_process_goes_on(
     while not run.logged():
         if any(process.poll() is not None for process in run.processes):
             pytest.fail(str(run.end()))
+        time.sleep(1e-3)  # the processors are the run's
     run.processes[1].send_signal(signal.SIGTERM)
     said = run.end()
     step = max(int(p.name) for p in (run.output / "checkpoints").iterdir() if p.name.isdigit())
