@@ -117,9 +117,9 @@ def test_other_weights_run_in_the_same_programs(base, alone, compilations) -> No
     many = encoder(zeros)
     many.encode_tokens(ROWS, [3])
     with compilations() as compiled:
-        vectors = many.with_variables(base).encode_tokens(ROWS, [3])[0]
+        for other in (many.with_variables(base), encoder(base)):  # a new one too
+            np.testing.assert_allclose(other.encode_tokens(ROWS, [3])[0], alone, atol=1e-5)
     assert compiled == []
-    np.testing.assert_allclose(vectors, alone, atol=1e-5)
     np.testing.assert_array_equal(many.encode_tokens(ROWS, [3]), 0.0)
 
 
