@@ -23,7 +23,7 @@ PLACES = ("Ulm", "Bonn", "Jena", "Kiel", "Trier", "Worms", "Essen", "Halle", "Ma
 SETTINGS = {
     "model.scratch.vocab_size": 270,
     "model.scratch.hidden_size": 16,
-    "model.scratch.num_layers": 2,
+    "model.scratch.num_layers": 1,
     "model.scratch.num_heads": 2,
     "model.scratch.num_kv_heads": 1,
     "model.scratch.head_dim": 8,
@@ -46,11 +46,14 @@ SETTINGS = {
     "train.eval_batch_size": 4,
     "train.eval_thinking_steps": "[2]",
 }
-# Says when the evaluation is reached, and runs the program as `python -m` does. Without torch,
-# which transformers would load and nobody here uses, a process starts in half the time.
+# Says when the evaluation is reached, and runs the program as `python -m` does. A process starts in
+# half the time without torch, which transformers would load and nobody here uses, and where Python
+# does not look for garbage among the modules.
 PROGRAM = """
+import gc
 import runpy
 import sys
+gc.set_threshold(100_000, 20, 50)
 sys.modules["torch"] = None
 import laser_jax.evaluate.retrieval as retrieval
 def announced(*args, evaluate=retrieval.retrieval_runs, **kwargs):
