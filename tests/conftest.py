@@ -201,6 +201,13 @@ def thinking_model(
     return directory
 
 
+@pytest.fixture
+def collected() -> Iterator[None]:
+    """What a test leaves behind is collected at its end, and not during some later test."""
+    yield
+    gc.collect()
+
+
 @pytest.fixture(scope="session")
 def compilations() -> Callable[[], AbstractContextManager[list[str]]]:
     """A context that lists what XLA compiles within it, an entry a program."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import resource
 import shutil
@@ -34,12 +33,6 @@ from laser_jax.train.checkpoint import (
 META = {"samples": 17, "config": {"output": "run", "lora": None}, "version": "0.1.0", "seed": 0}
 BASE = "0123"
 MESHES = (MeshConfig(8, 1, 1), MeshConfig(2, 2, 2))
-
-
-@pytest.fixture
-def collected() -> Iterator[None]:
-    yield
-    gc.collect()
 
 
 def drops_reads(test: Any) -> Any:

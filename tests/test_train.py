@@ -550,6 +550,7 @@ def truncate_arrays(checkpoint: Path) -> None:
 
 # What orbax was reading when it failed may be collected after its event loop is closed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("collected")
 @pytest.mark.parametrize("damage", [shutil.rmtree, truncate_arrays])
 def test_without_the_best_checkpoint_the_best_of_the_others_is_exported(
     best: Finished, best_again, tmp_path: Path, caplog, damage: Any
