@@ -6,6 +6,7 @@ data, torch, peft, mteb and SmolLM2's weights, so no test that needs them can be
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -15,13 +16,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# jax reads both when it is first imported. Compiling is most of what the tests wait for: without
-# optimisation and fusion a third of that is left. Flags of the environment come last and win.
-# XLA aborts at a flag it does not know, as jaxlib 0.11 at that of the fusion.
+# jax reads both when it is first imported. Compiling is much of what the tests wait for: without
+# optimisation and fusion a third of that is left, and less again where LLVM is given a program in
+# one piece. Flags of the environment come last and win. XLA aborts at a flag it does not know, as
+# jaxlib 0.11 at that of the fusion.
 os.environ["XLA_FLAGS"] = " ".join(
     (
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
+        "--xla_cpu_parallel_codegen_split_count=1",
         *(["--xla_cpu_use_fusion_emitters=false"] if version("jaxlib").startswith("0.10.") else ()),
         os.environ.get("XLA_FLAGS", ""),
     )
@@ -58,12 +61,35 @@ def _weights_absent() -> str | None:
     return None
 
 
-def pytest_configure() -> None:
+# What takes longest, by far: dealt out first, so that no worker sits with one of them at the end.
+# By itself xdist begins with the files of the most tests.
+LONGEST = (
+    *("test_faults", "test_gradients", "test_golden", "test_train", "test_benchmarks", "test_step"),
+    *("test_processes", "test_encode_corpus", "test_ablation", "test_evaluate", "test_thinking"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
     absent = [_folder_absent(_GOLDEN), _folder_absent(_DATA), _absent("torch", "peft", "mteb")]
     absent.append(_weights_absent())
     reasons = [reason for reason in absent if reason is not None]
     if os.environ.get("LASER_REQUIRE_SHARED") == "1" and reasons:
         raise pytest.UsageError("LASER_REQUIRE_SHARED=1, but " + "; ".join(reasons))
+
+
+def pytest_collection_finish() -> None:
+    """Python's collector need not look again and again at the modules, of which a fourth of the
+    time that jax takes to trace a program is spent in a process as large as this one."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 50)
 
 
 @pytest.fixture(scope="session")
@@ -87,6 +113,14 @@ def require_torch() -> None:
     """Skips where torch or peft is not installed."""
     if reason := _absent("torch", "peft"):
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def one_device() -> dict[str, str]:
+    """The environment of another process that computes as this one does, but on one device."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    paths = (str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", ""))
+    return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 @pytest.fixture(scope="session")
@@ -165,6 +199,13 @@ def thinking_model(
     (corpus / "qrels" / "test.tsv").write_text(judged)
     (run / "config.json").write_text(json.dumps({"data": {"eval": str(corpus)}}))
     return directory
+
+
+@pytest.fixture
+def collected() -> Iterator[None]:
+    """What a test leaves behind is collected at its end, and not during some later test."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

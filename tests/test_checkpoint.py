@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import json
-import os
 import resource
 import shutil
 import signal
@@ -35,12 +33,6 @@ from laser_jax.train.checkpoint import (
 META = {"samples": 17, "config": {"output": "run", "lora": None}, "version": "0.1.0", "seed": 0}
 BASE = "0123"
 MESHES = (MeshConfig(8, 1, 1), MeshConfig(2, 2, 2))
-
-
-@pytest.fixture
-def collected() -> Iterator[None]:
-    yield
-    gc.collect()
 
 
 def drops_reads(test: Any) -> Any:
@@ -370,7 +362,7 @@ checkpoints.close()
 """
 
 
-def run_two(directory: Path) -> list[tuple[str, str]]:
+def run_two(directory: Path, environment: dict[str, str]) -> list[tuple[str, str]]:
     """What each of two processes says on stdout and stderr."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -380,7 +372,7 @@ def run_two(directory: Path) -> list[tuple[str, str]]:
             [sys.executable, "-c", WORKER, address, str(i), str(directory)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+            env=environment,
             text=True,
         )
         for i in range(2)
@@ -390,10 +382,12 @@ def run_two(directory: Path) -> list[tuple[str, str]]:
     return said
 
 
-def test_processes_fall_back_together_when_one_cannot_read_its_part(tmp_path: Path) -> None:
-    run_two(tmp_path)
+def test_processes_fall_back_together_when_one_cannot_read_its_part(
+    tmp_path: Path, one_device
+) -> None:
+    run_two(tmp_path, one_device)
     truncated(max((tmp_path / "2" / "state" / "ocdbt.process_1" / "d").iterdir(), key=file_size))
-    said = run_two(tmp_path)
+    said = run_two(tmp_path, one_device)
     kernel = np.random.default_rng(1).normal(size=(256, 256)).astype(np.float32)
     expected = f"1 1 {fingerprint({'kernel': kernel})}"
     assert [stdout.splitlines()[-1] for stdout, _ in said] == [expected, expected]

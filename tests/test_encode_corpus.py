@@ -125,14 +125,6 @@ def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return encode(model, write_rows(folder / "corpus.jsonl", ROWS), folder / "out")
 
 
-def of_one_device() -> dict[str, str]:
-    """The environment of another process that computes as this one does, but on one CPU device."""
-    return os.environ | {
-        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
-        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"),
-    }
-
-
 def vectors_of(directory: Path) -> np.ndarray:
     manifest = read_manifest(directory)
     rows = np.concatenate([rows for _, rows in read_shards(directory, manifest)])
@@ -649,7 +641,9 @@ LARGE_IDS = [*ROWS[:4], *({**row, "_id": 20_000 * row["_id"]} for row in ROWS[4:
 
 
 @pytest.fixture(scope="module")
-def hurt(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+def hurt(
+    model: Path, tmp_path_factory: pytest.TempPathFactory, one_device: dict[str, str]
+) -> tuple[Path, list[str]]:
     """A folder with what processes have written that were hurt, and what they said of it: a
     paragraph for each that ran to its end, or for those that ran at once."""
     folder = tmp_path_factory.mktemp("hurt")
@@ -671,7 +665,7 @@ def hurt(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, l
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=of_one_device(),
+        env=one_device,
     )
     assert done.returncode == 0, done.stdout
     said = re.split(r"(?<=status )(.*)\n", done.stdout)
@@ -837,7 +831,9 @@ def test_other_inputs_and_outputs_are_refused(model: Path, corpus: Path, tmp_pat
 # --- Ray ---------------------------------------------------------------------------------------
 
 
-def test_on_ray_a_killed_worker_changes_no_byte(model: Path, tmp_path: Path) -> None:
+def test_on_ray_a_killed_worker_changes_no_byte(
+    model: Path, tmp_path: Path, one_device: dict[str, str]
+) -> None:
     pytest.importorskip("ray", reason="ray absent: pip install laser-jax[ray]")
     rows = [{**ROWS[n % 10], "_id": f"d{n}"} for n in range(40)]
     corpus = write_rows(tmp_path / "corpus.jsonl", rows)
@@ -852,7 +848,7 @@ def test_on_ray_a_killed_worker_changes_no_byte(model: Path, tmp_path: Path) -> 
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=of_one_device(),
+        env=one_device,
     ) as running:
         assert running.stdout is not None
         for line in running.stdout:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -259,7 +258,9 @@ assert not {"laser_jax", "flax"} & set(sys.modules)
 """
 
 
-def test_an_exported_program_runs_where_laser_jax_is_not(base, wanted, tmp_path: Path) -> None:
+def test_an_exported_program_runs_where_laser_jax_is_not(
+    base, wanted, tmp_path: Path, one_device
+) -> None:
     pytest.importorskip("flatbuffers", reason="jax.export serialises with it: laser-jax[export]")
     leaves, tree = jax.tree.flatten(base)
 
@@ -277,7 +278,7 @@ def test_an_exported_program_runs_where_laser_jax_is_not(base, wanted, tmp_path:
         [sys.executable, "-c", RELOAD, str(tmp_path)],
         check=True,
         cwd=tmp_path,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        env=one_device,
     )
     np.testing.assert_allclose(np.load(tmp_path / "8.npy"), wanted, atol=1e-5)
     shorter = embed(base, BATCH[0][:3, :5], BATCH[1][:3, :5])

@@ -7,6 +7,7 @@ The tokenizers of such files have their tests in test_gguf_tokenizer.py.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -31,7 +32,7 @@ from laser_jax.hf.reading import load_params
 from laser_jax.hf.writing import save_weights
 from laser_jax.import_gguf.file import gguf_weights, open_gguf, packaged_file, read_gguf_config
 from laser_jax.import_gguf.run import ImportOptions, import_gguf, main
-from laser_jax.modeling.backbone import Backbone
+from laser_jax.modeling.backbone import Backbone, Variables
 from laser_jax.modeling.rope import inverse_frequencies
 
 Tensors = dict[str, np.ndarray]
@@ -202,10 +203,15 @@ models = pytest.mark.parametrize("backbone", MODELS.values(), ids=MODELS)
 IDS = np.random.default_rng(0).integers(0, TOKENS, (2, 40)).astype(np.int32)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def forward(backbone: Backbone, variables: Variables, ids: np.ndarray) -> jax.Array:
+    return backbone.apply(variables, ids)  # pyright: ignore[reportReturnType]
+
+
 def our_logits(directory: Path, ids: np.ndarray) -> np.ndarray:
     backbone = read_backbone_config(directory)
     variables = {"params": load_params(directory, backbone, dtype=np.float32)}
-    return np.asarray(jax.jit(Backbone(backbone).apply)(variables, ids))
+    return np.asarray(forward(Backbone(backbone), variables, ids))
 
 
 def their_model(file: Path) -> Any:

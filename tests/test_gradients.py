@@ -317,7 +317,7 @@ def test_no_form_of_the_backward_pass_is_compiled_to_another_gradient() -> None:
     """In a process of its own, since the others compile without XLA's fusions. Only LLVM is kept
     from optimising: with norms written the other way round the Jacobian is off by 0.8 and more all
     the same. It takes a while, since there is one program a form."""
-    flags = "--xla_backend_optimization_level=0"
+    flags = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     done = subprocess.run(
         [sys.executable, __file__], env=environment, stdout=subprocess.PIPE, text=True, check=True

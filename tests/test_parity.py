@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,13 @@ def torch_logits(model: Any) -> np.ndarray:
         return model.eval()(input_ids=torch.asarray(IDS, dtype=torch.long)).logits.numpy()
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def forward(backbone: Backbone, variables: Variables) -> jax.Array:
+    return backbone.apply(variables, IDS)  # pyright: ignore[reportReturnType]
+
+
 def our_logits(config: BackboneConfig, variables: Variables, **kwargs: Any) -> jax.Array:
-    return jax.jit(Backbone(config, **kwargs).apply)(variables, IDS)
+    return forward(Backbone(config, **kwargs), variables)
 
 
 def our_model(settings: dict[str, Any], directory: Path) -> tuple[BackboneConfig, Variables]:
@@ -140,8 +146,8 @@ def test_peft_reads_our_adapter_as_we_apply_it(tmp_path: Path, name: str) -> Non
     config, variables = our_model(MODELS[name], tmp_path / "config")
     save_params(tmp_path / "base", variables, config, dtype="float32", lora=None)
     lora = LoraConfig(rank=3, alpha=2.0)
-    ids = jnp.zeros((1, 2), jnp.int32)
-    fresh = nn.meta.unbox(Backbone(config, lora=lora).init(jax.random.key(2), ids))["lora"]
+    init = jax.jit(Backbone(config, lora=lora).init)
+    fresh = nn.meta.unbox(init(jax.random.key(2), jnp.zeros((1, 2), jnp.int32)))["lora"]
     rng = np.random.default_rng(3)
     trained = jax.tree.map(lambda a: jnp.asarray(rng.normal(0, 0.2, a.shape), jnp.float32), fresh)
     save_adapter(tmp_path / "adapter", trained, lora, config, base_model=str(tmp_path / "base"))

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from test_faults import SETTINGS, data  # noqa: F401  (the same small run and rows)
+from test_faults import PROGRAM, SETTINGS, data  # noqa: F401  (the same small run and rows)
 
 from laser_jax.command_line import Invocation
 from laser_jax.config import ConfigError, MeshConfig
@@ -25,6 +26,7 @@ from laser_jax.train.processes import join_processes, local_rows
 
 STEPS = 6
 OPTIONS = {
+    "model.scratch.num_layers": 2,  # a stack, to be split
     "train.steps": STEPS,
     "train.checkpoint_every": 100,
     "train.eval_every": 4,
@@ -76,7 +78,7 @@ def start(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Star
 
     def make(output: Path, processes: int) -> Together:
         settings = SETTINGS | OPTIONS | {"data.train": data / "train.jsonl", "data.eval": data}
-        command = [sys.executable, "-m", "laser_jax.train", "--output", str(output)]
+        command = [sys.executable, "-c", PROGRAM, "--output", str(output)]
         command += [str(part) for key, value in settings.items() for part in (f"--{key}", value)]
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -155,6 +157,7 @@ def test_a_signal_to_one_process_saves_and_ends_both_and_one_process_goes_on(
     while not run.logged():
         if any(process.poll() is not None for process in run.processes):
             pytest.fail(str(run.end()))
+        time.sleep(1e-3)  # the processors are the run's
     run.processes[1].send_signal(signal.SIGTERM)
     said = run.end()
     step = max(int(p.name) for p in (run.output / "checkpoints").iterdir() if p.name.isdigit())

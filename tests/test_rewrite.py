@@ -140,7 +140,7 @@ def test_a_split_a_file_and_a_drawn_text(
 
 
 def test_a_killed_process_leaves_whole_lines_and_the_rest_is_written_then(
-    model: Path, data: Path, tmp_path: Path, whole: dict[str, str], capsys: Any
+    model: Path, data: Path, tmp_path: Path, whole: dict[str, str], capsys: Any, one_device: Any
 ) -> None:
     output = tmp_path / "out.jsonl"
     slow = (
@@ -150,7 +150,7 @@ def test_a_killed_process_leaves_whole_lines_and_the_rest_is_written_then(
         "r.RewriteFile.append = slowly\n"
         f"r.main({arguments(model, data, output)!r})"
     )
-    process = subprocess.Popen([sys.executable, "-c", slow], env={**os.environ, "XLA_FLAGS": ""})
+    process = subprocess.Popen([sys.executable, "-c", slow], env=one_device)
     while not (output.exists() and output.stat().st_size):
         assert process.poll() is None, "it ended by itself"
         time.sleep(0.05)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -61,7 +61,11 @@ OBJECTIVE = ObjectiveConfig(
 )
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.0)
 STEPS = 10
+WARM_UP = 2  # so that it is over where a step is skipped below
 FLOAT32 = jnp.dtype(jnp.float32)
+Shape = tuple[int, int, int]
+"""Of a mesh."""
+ALONE, DATA = (1, 1, 1), (8, 1, 1)
 
 
 @pytest.fixture(autouse=True)
@@ -70,13 +74,15 @@ def _optax_promotes() -> Iterator[None]:
         yield
 
 
-def config(objective: ObjectiveConfig = OBJECTIVE, lora: LoraConfig | None = LORA) -> Config:
+def config(lora: LoraConfig | None, **train: Any) -> Config:
+    """Of a step of the full loss, with warm-up."""
     return Config(
         ModelConfig(scratch=SCRATCH),
         DataConfig(),
         lora=lora,
-        objective=objective,
+        objective=dataclasses.replace(OBJECTIVE, distillation_warmup_steps=WARM_UP),
         optimizer=OPTIMIZER,
+        train=TrainConfig(batch_size=B, **train),
     )
 
 
@@ -111,19 +117,19 @@ def optimizer() -> optax.GradientTransformation:
 def drawn(seed: int) -> tuple[Backbone, Variables]:
     """A backbone without adapters and random variables of its own."""
     backbone = Backbone(SCRATCH.backbone(V))
-    return backbone, host(new_state(backbone, mesh_of(1, 1, 1), seed, None).variables)
+    abstract = abstract_state(backbone, optimizer(), mesh_of(1, 1, 1), FLOAT32)
+    return backbone, host(init_state(backbone, optimizer(), abstract, seed, None).variables)
 
 
-def new_state(
-    backbone: Backbone, mesh: Mesh, seed: int, base: Any, dtype: Any = FLOAT32
-) -> TrainState:
-    def load_base(like: Any) -> Any:
+def given(base: Any) -> Callable[[Any], Any]:
+    """What gives `init_state` the parameters of a base."""
+
+    def load(like: Any) -> Any:
         return jax.tree.map(
             lambda a, leaf: jax.device_put(a.astype(leaf.dtype), leaf.sharding), base, like
         )
 
-    abstract = abstract_state(backbone, optimizer(), mesh, dtype)
-    return init_state(backbone, optimizer(), abstract, seed, load_base if base else None)
+    return load
 
 
 class Run(NamedTuple):
@@ -132,7 +138,6 @@ class Run(NamedTuple):
     start: TrainState
     end: TrainState
     metrics: list[dict[str, float]]
-    program: str
 
 
 def spoilt(batch: Batch) -> Batch:
@@ -143,23 +148,38 @@ def spoilt(batch: Batch) -> Batch:
     return dataclasses.replace(batch, contrast_BC=contrast_BC)
 
 
-def run_steps(config: Config, mesh: Mesh, batches: Sequence[Batch]) -> Run:
-    """A step on each batch."""
-    backbone = Backbone(SCRATCH.backbone(V), lora=config.lora)
-    state = new_state(backbone, mesh, 3, drawn(0)[1]["params"])
+class Program(NamedTuple):
+    """A compiled step, and the state before the first one, on the host and as it lies on a mesh."""
+
+    step: jax.stages.Compiled
+    start: TrainState
+    layout: TrainState
+
+
+@functools.cache
+def program(shape: Shape, lora: LoraConfig | None, remat: str = "none", **train: Any) -> Program:
+    backbone, mesh = Backbone(SCRATCH.backbone(V), lora=lora, remat=remat), mesh_of(*shape)
     abstract = abstract_state(backbone, optimizer(), mesh, FLOAT32)
+    start = init_state(backbone, optimizer(), abstract, 3, given(drawn(0)[1]["params"]))
     schedule = learning_rate_schedule(OPTIMIZER, STEPS)
-    begin, metrics = host(state), []
+    step = make_train_step(backbone, config(lora, **train), optimizer(), schedule)
     with jax.set_mesh(mesh):
-        step = jit_train_step(
-            make_train_step(backbone, config, optimizer(), schedule), abstract, mesh
-        )
-        program = step.lower(state, batch(0), None).compile()
-        for given in batches:
-            example = jax.device_put(given, batch_sharding(mesh))
-            state, arrays = program(state, example, None)
+        step = jit_train_step(step, abstract, mesh).lower(start, batch(0), None).compile()
+    return Program(step, host(start), jax.tree.map(lambda a: a.sharding, abstract))
+
+
+def run_steps(
+    shape: Shape, lora: LoraConfig | None, batches: Sequence[Batch], **settings: Any
+) -> Run:
+    """A step on each batch, on a mesh of a shape."""
+    step, start, layout = program(shape, lora, **settings)
+    mesh, metrics = mesh_of(*shape), []
+    state = jax.device_put(host(start), layout)
+    with jax.set_mesh(mesh):
+        for rows in batches:
+            state, arrays = step(state, jax.device_put(rows, batch_sharding(mesh)), None)
             metrics.append({name: float(value) for name, value in arrays.items()})
-    return Run(begin, host(state), metrics, program.as_text())
+    return Run(start, host(state), metrics)
 
 
 def host(tree: Any) -> Any:
@@ -169,17 +189,16 @@ def host(tree: Any) -> Any:
 
 # --- layouts and collectives -------------------------------------------------------------------
 
-WARM_UP = 3
-
 
 @pytest.fixture(scope="module")
 def runs() -> dict[str, Run]:
-    """Four steps of the full loss under adapters, with warm-up, by mesh."""
-    settings = config(dataclasses.replace(OBJECTIVE, distillation_warmup_steps=WARM_UP))
-    meshes = {"alone": (1, 1, 1), "data": (8, 1, 1)}
+    """Four steps under adapters, by mesh."""
     with jax.numpy_dtype_promotion("standard"):
         batches = [batch(seed) for seed in range(4)]
-        return {name: run_steps(settings, mesh_of(*s), batches) for name, s in meshes.items()}
+        return {
+            name: run_steps(shape, LORA, batches)
+            for name, shape in {"alone": ALONE, "data": DATA}.items()
+        }
 
 
 def test_eight_devices_give_the_losses_of_one(runs) -> None:
@@ -199,12 +218,12 @@ def collectives(program: str, kind: str) -> list[str]:
     return re.findall(rf" = (\S+) {kind}(?:-start)?\(", program)
 
 
-def test_documents_are_gathered_once_and_nothing_else_is(runs) -> None:
-    program = runs["data"].program
-    gathered = collectives(program, "all-gather")
+def test_documents_are_gathered_once_and_nothing_else_is() -> None:
+    text = program(DATA, LORA).step.as_text()
+    gathered = collectives(text, "all-gather")
     assert [shape.split("{")[0] for shape in gathered] == [f"f32[{B * G},{D}]"]
     for kind in ("all-to-all", "collective-permute", "reduce-scatter"):
-        assert collectives(program, kind) == [], kind
+        assert collectives(text, kind) == [], kind
 
 
 # --- what moves --------------------------------------------------------------------------------
@@ -216,7 +235,7 @@ def moved(before: Any, after: Any) -> dict[str, bool]:
 
 
 def test_under_lora_every_adapter_moves_and_the_base_does_not(runs) -> None:
-    begin, end, *_ = runs["alone"]
+    begin, end, _ = runs["alone"]
     assert int(end.step) == 4
     assert set(end.variables) == {"params", "lora"}
     adapters = moved(begin.trained, end.trained)
@@ -236,11 +255,9 @@ def assert_same_gradients(got: TrainState, wanted: TrainState, within: float = 1
 
 
 @functools.cache
-def full_step(*shape: int) -> Run:
-    """One step of full fine-tuning, where no gradient is zero, on a mesh."""
-    settings = config(dataclasses.replace(OBJECTIVE, distillation_warmup_steps=WARM_UP), None)
-    with jax.numpy_dtype_promotion("standard"):
-        return run_steps(settings, mesh_of(*shape), [batch(0)])
+def full_step(shape: Shape = ALONE, **settings: Any) -> Run:
+    """One step of full fine-tuning, where no gradient is zero."""
+    return run_steps(shape, None, [batch(0)], **settings)
 
 
 def test_adapters_have_the_gradients_of_one_device_on_eight(runs) -> None:
@@ -249,19 +266,19 @@ def test_adapters_have_the_gradients_of_one_device_on_eight(runs) -> None:
     assert_same_gradients(runs["data"].end, runs["alone"].end, within=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [(1, 8, 1), (1, 1, 8), (2, 2, 2)])
 def test_every_mesh_gives_the_loss_and_the_gradients_of_one_device(shape) -> None:
-    alone, run = full_step(1, 1, 1), full_step(*shape)
+    alone, run = full_step(), full_step(shape)
     for name, value in alone.metrics[0].items():
         np.testing.assert_allclose(run.metrics[0][name], value, rtol=1e-5, err_msg=name)
     assert_same_gradients(run.end, alone.end)
-    assert f"f32[{B},{V}]" not in " ".join(collectives(run.program, "all-gather"))
+    text = program(shape, None).step.as_text()
+    assert f"f32[{B},{V}]" not in " ".join(collectives(text, "all-gather"))
 
 
 def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted() -> None:
-    settings, alone = config(), mesh_of(1, 1, 1)
-    clean = run_steps(settings, alone, [batch(0), batch(1)])
-    hurt = run_steps(settings, alone, [batch(0), spoilt(batch(2)), batch(1)])
+    clean = run_steps(ALONE, LORA, [batch(0), batch(1)])
+    hurt = run_steps(ALONE, LORA, [batch(0), spoilt(batch(2)), batch(1)])
     assert [metrics["finite"] for metrics in hurt.metrics] == [1, 0, 1]
     assert [metrics["skipped_steps"] for metrics in hurt.metrics] == [0, 1, 1]
     assert not np.isfinite(hurt.metrics[1]["loss"])
@@ -275,7 +292,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted() -> None:
 
 
 def test_full_fine_tuning_over_all_mesh_axes_moves_every_parameter(runs) -> None:
-    begin, end, metrics, _ = full_step(2, 2, 2)
+    begin, end, metrics = full_step((2, 2, 2))
     for name in ("latent", "explicit", "output", "trajectory"):  # fresh adapters change nothing
         np.testing.assert_allclose(metrics[0][name], runs["alone"].metrics[0][name], rtol=1e-5)
     assert begin.frozen is None
@@ -289,34 +306,16 @@ def test_a_given_base_is_kept_in_its_dtype_under_adapters_and_trained_in_float32
     base = jax.tree.map(lambda a: a.astype(bfloat16), drawn(0)[1])
     for lora, wanted in ((LORA, bfloat16), (None, FLOAT32)):
         backbone = Backbone(SCRATCH.backbone(V), lora=lora)
-        state = new_state(backbone, mesh_of(8, 1, 1), 0, base["params"], bfloat16)
+        abstract = abstract_state(backbone, optimizer(), mesh_of(*DATA), bfloat16)
+        state = init_state(backbone, optimizer(), abstract, 0, given(base["params"]))
         params = state.variables["params"]
         assert {a.dtype for a in jax.tree.leaves(params)} == {wanted}
         assert {a.dtype for a in jax.tree.leaves(state.trained)} == {FLOAT32}
-        for ours, given in zip(jax.tree.leaves(params), jax.tree.leaves(base), strict=True):
-            np.testing.assert_array_equal(np.asarray(ours, np.float32), given.astype(np.float32))
+        for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(base), strict=True):
+            np.testing.assert_array_equal(np.asarray(ours, np.float32), theirs.astype(np.float32))
 
 
 # --- micro-batches ------------------------------------------------------------------------------
-
-
-@functools.cache
-def stepped(*, full: bool = False, **changes: Any) -> tuple[TrainState, dict[str, float]]:
-    """The state after a step on the same batch, and the metrics, under other settings.
-
-    With `full` everything is trained, so that no gradient is zero."""
-    lora = None if full else LORA
-    layers = {"remat": changes.pop("remat")} if "remat" in changes else {}
-    settings = config(lora=lora)
-    settings = dataclasses.replace(settings, train=TrainConfig(batch_size=B, **changes))
-    backbone = Backbone(SCRATCH.backbone(V), lora=lora, **layers)
-    mesh = mesh_of(1, 1, 1)
-    state = new_state(backbone, mesh, 3, drawn(0)[1]["params"])
-    schedule = learning_rate_schedule(OPTIMIZER, STEPS)
-    with jax.numpy_dtype_promotion("standard"), jax.set_mesh(mesh):
-        step = jax.jit(make_train_step(backbone, settings, optimizer(), schedule))
-        state, metrics = step(state, batch(0), None)
-    return host(state), {name: float(value) for name, value in metrics.items()}
 
 
 def assert_same_terms(got: dict[str, float], wanted: dict[str, float]) -> None:
@@ -324,22 +323,21 @@ def assert_same_terms(got: dict[str, float], wanted: dict[str, float]) -> None:
         np.testing.assert_allclose(got[name], wanted[name], rtol=1e-5, err_msg=name)
 
 
-def test_gradcache_is_the_loss_and_the_gradient_of_the_whole_batch() -> None:
-    (at_once, whole), (in_parts, cut) = stepped(full=True), stepped(full=True, micro_batch_size=2)
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_gradcache_is_the_loss_and_the_gradient_of_the_whole_batch(remat: str) -> None:
+    """Whatever the layers keep for the backward pass."""
+    at_once, in_parts = full_step(), full_step(micro_batch_size=2, remat=remat)
+    [whole], [cut] = at_once.metrics, in_parts.metrics
     assert_same_terms(cut, whole)
-    assert_same_gradients(in_parts, at_once)
+    assert_same_gradients(in_parts.end, at_once.end)
     assert cut["documents"] == whole["documents"] == B * G
 
 
 def test_plain_accumulation_contrasts_only_within_a_micro_batch() -> None:
-    (_, whole), (_, cut) = stepped(), stepped(micro_batch_size=B // 4, accumulation="plain")
+    [whole] = full_step().metrics
+    [cut] = full_step(micro_batch_size=B // 4, accumulation="plain").metrics
     assert cut["documents"] == B * G // 4
     assert cut["latent"] < whole["latent"]
-
-
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_rematerialisation_changes_no_number(remat: str) -> None:
-    assert_same_terms(stepped(remat=remat)[1], stepped()[1])
 
 
 # --- the objective ------------------------------------------------------------------------------

@@ -35,8 +35,11 @@ from laser_jax.encoder import load_pretrained
 from laser_jax.hf.reading import load_adapter
 from laser_jax.inference.batch_encoder import LatentEncoder
 from laser_jax.sharding import make_mesh
+from laser_jax.step import TrainState
 from laser_jax.train.checkpoint import CheckpointError
+from laser_jax.train.layout import Layout
 from laser_jax.train.output import OutputError, StepLog, logged_lines
+from laser_jax.train.programs import StepPrograms
 from laser_jax.train.selection import TrainedEncoder
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -68,6 +71,37 @@ def _cached_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _same_steps_are_traced_once() -> Iterator[None]:
+    """Runs below that take the same step share the jitted function, so that it is traced once, and
+    runs that begin from the same random weights share those."""
+    steps: dict[str, Any] = {}
+    states: dict[str, TrainState] = {}
+
+    def step_programs(config: Config, layout: Layout) -> StepPrograms:
+        train, what = config.train, (layout.teacher, layout.backbone, layout.abstract)
+        parts = (train.steps, train.num_micro_batches, train.accumulation)
+        key = repr((config.objective, config.views, config.optimizer, *parts, *what))
+        if key not in steps:
+            steps[key] = make_programs(config, layout)._jitted
+        return StepPrograms(steps[key])
+
+    def init_state(*given: Any) -> TrainState:
+        *_, abstract, seed, load_base = given
+        if load_base is not None:
+            return make_state(*given)
+        if (key := repr((abstract, seed))) not in states:
+            states[key] = jax.device_get(make_state(*given))
+        layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        return jax.device_put(jax.tree.map(np.copy, states[key]), layout)
+
+    make_programs, make_state = setup.step_programs, setup.init_state
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "step_programs", step_programs)
+        patch.setattr(setup, "init_state", init_state)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -515,6 +549,7 @@ def truncate_arrays(checkpoint: Path) -> None:
 
 # What orbax was reading when it failed may be collected after its event loop is closed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("collected")
 @pytest.mark.parametrize("damage", [shutil.rmtree, truncate_arrays])
 def test_without_the_best_checkpoint_the_best_of_the_others_is_exported(
     best: Finished, best_again, tmp_path: Path, caplog, damage: Any
@@ -578,10 +613,11 @@ def test_the_second_ranking_compiles_nothing(run, tmp_path, monkeypatch) -> None
         counts.append(len(compiled) - before)
         return scores
 
+    own_shape = ("--train.eval_batch_size", "16")  # which no other run has compiled
     monkeypatch.setattr(loop, "score_dev", counting)
     jax.monitoring.register_event_duration_secs_listener(record)
     try:
-        results = run(tmp_path / "run", "--train.eval_every", "2", *NO_TABLE)
+        results = run(tmp_path / "run", "--train.eval_every", "2", *own_shape, *NO_TABLE)
     finally:
         jax.monitoring.unregister_event_duration_listener(record)
     assert counts[0] > 0

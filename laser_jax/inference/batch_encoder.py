@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
@@ -18,13 +19,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from laser_jax.config import AttentionKernel, RetrieverConfig
+from laser_jax.config import AttentionKernel, Pooling, RetrieverConfig
 from laser_jax.data.buckets import Buckets, IndexedRow
 from laser_jax.data.tokenization import right_pad
 from laser_jax.encoder import backbone_for
 from laser_jax.losses import pool
 from laser_jax.modeling.attention import choose_kernel
-from laser_jax.modeling.backbone import Variables, is_stacked, unstack_layers
+from laser_jax.modeling.backbone import Backbone, Variables, is_stacked, unstack_layers
 from laser_jax.sharding import batch_sharding
 from laser_jax.views import latent_view
 
@@ -50,6 +51,20 @@ class NotFiniteError(ValueError):
             f"are sound, the model overflows {dtype}{usual}: compute in bfloat16 or float32"
         )
         self.place = place
+
+
+@functools.cache
+def _jitted(backbone: Backbone, pooling: Pooling, everywhere: NamedSharding | None) -> Any:
+    """The function (variables, ids_BT, lengths_B, numbers of thinking steps) -> [S, B, D]. All
+    encoders of a backbone share it, so that the second one in a process compiles nothing."""
+
+    def embed(
+        variables: Variables, ids_BT: jax.Array, lengths_B: jax.Array, Ks: tuple[int, ...]
+    ) -> jax.Array:
+        hidden_BKD = latent_view(backbone, variables, ids_BT, lengths_B, max(Ks), pooling)
+        return jnp.stack([pool(hidden_BKD[:, :k]) for k in Ks])
+
+    return jax.jit(embed, static_argnums=3, out_shardings=everywhere)
 
 
 class LatentEncoder:
@@ -127,14 +142,6 @@ class LatentEncoder:
     def _placed(self, variables: Variables) -> Variables:
         return variables if self.mesh is not None else for_inference(variables)
 
-    def _embed(
-        self, variables: Variables, ids_BT: jax.Array, lengths_B: jax.Array, Ks: tuple[int, ...]
-    ) -> jax.Array:
-        hidden_BKD = latent_view(
-            self._backbone, variables, ids_BT, lengths_B, max(Ks), self.config.pooling
-        )
-        return jnp.stack([pool(hidden_BKD[:, :k]) for k in Ks])
-
     def _program(self, rows: int, width: int, Ks: tuple[int, ...]) -> jax.stages.Compiled:
         """The program for batches of this shape."""
         key = (rows, width, Ks)
@@ -143,7 +150,7 @@ class LatentEncoder:
                 jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._rows)
                 for shape in ((rows, width), (rows,))
             )
-            jitted = jax.jit(self._embed, static_argnums=3, out_shardings=self._everywhere)
+            jitted = _jitted(self._backbone, self.config.pooling, self._everywhere)
             # `constrain` looks for the mesh while the program is traced
             with jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext():
                 lowered = jitted.lower(self._variables, ids_BT, lengths_B, Ks)
