@@ -339,11 +339,8 @@ class Program:
         """The command line: measures, prints the table and, with --output, writes the file. A
         measurement that means nothing ends the program with its message."""
         options = self.options(arguments)
-        settings = {
-            name: str(given) if isinstance(given, Path) else given
-            for name, given in vars(options).items()
-            if name not in ("output", "quick")
-        }
+        given = {k: v for k, v in vars(options).items() if k not in ("output", "quick")}
+        settings = json.loads(json.dumps(given, default=str))  # paths, in lists too
         where = in_new_process(environment) if self.apart else environment()
         command = shlex.join(["python", "-m", f"benchmarks.{self.name}", *arguments])
         report = Report(self.name, command, settings, where)

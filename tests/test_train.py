@@ -37,9 +37,8 @@ from laser_jax.inference.batch_encoder import LatentEncoder
 from laser_jax.sharding import make_mesh
 from laser_jax.step import TrainState
 from laser_jax.train.checkpoint import CheckpointError
-from laser_jax.train.layout import Layout
+from laser_jax.train.layout import Layout, StepPrograms
 from laser_jax.train.output import OutputError, StepLog, logged_lines
-from laser_jax.train.programs import StepPrograms
 from laser_jax.train.selection import TrainedEncoder
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -1,0 +1,152 @@
+"""The program of the real language model: a run from end to end, pools of documents, intervals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import real
+from benchmarks.measure import BenchmarkError
+
+RECIPE = """
+data: {group_size: 2, selection: random, length_multiple: 32, train: TRAIN}
+lora: {rank: 2}
+prompt: {chat_template: false, query_max_length: 32, document_max_length: 32}
+objective: {num_thinking_steps: 2}
+train: {batch_size: 8}
+"""
+PLACES = ("Ulm", "Kiel", "Bonn", "Trier", "Köln", "Jena", "Gera", "Lahr")
+
+
+def write_set(folder: Path) -> Path:
+    """Eight documents; every second is the answer to a query of the dev split."""
+    folder.mkdir()
+    (folder / "qrels").mkdir()
+    documents, queries, judged = [], [], ["query-id\tcorpus-id\tscore"]
+    for n, place in enumerate(PLACES):
+        documents.append({"_id": f"d{n}", "title": "", "text": f"{place} lies on river {n}."})
+        if n % 2 == 0:
+            reasoning = f"{place} is a town.\n\nIt lies on a river."
+            query = {"_id": f"q{n}", "text": f"Where is {place}?", "instruction": ""}
+            queries.append(query | {"reasoning": reasoning})
+            judged += [f"q{n}\td{n}\t1", f"q{n}\td{n + 1}\t0"]
+    for name, rows in (("corpus", documents), ("queries", queries)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines)
+    (folder / "qrels" / "dev.tsv").write_text("\n".join(judged) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(
+    tmp_path_factory: pytest.TempPathFactory, write_model: Callable[..., None]
+) -> list[str]:
+    folder = tmp_path_factory.mktemp("real")
+    texts = [f"Where is {place}? {place} is a town on a river." for place in PLACES]
+    write_model(folder / "model", texts, vocab_size=300, layers=2, steps=1)
+    (folder / "model" / "laser_config.json").unlink()
+    rows = [
+        {
+            "query": f"Where is {place}?",
+            "reasoning_query": f"{place} is a town.\n\nIt lies on a river.",
+            "prompt": "",
+            "positive_passages": [f"{place} lies on river {n}."],
+            "negative_passages": ["Mars is a planet."],
+        }
+        for n, place in enumerate(PLACES)
+    ]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "recipe.yaml").write_text(RECIPE.replace("TRAIN", str(folder / "train.jsonl")))
+    (folder / "recipe_first.yaml").write_text(
+        "objective: {num_thinking_steps: 1, weights: {explicit: 0, output: 0, trajectory: 0}}\n"
+    )
+    sets = [str(write_set(folder / name)) for name in ("towns", "places")]
+    return [
+        *("--model", str(folder / "model"), "--config", str(folder / "recipe.yaml")),
+        *("--sets", *sets, "--first_steps", "1", "--steps", "1", "--others", "2"),
+        *("--work", str(folder / "work"), "--rows", "laser", "contrastive"),
+    ]
+
+
+def test_every_row_goes_on_from_the_first_stage_and_is_ranked_on_every_set(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with jax.numpy_dtype_promotion("standard"):  # optax takes a float to an integer power
+        real.PROGRAM.main([*command, "--output", str(tmp_path / "report.json")])
+    report = json.loads((tmp_path / "report.json").read_text())
+    rows = {row["row"]: row for row in report["rows"]}
+    assert list(rows) == ["first", "laser", "contrastive"]
+    assert [row["K"] for row in rows.values()] == [1, 2, 1]
+    for row in rows.values():
+        scores = row["scores"]
+        assert set(scores) == {"towns", "places", "macro"}
+        assert scores["macro"] == pytest.approx((scores["towns"] + scores["places"]) / 2)
+        assert row["by_steps"][str(row["K"])] == scores
+        assert row["explicit"]
+    laser, contrastive = rows["laser"], rows["contrastive"]
+    assert contrastive["less_contrastive"] is None is contrastive["less_own_K1"]
+    difference = laser["scores"]["macro"] - contrastive["scores"]["macro"]
+    assert laser["less_contrastive"]["difference"] == pytest.approx(difference)
+    difference = laser["scores"]["macro"] - laser["by_steps"]["1"]["macro"]
+    assert laser["less_own_K1"]["difference"] == pytest.approx(difference)
+
+    work = Path(command[command.index("--work") + 1]) / "seed-1"
+    config = json.loads((work / "laser" / "config.json").read_text())
+    assert config["model"]["path"] == str(work / "first" / "model")
+
+    monkeypatch.setattr(real, "evaluate_model", lambda options: pytest.fail("ranked again"))
+    real.PROGRAM.main([*command, "--output", str(tmp_path / "again.json")])
+    assert json.loads((tmp_path / "again.json").read_text())["rows"] == report["rows"]
+
+
+def test_a_pool_holds_every_relevant_document_and_some_others(tmp_path: Path) -> None:
+    data = write_set(tmp_path / "towns")
+    pools = [real.pooled(data, "dev", others, tmp_path / "pools") for others in (2, 100)]
+    kept = [
+        {json.loads(line)["_id"] for line in (pool / "corpus.jsonl").read_text().splitlines()}
+        for pool in pools
+    ]
+    relevant = {"d0", "d2", "d4", "d6"}
+    assert [len(ids) for ids in kept] == [6, 8]
+    assert all(relevant < ids for ids in kept)
+    assert real.pooled(data, "dev", 2, tmp_path / "pools") == pools[0]
+
+
+def scores(values: dict[str, list[float]]) -> dict[str, dict[str, dict[str, float]]]:
+    return {
+        name: {"run": {f"q{n}": v for n, v in enumerate(of_set)}} for name, of_set in values.items()
+    }
+
+
+def test_the_macro_difference_weighs_sets_alike_and_its_interval_holds_it() -> None:
+    rng = np.random.default_rng(0)
+    theirs: dict[str, Any] = {"large": rng.random(400).tolist(), "small": rng.random(20).tolist()}
+    ours = {"large": [v + 0.1 for v in theirs["large"]], "small": theirs["small"]}
+    pairs = {1: (scores(ours), "run", scores(theirs), "run")}
+    found = real.macro_difference(pairs)
+    assert found == pytest.approx({"difference": 0.05, "low": 0.05, "high": 0.05})
+
+    noisy = {name: [v + d for v, d in zip(of, rng.normal(0, 1, len(of)), strict=True)]
+             for name, of in theirs.items()}  # fmt: skip
+    found = real.macro_difference({1: (scores(noisy), "run", scores(theirs), "run")})
+    by_set = [np.array(noisy[name]) - np.array(theirs[name]) for name in theirs]
+    error = np.sqrt(sum(d.var() / len(d) for d in by_set)) / 2
+    assert found["low"] == pytest.approx(found["difference"] - 1.96 * error, abs=0.2 * error)
+    assert found["high"] == pytest.approx(found["difference"] + 1.96 * error, abs=0.2 * error)
+
+
+def test_seeds_that_differ_widen_the_interval_and_other_queries_are_refused() -> None:
+    base = scores({"a": [0.0] * 50})
+    pairs = {
+        n: (scores({"a": [gain] * 50}), "run", base, "run") for n, gain in ((1, 0.0), (2, 1.0))
+    }
+    found = real.macro_difference(pairs)
+    assert found == pytest.approx({"difference": 0.5, "low": 0.0, "high": 1.0})
+    with pytest.raises(BenchmarkError, match="a: two rows were evaluated on different queries"):
+        real.macro_difference({1: (scores({"a": [0.0]}), "run", base, "run")})
