@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 CONFIDENCE, RESAMPLES = 0.95, 10_000
 _NUMBERS_AT_A_TIME = 4_000_000
@@ -60,6 +59,8 @@ def paired_bootstrap(
     mean = float(difference_Q.mean())
     if len(difference_Q) == 1:  # every draw is this query, and scipy wants two
         return Interval(mean, mean, mean)
+    from scipy import stats  # a second to import, and training has no use for it
+
     low, high = stats.bootstrap(
         (difference_Q,),
         np.mean,
@@ -114,6 +115,8 @@ def permutation_p_value(
     difference_Q = _differences(a, b, resamples)
     if len(difference_Q) == 1:  # both ways to swap it have the same size, and scipy wants two
         return 1.0
+    from scipy import stats
+
     result = stats.permutation_test(
         (difference_Q,),  # a swap turns the sign of a query's difference
         lambda d_RQ, axis: np.abs(d_RQ.mean(axis=axis)),

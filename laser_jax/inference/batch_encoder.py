@@ -150,7 +150,8 @@ class LatentEncoder:
                 jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._rows)
                 for shape in ((rows, width), (rows,))
             )
-            jitted = _jitted(self._backbone, self.config.pooling, self._everywhere)
+            backbone: Any = self._backbone  # flax gives modules a hash, which their type hides
+            jitted = _jitted(backbone, self.config.pooling, self._everywhere)
             # `constrain` looks for the mesh while the program is traced
             with jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext():
                 lowered = jitted.lower(self._variables, ids_BT, lengths_B, Ks)
