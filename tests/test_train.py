@@ -27,6 +27,7 @@ import laser_jax
 import laser_jax.train.export as export
 import laser_jax.train.loop as loop
 import laser_jax.train.run as program
+import laser_jax.train.selection as selection
 import laser_jax.train.setup as setup
 from laser_jax.command_line import parse_command_line
 from laser_jax.config import Config, MeshConfig, RetrieverConfig
@@ -612,11 +613,11 @@ def test_the_second_ranking_compiles_nothing(run, tmp_path, monkeypatch) -> None
         counts.append(len(compiled) - before)
         return scores
 
-    own_shape = ("--train.eval_batch_size", "16")  # which no other run has compiled
+    monkeypatch.setattr(selection, "BATCH_SIZE", 16)  # which no other run has compiled
     monkeypatch.setattr(loop, "score_dev", counting)
     jax.monitoring.register_event_duration_secs_listener(record)
     try:
-        results = run(tmp_path / "run", "--train.eval_every", "2", *own_shape, *NO_TABLE)
+        results = run(tmp_path / "run", "--train.eval_every", "2", *NO_TABLE)
     finally:
         jax.monitoring.unregister_event_duration_listener(record)
     assert counts[0] > 0

@@ -34,6 +34,7 @@ CHANGEABLE = (
     "model.path",
     "objective.teacher",
     "data.train",
+    "data.split",
     "data.threads",
     "data.workers",
     "train.checkpoint_every",
