@@ -216,6 +216,9 @@ class ModelConfig:
 
     path: str | None = None
     """A Hugging Face directory, or the hub id (`Qwen/Qwen3-0.6B`) to download one from."""
+    adapter: str | None = None
+    """A directory with a PEFT adapter over `path` that training goes on from; its settings are
+    those of `lora`. None begins with new adapters."""
     scratch: ScratchConfig | None = None
     backbone: BackboneName | None = None
     """Which of the paper's backbones `path` must be; `--dry_run` then needs no file of it."""
@@ -234,6 +237,10 @@ class ModelConfig:
         require(
             (self.path is None) != (self.scratch is None),
             "exactly one of model.path (a Hugging Face directory) and model.scratch is wanted",
+        )
+        require(
+            self.adapter is None or self.path is not None,
+            "model.adapter stands over model.path; model.scratch has no adapter to go on from",
         )
         require(
             self.backbone is None or self.scratch is None,
@@ -387,6 +394,11 @@ class Config:
 
     def __post_init__(self) -> None:
         require(
+            self.model.adapter is None or self.lora is not None,
+            "model.adapter is to be trained on and lora is not set: give lora the adapter's "
+            "settings, or leave model.adapter out for full fine-tuning",
+        )
+        require(
             self.objective.views != "fast" or self._may_share_prefix,
             "objective.views: fast wants the query's tokens to be a prefix of the explicit "
             "input's, which prompt.truncation: sequence and prompt.append_eos: true break; set "
@@ -431,6 +443,7 @@ class PretrainConfig:
     log_every: int = 20
 
     def __post_init__(self) -> None:
+        require(self.model.adapter is None, "model.adapter: a causal-LM run trains all weights")
         counts = ("steps", "batch_size", "log_every", "text_repeats")
         require_in("[1, inf)", self, "", *counts)
         require_in("[2, inf)", self, "", "row_length")

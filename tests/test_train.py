@@ -281,6 +281,42 @@ def test_the_adapter_and_the_merged_model_are_of_the_same_weights(lora: Finished
     assert np.abs(update).max() > 0
 
 
+def test_training_goes_on_from_an_adapter(
+    full: Finished, run, arguments, tmp_path: Path, capsys
+) -> None:
+    base = ("--model.scratch", "null", "--model.path", str(full.output / "model"), *LORA)
+    run(tmp_path / "first", *base, *NO_TABLE, "--train.steps", "1")
+    begun = str(tmp_path / "first" / "adapter")
+    still = ("--optimizer.learning_rate", "0", "--train.steps", "1")
+    run(tmp_path / "still", *base, *NO_TABLE, *still, "--model.adapter", begun)
+    first, still_there = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+        for name in ("first", "still")
+    )
+    assert first.keys() == still_there.keys()
+    assert any(np.abs(value).max() > 0 for key, value in first.items() if "lora_B" in key)
+    for key, value in first.items():
+        np.testing.assert_array_equal(value, still_there[key])
+
+    for flags, why in (
+        (
+            ("--lora.rank", "3", "--model.adapter", begun),
+            f"model.adapter {begun} has other settings than lora:\n  rank was 3, is 2",
+        ),
+        (
+            ("--model.path", str(tmp_path / "first" / "model"), "--model.adapter", begun),
+            "this adapter is merged into",
+        ),
+        (
+            ("--lora", "null", "--model.adapter", begun),
+            "model.adapter is to be trained on and lora is not set",
+        ),
+        (("--model.adapter", "no_such"), "no_such/adapter_config.json"),
+    ):
+        assert why in refusal(arguments(tmp_path / "run", *base, *flags), capsys)
+        assert not (tmp_path / "run").exists()
+
+
 def test_a_run_writes_its_config_metrics_and_results(full: Finished, lora: Finished) -> None:
     for finished in (full, lora):
         results = json.loads((finished.output / "results.json").read_text())

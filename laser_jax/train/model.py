@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from laser_jax.config import (
+    PROJECTIONS,
     BackboneConfig,
+    ConfigError,
     LoraConfig,
     ModelConfig,
     RetrieverConfig,
+    as_dict,
     save_retriever_config,
 )
 from laser_jax.data.tokenization import (
@@ -24,9 +30,11 @@ from laser_jax.data.tokenizer_files import save_tokenizer
 from laser_jax.files.durable import folder_written_whole
 from laser_jax.hf.adapters import merged_adapters
 from laser_jax.hf.directory import read_backbone_config, resolve_directory
+from laser_jax.hf.reading import load_adapter
 from laser_jax.hf.writing import save_params
 from laser_jax.modeling.attention import choose_kernel
 from laser_jax.modeling.backbone import Backbone, Variables
+from laser_jax.settings import changes, listed
 from laser_jax.train.processes import is_first
 
 
@@ -43,6 +51,31 @@ def starting_model(
     assert model.scratch is not None
     tokenizer = train_tokenizer(texts(), model.scratch.vocab_size)
     return None, tokenizer, model.scratch.backbone(len(tokenizer))
+
+
+def load_starting_adapter(
+    model: ModelConfig, lora: LoraConfig, backbone: BackboneConfig, like: Any
+) -> Any:
+    """The adapter in `model.adapter`, float32, laid out as the arrays of the collection `lora` are.
+
+    Raises:
+        ConfigError: its settings are not `lora`.
+        FileNotFoundError, HFError: as `load_adapter`; also where it is merged into the model.
+    """
+    assert model.adapter is not None
+    tree, found = load_adapter(model.adapter, backbone, base=resolve_directory(str(model.path)))
+    wanted = replace(lora, targets=tuple(name for name in PROJECTIONS if name in lora.targets))
+    if different := changes(as_dict(wanted), found, source="lora"):
+        raise ConfigError(
+            f"model.adapter {model.adapter} has other settings than lora:\n  {listed(different)}"
+        )
+    return jax.tree.map(
+        lambda value, leaf: jax.make_array_from_callback(
+            leaf.shape, leaf.sharding, lambda index: value[index]
+        ),
+        tree,
+        like,
+    )
 
 
 def build_backbone(

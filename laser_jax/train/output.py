@@ -32,6 +32,7 @@ CHANGEABLE = (
     "data.eval",
     "data.mixture.*.path",
     "model.path",
+    "model.adapter",
     "objective.teacher",
     "data.train",
     "data.split",

@@ -34,7 +34,7 @@ from laser_jax.train.layout import (
     number_of_steps,
     step_programs,
 )
-from laser_jax.train.model import starting_model
+from laser_jax.train.model import load_starting_adapter, starting_model
 from laser_jax.train.output import (
     OutputDirectory,
     StepLog,
@@ -208,6 +208,9 @@ def _new_state(
     model, backbone = inputs.model, inputs.backbone
     load = None if model is None else lambda like: load_sharded_params(model, backbone, like)
     state = init_state(layout.backbone, layout.optimizer, layout.abstract, config.train.seed, load)
+    if config.model.adapter is not None and config.lora is not None:
+        begun = load_starting_adapter(config.model, config.lora, backbone, state.trained)
+        state = replace(state, trained=begun)
     teacher, like = layout.teacher, layout.abstract_teacher
     if teacher is None or like is None:
         return state, None
