@@ -30,7 +30,7 @@ from benchmarks import ablation_table, measure
 from benchmarks.ablation_table import METRICS, PROBE_FILE, STEPS
 from benchmarks.measure import BenchmarkError, Report
 from laser_jax.command_line import parse_command_line, parse_train_command
-from laser_jax.config import ConfigError, PretrainConfig, as_dict, load_retriever_config
+from laser_jax.config import ConfigError, as_dict, load_retriever_config
 from laser_jax.data.sources import open_source
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
 from laser_jax.encoder import load_pretrained
@@ -40,7 +40,7 @@ from laser_jax.evaluate.results import RESULTS_FILE
 from laser_jax.evaluate.trajectory import read_trajectories, shares
 from laser_jax.files.durable import write_atomically
 from laser_jax.inference.batch_encoder import LatentEncoder
-from laser_jax.pretrain.run import pretrain
+from laser_jax.pretrain.run import PretrainConfig, pretrain
 from laser_jax.quickstart.world import SEPARATOR, World, WorldConfig, build_world, write_world
 from laser_jax.settings import changes, listed
 from laser_jax.train.run import TrainingError, train

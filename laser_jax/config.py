@@ -419,37 +419,6 @@ class Config:
         return shared or needless
 
 
-@dataclass(frozen=True)
-class PretrainConfig:
-    """A causal-LM run that teaches a small backbone to reason in words before it retrieves."""
-
-    model: ModelConfig
-    texts: str
-    """JSONL lines {"text"} or {"prompt", "query", "reasoning"}; LaSER training rows work too."""
-    output: str
-    eval: str | None = None
-    """A BEIR directory whose queries carry a reasoning: the share written right is reported."""
-    eval_split: str = "dev"
-    prompt: PromptConfig = field(default_factory=PromptConfig)
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-3))
-    steps: int = 1000
-    batch_size: int = 64
-    row_length: int = 128
-    """Tokens in a row: plain texts are packed into it, a prompt with its reasoning must fit."""
-    text_repeats: int = 1
-    """How often the plain texts and the documents' reasonings stand in an epoch, beside one copy of
-    the queries' reasonings."""
-    seed: int = 0
-    log_every: int = 20
-
-    def __post_init__(self) -> None:
-        require(self.model.adapter is None, "model.adapter: a causal-LM run trains all weights")
-        counts = ("steps", "batch_size", "log_every", "text_repeats")
-        require_in("[1, inf)", self, "", *counts)
-        require_in("[2, inf)", self, "", "row_length")
-        require_in("[0, 4294967296)", self, "", "seed")
-
-
 # --- what travels with a model ---------------------------------------------------------------
 
 

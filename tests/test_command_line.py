@@ -26,11 +26,11 @@ from laser_jax.config import (
     ConfigError,
     DataConfig,
     ObjectiveConfig,
-    PretrainConfig,
     PromptConfig,
     as_dict,
     from_dict,
 )
+from laser_jax.pretrain.run import PretrainConfig
 
 NEEDED = ("--model.path", "model", "--data.train", "train.jsonl")
 

@@ -26,7 +26,6 @@ from laser_jax.config import (
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
-    PretrainConfig,
     PromptConfig,
     RetrieverConfig,
     RopeScaling,
@@ -38,6 +37,7 @@ from laser_jax.config import (
     save_retriever_config,
 )
 from laser_jax.modeling.backbone import Backbone
+from laser_jax.pretrain.run import PretrainConfig
 
 NEEDED = ("--model.path", "model", "--data.train", "train.jsonl")
 

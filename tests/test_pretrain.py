@@ -23,7 +23,6 @@ from laser_jax.config import (
     ConfigError,
     ModelConfig,
     OptimizerConfig,
-    PretrainConfig,
     ScratchConfig,
 )
 from laser_jax.data.tokenization import load_tokenizer
@@ -31,7 +30,7 @@ from laser_jax.hf.directory import read_backbone_config
 from laser_jax.hf.reading import load_params
 from laser_jax.modeling.backbone import Backbone
 from laser_jax.pretrain import run as program
-from laser_jax.pretrain.run import exact_match, pretrain
+from laser_jax.pretrain.run import PretrainConfig, exact_match, pretrain
 from laser_jax.pretrain.texts import LanguageRows
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

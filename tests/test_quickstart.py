@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from laser_jax.command_line import parse_command_line
-from laser_jax.config import Config, ConfigError, PretrainConfig, as_dict
+from laser_jax.config import Config, ConfigError, as_dict
+from laser_jax.pretrain.run import PretrainConfig
 from laser_jax.quickstart import run as module
 from laser_jax.quickstart.run import QuickstartOptions, quickstart
 

@@ -26,12 +26,12 @@ def can_draw() -> bool:
 
 
 @contextmanager
-def _drawn(stem: Path, height: float = 4.0) -> Iterator[Any]:
+def _drawn(stem: Path) -> Iterator[Any]:
     """Gives the axes of a figure, which is written when the block ends."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, height), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     yield figure.add_subplot()
     # neither a date nor random ids: the same numbers give the same file
     with (
@@ -114,47 +114,3 @@ def plot_latency_quality(
         axes.set_xlabel("milliseconds a query")
         axes.set_ylabel(metric)
         axes.legend()
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A measured value with its quartiles."""
-
-    label: str
-    kind: str
-    """Values of one kind have one colour, and the legend names it."""
-    q1: float
-    median: float
-    q3: float
-
-
-def plot_intervals(intervals: Sequence[Interval], quantity: str, stem: Path) -> None:
-    """Draws a line of quartiles with a point at the median for each value, the first on top. The
-    axis begins at 0, or is logarithmic where the medians are more than tenfold apart.
-
-    Args:
-        quantity: what the axis shows.
-        stem: the file is this with .svg.
-    """
-    kinds = list(dict.fromkeys(value.kind for value in intervals))
-    told_apart = 1 < len(kinds) < len(intervals)  # else the labels say it all
-    with _drawn(stem, 1.0 + 0.24 * len(intervals)) as axes:
-        for number, kind in enumerate(kinds):
-            drawn = [(i, value) for i, value in enumerate(intervals) if value.kind == kind]
-            places = [place for place, _ in drawn]
-            color = f"C{number}" if told_apart else "C0"
-            quartiles = [v.q1 for _, v in drawn], [v.q3 for _, v in drawn]
-            axes.hlines(places, *quartiles, color=color, linewidth=3, alpha=0.5)
-            medians = [value.median for _, value in drawn]
-            axes.plot(medians, places, marker="o", linestyle="none", color=color, label=kind)
-        axes.set_yticks(range(len(intervals)), [value.label for value in intervals], fontsize=8)
-        axes.invert_yaxis()
-        medians = [value.median for value in intervals]
-        if max(medians) > 10 * min(medians):
-            _log_axis(axes, medians)
-        else:
-            axes.set_xlim(left=0)
-        axes.grid(axis="x", which="both", alpha=0.3)
-        axes.set_xlabel(quantity, loc="right")  # has the room below the labels too
-        if told_apart:
-            axes.figure.legend(loc="outside upper right", fontsize=8, ncols=min(len(kinds), 4))
