@@ -50,16 +50,16 @@ Scores = dict[str, dict[str, dict[str, float]]]
 def train_command(options: argparse.Namespace, row: str, seed: int) -> list[str]:
     """The flags of laser_jax.train: the recipe, what the row changes, and where it begins."""
     folder = seed_folder(options, seed)
-    command = ["--config", str(options.config)]
+    command = ["--config", str(options.config), "--model.path", str(options.model)]
     if row == FIRST:
         command += ["--config", str(options.config.with_name(f"{options.config.stem}_first.yaml"))]
-        start, steps = options.model, options.first_steps
+        steps = options.first_steps
     else:
-        command += ROWS[row].arguments(folder)
-        start, steps = folder / FIRST / "model", options.steps
+        adapter = ["--model.adapter", str(folder / FIRST / "adapter")]
+        command, steps = command + ROWS[row].arguments(folder) + adapter, options.steps
     return [
         *command,
-        *("--model.path", str(start), "--train.steps", str(steps), "--train.seed", str(seed)),
+        *("--train.steps", str(steps), "--train.seed", str(seed)),
         *("--data.eval", "null", "--output", str(folder / row)),
     ]
 

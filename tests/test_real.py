@@ -98,7 +98,8 @@ def test_every_row_goes_on_from_the_first_stage_and_is_ranked_on_every_set(
 
     work = Path(command[command.index("--work") + 1]) / "seed-1"
     config = json.loads((work / "laser" / "config.json").read_text())
-    assert config["model"]["path"] == str(work / "first" / "model")
+    assert config["model"]["path"] == command[1]
+    assert config["model"]["adapter"] == str(work / "first" / "adapter")
 
     monkeypatch.setattr(real, "evaluate_model", lambda options: pytest.fail("ranked again"))
     real.PROGRAM.main([*command, "--output", str(tmp_path / "again.json")])
