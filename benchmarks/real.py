@@ -4,8 +4,9 @@
 
 One contrastive stage (K = 1) from the backbone comes first; every row goes on from its adapters,
 with the same rows, batches and steps. What is trained stays under --work: finished runs are not
-repeated, stopped ones go on, and --finished_only reports what is there. With --others every set is
-ranked over the documents that are relevant to some query of the split and N others, drawn by name.
+repeated, stopped ones go on, and --finished_only reports what is there. --first_adapter takes a
+first stage that is trained already, such as benchmarks/adapters/smollm2-first. With --others every
+set is ranked over the documents that are relevant to some query of the split and N others.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def train_command(options: argparse.Namespace, row: str, seed: int) -> list[str]
         command += ["--config", str(options.config.with_name(f"{options.config.stem}_first.yaml"))]
         steps = options.first_steps
     else:
-        adapter = ["--model.adapter", str(folder / FIRST / "adapter")]
+        begun = options.first_adapter or folder / FIRST / "adapter"
+        adapter = ["--model.adapter", str(begun)]
         command, steps = command + ROWS[row].arguments(folder) + adapter, options.steps
     return [
         *command,
@@ -116,7 +118,7 @@ def rank(options: argparse.Namespace, model: Path, output: Path, name: str) -> N
 def run_missing(options: argparse.Namespace, rows: Sequence[str]) -> None:
     """Trains and ranks what is not finished, seed by seed, in the order of the rows."""
     for seed in range(1, options.seeds + 1):
-        for row in (FIRST, *rows):
+        for row in rows:
             train_once(train_command(options, row, seed))
             run = seed_folder(options, seed) / row
             rank(options, run / "model", run, row)
@@ -181,14 +183,16 @@ def fill(options: argparse.Namespace, report: Report) -> None:
     """
     names = [data.name for data in options.sets]
     rows = [row for row in ROWS if row in (options.rows or ROWS)]
+    if options.first_adapter is None:
+        rows = [FIRST, *rows]
     try:
         if not options.finished_only:
             with contextlib.redirect_stdout(sys.stderr):  # stdout is for the tables
-                parse_train_command(train_command(options, FIRST, 1))  # a bad recipe ends it now
+                parse_train_command(train_command(options, rows[0], 1))  # a bad recipe ends it now
                 run_missing(options, rows)
         found: dict[str, dict[int, Scores]] = {}
         code: dict[str, dict[int, str]] = {}
-        for row in (FIRST, *rows):
+        for row in rows:
             for seed in range(1, options.seeds + 1):
                 run = seed_folder(options, seed) / row
                 ranked = [run / options.split / name / RESULTS_FILE for name in names]
@@ -289,6 +293,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             "length_multiple": (16, "of the encoder's batches"),
         },
     )
+    text = "a first stage that is trained, instead of one for every seed"
+    parser.add_argument("--first_adapter", type=Path, help=text)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), help="default: all, in this order")
     parser.add_argument("--split", choices=("dev", "test"), default="dev", help="default dev")
     parser.add_argument("--others", type=measure.positive, help="default: the whole corpus")

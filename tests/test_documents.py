@@ -125,6 +125,17 @@ def test_bad_rows_are_left_out_where_they_may_be(tmp_path: Path) -> None:
     assert said[0] == f"{path}: row 2: field 'text' must be a string, got None"
 
 
+def test_a_line_too_deep_for_python_is_left_out_where_it_may_be(tmp_path: Path) -> None:
+    path, said = tmp_path / "c.jsonl", []
+    path.write_bytes(b'{"_id": ' + b"[" * 100_000 + b'\n{"_id": "a", "text": "1"}\n')
+    with Corpus(path, skipped=said.append) as corpus:
+        assert [located.item.id for located in corpus.read()] == ["a"]
+        assert corpus.bad_lines == 1
+    assert said[0].startswith(f"{path}:1: not valid JSON")
+    with Corpus(path) as corpus, pytest.raises(DataError, match=r"c\.jsonl:1: not valid JSON"):
+        list(corpus.read())
+
+
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(lines(ROWS))[:-12])

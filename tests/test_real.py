@@ -13,6 +13,9 @@ import pytest
 
 from benchmarks import real
 from benchmarks.measure import BenchmarkError
+from laser_jax.command_line import parse_train_command
+from laser_jax.hf.reading import load_adapter
+from laser_jax.import_gguf.file import open_gguf, read_gguf_config
 
 RECIPE = """
 data: {group_size: 2, selection: random, length_multiple: 32, train: TRAIN}
@@ -151,3 +154,20 @@ def test_seeds_that_differ_widen_the_interval_and_other_queries_are_refused() ->
     assert found == pytest.approx({"difference": 0.5, "low": 0.0, "high": 1.0})
     with pytest.raises(BenchmarkError, match="a: two rows were evaluated on different queries"):
         real.macro_difference({1: (scores({"a": [0.0]}), "run", base, "run")})
+
+
+def test_rows_go_on_from_a_first_stage_that_is_trained_already(command: list[str]) -> None:
+    begun = str(Path(real.__file__).parent / "adapters" / "smollm2-first")
+    options = real.PROGRAM.options([*command, "--first_adapter", begun])
+    flags = real.train_command(options, "laser", 1)
+    assert flags[flags.index("--model.adapter") + 1] == begun
+
+
+def test_the_adapter_that_comes_with_it_fits_the_recipe_and_smollm2(smollm2_file: Path) -> None:
+    recipe = real.CONFIGS / "smollm2.yaml"
+    config, _ = parse_train_command(["--config", str(recipe)])
+    backbone = read_gguf_config(open_gguf(smollm2_file))
+    adapter = real.CONFIGS.parent / "benchmarks" / "adapters" / "smollm2-first"
+    tree, settings = load_adapter(adapter, backbone)
+    assert settings == config.lora
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(tree))
