@@ -42,7 +42,8 @@ ORDER: tuple[str, ...] = (
     *("train.loop", "train.export", "train.run"),
     *("pretrain.texts", "pretrain.run"),
     *("rewrite.generation", "rewrite.run"),
-    *("think.thought", "think.page", "think.server", "think.run"),
+    *("think.thought", "think.page", "think.site", "think.run"),
+    *("serve.metrics", "serve.batching", "serve.requests", "serve.index", "serve.app", "serve.run"),
     *("quickstart.world", "quickstart.run"),
     *("import_gguf.file", "import_gguf.tokenizer", "import_gguf.run"),
 )

@@ -161,14 +161,22 @@ def _vectors_info(
     config: CorpusConfig, model: RetrieverConfig, prompts: PromptTokenizer, weights: str
 ) -> VectorsInfo:
     """What vectors are made with; `weights` is the hash of a `Digest`."""
+    model_hash, prompt_hash = identity(model, prompts, weights)
     return VectorsInfo(
-        model_hash=_hash([as_dict(model.backbone), model.pooling, model.dtype, weights]),
-        prompt_hash=_hash(tokenization_settings(prompts)),
+        model_hash=model_hash,
+        prompt_hash=prompt_hash,
         num_thinking_steps=model.num_thinking_steps,
         dtype=config.store_dtype,
         dimension=model.backbone.hidden_size,
         role=config.texts,
     )
+
+
+def identity(model: RetrieverConfig, prompts: PromptTokenizer, weights: str) -> tuple[str, str]:
+    """`model_hash` and `prompt_hash` of vectors that a model makes; `weights` is the hash of a
+    `Digest`."""
+    made_by = [as_dict(model.backbone), model.pooling, model.dtype, weights]
+    return _hash(made_by), _hash(tokenization_settings(prompts))
 
 
 def _hash(values: object) -> str:

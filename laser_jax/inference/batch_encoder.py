@@ -72,6 +72,7 @@ class LatentEncoder:
 
     Attributes:
         config: as given.
+        variables: the weights, placed.
         buckets: the shapes of the batches.
         attention: the kernel in use, and `attention_reason` why.
     """
@@ -113,24 +114,24 @@ class LatentEncoder:
         self.buckets = Buckets(
             batch_size, batch_tokens, length_multiple, tuple(short_batches), share
         )
-        self._variables = self._placed(variables)
+        self.variables = self._placed(variables)
         self.attention, self.attention_reason = choose_kernel(
             attention, jax.default_backend(), config.dtype, config.backbone.head_dim
         )
-        self._backbone = backbone_for(config, self._variables, self.attention)
+        self._backbone = backbone_for(config, self.variables, self.attention)
         self._programs: dict[Any, jax.stages.Compiled] = {}
 
     def with_variables(self, variables: Variables) -> LatentEncoder:
         """The same encoder with other weights of the same shapes, dtypes and places: it shares the
         compiled programs."""
         other = copy.copy(self)
-        other._variables = self._placed(variables)
+        other.variables = self._placed(variables)
         return other
 
     def without_variables(self) -> LatentEncoder:
         """The compiled programs alone, to be kept while `with_variables` is not needed."""
         other = copy.copy(self)
-        other._variables = {}
+        other.variables = {}
         return other
 
     def with_batch_size(self, batch_size: int) -> LatentEncoder:
@@ -154,7 +155,7 @@ class LatentEncoder:
             jitted = _jitted(backbone, self.config.pooling, self._everywhere)
             # `constrain` looks for the mesh while the program is traced
             with jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext():
-                lowered = jitted.lower(self._variables, ids_BT, lengths_B, Ks)
+                lowered = jitted.lower(self.variables, ids_BT, lengths_B, Ks)
             self._programs[key] = lowered.compile()
         return self._programs[key]
 
@@ -173,8 +174,9 @@ class LatentEncoder:
         for shape in tqdm(shapes, progress, disable=None if progress else True, leave=False):
             self._program(*shape, tuple(num_thinking_steps))
 
-    def _start(self, rows: Sequence[Sequence[int]], Ks: tuple[int, ...]) -> jax.Array:
-        """Begins a batch: [S, B, D], perhaps still being computed."""
+    def start(self, rows: Sequence[Sequence[int]], Ks: tuple[int, ...]) -> jax.Array:
+        """Begins one batch, as `buckets` cut it: its embeddings at every K, [S, B, D] float32 and
+        perhaps still being computed. Rows beyond those given only fill the batch up."""
         size, width = self.buckets.shape(rows)
         # the spare rows of a batch that is not full are dropped by `encode_blocks`
         batch = right_pad([*rows, *[rows[-1]] * (size - len(rows))], 0, width)
@@ -183,7 +185,7 @@ class LatentEncoder:
                 jax.make_array_from_callback(array.shape, self._rows, array.__getitem__)
                 for array in batch
             ]
-        return self._program(size, width, Ks)(self._variables, *batch)
+        return self._program(size, width, Ks)(self.variables, *batch)
 
     def encode_tokens(
         self,
@@ -250,7 +252,7 @@ class LatentEncoder:
                     advance(batch)
 
             for batch in self.buckets.batches(blocks):
-                started.append((batch, self._start([row for _, row in batch], Ks)))
+                started.append((batch, self.start([row for _, row in batch], Ks)))
                 if len(started) > ahead:
                     finish()
             while started:

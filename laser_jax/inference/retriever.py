@@ -353,7 +353,7 @@ class LatentRetriever:
                 f"longer than prompt.{limit_key} {limit} and were shortened",
                 stacklevel=3,
             )
-        return vectors if size is None else _unit(vectors[:, :size])
+        return vectors if size is None else shortened(vectors, size)
 
 
 def require_matching(config: RetrieverConfig, prompts: PromptTokenizer) -> None:
@@ -409,7 +409,8 @@ def _ahead(
             yield waiting.popleft().result()
 
 
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    """Rows of length 1; a zero row stays zero."""
+def shortened(vectors: np.ndarray, size: int) -> np.ndarray:
+    """The first `size` dimensions of vectors, of length 1 again; what is all zero stays zero."""
+    vectors = vectors[..., :size]
     lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / np.maximum(lengths, np.finfo(np.float32).tiny)

@@ -2,17 +2,14 @@
 
 For every latent step: the likeliest next tokens and how sure the model is, how near its state is to
 the segments of a written chain of thought, and how the ranking of a small corpus moves. On the
-terminal, as a page (`--html FILE`), or as a page with a form (`--serve PORT`).
+terminal, or as a page (`--html FILE`). `laser_jax.serve` has the page with a form.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from laser_jax.command_line import parse_command_line
 from laser_jax.config import ConfigError
@@ -20,12 +17,9 @@ from laser_jax.evaluate.beir import BeirDataset
 from laser_jax.files.durable import write_atomically
 from laser_jax.files.reading import DataError, read_json
 from laser_jax.files.terminal import fail, printable
-from laser_jax.settings import require, require_in
+from laser_jax.settings import require_in
 from laser_jax.think.page import render_page
-from laser_jax.think.server import LARGEST_STEPS, PageServer, Site
 from laser_jax.think.thought import Inspector, Thought, load_corpus
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,8 +29,8 @@ class ThinkOptions:
 
     model: str
     """A directory that laser_jax.train exported."""
-    text: str | None = None
-    """The query; left out with --serve, whose page has a form."""
+    text: str
+    """The query."""
     instruction: str | None = None
     """The task; by default that of the corpus's own queries."""
     reasoning: str | None = None
@@ -53,10 +47,6 @@ class ThinkOptions:
     """How many documents a step shows."""
     html: str | None = None
     """Write a page to this file instead."""
-    serve: str | None = None
-    """Serve a page with a form instead, until Ctrl-C, at PORT or HOST:PORT; port 0 takes a free
-    one. The host is 127.0.0.1 unless another address of IPv4 or IPv6, such as [::1]:8000, or its
-    name lets others ask too."""
 
     def __post_init__(self) -> None:
         require_in("[1, inf)", self, "", "top", "top_documents", "num_thinking_steps")
@@ -66,29 +56,6 @@ class ThinkOptions:
             except UnicodeEncodeError as error:  # a byte of the command line that is no UTF-8
                 message = f"{name} is no Unicode text, give it in UTF-8: {error}"
                 raise ConfigError(message) from error
-        if self.serve is None:
-            missing = "text is missing: give the query, or --serve PORT for a page to ask"
-            require(self.text is not None, missing)
-            return
-        address_of(self.serve)
-        for name in ("text", "reasoning", "html"):
-            given = getattr(self, name)
-            require(given is None, f"{name} does not go with --serve: its page has a form")
-        K = self.num_thinking_steps
-        most = f"--serve shows at most {LARGEST_STEPS} thinking steps, got {K}"
-        require(K is None or K <= LARGEST_STEPS, most)
-
-
-def address_of(text: str) -> tuple[str, int]:
-    """Host and port of HOST:PORT, or of a port alone. Raises a ConfigError on anything else."""
-    try:
-        parts = urlsplit(f"//{text}" if ":" in text else f"//127.0.0.1:{text}")
-        host, port = parts.hostname, parts.port
-    except ValueError:  # no number, or none of a port
-        host, port = None, None
-    if host is None or port is None:
-        raise ConfigError(f"serve wants PORT or HOST:PORT, a port in 0..65535, got {text!r}")
-    return host, port
 
 
 def find_corpus(options: ThinkOptions) -> tuple[BeirDataset | None, str]:
@@ -153,25 +120,13 @@ def describe(thought: Thought) -> str:
     return "\n".join(lines)
 
 
-def serve(options: ThinkOptions) -> None:
-    """Serves the page until Ctrl-C. The port is taken first, before the model is loaded."""
-    with PageServer(*address_of(options.serve or "")) as server:
-        inspector, about = _inspector(options)
-        server.site = Site(
-            inspector, options.model, about, options.instruction, options.num_thinking_steps
-        )
-        _log.info("%s\n%s (Ctrl-C ends it)", about, server.url)
-        with suppress(KeyboardInterrupt):
-            server.serve_forever()
-        _log.info("ended")
-
-
 def show(options: ThinkOptions) -> None:
     """Thinks about one query; prints the thought, or writes it as a page."""
-    assert options.text is not None
     if options.html is not None and not Path(options.html).parent.is_dir():  # now, not at the end
         raise FileNotFoundError(f"the folder of --html {options.html} does not exist")
-    inspector, about = _inspector(options)
+    corpus, about = find_corpus(options)
+    top = {"top_tokens": options.top, "top_documents": options.top_documents}
+    inspector = Inspector.load(options.model, corpus, **top)
     thought = inspector.think(
         options.text,
         instruction=options.instruction,
@@ -187,20 +142,10 @@ def show(options: ThinkOptions) -> None:
     print(printable(f"{given}\n{describe(thought)}"))
 
 
-def _inspector(options: ThinkOptions) -> tuple[Inspector, str]:
-    """The model with its corpus, and the sentence about that."""
-    corpus, about = find_corpus(options)
-    top = {"top_tokens": options.top, "top_documents": options.top_documents}
-    return Inspector(options.model, corpus, **top), about
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     try:
         options = parse_command_line(ThinkOptions, "python -m laser_jax.think", arguments)
-        if options.serve is not None:
-            serve(options)
-        else:
-            show(options)
+        show(options)
     except (ValueError, OSError, ImportError) as error:
         fail(error)

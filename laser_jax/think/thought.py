@@ -173,38 +173,66 @@ class Inspector:
     """
 
     def __init__(
-        self, model: str | Path, corpus: BeirDataset | None, *, top_tokens: int, top_documents: int
+        self,
+        retriever: LatentRetriever,
+        corpus: BeirDataset | None,
+        vectors_CD: np.ndarray,
+        *,
+        top_tokens: int,
+        top_documents: int,
+        variables: Variables | None = None,
     ) -> None:
+        """Takes what is loaded; `load` loads it.
+
+        Args:
+            vectors_CD: float32 embeddings of the corpus's documents, in its order.
+            top_tokens, top_documents: how many a step shows.
+            variables: the weights, where they are not to be those of the retriever's encoder.
+
+        Raises:
+            ValueError: `top_tokens` are more than the vocabulary has.
+        """
+        self.config = retriever.encoder.config
+        vocabulary = self.config.backbone.vocab_size
+        if top_tokens > vocabulary:
+            raise ValueError(
+                f"top must be at most {vocabulary}, the model's vocabulary, got {top_tokens}"
+            )
+        self._prompts = retriever.prompts
+        self.corpus, self._vectors_CD = corpus, vectors_CD
+        queries = [] if corpus is None else corpus.queries.values()
+        given = (query.instruction for query in queries if query.instruction is not None)
+        self.instruction = next(given, "")
+        self._excluded = {} if corpus is None else corpus.exclusions()
+        self._top_tokens, self._top_documents = top_tokens, top_documents
+        if variables is None:
+            variables = retriever.encoder.variables
+        self._backbone = backbone_for(self.config, variables)
+        self._variables = variables
+        self._width = Buckets().width  # the encoder's own
+        # A `partial` for each shape: its program goes when it does.
+        self._program = lru_cache(PROGRAMS)(
+            lambda function, *widths, **fixed: jax.jit(partial(function, **fixed))
+        )
+
+    @classmethod
+    def load(
+        cls, model: str | Path, corpus: BeirDataset | None, *, top_tokens: int, top_documents: int
+    ) -> Inspector:
         """Loads the model, a directory that laser_jax.train exported, and embeds the corpus.
 
         Raises:
             FileNotFoundError, ValueError: model or tokenizer are not what they should be, or
                 `top_tokens` are more than there are.
         """
-        variables, self.config = load_pretrained(model)
-        vocabulary = self.config.backbone.vocab_size
-        if top_tokens > vocabulary:
-            raise ValueError(
-                f"top must be at most {vocabulary}, the vocabulary of {model}, got {top_tokens}"
-            )
-        self._prompts = PromptTokenizer(load_tokenizer(model), self.config.prompt)
-        self.corpus = corpus
-        queries = [] if corpus is None else corpus.queries.values()
-        given = (query.instruction for query in queries if query.instruction is not None)
-        self.instruction = next(given, "")
-        self._excluded = {} if corpus is None else corpus.exclusions()
-        self._top_tokens, self._top_documents = top_tokens, top_documents
-        # The retriever is made without a corpus too: it refuses a tokenizer of another model.
-        retriever = LatentRetriever(LatentEncoder(variables, self.config), self._prompts)
+        variables, config = load_pretrained(model)
+        prompts = PromptTokenizer(load_tokenizer(model), config.prompt)
+        retriever = LatentRetriever(LatentEncoder(variables, config), prompts)
         texts = [document.text for document in corpus.documents] if corpus else []
-        self._vectors_CD = retriever.encode_document(texts, show_progress_bar=True)
-        self._backbone = backbone_for(self.config, variables)
-        self._variables = jax.device_put(variables)
-        self._width = Buckets().width  # the encoder's own
-        # A `partial` for each shape: its program goes when it does.
-        self._program = lru_cache(PROGRAMS)(
-            lambda function, *widths, **fixed: jax.jit(partial(function, **fixed))
-        )
+        vectors_CD = retriever.encode_document(texts, show_progress_bar=True)
+        # layers in one stack compile faster, which is what a single query waits for
+        shown = {"top_tokens": top_tokens, "top_documents": top_documents}
+        return cls(retriever, corpus, vectors_CD, variables=jax.device_put(variables), **shown)
 
     def _latent_steps(
         self, variables: Variables, ids_BT: jax.Array, lengths_B: jax.Array, *, steps: int

@@ -1,0 +1,1 @@
+"""Serves vectors and search over HTTP, as OpenAI's clients ask for them."""

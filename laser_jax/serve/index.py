@@ -1,0 +1,160 @@
+"""A corpus in memory: vectors and texts, and the search over them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from laser_jax.evaluate.beir import BeirDataset
+from laser_jax.files.reading import DataError
+from laser_jax.inference.retriever import EncodingStats, LatentRetriever
+from laser_jax.search.codes import Code, decode_vectors
+from laser_jax.search.topk import NO_RANK, device_mesh, exact_top_k
+from laser_jax.search.trec import trec_order
+from laser_jax.search.vectors import read_manifest, read_shards
+
+_log = logging.getLogger(__name__)
+_QUERIES = (1, 8, 64)
+"""How many queries a search may have; programs are compiled for these."""
+_MOST = 100
+"""Documents of a search at most."""
+_PIECE, _ROW_MULTIPLE = 1 << 20, 128
+"""Documents that are scored at a time at most, and of which each device has a multiple."""
+
+
+class Index:
+    """The documents of a corpus, to be searched exactly.
+
+    Attributes:
+        ids: [C] in trec_eval's order; a document's rank is its place.
+        texts: by id; empty where the corpus's texts were not given.
+        most: documents that a search gives.
+    """
+
+    def __init__(
+        self, ids: Sequence[str], rows_CW: np.ndarray, code: Code, texts: Mapping[str, str]
+    ) -> None:
+        """Places the rows, coded as `code`, on all devices of this process.
+
+        Raises:
+            DataError: there is no document, or a text is missing.
+        """
+        if not ids:
+            raise DataError("the corpus holds no document to be searched")
+        if texts and (missing := [id_ for id_ in ids if id_ not in texts]):
+            raise DataError(
+                f"{len(missing)} of {len(ids)} ids of --corpus_vectors, the first is "
+                f"{missing[0]!r}, are not in --corpus: give the corpus that was encoded"
+            )
+        order_C = trec_order(ids)
+        self.ids = [ids[int(c)] for c in order_C]
+        self.texts, self._mesh = texts, device_mesh()
+        self._code: Code = code
+        self.most = min(_MOST, len(ids))
+        self._width = decode_vectors(rows_CW[:1], code).shape[1]
+        # pieces of one length, which the search neither cuts nor copies, stay on the devices
+        C, multiple = len(ids), _ROW_MULTIPLE * self._mesh.size
+        length = -(-C // (-(-C // _PIECE)))
+        self._length = -(-length // multiple) * multiple
+        split = NamedSharding(self._mesh, PartitionSpec(self._mesh.axis_names))
+        self._pieces: list[Any] = []
+        for start in range(0, C, self._length):
+            places = order_C[start : start + self._length]
+            piece = np.zeros((self._length, rows_CW.shape[1]), rows_CW.dtype)
+            piece[: len(places)] = rows_CW[places]
+            ranks = np.full(self._length, NO_RANK, np.int32)
+            ranks[: len(places)] = np.arange(start, start + len(places), dtype=np.int32)
+            self._pieces.append((jax.device_put(piece, split), ranks))
+
+    def warm_up(self) -> None:
+        """Compiles the search."""
+        for count in _QUERIES:
+            self.search(np.zeros((count, self._width), np.float32), 1)
+
+    def search(self, queries_QD: np.ndarray, k: int) -> list[list[tuple[str, float]]]:
+        """The first k <= `most` documents of each query, best first, with their cosines.
+
+        Args:
+            queries_QD: float32 unit rows.
+        """
+        found: list[list[tuple[str, float]]] = []
+        for start in range(0, len(queries_QD), _QUERIES[-1]):
+            block_QD = queries_QD[start : start + _QUERIES[-1]]
+            size = next(size for size in _QUERIES if size >= len(block_QD))
+            filled_QD = np.zeros((size, block_QD.shape[1]), np.float32)
+            filled_QD[: len(block_QD)] = block_QD
+            scores_Qk, ranks_Qk = exact_top_k(
+                filled_QD,
+                self._pieces,
+                self.most,
+                code=self._code,
+                mesh=self._mesh,
+                chunk=self._length,
+                query_block=size,
+            )
+            for scores_k, ranks_k in zip(scores_Qk, ranks_Qk, strict=True):
+                pairs = zip(ranks_k[:k].tolist(), scores_k[:k].tolist(), strict=True)
+                found.append([(self.ids[rank], score) for rank, score in pairs])
+            del found[start + len(block_QD) :]
+        return found
+
+
+def encode_index(retriever: LatentRetriever, corpus: BeirDataset) -> tuple[Index, np.ndarray]:
+    """The index of a corpus that is embedded now, and its vectors [C, D] float32."""
+    texts = {document.id: document.text for document in corpus.documents}
+    stats = EncodingStats()
+    vectors_CD = retriever.encode_document(
+        list(texts.values()), show_progress_bar=True, stats=stats
+    )
+    _log.info("%d documents, of which %d were shortened", stats.texts, stats.truncated)
+    return Index(list(texts), vectors_CD, "float32", texts), vectors_CD
+
+
+def read_index(
+    directory: str | Path, identity: tuple[str, str], corpus: BeirDataset | None
+) -> tuple[Index, np.ndarray | None]:
+    """The index of a directory of vectors, and the vectors [C, D] float32 in the order of `corpus`
+    (None without one).
+
+    Args:
+        identity: `model_hash` and `prompt_hash` of the model that is served.
+
+    Raises:
+        FileNotFoundError, DataError: the directory cannot be used, or is of another model.
+    """
+    manifest = read_manifest(directory, "documents")
+    info = manifest.info
+    for key, wanted in zip(("model_hash", "prompt_hash"), identity, strict=True):
+        if (found := getattr(info, key)) != wanted:
+            raise DataError(
+                f"{directory}: its {key} is {found}, and that of the served model is {wanted}: its "
+                "vectors cannot be compared with the model's. Encode the corpus by this model, "
+                "in the same compute_dtype"
+            )
+    ids: list[str] = []
+    shards = []
+    for shard_ids, rows in read_shards(directory, manifest):
+        ids += shard_ids
+        shards.append(rows)
+    if not shards:
+        raise DataError(f"{directory}: holds no vector")
+    rows_CW = np.concatenate(shards)
+    texts = {} if corpus is None else {doc.id: doc.text for doc in corpus.documents}
+    index = Index(ids, rows_CW, info.dtype, texts)
+    if corpus is None:
+        return index, None
+    places = {id_: place for place, id_ in enumerate(ids)}
+    lacking = [id_ for id_ in texts if id_ not in places]
+    if lacking:
+        raise DataError(
+            f"{directory}: has no vector for {len(lacking)} of {len(texts)} documents of --corpus, "
+            f"the first is {lacking[0]!r}: encode the corpus again"
+        )
+    order = [places[id_] for id_ in texts]
+    return index, decode_vectors(rows_CW[order], info.dtype)
