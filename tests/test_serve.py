@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,8 +19,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
+import openai
 import pytest
 
 from laser_jax.config import ConfigError
@@ -45,14 +47,14 @@ class Running:
         self.thread.start()
         port = self.socket.getsockname()[1]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        self.client = httpx.Client(base_url=self.url, timeout=120)
+        self.client = httpx2.Client(base_url=self.url, timeout=120)
 
     def wait(self) -> None:
         while self.client.get("/ready").status_code != 200:
             assert self.server.failure is None
             time.sleep(0.02)
 
-    def embed(self, **body: Any) -> httpx.Response:
+    def embed(self, **body: Any) -> httpx2.Response:
         return self.client.post("/v1/embeddings", json={"model": "model", **body})
 
     def stop(self) -> None:
@@ -92,7 +94,7 @@ def retriever(server: Running) -> LatentRetriever:
     return server.service.retriever
 
 
-def vectors_of(response: httpx.Response) -> np.ndarray:
+def vectors_of(response: httpx2.Response) -> np.ndarray:
     assert response.status_code == 200, response.text
     rows = response.json()["data"]
     assert [row["index"] for row in rows] == list(range(len(rows)))
@@ -244,6 +246,40 @@ def test_models_say_what_they_take(server: Running, retriever: LatentRetriever) 
     assert listed[0]["needs_instruction"] is True
 
 
+def test_openai_s_own_client_gets_vectors_and_its_own_errors(
+    server: Running, retriever: LatentRetriever
+) -> None:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client:
+        texts = ["Ulm lies on the Danube.", "Kiel"]
+        found = client.embeddings.create(model="model:document", input=texts)
+        got = np.array([row.embedding for row in found.data], np.float32)
+        np.testing.assert_allclose(got, retriever.encode_document(texts), atol=1e-6)
+        more = {"input_type": "query", "instruction": "Find", "thinking_steps": 2}
+        found = client.embeddings.create(
+            model="model", input="Ulm", dimensions=9, encoding_format="float", extra_body=more
+        )
+        wanted = retriever.encode_query(
+            "Ulm", instruction="Find", num_thinking_steps=2, truncate_dim=9
+        )
+        np.testing.assert_allclose(found.data[0].embedding, wanted, atol=1e-6)
+        assert next(model.id for model in client.models.list()) == "model"
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.embeddings.create(model="model", input="Ulm")
+        assert refused.value.param == "input_type"
+        with pytest.raises(openai.NotFoundError):
+            client.embeddings.create(model="gpt", input="Ulm")
+
+
+def test_curl_gets_vectors(server: Running, retriever: LatentRetriever) -> None:
+    if (curl := shutil.which("curl")) is None:
+        pytest.skip("there is no curl here")
+    body = json.dumps({"model": "model:document", "input": "Kiel"})
+    command = [curl, "--silent", f"{server.url}/v1/embeddings", "--data", body]
+    answer = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    wanted = retriever.encode_document("Kiel")
+    np.testing.assert_allclose(answer["data"][0]["embedding"], wanted, atol=1e-6)
+
+
 # --- search ------------------------------------------------------------------------------------
 
 
@@ -362,7 +398,7 @@ def test_a_bad_row_fails_its_request_and_not_its_neighbours(
                 vectors[:, b] = np.nan
         return vectors
 
-    def ask(text: list[str]) -> httpx.Response:
+    def ask(text: list[str]) -> httpx2.Response:
         return server.embed(input=text, input_type="document")
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(8) as pool:
@@ -391,7 +427,7 @@ def test_a_fault_of_the_device_fails_its_batch_and_the_server_goes_on(
 @pytest.fixture
 def batcher(retriever: LatentRetriever) -> Batcher:
     """One that was not started."""
-    return Batcher(retriever.encoder, (1, 3), max_queue_rows=4, metrics=Metrics())
+    return Batcher(retriever.encoder, (3,), max_queue_rows=4, metrics=Metrics())
 
 
 def test_the_queue_is_bounded_and_cancelled_rows_are_dropped(
@@ -628,7 +664,7 @@ def test_sigterm_answers_what_has_begun_and_ends_with_status_0(thinking_model: P
         [*command, "--listen", str(port), *flags], stderr=subprocess.PIPE, text=True
     )
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+        with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
             for _ in iter(lambda: _answers(client), True):
                 assert process.poll() is None
                 time.sleep(0.05)
@@ -648,10 +684,10 @@ def test_sigterm_answers_what_has_begun_and_ends_with_status_0(thinking_model: P
     assert "ended" in said
 
 
-def _answers(client: httpx.Client) -> bool:
+def _answers(client: httpx2.Client) -> bool:
     try:
         return client.get("/ready").status_code == 200
-    except httpx.TransportError:
+    except httpx2.TransportError:
         return False
 
 

@@ -160,7 +160,7 @@ def load(options: ServeOptions, *, local_only: bool) -> tuple[Service, Callable[
         retriever=retriever,
         batcher=Batcher(
             retriever.encoder,
-            (1, own, most),
+            (own, most),
             max_queue_rows=options.max_queue_rows,
             metrics=metrics,
         ),
