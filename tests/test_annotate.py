@@ -295,6 +295,22 @@ def test_an_endpoint_that_goes_on_failing_is_given_up(
     assert not (towns.parent / "out").exists()
 
 
+def test_an_answer_that_takes_too_long_is_asked_for_again(
+    towns: Path, serve, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked_again = threading.Event()
+
+    def reply(number: int, _: str) -> Reply:
+        (asked_again.set if number else asked_again.wait)()
+        return said("Fine.")
+
+    monkeypatch.setattr("httpx2.Timeout", lambda *_, **__: 0.5)
+    stub = serve(reply)
+    annotate(options(towns, stub))
+    assert stub.prompts[0] == stub.prompts[1]
+    assert [r["reasoning_query"] for r in results(towns.parent / "out")] == ["Fine."] * 6
+
+
 def test_nobody_listens(towns: Path, serve, waits: list[float]) -> None:
     stub = Stub(lambda *_: None)
     stub.close()
@@ -475,18 +491,22 @@ def test_an_estimate_goes_by_the_answers_of_a_dry_run_or_of_the_journal(
     tmp_path: Path, serve, capsys
 ) -> None:
     stub = serve(lambda *_: said("Fine."))
-    data = write(tmp_path / "rows.jsonl", [row("Ulm"), row("Hof")])
-    annotate(options(data, stub))
-    write(data, [row(town) for town in ("Ulm", "Hof", "Ems", "Au", "Rom", "Elm")])
-    for more, requests in (({}, 4), ({"dry_run": 2}, 4)):
+    data = write(tmp_path / "rows.jsonl", [row(town) for town in ("Ulm", "Hof", "Ems", "Rom")])
+
+    def estimated(**more: Any) -> dict[str, Any]:
         main(flags(options(data, stub, estimate=True, concurrency=2, **more)))
         out = capsys.readouterr().out
-        found = json.loads(out[out.rindex("{\n") :])
-        assert found["requests"] == requests
-        assert found["measured_on"] == 2
-        assert found["prompt_tokens"] == pytest.approx(50 * requests, rel=0.02)
-        assert found["completion_tokens"] == 20 * requests
-        assert found["seconds"] > 0
+        return json.loads(out[out.rindex("{\n") :])
+
+    dry = estimated(dry_run=1)
+    assert (dry["requests"], dry["measured_on"]) == (4, 1)
+    asked = write(tmp_path / "some.jsonl", [row("Ulm"), row("Hof")])
+    annotate(options(asked, stub))
+    found = estimated()
+    assert (found["requests"], found["measured_on"]) == (2, 2)
+    assert (found["prompt_tokens"], found["completion_tokens"]) == (100, 40)
+    assert found["seconds"] > 0
+    assert estimated(temperature=1.0)["measured_on"] == 0
 
 
 def test_a_dry_run_prints_answers_and_writes_nothing(towns: Path, serve, capsys) -> None:
@@ -534,6 +554,7 @@ def test_a_key_is_taken_from_the_environment_alone(
     stub = serve(lambda *_: said("Fine."))
     for wrong in (
         {"api_key_variable": SECRET},
+        {"api_key_variable": SECRET.replace("-", "_")},
         {"base_url": f"http://user:{SECRET}@host/v1"},
         {"base_url": f"http://host/v1?key={SECRET}"},
     ):

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from laser_jax.annotate.answers import Answer, marks_of
 from laser_jax.annotate.endpoint import Endpoint, hash_of
@@ -82,15 +81,13 @@ class AnnotateOptions:
     def __post_init__(self) -> None:
         require_in("[1, inf)", self, "", "max_new_tokens", "concurrency", "dry_run")
         require_in("[0, inf)", self, "", "temperature", "price_in", "price_out")
-        url = urlsplit(self.base_url)
-        is_plain = not (url.username or url.password or url.query or url.fragment)
         require(
-            url.scheme in ("http", "https") and bool(url.hostname) and is_plain,
+            re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", self.base_url) is not None,
             "base_url must be http(s)://HOST/PATH, without user, password, ? and #",
         )
         require(
-            self.api_key_variable.isidentifier(),
-            "api_key_variable wants the name of an environment variable, never the key itself",
+            re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_variable) is not None,
+            "api_key_variable wants the NAME of an environment variable, never the key itself",
         )
 
     def key(self) -> str | None:
@@ -244,19 +241,20 @@ def _json(values: Any) -> str:
 
 
 def estimate(
-    options: AnnotateOptions, template: str, answers: Mapping[str, Answer]
+    options: AnnotateOptions, template: str, done: Collection[str], measured: Mapping[str, Answer]
 ) -> dict[str, Any]:
-    """What the prompts without an answer take, going by those that have one; where none has, by 4
-    characters a token and answers of full length, without a time (null)."""
+    """What the prompts that are not yet `done`, by their hashes, take: going by the answers that
+    are `measured`, and where there is none by 4 characters a token and answers of full length,
+    without a time (null)."""
     rows = read_rows(options.input, template)
     lengths = {hash_of(prompt): len(prompt) for *_, prompt in rows if prompt}
-    known = [answers[key] for key in lengths if key in answers and answers[key].prompt_tokens]
-    left = [length for key, length in lengths.items() if key not in answers]
+    known = [measured[key] for key in lengths if key in measured and measured[key].prompt_tokens]
+    left = [length for key, length in lengths.items() if key not in done]
     tokens, seconds = (sum(left) / 4, float(len(left) * options.max_new_tokens)), None
     if known:
-        measured, share = _tokens(known), len(left) / len(known)
+        totals, share = _tokens(known), len(left) / len(known)
         ratio = sum(left) / sum(lengths[answer.prompt_hash] for answer in known)
-        tokens = measured[0] * ratio, measured[1] * share
+        tokens = totals[0] * ratio, totals[1] * share
         seconds = sum(answer.seconds for answer in known) * share / options.concurrency
     counts = {"requests": len(left), "prompt_characters": sum(left), "measured_on": len(known)}
     return {**counts, "seconds": seconds, **options.totals(*tokens)}
@@ -264,20 +262,21 @@ def estimate(
 
 def look_ahead(options: AnnotateOptions) -> None:
     """Prints the answers of a dry run and the estimate. Raises as `annotate`."""
-    settings, output, answers = options.settings(), Path(options.output), dict[str, Answer]()
+    settings, output = options.settings(), Path(options.output)
+    is_ours = read_state(output / RECORD_FILE, dict) == settings
+    done = read_answers(output / JOURNAL_FILE) if is_ours else {}
+    measured = dict(done)
     if options.dry_run is not None:
         rows = (row for row in read_rows(options.input, settings["template"]) if row[-1])
         chosen = list(islice(rows, options.dry_run))
         prompts = dict.fromkeys(prompt for *_, prompt in chosen)
-        ask_all(options, prompts, lambda answer: answers.update({answer.prompt_hash: answer}))
+        ask_all(options, prompts, lambda answer: measured.update({answer.prompt_hash: answer}))
         for where, _, row, prompt in chosen:
-            answer = answers[hash_of(prompt)]
+            answer = measured[hash_of(prompt)]
             about = json.dumps(_annotation(answer, row))
             print(printable(f"--- {where} {about}\n{prompt}\n>>>\n{answer.text}\n"))
-    elif read_state(output / RECORD_FILE, dict) == settings:
-        answers = read_answers(output / JOURNAL_FILE)
     if options.estimate:
-        print(_json(estimate(options, settings["template"], answers)), end="")
+        print(_json(estimate(options, settings["template"], done, measured)), end="")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
