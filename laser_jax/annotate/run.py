@@ -36,7 +36,7 @@ Reason step by step about what a document must hold to be of use here: what the 
 about; which facts, concepts or methods bear on it, and why; how a document that helps would put \
 it. You see no documents: quote none, and do not stop at an answer to the query. Write plain text, \
 a short paragraph for each step with an empty line between them, and nothing before or after."""
-"""In our words. Training cuts a reasoning into segments at the empty lines."""
+"""Ours, not that of the paper. Training cuts a reasoning into segments at the empty lines."""
 
 OUTPUT_FILE, JOURNAL_FILE = "train.jsonl", "answers.jsonl"
 RECORD_FILE, REPORT_FILE = "annotate.json", "report.json"
