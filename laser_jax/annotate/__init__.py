@@ -1,0 +1,1 @@
+"""Reasoning for training rows that lack it, from an OpenAI-compatible endpoint."""

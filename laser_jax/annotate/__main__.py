@@ -1,0 +1,6 @@
+"""`python -m laser_jax.annotate`."""
+
+from laser_jax.annotate.run import main
+
+if __name__ == "__main__":
+    main()
