@@ -16,7 +16,7 @@ from laser_jax.encoder import load_pretrained
 from laser_jax.evaluate.beir import Document
 from laser_jax.files.reading import DataError
 from laser_jax.inference.batch_encoder import LatentEncoder
-from laser_jax.think.run import address_of, describe, main
+from laser_jax.think.run import describe, main
 from laser_jax.think.thought import (
     PROGRAMS,
     Inspector,
@@ -36,7 +36,7 @@ REASONING = "Ulm is a town.\n\nIt lies on a river.\n\n"
 @pytest.fixture(scope="module")
 def inspector(thinking_model: Path) -> Inspector:
     corpus = load_corpus(thinking_model.parent / "corpus")
-    return Inspector(thinking_model, corpus, top_tokens=5, top_documents=2)
+    return Inspector.load(thinking_model, corpus, top_tokens=5, top_documents=2)
 
 
 def test_ranks_and_cosines_are_those_of_the_encoder_after_each_step(
@@ -155,7 +155,7 @@ def test_a_prompt_and_its_thoughts_may_take_all_positions(
 def test_probabilities_of_all_tokens_sum_to_one_and_give_the_entropy(thinking_model: Path) -> None:
     _, config = load_pretrained(thinking_model)
     vocabulary = config.backbone.vocab_size
-    everything = Inspector(thinking_model, None, top_tokens=vocabulary, top_documents=1)
+    everything = Inspector.load(thinking_model, None, top_tokens=vocabulary, top_documents=1)
     for step in everything.think(QUERY).steps:
         p = np.array([token.probability for token in step.tokens])
         assert np.isclose(p.sum(), 1, atol=1e-5)
@@ -199,7 +199,7 @@ def test_a_query_is_not_given_the_document_of_its_own_id(
     directory = write_corpus(tmp_path / "corpus", "ulm", "kiel", [])
     for kept in (False, True):
         corpus = load_corpus(directory, ignore_identical_ids=not kept)
-        inspector = Inspector(thinking_model, corpus, top_tokens=1, top_documents=5)
+        inspector = Inspector.load(thinking_model, corpus, top_tokens=1, top_documents=5)
         thought = inspector.think(QUERY, num_thinking_steps=1)
         assert {d.document.id for d in thought.documents} == {"kiel"} | ({"ulm"} if kept else set())
         assert ("Document 'ulm' has the query's own id" in " ".join(thought.notices)) is not kept
@@ -329,21 +329,13 @@ def test_html_writes_a_page_that_stands_alone(thinking_model: Path, tmp_path: Pa
         (["--text", "x", "--num_thinking_steps", "0"], "num_thinking_steps must be at least 1"),
         (["--text", "x", "--top", "0"], "top must be at least 1, got 0"),
         (["--text", "x", "--top_documents", "0"], "top_documents must be at least 1, got 0"),
-        (["--text", "x", "--top", "1000"], r"top must be at most \d+, the vocabulary of .*model"),
+        (["--text", "x", "--top", "1000"], r"top must be at most \d+, the model's vocabulary"),
         (["--text", "bad \udcff bytes"], r"text is no Unicode text, give it in UTF-8: .*\\udcff"),
         (["--text", "x", "--instruction", "\udcff"], "instruction is no Unicode text"),
         (["--text", "x", "--reasoning", "\udcff"], "reasoning is no Unicode text"),
         (["--text", "x", "--corpus", "/nowhere"], "/nowhere"),
         (["--text", "x", "--html", "/nowhere/x.html"], "the folder of --html"),
         (["--text", "  "], "the query is empty"),
-        ([], "text is missing: give the query, or --serve"),
-        (["--serve", "0", "--text", "x"], "text does not go with --serve"),
-        (["--serve", "0", "--html", "x"], "html does not go with --serve"),
-        (["--serve", "0", "--num_thinking_steps", "99"], "at most 32 thinking steps, got 99"),
-        (["--serve", "70000"], r"serve wants PORT or HOST:PORT, a port in 0\.\.65535, got '70000'"),
-        (["--serve", "localhost:"], "serve wants PORT or HOST:PORT"),
-        (["--serve", "[::1"], "serve wants PORT or HOST:PORT"),
-        (["--serve", "0", "--corpus", "/nowhere"], "/nowhere"),
     ],
 )
 def test_bad_options_exit_with_the_culprit(
@@ -351,12 +343,6 @@ def test_bad_options_exit_with_the_culprit(
 ) -> None:
     with pytest.raises(SystemExit, match=message):
         main(["--model", str(thinking_model), *arguments])
-
-
-def test_the_address_of_the_server_is_a_port_or_a_host_with_one() -> None:
-    assert address_of("8000") == ("127.0.0.1", 8000)
-    assert address_of("0.0.0.0:0") == ("0.0.0.0", 0)
-    assert address_of("[::1]:80") == ("::1", 80)
 
 
 def test_a_plain_directory_is_refused_by_name(tmp_path: Path) -> None:

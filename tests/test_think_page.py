@@ -1,15 +1,8 @@
-"""The page of laser_jax.think: what it shows, that texts stay texts, and its server."""
+"""The page of laser_jax.think: what it shows, that texts stay texts, and its form."""
 
 from __future__ import annotations
 
-import contextlib
-import http.client
 import re
-import socket
-import threading
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from http import HTTPStatus
@@ -21,12 +14,8 @@ import pytest
 
 from laser_jax.evaluate.beir import Document
 from laser_jax.think.page import SHADES, Form, heat, moves, rank_chart, render_page
-from laser_jax.think.run import main
-from laser_jax.think.server import (
-    LARGEST_QUEUE,
-    PageServer,
+from laser_jax.think.site import (
     Site,
-    _Handler,
     answer,
 )
 from laser_jax.think.thought import (
@@ -237,45 +226,18 @@ def test_shades_span_the_table_and_the_closest_segment_is_marked() -> None:
     assert [cell.shade for cell in heat([Segment("x", (0.5, 0.5))])[0]] == [0, 0]
 
 
-# --- the server --------------------------------------------------------------------------------
+# --- the form ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def site(thinking_model: Path) -> Site:
     corpus = load_corpus(thinking_model.parent / "corpus")
-    inspector = Inspector(thinking_model, corpus, top_tokens=5, top_documents=10)
+    inspector = Inspector.load(thinking_model, corpus, top_tokens=5, top_documents=10)
     return Site(inspector, "runs/m", "Corpus of 3.")
 
 
-@contextlib.contextmanager
-def serving(site: Site, host: str = "127.0.0.1") -> Iterator[PageServer]:
-    with PageServer(host, 0) as server:
-        server.site = site
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-@pytest.fixture(scope="module")
-def server(site: Site) -> Iterator[PageServer]:
-    with serving(site) as server:
-        yield server
-
-
-def get(server: PageServer, address: str, host: str | None = None) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1])
-    with contextlib.closing(connection):
-        connection.request("GET", address, headers={"Host": host} if host else {})
-        response = connection.getresponse()
-        return response.status, response.read().decode()
-
-
 def test_the_first_visit_offers_a_form_and_the_queries_of_the_corpus(site: Site) -> None:
-    status, html = answer(site, "/")
+    status, html = answer(site, "")
     page = Page(html)
     assert status == HTTPStatus.OK
     assert page.all("table") == []
@@ -283,7 +245,7 @@ def test_the_first_visit_offers_a_form_and_the_queries_of_the_corpus(site: Site)
     assert fields == {"instruction": "Find the town", "steps": "3"}
     links = [a["href"] for a, _ in page.all("a")]
     assert links == ["/?query=Where+is+Ulm%3F"]
-    asked = Page(answer(site, links[0])[1])
+    asked = Page(answer(site, links[0].removeprefix("/?"))[1])
     assert "It lies on a river." in asked.text()
     assert len(asked.all("table")) == 3
     assert "The relevant document, ulm," in asked.text()
@@ -296,7 +258,7 @@ def test_a_form_is_answered_with_what_it_asked(site: Site) -> None:
         "steps": "2",
         "reasoning": "A town.\r\n\r\nAt the sea.",
     }
-    page = Page(answer(site, "/?" + urlencode(sent))[1])
+    page = Page(answer(site, urlencode(sent))[1])
     assert {a["name"]: a["value"] for a, _ in page.all("input")} == {
         "instruction": "",
         "steps": "2",
@@ -320,7 +282,7 @@ def test_a_form_is_answered_with_what_it_asked(site: Site) -> None:
 def test_a_bad_form_comes_back_with_the_reason(
     site: Site, sent: dict[str, str], message: str
 ) -> None:
-    status, html = answer(site, "/?" + urlencode(sent))
+    status, html = answer(site, urlencode(sent))
     page = Page(html)
     assert status == HTTPStatus.BAD_REQUEST
     alerts = [text for a, text in page.all("section") if a.get("role") == "alert"]
@@ -330,114 +292,12 @@ def test_a_bad_form_comes_back_with_the_reason(
 
 
 def test_without_a_corpus_the_page_says_so(thinking_model: Path) -> None:
-    alone = Inspector(thinking_model, None, top_tokens=2, top_documents=1)
-    site = Site(alone, "m", "No corpus.", instruction="Find", num_thinking_steps=1)
-    page = Page(answer(site, "/?query=x")[1])
+    alone = Inspector.load(thinking_model, None, top_tokens=2, top_documents=1)
+    site = Site(alone, "m", "No corpus.", instruction="Find")
+    page = Page(answer(site, "query=x")[1])
     assert "No corpus is loaded, so nothing is ranked" in page.text()
     assert "no written chain of thought" in page.text()
     assert {a["name"]: a["value"] for a, _ in page.all("input")} == {
         "instruction": "Find",
-        "steps": "1",
+        "steps": "3",
     }
-
-
-def test_the_server_answers_and_knows_its_one_page(server: PageServer) -> None:
-    status, html = get(server, "/?query=Where+is+Ulm%3F")
-    assert status == HTTPStatus.OK
-    assert len(Page(html).all("table")) == 3
-    status, html = get(server, "/<script>")
-    assert status == HTTPStatus.NOT_FOUND
-    assert "There is no page" in html
-    assert Page(html).all("script") == []
-
-
-def test_only_names_of_this_machine_are_served_on_loopback(server: PageServer) -> None:
-    for host in ("localhost:8000", "127.0.0.1", "[::1]:80"):
-        assert get(server, "/", host)[0] == HTTPStatus.OK
-    for host in ("evil.example", "127.0.0.1.evil.example", "10.0.0.1", "[::1"):
-        assert get(server, "/", host)[0] == HTTPStatus.FORBIDDEN
-
-
-def test_a_silent_connection_ends_and_beyond_the_most_none_is_taken(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert _Handler.timeout == 30
-    monkeypatch.setattr(_Handler, "timeout", 0.2)
-    with serving(site) as server, contextlib.ExitStack() as stack:
-        address = ("127.0.0.1", server.server_address[1])
-        before = threading.active_count()
-        half = [
-            stack.enter_context(socket.create_connection(address)) for _ in range(3 * LARGEST_QUEUE)
-        ]
-        for connection in half:
-            with contextlib.suppress(OSError):  # it was ended already
-                connection.sendall(b"GET / HTTP/1.1\r\nHost: local")
-        assert threading.active_count() <= before + LARGEST_QUEUE
-        for connection in half:
-            with contextlib.suppress(OSError):
-                assert connection.recv(1) == b""  # all are ended, without an answer
-        assert get(server, "/")[0] == HTTPStatus.OK
-
-
-def test_a_fault_is_shown_and_the_server_goes_on(
-    server: PageServer,
-    site: Site,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def fail(*_: Any, **__: Any) -> Thought:
-        raise RuntimeError("out of <memory>")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(site.inspector, "think", fail)
-        status, html = get(server, "/?query=x")
-    assert status == HTTPStatus.INTERNAL_SERVER_ERROR
-    assert "RuntimeError: out of <memory>. The terminal shows where." in Page(html).text()
-    assert "RuntimeError: out of <memory>" in capsys.readouterr().err
-    assert get(server, "/")[0] == HTTPStatus.OK
-
-
-def test_serve_prints_its_address_and_ends_on_ctrl_c(
-    thinking_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(self: PageServer) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(PageServer, "serve_forever", interrupted)
-    main(["--model", str(thinking_model), "--serve", "0"])
-    said = capsys.readouterr().err
-    assert "3 documents" in said
-    assert re.search(r"http://127\.0\.0\.1:[1-9][0-9]*/ \(Ctrl-C ends it\)\n.* ended\n", said)
-
-
-def test_a_port_in_use_is_refused_before_the_model_is_loaded() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(SystemExit, match=rf"port {port} .*choose another port"):
-            main(["--model", "/nowhere", "--serve", str(port)])
-
-
-def test_ipv6_is_served_and_its_loopback_answers_local_names_alone(site: Site) -> None:
-    try:
-        with socket.socket(socket.AF_INET6) as probe:
-            probe.bind(("::1", 0))
-    except OSError as error:
-        pytest.skip(f"no IPv6 here: {error}")
-    with serving(site, "::1") as server:
-        assert server.url == f"http://[::1]:{server.server_address[1]}/"
-        with urllib.request.urlopen(server.url) as response:
-            assert len(Page(response.read().decode()).all("form")) == 1
-        evil = urllib.request.Request(server.url, headers={"Host": "evil.example"})
-        with pytest.raises(urllib.error.HTTPError, match=r"Ask for http://\[::1\]") as refused:
-            urllib.request.urlopen(evil)
-        refused.value.close()
-
-
-@pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.1", "..", "a" * 70])
-def test_a_host_that_is_not_this_machine_is_refused_without_blaming_the_port(host: str) -> None:
-    with pytest.raises(SystemExit, match=re.escape(f"listen on {host}")) as refused:
-        main(["--model", "/nowhere", "--serve", f"{host}:0"])
-    assert "the host of --serve is an address or a name of this machine" in str(refused.value)
-    assert "another port" not in str(refused.value)
