@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,10 +16,12 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental import multihost_utils
+from tensorboardX.proto.event_pb2 import Event
 
 import laser_jax.train.output as module
 from laser_jax.config import (
     Config,
+    ConfigError,
     DataConfig,
     MeshConfig,
     MixtureSource,
@@ -26,7 +31,14 @@ from laser_jax.config import (
     as_dict,
 )
 from laser_jax.files.claim import OutputError
-from laser_jax.train.output import StepLog, claimed, code_version, logged_lines
+from laser_jax.train.output import (
+    StepLog,
+    TensorBoard,
+    claimed,
+    code_version,
+    logged_lines,
+    require_tensorboard,
+)
 
 
 def config(output: Path | str, **train: Any) -> Config:
@@ -244,3 +256,60 @@ def test_damaged_lines_of_a_log_are_named_and_kept_aside(
     assert f"{path}:2 is damaged and left out" in caplog.text
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == before
     assert written(path) == [1, 4]
+
+
+# --- TensorBoard -------------------------------------------------------------------------------
+
+
+def records(file: Path) -> Iterator[Event]:
+    """The events of a file: length, its checksum, the event, its checksum."""
+    content = file.read_bytes()
+    while content:
+        length = int.from_bytes(content[:8], "little")
+        data, content = content[12 : 12 + length], content[16 + length :]
+        yield Event.FromString(data)
+
+
+def scalars(directory: Path) -> dict[tuple[str, int], float]:
+    """What TensorBoard shows: of a later file, the events from its start on replace the former."""
+    shown: dict[tuple[str, int], float] = {}
+    for file in sorted(directory.iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        for event in records(file):
+            if event.session_log.status == event.session_log.START:
+                shown = {key: value for key, value in shown.items() if key[1] < event.step}
+            for value in event.summary.value:
+                shown[value.tag, event.step] = value.simple_value
+    return shown
+
+
+def test_scalars_are_written_by_group_and_step(tmp_path: Path) -> None:
+    with closing(TensorBoard(tmp_path, 0)) as board:
+        board.write("train", {"step": 1, "loss": 0.5, "latent": 2.0})
+        board.write("dev", {"step": 2, "nDCG@10": 0.25})
+    assert scalars(tmp_path) == {
+        ("train/loss", 1): 0.5,
+        ("train/latent", 1): 2.0,
+        ("dev/nDCG_10", 2): 0.25,
+    }
+
+
+def test_a_resumed_run_replaces_what_comes_after_its_start(tmp_path: Path) -> None:
+    for start, steps, value in ((0, (1, 2, 3), 1.0), (1, (2,), 5.0)):
+        with closing(TensorBoard(tmp_path, start)) as board:
+            for step in steps:
+                board.write("train", {"step": step, "loss": value})
+    assert scalars(tmp_path) == {("train/loss", 1): 1.0, ("train/loss", 2): 5.0}
+
+
+def test_the_other_processes_write_nothing(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with closing(TensorBoard(tmp_path / "board", 0)) as board:
+        board.write("train", {"step": 1, "loss": 0.5})
+    assert not (tmp_path / "board").exists()
+
+
+def test_an_absent_package_is_named_with_its_extra(monkeypatch) -> None:
+    require_tensorboard()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"tensorboardX: pip install laser-jax\[tensorboard\]"):
+        require_tensorboard()
