@@ -8,7 +8,6 @@ quality_by_steps.svg    the first metric against K
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from typing import Any
 from laser_jax.config import ConfigError, from_dict
 from laser_jax.evaluate.significance import CONFIDENCE, RESAMPLES
 from laser_jax.files.claim import Claim, OutputError
-from laser_jax.files.durable import folder_written_whole, write_atomically
+from laser_jax.files.durable import folder_written_whole, write_atomically, write_json
 from laser_jax.files.reading import DataError, parse_number, read_json, text_lines
 from laser_jax.search.matching import IdCount
 from laser_jax.search.trec import Run, write_trec_run
@@ -165,16 +164,6 @@ def write_results(
         if draw is not None:
             draw(part / PLOT_STEM)
         write_json(part / RESULTS_FILE, results)
-
-
-def json_text(values: Any) -> str:
-    """The text of a JSON file for people and programs."""
-    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Writes such a file, whole or not at all."""
-    write_atomically(path, json_text(values))
 
 
 def read_evaluation(directory: str | Path) -> Evaluation:

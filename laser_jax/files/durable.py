@@ -120,6 +120,16 @@ def write_atomically(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8", newline="\n")
 
 
+def json_text(values: Any) -> str:
+    """The text of a JSON file for people and programs."""
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes such a file, whole or not at all."""
+    write_atomically(path, json_text(values))
+
+
 # --- reading what a program has left -------------------------------------------------------------
 
 

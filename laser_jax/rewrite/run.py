@@ -28,7 +28,7 @@ from laser_jax.command_line import parse_command_line
 from laser_jax.config import BackboneConfig, ConfigError, Dtype, PromptConfig
 from laser_jax.data.tokenization import PromptTokenizer, Tokenizer, load_tokenizer_for
 from laser_jax.evaluate.beir import EvalQuery, read_qrels, read_queries
-from laser_jax.evaluate.results import json_text, markdown_table
+from laser_jax.evaluate.results import markdown_table
 from laser_jax.evaluate.retrieval import require_instructions
 from laser_jax.evaluate.rewrites import (
     Rewrite,
@@ -37,6 +37,7 @@ from laser_jax.evaluate.rewrites import (
     read_rewrites,
 )
 from laser_jax.files.claim import Claim, OutputError
+from laser_jax.files.durable import json_text
 from laser_jax.files.reading import DataError
 from laser_jax.files.terminal import fail
 from laser_jax.hf.directory import read_backbone_config, resolve_directory
