@@ -29,9 +29,10 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from filelock import lock_descriptor
 
 from laser_jax.evaluate.results import markdown_table
-from laser_jax.files.durable import lock, written_whole
+from laser_jax.files.durable import written_whole
 from laser_jax.train.output import code_version
 
 PACKAGES = (
@@ -114,7 +115,7 @@ def time_alternating(contenders: Mapping[Name, Run], *, repeats: int) -> dict[Na
 def locked(path: str | Path) -> Iterator[None]:
     """Holds the lock of a file; another process that wants it waits."""
     with open(path, "w") as file:
-        lock(file, wait=True)
+        lock_descriptor(file.fileno())
         yield
 
 

@@ -81,13 +81,27 @@ def test_a_lock_file_that_its_holder_has_just_removed_is_not_taken(tmp_path: Pat
         second.record("{}")
 
 
-def test_outputs_with_locks_of_their_own_do_not_meet(tmp_path: Path) -> None:
-    with (
-        Claim(tmp_path, "a.json", of_seed(1), lock_file=".a.lock"),
-        Claim(tmp_path, "b.json", of_seed(1), lock_file=".b.lock"),
-    ):
-        pass
+def test_files_of_one_directory_are_claimed_each_by_itself(tmp_path: Path) -> None:
+    def of_file(name: str, seed: int = 1) -> Claim:
+        return Claim(tmp_path, f"{name}.json", of_seed(seed), file=name)
+
+    held = rf"^{tmp_path}/a is being written by process"
+    with of_file("a"), of_file("b"), pytest.raises(OutputError, match=held):
+        of_file("a").__enter__()
     assert list(tmp_path.iterdir()) == []
+    with of_file("a") as first:
+        first.record('{"config": {"seed": 1}}')
+    message = rf"^{tmp_path}/a holds a run .*\n  seed was 1, is 2\n.*, or delete a and a\.json$"
+    with pytest.raises(OutputError, match=message):
+        of_file("a", seed=2).__enter__()
+
+
+def test_a_link_that_others_have_put_at_the_lock_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("untouched")
+    (tmp_path / ".lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match=r"\.lock"):
+        record(tmp_path)
+    assert (tmp_path / "victim").read_text() == "untouched"
 
 
 def test_of_processes_that_share_an_output_one_makes_the_record_and_the_others_wait(
@@ -119,7 +133,8 @@ def test_without_locks_an_output_is_had_only_where_it_is_shared(
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    with pytest.raises(OSError, match=r"this file system has no locks, .*'.*out/\.lock'"):
+    message = r"this file system has no locks, .*Choose a place on a local disk.*'.*out/\.lock'"
+    with pytest.raises(OSError, match=message):
         record(tmp_path / "out")
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
     record(tmp_path / "out", shared=True)
@@ -168,13 +183,23 @@ def test_what_is_no_directory_is_refused(tmp_path: Path) -> None:
 
 def test_a_directory_of_others_is_refused_to_a_program_that_must_be_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
+    (tmp_path / ".work").mkdir()
     with pytest.raises(OutputError, match=r"holds 'thesis\.tex' and no whole run\.json: it is no"):
         record(tmp_path, alone=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".work", "thesis.tex"]
     record(tmp_path)
     (tmp_path / "run.json").write_text('{"config"')
     with pytest.raises(OutputError, match=r"or bring run\.json back from a copy"):
         record(tmp_path, alone=True)
+
+
+def test_settings_that_were_found_elsewhere_are_compared_as_those_of_the_record(
+    tmp_path: Path,
+) -> None:
+    with claim(tmp_path) as held:
+        held.require_same({"config": {"seed": 1}}, tmp_path / "4")
+        with pytest.raises(OutputError, match=r"another config:\n  seed was 2, is 1"):
+            held.require_same({"config": {"seed": 2}}, tmp_path / "4")
 
 
 def test_settings_are_compared_but_for_the_keys_that_may_change() -> None:

@@ -21,7 +21,7 @@ from test_bright import DOCUMENTS, EXAMPLES, write_copy
 from laser_jax.evaluate.metrics import evaluate_run, without_excluded
 from laser_jax.evaluate.model import model_table
 from laser_jax.evaluate.plots import can_draw
-from laser_jax.evaluate.results import read_evaluation, read_per_query
+from laser_jax.evaluate.results import new_directory, read_evaluation, read_per_query
 from laser_jax.evaluate.retrieval import (
     CONTROL,
     EXPLICIT,
@@ -164,6 +164,16 @@ def test_a_run_is_not_scored_over_an_older_result(files: Path) -> None:
     score(files)
     with pytest.raises(SystemExit, match="out holds an evaluation: choose another --output"):
         main(["run", "--run", "absent", "--qrels", "absent", "--output", str(files / "out")])
+
+
+def test_two_evaluations_do_not_write_into_one_directory(files: Path) -> None:
+    command = ["run", "--run", "absent", "--qrels", "absent", "--output", str(files / "out")]
+    held = "out is being written by process"
+    with new_directory(files / "out"), pytest.raises(SystemExit, match=held):
+        main(command)
+    with pytest.raises(SystemExit, match="absent"):
+        main(command)
+    assert not (files / "out").exists()
 
 
 def test_reference_runs_reach_their_reference(shared_data: Path, tmp_path: Path) -> None:

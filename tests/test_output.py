@@ -1,24 +1,27 @@
-"""A run's directory: one process, one config, and no half-written file."""
+"""A run's directory: whose it is, which settings a resumed run may change, and the logs in it."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
+import importlib.util
 import json
-import os
-import signal
 import subprocess
-import sys
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
+from jax.experimental import multihost_utils
+from tensorboardX.proto.event_pb2 import Event
 
 import laser_jax.train.output as module
 from laser_jax.config import (
     Config,
+    ConfigError,
     DataConfig,
     MeshConfig,
     MixtureSource,
@@ -27,12 +30,14 @@ from laser_jax.config import (
     TrainConfig,
     as_dict,
 )
+from laser_jax.files.claim import OutputError
 from laser_jax.train.output import (
-    OutputDirectory,
-    OutputError,
     StepLog,
+    TensorBoard,
+    claimed,
     code_version,
     logged_lines,
+    require_tensorboard,
 )
 
 
@@ -46,101 +51,39 @@ def config(output: Path | str, **train: Any) -> Config:
 
 
 def claim(config: Config) -> None:
-    with OutputDirectory(config) as output:
-        output.claim()
+    with claimed(config) as held:
+        held.record(json.dumps(as_dict(config)))
 
 
-# --- one process -------------------------------------------------------------------------------
+# --- the processes of a run ----------------------------------------------------------------------
 
 
-def test_the_second_run_on_a_directory_is_refused(tmp_path: Path) -> None:
-    with OutputDirectory(config(tmp_path)) as output:
-        with pytest.raises(OutputError, match=rf"written by process {os.getpid()} on \S+\."):
-            OutputDirectory(config(tmp_path))
-        output.claim()
-    claim(config(tmp_path))
+def test_the_first_process_claims_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    granted: list[bool] = []
 
+    def sent(value: np.ndarray) -> np.ndarray:
+        """What the first process sends, which comes first."""
+        granted.append(bool(value))
+        return np.asarray(granted[0])
 
-HOLDER = """
-import sys
-from laser_jax.config import *
-from laser_jax.train.output import OutputDirectory
-output = OutputDirectory(
-    Config(ModelConfig(scratch=ScratchConfig()), DataConfig("rows.jsonl"), output=sys.argv[1])
-)
-print("locked", flush=True)
-sys.stdin.readline()
-"""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", sent)
 
+    def by(process: int, seed: int) -> list[str]:
+        """What lies in the directory while a process holds it."""
+        monkeypatch.setattr(jax, "process_index", lambda: process)
+        with claimed(config(tmp_path / "run", seed=seed)) as held:
+            if process == 0:
+                held.record(json.dumps(as_dict(config(tmp_path / "run", seed=seed))))
+            return sorted(path.name for path in tmp_path.rglob("*"))
 
-def test_a_killed_run_leaves_no_lock_behind(tmp_path: Path) -> None:
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "locked\n"
-    with pytest.raises(OutputError, match=f"process {holder.pid} on"):
-        OutputDirectory(config(tmp_path))
-    holder.send_signal(signal.SIGKILL)
-    holder.communicate()
-    claim(config(tmp_path))
-
-
-def test_the_lock_of_a_run_that_has_just_ended_is_not_taken_for_held(tmp_path: Path) -> None:
-    """Whoever opened the file before its holder removed it must look again."""
-    first = OutputDirectory(config(tmp_path / "run"))
-    stale = (tmp_path / "run" / ".lock").open("a+")
-    first.close()
-    with OutputDirectory(config(tmp_path / "run")) as second:
-        assert os.fstat(stale.fileno()).st_ino != (tmp_path / "run" / ".lock").stat().st_ino
-        second.claim()
-    stale.close()
-
-
-def test_a_file_system_without_locks_is_named_with_the_way_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def unsupported(descriptor: int, operation: int) -> None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    monkeypatch.setattr(fcntl, "flock", unsupported)
-    message = r"this file system has no locks, .* Choose a place on .*'.*/run/\.lock'"
-    with pytest.raises(OSError, match=message):
-        OutputDirectory(config(tmp_path / "run"))
-
-
-# --- nothing is left behind --------------------------------------------------------------------
-
-
-def test_a_run_that_fails_before_it_claims_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), OutputDirectory(config(tmp_path / "a" / "b")):
-        raise RuntimeError("bad input")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_was_there_before_stays(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    with OutputDirectory(config(tmp_path)):
-        pass
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-
-
-def test_a_refused_run_changes_nothing_in_the_directory(tmp_path: Path) -> None:
-    claim(config(tmp_path, seed=1))
-    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    with pytest.raises(OutputError, match="another config"):
-        OutputDirectory(config(tmp_path, seed=2))
-    assert before["config.json"] == (tmp_path / "config.json").read_text()
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(before)
-
-
-def test_a_bucket_is_refused_with_the_way_out() -> None:
-    with pytest.raises(OutputError, match=r"gs://bucket/run: .*gcsfuse"):
-        OutputDirectory(config("gs://bucket/run"))
-    assert not Path("gs:").exists()
+    assert by(0, seed=1) == [".lock", "config.json", "run"]
+    assert by(1, seed=1) == ["config.json", "run"]
+    granted.clear()
+    with pytest.raises(OutputError, match=r"another config:\n  train\.seed was 1, is 2"):
+        by(0, seed=2)
+    with pytest.raises(OutputError, match=r"run: refused to process 0, which says why"):
+        by(1, seed=2)
 
 
 # --- one config --------------------------------------------------------------------------------
@@ -149,7 +92,7 @@ def test_a_bucket_is_refused_with_the_way_out() -> None:
 def test_another_config_is_refused_with_keys_and_values(tmp_path: Path) -> None:
     claim(config(tmp_path, seed=1, steps=10))
     with pytest.raises(OutputError) as caught:
-        OutputDirectory(config(tmp_path, seed=2, steps=10, epochs=3.0, log_every=3))
+        claim(config(tmp_path, seed=2, steps=10, epochs=3.0, log_every=3))
     lines = str(caught.value).splitlines()
     assert lines[0] == f"{tmp_path} holds a run with another config:"
     assert [line.strip() for line in lines[1:-1]] == [
@@ -185,7 +128,7 @@ def test_the_same_rows_may_lie_elsewhere(tmp_path: Path) -> None:
         (mixture[:1], r"data\.mixture was "),
     ):
         with pytest.raises(OutputError, match=change):
-            OutputDirectory(replace(mixed, data=DataConfig(mixture=other)))
+            claim(replace(mixed, data=DataConfig(mixture=other)))
 
 
 def test_a_setting_that_an_older_release_did_not_have_counts_as_its_default(tmp_path: Path) -> None:
@@ -197,7 +140,7 @@ def test_a_setting_that_an_older_release_did_not_have_counts_as_its_default(tmp_
     claim(config(tmp_path))
     file.write_text(json.dumps(older | {"colour": "red"}))
     with pytest.raises(OutputError, match=r"config.json is no run's config: .*colour"):
-        OutputDirectory(config(tmp_path))
+        claim(config(tmp_path))
 
 
 @pytest.mark.parametrize(("accumulation", "allowed"), [("gradcache", True), ("plain", False)])
@@ -210,30 +153,30 @@ def test_micro_batches_may_change_where_they_are_no_other_loss(
         claim(smaller)
     else:
         with pytest.raises(OutputError, match="micro_batch_size was 8, is 4"):
-            OutputDirectory(smaller)
+            claim(smaller)
 
 
 @pytest.mark.parametrize("content", [b'{"model": ', bytes(100), b"\xff", b"[" * 5000, b"3"])
 def test_a_damaged_config_counts_as_absent_and_is_written_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
 ) -> None:
     (tmp_path / "config.json").write_bytes(content)
     claim(config(tmp_path, seed=3))
-    assert "config.json is damaged and counts as absent" in capsys.readouterr().err
+    assert "config.json is damaged and counts as absent" in caplog.text
     assert json.loads((tmp_path / "config.json").read_text())["train"]["seed"] == 3
 
 
 def test_a_file_of_another_program_is_no_damaged_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
     with pytest.raises(OutputError, match=r"config\.json is no run's config: .*another --output"):
-        OutputDirectory(config(tmp_path))
+        claim(config(tmp_path))
 
 
 def test_a_checkpoints_config_is_compared_as_that_of_the_file(tmp_path: Path) -> None:
-    with OutputDirectory(config(tmp_path, seed=1)) as output:
-        output.require_same_config(as_dict(config(tmp_path, seed=1, log_every=3)), "checkpoint 4")
+    with claimed(config(tmp_path, seed=1)) as held:
+        held.require_same(as_dict(config(tmp_path, seed=1, log_every=3)), tmp_path / "4")
         with pytest.raises(OutputError, match=r"train\.seed was 2, is 1"):
-            output.require_same_config(as_dict(config(tmp_path, seed=2)), "checkpoint 4")
+            held.require_same(as_dict(config(tmp_path, seed=2)), tmp_path / "4")
 
 
 # --- the version of the code -------------------------------------------------------------------
@@ -302,7 +245,7 @@ def test_a_resumed_log_drops_what_comes_after_its_start_and_what_was_torn(tmp_pa
 
 @pytest.mark.parametrize("damaged", [bytes(30), b'{"step": 3, "lo', b'{"loss": 1}', b"\xff", b"3"])
 def test_damaged_lines_of_a_log_are_named_and_kept_aside(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], damaged: bytes
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damaged: bytes
 ) -> None:
     path = tmp_path / "metrics.jsonl"
     before = b'{"step": 1}\n' + damaged + b'\n{"step": 4}\n' + damaged
@@ -310,6 +253,63 @@ def test_damaged_lines_of_a_log_are_named_and_kept_aside(
     log = StepLog(path, logged_lines(path, 4))
     log.close()
     assert log.lines == [{"step": 1}, {"step": 4}]
-    assert f"{path}:2 is damaged and left out" in capsys.readouterr().err
+    assert f"{path}:2 is damaged and left out" in caplog.text
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == before
     assert written(path) == [1, 4]
+
+
+# --- TensorBoard -------------------------------------------------------------------------------
+
+
+def records(file: Path) -> Iterator[Event]:
+    """The events of a file: length, its checksum, the event, its checksum."""
+    content = file.read_bytes()
+    while content:
+        length = int.from_bytes(content[:8], "little")
+        data, content = content[12 : 12 + length], content[16 + length :]
+        yield Event.FromString(data)
+
+
+def scalars(directory: Path) -> dict[tuple[str, int], float]:
+    """What TensorBoard shows: of a later file, the events from its start on replace the former."""
+    shown: dict[tuple[str, int], float] = {}
+    for file in sorted(directory.iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        for event in records(file):
+            if event.session_log.status == event.session_log.START:
+                shown = {key: value for key, value in shown.items() if key[1] < event.step}
+            for value in event.summary.value:
+                shown[value.tag, event.step] = value.simple_value
+    return shown
+
+
+def test_scalars_are_written_by_group_and_step(tmp_path: Path) -> None:
+    with closing(TensorBoard(tmp_path, 0)) as board:
+        board.write("train", {"step": 1, "loss": 0.5, "latent": 2.0})
+        board.write("dev", {"step": 2, "nDCG@10": 0.25})
+    assert scalars(tmp_path) == {
+        ("train/loss", 1): 0.5,
+        ("train/latent", 1): 2.0,
+        ("dev/nDCG_10", 2): 0.25,
+    }
+
+
+def test_a_resumed_run_replaces_what_comes_after_its_start(tmp_path: Path) -> None:
+    for start, steps, value in ((0, (1, 2, 3), 1.0), (1, (2,), 5.0)):
+        with closing(TensorBoard(tmp_path, start)) as board:
+            for step in steps:
+                board.write("train", {"step": step, "loss": value})
+    assert scalars(tmp_path) == {("train/loss", 1): 1.0, ("train/loss", 2): 5.0}
+
+
+def test_the_other_processes_write_nothing(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with closing(TensorBoard(tmp_path / "board", 0)) as board:
+        board.write("train", {"step": 1, "loss": 0.5})
+    assert not (tmp_path / "board").exists()
+
+
+def test_an_absent_package_is_named_with_its_extra(monkeypatch) -> None:
+    require_tensorboard()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"tensorboardX: pip install laser-jax\[tensorboard\]"):
+        require_tensorboard()

@@ -26,6 +26,7 @@ from laser_jax.config import (
     ScratchConfig,
 )
 from laser_jax.data.tokenization import load_tokenizer
+from laser_jax.files.claim import OutputError
 from laser_jax.hf.directory import read_backbone_config
 from laser_jax.hf.reading import load_params
 from laser_jax.modeling.backbone import Backbone
@@ -123,7 +124,7 @@ def test_settings_that_an_older_release_did_not_have_count_as_their_defaults(
 
 
 def test_the_output_of_another_config_is_refused(config, report) -> None:
-    with pytest.raises(ConfigError, match=r"another config:\n  seed was 1, is 2"):
+    with pytest.raises(OutputError, match=r"another config:\n  seed was 1, is 2"):
         pretrain(dataclasses.replace(config, seed=2))
 
 
@@ -135,12 +136,12 @@ def test_the_output_may_be_spelled_otherwise(config, report) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "\0\0", "[]", "{}", '{"config": {}, "loss": null}'])
-def test_a_damaged_report_is_no_finished_run(config, tmp_path, capsys, monkeypatch, text) -> None:
+def test_a_damaged_report_is_no_finished_run(config, tmp_path, caplog, monkeypatch, text) -> None:
     monkeypatch.setattr(program, "read_language_rows", lambda _: pytest.exit("trains"))
     (tmp_path / "pretrain.json").write_text(text)
     with pytest.raises(pytest.exit.Exception, match="trains"):
         pretrain(dataclasses.replace(config, output=str(tmp_path)))
-    assert "pretrain.json is damaged and counts as absent" in capsys.readouterr().err
+    assert "pretrain.json is damaged and counts as absent" in caplog.text
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b"half")])

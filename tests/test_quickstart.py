@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from laser_jax.command_line import parse_command_line
-from laser_jax.config import Config, ConfigError, as_dict
+from laser_jax.config import Config, as_dict
+from laser_jax.files.claim import OutputError
 from laser_jax.pretrain.run import PretrainConfig
 from laser_jax.quickstart import run as module
 from laser_jax.quickstart.run import QuickstartOptions, quickstart
@@ -85,27 +86,41 @@ def test_another_seed_is_refused_before_the_world_is_replaced(
     output = tmp_path / "world"
     quickstart(QuickstartOptions(str(output)))
     world = (output / "data" / "train.jsonl").read_bytes()
-    for stage in ("backbone/pretrain.json", "contrastive/config.json"):
-        with pytest.raises(ConfigError, match=rf"{stage}: seed was 0, is 1\. Choose another"):
-            quickstart(QuickstartOptions(str(output), seed=1))
-        assert (output / "data" / "train.jsonl").read_bytes() == world
-        quickstart(QuickstartOptions(str(output)))
-        (output / stage).unlink()
-    assert len(commands) == 3 * 4
+    with pytest.raises(OutputError, match=r"another config:\n  seed was 0, is 1\nChoose another"):
+        quickstart(QuickstartOptions(str(output), seed=1))
+    assert (output / "data" / "train.jsonl").read_bytes() == world
+    moved = output.rename(tmp_path / "moved")
+    quickstart(QuickstartOptions(str(moved)))
+    assert len(commands) == 2 * 4
 
 
-@pytest.mark.parametrize("text", ["", "\0", "[]", '{"train": 3}'])
-def test_a_stage_whose_config_is_damaged_has_none(
+def test_a_second_one_is_refused_while_stages_run(
     commands: list[tuple[str, Config | PretrainConfig]],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    text: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (tmp_path / "laser").mkdir()
-    (tmp_path / "laser" / "config.json").write_text(text)
-    quickstart(QuickstartOptions(str(tmp_path), seed=1))
+    run = module._run
+
+    def second(program: str, *arguments: str) -> None:
+        with pytest.raises(OutputError, match="world is being written by process"):
+            quickstart(QuickstartOptions(str(tmp_path / "world")))
+        run(program, *arguments)
+
+    monkeypatch.setattr(module, "_run", second)
+    quickstart(QuickstartOptions(str(tmp_path / "world")))
     assert len(commands) == 4
-    assert "config.json is damaged and counts as absent" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "\0", "[", "3"])
+def test_without_a_whole_record_nothing_in_the_directory_is_replaced(
+    commands: list[tuple[str, Config | PretrainConfig]], tmp_path: Path, text: str
+) -> None:
+    quickstart(QuickstartOptions(str(tmp_path)))
+    world = (tmp_path / "data" / "train.jsonl").read_bytes()
+    (tmp_path / "quickstart.json").write_text(text)
+    with pytest.raises(OutputError, match=r"no whole quickstart\.json: .* from a copy"):
+        quickstart(QuickstartOptions(str(tmp_path), seed=1))
+    assert (tmp_path / "data" / "train.jsonl").read_bytes() == world
 
 
 def test_outside_a_clone_it_says_what_is_missing(

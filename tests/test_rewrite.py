@@ -145,16 +145,16 @@ def test_a_killed_process_leaves_whole_lines_and_the_rest_is_written_then(
     output = tmp_path / "out.jsonl"
     slow = (
         "import time, laser_jax.rewrite.run as r\n"
-        "append = r.RewriteFile.append\n"
-        "def slowly(self, rewrites): append(self, rewrites); time.sleep(60)\n"
-        "r.RewriteFile.append = slowly\n"
+        "append = r.append\n"
+        "def slowly(output, rewrites): append(output, rewrites); time.sleep(60)\n"
+        "r.append = slowly\n"
         f"r.main({arguments(model, data, output)!r})"
     )
     process = subprocess.Popen([sys.executable, "-c", slow], env=one_device)
     while not (output.exists() and output.stat().st_size):
         assert process.poll() is None, "it ended by itself"
         time.sleep(0.05)
-    with pytest.raises(SystemExit, match="another process is writing this file"):
+    with pytest.raises(SystemExit, match=rf"{output} is being written by process {process.pid} on"):
         main(arguments(model, data, output))
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -197,7 +197,7 @@ def test_other_settings_and_other_queries_are_not_mixed(
     output = tmp_path / "out.jsonl"
     main(arguments(model, data, output, "--split", "dev"))
     before = output.read_bytes()
-    with pytest.raises(SystemExit, match=r"other settings \(max_new_tokens 6, now 7\)"):
+    with pytest.raises(SystemExit, match=r"another config:\n  max_new_tokens was 6, is 7\nChoose"):
         main([*arguments(model, data, output), "--max_new_tokens", "7"])
     queries = data / "queries.jsonl"
     queries.write_text(queries.read_text().replace("Where is Kiel", "Who is Kiel"))
@@ -221,7 +221,7 @@ def test_new_weights_under_the_old_name_are_noticed(
     params = load_params(model, BACKBONE, dtype=np.float32)
     params["norm"]["scale"][0] += 1e-3
     save_params(trained, {"params": params}, BACKBONE, dtype=np.float32, lora=None)
-    with pytest.raises(SystemExit, match=r"other settings \(weights "):
+    with pytest.raises(SystemExit, match=r"another config:\n  weights was '"):
         main(arguments(trained, data, output))
 
 
@@ -358,10 +358,25 @@ def test_a_model_without_tokenizer_or_with_another_one_is_named(
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_the_lock_is_the_files_own(model: Path, data: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out.jsonl"
-    with output.open("ab") as file:
+def test_files_of_one_folder_are_written_side_by_side(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    with (tmp_path / ".other.jsonl.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(SystemExit, match="another process is writing this file"):
-            main(arguments(model, data, output))
-        assert output.exists()
+        with pytest.raises(SystemExit, match=r"other\.jsonl is being written by another process"):
+            main(arguments(model, data, tmp_path / "other.jsonl"))
+        assert [path.name for path in tmp_path.glob("*other*")] == [".other.jsonl.lock"]
+        main(arguments(model, data, tmp_path / "out.jsonl", "--split", "dev"))
+    assert len(texts(tmp_path / "out.jsonl")) == 2
+
+
+def test_after_a_refusal_the_way_out_helps(model: Path, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    main(arguments(model, data, output, "--split", "dev"))
+    again = [*arguments(model, data, output, "--split", "dev"), "--max_new_tokens", "7"]
+    with pytest.raises(SystemExit, match=r"or delete out\.jsonl and out\.jsonl\.report\.json"):
+        main(again)
+    output.unlink()
+    report_file(output).unlink()
+    main(again)
+    assert len(texts(output)) == 2

@@ -33,13 +33,14 @@ from laser_jax.command_line import parse_command_line
 from laser_jax.config import Config, MeshConfig, RetrieverConfig
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, right_pad
 from laser_jax.encoder import load_pretrained
+from laser_jax.files.claim import OutputError
 from laser_jax.hf.reading import load_adapter
 from laser_jax.inference.batch_encoder import LatentEncoder
 from laser_jax.sharding import make_mesh
 from laser_jax.step import TrainState
 from laser_jax.train.checkpoint import CheckpointError
 from laser_jax.train.layout import Layout, StepPrograms
-from laser_jax.train.output import OutputError, StepLog, logged_lines
+from laser_jax.train.output import StepLog, logged_lines
 from laser_jax.train.selection import TrainedEncoder
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from laser_jax.files.durable import write_atomically
+from laser_jax.files.durable import write_json
 
 
 class TokenizationError(ValueError):
@@ -68,4 +68,4 @@ def save_tokenizer(tokenizer: Any, directory: str | Path) -> None:
     if isinstance(config.get("extra_special_tokens"), list):  # 4.x wants a dict there
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     config.setdefault("clean_up_tokenization_spaces", False)  # 4.x would decode to other texts
-    write_atomically(file, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_json(file, config)

@@ -26,11 +26,10 @@ from laser_jax.evaluate.results import (
     markdown_table,
     read_evaluation,
     read_per_query,
-    write_json,
 )
 from laser_jax.evaluate.retrieval import CONTROL, EXPLICIT, REWRITES, latent
 from laser_jax.evaluate.significance import holm, permutation_p_value
-from laser_jax.files.durable import write_atomically
+from laser_jax.files.durable import write_atomically, write_json
 from laser_jax.files.reading import DataError
 from laser_jax.files.terminal import printable
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -36,7 +37,7 @@ from laser_jax.evaluate.results import (
     QueryScores,
     markdown_table,
     model_name,
-    require_free,
+    new_directory,
     write_results,
 )
 from laser_jax.evaluate.retrieval import (
@@ -156,8 +157,8 @@ def evaluate_model(options: ModelOptions) -> dict[str, Evaluation]:
         under "".
 
     Raises:
-        ConfigError, DataError, HFError, TokenizationError, FileNotFoundError: bad input; the
-            message names it.
+        ConfigError, DataError, HFError, TokenizationError, OutputError, FileNotFoundError: bad
+            input; the message names it.
     """
     output = Path(options.output)
     bright = _is_bright(options)
@@ -166,17 +167,18 @@ def evaluate_model(options: ModelOptions) -> dict[str, Evaluation]:
         copy = BrightCopy(Path(options.data), options.long_documents, options.rewrites)
         domains = copy.domains(options.domains)
         reading = {domain: partial(_read_domain, copy, domain, options) for domain in domains}
-    for name, read in reading.items():
-        require_free(output / name)
-        read()  # so that its faults are not said after hours, when its turn comes
-    retriever = load_retriever(options, *options.eval_thinking_steps)
-    evaluations = {}
-    for name, read in reading.items():
+    with ExitStack() as stack:
+        for name, read in reading.items():
+            stack.enter_context(new_directory(output / name))
+            read()  # so that its faults are not said after hours, when its turn comes
+        retriever = load_retriever(options, *options.eval_thinking_steps)
+        evaluations = {}
+        for name, read in reading.items():
+            if bright:
+                logger.info("%s, %d of %d", name, len(evaluations) + 1, len(reading))
+            evaluations[name] = _evaluate(read(), retriever, output / name, options)
         if bright:
-            logger.info("%s, %d of %d", name, len(evaluations) + 1, len(reading))
-        evaluations[name] = _evaluate(read(), retriever, output / name, options)
-    if bright:
-        write_atomically(output / DOMAINS_FILE, domain_table(evaluations) + "\n")
+            write_atomically(output / DOMAINS_FILE, domain_table(evaluations) + "\n")
     return evaluations
 
 
@@ -195,7 +197,6 @@ def _evaluate(
     data: _Data, retriever: LatentRetriever, output: Path, options: ModelOptions
 ) -> Evaluation:
     dataset, config, prompts = data.dataset, retriever.encoder.config, retriever.prompts
-    # the tokens are made before the directory is: they show what is wrong with the texts
     inputs = _query_inputs(data, retriever, options)
     documents = [prompts.document_prompt(document.text) for document in dataset.documents]
     document_rows = [document.ids for document in documents]
@@ -204,7 +205,6 @@ def _evaluate(
     for name, of in inputs.items():
         shortened[f"queries, {name}"] = of.shortened
         _log_lengths(f"queries, {name}", of.rows, of.shortened)
-    output.mkdir(parents=True, exist_ok=True)
     runs = rank_corpus(
         retriever.encoder,
         document_rows,

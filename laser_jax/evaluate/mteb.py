@@ -27,9 +27,9 @@ import numpy as np
 from laser_jax.command_line import parse_command_line
 from laser_jax.data.schema import as_strings
 from laser_jax.evaluate.bright import INSTRUCTIONS
-from laser_jax.evaluate.results import markdown_table, model_name, write_json
+from laser_jax.evaluate.results import markdown_table, model_name
 from laser_jax.evaluate.retrieval import EvaluationOptions, load_retriever
-from laser_jax.files.durable import checksum
+from laser_jax.files.durable import checksum, write_json
 from laser_jax.hf.directory import resolve_directory
 from laser_jax.inference.options import read_retriever_config
 from laser_jax.inference.retriever import LatentRetriever

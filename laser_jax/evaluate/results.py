@@ -8,9 +8,9 @@ quality_by_steps.svg    the first metric against K
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +18,8 @@ from typing import Any
 
 from laser_jax.config import ConfigError, from_dict
 from laser_jax.evaluate.significance import CONFIDENCE, RESAMPLES
-from laser_jax.files.durable import folder_written_whole, write_atomically
+from laser_jax.files.claim import Claim, OutputError
+from laser_jax.files.durable import folder_written_whole, write_atomically, write_json
 from laser_jax.files.reading import DataError, parse_number, read_json, text_lines
 from laser_jax.search.matching import IdCount
 from laser_jax.search.trec import Run, write_trec_run
@@ -124,10 +125,19 @@ def read_per_query(path: Path) -> dict[str, QueryScores]:
     return per_query
 
 
-def require_free(output: str | Path) -> None:
-    """Raises a ConfigError where the directory holds an evaluation: now, and not after the work."""
-    if (Path(output) / RESULTS_FILE).exists():
-        raise ConfigError(f"{output} holds an evaluation: choose another --output, or delete it")
+@contextmanager
+def new_directory(output: str | Path) -> Iterator[None]:
+    """Holds the directory of an evaluation that begins. Without results nothing is left of it.
+
+    Raises:
+        OutputError: it holds an evaluation, or another process has it; said before the work.
+    """
+    with Claim(output, RESULTS_FILE, lambda results: []):
+        if (Path(output) / RESULTS_FILE).exists():
+            raise OutputError(
+                f"{output} holds an evaluation: choose another --output, or delete it"
+            )
+        yield
 
 
 def write_results(
@@ -154,11 +164,6 @@ def write_results(
         if draw is not None:
             draw(part / PLOT_STEM)
         write_json(part / RESULTS_FILE, results)
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Writes a JSON file for people and programs, whole or not at all."""
-    write_atomically(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_evaluation(directory: str | Path) -> Evaluation:

@@ -6,6 +6,7 @@ python -m laser_jax.evaluate run --run RUN[.gz] --qrels QRELS [--excluded FILE] 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from laser_jax.evaluate.metrics import (
     without_excluded,
     without_relevant,
 )
-from laser_jax.evaluate.results import require_free, write_results
+from laser_jax.evaluate.results import QueryScores, new_directory, write_results
 from laser_jax.files.reading import DataError
 from laser_jax.search.matching import IdCount, exclusions, identical_count, unmatched
 from laser_jax.search.trec import Run, read_excluded, read_trec_run
@@ -69,11 +70,20 @@ def score_run(options: RunOptions) -> dict[str, Any]:
         What results.json holds: the files, the counts and the mean scores.
 
     Raises:
-        ConfigError: the output holds an evaluation.
+        OutputError: the output holds an evaluation, or another process has it.
         FileNotFoundError, DataError, ValueError: bad input; the message names it.
     """
-    if options.output:
-        require_free(options.output)
+    with ExitStack() as stack:
+        if options.output:
+            stack.enter_context(new_directory(options.output))
+        result, per_query = _scores_of(options)
+        if options.output:
+            write_results(Path(options.output), result, {Path(options.run).name: per_query})
+    return result
+
+
+def _scores_of(options: RunOptions) -> tuple[dict[str, Any], QueryScores]:
+    """What results.json holds, and the values of every query."""
     run, qrels = read_trec_run(options.run), read_qrels_file(options.qrels)
     counts = {
         "queries in the run": len(run),
@@ -95,7 +105,7 @@ def score_run(options: RunOptions) -> dict[str, Any]:
     if changes := _p_mrr(run, qrels, removed, options):
         scores[P_MRR] = mean(changes)[P_MRR]
         counts["queries with a changed document"] = len(changes)
-    result = {
+    return {
         "run": options.run,
         "qrels": options.qrels,
         "excluded": options.excluded,
@@ -103,10 +113,7 @@ def score_run(options: RunOptions) -> dict[str, Any]:
         "counts": counts,
         "id_counts": [asdict(count) for count in id_counts],
         "scores": scores,
-    }
-    if options.output:
-        write_results(Path(options.output), result, {Path(options.run).name: per_query})
-    return result
+    }, per_query
 
 
 def _removed(

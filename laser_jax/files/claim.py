@@ -21,7 +21,9 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from laser_jax.files.durable import lock, no_link, parts_of, read_state, write_atomically
+from filelock import lock_descriptor
+
+from laser_jax.files.durable import parts_of, read_state, write_atomically
 from laser_jax.settings import Change, listed
 
 WORK_FOLDER = ".work"
@@ -33,7 +35,7 @@ class OutputError(ValueError):
 
 
 class Claim:
-    """A directory for the output of one run, held for as long as the context is open.
+    """A directory, or a file, for the output of one run, held while the context is open.
 
     The lock is the kernel's (`flock`), so that it ends with the process, however that ends. On NFS
     it holds between machines, on a bucket mounted with gcsfuse only within one.
@@ -51,7 +53,7 @@ class Claim:
         *,
         alone: bool = False,
         shared: bool = False,
-        lock_file: str = ".lock",
+        file: str | None = None,
     ) -> None:
         """Touches nothing; entering the context does.
 
@@ -66,14 +68,18 @@ class Claim:
             shared: whether several processes write the output together. Of them only the one that
                 makes the record holds the lock, and the others wait for it. They do without where
                 the file system has no locks, so each must make the same record.
-            lock_file: its name; several outputs in one directory have their own.
+            file: the file in the directory that alone is the output. Several such outputs may lie
+                in one directory: each has a record and a lock of its own.
         """
         self.directory = Path(directory)
         self.recorded: dict[str, Any] | None = None
         self._address = str(directory)
         self._record, self._changed = self.directory / record, changed
         self._alone, self._shared = alone, shared
-        self._lock_file = self.directory / lock_file
+        self._output = self.directory / (file or "")
+        self._lock_file = self.directory / (f".{file}.lock" if file else ".lock")
+        remains = f"{file} and {record}" if file else "that directory"
+        self._way_out = f"Choose another --output, or delete {remains}"
         self._lock: TextIO | None = None
         self._made: list[Path] = []
 
@@ -83,7 +89,7 @@ class Claim:
         Raises:
             OutputError: another process has it; it holds a run with another config, or, though it
                 must be this program's `alone`, other files; or it is no directory.
-            OSError: it cannot be made, or the file system has no locks.
+            OSError: it cannot be made, or the file system has no locks; says what to do.
         """
         try:
             if self._shared and self._record.is_file():
@@ -98,12 +104,19 @@ class Claim:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self._alone and self._lock is not None and not self._record.is_file():
+            sweep(self.directory)
         self._release()
 
     def record(self, text: str) -> None:
         """Writes the record, which makes the directory this run's. To be called when everything
         that can be wrong with the input has been looked at, and once more at any time."""
         write_atomically(self._record, text)
+
+    def require_same(self, stored: dict[str, Any], source: Path) -> None:
+        """Raises an OutputError where a run that says in `source` how it was made cannot be gone on
+        with."""
+        self._refuse(self._compared(stored), source)
 
     def _acquire(self) -> None:
         if "://" in self._address:
@@ -124,18 +137,24 @@ class Claim:
     def _locked(self) -> TextIO | None:
         """The lock file, held; None where its last holder removed it while we were opening it."""
         with ExitStack() as stack:
-            file = stack.enter_context(open(self._lock_file, "a+", opener=no_link))
+            file = stack.enter_context(open(self._lock_file, "a+", opener=_no_link))
             try:
-                is_ours = lock(file, wait=self._shared)
-            except OSError:
+                is_ours = lock_descriptor(file.fileno(), blocking=self._shared)
+            except OSError as error:
                 if not self._shared:
-                    raise
+                    raise OSError(
+                        error.errno,
+                        f"{error.strerror}: this file system has no locks, so two programs could "
+                        "write here at once. Choose a place on a local disk, on NFS with its lock "
+                        "service, or on Lustre mounted with -o flock",
+                        str(self._lock_file),
+                    ) from error
                 is_ours = True
             if not is_ours:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 raise OutputError(
-                    f"{self.directory} is being written by {holder}. Wait for that run or stop it, "
+                    f"{self._output} is being written by {holder}. Wait for that run or stop it, "
                     "or choose another --output"
                 )
             if os.fstat(file.fileno()).st_ino != self._lock_file.stat().st_ino:
@@ -149,7 +168,7 @@ class Claim:
     def _require_ours(self) -> None:
         """Reads the record. Raises an OutputError where the directory holds what this run cannot go
         on with."""
-        name, way_out = self._record.name, "Choose another --output, or delete that directory"
+        name = self._record.name
         found = read_state(self._record, lambda values: (dict(values), self._compared(values)))
         if found is None:
             names = sorted(path.name for path in self.directory.iterdir())
@@ -162,11 +181,15 @@ class Claim:
                 )
             return
         self.recorded, changed = found
+        self._refuse(changed, self._record)
+
+    def _refuse(self, changed: Sequence[Change] | ValueError, source: Path) -> None:
         if isinstance(changed, ValueError):
-            raise OutputError(f"{self._record} is no run's config: {changed}. {way_out}")
+            raise OutputError(f"{source} is no run's config: {changed}. {self._way_out}")
         if changed:
             raise OutputError(
-                f"{self.directory} holds a run with another config:\n  {listed(changed)}\n{way_out}"
+                f"{self._output} holds a run with another config:\n  {listed(changed)}\n"
+                f"{self._way_out}"
             )
 
     def _compared(self, values: dict[str, Any]) -> Sequence[Change] | ValueError:
@@ -181,16 +204,19 @@ class Claim:
         """Gives the lock back, and removes what was made for it if no run has left a record."""
         if self._lock is None:
             return
-        is_recorded = self._record.is_file()
-        if self._alone and not is_recorded:
-            sweep(self.directory)
         self._lock_file.unlink(missing_ok=True)
-        if not is_recorded:
+        if not self._record.is_file():
             with suppress(OSError):  # not empty: somebody else's
                 for directory in self._made:
                     directory.rmdir()
         self._lock.close()
         self._lock = None
+
+
+def _no_link(path: str, flags: int) -> int:
+    """An `opener` for locks, whose names others know beforehand: a link that somebody has put there
+    is an error instead of being followed."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def sweep(directory: Path) -> None:

@@ -1,5 +1,5 @@
-"""Files that are seen either whole or not at all, locks on them, their checksum, and the one reader
-of what programs keep in small files."""
+"""Files that are seen either whole or not at all, their checksum, and the one reader of what
+programs keep in small files."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ import errno
 import glob
 import hashlib
 import json
+import logging
 import os
 import secrets
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from filelock import lock_descriptor
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 # --- writing -----------------------------------------------------------------------------------
 
@@ -119,6 +120,16 @@ def write_atomically(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8", newline="\n")
 
 
+def json_text(values: Any) -> str:
+    """The text of a JSON file for people and programs."""
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes such a file, whole or not at all."""
+    write_atomically(path, json_text(values))
+
+
 # --- reading what a program has left -------------------------------------------------------------
 
 
@@ -127,14 +138,14 @@ def read_state(path: Path, parse: Callable[[Any], T]) -> T | None:
 
     `parse` raises a ValueError, KeyError or TypeError on values that cannot be. None stands for a
     file that is absent or damaged, which are one case for every caller: what the file held is
-    derived again, or else it is missed and the message says what to do. Damage is named on stderr.
+    derived again, or else it is missed and the message says what to do. Damage is logged.
     """
     try:
         return parse(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        print(f"{path} is damaged and counts as absent: {error!r}", file=sys.stderr)
+        _log.warning("%s is damaged and counts as absent: %r", path, error)
         return None
 
 
@@ -142,7 +153,7 @@ def read_state_lines(path: Path, parse: Callable[[Any], T]) -> list[T]:
     """As `read_state`, of a file that has such values line by line; [] where it is absent.
 
     A last line without its end was cut off by a kill and is left out. So are damaged lines; they
-    are named on stderr, and the file as it was is kept as NAME.damaged.
+    are logged, and the file as it was is kept as NAME.damaged.
     """
     found: list[T] = []
     damaged: list[str] = []
@@ -155,7 +166,7 @@ def read_state_lines(path: Path, parse: Callable[[Any], T]) -> list[T]:
     if damaged:
         kept = path.with_name(f"{path.name}.damaged")
         shutil.copyfile(path, kept)
-        print(*damaged, f"The file as it was is {kept}", sep="\n", file=sys.stderr)
+        _log.warning("%s\nThe file as it was is %s", "\n".join(damaged), kept)
     return found
 
 
@@ -195,28 +206,3 @@ class Digest:
 
     def hexdigest(self) -> str:
         return self._digest.hexdigest()
-
-
-# --- locks -------------------------------------------------------------------------------------
-
-
-def no_link(path: str, flags: int) -> int:
-    """An `opener` for files whose name others know beforehand, such as locks: a link that somebody
-    has put there is an error instead of being followed."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
-
-
-def lock(file: IO[Any], *, wait: bool) -> bool:
-    """Takes the kernel's lock on an open file, which ends with the file or the process. Returns
-    whether it was taken: not, where another process holds it and `wait` is False. Raises an OSError
-    that says what to do where the file system has no locks."""
-    try:
-        return lock_descriptor(file.fileno(), blocking=wait)
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"{error.strerror}: this file system has no locks, so two programs could write here at "
-            "once. Choose a place on a local disk, on NFS with its lock service, or on Lustre "
-            "mounted with -o flock",
-            str(file.name),
-        ) from error

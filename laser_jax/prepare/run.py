@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import logging
 import math
 import multiprocessing
@@ -44,7 +43,7 @@ from laser_jax.data.sources import (
 )
 from laser_jax.data.tokenization import PromptTokenizer, TokenizationError, load_tokenizer
 from laser_jax.files.claim import WORK_FOLDER, Claim, sweep
-from laser_jax.files.durable import read_state, write_atomically, written_whole
+from laser_jax.files.durable import json_text, read_state, write_json, written_whole
 from laser_jax.files.reading import read_yaml
 from laser_jax.files.terminal import fail, printable
 from laser_jax.prepare.padding import measure_padding
@@ -160,7 +159,7 @@ class Preparation:
         with written_whole(self.shards[shard]) as part:
             tally.bytes = write_shard(part, text_features(), self._examples(shard, tally, advance))
             tally.sha256 = checksum_of(part)
-            write_atomically(self._tally_file(shard), _json(vars(tally)))
+            write_json(self._tally_file(shard), vars(tally))
         return tally
 
     def _examples(
@@ -205,7 +204,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         if config.padding and prompts and padding.get("batch_size") != config.padding:
             source = open_source(output)
             report["padding"] = measure_padding(source, prompts, config.padding)
-            write_atomically(output / REPORT_FILE, _json(report))
+            write_json(output / REPORT_FILE, report)
         elif finished:
             LOG.info("%s is prepared already: nothing to do", config.output)
     return report
@@ -227,7 +226,7 @@ def _prepare(preparation: Preparation, made: dict[str, Any], claim: Claim) -> di
             preparation.prompts.require_room(facts.instructions, explicit=True)
     for name in (REPORT_FILE, "dataset_info.json"):  # not finished from now on
         (output / name).unlink(missing_ok=True)
-    claim.record(_json(made))
+    claim.record(json_text(made))
     (output / WORK_FOLDER).mkdir(exist_ok=True)
     tallies = _write_shards(preparation)
     if not any(tally.written for tally in tallies):
@@ -237,7 +236,7 @@ def _prepare(preparation: Preparation, made: dict[str, Any], claim: Claim) -> di
         raise DataError(f"{config.input}: every row was rejected, such as {tallies[0].rejected[0]}")
     names = [path.name for path in preparation.shards]
     checksums = {n: t.sha256 for n, t in zip(names, tallies, strict=True)}
-    claim.record(_json(made | {"checksums": checksums}))
+    claim.record(json_text(made | {"checksums": checksums}))
     write_description(
         output,
         text_features(),
@@ -245,7 +244,7 @@ def _prepare(preparation: Preparation, made: dict[str, Any], claim: Claim) -> di
         sum(tally.bytes for tally in tallies),
     )
     report = report_of(tallies)
-    write_atomically(output / REPORT_FILE, _json(report))
+    write_json(output / REPORT_FILE, report)
     sweep(output)
     return report
 
@@ -289,10 +288,6 @@ _in_worker = functools.cache(Preparation)
 
 def _write_in_worker(config: PrepareConfig, shard: int) -> Tally:
     return _in_worker(config).write(shard, lambda rows: None)
-
-
-def _json(values: Any) -> str:
-    return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from laser_jax.command_line import parse_command_line
 from laser_jax.config import ConfigError, ModelConfig, OptimizerConfig, PromptConfig, as_dict
 from laser_jax.data.tokenization import PromptTokenizer, query_content
 from laser_jax.evaluate.beir import read_beir
-from laser_jax.files.durable import read_state, write_atomically
+from laser_jax.files.claim import Claim
 from laser_jax.files.terminal import configure_logging, fail
 from laser_jax.hf.directory import HFError, read_backbone_config
 from laser_jax.hf.reading import find_params, load_params
@@ -39,7 +40,7 @@ from laser_jax.pretrain.texts import (
     read_language_rows,
     reasoning_rows,
 )
-from laser_jax.settings import changes, listed, require, require_in
+from laser_jax.settings import Change, changes, require, require_in
 from laser_jax.step import learning_rate_schedule, make_optimizer
 from laser_jax.train.model import build_backbone, save_model, starting_model
 
@@ -125,30 +126,26 @@ def exact_match(
     return float(np.concatenate(parts).mean())
 
 
-def _finished(config: PretrainConfig) -> dict[str, Any] | None:
-    """The report of the output directory, where it already holds the result of this config, with
-    its weights."""
-    file = Path(config.output) / REPORT
-    report = read_state(
-        file, lambda r: {**r, "config": dict(r["config"]), "loss": float(r["loss"])}
-    )
-    if report is None:
-        return None
-    way_out, loss = "Choose another output, or delete that directory", report["loss"]
-    changed = changes(report["config"], config, source=str(file))
+def _changed(report: dict[str, Any], config: PretrainConfig) -> list[Change]:
+    float(report["loss"])  # not there, or no number: the report is damaged
     # the same directory may be spelled otherwise, or have been moved
-    if changed := [change for change in changed if change.key != "output"]:
+    return changes(report["config"], config, source=REPORT, changeable=("output",))
+
+
+def _is_finished(config: PretrainConfig, report: dict[str, Any]) -> bool:
+    """Whether the output directory of this report still holds its weights."""
+    if not math.isfinite(loss := float(report["loss"])):
         raise ConfigError(
-            f"{config.output} holds a backbone of another config:\n  {listed(changed)}\n{way_out}"
+            f"{config.output} holds a backbone whose loss is {loss}. Choose another --output, or "
+            "delete that directory"
         )
-    if not math.isfinite(loss):
-        raise ConfigError(f"{config.output} holds a backbone whose loss is {loss}. {way_out}")
     try:
         find_params(Path(config.output), read_backbone_config(config.output))
     except (HFError, FileNotFoundError) as error:
         _log.warning("%s\nThe backbone is trained again", error)
-        return None
-    return report
+        return False
+    _log.info("%s: already trained with this config", config.output)
+    return True
 
 
 def _require_finite(step: int, loss: float, config: PretrainConfig) -> None:
@@ -247,14 +244,20 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Runs the causal-LM stage. Returns what `pretrain.json` holds.
 
     Raises:
-        ConfigError, DataError, HFError, TokenizationError, FileNotFoundError: bad
+        ConfigError, DataError, HFError, TokenizationError, OutputError, FileNotFoundError: bad
             input; the message names it.
         PretrainingError: the loss is not finite; nothing is written then.
     """
-    output = Path(config.output)
-    if finished := _finished(config):
-        _log.info("%s: already trained with this config", output)
-        return finished
+    with Claim(config.output, REPORT, partial(_changed, config=config)) as claim:
+        if claim.recorded is not None and _is_finished(config, claim.recorded):
+            return claim.recorded
+        report = _pretrain(config)
+        claim.record(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def _pretrain(config: PretrainConfig) -> dict[str, Any]:
+    """Trains, writes the backbone and returns the report."""
     texts, reasonings = read_language_rows(config.texts)
     directory, tokenizer, sizes = starting_model(
         config.model, lambda: _texts_of(config, texts, reasonings)
@@ -286,8 +289,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
             f"greedy decoding writes {report['written_right']:.1%} of the {len(held_out.ids_BT)} "
             f"{config.eval_split} reasonings without a mistake"
         )
+    output = Path(config.output)
     save_model(output, jax.device_get(variables), backbone, config.model, tokenizer)
-    write_atomically(output / REPORT, json.dumps(report, indent=2) + "\n")
     return report
 
 

@@ -17,13 +17,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from laser_jax.command_line import parse_command_line
 from laser_jax.config import ConfigError
 from laser_jax.evaluate.retrieval import format_table
-from laser_jax.files.durable import read_state, write_atomically
+from laser_jax.files.claim import Claim
+from laser_jax.files.durable import write_atomically
 from laser_jax.files.terminal import fail
 from laser_jax.quickstart.world import WorldConfig, build_world, write_world
+from laser_jax.settings import Change, as_dict, changes
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 COLUMNS = ("nDCG@10", "Hit@1")
@@ -39,6 +42,7 @@ class QuickstartOptions:
     """Of the world, the backbone and the training."""
 
 
+RECORD = "quickstart.json"
 METHODS: dict[str, tuple[str, str | None]] = {
     "contrastive": ("plain contrastive (K=1)", "ablation/contrastive.yaml"),
     "gircse": ("GIRCSE", "ablation/gircse.yaml"),
@@ -55,33 +59,28 @@ def _run(module: str, *arguments: str) -> None:
         sys.exit(done.returncode)
 
 
-def _require_same_seed(output: Path, seed: int) -> None:
-    """Raises a ConfigError where a stage in the output has begun with another seed: its own refusal
-    would come after the world it was trained on is replaced."""
-    stages = {output / "backbone" / "pretrain.json": ("config", "seed")}
-    stages |= {output / name / "config.json": ("train", "seed") for name in METHODS}
-    for file, (group, key) in stages.items():
-        found = read_state(file, lambda values, group=group, key=key: values[group][key])
-        if found is not None and found != seed:
-            raise ConfigError(
-                f"{file}: seed was {found}, is {seed}. Choose another --output, or delete {output}"
-            )
-
-
 def quickstart(options: QuickstartOptions) -> dict[str, dict[str, float]]:
     """Runs all stages. Returns, and writes to `table.json`, the table: a row a method.
 
     Raises:
-        ConfigError: when the configs/ folder of the repository is not beside the package, or the
-            output holds a quickstart with another seed; nothing is touched then.
+        ConfigError: the configs/ folder of the repository is not beside the package.
+        OutputError: the output holds a quickstart with another seed, or other files, or another
+            process has it; nothing is touched then.
     """
     if not (CONFIGS / "quickstart.yaml").is_file():
         raise ConfigError(f"{CONFIGS} has no quickstart.yaml: run this from a clone of laser_jax")
-    began = time.monotonic()
-    output = Path(options.output)
-    data, seed = output / "data", str(options.seed)
-    _require_same_seed(output, options.seed)
-    world = build_world(WorldConfig(num_places=20, seed=options.seed))
+
+    def changed(old: dict[str, Any]) -> list[Change]:
+        return changes(old, options, source=RECORD, changeable=("output",))
+
+    with Claim(options.output, RECORD, changed, alone=True) as claim:
+        claim.record(json.dumps(as_dict(options), indent=2) + "\n")
+        return _run_stages(Path(options.output), str(options.seed))
+
+
+def _run_stages(output: Path, seed: str) -> dict[str, dict[str, float]]:
+    began, data = time.monotonic(), output / "data"
+    world = build_world(WorldConfig(num_places=20, seed=int(seed)))
     write_world(world, data)
     LOG.info(
         f"{data}: {len(world.places)} places, {len(world.relations)} ways between them; "
@@ -127,5 +126,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         quickstart(
             parse_command_line(QuickstartOptions, "python -m laser_jax.quickstart", arguments)
         )
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
         fail(error)

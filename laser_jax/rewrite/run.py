@@ -15,7 +15,6 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from laser_jax.command_line import parse_command_line
 from laser_jax.config import BackboneConfig, ConfigError, Dtype, PromptConfig
 from laser_jax.data.tokenization import PromptTokenizer, Tokenizer, load_tokenizer_for
 from laser_jax.evaluate.beir import EvalQuery, read_qrels, read_queries
-from laser_jax.evaluate.results import markdown_table, write_json
+from laser_jax.evaluate.results import markdown_table
 from laser_jax.evaluate.retrieval import require_instructions
 from laser_jax.evaluate.rewrites import (
     Rewrite,
@@ -37,14 +36,15 @@ from laser_jax.evaluate.rewrites import (
     milliseconds_per_query,
     read_rewrites,
 )
-from laser_jax.files.durable import lock, read_state
+from laser_jax.files.claim import Claim, OutputError
+from laser_jax.files.durable import json_text
 from laser_jax.files.reading import DataError
 from laser_jax.files.terminal import fail
 from laser_jax.hf.directory import read_backbone_config, resolve_directory
 from laser_jax.hf.reading import load_params
 from laser_jax.inference.options import BatchOptions
 from laser_jax.rewrite.generation import Decoding, TextGenerator, Written, stop_ids
-from laser_jax.settings import require
+from laser_jax.settings import changes, require
 from laser_jax.train.checkpoint import fingerprint
 
 REASONING_PROMPT = """{query}
@@ -163,78 +163,48 @@ def report_file(output: Path) -> Path:
     return output.with_name(f"{output.name}.report.json")
 
 
-class RewriteFile:
-    """The output, locked for as long as it is open: whole lines are appended, and only those count.
-
-    Attributes:
-        rewrites: what it holds, by query id.
+def _held_rewrites(output: Path, claim: Claim, wanted: dict[str, EvalQuery]) -> dict[str, Rewrite]:
+    """What a claimed output holds, by query id.
 
     Raises:
-        ConfigError: another process has it, or it was written with other settings.
-        DataError: a line of it is damaged; the last one, cut short, is written again instead.
+        OutputError: nobody knows how it was written, or it is of other queries.
+        DataError: a line of it is damaged; the last one, cut short, is taken off instead.
     """
-
-    def __init__(self, path: Path, settings: dict[str, Any], wanted: dict[str, EvalQuery]):
-        self._path = path
-        self._file = path.open("ab", buffering=0)
-        is_ours = False
-        try:
-            is_ours = lock(self._file, wait=False)
-            require(is_ours, f"{path}: another process is writing this file")
-            self.rewrites = self._claim(settings, wanted)
-        except BaseException:
-            if is_ours and os.path.getsize(path) == 0:
-                path.unlink()
-            self.close()
-            raise
-
-    def _claim(self, settings: dict[str, Any], wanted: dict[str, EvalQuery]) -> dict[str, Rewrite]:
-        path, report = self._path, report_file(self._path)
-        content = path.read_bytes()
-        if not content:
-            write_json(report, {"settings": settings})
-            return {}
-        old = read_state(report, lambda values: dict(values["settings"]))
-        if old is None:
-            raise ConfigError(
-                f"{path} is there without a whole {report.name}, so nobody knows how it was "
-                "written: bring that back from a copy, or choose another --output"
+    content = output.read_bytes() if output.exists() else b""
+    if not content:
+        return {}
+    if claim.recorded is None:
+        raise OutputError(
+            f"{output} is there without a whole {report_file(output).name}, so nobody knows how it "
+            "was written: bring that back from a copy, or choose another --output"
+        )
+    if not content.endswith(b"\n"):  # a killed process left its last line unfinished
+        os.truncate(output, content.rfind(b"\n") + 1)
+    rewrites = read_rewrites(output)
+    for id_, rewrite in rewrites.items():
+        if id_ not in wanted or rewrite.query != wanted[id_].text or rewrite.cost is None:
+            raise OutputError(
+                f"{output} holds a rewrite of {id_!r} that is of none of these queries: choose "
+                "another --output"
             )
-        if changed := [k for k in {**old, **settings} if old.get(k) != settings.get(k)]:
-            differences = "; ".join(f"{k} {old.get(k)!r}, now {settings.get(k)!r}" for k in changed)
-            raise ConfigError(
-                f"{path} was written with other settings ({differences}): choose another "
-                "--output, or delete the file"
-            )
-        if not content.endswith(b"\n"):  # a killed process left its last line unfinished
-            os.truncate(path, content.rfind(b"\n") + 1)
-        rewrites = read_rewrites(path)
-        for id_, rewrite in rewrites.items():
-            if id_ not in wanted or rewrite.query != wanted[id_].text or rewrite.cost is None:
-                raise ConfigError(
-                    f"{path} holds a rewrite of {id_!r} that is of none of these queries: choose "
-                    "another --output"
-                )
-        return rewrites
+    return rewrites
 
-    def append(self, rewrites: dict[str, Rewrite]) -> None:
-        """Writes lines and waits until they are on the disk. Raises an OSError that names the file,
-        which is as it was before."""
-        rows = [rewrite.as_row(id_) for id_, rewrite in rewrites.items()]
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        size = os.fstat(self._file.fileno()).st_size
+
+def append(output: Path, rewrites: dict[str, Rewrite]) -> None:
+    """Writes whole lines and waits until they are on the disk. Raises an OSError that names the
+    file, which is as it was before."""
+    rows = [rewrite.as_row(id_) for id_, rewrite in rewrites.items()]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with output.open("ab", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
         try:
             view = memoryview(text.encode())
             while view:
-                view = view[self._file.write(view) or 0 :]
-            os.fsync(self._file.fileno())
+                view = view[file.write(view) or 0 :]
+            os.fsync(file.fileno())
         except OSError as error:
-            os.ftruncate(self._file.fileno(), size)
-            raise OSError(error.errno, error.strerror, str(self._path)) from error
-        self.rewrites |= rewrites
-
-    def close(self) -> None:
-        self._file.close()
+            os.ftruncate(file.fileno(), size)
+            raise OSError(error.errno, error.strerror, str(output)) from error
 
 
 # --- the program -------------------------------------------------------------------------------
@@ -244,8 +214,9 @@ def rewrite(options: RewriteOptions) -> dict[str, Any]:
     """Rewrites what the output lacks. Returns what NAME.report.json then holds.
 
     Raises:
-        ConfigError, DataError, HFError, TokenizationError, FileNotFoundError, OSError: bad
-            input, or a full disk; the message names it.
+        ConfigError, DataError, HFError, TokenizationError, FileNotFoundError: bad input.
+        OutputError: the output was written with other settings, or another process has it.
+        OSError: a full disk. All messages name what is meant.
     """
     queries = read_wanted(options)
     directory, output = resolve_directory(options.model), Path(options.output)
@@ -258,10 +229,18 @@ def rewrite(options: RewriteOptions) -> dict[str, Any]:
     params = load_params(directory, backbone, dtype=jnp.dtype(options.compute_dtype))
     stops = stop_ids(directory, tokenizer)
     settings = _settings(options, maker, stops, fingerprint(params))
-    with closing(RewriteFile(output, settings, queries)) as file:
-        before = len(file.rewrites)
-        left = {id_: prompts[id_].ids for id_ in queries if id_ not in file.rewrites}
+    with Claim(
+        output.parent,
+        report_file(output).name,
+        lambda old: changes(old["settings"], settings, source="settings"),
+        file=output.name,
+    ) as claim:
+        rewrites = _held_rewrites(output, claim, queries)
+        before = len(rewrites)
         logger.info("%d queries, %d of them written before", len(queries), before)
+        if claim.recorded is None:
+            claim.record(json_text({"settings": settings}))
+        left = {id_: prompts[id_].ids for id_ in queries if id_ not in rewrites}
         if left:
             generator = TextGenerator(
                 {"params": params},
@@ -273,19 +252,19 @@ def rewrite(options: RewriteOptions) -> dict[str, Any]:
                 length_multiple=options.length_multiple,
             )
             for batch in _written(generator, left, options.seed, len(queries)):
-                file.append(
-                    {
-                        id_: _as_rewrite(queries[id_], len(left[id_]), written, tokenizer)
-                        for id_, written in batch.items()
-                    }
-                )
+                found = {
+                    id_: _as_rewrite(queries[id_], len(left[id_]), written, tokenizer)
+                    for id_, written in batch.items()
+                }
+                append(output, found)
+                rewrites |= found
         report = {
             "settings": settings,
             "machine": f"{jax.devices()[0].device_kind} ({jax.default_backend()})",
             "shortened_queries": sum(prompt.truncated for prompt in prompts.values()),
-            **_statistics(file.rewrites),
+            **_statistics(rewrites),
         }
-        write_json(report_file(output), report)
+        claim.record(json_text(report))
     return report | {"written_before": before}
 
 

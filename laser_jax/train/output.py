@@ -1,16 +1,12 @@
-"""A run's output directory: one run at a time, always of the same config, and files that are either
-whole or absent. And its logs, for people and for TensorBoard."""
+"""A run's output directory: who may have it, and its logs, for people and for TensorBoard."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import socket
 import subprocess
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
-from fnmatch import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,9 +15,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from laser_jax.config import Config, ConfigError, as_dict
-from laser_jax.files.durable import lock, no_link, read_state, read_state_lines, write_atomically
-from laser_jax.settings import changes, listed
+from laser_jax.config import Config, ConfigError
+from laser_jax.files.claim import Claim, OutputError
+from laser_jax.files.durable import read_state_lines, write_atomically
+from laser_jax.settings import Change, changes
 
 # What a resumed run may change. The rest decides on what is trained or on which model is exported.
 CHANGEABLE = (
@@ -53,129 +50,36 @@ CHANGEABLE = (
 )
 
 
-class OutputError(ValueError):
-    """An output directory that this run cannot have. Names it and the way out."""
-
-
-class OutputDirectory:
-    """Locks the directory of a run for as long as the process lives.
-
-    The lock is the kernel's (`flock` on `.lock`), so that it ends with the process, however that
-    ends. On NFS it holds between machines, on a bucket mounted with gcsfuse only within one.
-    Nothing else is written before `claim`; a run that fails before leaves no trace.
-
-    All processes of a distributed run make it; process 0 alone touches the file system.
+@contextmanager
+def claimed(config: Config) -> Iterator[Claim]:
+    """The claim on a run's directory, whose record is `config.json`. All processes of a run make
+    it; process 0 alone touches the file system, and is to write the record.
 
     Raises:
-        OutputError: when another process holds the lock, when the directory holds a run with
-            another config (`CHANGEABLE` lists what may differ), or when it is no mounted one.
+        OutputError, OSError: as of `Claim`. Where process 0 is refused, the others are too.
     """
+    changeable = CHANGEABLE
+    if config.train.accumulation == "gradcache":  # rounding too; `plain` is another loss
+        changeable += ("train.micro_batch_size",)
 
-    def __init__(self, config: Config):
-        self.path = Path(config.output)
-        self._config = config
-        self._lock: TextIO | None = None
-        self._made: list[Path] = []
-        self._claimed = False
-        error: OutputError | OSError | None = None
+    def changed(stored: dict[str, Any]) -> list[Change]:
+        return changes(stored, config, source="config", changeable=changeable)
+
+    claim = Claim(config.output, "config.json", changed)
+    error: OutputError | OSError | None = None
+    with ExitStack() as stack:
         if jax.process_index() == 0:
             try:
-                self._acquire()
+                stack.enter_context(claim)
             except (OutputError, OSError) as raised:
                 error = raised
-                self.close()
         if jax.process_count() > 1:
             granted = multihost_utils.broadcast_one_to_all(np.asarray(error is None))
             if not granted and error is None:
-                error = OutputError(f"{self.path}: refused to process 0, which says why")
+                error = OutputError(f"{config.output}: refused to process 0, which says why")
         if error is not None:
             raise error
-
-    def claim(self) -> None:
-        """Writes `config.json`, which makes the directory this run's. To be called when everything
-        that can be wrong with the input has been looked at."""
-        if jax.process_index() == 0:
-            text = json.dumps(as_dict(self._config), indent=2) + "\n"
-            write_atomically(self.path / "config.json", text)
-        self._claimed = True
-
-    def close(self) -> None:
-        """Gives the lock back, and removes what was made for it if the run was never claimed."""
-        if self._lock is None:
-            return
-        if not self._claimed and not (self.path / "config.json").exists():
-            (self.path / ".lock").unlink()
-            with suppress(OSError):  # not empty: somebody else's
-                for directory in self._made:
-                    directory.rmdir()
-        self._lock.close()
-        self._lock = None
-
-    def __enter__(self) -> OutputDirectory:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def _acquire(self) -> None:
-        if "://" in str(self._config.output):
-            raise OutputError(
-                f"output {self._config.output}: a directory of a file system is wanted. Mount the "
-                "bucket and name the directory; gcsfuse needs --implicit-dirs, and a bucket with "
-                "hierarchical namespace or --rename-dir-limit above the files of a checkpoint"
-            )
-        while self._lock is None:
-            missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
-            self.path.mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):  # another run has just removed what it had made
-                self._lock = self._locked()
-                self._made = missing
-        file = self.path / "config.json"
-        if (stored := read_state(file, dict)) is not None:
-            self.require_same_config(stored, str(file))
-
-    def _locked(self) -> TextIO | None:
-        """The lock file, held; None where its last holder removed it while we were opening it."""
-        path = self.path / ".lock"
-        with ExitStack() as stack:
-            file = stack.enter_context(open(path, "a+", opener=no_link))
-            if not lock(file, wait=False):
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                raise OutputError(
-                    f"{self.path} is being written by {holder}. Wait for that run or stop it, or "
-                    "choose another --output"
-                )
-            if os.fstat(file.fileno()).st_ino != path.stat().st_ino:
-                return None
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-            stack.pop_all()
-            return file
-
-    def require_same_config(self, stored: dict[str, Any], source: str) -> None:
-        """Raises an OutputError where a run with the config `stored`, read from `source`, cannot go
-        on with this one."""
-        try:
-            changed = changes(stored, self._config, source=source)
-        except ValueError as error:
-            raise OutputError(
-                f"{source} is no run's config: {error}. Choose another --output"
-            ) from error
-        changeable = CHANGEABLE
-        if self._config.train.accumulation == "gradcache":  # rounding too; `plain` is another loss
-            changeable += ("train.micro_batch_size",)
-        refused = [
-            change
-            for change in changed
-            if not any(fnmatch(change.key, c) or fnmatch(change.key, f"{c}.*") for c in changeable)
-        ]
-        if refused:
-            raise OutputError(
-                f"{self.path} holds a run with another config:\n  {listed(refused)}\n"
-                "Choose another --output, or delete that directory"
-            )
+        yield claim
 
 
 def code_version() -> dict[str, str]:

@@ -3,6 +3,7 @@ newest checkpoint is restored."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
@@ -21,6 +22,7 @@ from laser_jax.data.sources import Source, open_sources, rows_per_epoch
 from laser_jax.data.tokenization import PromptTokenizer, Tokenizer, query_content
 from laser_jax.evaluate.beir import BeirDataset, read_beir
 from laser_jax.evaluate.retrieval import require_instructions
+from laser_jax.files.claim import Claim
 from laser_jax.hf.reading import load_sharded_params
 from laser_jax.modeling.backbone import Variables
 from laser_jax.settings import listed
@@ -36,14 +38,14 @@ from laser_jax.train.layout import (
 )
 from laser_jax.train.model import load_starting_adapter, starting_model
 from laser_jax.train.output import (
-    OutputDirectory,
     StepLog,
     TensorBoard,
+    claimed,
     code_version,
     logged_lines,
     require_tensorboard,
 )
-from laser_jax.train.processes import local_rows
+from laser_jax.train.processes import is_first, local_rows
 from laser_jax.train.selection import TrainedEncoder, fingerprint_of
 
 _log = logging.getLogger(__name__)
@@ -94,7 +96,7 @@ class Run:
 def set_up(config: Config, stack: ExitStack) -> tuple[Run, TrainState]:
     """Checks the input, builds the state and restores the newest checkpoint. What is to be closed
     goes on the `stack`."""
-    output = stack.enter_context(OutputDirectory(config))
+    claim = stack.enter_context(claimed(config))
     inputs = read_inputs(config)
     rows = rows_per_epoch(inputs.sources)
     steps = number_of_steps(config, rows)
@@ -113,13 +115,14 @@ def set_up(config: Config, stack: ExitStack) -> tuple[Run, TrainState]:
         "inputs": _fingerprints(config, inputs, teacher_variables),
     }
     checkpoints = Checkpoints(
-        output.path / "checkpoints",
+        claim.directory / "checkpoints",
         keep=config.train.keep_checkpoints,
         base=None if state.frozen is None else fingerprint(state.frozen),
     )
     stack.enter_context(closing(checkpoints))
-    state, meta = _restored(state, checkpoints, output, origin["inputs"])
-    output.claim()
+    state, meta = _restored(state, checkpoints, claim, origin["inputs"])
+    if is_first():
+        claim.record(json.dumps(origin["config"], indent=2) + "\n")
     log, evaluations = _open_logs(config, int(state.step), meta, stack)
     trained, total = layout.parameters
     _log.info(
@@ -130,7 +133,7 @@ def set_up(config: Config, stack: ExitStack) -> tuple[Run, TrainState]:
     stack.enter_context(jax.set_mesh(layout.mesh))
     run = Run(
         config=config,
-        output=output.path,
+        output=claim.directory,
         inputs=inputs,
         layout=layout,
         steps=steps,
@@ -241,7 +244,7 @@ def _fingerprints(
 def _restored(
     state: TrainState,
     checkpoints: Checkpoints,
-    output: OutputDirectory,
+    claim: Claim,
     fingerprints: dict[str, Any],
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state of the newest checkpoint and its meta, or the given state and {}."""
@@ -249,8 +252,8 @@ def _restored(
     if restored is None:
         return state, {}
     state, meta = restored
-    directory = output.path / "checkpoints"
-    output.require_same_config(meta["config"], str(directory))
+    directory = claim.directory / "checkpoints"
+    claim.require_same(meta["config"], directory)
     require_same_inputs(meta, fingerprints, directory)
     _log.info("resumed at step %d from %s", int(state.step), directory)
     return state, meta

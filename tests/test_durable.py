@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import gzip
 import json
 import os
@@ -20,8 +19,6 @@ import pytest
 from laser_jax.files.durable import (
     flush,
     folder_written_whole,
-    lock,
-    no_link,
     parts_of,
     read_state,
     read_state_lines,
@@ -208,14 +205,14 @@ def step_of(values: Any) -> int:
     [b"", b"\0" * 20, b'{"step": 3', b"\xff\xfe", b"[]", b"{}", b'{"step": null}', b"[" * 9999],
 )
 def test_a_damaged_state_file_counts_as_absent_and_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
 ) -> None:
     path = tmp_path / "state.json"
     assert read_state(path, step_of) is None
-    assert capsys.readouterr().err == ""
+    assert caplog.text == ""
     path.write_bytes(content)
     assert read_state(path, step_of) is None
-    assert f"{path} is damaged and counts as absent: " in capsys.readouterr().err
+    assert f"{path} is damaged and counts as absent: " in caplog.text
     path.write_text(json.dumps({"step": 7}))
     assert read_state(path, step_of) == 7
 
@@ -228,30 +225,7 @@ def test_of_damaged_lines_the_others_are_read(tmp_path: Path) -> None:
     assert (tmp_path / "log.jsonl.damaged").read_bytes() == path.read_bytes()
 
 
-# --- locks ---------------------------------------------------------------------------------------
-
-
-def test_a_lock_is_held_by_one_and_ends_with_its_file(tmp_path: Path) -> None:
-    path = tmp_path / ".lock"
-    with path.open("w") as first, path.open("a") as second:
-        assert lock(first, wait=False)
-        assert not lock(second, wait=False)
-    with path.open("a") as third:
-        assert lock(third, wait=True)
-
-
-def test_without_locks_the_message_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def unsupported(descriptor: int, operation: int) -> None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    monkeypatch.setattr(fcntl, "flock", unsupported)
-    with (
-        (tmp_path / ".lock").open("w") as file,
-        pytest.raises(OSError, match=r"has no locks, .*Choose a place on a local disk.*\.lock'"),
-    ):
-        lock(file, wait=False)
+# --- what others have left ---------------------------------------------------------------------
 
 
 def test_a_link_that_others_have_put_there_is_not_followed(
@@ -259,15 +233,13 @@ def test_a_link_that_others_have_put_there_is_not_followed(
 ) -> None:
     victim = tmp_path / "victim"
     victim.write_text("untouched")
-    for name in (".plan.json.part", ".plan.json.guessed.part", "lock"):
+    for name in (".plan.json.part", ".plan.json.guessed.part"):
         (tmp_path / name).symlink_to(victim)
     write_atomically(tmp_path / "plan.json", "new")
     with monkeypatch.context() as patch:
         patch.setattr(secrets, "token_hex", lambda size: "guessed")
         with pytest.raises(FileExistsError, match=r"plan\.json\.guessed\.part"):
             write_atomically(tmp_path / "plan.json", "newer")
-    with pytest.raises(OSError, match="lock"):
-        no_link(str(tmp_path / "lock"), os.O_WRONLY)
     assert (tmp_path / "plan.json").read_text() == "new"
     assert victim.read_text() == "untouched"
 
