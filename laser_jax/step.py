@@ -11,25 +11,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from laser_jax.batch import Batch
 from laser_jax.config import Config, ObjectiveConfig, OptimizerConfig
 from laser_jax.losses import ExplicitView, Terms, gircse_loss, laser_loss, pool
 from laser_jax.modeling.backbone import Backbone, Variables
-from laser_jax.sharding import batch_sharding, constrain, shardings
+from laser_jax.sharding import constrain
 from laser_jax.thinking import think
 from laser_jax.views import explicit_view, latent_view, read_both_views, read_prompts
-
-GPU_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": "0", "xla_gpu_enable_triton_gemm": False}
-"""Options of the compiler for GPUs. Without them it joins a projection with those of adapters on
-the same input and writes the whole product in float32, and it searches for the fastest of Triton's
-matmuls by trial; the vendor's need no search (docs/benchmarks.md)."""
 
 
 @struct.dataclass
@@ -322,110 +315,3 @@ def _updated(
     skipped = state.skipped + ~finite
     new = TrainState(state.step + 1, skipped, trained, state.frozen, opt_state)
     return new, {"grad_norm": grad_norm, "finite": finite, "skipped_steps": skipped}
-
-
-def abstract_variables(backbone: Backbone, mesh: Mesh, collection: str, dtype: jnp.dtype) -> Any:
-    """Shapes of one collection with their shardings, all in one dtype; nothing is computed."""
-    boxed = jax.eval_shape(backbone.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
-    return jax.tree.map(
-        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, dtype, sharding=sharding),
-        nn.meta.unbox(boxed[collection]),
-        shardings(boxed[collection], mesh),
-    )
-
-
-def abstract_state(
-    backbone: Backbone,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    base_dtype: jnp.dtype,
-) -> TrainState:
-    """The state's shapes and dtypes with their shardings; nothing is computed.
-
-    Args:
-        base_dtype: storage dtype of a frozen base; whatever is trained is float32.
-    """
-    replicated = NamedSharding(mesh, PartitionSpec())
-
-    def whole(dtype: Any, *shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated)
-
-    with_adapters = backbone.lora is not None
-    collection = "lora" if with_adapters else "params"
-    trained = abstract_variables(backbone, mesh, collection, jnp.dtype(jnp.float32))
-    opt_state = optax.tree.map_params(
-        optimizer,
-        lambda a, like: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=like.sharding),
-        jax.eval_shape(optimizer.init, trained),
-        trained,
-        transform_non_params=lambda a: whole(a.dtype, *a.shape),
-    )
-    return TrainState(
-        step=whole(jnp.int32),
-        skipped=whole(jnp.int32),
-        trained=trained,
-        frozen=abstract_variables(backbone, mesh, "params", base_dtype) if with_adapters else None,
-        opt_state=opt_state,
-    )
-
-
-def init_state(
-    backbone: Backbone,
-    optimizer: optax.GradientTransformation,
-    abstract: TrainState,
-    seed: int,
-    load_base: Callable[[Any], Any] | None,
-) -> TrainState:
-    """A new state, laid out as `abstract`.
-
-    Args:
-        load_base: from the abstract leaves of the collection `params` to arrays laid out like them;
-            None draws random weights from `seed`.
-    """
-    key = jax.random.key(seed)
-    ids = jnp.zeros((1, 8), jnp.int32)
-
-    def draw(module: Backbone, collection: str, like: Any) -> Any:
-        def init() -> Any:
-            tree = nn.meta.unbox(module.init(key, ids))[collection]
-            return jax.tree.map(lambda a, leaf: a.astype(leaf.dtype), tree, like)
-
-        return jax.jit(init, out_shardings=_layout(like))()
-
-    params_like = abstract.trained if abstract.frozen is None else abstract.frozen
-    if load_base is None:
-        # without adapters, which would shift the random stream: the same seed, the same base
-        params = draw(backbone.clone(lora=None), "params", params_like)
-    else:
-        params = load_base(params_like)
-    with_adapters = abstract.frozen is not None
-    trained = draw(backbone, "lora", abstract.trained) if with_adapters else params
-
-    # not device_put, which copies to the devices of this process alone
-    count = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=abstract.step.sharding)
-    return TrainState(
-        step=count(),
-        skipped=count(),
-        trained=trained,
-        frozen=params if with_adapters else None,
-        opt_state=jax.jit(optimizer.init, out_shardings=_layout(abstract.opt_state))(trained),
-    )
-
-
-def _layout(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.sharding, tree)
-
-
-def jit_train_step(
-    train_step: Callable[..., tuple[TrainState, Terms]], abstract: TrainState, mesh: Mesh
-) -> Any:
-    """The jitted step: the state keeps its layout and is donated, batches are split by rows."""
-    layout = _layout(abstract)
-    on_gpu = mesh.devices.flat[0].platform in ("gpu", "cuda")
-    return jax.jit(
-        train_step,
-        in_shardings=(layout, batch_sharding(mesh), None),
-        out_shardings=(layout, NamedSharding(mesh, PartitionSpec())),
-        donate_argnums=0,
-        compiler_options=GPU_OPTIONS if on_gpu else None,
-    )

@@ -489,7 +489,7 @@ def mesh_of(data: int, fsdp: int, tensor: int) -> Mesh:
 def layout(
     backbone: BackboneConfig, mesh: Mesh, dtype: Any, collection: str = "params"
 ) -> dict[str, Any]:
-    """Abstract leaves as `step.abstract_state` makes them."""
+    """Abstract leaves as `train.state.abstract_state` makes them."""
     module = Backbone(backbone, lora=LORA if collection == "lora" else None)
     boxed = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     return jax.tree.map(

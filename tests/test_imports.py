@@ -36,7 +36,7 @@ ORDER: tuple[str, ...] = (
     *("encode_corpus.documents", "encode_corpus.plan", "encode_corpus.directory"),
     *("encode_corpus.encoding", "encode_corpus.on_ray", "encode_corpus.run"),
     *("prepare.padding", "prepare.report", "prepare.run"),
-    *("train.before_imports", "train.checkpoint"),
+    *("train.before_imports", "train.state", "train.checkpoint"),
     *("train.throughput", "train.output", "train.processes", "train.selection", "train.stop"),
     *("train.model", "train.layout", "train.setup", "train.dry_run"),
     *("train.loop", "train.export", "train.run"),

@@ -25,7 +25,6 @@ from laser_jax.config import (
     ScratchConfig,
     TrainConfig,
 )
-from laser_jax.step import init_state
 from laser_jax.train.layout import (
     Layout,
     describe_mesh,
@@ -33,6 +32,7 @@ from laser_jax.train.layout import (
     lay_out,
     number_of_steps,
 )
+from laser_jax.train.state import init_state
 
 SCRATCH = ScratchConfig(
     hidden_size=16,

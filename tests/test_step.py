@@ -32,15 +32,13 @@ from laser_jax.sharding import MESH_AXES, batch_sharding
 from laser_jax.step import (
     FrozenTeacher,
     TrainState,
-    abstract_state,
-    init_state,
-    jit_train_step,
     learning_rate_schedule,
     loss_terms,
     make_optimizer,
     make_train_step,
     read_views,
 )
+from laser_jax.train.state import abstract_state, init_state, jit_train_step
 
 B, G, K, V, D = 8, 2, 2, 30, 16
 SCRATCH = ScratchConfig(

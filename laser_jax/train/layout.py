@@ -34,14 +34,12 @@ from laser_jax.sharding import Device, make_mesh
 from laser_jax.step import (
     FrozenTeacher,
     TrainState,
-    abstract_state,
-    abstract_variables,
-    jit_train_step,
     learning_rate_schedule,
     make_optimizer,
     make_train_step,
 )
 from laser_jax.train.model import build_backbone
+from laser_jax.train.state import abstract_state, abstract_variables, jit_train_step
 from laser_jax.train.throughput import device_bytes
 
 

@@ -26,7 +26,7 @@ from laser_jax.files.claim import Claim
 from laser_jax.hf.reading import load_sharded_params
 from laser_jax.modeling.backbone import Variables
 from laser_jax.settings import listed
-from laser_jax.step import TrainState, init_state
+from laser_jax.step import TrainState
 from laser_jax.train.checkpoint import CheckpointError, Checkpoints, fingerprint
 from laser_jax.train.layout import (
     Layout,
@@ -47,6 +47,7 @@ from laser_jax.train.output import (
 )
 from laser_jax.train.processes import is_first, local_rows
 from laser_jax.train.selection import TrainedEncoder, fingerprint_of
+from laser_jax.train.state import init_state
 
 _log = logging.getLogger(__name__)
 
