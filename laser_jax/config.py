@@ -187,6 +187,11 @@ class ObjectiveConfig:
     keyframes: KeyframeRule = "paper"
     distillation_warmup_steps: int = 0
     """The output and trajectory weights grow linearly from 0 over this many steps."""
+    dimensions: tuple[int, ...] = ()
+    """Matryoshka (arXiv 2205.13147): every term of the loss is also taken of the first so many
+    dimensions, for vectors that are to be shortened. The full width needs no mention."""
+    dimension_weights: tuple[float, ...] = ()
+    """Of the losses at `dimensions`, beside 1 for the full width's. Empty: 1 each."""
     views: Literal["auto", "fast", "parity"] = "auto"
     """`fast` reads query and chain of thought in one pass and lets queries and documents think in
     one batch; `parity` makes a pass for each. `auto` is `fast` wherever that is the same function
@@ -200,6 +205,13 @@ class ObjectiveConfig:
         temperatures = ("temperature", "output_temperature", "trajectory_temperature")
         require_in("(0, inf)", self, "objective.", *temperatures)
         require_in("[0, inf)", self, "objective.", "distillation_warmup_steps")
+        require_in("[1, inf)", self, "objective.", "dimensions")
+        require_in("[0, inf)", self, "objective.", "dimension_weights")
+        require(
+            len(self.dimension_weights) in (0, len(self.dimensions)),
+            f"objective.dimension_weights has {len(self.dimension_weights)} numbers, and "
+            f"objective.dimensions {len(self.dimensions)}: give one each, or none",
+        )
 
     @property
     def pooling(self) -> Pooling:
@@ -433,6 +445,8 @@ class RetrieverConfig:
     dtype: Dtype = "float32"
     lora: LoraConfig | None = None
     """Set while adapters are kept apart from the base weights; None once merged."""
+    dimensions: tuple[int, ...] = ()
+    """Shorter vectors that the model was trained for too (`ObjectiveConfig.dimensions`)."""
     prompt_checksum: str | None = None
     """`PromptTokenizer.checksum` in training, which shows a tokenizer or chat template that was
     changed since; None leaves it unchecked."""

@@ -110,11 +110,28 @@ def read_views(
 def loss_terms(
     views: Views, contrast_BC: jax.Array, objective: ObjectiveConfig, distillation_scale: jax.Array
 ) -> Terms:
-    """The loss over the views of a whole batch, and its terms by name.
+    """The loss over the views of a whole batch, and its terms by name. Under `dimensions` it is the
+    weighted sum of the losses at every size, and `latent_64` is the term `latent` of the first 64
+    dimensions. A frozen teacher, which was not trained for them, keeps its width."""
+    terms = _loss_terms(views, contrast_BC, objective, distillation_scale)
+    weights = objective.dimension_weights or (1.0,) * len(objective.dimensions)
+    for size, weight in zip(objective.dimensions, weights, strict=True):
+        cut = jax.tree.map(lambda state, size=size: state[..., :size], views)
+        if views.teacher_document_hidden_CKD is not None:
+            cut = replace(
+                views, hidden_BKD=cut.hidden_BKD, document_hidden_CKD=cut.document_hidden_CKD
+            )
+        at_size = _loss_terms(cut, contrast_BC, objective, distillation_scale)
+        terms |= {"loss": terms["loss"] + weight * at_size.pop("loss")}
+        terms |= {f"{name}_{size}": term for name, term in at_size.items()}
+    return terms
 
-    Documents' embeddings of the whole batch are replicated once, so that every query is contrasted
-    with all of them wherever it lives.
-    """
+
+def _loss_terms(
+    views: Views, contrast_BC: jax.Array, objective: ObjectiveConfig, distillation_scale: jax.Array
+) -> Terms:
+    """The loss at one size. Documents' embeddings of the whole batch are replicated once, so that
+    every query is contrasted with all of them wherever it lives."""
     B, C = contrast_BC.shape
     positives_B = jnp.arange(B) * (C // B)
     if objective.method == "gircse":

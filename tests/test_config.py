@@ -73,6 +73,11 @@ def test_a_missing_key_is_named() -> None:
             lambda: ObjectiveConfig(distillation_warmup_steps=-5),
             "objective.distillation_warmup_steps must be at least 0, got -5",
         ),
+        (
+            lambda: ObjectiveConfig(dimensions=(4, 8), dimension_weights=(1.0,)),
+            "dimension_weights has 1 numbers, and objective.dimensions 2",
+        ),
+        (lambda: ObjectiveConfig(dimensions=(0, 8)), "objective.dimensions must be at least 1"),
         (lambda: LossWeights(output=-1.0), "objective.weights.output .* got -1.0"),
         (lambda: LoraConfig(rank=0), "lora.rank .* got 0"),
         (lambda: LoraConfig(targets=("q_proj", "lm_head")), r"lora.targets holds \['lm_head'\]"),

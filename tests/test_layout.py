@@ -120,6 +120,14 @@ def test_the_settings_reach_the_model() -> None:
         lay(model=dataclasses.replace(model, attention="cudnn"))
 
 
+@pytest.mark.parametrize("dimensions", [(8, 4), (4, 4), (4, BACKBONE.hidden_size)])
+def test_dimensions_ascend_and_are_shorter_than_the_vectors(dimensions: tuple[int, ...]) -> None:
+    objective = ObjectiveConfig(dimensions=dimensions)
+    with pytest.raises(ConfigError, match=r"objective\.dimensions .* must ascend and stay below"):
+        lay(objective=objective)
+    assert lay(objective=ObjectiveConfig(dimensions=(4, 8))).retriever.dimensions == (4, 8)
+
+
 # --- fsdp: auto --------------------------------------------------------------------------------
 
 

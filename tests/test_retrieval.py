@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -97,6 +98,22 @@ def test_queries_and_documents_think_equally_long(encoder, prompts) -> None:
     rows = [prompts.query(q.text, q.instruction or "") for q in QUERIES]
     for k in (1, 3):
         assert_scores(runs[f"latent K={k}"], ranked(encoder, rows, prompts, k, k))
+
+
+def test_a_model_of_several_sizes_is_ranked_at_each(encoder, prompts) -> None:
+    sized = copy.copy(encoder)
+    sized.config = dataclasses.replace(encoder.config, dimensions=(3, 8))
+    runs = retrieval_runs(sized, prompts, DATASET, [1, 2])
+    expected = ["latent K=1", "latent K=2", "latent K=2, 3 dimensions", "latent K=2, 8 dimensions"]
+    assert list(runs) == [*expected, "explicit"]
+    rows = [prompts.query(q.text, q.instruction or "") for q in QUERIES]
+    documents = [prompts.document(text) for text in TEXTS]
+    for size in (3, 8):
+        queries_QD, documents_CD = (
+            rows_D[:, :size] / np.linalg.norm(rows_D[:, :size], axis=1, keepdims=True)
+            for rows_D in (encoder.encode_tokens(texts, [2])[0] for texts in (rows, documents))
+        )
+        assert_scores(runs[f"latent K=2, {size} dimensions"], queries_QD @ documents_CD.T)
 
 
 def test_the_explicit_run_reads_the_reasoning_against_documents_at_the_models_own_k(

@@ -27,11 +27,13 @@ from laser_jax.config import (
     ScratchConfig,
     TrainConfig,
 )
+from laser_jax.losses import ExplicitView
 from laser_jax.modeling.backbone import Backbone, Variables
 from laser_jax.sharding import MESH_AXES, batch_sharding
 from laser_jax.step import (
     FrozenTeacher,
     TrainState,
+    Views,
     learning_rate_schedule,
     loss_terms,
     make_optimizer,
@@ -376,10 +378,87 @@ def test_a_frozen_teacher_ranks_with_its_own_states_and_does_not_learn() -> None
     assert taught(other, other)["explicit"] == swapped["explicit"]  # whoever the student is
 
 
+def _terms_of(states: dict[str, np.ndarray], contrast_BC: np.ndarray) -> dict[str, float]:
+    """The four terms in numpy, of states that are cut already."""
+
+    def unit(x: np.ndarray) -> np.ndarray:
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    def log_softmax(x: np.ndarray, seen: np.ndarray) -> np.ndarray:
+        x = np.where(seen, x / 0.5, -1e30)
+        return (
+            x
+            - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True))
+            - x.max(-1, keepdims=True)
+        )
+
+    documents_DC = unit(states["documents"].mean(axis=1)).T
+    student, teacher = unit(states["hidden"].mean(axis=1)), unit(states["final"])
+    q, p = (log_softmax(x @ documents_DC, contrast_BC) for x in (student, teacher))
+    steps, targets = (
+        log_softmax(unit(states[name]) @ documents_DC, contrast_BC[:, None])
+        for name in ("hidden", "keyframes")
+    )
+    at = np.arange(B), np.arange(B) * G
+    return {
+        "latent": -q[at].mean(),
+        "explicit": -p[at].mean(),
+        "output": (np.exp(p) * (p - q)).sum(-1).mean(),
+        "trajectory": (np.exp(targets) * (targets - steps)).sum(-1).mean(),
+    }
+
+
+def test_under_dimensions_every_term_is_taken_at_every_size() -> None:
+    rng, sizes, weights = np.random.default_rng(5), (4, 9), (0.5, 2.0)
+    shapes = {"hidden": (B, K, D), "documents": (B * G, K, D), "final": (B, D)}
+    states = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    states["keyframes"] = rng.normal(size=(B, K, D)).astype(np.float32)
+    explicit = ExplicitView(states["final"], states["keyframes"])
+    views = Views(states["hidden"], states["documents"], explicit, None)
+    objective = dataclasses.replace(OBJECTIVE, dimensions=sizes, dimension_weights=weights)
+    contrast_BC = batch().contrast_BC
+    found = loss_terms(views, contrast_BC, objective, jnp.asarray(0.25))
+    w, total = OBJECTIVE.weights, 0.0
+    for size, weight in ((D, 1.0), *zip(sizes, weights, strict=True)):
+        terms = _terms_of({n: state[..., :size] for n, state in states.items()}, contrast_BC)
+        for name, value in terms.items():
+            key = name if size == D else f"{name}_{size}"
+            np.testing.assert_allclose(found[key], value, rtol=1e-4, err_msg=key)
+        distilled = w.output * terms["output"] + w.trajectory * terms["trajectory"]
+        own = w.latent * terms["latent"] + w.explicit * terms["explicit"] + 0.25 * distilled
+        total += weight * own
+    np.testing.assert_allclose(found["loss"], total, rtol=1e-4)
+    equal = dataclasses.replace(objective, dimension_weights=())
+    ones = dataclasses.replace(objective, dimension_weights=(1.0, 1.0))
+    losses = [loss_terms(views, contrast_BC, o, jnp.ones(()))["loss"] for o in (equal, ones)]
+    assert losses[0] == losses[1]
+
+
+def test_a_frozen_teacher_is_not_cut() -> None:
+    backbone, student = drawn(0)
+    _, other = drawn(1)
+    teacher = FrozenTeacher(backbone, K)
+    views = jax.jit(lambda v, t: read_views(backbone, v, batch(), OBJECTIVE, teacher, t))(
+        student, other
+    )
+    objective = dataclasses.replace(OBJECTIVE, dimensions=(4,))
+    found = loss_terms(views, batch().contrast_BC, objective, jnp.ones(()))
+    np.testing.assert_allclose(found["explicit_4"], found["explicit"], rtol=1e-6)
+    assert abs(float(found["latent_4"]) - float(found["latent"])) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("change", "names"),
     [
         ({"weights": LossWeights(1.0, 0.0, 0.0, 0.0)}, {"latent"}),
+        (
+            {"weights": LossWeights(1.0, 0.0, 0.0, 0.0), "dimensions": (4, 8)},
+            {"latent", "latent_4", "latent_8"},
+        ),
+        (
+            {"method": "gircse", "dimensions": (4,)},
+            {f"{n}{s}" for n in ("contrastive", "penalty", "step_1", "step_2") for s in ("", "_4")},
+        ),
         ({"method": "gircse"}, {"contrastive", "penalty", "step_1", "step_2"}),
     ],
 )

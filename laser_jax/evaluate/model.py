@@ -293,7 +293,8 @@ def _differences(
     compared = set(per_query) - {latent(1)} - {unrestricted(run) for run in per_query}
     pairs = [(run, latent(1)) for run in per_query if run in compared]
     pairs += [(EXPLICIT, CONTROL)]
-    pairs += [(run, latent(own)) for run in (EXPLICIT, *REWRITES) if own > 1]
+    shorter = [run for run in per_query if run.startswith(f"{latent(own)}, ")]
+    pairs += [(run, latent(own)) for run in (EXPLICIT, *REWRITES, *shorter) if own > 1]
     differences = []
     for run, against in pairs:
         if run in per_query and against in per_query:

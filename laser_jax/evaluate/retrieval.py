@@ -15,7 +15,7 @@ from laser_jax.evaluate.results import markdown_table
 from laser_jax.files.reading import DataError
 from laser_jax.inference.batch_encoder import LatentEncoder
 from laser_jax.inference.options import EncoderOptions, require_positions
-from laser_jax.inference.retriever import LatentRetriever
+from laser_jax.inference.retriever import LatentRetriever, shortened
 from laser_jax.search.topk import device_mesh, search
 from laser_jax.search.trec import Run, trec_order
 
@@ -32,6 +32,11 @@ REWRITES = (REWRITE_AS_QUERY, REWRITE)
 def latent(num_thinking_steps: int) -> str:
     """The name of the latent view's run at a K."""
     return f"latent K={num_thinking_steps}"
+
+
+def shorter(run: str, dimensions: int) -> str:
+    """The name of a run with shortened vectors."""
+    return f"{run}, {dimensions} dimensions"
 
 
 def unrestricted(run: str) -> str:
@@ -252,7 +257,8 @@ def rank_corpus(
         progress: shows bars on a terminal.
 
     Returns:
-        A run by the name of its input; those of `LATENT` by that of `latent`.
+        A run by the name of its input; those of `LATENT` by that of `latent`, at the model's own K
+        also with the shorter vectors that it was trained for (`shorter`).
     """
 
     def embed(
@@ -276,7 +282,10 @@ def rank_corpus(
     mesh = device_mesh(encoder.mesh.local_devices) if encoder.mesh is not None else None
 
     def rank(queries: np.ndarray, k: int, removed: Mapping[str, Collection[str]]) -> Run:
+        size = queries.shape[1]
         documents = document_vectors[k]
+        if size < documents.shape[1]:
+            documents = shortened(documents, size)
         return search(queries, documents, query_ids, document_ids, depth, removed, mesh=mesh)
 
     excluded = dataset.exclusions()
@@ -289,6 +298,9 @@ def rank_corpus(
             runs[run] = rank(queries, of.documents_at or k, excluded)
             if nothing_excluded:
                 runs[unrestricted(run)] = rank(queries, of.documents_at or k, identical)
+            if name == LATENT and k == encoder.config.num_thinking_steps:
+                for size in encoder.config.dimensions:
+                    runs[shorter(run, size)] = rank(shortened(queries, size), k, excluded)
     return runs
 
 

@@ -102,8 +102,10 @@ def lay_out(
         pooling=config.objective.pooling,
         prompt=config.prompt,
         dtype=config.model.dtype,
+        dimensions=config.objective.dimensions,
         prompt_checksum=prompt_checksum,
     )
+    _require_shorter(config.objective.dimensions, backbone_config.hidden_size)
     _require_positions(config, retriever)
     backbone, attention = build_backbone(
         config.model, backbone_config, devices[0].platform, config.lora
@@ -189,6 +191,15 @@ def _require_divisible(config: Config, mesh: Mesh) -> None:
             f"train.{'micro_' if config.train.micro_batch_size else ''}batch_size "
             f"{micro_batch} must be a multiple of the {rows_in_parallel} devices that "
             "share the batch"
+        )
+
+
+def _require_shorter(dimensions: Sequence[int], width: int) -> None:
+    ascending = sorted({*dimensions})
+    if list(dimensions) != ascending or max(dimensions, default=0) >= width:
+        raise ConfigError(
+            f"objective.dimensions {list(dimensions)} must ascend and stay below the model's width "
+            f"of {width}, which is always trained"
         )
 
 
