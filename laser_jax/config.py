@@ -20,6 +20,7 @@ from laser_jax.model_sizes import (
     ScratchConfig,
 )
 from laser_jax.model_sizes import PROJECTIONS as PROJECTIONS
+from laser_jax.model_sizes import Family as Family
 from laser_jax.model_sizes import RopeScaling as RopeScaling
 from laser_jax.settings import ConfigError, as_dict, from_dict, require, require_in
 

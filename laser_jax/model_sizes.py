@@ -7,27 +7,37 @@ from typing import Any, Literal
 
 from laser_jax.settings import require, require_in
 
+Family = Literal["qwen3", "llama", "qwen2", "mistral"]
+"""As `model_type` in config.json: Qwen2 is Qwen2.5 too, and Llama is SmolLM2 too."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's frequency scaling: long wavelengths are divided by `factor`, short ones kept."""
+    """Frequency scaling: long wavelengths are divided by `factor`, short ones kept, and those
+    between blended, by Llama 3's rule or by YaRN's (arXiv 2309.00071)."""
 
     factor: float
     low_freq_factor: float
+    """Turns over the original positions at which a wavelength is long (YaRN's beta_slow)."""
     high_freq_factor: float
+    """At which it is short (YaRN's beta_fast)."""
     original_max_position_embeddings: int
+    rope_type: Literal["llama3", "yarn"] = "llama3"
+    attention_factor: float = 1.0
+    """Multiplies cosines and sines (YaRN)."""
 
     def __post_init__(self) -> None:
-        require_in("(0, inf)", self, "rope_scaling.", *vars(self))
+        numbers = ("factor", "low_freq_factor", "high_freq_factor", "attention_factor")
+        positions = "original_max_position_embeddings"
+        require_in("(0, inf)", self, "rope_scaling.", *numbers, positions)
 
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """One decoder that is Qwen3 or Llama 3.x. Sizes as in a Hugging Face `config.json`."""
+    """One decoder. Sizes as in a Hugging Face `config.json`."""
 
-    family: Literal["qwen3", "llama"]
+    family: Family
     vocab_size: int
     hidden_size: int
     num_layers: int
@@ -57,8 +67,13 @@ class BackboneConfig:
 
     @property
     def qk_norm(self) -> bool:
-        """Qwen3 normalises every query and key head before RoPE; Llama does not."""
+        """Qwen3 normalises every query and key head before RoPE."""
         return self.family == "qwen3"
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Qwen2 and 2.5 add a bias to queries, keys and values."""
+        return self.family == "qwen2"
 
     def require_positions(self, taken: int, what: str, way_out: str) -> None:
         """Raises a ConfigError where more positions are taken than the model has.
@@ -121,7 +136,7 @@ BACKBONES: dict[BackboneName, BackboneConfig] = {
 class ScratchConfig:
     """A small backbone with random weights and a BPE tokenizer trained on the training texts."""
 
-    family: Literal["qwen3", "llama"] = "qwen3"
+    family: Family = "qwen3"
     vocab_size: int = 8192
     hidden_size: int = 256
     num_layers: int = 4

@@ -216,7 +216,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "mistral"}, "model_type = 'mistral'"),
+        ({"model_type": "gemma"}, "model_type = 'gemma'"),
         ({"model_type": ...}, "model_type is missing"),
         ({"hidden_size": ...}, "hidden_size is missing"),
         ({"hidden_size": "8"}, "hidden_size = '8'"),
@@ -251,9 +251,12 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config = "),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
-        ({"rope_scaling": YARN}, "rope_type = 'yarn'"),
+        ({"rope_scaling": YARN}, "original_max_position_embeddings is missing"),
+        ({"rope_scaling": YARN | {"truncate": False}}, "truncate = False"),
+        ({"rope_scaling": YARN | {"mscale": 0.7}}, "['mscale'] among the RoPE settings"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),
-        ({"rope_parameters": YARN}, "rope_type = 'yarn'"),
+        ({"rope_parameters": YARN | {"rope_type": "longrope"}}, "rope_type = 'longrope'"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "full_attention"),
         ({"rope_scaling": {"rope_type": "llama3"}, "rope_parameters": ...}, "factor is missing"),
         ({"rope_theta": 1e4}, "rope_theta and rope_parameters disagree"),

@@ -48,6 +48,12 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,  # shorter than the inputs, so that scaling matters
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 MODELS = {
     "qwen3-tied-3": {"model_type": "qwen3", "num_hidden_layers": 3, "tie_word_embeddings": True},
     "qwen3-untied-1": {"model_type": "qwen3", "num_hidden_layers": 1, "tie_word_embeddings": False},
@@ -58,7 +64,22 @@ MODELS = {
         "tie_word_embeddings": False,
         "rope_parameters": LLAMA3,
     },
+    "qwen2-tied-3": {"model_type": "qwen2", "num_hidden_layers": 3, "tie_word_embeddings": True},
+    "mistral-untied-2": {
+        "model_type": "mistral",
+        "num_hidden_layers": 2,
+        "tie_word_embeddings": False,
+        "sliding_window": 40,  # as long as the inputs, so that it does not matter
+        "rope_parameters": YARN | {"beta_fast": 3.0, "beta_slow": 0.5, "attention_factor": 1.5},
+    },
+    "qwen3-yarn-2": {
+        "model_type": "qwen3",
+        "num_hidden_layers": 2,
+        "tie_word_embeddings": True,
+        "rope_parameters": YARN,
+    },
 }
+_DRAWN = {"embedding": (0, 0.5), "kernel": (0, 0.16), "bias": (0.5, 0.3), "scale": (1, 0.3)}
 models = pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS)
 IDS = np.random.default_rng(0).integers(0, 61, (2, 40)).astype(np.int32)
 
@@ -101,7 +122,7 @@ def our_model(settings: dict[str, Any], directory: Path) -> tuple[BackboneConfig
     rng = np.random.default_rng(1)
 
     def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        mean, std = {"embedding": (0, 0.5), "kernel": (0, 0.16), "scale": (1, 0.3)}[path[-1].key]
+        mean, std = _DRAWN[path[-1].key]
         return jnp.asarray(rng.normal(mean, std, leaf.shape), jnp.float32)
 
     return config, jax.tree.map_with_path(draw, nn.meta.unbox(boxed))

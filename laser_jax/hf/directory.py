@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from laser_jax.config import BackboneConfig, ConfigError, RopeScaling
+from laser_jax.config import BackboneConfig, ConfigError, Family, RopeScaling
 from laser_jax.files.reading import DataError, read_json
 
 CONFIG_FILE = "config.json"
@@ -23,7 +24,7 @@ _HF_KEYS = {
     "num_kv_heads": "num_key_value_heads",
 }
 _SUPPORTED = {
-    "model_type": ("llama", "qwen3"),
+    "model_type": get_args(Family),
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -31,8 +32,24 @@ _SUPPORTED = {
     "use_sliding_window": (False,),
     "quantization_config": (None,),
     "partial_rotary_factor": (1.0,),
-    "rope_type": ("default", "llama3"),
+    "rope_type": ("default", "llama3", "yarn"),
+    "truncate": (True,),
 }
+_ARCHITECTURES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+}
+_UNUSED: dict[str, dict[str, Any]] = {
+    "qwen3": {"attention_bias": False, "use_sliding_window": False},
+    "qwen2": {"use_sliding_window": False},
+    "llama": {"attention_bias": False, "mlp_bias": False},
+    "mistral": {"sliding_window": None},
+}
+"""What a family may have and we have not."""
+_YARN = {"low_freq_factor": "beta_slow", "high_freq_factor": "beta_fast"}
+"""YaRN's names of the same settings."""
 
 
 class HFError(ValueError):
@@ -62,10 +79,12 @@ def resolve_directory(name: str | Path) -> Path:
 
 
 def read_backbone_config(path: str | Path) -> BackboneConfig:
-    """Reads the `config.json` (in the directory `path`, or `path` itself) of a Qwen3 or Llama.
+    """Reads the `config.json` (in the directory `path`, or `path` itself) of a decoder.
 
     Takes the names of transformers 4.x (`rope_theta`, `rope_scaling`) and 5.x (`rope_parameters`).
-    Absent keys have transformers' defaults; an absent `num_key_value_heads` means one a query head.
+    Absent keys have transformers' defaults; an absent `num_key_value_heads` means one a query head,
+    of a Mistral 8. A Mistral with a sliding window has as many positions as that, since within it
+    attention is full.
 
     Raises:
         FileNotFoundError: no such file.
@@ -81,17 +100,23 @@ def read_backbone_config(path: str | Path) -> BackboneConfig:
         check_supported({"layer_types": layer_type}, {"layer_types": ("full_attention",)}, file)
     width = typed(values, "hidden_size", "int", file)
     heads = typed(values, _HF_KEYS["num_heads"], "int", file)
+    positions = {"llama": 2048, "mistral": 131_072}
     defaults = {
-        "num_key_value_heads": heads,
+        "num_key_value_heads": 8 if family == "mistral" else heads,
         "head_dim": 128 if family == "qwen3" else width // max(1, heads),
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,
-        "max_position_embeddings": 32_768 if family == "qwen3" else 2048,
+        "max_position_embeddings": positions.get(family, 32_768),
     }
+    values = defaults | values
+    if family == "mistral" and "sliding_window" in values:
+        window = typed(values, "sliding_window", "int", file)
+        most = typed(values, "max_position_embeddings", "int", file)
+        values["max_position_embeddings"] = min(window, most)
     try:
         theta, scaling = _read_rope(values, file)
         rest = {"family": family, "rope_theta": theta, "rope_scaling": scaling}
-        return BackboneConfig(**rest, **_fields(BackboneConfig, defaults | values, file, set(rest)))
+        return BackboneConfig(**rest, **_fields(BackboneConfig, values, file, set(rest)))
     except ConfigError as error:
         raise HFError(f"{file}: {error}") from error
 
@@ -106,16 +131,18 @@ def hf_config_dict(
     """
     values = dataclasses.asdict(backbone)
     family, theta, scaling = (values.pop(key) for key in ("family", "rope_theta", "rope_scaling"))
-    scaling = scaling and {"rope_type": "llama3", **scaling}
+    if scaling and scaling["rope_type"] == "yarn":
+        scaling = {_YARN.get(key, key): value for key, value in scaling.items()}
+    elif scaling:
+        del scaling["attention_factor"]
     return {_HF_KEYS.get(key, key): value for key, value in values.items()} | {
-        "architectures": [{"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[family]],
+        "architectures": [_ARCHITECTURES[family]],
         "model_type": family,
         "hidden_act": "silu",
         "rope_theta": theta,
         "rope_scaling": scaling,
         "rope_parameters": (scaling or {"rope_type": "default"}) | {"rope_theta": theta},
-        "attention_bias": False,
-        ("use_sliding_window" if family == "qwen3" else "mlp_bias"): False,
+        **_UNUSED[family],
         "dtype": dtype,
         "torch_dtype": dtype,
         **tokens,
@@ -141,13 +168,27 @@ def _read_rope(values: dict[str, Any], file: Path) -> tuple[float, RopeScaling |
 def _read_rope_block(block: dict[str, Any], file: Path) -> tuple[float, RopeScaling | None]:
     block = {"rope_type": block.get("type", "default"), **block}
     check_supported(block, _SUPPORTED, file)
-    known = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
+    theta = typed(block, "rope_theta", "float", file)
+    if block["rope_type"] == "yarn":
+        block = _of_yarn(block, file)
+    else:
+        block = {"attention_factor": 1.0} | block
+    known = {"rope_theta", "rope_type", "type", "partial_rotary_factor", "truncate"}
     if unknown := block.keys() - known - {field.name for field in dataclasses.fields(RopeScaling)}:
         raise HFError(f"{file}: {sorted(unknown)} among the RoPE settings {block} is unknown")
-    theta = typed(block, "rope_theta", "float", file)
     if block["rope_type"] == "default":
         return theta, None
-    return theta, RopeScaling(**_fields(RopeScaling, block, file))
+    numbers = _fields(RopeScaling, block, file, {"rope_type"})
+    return theta, RopeScaling(rope_type=block["rope_type"], **numbers)
+
+
+def _of_yarn(block: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The settings of YaRN under our names, with transformers' defaults."""
+    known = {"beta_slow": 1.0, "beta_fast": 32.0}
+    factor = typed(block, "factor", "float", file)
+    known["attention_factor"] = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    ours = {of: name for name, of in _YARN.items()}
+    return {ours.get(key, key): value for key, value in (known | block).items()}
 
 
 def _fields(

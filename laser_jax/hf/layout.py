@@ -82,6 +82,9 @@ def param_slots(backbone: BackboneConfig) -> list[Slot]:
     kernels = _kernel_shapes(backbone).items()
     layer = [(module, "weight", "kernel", shape) for module, shape in kernels]
     layer += [(module, "weight", "scale", (size,)) for module, size in norms.items()]
+    if backbone.qkv_bias:
+        with_bias = [(m, shape) for m, shape in kernels if m[-6:] in ("q_proj", "k_proj", "v_proj")]
+        layer += [(module, "bias", "bias", shape[1:]) for module, shape in with_bias]
     embedding = Slot("model.embed_tokens.weight", ("embed_tokens", "embedding"), None, (v, d))
     norm = Slot("model.norm.weight", ("norm", "scale"), None, (d,))
     head = Slot("lm_head.weight", ("lm_head", "embedding"), None, (v, d))

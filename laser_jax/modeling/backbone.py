@@ -1,4 +1,4 @@
-"""One decoder that is Qwen3 or Llama 3.x, by configuration.
+"""One decoder that is Qwen3, Qwen2.5, Llama 3.x or Mistral, by configuration.
 
 Rows are right-padded and positions count from 0, so no mask tensor exists (see `attention`).
 The last layer is a module of its own: its queries, output projection and MLP run only at the
@@ -111,9 +111,10 @@ class Attention(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.q_proj = self.project(c.num_heads * c.head_dim, ("embed", "heads"))
-        self.k_proj = self.project(c.num_kv_heads * c.head_dim, ("embed", "kv_heads"))
-        self.v_proj = self.project(c.num_kv_heads * c.head_dim, ("embed", "kv_heads"))
+        qkv = functools.partial(self.project, use_bias=c.qkv_bias)
+        self.q_proj = qkv(c.num_heads * c.head_dim, ("embed", "heads"))
+        self.k_proj = qkv(c.num_kv_heads * c.head_dim, ("embed", "kv_heads"))
+        self.v_proj = qkv(c.num_kv_heads * c.head_dim, ("embed", "kv_heads"))
         self.o_proj = self.project(c.hidden_size, ("heads", "embed"))
         if c.qk_norm:
             self.q_norm = RMSNorm(c.rms_norm_eps, "head_dim", self.param_dtype)

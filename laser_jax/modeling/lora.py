@@ -14,7 +14,7 @@ from laser_jax.sharding import with_axes
 
 
 class Projection(nn.Module):
-    """y = x W + scale (x A) B, without bias. W is `[in, out]`; A and B are kept in float32.
+    """y = x W + b + scale (x A) B. W is `[in, out]`; A and B are kept in float32.
 
     A starts uniform in ±1/sqrt(in) as in PEFT, B at zero: a fresh adapter changes nothing.
     `product` is x, W -> x W.
@@ -26,6 +26,7 @@ class Projection(nn.Module):
     dtype: DTypeLike
     param_dtype: DTypeLike
     product: Callable[[jax.Array, jax.Array], jax.Array]
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -37,6 +38,10 @@ class Projection(nn.Module):
             self.param_dtype,
         )
         y = self.product(x, kernel.astype(self.dtype))
+        if self.use_bias:
+            zero = with_axes(nn.initializers.zeros, self.axes[1:])
+            bias = self.param("bias", zero, (self.features,), self.param_dtype)
+            y += bias.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
         if self.lora is None or self.name not in self.lora.targets:
             return y
 

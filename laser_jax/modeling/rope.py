@@ -1,4 +1,4 @@
-"""Rotary position embeddings, with Llama 3's frequency scaling. Angles are always float32."""
+"""Rotary position embeddings, with the scaling of Llama 3 or YaRN. Angles are always float32."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from laser_jax.config import BackboneConfig
+from laser_jax.config import BackboneConfig, RopeScaling
 from laser_jax.modeling.attention import accumulation_dtype
 
 
@@ -27,13 +27,23 @@ def inverse_frequencies(config: BackboneConfig) -> np.ndarray:
     """[H/2] float32 angular frequencies; long wavelengths are slowed down under `rope_scaling`."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
-    scaling = config.rope_scaling
-    if scaling is not None:
-        turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
-        span = scaling.high_freq_factor - scaling.low_freq_factor
-        kept = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
+    if (scaling := config.rope_scaling) is not None:
+        kept = _kept(frequencies, config, scaling)
         frequencies = frequencies * (kept + (1.0 - kept) / scaling.factor)
     return frequencies.astype(np.float32)
+
+
+def _kept(frequencies: np.ndarray, config: BackboneConfig, scaling: RopeScaling) -> np.ndarray:
+    """The share of each frequency that is not slowed down: it falls from 1, where there are many
+    turns over the original positions, to 0. Llama 3 falls with the turns, YaRN with the place."""
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
+    if scaling.rope_type == "llama3":
+        return np.clip((turns - low) / (high - low), 0.0, 1.0)
+    per_place = 2 * np.log(config.rope_theta) / config.head_dim  # turns fall by exp(this)
+    first = max(np.floor(np.log(turns[0] / high) / per_place), 0)
+    last = min(np.ceil(np.log(turns[0] / low) / per_place), config.head_dim - 1)
+    return 1.0 - np.clip((np.arange(len(turns)) - first) / max(last - first, 1e-3), 0.0, 1.0)
 
 
 def rope_at(positions_BT: jax.Array | np.ndarray, config: BackboneConfig) -> Rope:
@@ -41,7 +51,8 @@ def rope_at(positions_BT: jax.Array | np.ndarray, config: BackboneConfig) -> Rop
     constants: XLA would compute sines anew for every head of every row and layer."""
     angles = positions_BT.astype(np.float32)[:, :, None] * inverse_frequencies(config)[None, None]
     module = np if isinstance(angles, np.ndarray) else jnp
-    return Rope(jnp.asarray(module.cos(angles)), jnp.asarray(module.sin(angles)))
+    factor = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
+    return Rope(*(jnp.asarray(factor * of(angles)) for of in (module.cos, module.sin)))
 
 
 def rope_from_zero(length: int, config: BackboneConfig) -> Rope:
