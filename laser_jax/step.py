@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from laser_jax.batch import Batch
 from laser_jax.config import Config, ObjectiveConfig, OptimizerConfig
-from laser_jax.losses import ExplicitView, Terms, gircse_loss, laser_loss, pool
+from laser_jax.losses import Terms, Views, gircse_loss, laser_loss, pool
 from laser_jax.modeling.backbone import Backbone, Variables
 from laser_jax.sharding import batch_sharding, constrain, shardings
 from laser_jax.thinking import think
@@ -62,17 +62,6 @@ class FrozenTeacher:
     """Of its own documents' embeddings."""
 
 
-@struct.dataclass
-class Views:
-    """All that the loss reads of a batch: un-normalised float32 states."""
-
-    hidden_BKD: jax.Array
-    document_hidden_CKD: jax.Array
-    explicit: ExplicitView | None
-    teacher_document_hidden_CKD: jax.Array | None
-    """A frozen teacher's own."""
-
-
 def read_views(
     backbone: Backbone,
     variables: Variables,
@@ -90,7 +79,7 @@ def read_views(
     keyframes_BK: Any = batch.keyframes_BK
     queries = (batch.query.ids_BT, batch.query.lengths_B)
     documents = (batch.documents.ids_BT, batch.documents.lengths_B)
-    explicit = view = teacher_document_hidden_CKD = None
+    explicit = view = teacher_CKD = None
     if batch.explicit is not None and objective.need_explicit_view:
         explicit = (batch.explicit.ids_BT, batch.explicit.lengths_B)
     model = (backbone, variables)
@@ -110,14 +99,15 @@ def read_views(
     if explicit is not None and teacher is not None:
         taught_by, own_K = (teacher.backbone, teacher_variables), teacher.num_thinking_steps
         view = explicit_view(*taught_by, *explicit, keyframes_BK)
-        teacher_document_hidden_CKD = latent_view(*taught_by, *documents, own_K, pooling)
-    return Views(hidden_BKD, document_hidden_CKD, view, teacher_document_hidden_CKD)
+        teacher_CKD = latent_view(*taught_by, *documents, own_K, pooling)
+    return Views(hidden_BKD, document_hidden_CKD, view, teacher_CKD, batch.teacher_scores_BG)
 
 
 def loss_terms(
-    views: Views, contrast_BC: jax.Array, objective: ObjectiveConfig, distillation_scale: jax.Array
+    views: Views, contrast_BC: jax.Array, objective: ObjectiveConfig, scale: jax.Array
 ) -> Terms:
-    """The loss over the views of a whole batch, and its terms by name.
+    """The loss over the views of a whole batch, and its terms by name; `scale` is that of the
+    distillation (`laser_loss`).
 
     Documents' embeddings of the whole batch are replicated once, so that every query is contrasted
     with all of them wherever it lives.
@@ -133,14 +123,7 @@ def loss_terms(
     if views.teacher_document_hidden_CKD is not None:
         teacher_documents_CD = constrain(pool(views.teacher_document_hidden_CKD), None, None)
     return laser_loss(
-        views.hidden_BKD,
-        views.explicit,
-        documents_CD,
-        teacher_documents_CD,
-        positives_B,
-        contrast_BC,
-        objective,
-        distillation_scale,
+        views, documents_CD, teacher_documents_CD, positives_B, contrast_BC, objective, scale
     )
 
 
@@ -293,7 +276,7 @@ def make_train_step(
         batch = replace(batch, rows_B=None)
         taught_by = {"teacher": teacher, "teacher_variables": teacher_variables}
         read = partial(read_views, backbone, objective=objective, **taught_by)
-        score = partial(loss_terms, objective=objective, distillation_scale=scale)
+        score = partial(loss_terms, objective=objective, scale=scale)
         grads, terms = way(read, score, state, batch)
         new, seen = _updated(state, grads, terms["loss"], optimizer)
         metrics = terms | reading(batch, objective) | seen

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from laser_jax.command_line import parse_command_line
-from laser_jax.data.schema import TrainingRow, parse_row, same_text
+from laser_jax.data.schema import TEACHER_SCORES, TrainingRow, parse_row, same_text
 from laser_jax.evaluate.beir import json_object, read_corpus
 from laser_jax.files.claim import Claim, OutputError
 from laser_jax.files.durable import checksum, write_atomically
@@ -109,7 +109,8 @@ def _mine(
             "negative_sources": [{"who": options.candidates, **of} for of in found.values()],
             "positive_scores": [s if np.isfinite(s) else None for s in ranking.positives],
         }
-        records.append(at.record | new)
+        record = {k: v for k, v in at.record.items() if k != TEACHER_SCORES}  # of other passages
+        records.append(record | new)
         by_filter += counts
         hardest.append(max((of["score"] for of in found.values()), default=-np.inf))
         if len(found) < options.negatives:
