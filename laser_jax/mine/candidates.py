@@ -70,8 +70,8 @@ def rank_by_model(
     queries_RD = retriever.encode_query(queries, instruction=instructions, stats=stats)
     _log.info("%d of %d texts did not fit and were shortened", stats.truncated, stats.texts)
     ids_R, ids_C = [str(r) for r in range(len(rows))], list(documents)
-    vectors_CD, mesh = vectors[: len(ids_C)], device_mesh()
-    run = search(queries_RD, vectors_CD, ids_R, ids_C, depth, {}, mesh=mesh)
+    documents_CD = vectors[: len(ids_C)]
+    run = search(queries_RD, documents_CD, ids_R, ids_C, depth, {}, mesh=device_mesh())
     place = {text: i for i, text in enumerate(texts)}
     return [
         Ranking(run[id_], [float(vectors[place[t]] @ query_D) for t in row.positive_passages])

@@ -120,7 +120,6 @@ def _mine(
     best, weakest = ([of(ranking.positives) for ranking in rankings] for of in (max, min))
     report = {
         "rows": len(rows),
-        "documents": len(documents),
         "positives_that_the_corpus_lacks": sum(same_text(text) not in forms for text in positives),
         "candidates_by_filter": dict(by_filter.most_common()),
         "negatives": sum(len(record["negative_passages"]) for record in records),
@@ -135,7 +134,7 @@ def _mine(
 
 
 def mine(options: MineOptions) -> dict[str, Any]:
-    """Writes the rows and the report, unless the same command has. Returns the report.
+    """Writes the rows and, before them, the report, unless the same command has. Returns the report.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: bad input; names it.
@@ -159,11 +158,10 @@ def mine(options: MineOptions) -> dict[str, Any]:
         if not report["negatives"]:
             by = report["candidates_by_filter"]
             raise DataError(f"{options.input}: no row gets a negative; candidates by filter: {by}")
-        report = {"made": made, **report}
-        claim.record(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        claim.record(json.dumps({"made": made, **report}, indent=1, ensure_ascii=False) + "\n")
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         write_atomically(output, "".join(lines))
-    _log.info("%s", {key: value for key, value in report.items() if key not in ("made", "too_few")})
+    _log.info("%s", {key: value for key, value in report.items() if key != "too_few"})
     return report
 
 
