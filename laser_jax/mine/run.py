@@ -134,7 +134,7 @@ def _mine(
 
 
 def mine(options: MineOptions) -> dict[str, Any]:
-    """Writes the rows and, before them, the report, unless the same command has. Returns the report.
+    """Writes the rows and the report, unless the same command has. Returns the report.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: bad input; names it.
