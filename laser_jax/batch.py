@@ -37,5 +37,8 @@ class Batch:
     contrast_BC: Array
     """bool, True where document c is contrasted with query b. False at a positive of any row of the
     batch with this query's text, unless c is the query's designated positive b G."""
+    teacher_scores_BG: Array | None = None
+    """float32, what another teacher gives each query's own passages; NaN in rows without. None
+    where the objective does not ask for it."""
     rows_B: Array | None = None
     """int32, each query's row in the concatenation of the sources (see `describe_row`)."""

@@ -42,8 +42,8 @@ from laser_jax.settings import (
 )
 
 C = TypeVar("C")
-_ROOMS = ("train", "encode_corpus", "search", "serve", "evaluate", "think", "annotate", "rewrite")
-_ROOMS += ("prepare", "pretrain", "quickstart", "import_gguf")
+_ROOMS = ("train", "encode_corpus", "search", "serve", "evaluate", "think", "mine", "annotate")
+_ROOMS += ("rewrite", "prepare", "pretrain", "quickstart", "import_gguf")
 COMMANDS = {room.removesuffix("_corpus").replace("_", "-"): room for room in _ROOMS}
 """Command -> its room, whose docstring says in a line what it is for."""
 

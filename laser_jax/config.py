@@ -146,12 +146,14 @@ class DataConfig:
 @dataclass(frozen=True)
 class LossWeights:
     """L = latent L_latent + explicit L_explicit + output L_output + trajectory L_trajectory
-    (LaSER equation 14; the lambdas are 1, 10 and 0.1)."""
+    (LaSER equation 14; the lambdas are 1, 10 and 0.1) + teacher L_teacher."""
 
     latent: float = 1.0
     explicit: float = 1.0
     output: float = 10.0
     trajectory: float = 0.1
+    teacher: float = 0.0
+    """Of the rows' own `teacher_scores`."""
 
     def __post_init__(self) -> None:
         require_in("[0, inf)", self, "objective.weights.", *vars(self))
@@ -185,6 +187,8 @@ class ObjectiveConfig:
     output_temperature: float = 0.02
     trajectory_temperature: float = 0.02
     """The paper states 0.02, the released code uses 0.05."""
+    teacher_temperature: float = 1.0
+    """Divides `teacher_scores`, as `temperature` does the student's beside them."""
     keyframes: KeyframeRule = "paper"
     distillation_warmup_steps: int = 0
     """The output and trajectory weights grow linearly from 0 over this many steps."""
@@ -203,8 +207,8 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         require_in("[1, inf)", self, "objective.", "num_thinking_steps")
-        temperatures = ("temperature", "output_temperature", "trajectory_temperature")
-        require_in("(0, inf)", self, "objective.", *temperatures)
+        temperatures = ("output_temperature", "trajectory_temperature", "teacher_temperature")
+        require_in("(0, inf)", self, "objective.", "temperature", *temperatures)
         require_in("[0, inf)", self, "objective.", "distillation_warmup_steps")
         require_in("[1, inf)", self, "objective.", "dimensions")
         require_in("[0, inf)", self, "objective.", "dimension_weights")
@@ -221,6 +225,10 @@ class ObjectiveConfig:
     @property
     def need_explicit_view(self) -> bool:
         return self.method == "laser" and self.weights.need_explicit_view
+
+    @property
+    def need_teacher_scores(self) -> bool:
+        return self.method == "laser" and self.weights.teacher > 0
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,19 @@ class ExplicitView:
     """At the K chosen segment ends, one for each thinking step."""
 
 
+@struct.dataclass
+class Views:
+    """All that the loss reads of a batch: un-normalised float32 states, and `teacher_scores_BG`."""
+
+    hidden_BKD: jax.Array
+    document_hidden_CKD: jax.Array
+    explicit: ExplicitView | None
+    teacher_document_hidden_CKD: jax.Array | None
+    """A frozen teacher's own."""
+    teacher_scores_BG: jax.Array | None = None
+    """As in `Batch`."""
+
+
 def normalize(x: jax.Array) -> jax.Array:
     """x / ||x|| over the last axis; a zero vector stays zero, also in the gradient."""
     # x comes second for the reason given in `modeling.backbone._rms_normed`
@@ -68,9 +81,20 @@ def score_kl(
     return (jnp.exp(log_p) * difference).sum(axis=-1).mean()
 
 
+def teacher_kl(
+    teacher_BG: jax.Array, scores_BC: jax.Array, positives_B: jax.Array, objective: ObjectiveConfig
+) -> jax.Array:
+    """KL(softmax(teacher / teacher_temperature) || softmax(student / temperature)) over each
+    query's own G passages, mean over queries; 0 for a query whose scores are NaN."""
+    passages_1G = jnp.arange(teacher_BG.shape[1])[None, :]
+    own_BG = jnp.take_along_axis(scores_BC, positives_B[:, None] + passages_1G, axis=1)
+    known_BG = jnp.isfinite(teacher_BG) | (passages_1G == 0)
+    teacher_BG *= objective.temperature / objective.teacher_temperature
+    return score_kl(jnp.nan_to_num(teacher_BG), own_BG, known_BG, objective.temperature)
+
+
 def laser_loss(
-    hidden_BKD: jax.Array,
-    explicit: ExplicitView | None,
+    views: Views,
     documents_CD: jax.Array,
     teacher_documents_CD: jax.Array,
     positives_B: jax.Array,
@@ -78,11 +102,10 @@ def laser_loss(
     objective: ObjectiveConfig,
     distillation_scale: jax.Array,
 ) -> Terms:
-    """The four-term loss of LaSER (equation 14).
+    """The four-term loss of LaSER (equation 14), and a fifth where another teacher gives scores.
 
     Args:
-        hidden_BKD: un-normalised states of the student.
-        explicit: states of the teacher; None where the objective has no explicit view.
+        views: states of the student, and of the teacher where the objective has an explicit view.
         documents_CD: unit embeddings of the pool.
         teacher_documents_CD: the same array where one model teaches and learns; a frozen
             teacher's own embeddings otherwise.
@@ -92,21 +115,23 @@ def laser_loss(
         distillation_scale: scalar that multiplies the output and trajectory weights (warm-up).
 
     Returns:
-        "loss" and the unweighted terms "latent", "explicit", "output" and "trajectory"; those of
-        the explicit view are absent without one.
+        "loss" and the unweighted terms "latent", "explicit", "output", "trajectory" and "teacher";
+        those of the explicit view are absent without one, and the last without scores.
     """
-    scores_BC = _scores(pool(hidden_BKD), documents_CD)
+    scores_BC = _scores(pool(views.hidden_BKD), documents_CD)
     terms = {"latent": info_nce(scores_BC, positives_B, contrast_BC, objective.temperature)}
-    if explicit is not None:
+    if (explicit := views.explicit) is not None:
         teacher_BC = _scores(normalize(explicit.final_BD), teacher_documents_CD)
         terms["explicit"] = info_nce(teacher_BC, positives_B, contrast_BC, objective.temperature)
         terms["output"] = score_kl(teacher_BC, scores_BC, contrast_BC, objective.output_temperature)
         terms["trajectory"] = score_kl(
             _scores(normalize(explicit.keyframes_BKD), teacher_documents_CD),
-            _scores(normalize(hidden_BKD), documents_CD),
+            _scores(normalize(views.hidden_BKD), documents_CD),
             contrast_BC[:, None, :],
             objective.trajectory_temperature,
         )
+    if views.teacher_scores_BG is not None:
+        terms["teacher"] = teacher_kl(views.teacher_scores_BG, scores_BC, positives_B, objective)
     weights = dataclasses.asdict(objective.weights)
     for name in ("output", "trajectory"):
         weights[name] *= distillation_scale

@@ -18,7 +18,7 @@ from flax import struct
 
 from laser_jax.batch import Batch
 from laser_jax.config import Config, ObjectiveConfig, OptimizerConfig
-from laser_jax.losses import ExplicitView, Terms, gircse_loss, laser_loss, pool
+from laser_jax.losses import Terms, Views, gircse_loss, laser_loss, pool
 from laser_jax.modeling.backbone import Backbone, Variables
 from laser_jax.sharding import constrain
 from laser_jax.thinking import think
@@ -53,17 +53,6 @@ class FrozenTeacher:
     backbone: Backbone
     num_thinking_steps: int
     """Of its own documents' embeddings."""
-
-
-@struct.dataclass
-class Views:
-    """All that the loss reads of a batch: un-normalised float32 states."""
-
-    hidden_BKD: jax.Array
-    document_hidden_CKD: jax.Array
-    explicit: ExplicitView | None
-    teacher_document_hidden_CKD: jax.Array | None
-    """A frozen teacher's own."""
 
 
 def read_views(
@@ -104,31 +93,38 @@ def read_views(
         taught_by, own_K = (teacher.backbone, teacher_variables), teacher.num_thinking_steps
         view = explicit_view(*taught_by, *explicit, keyframes_BK)
         teacher_document_hidden_CKD = latent_view(*taught_by, *documents, own_K, pooling)
-    return Views(hidden_BKD, document_hidden_CKD, view, teacher_document_hidden_CKD)
+    return Views(
+        hidden_BKD, document_hidden_CKD, view, teacher_document_hidden_CKD, batch.teacher_scores_BG
+    )
 
 
 def loss_terms(
-    views: Views, contrast_BC: jax.Array, objective: ObjectiveConfig, distillation_scale: jax.Array
+    views: Views, contrast_BC: jax.Array, objective: ObjectiveConfig, scale: jax.Array
 ) -> Terms:
     """The loss over the views of a whole batch, and its terms by name. Under `dimensions` it is the
     weighted sum of the losses at every size, and `latent_64` is the term `latent` of the first 64
-    dimensions. A frozen teacher, which was not trained for them, keeps its width."""
-    terms = _loss_terms(views, contrast_BC, objective, distillation_scale)
+    dimensions. `scale` is that of the distillation (`laser_loss`)."""
+    terms = _loss_terms(views, contrast_BC, objective, scale)
     weights = objective.dimension_weights or (1.0,) * len(objective.dimensions)
     for size, weight in zip(objective.dimensions, weights, strict=True):
-        cut = jax.tree.map(lambda state, size=size: state[..., :size], views)
-        if views.teacher_document_hidden_CKD is not None:
-            cut = replace(
-                views, hidden_BKD=cut.hidden_BKD, document_hidden_CKD=cut.document_hidden_CKD
-            )
-        at_size = _loss_terms(cut, contrast_BC, objective, distillation_scale)
+        at_size = _loss_terms(_shortened(views, size), contrast_BC, objective, scale)
         terms |= {"loss": terms["loss"] + weight * at_size.pop("loss")}
         terms |= {f"{name}_{size}": term for name, term in at_size.items()}
     return terms
 
 
+def _shortened(views: Views, size: int) -> Views:
+    """The first dimensions of all states but a frozen teacher's, which was not trained for them."""
+    own = (views.hidden_BKD, views.document_hidden_CKD, views.explicit)
+    hidden_BKD, document_hidden_CKD, explicit = jax.tree.map(lambda x: x[..., :size], own)
+    if views.teacher_document_hidden_CKD is not None:
+        explicit = views.explicit
+    states = {"hidden_BKD": hidden_BKD, "document_hidden_CKD": document_hidden_CKD}
+    return replace(views, explicit=explicit, **states)
+
+
 def _loss_terms(
-    views: Views, contrast_BC: jax.Array, objective: ObjectiveConfig, distillation_scale: jax.Array
+    views: Views, contrast_BC: jax.Array, objective: ObjectiveConfig, scale: jax.Array
 ) -> Terms:
     """The loss at one size. Documents' embeddings of the whole batch are replicated once, so that
     every query is contrasted with all of them wherever it lives."""
@@ -143,14 +139,7 @@ def _loss_terms(
     if views.teacher_document_hidden_CKD is not None:
         teacher_documents_CD = constrain(pool(views.teacher_document_hidden_CKD), None, None)
     return laser_loss(
-        views.hidden_BKD,
-        views.explicit,
-        documents_CD,
-        teacher_documents_CD,
-        positives_B,
-        contrast_BC,
-        objective,
-        distillation_scale,
+        views, documents_CD, teacher_documents_CD, positives_B, contrast_BC, objective, scale
     )
 
 
@@ -303,7 +292,7 @@ def make_train_step(
         batch = replace(batch, rows_B=None)
         taught_by = {"teacher": teacher, "teacher_variables": teacher_variables}
         read = partial(read_views, backbone, objective=objective, **taught_by)
-        score = partial(loss_terms, objective=objective, distillation_scale=scale)
+        score = partial(loss_terms, objective=objective, scale=scale)
         grads, terms = way(read, score, state, batch)
         new, seen = _updated(state, grads, terms["loss"], optimizer)
         metrics = terms | reading(batch, objective) | seen

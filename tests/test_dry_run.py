@@ -191,7 +191,7 @@ LIMITS = {
     "fast": ({}, [64] * G + [120]),
     "parity": ({"objective": ObjectiveConfig(num_thinking_steps=K, views="parity")}, None),
     "latent": (
-        {"objective": ObjectiveConfig(weights=LossWeights(1.0, 0.0, 0.0, 0.0))},
+        {"objective": ObjectiveConfig(weights=LossWeights(1.0, 0.0, 0.0, 0.0, teacher=1.0))},
         [64] * G + [48],
     ),
 }

@@ -40,7 +40,7 @@ from laser_jax.encoder import encode, load_pretrained, right_padded
 from laser_jax.hf.adapters import merge_lora
 from laser_jax.hf.directory import read_backbone_config
 from laser_jax.hf.reading import load_adapter, load_params
-from laser_jax.losses import gircse_loss, laser_loss, normalize, pool
+from laser_jax.losses import Views, gircse_loss, laser_loss, normalize, pool
 from laser_jax.modeling.backbone import Backbone, Variables, unstack_layers
 from laser_jax.modeling.rope import rope_at
 from laser_jax.step import (
@@ -394,8 +394,7 @@ def compiled(backbone: Backbone, objective: ObjectiveConfig) -> Any:
             documents_CD = pool(hidden_CKD)
             B, C = batch.contrast_BC.shape
             values = laser_loss(
-                hidden_BKD,
-                teacher,
+                Views(hidden_BKD, hidden_CKD, teacher, None),
                 documents_CD,
                 documents_CD,
                 jnp.arange(B) * (C // B),

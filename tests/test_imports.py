@@ -42,6 +42,7 @@ ORDER: tuple[str, ...] = (
     *("train.loop", "train.export", "train.run"),
     *("pretrain.texts", "pretrain.run"),
     *("rewrite.generation", "rewrite.run"),
+    *("mine.bm25", "mine.candidates", "mine.filters", "mine.run"),
     *("think.thought", "think.page", "think.site", "think.run"),
     *("serve.metrics", "serve.batching", "serve.requests", "serve.index", "serve.app", "serve.run"),
     *("quickstart.world", "quickstart.run"),
@@ -59,6 +60,8 @@ FILE_LINES, FUNCTION_LINES, PARAMETERS = 500, 60, 8
 
 # Library -> the files under laser_jax that may import it.
 CONFINED: dict[str, frozenset[str]] = {
+    "bm25s": frozenset({"mine/bm25.py"}),
+    "Stemmer": frozenset({"mine/bm25.py"}),
     "transformers": frozenset({"data/tokenization.py"}),
     "safetensors": frozenset({"hf/reading.py", "hf/writing.py"}),
     "gguf": frozenset({"import_gguf/file.py"}),

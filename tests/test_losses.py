@@ -13,6 +13,7 @@ import pytest
 from laser_jax.config import LossWeights, ObjectiveConfig
 from laser_jax.losses import (
     ExplicitView,
+    Views,
     gircse_loss,
     info_nce,
     laser_loss,
@@ -50,7 +51,10 @@ def inputs() -> dict[str, jax.Array]:
 
 
 def loss(
-    arrays: dict[str, Any], contrast_BC: jax.Array = EVERYTHING, **changes: Any
+    arrays: dict[str, Any],
+    contrast_BC: jax.Array = EVERYTHING,
+    teacher_scores_BG: jax.Array | None = None,
+    **changes: Any,
 ) -> dict[str, jax.Array]:
     fixed = {
         "positives_B": POSITIVES,
@@ -61,7 +65,9 @@ def loss(
     given = dict(arrays)
     final_BD, keyframes_BKD = given.pop("final_BD"), given.pop("keyframes_BKD")
     explicit = None if final_BD is None else ExplicitView(final_BD, keyframes_BKD)
-    return laser_loss(explicit=explicit, **(given | fixed | changes))
+    hidden_BKD = given.pop("hidden_BKD")
+    views = Views(hidden_BKD, jnp.zeros((C, K, D)), explicit, None, teacher_scores_BG)
+    return laser_loss(views, **(given | fixed | changes))
 
 
 def gradients(term: str, contrast_BC: jax.Array = EVERYTHING) -> dict[str, jax.Array]:
@@ -124,6 +130,51 @@ def test_without_an_explicit_view_the_contrastive_term_is_left() -> None:
     got = loss(inputs() | {"final_BD": None, "keyframes_BKD": None})
     assert set(got) == {"loss", "latent"}
     np.testing.assert_allclose(got["loss"], 0.5 * got["latent"], rtol=1e-6)
+
+
+# --- scores of another teacher -------------------------------------------------------------------
+
+G = C // B
+TAUGHT = dataclasses.replace(
+    OBJECTIVE,
+    weights=dataclasses.replace(OBJECTIVE.weights, teacher=0.9),
+    teacher_temperature=1.7,
+)
+
+
+def test_given_scores_are_distilled_over_the_own_passages_of_a_query() -> None:
+    a, given_BG = inputs(), 3.0 * draw(B, G, seed=13)
+    scores = np_unit(np.asarray(a["hidden_BKD"], np.float64).mean(axis=1))
+    scores = scores @ np.asarray(a["documents_CD"]).T
+    rows = []
+    for b in range(B):
+        log_p = np_log_softmax(given_BG[b], 1.7)
+        log_q = np_log_softmax(scores[b, b * G : (b + 1) * G], 0.2)
+        rows.append((np.exp(log_p) * (log_p - log_q)).sum())
+    got, without = loss(a, teacher_scores_BG=given_BG, objective=TAUGHT), loss(a)
+    np.testing.assert_allclose(got["teacher"], np.mean(rows), rtol=2e-6)
+    np.testing.assert_allclose(got["loss"], without["loss"] + 0.9 * np.mean(rows), rtol=2e-6)
+    # neither the rest of the pool nor a mask of false negatives counts
+    masked = jnp.zeros((B, C), bool).at[jnp.arange(B), POSITIVES].set(True)
+    again = loss(a, masked, given_BG, objective=TAUGHT)
+    np.testing.assert_allclose(again["teacher"], got["teacher"], rtol=1e-6)
+
+
+def test_a_row_without_given_scores_has_no_such_loss_and_no_gradient() -> None:
+    a, given_BG = inputs(), draw(B, G, seed=13).at[1].set(jnp.nan)
+
+    def teacher(arrays: dict[str, Any], given_BG: jax.Array) -> jax.Array:
+        return loss(arrays, teacher_scores_BG=given_BG, objective=TAUGHT)["teacher"]
+
+    gradient = jax.grad(teacher)(a, given_BG)
+    moved = {name for name, value in gradient.items() if value.any()}
+    assert moved == {"hidden_BKD", "documents_CD"}
+    assert all(jnp.isfinite(value).all() for value in gradient.values())
+    assert not gradient["hidden_BKD"][1].any()
+    assert gradient["hidden_BKD"][0].any()
+    assert teacher(a, jnp.full((B, G), jnp.nan)) == 0
+    with_scores = [teacher(a, jnp.full((B, G), jnp.nan).at[b].set(given_BG[b])) for b in (0, 2)]
+    np.testing.assert_allclose(teacher(a, given_BG), sum(with_scores), rtol=1e-6)
 
 
 # --- documents that do not count -----------------------------------------------------------------

@@ -212,6 +212,43 @@ def test_padding_holds_the_pad_token_and_its_share_is_counted(prompts) -> None:
     )
 
 
+def test_a_batch_holds_the_scores_of_the_passages_that_are_drawn(prompts) -> None:
+    rows = [
+        replace(
+            row,
+            teacher_scores=tuple(map(float, range(10 * n, 10 * n + len(passages(row))))),
+        )
+        for n, row in enumerate(ROWS)
+    ]
+    rows[2] = replace(rows[2], teacher_scores=None)
+    source, data = RowsSource(rows), replace(DATA, selection="random")
+    for batch in batches_of(prompts, 5, [source], data, teacher_scores=True):
+        assert batch.teacher_scores_BG.shape == (3, 3)
+        assert batch.teacher_scores_BG.dtype == np.float32
+        documents = rows_of(batch.documents)
+        for b, n in enumerate(batch.rows_B):
+            for g, tokens in enumerate(documents[3 * b : 3 * b + 3]):
+                score = batch.teacher_scores_BG[b, g]
+                if n == 2:
+                    assert np.isnan(score)
+                else:
+                    text = passages(ROWS[n])[int(score) - 10 * n]
+                    assert tokens == prompts.document(text)
+    part = batches_of(prompts, 1, [source], teacher_scores=True, part=np.array([0, 2]))[0]
+    [whole] = batches_of(prompts, 1, [source], teacher_scores=True)
+    assert_equal(part.teacher_scores_BG, whole.teacher_scores_BG[[0, 2]])
+    assert batches_of(prompts, 1, [source])[0].teacher_scores_BG is None
+
+
+def passages(row: TrainingRow) -> tuple[str, ...]:
+    return (*row.positive_passages, *row.negative_passages)
+
+
+def test_scores_that_are_asked_for_and_in_no_row_are_missed_at_once(prompts) -> None:
+    with pytest.raises(DataError, match=r"weights.teacher is above 0, and no row has teacher_sc"):
+        training_batches([SOURCE], prompts, DATA, replace(SETTINGS, teacher_scores=True))
+
+
 class RecordingTokenizer(PromptTokenizer):
     """Records which documents and explicit inputs are tokenised."""
 

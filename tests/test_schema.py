@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from laser_jax.data.schema import DataError, TrainingRow, parse_row
+from laser_jax.data.schema import DataError, TrainingRow, facts_of, parse_row
 
 ROW: dict[str, Any] = {
     "query": "q",
@@ -65,6 +65,30 @@ def test_half_a_character_is_refused(field) -> None:
     value = half if field == "query" else [half]
     with pytest.raises(DataError, match=f"'{field}' is no Unicode text"):
         parse_row({**ROW, field: value}, "x")
+
+
+def test_scores_of_another_teacher_are_kept_one_a_passage() -> None:
+    row = {**ROW, "negative_passages": ["n"]}
+    assert parse_row({**row, "teacher_scores": [1, -2.5, 0.5]}, "x").teacher_scores == (
+        1,
+        -2.5,
+        0.5,
+    )
+    assert parse_row({**row, "teacher_scores": None}, "x").teacher_scores is None
+
+
+@pytest.mark.parametrize("value", [[1.0], [1.0, 2.0, 3.0], "12", [1.0, True], [1.0, float("nan")]])
+def test_scores_that_are_not_one_a_passage_are_refused(value) -> None:
+    with pytest.raises(DataError, match=r"t\.jsonl:1: 'teacher_scores' must be 2 finite numbers"):
+        parse_row({**ROW, "teacher_scores": value}, "t.jsonl:1")
+
+
+def test_scores_are_part_of_the_rows_fingerprint() -> None:
+    plain = parse_row(ROW, "x")
+    scored = [parse_row({**ROW, "teacher_scores": [1, last]}, "x") for last in (2, 3)]
+    facts = [facts_of([row]) for row in (plain, *scored)]
+    assert len({found.fingerprint for found in facts}) == 3
+    assert [found.scored_rows for found in facts] == [0, 1, 1]
 
 
 def test_a_record_that_is_no_object_is_refused() -> None:

@@ -216,6 +216,15 @@ def test_arrow_files_with_a_footer_are_read_too(tmp_path) -> None:
     assert list(open_source(path)) == ROWS
 
 
+def test_scores_of_a_teacher_are_read_from_parquet_too(tmp_path) -> None:
+    passages = [len(row.positive_passages) + len(row.negative_passages) for row in ROWS]
+    scores = [None, *([0.5] * n for n in passages[1:])]
+    records = [{**r, "teacher_scores": s} for r, s in zip(RECORDS, scores, strict=True)]
+    source = open_source(write_parquet(tmp_path / "t.parquet", records))
+    assert [row.teacher_scores for row in source] == [None, *map(tuple, scores[1:])]
+    assert source.facts.scored_rows == len(ROWS) - 1
+
+
 def test_row_groups_beyond_the_bound_are_decoded_again(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("laser_jax.data.sources._DECODED_BYTES", 1)
     source = open_source(write_parquet(tmp_path / "t.parquet", RECORDS))

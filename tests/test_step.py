@@ -34,11 +34,14 @@ from laser_jax.step import (
     FrozenTeacher,
     TrainState,
     Views,
+    gradcache,
     learning_rate_schedule,
     loss_terms,
     make_optimizer,
     make_train_step,
+    plain,
     read_views,
+    whole_batch,
 )
 from laser_jax.train.state import abstract_state, init_state, jit_train_step
 
@@ -340,6 +343,56 @@ def test_plain_accumulation_contrasts_only_within_a_micro_batch() -> None:
     assert cut["latent"] < whole["latent"]
 
 
+def scored(rows: Batch) -> Batch:
+    """The batch with scores of another teacher, of which one row has none."""
+    scores_BG = np.random.default_rng(8).normal(size=(B, G)).astype(np.float32)
+    scores_BG[3] = np.nan
+    return dataclasses.replace(rows, teacher_scores_BG=scores_BG)
+
+
+def test_scores_of_another_teacher_are_distilled_alike_in_every_way() -> None:
+    """Also by plain accumulation, as each query's own passages alone count."""
+    weights = LossWeights(latent=0.0, explicit=0.0, output=0.0, trajectory=0.0, teacher=2.0)
+    backbone, variables = drawn(0)
+    count = np.zeros((), np.int32)
+    state = TrainState(count, count, variables["params"], None, ())
+
+    def found(views: Any, way: Any) -> tuple[Any, dict[str, np.ndarray]]:
+        objective = dataclasses.replace(OBJECTIVE, weights=weights, views=views)
+        read = functools.partial(read_views, backbone, objective=objective)
+        score = functools.partial(loss_terms, objective=objective, scale=jnp.ones(()))
+        return host(jax.jit(functools.partial(way, read, score))(state, scored(batch())))
+
+    gradient, terms = found("fast", whole_batch)
+    assert set(terms) == {"loss", "latent", "teacher"}
+    assert terms["teacher"] > 1e-3
+    np.testing.assert_allclose(terms["loss"], 2 * terms["teacher"], rtol=1e-6)
+    for views, way in (("fast", gradcache), ("parity", plain)):
+        got, cut = found(views, functools.partial(way, parts=4))
+        np.testing.assert_allclose(cut["teacher"], terms["teacher"], rtol=1e-5)
+        for ours, whole in zip(*map(jax.tree.leaves, (got, gradient)), strict=True):
+            assert np.abs(whole).max() > 0
+            np.testing.assert_allclose(ours, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
+
+
+def test_eight_devices_distil_the_scores_of_one() -> None:
+    weights = dataclasses.replace(OBJECTIVE.weights, teacher=2.0)
+    objective = dataclasses.replace(OBJECTIVE, weights=weights)
+    backbone, variables = drawn(0)
+
+    def terms(variables: Variables, rows: Batch) -> Any:
+        views = read_views(backbone, variables, rows, objective)
+        return loss_terms(views, rows.contrast_BC, objective, jnp.ones(()))
+
+    one = jax.jit(terms)(variables, scored(batch()))
+    mesh = mesh_of(*DATA)
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(scored(batch()), batch_sharding(mesh))
+        many = jax.jit(terms)(variables, rows)
+    for name, value in one.items():
+        np.testing.assert_allclose(many[name], value, rtol=1e-5, err_msg=name)
+
+
 # --- the objective ------------------------------------------------------------------------------
 
 
@@ -459,6 +512,7 @@ def test_a_frozen_teacher_is_not_cut() -> None:
             {"method": "gircse", "dimensions": (4,)},
             {f"{n}{s}" for n in ("contrastive", "penalty", "step_1", "step_2") for s in ("", "_4")},
         ),
+        ({"weights": LossWeights(1.0, 0.0, 0.0, 0.0, teacher=1.0)}, {"latent"}),
         ({"method": "gircse"}, {"contrastive", "penalty", "step_1", "step_2"}),
     ],
 )

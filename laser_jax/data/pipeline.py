@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -51,6 +52,8 @@ class Example:
     """G passages, the positive first."""
     positives: frozenset[str]
     """All positives of the row; in a batch, of all rows with the same query."""
+    teacher_scores: tuple[float, ...]
+    """Of the documents; NaN in a row without."""
 
 
 def draw_example(
@@ -81,15 +84,16 @@ def draw_example(
         positive = int(generator.integers(len(row.positive_passages)))
         order = generator.permutation(order)
     negatives = [int(order[i % len(order)]) for i in range(num_negatives)]
+    places = [positive, *(len(row.positive_passages) + n for n in negatives)]
+    passages = (*row.positive_passages, *row.negative_passages)
+    scores = row.teacher_scores or (math.nan,) * len(passages)
     return Example(
         query=row.query,
         instruction=row.prompt,
         reasoning=settled_reasoning(row, min_reasoning_characters),
-        documents=(
-            row.positive_passages[positive],
-            *(row.negative_passages[n] for n in negatives),
-        ),
+        documents=tuple(passages[place] for place in places),
         positives=frozenset(row.positive_passages),
+        teacher_scores=tuple(scores[place] for place in places),
     )
 
 
@@ -195,6 +199,8 @@ class BatchSettings:
     """False leaves `explicit` and `keyframes_BK` None."""
     shared_prefix: bool
     """Check in every batch that queries are prefixes of their explicit inputs."""
+    teacher_scores: bool = False
+    """False leaves `teacher_scores_BG` None."""
 
     @classmethod
     def of(cls, config: Config) -> BatchSettings:
@@ -207,6 +213,7 @@ class BatchSettings:
             keyframes=objective.keyframes,
             need_explicit=objective.need_explicit_view,
             shared_prefix=config.views == "fast" and objective.teacher is None,
+            teacher_scores=objective.need_teacher_scores,
         )
 
 
@@ -288,6 +295,10 @@ class _BatchBuilder:
         group_size = self._data.group_size
         part_C = (self._part[:, None] * group_size + np.arange(group_size)).ravel()
         contrast_BC = contrast([row.example for row in rows], self._data.mask_false_negatives)
+        teacher_scores_BG = None
+        if self._settings.teacher_scores:
+            scores = [rows[b].example.teacher_scores for b in self._part]
+            teacher_scores_BG = np.array(scores, np.float32)
         return Batch(
             query=self._pad([row.query for row in rows], config.query_max_length, self._part),
             documents=self._pad(
@@ -296,6 +307,7 @@ class _BatchBuilder:
             explicit=explicit,
             keyframes_BK=keyframes_BK,
             contrast_BC=contrast_BC[self._part],
+            teacher_scores_BG=teacher_scores_BG,
             rows_B=np.array([rows[b].row for b in self._part], np.int32),
         )
 
@@ -409,7 +421,8 @@ def training_batches(
             padding and the columns of `contrast_BC` are those of the whole batch.
 
     Raises:
-        DataError: a row without negatives though `data.group_size` is above 1.
+        DataError: a row without negatives though `data.group_size` is above 1, or no row with
+            `teacher_scores` though they are asked for.
         TokenizationError: a limit of the prompts leaves no room for a text. Of the instructions the
             longest are checked now; another is found when its row is drawn, which is named then.
     """
@@ -420,6 +433,11 @@ def training_batches(
         without = source.facts.row_without_negatives
         if data.group_size > 1 and without is not None:  # now, not hours into the run
             raise _no_negatives(source.where(without), source[without], data)
+    if settings.teacher_scores and not any(source.facts.scored_rows for source in sources):
+        raise DataError(
+            "objective.weights.teacher is above 0, and no row has teacher_scores (rows that "
+            "laser_jax.prepare wrote never have): add them, or set the weight to 0"
+        )
     same_query = rows_of_same_query(sources) if data.mask_false_negatives else {}
     build = _BatchBuilder(sources, prompts, data, settings, part, same_query)
     batches = (

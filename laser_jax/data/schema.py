@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import unicodedata
 from array import array
 from collections.abc import Iterable, Sequence
@@ -31,6 +32,8 @@ class TrainingRow:
         prompt: the instruction of the retrieval task; may be empty.
         positive_passages: at least one, none blank.
         negative_passages: hard negatives, the best first, none blank; there may be none.
+        teacher_scores: what another retriever or a cross-encoder gives each positive, then each
+            negative; None in most rows.
     """
 
     query: str
@@ -38,15 +41,18 @@ class TrainingRow:
     prompt: str
     positive_passages: tuple[str, ...]
     negative_passages: tuple[str, ...]
+    teacher_scores: tuple[float, ...] | None = None
 
 
 _STRINGS = ("query", "reasoning_query", "prompt")
 _STRING_LISTS = ("positive_passages", "negative_passages")
 FIELDS = (*_STRINGS, *_STRING_LISTS)
+TEACHER_SCORES = "teacher_scores"
+"""The field that a row may leave out."""
 
 
 def parse_row(record: Any, where: str) -> TrainingRow:
-    """The training row of a JSON object; further fields are ignored.
+    """The training row of a JSON object; fields further than `teacher_scores` are ignored.
 
     Args:
         record: what the file holds there, in Python types.
@@ -76,7 +82,20 @@ def parse_row(record: Any, where: str) -> TrainingRow:
         raise DataError(f"{where}: 'positive_passages' is empty; at least one is wanted")
     values: dict[str, Any] = {name: record[name] for name in _STRINGS}
     values |= {name: tuple(record[name]) for name in _STRING_LISTS}
+    if record.get(TEACHER_SCORES) is not None:
+        passages = sum(len(record[name]) for name in _STRING_LISTS)
+        values[TEACHER_SCORES] = _teacher_scores(record[TEACHER_SCORES], passages, where)
     return TrainingRow(**values)
+
+
+def _teacher_scores(scores: Any, passages: int, where: str) -> tuple[float, ...]:
+    is_list = isinstance(scores, list) and len(scores) == passages
+    if not is_list or not all(type(s) in (int, float) and math.isfinite(s) for s in scores):
+        raise DataError(
+            f"{where}: '{TEACHER_SCORES}' must be {passages} finite numbers, one a positive and "
+            f"then one a negative, got {scores!r:.80}; leave it out of a row without scores"
+        )
+    return tuple(map(float, scores))
 
 
 def _require_passages(passages: Any, name: str, where: str) -> None:
@@ -122,7 +141,7 @@ class Facts:
     Attributes:
         row_without_negatives: index of the first, None when every row has some.
         instructions: the longest of the distinct instructions, up to 32.
-        fingerprint: a hash of the texts of all rows in their order.
+        fingerprint: a hash of the texts, and of the teacher's scores, of all rows in their order.
         query_keys: [rows] uint64, equal for rows whose queries are the same (`same_text`).
     """
 
@@ -130,11 +149,14 @@ class Facts:
     instructions: tuple[str, ...]
     fingerprint: str
     query_keys: np.ndarray = field(compare=False)
+    scored_rows: int = 0
+    """Those with `teacher_scores`."""
 
 
 def facts_of(rows: Iterable[TrainingRow]) -> Facts:
     """Reads through all rows. Raises what their iteration raises."""
     without, instructions, digest, keys = None, set[str](), hashlib.sha256(), array("Q")
+    scored = 0
     for index, row in enumerate(rows):
         if without is None and not row.negative_passages:
             without = index
@@ -142,10 +164,13 @@ def facts_of(rows: Iterable[TrainingRow]) -> Facts:
         if len(instructions) > 100 * _INSTRUCTIONS:
             instructions = set(longest_instructions(instructions))
         digest.update(repr([getattr(row, name) for name in FIELDS]).encode())
+        if row.teacher_scores is not None:
+            digest.update(repr(row.teacher_scores).encode())
+            scored += 1
         key = hashlib.blake2b(same_text(row.query).encode(), digest_size=8).digest()
         keys.append(int.from_bytes(key, "little"))
     longest = longest_instructions(instructions)
-    return Facts(without, longest, digest.hexdigest()[:16], np.array(keys, np.uint64))
+    return Facts(without, longest, digest.hexdigest()[:16], np.array(keys, np.uint64), scored)
 
 
 def longest_instructions(instructions: Iterable[str]) -> tuple[str, ...]:

@@ -25,7 +25,15 @@ import numpy as np
 
 from laser_jax.config import DataConfig
 from laser_jax.data.array_record import example_values, open_array_record
-from laser_jax.data.schema import FIELDS, DataError, Facts, TrainingRow, facts_of, parse_row
+from laser_jax.data.schema import (
+    FIELDS,
+    TEACHER_SCORES,
+    DataError,
+    Facts,
+    TrainingRow,
+    facts_of,
+    parse_row,
+)
 from laser_jax.files.reading import (
     import_pyarrow,
     is_blank,
@@ -359,7 +367,8 @@ class ParquetSource(_Sharded):
     def _decode(self, file: Path, group: int) -> None:
         parquet = import_pyarrow(file).parquet
         with _damage(f"{file}: row group {group} is damaged"), parquet.ParquetFile(file) as opened:
-            table = opened.read_row_group(group, columns=list(FIELDS))
+            given = {*FIELDS, TEACHER_SCORES} & {*opened.schema_arrow.names}
+            table = opened.read_row_group(group, columns=sorted(given))
         self._decoded[file, group] = table
         self._decoded_bytes += table.nbytes
         while self._decoded_bytes > _DECODED_BYTES and len(self._decoded) > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -236,6 +237,26 @@ def retrieval_runs(
     )
 
 
+def _embed(
+    encoder: LatentEncoder,
+    rows: list[list[int]],
+    what: str,
+    ids: list[str],
+    at: Sequence[int],
+    *,
+    progress: bool,
+) -> dict[int, np.ndarray]:
+    """The vectors of rows by K, for every K of `at`; `what` they are and their ids say where one
+    is not finite."""
+    vectors = encoder.encode_tokens(
+        rows,
+        at,
+        progress=f"encode {what}" if progress else None,
+        describe=lambda place: f"{ids[place]!r} ({what})",
+    )
+    return dict(zip(at, vectors, strict=True))
+
+
 def rank_corpus(
     encoder: LatentEncoder,
     document_rows: Sequence[list[int]],
@@ -261,22 +282,12 @@ def rank_corpus(
         also with the shorter vectors that it was trained for (`shorter`).
     """
 
-    def embed(
-        rows: list[list[int]], what: str, ids: list[str], at: Sequence[int]
-    ) -> dict[int, np.ndarray]:
-        vectors = encoder.encode_tokens(
-            rows,
-            at,
-            progress=f"encode {what}" if progress else None,
-            describe=lambda place: f"{ids[place]!r} ({what})",
-        )
-        return dict(zip(at, vectors, strict=True))
-
     order = trec_order([document.id for document in dataset.documents])
     document_ids = [dataset.documents[i].id for i in order]
     query_ids = list(dataset.queries)
     documents_at = {of.documents_at or k for of in inputs.values() for k in of.num_thinking_steps}
     rows = [document_rows[i] for i in order]
+    embed = partial(_embed, encoder, progress=progress)
     document_vectors = embed(rows, "documents", document_ids, sorted(documents_at))
     # where processes share the mesh, each has all the vectors and searches for itself
     mesh = device_mesh(encoder.mesh.local_devices) if encoder.mesh is not None else None

@@ -247,6 +247,7 @@ def _full_batch(config: Config, widths: Widths) -> Batch:
     """A batch without padding."""
     B, K = config.train.batch_size, config.objective.num_thinking_steps
     C, (query, document, *explicit) = B * config.data.group_size, widths
+    taught = config.objective.need_teacher_scores
 
     def tokens(rows: int, width: int) -> Tokens:
         return Tokens(np.zeros((rows, width), np.int32), np.full(rows, width, np.int32))
@@ -257,6 +258,7 @@ def _full_batch(config: Config, widths: Widths) -> Batch:
         explicit=tokens(B, *explicit) if explicit else None,
         keyframes_BK=np.zeros((B, K), np.int32) if explicit else None,
         contrast_BC=np.ones((B, C), np.bool_),
+        teacher_scores_BG=np.zeros((B, C // B), np.float32) if taught else None,
     )
 
 

@@ -1,0 +1,1 @@
+"""Hard negatives for training rows, from a corpus."""

@@ -1,0 +1,6 @@
+"""`python -m laser_jax.mine`."""
+
+from laser_jax.mine.run import main
+
+if __name__ == "__main__":
+    main()
