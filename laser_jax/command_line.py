@@ -43,7 +43,7 @@ from laser_jax.settings import (
 
 C = TypeVar("C")
 _ROOMS = ("train", "encode_corpus", "search", "evaluate", "think", "rewrite", "prepare", "pretrain")
-_ROOMS += ("quickstart", "import_gguf")
+_ROOMS += ("quickstart", "import_gguf", "export")
 COMMANDS = {room.removesuffix("_corpus").replace("_", "-"): room for room in _ROOMS}
 """Command -> its room, whose docstring says in a line what it is for."""
 
