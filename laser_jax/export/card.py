@@ -2,157 +2,139 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from laser_jax.config import ConfigError, RetrieverConfig
+import yaml
+
+from laser_jax.config import ConfigError, RetrieverConfig, as_dict
 from laser_jax.evaluate.model import model_table
-from laser_jax.evaluate.results import RESULTS_FILE, markdown_table, read_evaluation
-from laser_jax.files.reading import DataError, read_json
+from laser_jax.evaluate.results import RESULTS_FILE, read_evaluation
+from laser_jax.evaluate.retrieval import format_table
+from laser_jax.files.reading import read_json
 
 UNKNOWN = "**unknown: fill in**"
-# Of the backbones of the paper, by what their names begin with: identifier and page of the licence.
 _LICENCES = {"qwen3-": "apache-2.0", "llama-3.2-": "llama3.2", "llama-3.1-": "llama3.1"}
-_USE = """```python
-from laser_jax import LatentRetriever
+"""Of the backbones of the paper, by what their names begin with."""
+_LAID_DOWN = {
+    "Data": {"data": ("train", "split", "mixture", "eval", "eval_split")},
+    "Recipe": dict.fromkeys(("objective", "lora", "optimizer"), ())
+    | {"train": ("batch_size", "epochs", "steps", "seed")},
+}
+"""Section -> group of a run's config -> which of its settings, or all."""
+_OURS = """from laser_jax import LatentRetriever
 
 retriever = LatentRetriever.from_pretrained("NAME")
 query = retriever.encode_query("Which town is at the sea?", instruction="Find the town")
-document = retriever.encode_document("Kiel lies at the sea.")
-```"""
-_USE_ELSEWHERE = """```python
+document = retriever.encode_document("Kiel lies at the sea.", num_thinking_steps=3)
+"""
+_THEIRS = """
 from sentence_transformers import SentenceTransformer
 
+# with the code that thinks: pooling gives other vectors, so AutoModel refuses the directory
 model = SentenceTransformer("NAME", trust_remote_code=True)
 query = model.encode_query("Which town is at the sea?", prompt="Find the town")
-document = model.encode_document("Kiel lies at the sea.")
-```
+document = model.encode_document("Kiel lies at the sea.", num_thinking_steps=3)
+shorter = model.encode_document("...", truncate_dim=64, normalize_embeddings=True)
+"""
+_JAX = """import jax, numpy as np
 
-The code that thinks is `laser_retriever.py`. `prompt` is the instruction. `num_thinking_steps=K` takes another K, and
-`truncate_dim=D, normalize_embeddings=True` shorter unit vectors. Pooling the backbone gives other vectors, so
-`AutoModel` refuses this directory."""
-_CITATION = """```bibtex
-@misc{laser,
-  title = {LaSER: a dense retriever that reasons in latent space},
-  eprint = {2603.01425},
-  archivePrefix = {arXiv},
-  url = {https://arxiv.org/abs/2603.01425},
-}
-```"""
+encode = jax.export.deserialize(open("encode.bin", "rb").read())
+weights = list(np.load("weights.npz").values())
+vectors = jax.jit(encode.call)(weights, input_ids, attention_mask)  # [B, T] int32 to [B, D]
+"""
+_USE = {"sentence-transformers": _OURS + _THEIRS, "hf": _OURS, "stablehlo": _JAX}
+_CITATION = "@misc{laser, title={LaSER}, eprint={2603.01425}, archivePrefix={arXiv}}\n"
 
 
 def model_card(model: Path, config: RetrieverConfig, target: str, name: str) -> str:
     """The card of the model in a directory, exported to a `target` and called `name`.
 
     Raises:
-        ConfigError: config.json or results.json beside the directory is damaged.
+        ConfigError, DataError: config.json or a results.json beside the directory is damaged.
     """
-    run = _read_object(model.parent / "config.json")
-    results = _read_object(model.parent / RESULTS_FILE)
-    base, licence = _base(run)
-    front = ["---", "pipeline_tag: sentence-similarity", "tags: [laser, dense-retrieval]"]
-    front += ["library_name: sentence-transformers"] * (target == "sentence-transformers")
-    front += [f"license: {licence}"] * (licence is not None)
-    front += [f"base_model: {base}"] * (base is not None and base.count("/") == 1)
-    uses = {"In laser_jax": _USE} if target != "stablehlo" else {}
-    if target == "sentence-transformers":
-        uses["In sentence-transformers"] = _USE_ELSEWHERE
-    sections = {
-        "Model": _facts(config, base),
-        **{title: use.replace("NAME", name) for title, use in uses.items()},
-        "Prompts": _prompts(config),
-        "Data": _block(run.get("data"), "train", "split", "mixture", "eval", "eval_split"),
-        "Recipe": _recipe(run, results),
-        "Scores": "\n\n".join(_scores(model.parent, results)) or UNKNOWN,
-        "Licence": f"- base model: {licence or UNKNOWN}\n- training data: {UNKNOWN}",
-        "Citation": _CITATION,
+    run, results = (_read_object(model.parent / file) for file in ("config.json", RESULTS_FILE))
+    base, licence = _base(run.get("model") or {})
+    front = {
+        "pipeline_tag": "sentence-similarity",
+        "library_name": "laser_jax" if target == "hf" else target,
+        "tags": ["laser", "dense-retrieval"],
+        "license": licence,
+        "base_model": base if base.count("/") == 1 else None,
     }
-    body = [f"# {name.rpartition('/')[2]}", *(f"## {t}\n\n{text}" for t, text in sections.items())]
-    return "\n".join([*front, "---", "", "\n\n".join(body), ""])
+    settings = as_dict(config)
+    backbone = settings.pop("backbone")
+    sections = {
+        "Use": _block("python", _USE[target].replace("NAME", name)),
+        "Model and prompts": f"Vectors of {backbone['hidden_size']} dimensions and length 1, to be "
+        "compared by cosine. The prompt is laid out as in training:\n\n"
+        + _block("yaml", _yaml(settings)),
+        **{title: _laid_down(run, groups) for title, groups in _LAID_DOWN.items()},
+        "Scores": "\n\n".join(_scores(model.parent, results)) or UNKNOWN,
+        "Licence": f"Of the base model, {base}: {licence or UNKNOWN}. Of the data: {UNKNOWN}.",
+        "Citation": _block("bibtex", _CITATION),
+    }
+    about = (
+        f"A dense retriever (LaSER, by laser_jax) that thinks {config.num_thinking_steps} latent "
+        f"steps before it embeds a text. Base model: {base}."
+    )
+    known = _yaml({key: value for key, value in front.items() if value})
+    parts = [f"---\n{known}---\n\n# {Path(name).name}\n\n{about}"]
+    parts += [f"## {title}\n\n{text}" for title, text in sections.items()]
+    return "\n\n".join(parts) + "\n"
 
 
 def _read_object(file: Path) -> dict[str, Any]:
-    """A JSON object, {} where there is none."""
-    try:
-        values = read_json(file) if file.is_file() else {}
-    except DataError as error:
-        raise ConfigError(f"{error}; mend it, or move the model away from it") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file}: a JSON object is wanted; mend it, or move the model away")
+    """A JSON object of objects and values, {} where there is none."""
+    values = read_json(file) if file.is_file() else {}
+    groups = ("model", "data", "train", "scores")
+    if not isinstance(values, dict) or any(type(values.get(g, {})) is not dict for g in groups):
+        raise ConfigError(f"{file} is of no training run; mend it, or move the model away from it")
     return values
 
 
-def _base(run: dict[str, Any]) -> tuple[str | None, str | None]:
-    """The base model of a run and its licence, None where they are not known."""
-    model = run.get("model") or {}
+def _base(model: dict[str, Any]) -> tuple[str, str | None]:
+    """What a model was trained from, and the licence of that where it is known."""
     if model.get("scratch"):
-        return "none, trained from scratch", None
-    name = model.get("path")
-    known = str(model.get("backbone") or Path(name or "").name).lower()
-    licences = [licence for start, licence in _LICENCES.items() if known.startswith(start)]
-    return name and _shown(name), next(iter(licences), None)
+        return "none (trained from scratch)", None
+    name = _shown(str(model.get("path") or UNKNOWN))
+    known = str(model.get("backbone") or Path(name).name).lower()
+    return name, next((kind for start, kind in _LICENCES.items() if known.startswith(start)), None)
 
 
-def _facts(config: RetrieverConfig, base: str | None) -> str:
-    backbone, K = config.backbone, config.num_thinking_steps
-    return (
-        f"A dense retriever that thinks {K} latent steps before it embeds a query or a document "
-        f"(LaSER, trained with laser_jax).\n\n- base model: {base or UNKNOWN}\n- backbone: "
-        f"{backbone.family}, {backbone.num_layers} layers of {backbone.hidden_size}\n- vectors: "
-        f"{backbone.hidden_size} dimensions, of length 1, compared by cosine\n- K: {K}, "
-        f"pooled: {config.pooling.replace('_', ' ')}"
-    )
-
-
-def _prompts(config: RetrieverConfig) -> str:
-    prompt = config.prompt
-    limits = {"query": prompt.query_max_length, "document": prompt.document_max_length}
-    templates = {"query": prompt.query_template, "document": prompt.document_template}
-    rows = [[role, f"`{templates[role]!r}`", str(limits[role])] for role in templates]
-    form = "as a user's turn of the chat template" if prompt.chat_template else "as they stand"
-    return f"{markdown_table(['role', 'template', 'most tokens'], rows)}\n\nThey are read {form}."
-
-
-def _recipe(run: dict[str, Any], results: dict[str, Any]) -> str:
-    keys = ("objective", "lora", "optimizer")
-    train = {**(run.get("train") or {}), **results}
-    done = _block(train, "batch_size", "seed", "steps", "exported_step", "train_seconds")
-    return "\n".join(f"- {key}: `{_plain(run[key])}`" for key in keys if run.get(key)) + (
-        f"\n{done}" if run else UNKNOWN
-    )
-
-
-def _block(values: Any, *keys: str) -> str:
-    """A list of the settings that are there."""
-    values = values if isinstance(values, dict) else {}
-    lines = [f"- {key}: `{_plain(values[key])}`" for key in keys if values.get(key) is not None]
-    return "\n".join(lines) or UNKNOWN
-
-
-def _plain(value: Any) -> str:
-    """A setting in JSON; of a path its last two parts, as the rest is of one machine."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_plain(inner)}" for key, inner in value.items()) + "}"
-    if isinstance(value, list):
-        return f"[{', '.join(map(_plain, value))}]"
-    return _shown(value) if isinstance(value, str) else json.dumps(value)
-
-
-def _shown(path: str) -> str:
-    return re.sub(r"^/(?:.*/)?(?=[^/]+/[^/]+/?$)", "", path)
+def _laid_down(run: dict[str, Any], groups: dict[str, tuple[str, ...]]) -> str:
+    """The settings of a run, less those that are not set."""
+    found = {
+        group: {k: v for k, v in (run.get(group) or {}).items() if v and (not keys or k in keys)}
+        for group, keys in groups.items()
+    }
+    return _block("yaml", _yaml({g: of for g, of in found.items() if of})) if run else UNKNOWN
 
 
 def _scores(run: Path, results: dict[str, Any]) -> Iterator[str]:
-    """The table of the training run, one row a K, and every evaluation in its directory, with the
+    """The table of the training run, a row a K, and every evaluation in its directory, with the
     intervals of its differences."""
-    scores = results.get("scores")
-    if isinstance(scores, dict) and scores and "differences" not in results:
-        metrics = list(next(iter(scores.values())))
-        rows = [[name, *(f"{of[m]:.4f}" for m in metrics)] for name, of in scores.items()]
-        yield "After training, without intervals:\n\n" + markdown_table(["run", *metrics], rows)
-    for file in sorted([*run.glob(RESULTS_FILE), *run.glob(f"*/{RESULTS_FILE}")]):
-        if "differences" in _read_object(file):
-            yield model_table(read_evaluation(file.parent))
+    if results.get("scores") and "metrics" in results:
+        step = results.get("exported_step", "?")
+        table = format_table(results["scores"])
+        yield f"After step {step} of one training, without intervals:\n\n{table}"
+    for file in sorted(run.glob(f"*/{RESULTS_FILE}")):
+        yield model_table(read_evaluation(file.parent))
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(_shown(value), sort_keys=False, allow_unicode=True)
+
+
+def _shown(value: Any) -> Any:
+    """Plain values; of an absolute path its last two parts, as the others are of one machine."""
+    if isinstance(value, dict):
+        return {key: _shown(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_shown(inner) for inner in value]
+    return "/".join(Path(value).parts[-2:]) if str(value).startswith("/") else value
+
+
+def _block(language: str, text: str) -> str:
+    return f"```{language}\n{text}```"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import laser_jax
 from laser_jax.config import LoraConfig, RetrieverConfig, save_retriever_config
 from laser_jax.data.tokenization import (
     PromptTokenizer,
@@ -20,23 +19,22 @@ from laser_jax.data.tokenization import (
     special_token_ids,
 )
 from laser_jax.data.tokenizer_files import save_tokenizer
-from laser_jax.encoder import encode
+from laser_jax.encoder import encode, load_pretrained
 from laser_jax.hf.adapters import MERGED_KEY, merge_lora, merged_adapters
-from laser_jax.hf.directory import CONFIG_FILE, RETRIEVER_TYPE, read_backbone_config
-from laser_jax.hf.reading import find_params, load_adapter, load_params
+from laser_jax.hf.directory import CONFIG_FILE, RETRIEVER_TYPE
+from laser_jax.hf.reading import find_params, load_adapter
 from laser_jax.hf.writing import save_params
 from laser_jax.inference.retriever import require_matching
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_PACKAGE = Path(laser_jax.__file__).parent
-_ERRORS = "from laser_jax.data.tokenizer_files"
+_PACKAGE = Path(__file__).resolve().parents[1]
 _CODE = ("export/laser_retriever.py", "data/prompts.py", "data/control_tokens.py")
 # What that code imports of laser_jax, and what takes its place where laser_jax is not.
 _IMPORTS = {
     "from laser_jax.data.prompts ": "from .prompts ",
     "from laser_jax.data.control_tokens ": "from .control_tokens ",
     "from laser_jax.config import PromptConfig": "PromptConfig = object",
-    f"{_ERRORS} import TokenizationError": "TokenizationError = ValueError",
+    "from laser_jax.data.tokenizer_files import": "TokenizationError = ValueError  #",
 }
 
 
@@ -58,12 +56,12 @@ class Source:
         """Raises as `LatentRetriever.from_pretrained`."""
         tokenizer = load_tokenizer(directory)
         require_matching(config, PromptTokenizer(tokenizer, config.prompt))
-        backbone, lora = read_backbone_config(directory), None
-        stored = {tensor.dtype for tensor in find_params(directory, backbone).values()}
-        dtype = _DTYPES[stored.pop()] if len(stored) == 1 else "float32"
-        variables = {"params": load_params(directory, backbone, dtype=jnp.dtype(dtype))}
+        stored = {tensor.dtype for tensor in find_params(directory, config.backbone).values()}
+        dtype: Any = _DTYPES[stored.pop()] if len(stored) == 1 else "float32"
+        variables, _ = load_pretrained(directory, config=replace(config, dtype=dtype))
+        lora = None
         if adapter is not None:
-            variables["lora"], lora = load_adapter(adapter, backbone, base=directory)
+            variables["lora"], lora = load_adapter(adapter, config.backbone, base=directory)
         return cls(directory, config, tokenizer, variables, dtype, lora)
 
 

@@ -84,10 +84,8 @@ class LaserRetriever(torch.nn.Module):
                 whole.
         """
         if not trust_remote_code:
-            raise ValueError(
-                f"{model_name_or_path} thinks with code of its own, and pooling is no replacement: "
-                "pass trust_remote_code=True"
-            )
+            why = "thinks with code of its own, and pooling is no replacement"
+            raise ValueError(f"{model_name_or_path} {why}: pass trust_remote_code=True")
         where = {key: others.pop(key, None) for key in ("token", "revision", "local_files_only")}
         where |= {"cache_dir": cache_folder, "local_files_only": bool(where["local_files_only"])}
         allowed = ("", None, "torch", model_name_or_path)
@@ -116,15 +114,11 @@ class LaserRetriever(torch.nn.Module):
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         backbone = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = self.files[0] | {
-            "backbone": {k: backbone[k] for k in backbone if k != "model_type"}
-        }
-        laser_config = self.files[1] | {
-            "num_thinking_steps": self.num_thinking_steps,
-            "prompt": vars(self._prompts.config),
-        }
-        for name, values in zip(CONFIG_FILES, (config, laser_config), strict=True):
-            (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        backbone.pop("model_type")
+        K, prompt = self.num_thinking_steps, vars(self._prompts.config)
+        changed = {"backbone": backbone}, {"num_thinking_steps": K, "prompt": prompt}
+        for name, old, new in zip(CONFIG_FILES, self.files, changed, strict=True):
+            (folder / name).write_text(json.dumps(old | new, indent=2) + "\n", encoding="utf-8")
 
     @property
     def max_seq_length(self) -> int:
@@ -162,25 +156,23 @@ class LaserRetriever(torch.nn.Module):
             raise ValueError(f"{', '.join(unknown)}: this model has no such setting")
         if wrong := [text for text in inputs if not isinstance(text, str)]:
             raise ValueError(f"texts are wanted, got {wrong[0]!r:.80}")
-        templates = {
-            self._prompts.config.query_template: "query",
-            self._prompts.config.document_template: "document",
-        }
+        config = self._prompts.config
+        templates = {config.query_template: "query", config.document_template: "document"}
         named = templates.get(prompt or "")
         role = named or task or ("query" if prompt else "document")
         if role not in ("query", "document") or role != (task or role):
             raise ValueError(f"the prompt {prompt!r} does not go with the task {task!r}")
         instruction = None if named else prompt
+        if role == "document" and instruction:
+            raise ValueError(f"a document has no instruction, got {instruction!r}")
+        if role == "query" and instruction is None and "{instruction}" in config.query_template:
+            raise ValueError(
+                'a query wants an instruction: pass prompt=..., the task in words, or "" for none; '
+                'or set prompts["query"] of the model to it'
+            )
         if role == "query":
-            if instruction is None and "{instruction}" in self._prompts.config.query_template:
-                raise ValueError(
-                    'a query wants an instruction: pass prompt=..., the task in words, or "" for '
-                    'none; or set prompts["query"] of the model to it'
-                )
             rows = [self._prompts.query(text, instruction or "") for text in inputs]
         else:
-            if instruction:
-                raise ValueError(f"a document has no instruction, got {instruction!r}")
             rows = [self._prompts.document(text) for text in inputs]
         width = max(map(len, rows))
         pads = [width - len(row) for row in rows]
@@ -198,33 +190,30 @@ class LaserRetriever(torch.nn.Module):
             ValueError: K is below 1, the model has fewer positions, or a vector is not finite.
         """
         K = self.num_thinking_steps if num_thinking_steps is None else num_thinking_steps
-        first = (
-            0 if self.files[1]["pooling"] == "prompt_and_thoughts" else 1
-        )  # of the pooled states
-        mask_BT = features["attention_mask"]
-        lengths_B1, room = mask_BT.sum(1, keepdim=True), self.model.config.max_position_embeddings
-        if K < 1 or (taken := int(lengths_B1.max()) + K - 1 + first) > room:
-            why = "K must be at least 1" if K < 1 else f"{taken} positions, the model has {room}"
-            raise ValueError(f"{K} thinking steps: {why}")
+        skipped = int(
+            self.files[1]["pooling"] == "thoughts"
+        )  # GIRCSE leaves out the prompt's state
+        mask_BT, room = features["attention_mask"], self.model.config.max_position_embeddings
+        lengths_B1, thoughts = mask_BT.sum(1, keepdim=True), K - 1 + skipped
+        if K < 1 or int(lengths_B1.max()) + thoughts > room:
+            raise ValueError(f"{K} thinking steps; 1 at least, within {room} positions, are wanted")
         table_VD = self.model.get_input_embeddings().weight
         past = {_CACHE: DynamicCache(config=self.model.config), "use_cache": True}
 
         def read(mask_BT: torch.Tensor, **given: torch.Tensor) -> torch.Tensor:
-            return self.model.model(attention_mask=mask_BT, **given, **past).last_hidden_state[
-                :, -1
-            ]
+            states = self.model.model(attention_mask=mask_BT, **given, **past).last_hidden_state
+            return states[:, -1]
 
         positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
         states = [read(mask_BT, input_ids=features["input_ids"], position_ids=positions_BT)]
-        for step in range(K - 1 + first):
+        for step in range(thoughts):
             head_VD = self.model.get_output_embeddings().weight.float()
             p_BV = functional.linear(states[-1].float(), head_VD).softmax(-1)
             token_BD = (p_BV @ table_VD.float()).to(table_VD.dtype)
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), 1)], 1)
-            states.append(
-                read(mask_BT, inputs_embeds=token_BD[:, None], position_ids=lengths_B1 + step)
-            )
-        vectors_BD = functional.normalize(torch.stack(states[first:]).float().mean(0))
+            soft = {"inputs_embeds": token_BD[:, None], "position_ids": lengths_B1 + step}
+            states.append(read(mask_BT, **soft))
+        vectors_BD = functional.normalize(torch.stack(states[skipped:]).float().mean(0))
         if not vectors_BD.isfinite().all():
             raise ValueError(f"a vector is not finite: the model overflows {table_VD.dtype}")
         return {**features, "sentence_embedding": vectors_BD}

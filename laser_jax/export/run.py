@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -53,12 +52,11 @@ class ExportOptions:
 
 
 def export(options: ExportOptions) -> None:
-    """Writes `options.output`, and uploads it where `options.push` says so.
+    """Writes `options.output`, whole, and uploads it where `options.push` says so.
 
     Raises:
-        FileNotFoundError: a file of the model is missing.
-        ValueError: the model is not what it should be, the output is not free, or there is no token
-            for the hub; nothing is written or sent then.
+        FileNotFoundError, ValueError: the model is not what it should be, the output is not free,
+            or there is no token for the hub. Nothing is written or sent then.
         OSError: the output cannot be written, or the hub refuses it.
     """
     hub = None if options.push is None else _hub()
@@ -99,22 +97,10 @@ def _hub() -> Any:
     return huggingface_hub.HfApi()
 
 
-def _by_place(given: Sequence[str]) -> Iterator[str]:
-    """The arguments with flags before those that have none."""
-    rest, flags = list(given), iter(("--model", "--output"))
-    while rest:
-        argument = rest.pop(0)
-        is_flag = argument.startswith("-")
-        flag = None if is_flag else next(flags, None)
-        yield from (argument,) if flag is None else (flag, argument)
-        if is_flag and "=" not in argument and rest and not rest[0].startswith("-"):
-            yield rest.pop(0)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    given = list(_by_place(sys.argv[1:] if arguments is None else arguments))
     try:
-        export(parse_command_line(ExportOptions, "python -m laser_jax.export", given))
+        program, places = "python -m laser_jax.export", ("model", "output")
+        export(parse_command_line(ExportOptions, program, arguments, places))
     except (ValueError, OSError, ImportError) as error:
         fail(error)
