@@ -1,8 +1,7 @@
 """A retriever that laser_jax trained, as a module of sentence-transformers, in plain PyTorch.
 
-It reads the prompts of training, thinks K latent steps and pools their states. A copy of this file
-goes into every export, with those of `prompts` and `control_tokens`; laser_jax itself never imports
-it, as it is the one that wants torch.
+It reads the prompts of training, thinks K latent steps and pools their states. A copy goes into
+every export, with `prompts` and `control_tokens`; laser_jax never imports it, as it wants torch.
 
 Dimension letters: B batch, T tokens of the longest prompt, K thinking steps, D model, V vocabulary.
 """
@@ -73,15 +72,12 @@ class LaserRetriever(torch.nn.Module):
         model_kwargs: dict[str, Any] | None = None,
         **others: Any,
     ) -> LaserRetriever:
-        """Loads an export from a directory or the hub; sentence-transformers calls it.
-
-        Args:
-            model_kwargs: for transformers, such as dtype (by default float32) and device_map.
-            others: token, revision and local_files_only, for the hub.
+        """Loads an export from a directory or the hub, in float32 unless `model_kwargs` (for
+        transformers) have another dtype; sentence-transformers calls it.
 
         Raises:
-            ValueError: the code is not trusted, a keyword cannot be taken, or the weights are not
-                whole.
+            ValueError: the code is not trusted, a keyword cannot be taken, or the weights do not
+                fit.
         """
         if not trust_remote_code:
             why = "thinks with code of its own, and pooling is no replacement"
@@ -95,7 +91,7 @@ class LaserRetriever(torch.nn.Module):
         config, laser_config = (json.loads(Path(f).read_text(encoding="utf-8")) for f in files)
         backbone, options = config["backbone"], dict(model_kwargs or {})
         dtype = options.pop("torch_dtype", None) or options.pop("dtype", None) or torch.float32
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             model_name_or_path,
             config=CONFIG_MAPPING[config["backbone_type"]].from_dict(backbone),
             dtype=dtype,
@@ -103,6 +99,7 @@ class LaserRetriever(torch.nn.Module):
             **where,
             **options,
         )
+        model, info = loaded
         if wrong := {name: keys for name, keys in info.items() if keys}:
             raise ValueError(f"{model_name_or_path}: the weights do not fit config.json: {wrong}")
         tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, config=model.config, **where)
