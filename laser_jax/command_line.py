@@ -43,7 +43,7 @@ from laser_jax.settings import (
 
 C = TypeVar("C")
 _ROOMS = ("train", "encode_corpus", "search", "serve", "evaluate", "think", "mine", "annotate")
-_ROOMS += ("rewrite", "prepare", "pretrain", "quickstart", "import_gguf")
+_ROOMS += ("rewrite", "prepare", "pretrain", "quickstart", "import_gguf", "export")
 COMMANDS = {room.removesuffix("_corpus").replace("_", "-"): room for room in _ROOMS}
 """Command -> its room, whose docstring says in a line what it is for."""
 
@@ -109,7 +109,10 @@ class Invocation:
 
 
 def parse_command_line(
-    cls: type[C], program: str, arguments: Sequence[str] | None, positional: str | None = None
+    cls: type[C],
+    program: str,
+    arguments: Sequence[str] | None,
+    positional: str | Sequence[str] = (),
 ) -> C:
     """The settings `cls` from `--config FILE.yaml` and dotted flags, later ones winning.
 
@@ -118,7 +121,8 @@ def parse_command_line(
     Args:
         program: how it is called, for the messages.
         arguments: None takes those of this process.
-        positional: the setting that the arguments without a flag make, a tuple of texts.
+        positional: the setting that the arguments without a flag make, a tuple of texts; or the
+            settings that they are one by one.
 
     Raises:
         ConfigError: on an impossible value.
@@ -137,7 +141,7 @@ def _parse(
     classes: Sequence[type],
     program: str,
     arguments: Sequence[str] | None,
-    positional: str | None = None,
+    positional: str | Sequence[str] = (),
 ) -> list[Any]:
     configure_logging()
     given = list(_arguments(sys.argv[1:] if arguments is None else arguments))
@@ -182,11 +186,13 @@ def _arguments(given: Sequence[str]) -> Iterator[tuple[str, str | None]]:
 
 
 def _values(
-    kinds: Mapping[str, Any], given: Sequence[tuple[str, str | None]], positional: str | None
+    kinds: Mapping[str, Any],
+    given: Sequence[tuple[str, str | None]],
+    positional: str | Sequence[str],
 ) -> dict[str, Any]:
     """What files and flags say, as nested plain values of the right types."""
     values: dict[str, Any] = {}
-    known = dict(keys_of(kinds))
+    known, places = dict(keys_of(kinds)), iter(positional)
     for name, text in given:
         if name == "config":
             require(text is not None, "--config wants a file")
@@ -194,10 +200,12 @@ def _values(
         elif name not in ("help", "print_config"):
             if name:
                 layer = _nested(name, _flag(name, text, known.get(name)))
+            elif isinstance(positional, str):
+                layer = {positional: [*values.get(positional, ()), text]}
             else:
-                require(positional is not None, f"unexpected argument {text}")
-                field = positional or ""
-                layer = {field: [*values.get(field, ()), text]}
+                place = next(places, "")
+                require(place != "", f"unexpected argument {text}")
+                layer = {place: text}
             check(kinds, layer)
             values = _laid_over(values, layer)
     return values

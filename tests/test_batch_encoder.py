@@ -218,7 +218,7 @@ def test_weights_on_a_mesh_stay_as_they_lie_and_others_run_in_the_same_programs(
         other = many.with_variables(weights)
         vectors = other.encode_tokens(ROWS, [3])[0]
     assert compiled == []
-    assert other._variables is weights
+    assert other.variables is weights
     np.testing.assert_allclose(vectors, alone, atol=1e-5)
 
 

@@ -138,7 +138,7 @@ def test_there_is_no_explicit_run_without_a_reasoning_for_every_query(encoder, p
 
 def test_there_is_no_explicit_run_for_a_model_that_pools_thoughts_alone(encoder, prompts) -> None:
     config = dataclasses.replace(encoder.config, pooling="thoughts")
-    thinker = LatentEncoder({"params": encoder._variables["params"]}, config, length_multiple=128)
+    thinker = LatentEncoder({"params": encoder.variables["params"]}, config, length_multiple=128)
     assert list(retrieval_runs(thinker, prompts, DATASET, [1])) == ["latent K=1"]
 
 

@@ -272,10 +272,10 @@ def test_the_adapter_and_the_merged_model_are_of_the_same_weights(lora: Finished
     merged, config = load_pretrained(lora.output / "model")
     adapter, settings = load_adapter(lora.output / "adapter", config.backbone)
     assert settings.rank == 2
-    own = lora.encoder._variables["lora"]["last_layer"]["mlp"]["up_proj"]
+    own = lora.encoder.variables["lora"]["last_layer"]["mlp"]["up_proj"]
     ours = adapter["last_layer"]["mlp"]["up_proj"]
     np.testing.assert_array_equal(ours["lora_a"], own["lora_a"])
-    base = lora.encoder._variables["params"]["last_layer"]["mlp"]["up_proj"]["kernel"]
+    base = lora.encoder.variables["params"]["last_layer"]["mlp"]["up_proj"]["kernel"]
     kernel = merged["params"]["last_layer"]["mlp"]["up_proj"]["kernel"]
     update = settings.scale * ours["lora_a"] @ ours["lora_b"]
     np.testing.assert_allclose(kernel, np.asarray(base) + update, atol=1e-6)
@@ -490,7 +490,7 @@ def test_the_best_step_is_exported_and_evaluated(best: Finished) -> None:
     jax.tree.map(np.testing.assert_array_equal, exported["params"], trained[2])
     last = trained[4]["norm"]["scale"]
     assert not np.array_equal(exported["params"]["norm"]["scale"], last)
-    ranked_with = best.encoder._variables["params"]["norm"]["scale"]
+    ranked_with = best.encoder.variables["params"]["norm"]["scale"]
     np.testing.assert_array_equal(ranked_with, trained[2]["norm"]["scale"])
 
 
@@ -671,7 +671,7 @@ def test_between_rankings_one_device_keeps_no_copy_of_the_weights(
     trained = TrainedEncoder(config, retriever, make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]))
     encoder = trained.of(variables)
     vectors = encoder.encode_tokens([[1, 2, 3]], [2])
-    copies = [weakref.ref(leaf) for leaf in jax.tree.leaves(encoder._variables)]
+    copies = [weakref.ref(leaf) for leaf in jax.tree.leaves(encoder.variables)]
     del encoder
     gc.collect()
     assert {copy() for copy in copies} == {None}

@@ -16,6 +16,8 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
+RETRIEVER_TYPE = "laser_retriever"
+"""The model_type of an export for sentence-transformers, whose config.json holds the backbone's."""
 # Whatever of these is no weight is small. Subfolders hold other formats and are left out.
 _HUB_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "model*.safetensors", ADAPTER_FILE]
 _HF_KEYS = {
@@ -85,6 +87,7 @@ def read_backbone_config(path: str | Path) -> BackboneConfig:
     Absent keys have transformers' defaults; an absent `num_key_value_heads` means one a query head,
     of a Mistral 8. A Mistral with a sliding window has as many positions as that, since within it
     attention is full.
+    That of an export for sentence-transformers holds such a config as `backbone`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -94,6 +97,10 @@ def read_backbone_config(path: str | Path) -> BackboneConfig:
     file = Path(path) / CONFIG_FILE if Path(path).is_dir() else Path(path)
     values = read_object(file)
     family = typed(values, "model_type", "str", file)
+    if family == RETRIEVER_TYPE:
+        inner = typed(values, "backbone", "dict", file)
+        family = typed(values, "backbone_type", "str", file)
+        values = {"model_type": family} | {k: v for k, v in inner.items() if v is not None}
     check_supported(values, _SUPPORTED, file)
     layer_types = values.get("layer_types", [])
     for layer_type in layer_types if isinstance(layer_types, list) else [layer_types]:

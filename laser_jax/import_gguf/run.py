@@ -6,11 +6,9 @@ The directory holds config.json, weights and tokenizer as transformers and laser
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, takewhile
 from pathlib import Path
 
 import ml_dtypes
@@ -76,11 +74,8 @@ def import_gguf(options: ImportOptions) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    places = list(takewhile(lambda argument: not argument.startswith("-"), given))[:2]
-    flags = zip(("--file", "--output"), places, strict=False)
-    given = [*chain(*flags), *given[len(places) :]]
     try:
-        import_gguf(parse_command_line(ImportOptions, "python -m laser_jax.import_gguf", given))
+        program, places = "python -m laser_jax.import_gguf", ("file", "output")
+        import_gguf(parse_command_line(ImportOptions, program, arguments, places))
     except (ValueError, OSError, ImportError) as error:
         fail(error)

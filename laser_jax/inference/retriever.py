@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 
 from laser_jax.config import AttentionKernel, ConfigError, Dtype, RetrieverConfig
 from laser_jax.data.buckets import IndexedRow
+from laser_jax.data.prompts import PromptTokens
 from laser_jax.data.schema import as_strings
 from laser_jax.data.tokenization import (
     PromptTokenizer,
-    PromptTokens,
     load_tokenizer,
     require_embedded_tokens,
 )

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from laser_jax.command_line import parse_command_line
 from laser_jax.config import ConfigError, ModelConfig, OptimizerConfig, PromptConfig, as_dict
-from laser_jax.data.tokenization import PromptTokenizer, query_content
+from laser_jax.data.prompts import query_content
+from laser_jax.data.tokenization import PromptTokenizer
 from laser_jax.evaluate.beir import read_beir
 from laser_jax.files.claim import Claim
 from laser_jax.files.terminal import configure_logging, fail

@@ -17,10 +17,10 @@ import numpy as np
 
 from laser_jax.config import Pooling, appended_thoughts
 from laser_jax.data.buckets import Buckets
+from laser_jax.data.prompts import PromptTokens
 from laser_jax.data.tokenization import (
     ExplicitTokens,
     PromptTokenizer,
-    PromptTokens,
     load_tokenizer,
     right_pad,
 )

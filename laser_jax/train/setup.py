@@ -18,8 +18,9 @@ import numpy as np
 from laser_jax.batch import Batch
 from laser_jax.config import BackboneConfig, Config, ConfigError, DataConfig, as_dict
 from laser_jax.data.pipeline import BatchSettings, training_batches
+from laser_jax.data.prompts import query_content
 from laser_jax.data.sources import Source, open_sources, rows_per_epoch
-from laser_jax.data.tokenization import PromptTokenizer, Tokenizer, query_content
+from laser_jax.data.tokenization import PromptTokenizer, Tokenizer
 from laser_jax.evaluate.beir import BeirDataset, read_beir
 from laser_jax.evaluate.retrieval import require_instructions
 from laser_jax.files.claim import Claim

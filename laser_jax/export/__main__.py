@@ -1,0 +1,6 @@
+"""`python -m laser_jax.export`."""
+
+from laser_jax.export.run import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""README.md of an export: what is known of the model from its files and from the run beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from laser_jax.config import ConfigError, RetrieverConfig, as_dict
+from laser_jax.evaluate.model import model_table
+from laser_jax.evaluate.results import RESULTS_FILE, read_evaluation
+from laser_jax.evaluate.retrieval import format_table
+from laser_jax.files.reading import read_json
+
+UNKNOWN = "**unknown: fill in**"
+_LICENCES = {"qwen3-": "apache-2.0", "llama-3.2-": "llama3.2", "llama-3.1-": "llama3.1"}
+"""Of the backbones of the paper, by what their names begin with."""
+_LAID_DOWN = {
+    "Data": {"data": ("train", "split", "mixture", "eval", "eval_split")},
+    "Recipe": dict.fromkeys(("objective", "lora", "optimizer"), ())
+    | {"train": ("batch_size", "epochs", "steps", "seed")},
+}
+"""Section -> group of a run's config -> which of its settings, or all."""
+_OURS = """from laser_jax import LatentRetriever
+
+retriever = LatentRetriever.from_pretrained("NAME")
+query = retriever.encode_query("Which town is at the sea?", instruction="Find the town")
+document = retriever.encode_document("Kiel lies at the sea.", num_thinking_steps=3)
+"""
+_THEIRS = """
+from sentence_transformers import SentenceTransformer
+
+# with the code that thinks: pooling gives other vectors, so AutoModel refuses the directory
+model = SentenceTransformer("NAME", trust_remote_code=True)
+query = model.encode_query("Which town is at the sea?", prompt="Find the town")
+document = model.encode_document("Kiel lies at the sea.", num_thinking_steps=3)
+shorter = model.encode_document("...", truncate_dim=64, normalize_embeddings=True)
+"""
+_JAX = """import jax, numpy as np
+
+encode = jax.export.deserialize(open("encode.bin", "rb").read())
+weights = list(np.load("weights.npz").values())
+vectors = jax.jit(encode.call)(weights, input_ids, attention_mask)  # [B, T] int32 to [B, D]
+"""
+_USE = {"sentence-transformers": _OURS + _THEIRS, "hf": _OURS, "stablehlo": _JAX}
+_CITATION = "@misc{laser, title={LaSER}, eprint={2603.01425}, archivePrefix={arXiv}}\n"
+
+
+def model_card(model: Path, config: RetrieverConfig, target: str, name: str) -> str:
+    """The card of the model in a directory, exported to a `target` and called `name`.
+
+    Raises:
+        ConfigError, DataError: config.json or a results.json beside the directory is damaged.
+    """
+    run, results = (_read_object(model.parent / file) for file in ("config.json", RESULTS_FILE))
+    base, licence = _base(run.get("model") or {})
+    front = {
+        "pipeline_tag": "sentence-similarity",
+        "library_name": "laser_jax" if target == "hf" else target,
+        "tags": ["laser", "dense-retrieval"],
+        "license": licence,
+        "base_model": base if base.count("/") == 1 else None,
+    }
+    settings = as_dict(config)
+    backbone = settings.pop("backbone")
+    sections = {
+        "Use": _block("python", _USE[target].replace("NAME", name)),
+        "Model and prompts": f"Vectors of {backbone['hidden_size']} dimensions and length 1, to be "
+        "compared by cosine. The prompt is laid out as in training:\n\n"
+        + _block("yaml", _yaml(settings)),
+        **{title: _laid_down(run, groups) for title, groups in _LAID_DOWN.items()},
+        "Scores": "\n\n".join(_scores(model.parent, results)) or UNKNOWN,
+        "Licence": f"Of the base model, {base}: {licence or UNKNOWN}. Of the data: {UNKNOWN}.",
+        "Citation": _block("bibtex", _CITATION),
+    }
+    about = (
+        f"A dense retriever (LaSER, by laser_jax) that thinks {config.num_thinking_steps} latent "
+        f"steps before it embeds a text. Base model: {base}."
+    )
+    known = _yaml({key: value for key, value in front.items() if value})
+    parts = [f"---\n{known}---\n\n# {Path(name).name}\n\n{about}"]
+    parts += [f"## {title}\n\n{text}" for title, text in sections.items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """A JSON object of objects and values, {} where there is none."""
+    values = read_json(file) if file.is_file() else {}
+    groups = ("model", "data", "train", "scores")
+    if not isinstance(values, dict) or any(type(values.get(g, {})) is not dict for g in groups):
+        raise ConfigError(f"{file} is of no training run; mend it, or move the model away from it")
+    return values
+
+
+def _base(model: dict[str, Any]) -> tuple[str, str | None]:
+    """What a model was trained from, and the licence of that where it is known."""
+    if model.get("scratch"):
+        return "none (trained from scratch)", None
+    name = _shown(str(model.get("path") or UNKNOWN))
+    known = str(model.get("backbone") or Path(name).name).lower()
+    return name, next((kind for start, kind in _LICENCES.items() if known.startswith(start)), None)
+
+
+def _laid_down(run: dict[str, Any], groups: dict[str, tuple[str, ...]]) -> str:
+    """The settings of a run, less those that are not set."""
+    found = {
+        group: {k: v for k, v in (run.get(group) or {}).items() if v and (not keys or k in keys)}
+        for group, keys in groups.items()
+    }
+    return _block("yaml", _yaml({g: of for g, of in found.items() if of})) if run else UNKNOWN
+
+
+def _scores(run: Path, results: dict[str, Any]) -> Iterator[str]:
+    """The table of the training run, a row a K, and every evaluation in its directory, with the
+    intervals of its differences."""
+    if results.get("scores") and "metrics" in results:
+        step = results.get("exported_step", "?")
+        table = format_table(results["scores"])
+        yield f"After step {step} of one training, without intervals:\n\n{table}"
+    for file in sorted(run.glob(f"*/{RESULTS_FILE}")):
+        yield model_table(read_evaluation(file.parent))
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(_shown(value), sort_keys=False, allow_unicode=True)
+
+
+def _shown(value: Any) -> Any:
+    """Plain values; of an absolute path its last two parts, as the others are of one machine."""
+    if isinstance(value, dict):
+        return {key: _shown(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_shown(inner) for inner in value]
+    return "/".join(Path(value).parts[-2:]) if str(value).startswith("/") else value
+
+
+def _block(language: str, text: str) -> str:
+    return f"```{language}\n{text}```"

@@ -1,0 +1,106 @@
+"""Makes a trained model one that others load: `laser export MODEL --to FORMAT OUT`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from laser_jax.command_line import parse_command_line
+from laser_jax.config import load_retriever_config
+from laser_jax.export.card import model_card
+from laser_jax.export.files import Source, write_hf, write_sentence_transformers, write_stablehlo
+from laser_jax.files.claim import Claim, OutputError
+from laser_jax.files.durable import folder_written_whole
+from laser_jax.files.terminal import fail
+from laser_jax.hf.directory import resolve_directory
+from laser_jax.settings import changes, require
+
+_log = logging.getLogger(__name__)
+_RECORD, _CARD = ".export.json", "README.md"  # the card comes last: with it the export is whole
+_WRITERS = {
+    "sentence-transformers": write_sentence_transformers,
+    "hf": write_hf,
+    "stablehlo": write_stablehlo,
+}
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Writes a trained model in the form of another library, with a model card. Model and output
+    may also be given by their places: MODEL --to FORMAT OUT."""
+
+    model: str
+    """A directory as `laser_jax.train` exports it, or a name on the Hugging Face hub."""
+    to: Literal["sentence-transformers", "hf", "stablehlo"]
+    """`sentence-transformers` adds the code that thinks, in PyTorch; `hf` is what training writes;
+    `stablehlo` is one program for jax alone."""
+    output: str
+    """The directory to write; it must not exist, or be empty."""
+    adapter: str | None = None
+    """A directory with a PEFT LoRA adapter, merged into the model."""
+    push: str | None = None
+    """ORGANISATION/NAME on the Hugging Face hub, where the export is uploaded too. An export that
+    is there already, made by the same command, is uploaded as it is."""
+
+    def __post_init__(self) -> None:
+        wanted = f"push wants ORGANISATION/NAME, got {self.push!r}"
+        require(self.push is None or self.push.strip("/").count("/") == 1, wanted)
+
+
+def export(options: ExportOptions) -> None:
+    """Writes `options.output`, whole, and uploads it where `options.push` says so.
+
+    Raises:
+        FileNotFoundError, ValueError: the model is not what it should be, the output is not free,
+            or there is no token for the hub. Nothing is written or sent then.
+        OSError: the output cannot be written, or the hub refuses it.
+    """
+    hub = None if options.push is None else _hub()
+    directory = resolve_directory(options.model).resolve()
+    config = load_retriever_config(directory)
+    asked = {"model": str(directory), "to": options.to, "adapter": options.adapter}
+    output = Path(options.output)
+    card = model_card(directory, config, options.to, options.push or output.name)
+    with Claim(
+        output, _RECORD, lambda old: changes(old, asked, source=_RECORD), alone=True
+    ) as claim:
+        is_whole = claim.recorded is not None and (output / _CARD).is_file()
+        if is_whole and hub is None:
+            raise OutputError(f"{output} holds this export; delete it, or choose another --output")
+        if not is_whole:
+            source = Source.read(directory, config, options.adapter)
+            claim.record(json.dumps(asked, indent=2) + "\n")
+            with folder_written_whole(output, last=_CARD) as folder:
+                _WRITERS[options.to](source, folder)
+                (folder / _CARD).write_text(card, encoding="utf-8")
+        print(output)
+        if hub is not None:
+            _log.info("uploading %s to %s", output, options.push)
+            hub.create_repo(options.push, exist_ok=True)
+            hub.upload_folder(repo_id=options.push, folder_path=output, ignore_patterns=[".*"])
+            print(f"{hub.endpoint}/{options.push}")
+
+
+def _hub() -> Any:
+    """The Hugging Face hub. Raises a ConfigError where there is no token for it."""
+    import huggingface_hub  # slow to import, and few exports need it
+
+    require(
+        huggingface_hub.get_token() is not None,
+        "--push wants a token of the Hugging Face hub that may write: run `hf auth login`, or set "
+        "HF_TOKEN",
+    )
+    return huggingface_hub.HfApi()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    try:
+        program, places = "python -m laser_jax.export", ("model", "output")
+        export(parse_command_line(ExportOptions, program, arguments, places))
+    except (ValueError, OSError, ImportError) as error:
+        fail(error)

@@ -1,0 +1,427 @@
+"""`laser export`: what is written, the model card, the upload, and what is refused."""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from laser_jax.config import (
+    ConfigError,
+    LoraConfig,
+    load_retriever_config,
+    save_retriever_config,
+)
+from laser_jax.encoder import load_pretrained
+from laser_jax.export.run import ExportOptions, export, main
+from laser_jax.files.claim import OutputError
+from laser_jax.hf.writing import save_adapter, save_params
+from laser_jax.inference.retriever import LatentRetriever
+
+TASK = "Find the town"
+TEXTS = ["Where is Ulm?", "Which town is at the sea?"]
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, write_model: Callable[..., None]) -> Path:
+    directory = tmp_path_factory.mktemp("alone") / "model"
+    write_model(directory, [*TEXTS, TASK], vocab_size=300, layers=2, steps=STEPS)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def vectors(model: Path) -> np.ndarray:
+    return embed(model)
+
+
+def embed(directory: Path, **options: Any) -> np.ndarray:
+    retriever = LatentRetriever.from_pretrained(directory, **options)
+    return retriever.encode_query(TEXTS, instruction=TASK)
+
+
+def names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir() if not path.name.startswith(".")}
+
+
+# --- hf ----------------------------------------------------------------------------------------
+
+
+def test_hf_is_what_training_writes(
+    model: Path, vectors: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([str(model), "--to", "hf", str(tmp_path / "a")])
+    assert capsys.readouterr().out == f"{tmp_path / 'a'}\n"
+    assert names(tmp_path / "a") >= names(model) | {"README.md"}
+    np.testing.assert_array_equal(embed(tmp_path / "a"), vectors)
+    main([f"--output={tmp_path / 'b'}", "--to", "hf", "--model", str(model)])
+    for name in names(tmp_path / "a") - {"README.md"}:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_weights_keep_their_dtype(model: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    export(ExportOptions(str(model), "hf", str(half)))
+    variables, config = load_pretrained(model)
+    save_params(half, variables, config.backbone, dtype=jax.numpy.bfloat16, lora=None)
+    export(ExportOptions(str(half), "hf", str(tmp_path / "out")))
+    weights = "model.safetensors"
+    assert (tmp_path / "out" / weights).read_bytes() == (half / weights).read_bytes()
+
+
+def test_an_adapter_is_merged_and_known_as_merged(
+    model: Path, vectors: np.ndarray, tmp_path: Path
+) -> None:
+    lora, backbone = LoraConfig(rank=2, targets=("q_proj",)), load_retriever_config(model).backbone
+    rng = np.random.default_rng(0)
+    shapes = {"lora_a": (16, 2), "lora_b": (2, 16)}
+
+    def drawn(*leading: int) -> dict[str, Any]:
+        leaves = {n: rng.normal(size=(*leading, *s)).astype(np.float32) for n, s in shapes.items()}
+        return {"self_attn": {"q_proj": leaves}}
+
+    adapter = tmp_path / "adapter"
+    tree = {"layers": drawn(1), "last_layer": drawn()}
+    save_adapter(adapter, tree, lora, backbone, base_model=str(model))
+    wanted = embed(model, adapter=adapter)
+    assert np.abs(wanted - vectors).max() > 1e-3
+    for to in ("hf", "sentence-transformers"):
+        output = tmp_path / to
+        main([str(model), str(output), "--to", to, "--adapter", str(adapter)])
+        np.testing.assert_allclose(embed(output), wanted, atol=1e-6)
+        with pytest.raises(ValueError, match="this adapter is merged into"):
+            embed(output, adapter=adapter)
+
+
+# --- stablehlo ---------------------------------------------------------------------------------
+
+
+def loader() -> str:
+    """The program of docs/export.md that runs an export with jax alone."""
+    page = (Path(__file__).resolve().parents[1] / "docs" / "export.md").read_text()
+    return page.split("```python\n# load.py\n")[1].split("```")[0]
+
+
+ELSEWHERE = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("laser_jax", "flax"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+from load import Retriever
+retriever, rows = Retriever(sys.argv[1]), json.loads(sys.argv[2])
+np.save("two.npy", retriever(rows))
+np.save("one.npy", retriever(rows[:1]))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stablehlo_runs_where_laser_jax_is_not(
+    model: Path, vectors: np.ndarray, tmp_path: Path, one_device: dict[str, str], dtype: Any
+) -> None:
+    pytest.importorskip("flatbuffers", reason="jax.export serialises with it: laser-jax[export]")
+    export(ExportOptions(str(model), "hf", str(tmp_path / "model")))
+    config = replace(load_retriever_config(model), dtype=dtype)
+    save_retriever_config(config, tmp_path / "model")
+    with jax.numpy_dtype_promotion("standard"):  # jax's own attention is not strict
+        export(ExportOptions(str(tmp_path / "model"), "stablehlo", str(tmp_path / "out")))
+    prompts = LatentRetriever.from_pretrained(tmp_path / "model").prompts
+    rows = [prompts.query(text, TASK) for text in TEXTS]
+    (tmp_path / "load.py").write_text(loader())
+    command = [sys.executable, "-c", "import json, numpy as np\n" + ELSEWHERE, "out"]
+    subprocess.run([*command, json.dumps(rows)], check=True, cwd=tmp_path, env=one_device)
+    two, one = np.load(tmp_path / "two.npy"), np.load(tmp_path / "one.npy")
+    np.testing.assert_allclose(one, two[:1], atol=1e-5)
+    if dtype == "float32":
+        np.testing.assert_allclose(two, vectors, atol=1e-5)
+    else:
+        assert 0.99 < (two * vectors).sum(1).min() < 0.999999
+    assert not (tmp_path / "out" / "config.json").exists()  # no backbone to be misread
+
+
+# --- the card ----------------------------------------------------------------------------------
+
+RUN = {
+    "model": {"path": "Qwen/Qwen3-0.6B", "backbone": None, "scratch": None},
+    "data": {"train": "/home/someone/rows/train.jsonl", "eval": "data/world", "split": None},
+    "objective": {"method": "laser", "num_thinking_steps": 3, "weights": {"output": 10.0}},
+    "lora": {"rank": 64},
+    "optimizer": {"learning_rate": 1e-4},
+    "train": {"batch_size": 32, "seed": 7, "log_every": 10},
+}
+RESULTS = {
+    "metrics": {"loss": 1.0},
+    "exported_step": 120,
+    "scores": {f"latent K={k}": {"nDCG@10": 0.1234 * k, "Hit@1": 0.5} for k in (1, 2, 3)},
+}
+EVALUATION = {
+    "model": "runs/mine",
+    "data": "data/world",
+    "split": "test",
+    "num_thinking_steps": 3,
+    "metrics": ["nDCG@10"],
+    "documents": 10,
+    "queries": 5,
+    "queries_without_relevant": 0,
+    "scores": {"latent K=1": {"nDCG@10": 0.25}, "latent K=3": {"nDCG@10": 0.375}},
+    "differences": [
+        {"run": "latent K=3", "against": "latent K=1", "metric": "nDCG@10"}
+        | {"difference": 0.125, "low": 0.05, "high": 0.2}
+    ],
+}
+
+
+def card(output: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The front matter and the sections."""
+    text = (output / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    parts = body.split("\n## ")
+    return yaml.safe_load(front), {
+        part.partition("\n")[0]: part.partition("\n")[2]
+        for part in ["about\n" + parts[0], *parts[1:]]
+    }
+
+
+@pytest.fixture
+def run(model: Path, tmp_path: Path) -> Path:
+    """A training run with its model and an evaluation."""
+    export(ExportOptions(str(model), "hf", str(tmp_path / "run" / "model")))
+    (tmp_path / "run" / "evaluation").mkdir()
+    files = {"config": RUN, "results": RESULTS, "evaluation/results": EVALUATION}
+    for name, values in files.items():
+        (tmp_path / "run" / f"{name}.json").write_text(json.dumps(values))
+    return tmp_path / "run"
+
+
+def test_the_card_says_what_the_run_says(run: Path, tmp_path: Path) -> None:
+    main([str(run / "model"), "--to", "sentence-transformers", str(tmp_path / "out")])
+    front, sections = card(tmp_path / "out")
+    assert front == {
+        "pipeline_tag": "sentence-similarity",
+        "library_name": "sentence-transformers",
+        "tags": ["laser", "dense-retrieval"],
+        "license": "apache-2.0",
+        "base_model": "Qwen/Qwen3-0.6B",
+    }
+    assert f"thinks {STEPS} latent steps" in sections["about"]
+    assert "trust_remote_code=True" in sections["Use"]
+    assert 'LatentRetriever.from_pretrained("out")' in sections["Use"]
+    assert "Instruct: {instruction}" in sections["Model and prompts"]
+    assert "rows/train.jsonl" in sections["Data"]
+    assert "/home/someone" not in sections["Data"]
+    assert "output: 10.0" in sections["Recipe"]
+    assert "log_every" not in sections["Recipe"]
+    assert "| latent K=2 |  0.2468 |" in sections["Scores"]
+    assert "After step 120" in sections["Scores"]
+    assert "+0.0500 to +0.2000" in sections["Scores"]
+    assert sections["Licence"].count("unknown: fill in") == 1
+    assert "2603.01425" in sections["Citation"]
+
+
+def test_the_card_of_a_model_without_a_run_says_what_is_missing(
+    model: Path, tmp_path: Path
+) -> None:
+    main([str(model), "--to", "hf", str(tmp_path / "out")])
+    front, sections = card(tmp_path / "out")
+    assert "license" not in front
+    assert "base_model" not in front
+    for title in ("Data", "Recipe", "Scores"):
+        assert sections[title].strip() == "**unknown: fill in**"
+    assert sections["Licence"].count("unknown: fill in") == 3
+
+
+def test_a_model_from_scratch_has_no_base(run: Path, tmp_path: Path) -> None:
+    scratch = RUN | {"model": {"path": None, "scratch": {"hidden_size": 16}}}
+    (run / "config.json").write_text(json.dumps(scratch))
+    main([str(run / "model"), "--to", "hf", str(tmp_path / "out")])
+    front, sections = card(tmp_path / "out")
+    assert "base_model" not in front
+    assert "none (trained from scratch)" in sections["about"]
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", '{"model": [], "data": 3}'])
+def test_a_damaged_file_of_the_run_is_named(run: Path, tmp_path: Path, content: str) -> None:
+    (run / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run/config\.json"):
+        export(ExportOptions(str(run / "model"), "hf", str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+# --- the hub -----------------------------------------------------------------------------------
+
+
+class Hub(ThreadingHTTPServer):
+    """A stand-in for the Hugging Face hub: repositories, and files that are sent within a commit.
+
+    Attributes:
+        files: repository -> path -> bytes.
+        asked: method, path and authorization of every request.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Answers)
+        self.files: dict[str, dict[str, bytes]] = {}
+        self.asked: list[tuple[str, str, str | None]] = []
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Answers(BaseHTTPRequestHandler):
+    server: Hub  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self._answer(b"")
+
+    def do_POST(self) -> None:
+        self._answer(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+
+    def _answer(self, body: bytes) -> None:
+        self.server.asked.append((self.command, self.path, self.headers.get("Authorization")))
+        repository = "/".join(self.path.split("/")[3:5])
+        if self.path == "/api/repos/create":
+            values = json.loads(body)
+            repository = f"{values['organization']}/{values['name']}"
+            self.server.files.setdefault(repository, {})
+            self._say({"url": f"{self.server.address}/{repository}"})
+        elif "/preupload/" in self.path:
+            asked = json.loads(body)["files"]
+            regular = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
+            self._say({"files": [{"path": file["path"], **regular} for file in asked]})
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    content = base64.b64decode(line["value"]["content"])
+                    self.server.files[repository][line["value"]["path"]] = content
+            url = f"{self.server.address}/{repository}/commit/{'0' * 40}"
+            self._say({"commitUrl": url, "commitOid": "0" * 40, "success": True})
+        else:
+            self._say({"id": repository, "siblings": [], "sha": "0" * 40})
+
+    def _say(self, values: Any) -> None:
+        content = json.dumps(values).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """The hub that huggingface_hub talks to, with a token."""
+    with Hub() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.address)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        yield server
+        server.shutdown()
+
+
+def test_push_uploads_what_was_written(
+    model: Path, tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(model), "--to", "hf", str(tmp_path / "out"), "--push", "org/mine"]
+    main(arguments)
+    sent = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert hub.files["org/mine"] == {n: v for n, v in sent.items() if not n.startswith(".")}
+    written = [token for method, _, token in hub.asked if method == "POST"]
+    assert set(written) == {"Bearer hf_secret"}
+    assert f"{hub.address}/org/mine" in capsys.readouterr().out
+    assert 'from_pretrained("org/mine")' in sent["README.md"].decode()
+    hub.files.clear()
+    (tmp_path / "out" / "README.md").write_text("filled in by hand")
+    main(arguments)  # what is there already is sent as it is
+    assert hub.files["org/mine"]["README.md"] == b"filled in by hand"
+
+
+def test_without_a_token_nothing_is_written_or_sent(
+    model: Path, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    options = ExportOptions(str(model), "hf", str(tmp_path / "out"), push="org/mine")
+    with pytest.raises(ConfigError, match=r"wants a token of the Hugging Face hub.*hf auth login"):
+        export(options)
+    assert not (tmp_path / "out").exists()
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize("push", ["mine", "a/b/c", "/mine", "org/"])
+def test_a_repository_has_an_organisation_and_a_name(push: str) -> None:
+    with pytest.raises(ConfigError, match="push wants ORGANISATION/NAME, got"):
+        ExportOptions("m", "hf", "o", push=push)
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+
+def test_an_unknown_form_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["model", "--to", "onnx", "out"])
+    wanted = "to must be sentence-transformers or hf or stablehlo, got 'onnx'"
+    assert wanted in capsys.readouterr().err
+
+
+def test_a_third_place_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["model", "--to", "hf", "out", "more"])
+    assert "unexpected argument more" in capsys.readouterr().err
+
+
+def test_an_output_that_is_not_free_is_refused(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"holds 'notes\.txt'"):
+        export(ExportOptions(str(model), "hf", str(tmp_path)))
+    assert names(tmp_path) == {"notes.txt"}
+    output = str(tmp_path / "out")
+    export(ExportOptions(str(model), "hf", output))
+    with pytest.raises(OutputError, match="holds this export; delete it"):
+        export(ExportOptions(str(model), "hf", output))
+    with pytest.raises(OutputError, match="to was 'hf', is 'stablehlo'"):
+        export(ExportOptions(str(model), "stablehlo", output))
+
+
+@pytest.mark.parametrize("lost", ["laser_config.json", "model.safetensors", "tokenizer.json"])
+def test_a_model_that_lacks_a_file_leaves_no_trace(model: Path, tmp_path: Path, lost: str) -> None:
+    broken = tmp_path / "broken"
+    export(ExportOptions(str(model), "hf", str(broken)))
+    (broken / lost).unlink()
+    with pytest.raises(FileNotFoundError, match=lost.replace(".", r"\.")):
+        export(ExportOptions(str(broken), "hf", str(tmp_path / "new" / "out")))
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_export_that_was_cut_off_is_made_again(
+    model: Path, vectors: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ExportOptions(str(model), "hf", str(tmp_path / "out"))
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("laser_jax.export.files.save_tokenizer", full)
+        with pytest.raises(OSError, match="No space"):
+            export(options)
+    assert names(tmp_path / "out") == set()
+    export(options)
+    np.testing.assert_array_equal(embed(tmp_path / "out"), vectors)
