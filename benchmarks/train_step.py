@@ -52,9 +52,15 @@ from laser_jax.config import (
 )
 from laser_jax.modeling.backbone import Backbone
 from laser_jax.sharding import batch_sharding, make_mesh
-from laser_jax.step import TrainState, learning_rate_schedule, make_optimizer, make_train_step
+from laser_jax.step import TrainState, make_train_step
 from laser_jax.train.model import build_backbone
-from laser_jax.train.state import abstract_state, init_state, jit_train_step
+from laser_jax.train.state import (
+    abstract_state,
+    init_state,
+    jit_train_step,
+    learning_rate_schedule,
+    make_optimizer,
+)
 
 TERMS: tuple[str, ...] = ("loss", "latent", "explicit", "output", "trajectory")
 # Relative. In bfloat16 a score is good to 0.004, which a temperature of 0.02 multiplies by 50.

@@ -5,11 +5,22 @@ B queries, C documents of the pool, G of them a query, K thinking steps, T token
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 
 Array = Any  # numpy or jax
+
+
+class PackShape(NamedTuple):
+    """Into what rows are packed while they are read (`modeling.packing`)."""
+
+    packs: int
+    """A multiple of the devices that share the rows, which it divides."""
+    places: int
+    """N, for the tokens of a pack."""
+    parts: int = 1
+    """Micro-batches, of which each has its own packs."""
 
 
 @flax.struct.dataclass
@@ -20,6 +31,15 @@ class Tokens:
     """int32."""
     lengths_B: Array
     """int32, the real tokens of each row."""
+    packed: PackShape | None = flax.struct.field(pytree_node=False, default=None)
+    """None reads the rows with their padding."""
+
+    @property
+    def size(self) -> int:
+        """The tokens that are read, padding included."""
+        if self.packed is None:
+            return self.ids_BT.size
+        return self.packed.parts * self.packed.packs * self.packed.places
 
 
 @flax.struct.dataclass

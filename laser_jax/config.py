@@ -122,6 +122,8 @@ class DataConfig:
     bucket_window: int = 1
     """Batches whose rows are sorted together by length before they are cut, so that rows of like
     length meet; their order is shuffled again. 1 leaves the rows in shuffled order."""
+    pack: bool = False
+    """Read rows without their padding (`modeling.packing`), all but attention."""
     threads: int = 2
     """Threads that read and build batches."""
     workers: int = 0

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from laser_jax.batch import Tokens
 from laser_jax.config import AttentionKernel, RetrieverConfig, load_retriever_config
 from laser_jax.files.durable import Digest
 from laser_jax.hf.adapters import merge_lora
@@ -138,5 +139,5 @@ def encode_all_steps(
     K = config.num_thinking_steps if num_thinking_steps is None else num_thinking_steps
     ids_BT, lengths_B = right_padded(input_ids, attention_mask)
     backbone = backbone_for(config, params, attention)
-    hidden_BKD = latent_view(backbone, params, ids_BT, lengths_B, K, config.pooling)
+    hidden_BKD = latent_view(backbone, params, Tokens(ids_BT, lengths_B), K, config.pooling)
     return jnp.stack([pool(hidden_BKD[:, : k + 1]) for k in range(K)], axis=1)

@@ -17,7 +17,7 @@ import optax
 from flax import struct
 
 from laser_jax.batch import Batch
-from laser_jax.config import Config, ObjectiveConfig, OptimizerConfig
+from laser_jax.config import Config, ObjectiveConfig
 from laser_jax.losses import Terms, Views, gircse_loss, laser_loss, pool
 from laser_jax.modeling.backbone import Backbone, Variables
 from laser_jax.sharding import constrain
@@ -70,29 +70,26 @@ def read_views(
     """
     K, pooling = objective.num_thinking_steps, objective.pooling
     keyframes_BK: Any = batch.keyframes_BK
-    queries = (batch.query.ids_BT, batch.query.lengths_B)
-    documents = (batch.documents.ids_BT, batch.documents.lengths_B)
-    explicit = view = teacher_document_hidden_CKD = None
-    if batch.explicit is not None and objective.need_explicit_view:
-        explicit = (batch.explicit.ids_BT, batch.explicit.lengths_B)
+    rows = (batch.query, batch.documents)
+    explicit = batch.explicit if objective.need_explicit_view else None
+    view = teacher_document_hidden_CKD = None
     model = (backbone, variables)
     if objective.views == "parity":
-        hidden_BKD, document_hidden_CKD = (
-            latent_view(*model, *rows, K, pooling) for rows in (queries, documents)
-        )
+        hidden_BKD, document_hidden_CKD = (latent_view(*model, r, K, pooling) for r in rows)
         if explicit is not None and teacher is None:
-            view = explicit_view(*model, *explicit, keyframes_BK)
+            view = explicit_view(*model, explicit, keyframes_BK)
     else:
         if explicit is not None and teacher is None:
-            prefix, view = read_both_views(*model, *explicit, batch.query.lengths_B, keyframes_BK)
+            lengths_B = batch.query.lengths_B
+            prefix, view = read_both_views(*model, explicit, lengths_B, keyframes_BK)
         else:
-            prefix = read_prompts(*model, *queries)
-        prefixes = (prefix, read_prompts(*model, *documents))
+            prefix = read_prompts(*model, batch.query)
+        prefixes = (prefix, read_prompts(*model, batch.documents))
         hidden_BKD, document_hidden_CKD = think(*model, prefixes, K, pooling)
     if explicit is not None and teacher is not None:
         taught_by, own_K = (teacher.backbone, teacher_variables), teacher.num_thinking_steps
-        view = explicit_view(*taught_by, *explicit, keyframes_BK)
-        teacher_document_hidden_CKD = latent_view(*taught_by, *documents, own_K, pooling)
+        view = explicit_view(*taught_by, explicit, keyframes_BK)
+        teacher_document_hidden_CKD = latent_view(*taught_by, batch.documents, own_K, pooling)
     return Views(
         hidden_BKD, document_hidden_CKD, view, teacher_document_hidden_CKD, batch.teacher_scores_BG
     )
@@ -182,27 +179,8 @@ def reading(batch: Batch, objective: ObjectiveConfig) -> Terms:
     # summed part by part: joined, the rows of all devices would be gathered
     tokens = jnp.stack([each.sum() for each in lengths]).sum()
     pairs = jnp.stack([(each * (each + 1) / 2).sum() for each in lengths]).sum()
-    size = sum(part.ids_BT.size for part in read)
+    size = sum(part.size for part in read)
     return {"tokens": tokens, "token_pairs": pairs, "padding_share": 1 - tokens / size}
-
-
-def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 over `warmup_ratio` of the steps, then linear decay or constant."""
-    warmup = round(config.warmup_ratio * steps)
-    peak = config.learning_rate
-    end = 0.0 if config.schedule == "linear" else peak
-    rising = optax.linear_schedule(0.0, peak, max(warmup, 1))
-    falling = optax.linear_schedule(peak, end, max(steps - warmup, 1))
-    return optax.join_schedules([rising, falling], [warmup])
-
-
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW, after clipping by global norm where `clip_norm` is set."""
-    rate = learning_rate_schedule(config, steps)
-    adamw = optax.adamw(rate, *config.betas, weight_decay=config.weight_decay)
-    if config.clip_norm is None:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
 
 
 # --- the gradient, one function a way --------------------------------------------------------

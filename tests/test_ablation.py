@@ -29,6 +29,7 @@ from benchmarks.ablation import (
 )
 from benchmarks.ablation_table import Result, over_seeds, paired_difference, summarise
 from benchmarks.measure import BenchmarkError
+from laser_jax.batch import Tokens
 from laser_jax.command_line import parse_train_command
 from laser_jax.data.schema import parse_row
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
@@ -352,7 +353,7 @@ def test_the_probe_finds_what_a_direct_reading_of_one_query_finds(
     backbone, variables = backbone_for(config, variables), jax.device_put(variables)
     for q, row in enumerate(rows):
         ids, length = np.array([row], np.int32), np.array([len(row)], np.int32)
-        hidden_KD = latent_view(backbone, variables, ids, length, 3, config.pooling)[0]
+        hidden_KD = latent_view(backbone, variables, Tokens(ids, length), 3, config.pooling)[0]
         units_KD = hidden_KD / np.linalg.norm(hidden_KD, axis=1, keepdims=True)
         assert read.first_QK[q].tolist() == (units_KD @ documents_CD.T).argmax(axis=1).tolist()
         said = top_tokens(backbone, variables, hidden_KD[None], 1)

@@ -415,11 +415,7 @@ def test_transcriptions_give_our_loss_gradients_and_embeddings_on_rows_of_all_le
     @jax.jit
     def embeddings(variables: Any) -> jax.Array:
         query = batch.query
-        return pool(
-            latent_view(
-                backbone, variables, query.ids_BT, query.lengths_B, K, "prompt_and_thoughts"
-            )
-        )
+        return pool(latent_view(backbone, variables, query, K, "prompt_and_thoughts"))
 
     wanted = {name: float(number) for name, number in ours(variables).items()}
     models = load(PYTORCH, variables, backbone, "float32", train=True)

@@ -22,13 +22,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from laser_jax.config import MeshConfig, OptimizerConfig
 from laser_jax.sharding import make_mesh
-from laser_jax.step import TrainState, make_optimizer
+from laser_jax.step import TrainState
 from laser_jax.train.checkpoint import (
     CheckpointError,
     Checkpoints,
     DamagedCheckpointError,
     fingerprint,
 )
+from laser_jax.train.state import make_optimizer
 
 META = {"samples": 17, "config": {"output": "run", "lora": None}, "version": "0.1.0", "seed": 0}
 BASE = "0123"

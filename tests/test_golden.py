@@ -43,12 +43,8 @@ from laser_jax.hf.reading import load_adapter, load_params
 from laser_jax.losses import Views, gircse_loss, laser_loss, normalize, pool
 from laser_jax.modeling.backbone import Backbone, Variables, unstack_layers
 from laser_jax.modeling.rope import rope_at
-from laser_jax.step import (
-    TrainState,
-    learning_rate_schedule,
-    make_optimizer,
-    make_train_step,
-)
+from laser_jax.step import TrainState, make_train_step
+from laser_jax.train.state import learning_rate_schedule, make_optimizer
 from laser_jax.views import ExplicitView, explicit_view, latent_view
 
 GOLDEN = Path(os.environ.get("LASER_GOLDEN", Path(__file__).parents[2] / "shared/golden"))
@@ -187,7 +183,7 @@ def thoughts(
     backbone: Backbone, variables: Variables, ids_BT: Any, lengths_B: Any, num_thinking_steps: int
 ) -> jax.Array:
     return latent_view(
-        backbone, variables, ids_BT, lengths_B, num_thinking_steps, "prompt_and_thoughts"
+        backbone, variables, Tokens(ids_BT, lengths_B), num_thinking_steps, "prompt_and_thoughts"
     )
 
 
@@ -388,9 +384,9 @@ def compiled(backbone: Backbone, objective: ObjectiveConfig) -> Any:
 
         def terms(trained: Any) -> tuple[jax.Array, Any]:
             model = (backbone, variables | {trainable: trained})
-            hidden_BKD = latent_view(*model, query.ids_BT, query.lengths_B, K, pooling)
-            teacher = explicit_view(*model, explicit.ids_BT, explicit.lengths_B, batch.keyframes_BK)
-            hidden_CKD = latent_view(*model, documents.ids_BT, documents.lengths_B, K, pooling)
+            hidden_BKD = latent_view(*model, query, K, pooling)
+            teacher = explicit_view(*model, explicit, batch.keyframes_BK)
+            hidden_CKD = latent_view(*model, documents, K, pooling)
             documents_CD = pool(hidden_CKD)
             B, C = batch.contrast_BC.shape
             values = laser_loss(
@@ -574,7 +570,7 @@ def test_gircse(case: Path) -> None:
     def run(params: Any) -> Any:
         def loss(params: Any) -> Any:
             query_BKD, documents_CKD = (
-                latent_view(backbone, {"params": params}, t.ids_BT, t.lengths_B, K, "thoughts")
+                latent_view(backbone, {"params": params}, t, K, "thoughts")
                 for t in (batch.query, batch.documents)
             )
             B, C = batch.contrast_BC.shape

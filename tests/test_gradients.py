@@ -152,9 +152,7 @@ def test_latent_loop(family: str) -> None:
     weights_BD = np.random.default_rng(5).normal(size=(3, 8))
 
     def function(variables: Variables) -> jax.Array:
-        hidden_BKD = latent_view(
-            backbone, variables, prompts.ids_BT, prompts.lengths_B, 4, "prompt_and_thoughts"
-        )
+        hidden_BKD = latent_view(backbone, variables, prompts, 4, "prompt_and_thoughts")
         return (pool(hidden_BKD) * weights_BD).sum()
 
     assert_gradient(function, variables, jax.jit(jax.grad(function))(variables))

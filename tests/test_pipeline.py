@@ -99,6 +99,36 @@ def queries_of(batches) -> list[int]:
     return [int(row) for batch in batches for row in batch.rows_B]
 
 
+# --- packs -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("shards", "parts"), [(1, 1), (2, 1), (1, 3), (2, 3)])
+def test_packs_hold_every_micro_batch_of_every_device(prompts, shards: int, parts: int) -> None:
+    data = replace(DATA, pack=True)
+    settings = {"batch_size": 12, "shards": shards, "micro_batches": parts, "shared_prefix": False}
+    for batch in batches_of(prompts, 3, data=data, **settings):
+        assert batch.explicit is not None
+        for tokens, group in ((batch.query, 1), (batch.documents, 3), (batch.explicit, 1)):
+            assert tokens.packed is not None
+            packs, places, of_parts = tokens.packed
+            assert (packs, of_parts) == (shards, parts)
+            fullest = max(
+                sum(
+                    int(tokens.lengths_B[q * group + g])
+                    for q in range(device * 12 // shards, (device + 1) * 12 // shards)
+                    if q % parts == part
+                    for g in range(group)
+                )
+                for device in range(shards)
+                for part in range(parts)
+            )
+            assert fullest <= places < fullest + max(fullest / 8, 8)
+    [shared] = batches_of(prompts, 1, data=data)
+    assert shared.query.packed is None  # it is read within the explicit input
+    part = batches_of(prompts, 1, data=data, part=np.array([0, 2]))[0]
+    assert part.documents.packed == shared.documents.packed
+
+
 # --- what is drawn ---------------------------------------------------------------------------
 
 

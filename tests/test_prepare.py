@@ -213,9 +213,10 @@ def test_padding_is_measured_on_request_also_later(with_tokens, caplog, monkeypa
     monkeypatch.setattr(padding, "BUCKET_WINDOWS", (1, 5))
     prepare(with_tokens)
     report = prepare(replace(with_tokens, padding=4))
-    plain, bucketed = report["padding"]["shares"]
+    plain, bucketed, packed = report["padding"]["shares"]
     assert (plain["bucket_window"], plain["batches"]) == (1, 5)
     assert 0 < bucketed["padding_share"] < plain["padding_share"] < 1
+    assert 0 <= packed["padding_share"] < plain["padding_share"]
     assert "padding of 4 queries a batch, 2 passages a query:\n" in format_report(report)
     assert not caplog.messages
     assert prepare(replace(with_tokens, padding=4)) == report

@@ -15,7 +15,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from laser_jax.batch import Batch, Tokens
+from laser_jax.batch import Batch, PackShape, Tokens
 from laser_jax.config import (
     Config,
     DataConfig,
@@ -35,15 +35,19 @@ from laser_jax.step import (
     TrainState,
     Views,
     gradcache,
-    learning_rate_schedule,
     loss_terms,
-    make_optimizer,
     make_train_step,
     plain,
     read_views,
     whole_batch,
 )
-from laser_jax.train.state import abstract_state, init_state, jit_train_step
+from laser_jax.train.state import (
+    abstract_state,
+    init_state,
+    jit_train_step,
+    learning_rate_schedule,
+    make_optimizer,
+)
 
 B, G, K, V, D = 8, 2, 2, 30, 16
 SCRATCH = ScratchConfig(
@@ -112,6 +116,19 @@ def batch(seed: int = 0) -> Batch:
     return Batch(query, documents, Tokens(explicit.ids_BT, lengths_B), keyframes_BK, contrast_BC)
 
 
+def packed(batch: Batch, shape: Shape, parts: int = 1) -> Batch:
+    """The batch, to be read without its padding: packs for every device, and a place to spare."""
+    shards = shape[0] * shape[1]
+
+    def of(tokens: Tokens) -> Tokens:
+        lengths = tokens.lengths_B.reshape(shards, B // (shards * parts), parts, -1)
+        places = int(lengths.sum(axis=(1, 3)).max()) + 1
+        return tokens.replace(packed=PackShape(shards, places, parts))
+
+    assert batch.explicit is not None
+    return batch.replace(documents=of(batch.documents), explicit=of(batch.explicit))
+
+
 def optimizer() -> optax.GradientTransformation:
     return make_optimizer(OPTIMIZER, STEPS)
 
@@ -160,14 +177,19 @@ class Program(NamedTuple):
 
 
 @functools.cache
-def program(shape: Shape, lora: LoraConfig | None, remat: str = "none", **train: Any) -> Program:
+def program(
+    shape: Shape, lora: LoraConfig | None, remat: str = "none", pack: bool = False, **train: Any
+) -> Program:
     backbone, mesh = Backbone(SCRATCH.backbone(V), lora=lora, remat=remat), mesh_of(*shape)
     abstract = abstract_state(backbone, optimizer(), mesh, FLOAT32)
     start = init_state(backbone, optimizer(), abstract, 3, given(drawn(0)[1]["params"]))
     schedule = learning_rate_schedule(OPTIMIZER, STEPS)
     step = make_train_step(backbone, config(lora, **train), optimizer(), schedule)
+    first = batch(0)
+    if pack:
+        first = packed(first, shape, config(lora, **train).train.num_micro_batches)
     with jax.set_mesh(mesh):
-        step = jit_train_step(step, abstract, mesh).lower(start, batch(0), None).compile()
+        step = jit_train_step(step, abstract, mesh).lower(start, first, None).compile()
     return Program(step, host(start), jax.tree.map(lambda a: a.sharding, abstract))
 
 
@@ -177,6 +199,10 @@ def run_steps(
     """A step on each batch, on a mesh of a shape."""
     step, start, layout = program(shape, lora, **settings)
     mesh, metrics = mesh_of(*shape), []
+    if settings.pop("pack", False):
+        settings.pop("remat", None)
+        parts = config(lora, **settings).train.num_micro_batches
+        batches = [packed(rows, shape, parts) for rows in batches]
     state = jax.device_put(host(start), layout)
     with jax.set_mesh(mesh):
         for rows in batches:
@@ -214,6 +240,35 @@ def test_eight_devices_give_the_losses_of_one(runs) -> None:
     for one, many in zip(alone, together, strict=True):
         for name, value in one.items():
             np.testing.assert_allclose(many[name], value, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        (ALONE, {}),
+        (DATA, {}),
+        ((2, 2, 2), {}),
+        (ALONE, {"remat": "full"}),
+        ((2, 1, 1), {"micro_batch_size": 4}),
+        ((2, 1, 1), {"micro_batch_size": 2}),
+    ],
+)
+def test_without_padding_it_is_the_same_step(shape: Shape, settings: dict[str, Any]) -> None:
+    padded, run = full_step(), full_step(shape, pack=True, **settings)
+    [ours], [theirs] = run.metrics, padded.metrics
+    assert_same_terms(ours, theirs)
+    assert_same_gradients(run.end, padded.end)
+    assert ours["tokens"] == theirs["tokens"]
+    if shape == ALONE and not settings:
+        assert ours["padding_share"] < 0.05 < theirs["padding_share"]
+
+
+def test_without_padding_no_more_is_sent_between_devices() -> None:
+    text = program(DATA, LORA, pack=True).step.as_text()
+    gathered = collectives(text, "all-gather")
+    assert [shape.split("{")[0] for shape in gathered] == [f"f32[{B * G},{D}]"]
+    for kind in ("all-to-all", "collective-permute", "reduce-scatter"):
+        assert collectives(text, kind) == [], kind
 
 
 def collectives(program: str, kind: str) -> list[str]:

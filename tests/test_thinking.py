@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from laser_jax.batch import Tokens
 from laser_jax.config import BackboneConfig, MeshConfig, Pooling, RetrieverConfig, RopeScaling
 from laser_jax.encoder import encode, right_padded
 from laser_jax.inference.batch_encoder import LatentEncoder
@@ -77,7 +78,7 @@ def to_left(rows_BT: np.ndarray) -> np.ndarray:
 def thoughts(
     backbone: Backbone, K: int, pooling: Pooling, variables: Variables, ids_BT: Any, lengths_B: Any
 ) -> jax.Array:
-    return latent_view(backbone, variables, ids_BT, lengths_B, K, pooling)
+    return latent_view(backbone, variables, Tokens(ids_BT, lengths_B), K, pooling)
 
 
 def standard(K: int, pooling: Pooling = "prompt_and_thoughts", family: str = "qwen3") -> jax.Array:

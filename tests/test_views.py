@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from laser_jax.alignment import keyframe_positions
-from laser_jax.batch import Batch, Tokens
+from laser_jax.batch import Batch, PackShape, Tokens
 from laser_jax.config import BackboneConfig, LossWeights, ObjectiveConfig
 from laser_jax.modeling.backbone import Backbone, Variables, unstack_layers
 from laser_jax.step import FrozenTeacher, loss_terms, read_views
@@ -78,21 +78,22 @@ BATCH = Batch(
 )
 
 
+FAST = ObjectiveConfig(num_thinking_steps=K, views="fast")
+
+
 @jax.jit
 def latent(variables: Variables, query: Tokens) -> jax.Array:
-    return latent_view(BACKBONE, variables, query.ids_BT, query.lengths_B, K, "prompt_and_thoughts")
+    return latent_view(BACKBONE, variables, query, K, "prompt_and_thoughts")
 
 
 @jax.jit
 def explicit(variables: Variables, tokens: Tokens, keyframes_BK: Any) -> ExplicitView:
-    return explicit_view(BACKBONE, variables, tokens.ids_BT, tokens.lengths_B, keyframes_BK)
+    return explicit_view(BACKBONE, variables, tokens, keyframes_BK)
 
 
 @jax.jit
 def dual(variables: Variables, tokens: Tokens) -> tuple[jax.Array, ExplicitView]:
-    prefix, view = read_both_views(
-        BACKBONE, variables, tokens.ids_BT, tokens.lengths_B, QUERY_LENGTHS, KEYFRAMES
-    )
+    prefix, view = read_both_views(BACKBONE, variables, tokens, QUERY_LENGTHS, KEYFRAMES)
     return think(BACKBONE, variables, [prefix], K, "prompt_and_thoughts")[0], view
 
 
@@ -125,6 +126,35 @@ def test_explicit_prefix_equals_latent_prefix() -> None:
     hidden_BKD, view = dual(random_variables(), EXPLICIT)
     assert_same(hidden_BKD, latent(random_variables(), QUERY))
     assert_same(view, explicit(random_variables(), EXPLICIT, KEYFRAMES))
+
+
+@pytest.mark.parametrize("shape", [PackShape(1, 31), PackShape(1, 40), PackShape(3, 16)])
+@pytest.mark.parametrize("objective", [ObjectiveConfig(num_thinking_steps=K, views="parity"), FAST])
+def test_rows_are_read_alike_without_their_padding(
+    shape: PackShape, objective: ObjectiveConfig
+) -> None:
+    rows = {
+        "query": QUERY.replace(packed=PackShape(shape.packs, 13 if shape.packs == 1 else 7)),
+        "documents": BATCH.documents.replace(packed=shape),
+        "explicit": EXPLICIT.replace(packed=shape),
+    }
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def read(backbone: Backbone, variables: Variables, batch: Batch) -> Any:
+        def loss(variables: Variables) -> Any:
+            views = read_views(backbone, variables, batch, objective)
+            terms = loss_terms(views, batch.contrast_BC, objective, jnp.ones(()))
+            return terms["loss"], views
+
+        return jax.grad(loss, has_aux=True)(variables)
+
+    wanted, views = read(BACKBONE, random_variables(), BATCH)
+    got, packed_views = read(BACKBONE, random_variables(), BATCH.replace(**rows))
+    assert_same(packed_views, views)
+    assert relative_error(got, wanted) < 1e-5
+    unstacked = unstack_layers(random_variables())
+    _, again = read(BACKBONE.clone(scan_layers=False), unstacked, BATCH.replace(**rows))
+    assert_same(again, views)
 
 
 def test_thoughts_do_not_see_the_chain_of_thought() -> None:

@@ -24,7 +24,7 @@ import numpy as np
 from absl import flags
 
 from laser_jax.alignment import keyframe_positions
-from laser_jax.batch import Batch, Tokens
+from laser_jax.batch import Batch, PackShape, Tokens
 from laser_jax.config import Config, DataConfig, KeyframeRule, as_dict
 from laser_jax.data.schema import DataError, TrainingRow, same_text
 from laser_jax.data.sources import Source, describe_row, locate, rows_of_same_query
@@ -201,6 +201,10 @@ class BatchSettings:
     """Check in every batch that queries are prefixes of their explicit inputs."""
     teacher_scores: bool = False
     """False leaves `teacher_scores_BG` None."""
+    micro_batches: int = 1
+    """That a batch is read in."""
+    shards: int = 1
+    """Devices that share a batch's rows."""
 
     @classmethod
     def of(cls, config: Config) -> BatchSettings:
@@ -214,6 +218,7 @@ class BatchSettings:
             need_explicit=objective.need_explicit_view,
             shared_prefix=config.views == "fast" and objective.teacher is None,
             teacher_scores=objective.need_teacher_scores,
+            micro_batches=config.train.num_micro_batches,
         )
 
 
@@ -299,8 +304,11 @@ class _BatchBuilder:
         if self._settings.teacher_scores:
             scores = [rows[b].example.teacher_scores for b in self._part]
             teacher_scores_BG = np.array(scores, np.float32)
+        query = self._pad([row.query for row in rows], config.query_max_length, self._part)
+        if self._settings.shared_prefix and explicit is not None:
+            query = replace(query, packed=None)  # it is not read by itself
         return Batch(
-            query=self._pad([row.query for row in rows], config.query_max_length, self._part),
+            query=query,
             documents=self._pad(
                 [ids for row in rows for ids in row.documents], config.document_max_length, part_C
             ),
@@ -382,7 +390,21 @@ class _BatchBuilder:
         ids_BT, lengths_B = right_pad(
             rows, self._prompts.pad_id, self._data.length_multiple, max_length
         )
-        return Tokens(ids_BT[part], lengths_B[part])
+        packed = self._packed(lengths_B, ids_BT.shape[1])
+        return Tokens(ids_BT[part], lengths_B[part], packed)
+
+    def _packed(self, lengths_B: np.ndarray, width: int) -> PackShape | None:
+        """Room for the fullest pack of any micro-batch, in steps of an eighth of an octave."""
+        if not self._data.pack:
+            return None
+        queries, shards = self._settings.batch_size, self._settings.shards
+        parts = self._settings.micro_batches
+        # micro-batch i has queries i, i + parts, ...; a device has its own neighbouring ones
+        by_pack = lengths_B.reshape(shards, queries // (shards * parts), parts, -1)
+        fullest = int(by_pack.sum(axis=(1, 3)).max())
+        step = max(1 << (fullest.bit_length() - 4), 8)
+        most = width * len(lengths_B) // (shards * parts)
+        return PackShape(shards, min(-(-fullest // step) * step, most), parts)
 
     def _require_shared_prefix(self, rows: Sequence[_Drawn]) -> None:
         for row in rows:
@@ -474,4 +496,4 @@ def padding_share(batch: Batch) -> float:
     where there are none)."""
     parts = (batch.documents, batch.query if batch.explicit is None else batch.explicit)
     real = sum(int(tokens.lengths_B.sum()) for tokens in parts)
-    return 1 - real / sum(tokens.ids_BT.size for tokens in parts)
+    return 1 - real / sum(tokens.size for tokens in parts)

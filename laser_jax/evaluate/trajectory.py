@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from laser_jax.batch import Tokens
 from laser_jax.config import RetrieverConfig
 from laser_jax.data.tokenization import right_pad
 from laser_jax.encoder import backbone_for
@@ -59,7 +60,11 @@ def read_trajectories(
         variables: Variables, ids_BT: jax.Array, lengths_B: jax.Array
     ) -> tuple[jax.Array, ...]:
         hidden_BKD = latent_view(
-            backbone, variables, ids_BT, lengths_B, config.num_thinking_steps, config.pooling
+            backbone,
+            variables,
+            Tokens(ids_BT, lengths_B),
+            config.num_thinking_steps,
+            config.pooling,
         )
         scores_BKC = jnp.einsum("bkd,cd->bkc", normalize(hidden_BKD), documents_CD)
         said = top_tokens(backbone, variables, hidden_BKD, 1)

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from laser_jax.batch import Tokens
 from laser_jax.config import AttentionKernel, Pooling, RetrieverConfig
 from laser_jax.data.buckets import Buckets, IndexedRow
 from laser_jax.data.tokenization import right_pad
@@ -61,7 +62,7 @@ def _jitted(backbone: Backbone, pooling: Pooling, everywhere: NamedSharding | No
     def embed(
         variables: Variables, ids_BT: jax.Array, lengths_B: jax.Array, Ks: tuple[int, ...]
     ) -> jax.Array:
-        hidden_BKD = latent_view(backbone, variables, ids_BT, lengths_B, max(Ks), pooling)
+        hidden_BKD = latent_view(backbone, variables, Tokens(ids_BT, lengths_B), max(Ks), pooling)
         return jnp.stack([pool(hidden_BKD[:, :k]) for k in Ks])
 
     return jax.jit(embed, static_argnums=3, out_shardings=everywhere)

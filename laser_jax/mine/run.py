@@ -144,9 +144,12 @@ def mine(options: MineOptions) -> dict[str, Any]:
     documents, (files, rank) = _read_documents(options.corpus), _retriever(options)
     files = [Path(options.input), Path(options.corpus, "corpus.jsonl"), *files]
     made = as_dict(options) | {"output": output.name, "checksum": checksum(files)}
-    name, lock = f"{output.name}.report.json", f".{output.name}.lock"
+    name = f"{output.name}.report.json"
     with Claim(
-        output.parent, name, lambda old: changes(old["made"], made, source=name), lock_file=lock
+        output.parent,
+        name,
+        lambda old: changes(old["made"], made, source=name),
+        file=output.name,
     ) as claim:
         if output.exists() and claim.recorded is None:
             raise OutputError(f"{output} is there without its {name}: choose another --output")

@@ -32,6 +32,7 @@ from laser_jax.modeling.attention import (
 )
 from laser_jax.modeling.kernels import matmul, paired
 from laser_jax.modeling.lora import Projection
+from laser_jax.modeling.packing import Packing, Rows
 from laser_jax.modeling.rope import Rope, apply_rope, rope_at, rope_from_zero
 from laser_jax.sharding import constrain, with_axes
 
@@ -137,12 +138,14 @@ class Attention(nn.Module):
         return self.o_proj(out_BTNH.reshape(*out_BTNH.shape[:2], -1))
 
     def read(
-        self, x_BTD: jax.Array, rope: Rope, select_BP: jax.Array | None
+        self, x: jax.Array, rows: Rows, select_BP: jax.Array | None
     ) -> tuple[jax.Array, KeyValues]:
-        kv = self._keys_values(x_BTD, rope)
+        rope = rows.rope
+        kv = jax.tree.map(rows.pad, self._keys_values(x, rope))
         if select_BP is None:
-            return self._output(causal_attention(self._queries(x_BTD, rope), kv, self.kernel)), kv
-        q_BPNH = self._queries(take_positions(x_BTD, select_BP), rope.at(select_BP))
+            q_BTNH = rows.pad(self._queries(x, rope))
+            return self._output(rows.pack(causal_attention(q_BTNH, kv, self.kernel))), kv
+        q_BPNH = self._queries(rows.take(x, select_BP), rows.rope_T.at(select_BP))
         return self._output(counted_attention(q_BPNH, kv, select_BP + 1)), kv
 
     def think(
@@ -189,13 +192,13 @@ class Layer(nn.Module):
         return constrain(x + self.mlp(self.post_attention_layernorm(x)), "batch", None, None)
 
     def read(
-        self, x_BTD: jax.Array, rope: Rope, select_BP: jax.Array | None = None
+        self, x: jax.Array, rows: Rows, select_BP: jax.Array | None = None
     ) -> tuple[jax.Array, KeyValues]:
         """A whole sequence, causally; the output [B, P, D] only at the positions that are selected,
-        or at all of them."""
-        out, kv = self.self_attn.read(self.input_layernorm(x_BTD), rope, select_BP)
-        x_BPD = x_BTD if select_BP is None else take_positions(x_BTD, select_BP)
-        return self._feed_forward(x_BPD + out), kv
+        or at all of them, as they lie. Keys and values are padded rows [B, T, G, H]."""
+        out, kv = self.self_attn.read(self.input_layernorm(x), rows, select_BP)
+        residual = x if select_BP is None else rows.take(x, select_BP)
+        return self._feed_forward(residual + out), kv
 
     def think(
         self, x_B1D: jax.Array, past: Past, rope: Rope, lengths_B: jax.Array, slot: jax.Array
@@ -244,29 +247,32 @@ class Backbone(nn.Module):
         x_BTD = jnp.take(self.embed_tokens(), ids_BT, axis=0).astype(self.dtype)
         return constrain(x_BTD, "batch", None, None)
 
-    def read(self, ids_BT: jax.Array, select_BP: jax.Array | None) -> tuple[jax.Array, Cache]:
+    def read(
+        self, ids_BT: jax.Array, select_BP: jax.Array | None, packing: Packing | None = None
+    ) -> tuple[jax.Array, Cache]:
         """Reads right-padded prompts.
 
         Args:
             ids_BT: int token ids; padding behind each row may hold any valid id.
             select_BP: int positions whose states are wanted; None for all of them.
+            packing: reads them without their padding, where positions are selected.
 
         Returns:
             States after the final norm, [B, P, D] (or [B, T, D]) in the compute dtype, and the
             cache of keys and values over all T positions.
         """
-        x = self.embed(ids_BT)
-        rope = rope_from_zero(ids_BT.shape[1], self.config)
-        x, earlier = self._read_layers(x, rope)
-        x, last = self.last_layer.read(x, rope, select_BP)
+        rows = Rows(rope_from_zero(ids_BT.shape[1], self.config), packing)
+        x = self.embed(rows.pack(ids_BT))
+        x, earlier = self._read_layers(x, rows)
+        x, last = self.last_layer.read(x, rows, select_BP)
         return self.norm(x), (earlier, last)
 
-    def _read_layers(self, x: jax.Array, rope: Rope) -> tuple[jax.Array, Any]:
+    def _read_layers(self, x: jax.Array, rows: Rows) -> tuple[jax.Array, Any]:
         if isinstance(self.layers, Layer):
-            return self._scan(lambda layer, x, _: layer.read(x, rope), x, None)
+            return self._scan(lambda layer, x, _: layer.read(x, rows), x, None)
         caches = []
         for layer in self.layers:
-            x, kv = layer.read(x, rope)
+            x, kv = layer.read(x, rows)
             caches.append(kv)
         return x, tuple(caches)
 
@@ -346,11 +352,6 @@ class Backbone(nn.Module):
         """Logits at every position, [B, T, V] float32: for causal-LM training and for init."""
         h_BTD, _ = self.read(ids_BT, None)
         return self.logits(h_BTD)
-
-
-def take_positions(x_BTD: jax.Array, select_BP: jax.Array) -> jax.Array:
-    """The rows of x at the selected positions, [B, P, D]."""
-    return jnp.take_along_axis(x_BTD, select_BP[:, :, None], axis=1)
 
 
 def empty_suffix(prefixes: Sequence[Cache], slots: int) -> Cache:

@@ -30,27 +30,30 @@ def measure_padding(source: Source, prompts: PromptTokenizer, batch_size: int) -
     )
     number = min(_MOST_BATCHES, math.ceil(len(source) / batch_size))
     shares = []
-    for multiple, window in itertools.product(LENGTH_MULTIPLES, BUCKET_WINDOWS):
+    ways = [(*way, False) for way in itertools.product(LENGTH_MULTIPLES, BUCKET_WINDOWS)]
+    for multiple, window, pack in [*ways, (max(LENGTH_MULTIPLES), 1, True)]:
         data = DataConfig(
             train=str(source.path),
             group_size=group_size,
             selection="random",
             length_multiple=multiple,
             bucket_window=window,
+            pack=pack,
         )
         padding, tokens, shapes = 0.0, 0, set()
         batches = training_batches([source], prompts, data, settings)
         for batch in itertools.islice(batches, number):
             assert batch.explicit is not None
-            documents, explicit = batch.documents.ids_BT, batch.explicit.ids_BT
+            documents, explicit = batch.documents, batch.explicit
             size = documents.size + explicit.size
             padding += padding_share(batch) * size
             tokens += size
-            shapes.add((documents.shape, explicit.shape))
+            shapes |= {tuple((t.ids_BT.shape, t.packed) for t in (documents, explicit))}
         shares.append(
             {
                 "length_multiple": multiple,
                 "bucket_window": window,
+                "pack": pack,
                 "batches": number,
                 "padding_share": round(padding / tokens, 4),
                 "shapes": len(shapes),

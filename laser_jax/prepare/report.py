@@ -165,7 +165,8 @@ def format_report(report: dict[str, Any]) -> str:
             "passages a query:"
         )
         lines += [
-            "  data.length_multiple {length_multiple}, data.bucket_window {bucket_window}: "
+            f"  {'data.pack, ' if share.get('pack') else ''}"
+            "data.length_multiple {length_multiple}, data.bucket_window {bucket_window}: "
             "{padding_share:.1%} ({batches} batches of {shapes} shapes)".format(**share)
             for share in padding["shares"]
         ]

@@ -42,8 +42,8 @@ from laser_jax.pretrain.texts import (
     reasoning_rows,
 )
 from laser_jax.settings import Change, changes, require, require_in
-from laser_jax.step import learning_rate_schedule, make_optimizer
 from laser_jax.train.model import build_backbone, save_model, starting_model
+from laser_jax.train.state import learning_rate_schedule, make_optimizer
 
 REPORT = "pretrain.json"
 

@@ -22,6 +22,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
+from laser_jax.batch import Tokens
 from laser_jax.config import BackboneConfig
 from laser_jax.data.buckets import Buckets
 from laser_jax.data.tokenization import Tokenizer, right_pad
@@ -236,7 +237,7 @@ class TextGenerator:
         self, variables: Variables, ids_BT: jax.Array, lengths_B: jax.Array, seeds_B: jax.Array
     ) -> tuple[Prefix, jax.Array]:
         """Reads the prompts and chooses their first tokens."""
-        prefix = read_prompts(self._backbone, variables, ids_BT, lengths_B)
+        prefix = read_prompts(self._backbone, variables, Tokens(ids_BT, lengths_B))
         return prefix, self._next(variables, prefix.h_BD, seeds_B, 0)
 
     def _stops(self, token_B: jax.Array) -> jax.Array:

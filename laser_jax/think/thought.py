@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from laser_jax.batch import Tokens
 from laser_jax.config import Pooling, appended_thoughts
 from laser_jax.data.buckets import Buckets
 from laser_jax.data.prompts import PromptTokens
@@ -239,7 +240,7 @@ class Inspector:
     ) -> tuple[jax.Array, jax.Array, TopTokens]:
         """Unit states and unit prefix embeddings, each [B, K, D], and what every state says."""
         hidden_BKD = latent_view(
-            self._backbone, variables, ids_BT, lengths_B, steps, self.config.pooling
+            self._backbone, variables, Tokens(ids_BT, lengths_B), steps, self.config.pooling
         )
         prefixes_BKD = jnp.stack([pool(hidden_BKD[:, :k]) for k in range(1, steps + 1)], axis=1)
         tokens = top_tokens(self._backbone, variables, hidden_BKD, self._top_tokens)
@@ -249,7 +250,7 @@ class Inspector:
         self, variables: Variables, ids_BT: jax.Array, lengths_B: jax.Array, ends_BM: jax.Array
     ) -> jax.Array:
         """Unit states [B, M, D] of the explicit view at the positions `ends_BM`."""
-        view = explicit_view(self._backbone, variables, ids_BT, lengths_B, ends_BM)
+        view = explicit_view(self._backbone, variables, Tokens(ids_BT, lengths_B), ends_BM)
         return normalize(view.keyframes_BKD)
 
     def known(self, text: str) -> EvalQuery:

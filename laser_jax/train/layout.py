@@ -31,15 +31,15 @@ from laser_jax.inference.options import LimitKey, require_positions
 from laser_jax.losses import Terms
 from laser_jax.modeling.backbone import Backbone, Variables
 from laser_jax.sharding import Device, make_mesh
-from laser_jax.step import (
-    FrozenTeacher,
-    TrainState,
+from laser_jax.step import FrozenTeacher, TrainState, make_train_step
+from laser_jax.train.model import build_backbone
+from laser_jax.train.state import (
+    abstract_state,
+    abstract_variables,
+    jit_train_step,
     learning_rate_schedule,
     make_optimizer,
-    make_train_step,
 )
-from laser_jax.train.model import build_backbone
-from laser_jax.train.state import abstract_state, abstract_variables, jit_train_step
 from laser_jax.train.throughput import device_bytes
 
 
@@ -226,6 +226,7 @@ def shape_of(batch: Batch) -> str:
     parts = {"queries": batch.query, "documents": batch.documents, "explicit": batch.explicit}
     return ", ".join(
         f"{name} {tokens.ids_BT.shape[0]} x {tokens.ids_BT.shape[1]}"
+        + (f" packed in {tokens.packed.packs} x {tokens.packed.places}" if tokens.packed else "")
         for name, tokens in parts.items()
         if tokens is not None
     )

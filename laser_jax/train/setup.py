@@ -105,9 +105,10 @@ def set_up(config: Config, stack: ExitStack) -> tuple[Run, TrainState]:
     layout = lay_out(config, inputs.backbone, steps, prompt_checksum=inputs.prompts.checksum())
     _log.info("attention: %s", layout.attention)
     part = local_rows(layout.mesh, config.train.batch_size)
+    shards = layout.mesh.shape["data"] * layout.mesh.shape["fsdp"]
 
     def batches_from(step: int) -> Iterable[Batch]:
-        return batches_of(config, inputs.sources, inputs.prompts, step, part)
+        return batches_of(config, inputs.sources, inputs.prompts, step, part, shards)
 
     batches_from(0)  # looks at every row, before anything is written
     state, teacher_variables = _new_state(config, inputs, layout)
@@ -199,10 +200,11 @@ def batches_of(
     prompts: PromptTokenizer,
     first: int = 0,
     part: np.ndarray | None = None,
+    shards: int = 1,
 ) -> Iterable[Batch]:
-    """The batches of a run from number `first` on, or of each the rows `part`. Every row is looked
-    at before this returns."""
-    settings = BatchSettings.of(config)
+    """The batches of a run from number `first` on, or of each the rows `part`, for so many devices
+    that share them. Every row is looked at before this returns."""
+    settings = replace(BatchSettings.of(config), shards=shards)
     return training_batches(sources, prompts, config.data, settings, first_batch=first, part=part)
 
 

@@ -1,4 +1,4 @@
-"""A training state on a mesh: its shapes and layout, its first values, and the jitted step."""
+"""The optimizer, and a training state on a mesh: its layout, its first values, the jitted step."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from laser_jax.config import OptimizerConfig
 from laser_jax.losses import Terms
 from laser_jax.modeling.backbone import Backbone
 from laser_jax.sharding import batch_sharding, shardings
@@ -20,6 +21,25 @@ GPU_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": "0", "xla_gpu_enable_triton_ge
 """Options of the compiler for GPUs. Without them it joins a projection with those of adapters on
 the same input and writes the whole product in float32, and it searches for the fastest of Triton's
 matmuls by trial; the vendor's need no search (docs/benchmarks.md)."""
+
+
+def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up from 0 over `warmup_ratio` of the steps, then linear decay or constant."""
+    warmup = round(config.warmup_ratio * steps)
+    peak = config.learning_rate
+    end = 0.0 if config.schedule == "linear" else peak
+    rising = optax.linear_schedule(0.0, peak, max(warmup, 1))
+    falling = optax.linear_schedule(peak, end, max(steps - warmup, 1))
+    return optax.join_schedules([rising, falling], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """AdamW, after clipping by global norm where `clip_norm` is set."""
+    rate = learning_rate_schedule(config, steps)
+    adamw = optax.adamw(rate, *config.betas, weight_decay=config.weight_decay)
+    if config.clip_norm is None:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
 
 
 def abstract_variables(backbone: Backbone, mesh: Mesh, collection: str, dtype: jnp.dtype) -> Any:
