@@ -1,1 +1,1 @@
-"""Measurements of speed and memory; each module is a program."""
+"""Measurements of quality and speed; each module is a program."""

@@ -25,6 +25,7 @@ import numpy as np
 
 from benchmarks import measure
 from benchmarks.measure import BenchmarkError, Report, Run, timing_fields
+from laser_jax.inference.options import EncoderOptions
 from laser_jax.inference.retriever import EncodingStats, LatentRetriever
 
 IN_PROCESS = "LatentRetriever, one call"
@@ -63,8 +64,9 @@ def serving(options: argparse.Namespace) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "laser_jax.serve", "--model", options.model, "--name", "model"]
-    command += ["--listen", str(port), "--max_thinking_steps", str(MIXED)]
+    command += ["--listen", str(port), "--max_thinking_steps", str(MIXED), "--devices", "1"]
     command += ["--compute_dtype", options.dtype, "--timeout_s", "600"]
+    command += ["--max_length", str(options.max_length)]
     process = subprocess.Popen(command)
     url = f"http://127.0.0.1:{port}"
     try:
@@ -113,7 +115,8 @@ def fill(options: argparse.Namespace, report: Report) -> None:
         BenchmarkError: they differ, or the server does not start.
     """
     texts, waits = draw_texts(options.texts), {}
-    retriever = LatentRetriever.from_pretrained(options.model, dtype=options.dtype)
+    told = {"model": options.model, "compute_dtype": options.dtype, "devices": 1}
+    retriever = LatentRetriever.from_options(EncoderOptions(**told, max_length=options.max_length))
     contenders: dict[str, Run] = {
         IN_PROCESS: lambda: retriever.encode_document(texts, stats=EncodingStats())
     }
@@ -152,7 +155,7 @@ COLUMNS = {
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a directory with laser_config.json")
     parser.add_argument("--dtype", default="float32", help="to compute in; default float32")
-    measure.add_numbers(parser, {"texts": (256, "how many")})
+    measure.add_numbers(parser, {"texts": (256, "how many"), "max_length": (256, "tokens")})
     clients = [1, 8, 64]
     parser.add_argument("--clients", type=measure.positive, nargs="+", default=clients)
 

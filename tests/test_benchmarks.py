@@ -7,7 +7,6 @@ import dataclasses
 import importlib.util
 import json
 import shlex
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,9 +28,9 @@ from benchmarks import (
     gpu,
     gpu_checks,
     kernels,
-    memory,
     rewrite_latency,
     search,
+    serve,
     train_step,
 )
 from benchmarks import all as all_benchmarks
@@ -67,8 +66,8 @@ PYTORCH = [] if torch_unusable() else ["published PyTorch", "tuned PyTorch"]
 PROGRAMS = {
     module.PROGRAM.name: module.PROGRAM
     for module in (
-        *(ablation, encode_latency, encode_throughput, gpu, gpu_checks, memory),
-        *(rewrite_latency, search, train_step),
+        *(ablation, encode_latency, encode_throughput, gpu, gpu_checks),
+        *(rewrite_latency, search, serve, train_step),
     )
 }
 
@@ -202,33 +201,12 @@ def test_a_search_that_finds_something_else_is_not_timed() -> None:
         search.require_found("other", (right[0], worse), right, queries_QD, corpus_CD)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-def test_memory_tells_the_peak_of_every_contender(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(
-        "benchmarks.measure.in_new_process", lambda function, *args: function(*args)
-    )
-    rows = run(memory.PROGRAM, tmp_path, "--programs", "encode")
-    # a training step is made in the same way, by what `train_step` is made of
-    monkeypatch.setitem(memory.WORK, "train_step", lambda contender, options: (lambda: None, {}))
-    flags = ("--programs", "train_step", "--no_torch", "--only", "fast")
-    rows += run(memory.PROGRAM, tmp_path, *flags)
-    found = [(row["program"], row["contender"]) for row in rows]
-    assert found == [*(("encode", name) for name in ("ours", *PYTORCH)), ("train_step", "fast")]
-    assert all(row["peak_bytes"] >= row["before_bytes"] > 0 for row in rows)
-    assert "temp_bytes" in rows[0]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-def test_a_peak_is_that_of_the_runs_alone(monkeypatch) -> None:
-    def work(contender: str, options: Any) -> Any:
-        np.ones(2**27, np.uint8)  # made and forgotten before the runs
-        return lambda: np.ones(2**25, np.uint8).sum(), {"known": 1}
-
-    monkeypatch.setitem(memory.WORK, "encode", work)
-    options: Any = SimpleNamespace(repeats=2)
-    found = memory.peak_of("encode", "ours", options)
-    assert found["known"] == 1
-    assert 0.9 * 2**25 < found["overhead_bytes"] < 1.5 * 2**25  # the kernel counts in lumps
+def test_the_server_is_timed_beside_its_retriever(thinking_model: Path, tmp_path: Path) -> None:
+    flags = ("--model", str(thinking_model), "--clients", "2", "--max_length", "64")
+    rows = run(serve.PROGRAM, tmp_path, *flags)
+    names = ["LatentRetriever, one call", "2 clients", "2 clients, K = 1 to 8"]
+    assert [row["contender"] for row in rows] == names
+    assert all(0 < row["p50"] <= row["p99"] for row in rows[1:])
 
 
 def test_kernels_are_counted_by_kind_and_their_gaps_as_idle() -> None:
