@@ -195,8 +195,7 @@ class ObjectiveConfig:
     distillation_warmup_steps: int = 0
     """The output and trajectory weights grow linearly from 0 over this many steps."""
     dimensions: tuple[int, ...] = ()
-    """Matryoshka (arXiv 2205.13147): every term of the loss is also taken of the first so many
-    dimensions, for vectors that are to be shortened. The full width needs no mention."""
+    """Matryoshka (arXiv 2205.13147): every term of the loss is also taken of the first so many."""
     dimension_weights: tuple[float, ...] = ()
     """Of the losses at `dimensions`, beside 1 for the full width's. Empty: 1 each."""
     views: Literal["auto", "fast", "parity"] = "auto"
@@ -343,11 +342,12 @@ class TrainConfig:
     """The K for which the table at the end is printed."""
     tensorboard: bool = False
     """Also write the metrics to `tensorboard/` (extra `laser-jax[tensorboard]`)."""
+    wandb: str | None = None
+    """A project of Weights & Biases for them (extra `laser-jax[wandb]`). None: none."""
     profile_steps: tuple[int, int] | None = None
     """First and last step of an XProf trace, written to `profile/`."""
     peak_tflops: float | None = None
-    """Peak of one device at `model.dtype`, for `mfu`; None takes the data sheet of devices that
-    are known (`laser_jax/train/throughput.py`)."""
+    """Peak of one device at `model.dtype`, for `mfu`; None takes the data sheet of known ones."""
 
     def __post_init__(self) -> None:
         counts = ("batch_size", "micro_batch_size", "log_every", "checkpoint_every")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -34,10 +36,11 @@ from laser_jax.files.claim import OutputError
 from laser_jax.train.output import (
     StepLog,
     TensorBoard,
+    WandB,
     claimed,
     code_version,
     logged_lines,
-    require_tensorboard,
+    require_boards,
 )
 
 
@@ -308,8 +311,50 @@ def test_the_other_processes_write_nothing(tmp_path: Path, monkeypatch) -> None:
     assert not (tmp_path / "board").exists()
 
 
-def test_an_absent_package_is_named_with_its_extra(monkeypatch) -> None:
-    require_tensorboard()
+class Recorder:
+    """A stand-in for wandb, which would want a server: what it is told, by the id of a run."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, list[Any]] = {}
+        self.asked: list[dict[str, Any]] = []
+
+    def init(self, **asked: Any) -> Any:
+        self.asked.append(asked)
+        lines = self.runs.setdefault(asked["id"], [])
+        return SimpleNamespace(
+            log=lambda values, step: lines.append((step, values)),
+            finish=lambda: lines.append("finished"),
+        )
+
+
+def test_a_resumed_training_goes_on_with_its_run_of_wandb(tmp_path: Path, monkeypatch) -> None:
+    wandb = Recorder()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for step in (1, 2):
+        with closing(WandB("mine", tmp_path, {"seed": 3})) as board:
+            board.write("train", {"step": step, "loss": 0.5})
+    lines = [(1, {"train/loss": 0.5}), "finished", (2, {"train/loss": 0.5}), "finished"]
+    [(id_, found)] = wandb.runs.items()
+    assert found == lines
+    told = {"project": "mine", "dir": str(tmp_path), "id": id_, "resume": "allow"}
+    assert wandb.asked == [told | {"config": {"seed": 3}}] * 2
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with closing(WandB("mine", tmp_path / "other", {})) as board:
+        board.write("train", {"step": 1, "loss": 0.5})
+    assert len(wandb.asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "package"),
+    [
+        (TrainConfig(tensorboard=True), r"tensorboardX: pip install laser-jax\[tensorboard\]"),
+        (TrainConfig(wandb="mine"), r"wandb: pip install laser-jax\[wandb\]"),
+    ],
+)
+def test_an_absent_package_is_named_with_its_extra(
+    monkeypatch, config: TrainConfig, package: str
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"tensorboardX: pip install laser-jax\[tensorboard\]"):
-        require_tensorboard()
+    require_boards(TrainConfig())
+    with pytest.raises(ConfigError, match=package):
+        require_boards(config)

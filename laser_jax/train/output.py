@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import secrets
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,9 +16,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from laser_jax.config import Config, ConfigError
+from laser_jax.config import Config, ConfigError, TrainConfig
 from laser_jax.files.claim import Claim, OutputError
-from laser_jax.files.durable import read_state_lines, write_atomically
+from laser_jax.files.durable import json_text, read_state, read_state_lines, write_atomically
 from laser_jax.settings import Change, changes
 
 # What a resumed run may change. The rest decides on what is trained or on which model is exported.
@@ -43,6 +44,7 @@ CHANGEABLE = (
     "train.peak_tflops",
     "train.profile_steps",
     "train.tensorboard",
+    "train.wandb",
     # rounding: the run goes on, but not bit for bit
     "mesh",
     "model.attention",
@@ -119,12 +121,12 @@ class StepLog:
 
     Attributes:
         lines: all lines, those given and those written.
-        show: is called with every line that is written.
+        show: are called with every line that is written.
     """
 
     def __init__(self, path: Path, lines: Sequence[dict[str, Any]]):
         self.lines = list(lines)
-        self.show: Callable[[dict[str, Any]], None] | None = None
+        self.show: list[Callable[[dict[str, Any]], None]] = []
         self._file: TextIO | None = None
         if jax.process_index() == 0:
             write_atomically(path, "".join(f"{json.dumps(line)}\n" for line in lines))
@@ -138,8 +140,8 @@ class StepLog:
     def write(self, line: dict[str, Any]) -> None:
         """Appends a line, which must hold `step`."""
         self.lines.append(line)
-        if self.show is not None:
-            self.show(line)
+        for show in self.show:
+            show(line)
         if self._file is not None:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
@@ -149,12 +151,14 @@ class StepLog:
             self._file.close()
 
 
-def require_tensorboard() -> None:
-    """Raises a ConfigError where tensorboardX is not installed."""
-    if importlib.util.find_spec("tensorboardX") is None:
-        raise ConfigError(
-            "train.tensorboard wants tensorboardX: pip install laser-jax[tensorboard]"
-        )
+def require_boards(config: TrainConfig) -> None:
+    """Raises a ConfigError where a package that draws the metrics is not installed."""
+    for wanted, package, extra in (
+        (config.tensorboard, "tensorboardX", "tensorboard"),
+        (config.wandb, "wandb", "wandb"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"train.{extra} wants {package}: pip install laser-jax[{extra}]")
 
 
 class TensorBoard:
@@ -184,3 +188,29 @@ class TensorBoard:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+class WandB:
+    """The metrics as a run of Weights & Biases, which a resumed training goes on with. The first
+    process alone writes. How it logs in, or that it stays offline, is for wandb's own variables."""
+
+    def __init__(self, project: str, directory: Path, config: dict[str, Any]):
+        import wandb
+
+        self._run: Any = None
+        if jax.process_index() == 0:
+            known = directory / "wandb.json"
+            id_ = read_state(known, lambda values: str(values["id"])) or secrets.token_hex(8)
+            write_atomically(known, json_text({"id": id_}))
+            where: dict[str, Any] = {"project": project, "dir": str(directory), "id": id_}
+            self._run = wandb.init(config=config, resume="allow", **where)
+
+    def write(self, group: str, line: dict[str, Any]) -> None:
+        """A log line, which holds `step`."""
+        if self._run is not None:
+            values = {f"{group}/{name}": value for name, value in line.items() if name != "step"}
+            self._run.log(values, step=line["step"])
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()

@@ -41,10 +41,11 @@ from laser_jax.train.model import load_starting_adapter, starting_model
 from laser_jax.train.output import (
     StepLog,
     TensorBoard,
+    WandB,
     claimed,
     code_version,
     logged_lines,
-    require_tensorboard,
+    require_boards,
 )
 from laser_jax.train.processes import is_first, local_rows
 from laser_jax.train.selection import TrainedEncoder, fingerprint_of
@@ -155,8 +156,7 @@ def set_up(config: Config, stack: ExitStack) -> tuple[Run, TrainState]:
 def read_inputs(config: Config) -> Inputs:
     """Opens and checks all that is read, the evaluation's data too: now, not after hours."""
     sources = open_sources(config.data)
-    if config.train.tensorboard:
-        require_tensorboard()
+    require_boards(config.train)
     test, dev = read_evaluation(config)
 
     def texts() -> list[str]:
@@ -299,7 +299,13 @@ def _open_logs(
     evaluations = StepLog(output / "evaluations.jsonl", meta.get("evaluations", []))
     for each in (log, evaluations):
         stack.enter_context(closing(each))
+    boards: list[TensorBoard | WandB] = []
     if config.train.tensorboard:
-        board = stack.enter_context(closing(TensorBoard(output / "tensorboard", start)))
-        log.show, evaluations.show = partial(board.write, "train"), partial(board.write, "dev")
+        boards.append(TensorBoard(output / "tensorboard", start))
+    if config.train.wandb:
+        boards.append(WandB(config.train.wandb, output, as_dict(config)))
+    for board in boards:
+        stack.enter_context(closing(board))
+        log.show.append(partial(board.write, "train"))
+        evaluations.show.append(partial(board.write, "dev"))
     return log, evaluations
