@@ -42,6 +42,7 @@ from laser_jax.hf.directory import read_backbone_config
 from laser_jax.hf.reading import load_adapter, load_params
 from laser_jax.losses import Views, gircse_loss, laser_loss, normalize, pool
 from laser_jax.modeling.backbone import Backbone, Variables, unstack_layers
+from laser_jax.modeling.packing import Rows
 from laser_jax.modeling.rope import rope_at
 from laser_jax.step import TrainState, make_train_step
 from laser_jax.train.state import learning_rate_schedule, make_optimizer
@@ -232,7 +233,7 @@ def layer_states(backbone: Backbone, ids_BT: jax.Array) -> list[jax.Array]:
     rope = rope_at(jnp.arange(ids_BT.shape[1])[None, :], backbone.config)
     states = [x]
     for layer in [*backbone.layers, backbone.last_layer]:
-        x, _ = layer.read(x, rope)
+        x, _ = layer.read(x, Rows(rope, None))
         states.append(x)
     return [*states[:-1], backbone.norm(x)]
 

@@ -19,6 +19,7 @@ from laser_jax.encoder import encode, right_padded
 from laser_jax.inference.batch_encoder import LatentEncoder
 from laser_jax.losses import pool
 from laser_jax.modeling.backbone import Backbone, Variables, unstack_layers
+from laser_jax.modeling.packing import Rows
 from laser_jax.modeling.rope import rope_at
 from laser_jax.sharding import batch_sharding, make_mesh, shardings
 from laser_jax.thinking import top_tokens
@@ -159,7 +160,7 @@ class _Rereader(Backbone):
     def reread(self, x_BTD: jax.Array) -> jax.Array:
         rope = rope_at(jnp.arange(x_BTD.shape[1])[None, :], self.config)
         for layer in [*self.layers, self.last_layer]:
-            x_BTD, _ = layer.read(x_BTD, rope)
+            x_BTD, _ = layer.read(x_BTD, Rows(rope, None))
         return self.norm(x_BTD)
 
 
