@@ -113,7 +113,7 @@ def test_vectors_are_those_of_the_retriever_at_every_K(
         server.embed(input=texts, input_type="query", instruction="Find", thinking_steps=K)
     )
     wanted = retriever.encode_query(texts, instruction="Find", num_thinking_steps=K)
-    np.testing.assert_allclose(got, wanted, atol=1e-6)
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
     got = vectors_of(server.embed(input=texts, input_type="document", thinking_steps=K))
     np.testing.assert_allclose(
         got, retriever.encode_document(texts, num_thinking_steps=K), atol=1e-6
@@ -125,10 +125,10 @@ def test_one_text_the_roles_by_name_dimensions_and_base64(
 ) -> None:
     wanted = retriever.encode_document("Kiel lies at the sea.", truncate_dim=7)
     asked = {"input": "Kiel lies at the sea.", "model": "model:document", "dimensions": 7}
-    np.testing.assert_allclose(vectors_of(server.embed(**asked))[0], wanted, atol=1e-6)
+    np.testing.assert_allclose(vectors_of(server.embed(**asked))[0], wanted, atol=1e-5)
     answer = server.embed(**asked, encoding_format="base64").json()
     raw = base64.b64decode(answer["data"][0]["embedding"])
-    np.testing.assert_allclose(np.frombuffer(raw, "<f4"), wanted, atol=1e-6)
+    np.testing.assert_allclose(np.frombuffer(raw, "<f4"), wanted, atol=1e-5)
     tokens = len(retriever.prompts.document("Kiel lies at the sea."))
     assert answer["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens}
     assert answer["model"] == "model:document"
@@ -141,9 +141,9 @@ def test_token_ids_are_the_text_that_they_stand_for(
     ids = [retriever.prompts.text_ids(text) for text in texts]
     wanted = retriever.encode_document(texts)
     got = vectors_of(server.embed(input=ids, input_type="document"))
-    np.testing.assert_allclose(got, wanted, atol=1e-6)
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
     one = vectors_of(server.embed(input=ids[0], input_type="document"))
-    np.testing.assert_allclose(one[0], wanted[0], atol=1e-6)
+    np.testing.assert_allclose(one[0], wanted[0], atol=1e-5)
 
 
 def test_what_does_not_fit_is_refused_unless_it_may_be_cut(
@@ -159,7 +159,7 @@ def test_what_does_not_fit_is_refused_unless_it_may_be_cut(
     cut = vectors_of(server.embed(input=texts, input_type="document", truncate=True))
     with pytest.warns(UserWarning, match="shortened"):
         wanted = retriever.encode_document(texts)
-    np.testing.assert_allclose(cut, wanted, atol=1e-6)
+    np.testing.assert_allclose(cut, wanted, atol=1e-5)
 
 
 BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
@@ -253,7 +253,7 @@ def test_openai_s_own_client_gets_vectors_and_its_own_errors(
         texts = ["Ulm lies on the Danube.", "Kiel"]
         found = client.embeddings.create(model="model:document", input=texts)
         got = np.array([row.embedding for row in found.data], np.float32)
-        np.testing.assert_allclose(got, retriever.encode_document(texts), atol=1e-6)
+        np.testing.assert_allclose(got, retriever.encode_document(texts), atol=1e-5)
         more = {"input_type": "query", "instruction": "Find", "thinking_steps": 2}
         found = client.embeddings.create(
             model="model", input="Ulm", dimensions=9, encoding_format="float", extra_body=more
@@ -261,7 +261,7 @@ def test_openai_s_own_client_gets_vectors_and_its_own_errors(
         wanted = retriever.encode_query(
             "Ulm", instruction="Find", num_thinking_steps=2, truncate_dim=9
         )
-        np.testing.assert_allclose(found.data[0].embedding, wanted, atol=1e-6)
+        np.testing.assert_allclose(found.data[0].embedding, wanted, atol=1e-5)
         assert next(model.id for model in client.models.list()) == "model"
         with pytest.raises(openai.BadRequestError) as refused:
             client.embeddings.create(model="model", input="Ulm")
@@ -277,7 +277,7 @@ def test_curl_gets_vectors(server: Running, retriever: LatentRetriever) -> None:
     command = [curl, "--silent", f"{server.url}/v1/embeddings", "--data", body]
     answer = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     wanted = retriever.encode_document("Kiel")
-    np.testing.assert_allclose(answer["data"][0]["embedding"], wanted, atol=1e-6)
+    np.testing.assert_allclose(answer["data"][0]["embedding"], wanted, atol=1e-5)
 
 
 # --- search ------------------------------------------------------------------------------------
@@ -380,7 +380,7 @@ def test_requests_of_different_K_share_batches_and_nothing_is_compiled(
             got = list(pool.map(ask, range(60)))
     assert compiled == []
     for n, vector in enumerate(got):
-        np.testing.assert_allclose(vector, wanted[n % 5][n], atol=1e-6)
+        np.testing.assert_allclose(vector, wanted[n % 5][n], atol=1e-5)  # another batch rounds anew
     assert max(calls) > 1
     assert len(calls) < 60 + 9
 
@@ -450,7 +450,7 @@ def test_the_queue_is_bounded_and_cancelled_rows_are_dropped(
         vectors = second.result()
         batcher.stop()
     assert calls == [1]
-    np.testing.assert_allclose(vectors[0], retriever.encode_document("Ulm"), atol=1e-6)
+    np.testing.assert_allclose(vectors[0], retriever.encode_document("Ulm"), atol=1e-5)
 
 
 def test_what_waits_at_the_end_is_still_embedded(

@@ -128,8 +128,14 @@ def test_explicit_prefix_equals_latent_prefix() -> None:
     assert_same(view, explicit(random_variables(), EXPLICIT, KEYFRAMES))
 
 
-@pytest.mark.parametrize("shape", [PackShape(1, 31), PackShape(1, 40), PackShape(3, 16)])
-@pytest.mark.parametrize("objective", [ObjectiveConfig(num_thinking_steps=K, views="parity"), FAST])
+@pytest.mark.parametrize(
+    ("shape", "objective"),
+    [
+        (PackShape(1, 31), dataclasses.replace(FAST, views="parity")),
+        (PackShape(1, 40), FAST),
+        (PackShape(3, 16), FAST),
+    ],
+)
 def test_rows_are_read_alike_without_their_padding(
     shape: PackShape, objective: ObjectiveConfig
 ) -> None:

@@ -293,7 +293,7 @@ def _differences(
     compared = set(per_query) - {latent(1)} - {unrestricted(run) for run in per_query}
     pairs = [(run, latent(1)) for run in per_query if run in compared]
     pairs += [(EXPLICIT, CONTROL)]
-    shorter = [run for run in per_query if run.startswith(f"{latent(own)}, ")]
+    shorter = [run for run in per_query if run.endswith(" dimensions")]
     pairs += [(run, latent(own)) for run in (EXPLICIT, *REWRITES, *shorter) if own > 1]
     differences = []
     for run, against in pairs:
