@@ -77,3 +77,19 @@ def test_a_size_below_one_is_refused(name) -> None:
         Buckets(**{name: 0})
     with pytest.raises(ValueError, match="short_batches"):
         Buckets(short_batches=(0,))
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"),
+    [
+        *((1, [1]), (3, [1, 1, 1]), (4, [4]), (9, [8, 1]), (31, [8, 8, 8, 7])),
+        *((32, [32]), (64, [64]), (70, [64, 6]), (66, [64, 1, 1])),
+    ],
+)
+def test_a_batch_that_is_cut_is_half_full_where_it_can_be(count: int, sizes: list[int]) -> None:
+    rows = [(place, [0] * (1 + place % 30)) for place in range(count)]
+    batches = list(Buckets(short_batches=(1, 8)).cut(rows))
+    assert [len(batch) for batch in batches] == sizes
+    lengths = [len(row) for batch in batches for _, row in batch]
+    assert lengths == sorted(lengths, reverse=True)
+    assert sorted(place for batch in batches for place, _ in batch) == list(range(count))

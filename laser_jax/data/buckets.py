@@ -62,6 +62,18 @@ class Buckets:
             widths.append(self.width(widths[-1] + 1))
         return [(size, width) for width in widths for size in self.sizes(width)]
 
+    def cut(self, rows: Iterable[IndexedRow]) -> Iterator[list[IndexedRow]]:
+        """Cuts rows that are all there into batches of which at least half is filled, where the
+        sizes allow it: the longest rows first."""
+        left = sorted(rows, key=lambda row: len(row[1]), reverse=True)
+        while left:
+            sizes = self.sizes(self.width(len(left[0][1])))
+            size = next((size for size in sizes if size >= len(left)), sizes[-1])
+            if 2 * len(left) < size:
+                size = max((size for size in sizes if size <= len(left)), default=size)
+            yield left[:size]
+            left = left[size:]
+
     def batches(self, blocks: Iterable[Sequence[IndexedRow]]) -> Iterator[list[IndexedRow]]:
         """Cuts rows that arrive in blocks into batches, the longest row of a block first.
 

@@ -27,7 +27,6 @@ from laser_jax.serve.metrics import Metrics
 _BATCHES_PER_WINDOW = 4
 _LINGER = 0.1
 """Of the last batch's time: how long a batch that is not full waits for rows of other requests."""
-_LONGEST_LINGER = 0.02
 _log = logging.getLogger(__name__)
 
 
@@ -166,8 +165,8 @@ class Batcher:
         Raises:
             QueueFullError: as `require_room`.
         """
-        job = _Job(rows, K, self._encoder.config.backbone.hidden_size)
         with self._changed:
+            job = _Job(rows, K, self._encoder.config.backbone.hidden_size)
             self.require_room(len(rows))
             self._pending.extend((job, place) for place in range(len(rows)))
             self._metrics.queued.set(len(self._pending))
@@ -188,7 +187,7 @@ class Batcher:
             window = self._window(linger=running is None)
             if window is None:
                 return
-            for batch in self._encoder.buckets.batches([list(enumerate(map(_ids, window)))]):
+            for batch in self._encoder.buckets.cut(enumerate(map(_ids, window))):
                 begun = self._begin([window[place] for place, _ in batch])
                 if running is not None:
                     self._finish(running)
@@ -200,8 +199,8 @@ class Batcher:
         with self._changed:
             self._changed.wait_for(lambda: self._pending or self._ending)
             if linger and self._crowded and not self._ending:
-                wait = min(_LINGER * self._last_seconds, _LONGEST_LINGER)
-                self._changed.wait_for(lambda: len(self._pending) >= size, timeout=wait)
+                wait = _LINGER * self._last_seconds
+                self._changed.wait_for(lambda: len(self._pending) >= size, wait)
             if not self._pending:
                 return None
             count = min(len(self._pending), _BATCHES_PER_WINDOW * size)
@@ -236,11 +235,10 @@ class Batcher:
         self._count(batch, vectors_SBD.shape[1])
 
     def _count(self, batch: _Batch, size: int) -> None:
-        seconds, count = time.perf_counter() - batch.begun, len(batch.rows)
-        self._last_seconds = seconds
+        count = len(batch.rows)
+        self._last_seconds = seconds = time.perf_counter() - batch.begun
         self._crowded = any(job is not batch.rows[0][0] for job, _ in batch.rows)
-        pace = count / seconds
-        self._pace = pace if not self._pace else 0.9 * self._pace + 0.1 * pace
+        self._pace = 0.9 * self._pace + 0.1 * count / seconds if self._pace else count / seconds
         metrics = self._metrics
         metrics.batch_seconds.observe(seconds)
         metrics.fill.observe(count / size)
