@@ -195,7 +195,7 @@ class WandB:
     process alone writes. How it logs in, or that it stays offline, is for wandb's own variables."""
 
     def __init__(self, project: str, directory: Path, config: dict[str, Any]):
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         self._run: Any = None
         if jax.process_index() == 0:
