@@ -327,6 +327,7 @@ def test_mteb_scores_it_as_our_evaluator_does(pair, tmp_path: Path) -> None:
 # --- a loud error ------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of release 5, which asks our code
 def test_without_trust_it_does_not_load(qwen3: Path) -> None:
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         st.SentenceTransformer(str(qwen3), device="cpu")
