@@ -233,7 +233,7 @@ def layer_states(backbone: Backbone, ids_BT: jax.Array) -> list[jax.Array]:
     rope = rope_at(jnp.arange(ids_BT.shape[1])[None, :], backbone.config)
     states = [x]
     for layer in [*backbone.layers, backbone.last_layer]:
-        x, _ = layer.read(x, Rows(rope, None))
+        x, _ = layer.read(x, Rows.of(rope, None))
         states.append(x)
     return [*states[:-1], backbone.norm(x)]
 

@@ -160,7 +160,7 @@ class _Rereader(Backbone):
     def reread(self, x_BTD: jax.Array) -> jax.Array:
         rope = rope_at(jnp.arange(x_BTD.shape[1])[None, :], self.config)
         for layer in [*self.layers, self.last_layer]:
-            x_BTD, _ = layer.read(x_BTD, Rows(rope, None))
+            x_BTD, _ = layer.read(x_BTD, Rows.of(rope, None))
         return self.norm(x_BTD)
 
 

@@ -140,10 +140,9 @@ class Attention(nn.Module):
     def read(
         self, x: jax.Array, rows: Rows, select_BP: jax.Array | None
     ) -> tuple[jax.Array, KeyValues]:
-        rope = rows.rope
-        kv = jax.tree.map(rows.pad, self._keys_values(x, rope))
+        kv = jax.tree.map(rows.pad, self._keys_values(x, rows.rope))
         if select_BP is None:
-            q_BTNH = rows.pad(self._queries(x, rope))
+            q_BTNH = rows.pad(self._queries(x, rows.rope))
             return self._output(rows.pack(causal_attention(q_BTNH, kv, self.kernel))), kv
         q_BPNH = self._queries(rows.take(x, select_BP), rows.rope_T.at(select_BP))
         return self._output(counted_attention(q_BPNH, kv, select_BP + 1)), kv
@@ -261,7 +260,7 @@ class Backbone(nn.Module):
             States after the final norm, [B, P, D] (or [B, T, D]) in the compute dtype, and the
             cache of keys and values over all T positions.
         """
-        rows = Rows(rope_from_zero(ids_BT.shape[1], self.config), packing)
+        rows = Rows.of(rope_from_zero(ids_BT.shape[1], self.config), packing)
         x = self.embed(rows.pack(ids_BT))
         x, earlier = self._read_layers(x, rows)
         x, last = self.last_layer.read(x, rows, select_BP)

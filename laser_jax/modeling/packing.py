@@ -65,14 +65,16 @@ class Rows:
 
     rope_T: Rope
     """Of positions from 0 on."""
+    rope: Rope
+    """Of the tokens as they lie."""
     packing: Packing | None
 
-    @property
-    def rope(self) -> Rope:
-        """Of the tokens as they lie."""
-        if self.packing is None:
-            return self.rope_T
-        return self.rope_T.at(self.packing.source_PN % self.packing.place_PbT.shape[2])
+    @classmethod
+    def of(cls, rope_T: Rope, packing: Packing | None) -> Rows:
+        if packing is None:
+            return cls(rope_T, rope_T, None)
+        T = packing.place_PbT.shape[2]
+        return cls(rope_T, rope_T.at(packing.source_PN % T), packing)
 
     def pack(self, x_BT: jax.Array) -> jax.Array:
         """Padded rows as they lie."""

@@ -365,10 +365,8 @@ async def _page(service: Service, request: Request) -> Response:
     except Exception as error:  # a fault of ours: the page says so, the log where
         _log.exception("the page failed")
         text = f"{type(error).__name__}: {error}. The server's log says where."
-        page, status = (
-            render_page(model=site.model, corpus=site.corpus, error=text),
-            HTTPStatus.INTERNAL_SERVER_ERROR,
-        )
+        page = render_page(model=site.model, corpus=site.corpus, error=text)
+        status = HTTPStatus.INTERNAL_SERVER_ERROR
     finally:
         service.pages -= 1
     headers = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "script-src 'none'"}
