@@ -32,6 +32,7 @@ ORDER: tuple[str, ...] = (
         "data.reasoning_retrieval",
     ),
     "data.pipeline",
+    *("import_gguf.file", "import_gguf.tokenizer", "import_gguf.run", "models.directory"),
     *("inference.batch_encoder", "inference.options", "inference.retriever"),
     *("search.codes", "search.trec", "search.repeated_ids", "search.matching", "search.topk"),
     *("search.vectors", "search.run"),
@@ -52,7 +53,6 @@ ORDER: tuple[str, ...] = (
     *("think.thought", "think.page", "think.site", "think.run"),
     *("serve.metrics", "serve.batching", "serve.requests", "serve.index", "serve.app", "serve.run"),
     *("quickstart.world", "quickstart.run"),
-    *("import_gguf.file", "import_gguf.tokenizer", "import_gguf.run"),
     *("annotate.answers", "annotate.endpoint", "annotate.run"),
     *("export.files", "export.card", "export.run"),
     "export.laser_retriever",  # the last: a copy of it travels, and nothing imports it
@@ -64,7 +64,7 @@ ORDER: tuple[str, ...] = (
 METHOD = ("losses", "alignment", "batch", "thinking", "views", "step", "modeling")
 METHOD_LINES = 1_150
 """Of code: one person reads the method in an afternoon."""
-PACKAGE_LINES, BENCHMARK_LINES = 23_480, 4_500
+PACKAGE_LINES, BENCHMARK_LINES = 23_580, 4_500
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 500, 60, 8
 
 # Library -> the files under laser_jax that may import it.

@@ -28,11 +28,12 @@ from laser_jax.encode_corpus.plan import (
 )
 from laser_jax.files.durable import Digest
 from laser_jax.files.reading import DataError
-from laser_jax.hf.directory import read_backbone_config, resolve_directory
+from laser_jax.hf.directory import read_backbone_config
 from laser_jax.hf.reading import find_params, load_adapter
 from laser_jax.inference.batch_encoder import NotFiniteError
 from laser_jax.inference.options import EncoderOptions, LimitKey, require_positions
 from laser_jax.inference.retriever import EncodingStats, LatentRetriever, require_matching
+from laser_jax.models.directory import model_directory
 from laser_jax.search.codes import encode_vectors
 from laser_jax.search.vectors import Role, Shard, VectorsInfo, shard_name, write_shard
 from laser_jax.settings import changes, listed, require, require_in
@@ -126,7 +127,7 @@ def settings_of(config: CorpusConfig) -> Settings:
         FileNotFoundError, ValueError: the model's directory cannot be used, or not with these
             settings; names the file or the setting.
     """
-    directory, model = resolve_directory(config.model), config.retriever_config()
+    directory, model = model_directory(config.model), config.retriever_config()
     prompts = PromptTokenizer(load_tokenizer(directory), model.prompt)
     require_matching(model, prompts)
     limit: LimitKey = "query_max_length" if config.texts == "queries" else "document_max_length"

@@ -30,9 +30,9 @@ from laser_jax.evaluate.bright import INSTRUCTIONS
 from laser_jax.evaluate.results import markdown_table, model_name
 from laser_jax.evaluate.retrieval import EvaluationOptions, load_retriever
 from laser_jax.files.durable import checksum, write_json
-from laser_jax.hf.directory import resolve_directory
 from laser_jax.inference.options import read_retriever_config
 from laser_jax.inference.retriever import LatentRetriever
+from laser_jax.models.directory import model_directory
 from laser_jax.settings import require
 
 try:
@@ -363,7 +363,7 @@ def evaluate(options: MtebOptions) -> dict[str, list[TaskScore]]:
 
 
 def _load(options: MtebOptions) -> MtebRetriever:
-    directory = resolve_directory(options.model)
+    directory = model_directory(options.model)
     own = read_retriever_config(directory, options.preset)
     # what sets the results apart from those of the model as it was exported
     asked = {

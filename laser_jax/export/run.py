@@ -16,7 +16,7 @@ from laser_jax.export.files import Source, write_hf, write_sentence_transformers
 from laser_jax.files.claim import Claim, OutputError
 from laser_jax.files.durable import folder_written_whole
 from laser_jax.files.terminal import fail
-from laser_jax.hf.directory import resolve_directory
+from laser_jax.models.directory import model_directory
 from laser_jax.settings import changes, require
 
 _log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def export(options: ExportOptions) -> None:
         OSError: the output cannot be written, or the hub refuses it.
     """
     hub = None if options.push is None else _hub()
-    directory = resolve_directory(options.model).resolve()
+    directory = model_directory(options.model).resolve()
     config = load_retriever_config(directory)
     asked = {"model": str(directory), "to": options.to, "adapter": options.adapter}
     output = Path(options.output)

@@ -14,7 +14,7 @@ from pathlib import Path
 import ml_dtypes
 
 from laser_jax.command_line import parse_command_line
-from laser_jax.config import ConfigError, Dtype
+from laser_jax.config import BackboneConfig, ConfigError, Dtype
 from laser_jax.data.tokenization import special_token_ids
 from laser_jax.data.tokenizer_files import save_tokenizer
 from laser_jax.files.terminal import fail
@@ -42,8 +42,9 @@ class ImportOptions:
     """The dtype of the stored weights. The quantised values are exact in float32 alone."""
 
 
-def import_gguf(options: ImportOptions) -> None:
-    """Reads `options.file` and writes `options.output`, whole or not at all.
+def import_gguf(options: ImportOptions) -> tuple[BackboneConfig, dict[str, int | None]]:
+    """Reads `options.file` and writes `options.output`, whole or not at all. Returns the sizes of
+    the backbone and its special tokens.
 
     Raises:
         FileNotFoundError, ImportError: the file, or a package, is not there.
@@ -58,24 +59,28 @@ def import_gguf(options: ImportOptions) -> None:
     file = open_gguf(packaged_file(options.file) if is_packaged else options.file)
     backbone = read_gguf_config(file)
     tokenizer = read_gguf_tokenizer(file)
+    tokens = special_token_ids(tokenizer)
     weights = gguf_weights(file, backbone)
     dtype = getattr(ml_dtypes, options.store_dtype, options.store_dtype)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as stage:
         made = Path(stage) / output.name
-        save_weights(made, backbone, weights, dtype, special_token_ids(tokenizer))
+        save_weights(made, backbone, weights, dtype, tokens)
         save_tokenizer(tokenizer, made)
         made.replace(output)
-    print(
-        f"{output}: {backbone.family}, {backbone.num_layers} layers of {backbone.hidden_size}, "
-        f"{backbone.vocab_size:,} tokens, weights in {options.store_dtype}"
-    )
+    return backbone, tokens
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     try:
         program, places = "python -m laser_jax.import_gguf", ("file", "output")
-        import_gguf(parse_command_line(ImportOptions, program, arguments, places))
+        options = parse_command_line(ImportOptions, program, arguments, places)
+        backbone, _ = import_gguf(options)
+        print(
+            f"{options.output}: {backbone.family}, {backbone.num_layers} layers of "
+            f"{backbone.hidden_size}, {backbone.vocab_size:,} tokens, weights in "
+            f"{options.store_dtype}"
+        )
     except (ValueError, OSError, ImportError) as error:
         fail(error)

@@ -19,7 +19,8 @@ from laser_jax.config import (
     appended_thoughts,
     load_retriever_config,
 )
-from laser_jax.hf.directory import read_backbone_config, resolve_directory
+from laser_jax.hf.directory import read_backbone_config
+from laser_jax.models.directory import model_directory
 from laser_jax.settings import require_in
 from laser_jax.sharding import make_mesh
 
@@ -177,7 +178,7 @@ class EncoderOptions(BatchOptions):
     def retriever_config(self) -> RetrieverConfig:
         """What the model's directory and these options make together. Raises as
         `read_retriever_config` and `with_max_length`."""
-        config = read_retriever_config(resolve_directory(self.model), self.preset)
+        config = read_retriever_config(model_directory(self.model), self.preset)
         config = replace(
             config,
             dtype=self.compute_dtype or config.dtype,

@@ -25,7 +25,6 @@ from laser_jax.data.tokenization import (
 )
 from laser_jax.encoder import backbone_for, load_pretrained
 from laser_jax.files.durable import Digest
-from laser_jax.hf.directory import resolve_directory
 from laser_jax.inference.batch_encoder import LatentEncoder
 from laser_jax.inference.options import (
     EncoderOptions,
@@ -36,6 +35,7 @@ from laser_jax.inference.options import (
     require_preset,
 )
 from laser_jax.modeling.backbone import Variables
+from laser_jax.models.directory import model_directory
 from laser_jax.sharding import shardings
 
 # A block of texts is tokenised while the one before it is on the device; a few batches each.
@@ -147,7 +147,7 @@ class LatentRetriever:
                 preset is unknown; names it.
         """
         require_preset(preset)
-        directory = resolve_directory(model)
+        directory = model_directory(model)
         if config is None:
             config = read_retriever_config(directory, preset)
         elif preset is not None:

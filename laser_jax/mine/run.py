@@ -22,9 +22,9 @@ from laser_jax.files.claim import Claim, OutputError
 from laser_jax.files.durable import checksum, write_atomically
 from laser_jax.files.reading import DataError, json_lines
 from laser_jax.files.terminal import fail
-from laser_jax.hf.directory import resolve_directory
 from laser_jax.mine.candidates import Ranking, rank_by_bm25, rank_by_model, rank_by_run
 from laser_jax.mine.filters import Rules, negatives_of
+from laser_jax.models.directory import model_directory
 from laser_jax.search.matching import count_ids
 from laser_jax.settings import as_dict, changes
 
@@ -87,7 +87,7 @@ def _retriever(options: MineOptions) -> tuple[list[Path], Callable[..., list[Ran
         return [], rank_by_bm25
     if Path(who).is_file():
         return [Path(who)], partial(rank_by_run, Path(who), options.corpus)
-    directory = resolve_directory(who)
+    directory = model_directory(who)
     files = sorted(path for path in directory.iterdir() if path.is_file())
     return files, partial(rank_by_model, directory)
 

@@ -40,9 +40,10 @@ from laser_jax.files.claim import Claim, OutputError
 from laser_jax.files.durable import json_text
 from laser_jax.files.reading import DataError
 from laser_jax.files.terminal import fail
-from laser_jax.hf.directory import read_backbone_config, resolve_directory
+from laser_jax.hf.directory import read_backbone_config
 from laser_jax.hf.reading import load_params
 from laser_jax.inference.options import BatchOptions
+from laser_jax.models.directory import model_directory
 from laser_jax.rewrite.generation import Decoding, TextGenerator, Written, stop_ids
 from laser_jax.settings import changes, require
 from laser_jax.train.checkpoint import fingerprint
@@ -219,7 +220,7 @@ def rewrite(options: RewriteOptions) -> dict[str, Any]:
         OSError: a full disk. All messages name what is meant.
     """
     queries = read_wanted(options)
-    directory, output = resolve_directory(options.model), Path(options.output)
+    directory, output = model_directory(options.model), Path(options.output)
     if not output.parent.is_dir():
         raise ConfigError(f"the folder {output.parent} does not exist; make it first")
     backbone = read_backbone_config(directory)

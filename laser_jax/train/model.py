@@ -29,11 +29,12 @@ from laser_jax.data.tokenization import (
 from laser_jax.data.tokenizer_files import save_tokenizer
 from laser_jax.files.durable import folder_written_whole
 from laser_jax.hf.adapters import merged_adapters
-from laser_jax.hf.directory import read_backbone_config, resolve_directory
+from laser_jax.hf.directory import read_backbone_config
 from laser_jax.hf.reading import load_adapter
 from laser_jax.hf.writing import save_params
 from laser_jax.modeling.attention import choose_kernel
 from laser_jax.modeling.backbone import Backbone, Variables
+from laser_jax.models.directory import model_directory
 from laser_jax.settings import changes, listed
 from laser_jax.train.processes import is_first
 
@@ -44,7 +45,7 @@ def starting_model(
     """The directory, the tokenizer and the sizes of `model.path`; or those of a model from scratch,
     which has no directory and learns its tokenizer from `texts`."""
     if model.path is not None:
-        directory = resolve_directory(model.path)
+        directory = model_directory(model.path)
         backbone = read_backbone_config(directory)
         model.require_named_backbone(backbone)
         return directory, load_tokenizer_for(directory, backbone), backbone
@@ -63,7 +64,7 @@ def load_starting_adapter(
         FileNotFoundError, HFError: as `load_adapter`; also where it is merged into the model.
     """
     assert model.adapter is not None
-    tree, found = load_adapter(model.adapter, backbone, base=resolve_directory(str(model.path)))
+    tree, found = load_adapter(model.adapter, backbone, base=model_directory(str(model.path)))
     wanted = replace(lora, targets=tuple(name for name in PROJECTIONS if name in lora.targets))
     if different := changes(as_dict(wanted), found, source="lora"):
         raise ConfigError(
@@ -112,7 +113,7 @@ def save_model(
         dtype=model.param_dtype,
         lora=backbone.lora,
         tokens=special_token_ids(tokenizer),
-        merged=merged_adapters(resolve_directory(model.path)) if model.path else (),
+        merged=merged_adapters(model_directory(model.path)) if model.path else (),
     )
     if is_first():
         with folder_written_whole(directory) as folder:

