@@ -37,7 +37,6 @@ class Result:
     K: int
     per_query: dict[int, dict[str, QueryScores]] = field(default_factory=dict)
     """... -> run -> query -> metric -> value."""
-    seconds: dict[int, float] = field(default_factory=dict)
     code: dict[int, str] = field(default_factory=dict)
     """Which finished the training: the commit, or a version where there was no checkout."""
     probes: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -62,12 +61,16 @@ def read_result(title: str, view: str, runs: Mapping[int, Path], split: str) -> 
     result = Result(title, EXPLICIT if view == "explicit" else latent(K), K)
     for seed, run in runs.items():
         result.per_query[seed] = read_per_query(run / split / PER_QUERY_FILE)
-        results = json.loads((run / "results.json").read_text())
-        result.seconds[seed] = results["train_seconds"]
-        result.code[seed] = results["code"].get("commit", results["code"]["version"])
+        result.code[seed] = trained_by(run)
         if probes := json.loads((run / split / PROBE_FILE).read_text()):
             result.probes[seed] = probes
     return result
+
+
+def trained_by(run: Path) -> str:
+    """The commit of a finished run's code, or its version where there was no checkout."""
+    code = json.loads((run / "results.json").read_text())["code"]
+    return code.get("commit", code["version"])
 
 
 def over_seeds(values: Values) -> dict[str, Any]:
@@ -123,7 +126,6 @@ def summarise(row: str, results: Mapping[str, Result]) -> dict[str, Any]:
         "colearning": seen and explicit and _differences(result, EXPLICIT, explicit, EXPLICIT),
         "by_steps": {str(k): result.scores(latent(k)) for k in STEPS},  # as JSON has its keys
         "probe": _mean_probe(list(result.probes.values())),
-        "train_seconds": result.seconds,
         "trained_by": result.code,
     }
 

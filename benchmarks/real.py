@@ -1,12 +1,13 @@
 """LaSER and its baselines on a pretrained language model and real texts: trains, ranks, compares.
 
-    python -m benchmarks.real --model DIR [--rows laser contrastive ...] [--split dev] [--others N]
+    python -m benchmarks.real --model smollm2 --sets DIR ... [--rows laser contrastive bm25 ...]
 
 One contrastive stage (K = 1) from the backbone comes first; every row goes on from its adapters,
-with the same rows, batches and steps. What is trained stays under --work: finished runs are not
-repeated, stopped ones go on, and --finished_only reports what is there. --first_adapter takes a
-first stage that is trained already, such as benchmarks/adapters/smollm2-first. With --others every
-set is ranked over the documents that are relevant to some query of the split and N others.
+with the same rows, batches and steps. BM25, MiniLM and the backbone untrained are ranked where
+--rows names them. What is trained stays under --work: finished runs are not repeated, stopped ones
+go on, and --finished_only reports what is there. --first_adapter takes a first stage that is
+trained already, such as benchmarks/adapters/smollm2-first. With --others every set is ranked over
+the documents that are relevant to some query of the split and N others.
 """
 
 from __future__ import annotations
@@ -16,33 +17,38 @@ import contextlib
 import json
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks import measure
+from benchmarks import baselines, measure
 from benchmarks.ablation import CONFIGS, ROWS, train_once
-from benchmarks.ablation_table import STEPS, commits_told
+from benchmarks.ablation_table import STEPS, commits_told, trained_by
 from benchmarks.measure import BenchmarkError, Report
 from laser_jax.command_line import parse_train_command
-from laser_jax.config import load_retriever_config
+from laser_jax.config import RetrieverConfig, load_retriever_config, save_retriever_config
 from laser_jax.evaluate.beir import read_beir
+from laser_jax.evaluate.metrics import evaluate_run
 from laser_jax.evaluate.model import ModelOptions, evaluate_model
-from laser_jax.evaluate.results import PER_QUERY_FILE, RESULTS_FILE, read_per_query
-from laser_jax.evaluate.retrieval import EXPLICIT, latent
+from laser_jax.evaluate.results import PER_QUERY_FILE, RESULTS_FILE, read_per_query, write_results
+from laser_jax.evaluate.retrieval import CONTROL, EXPLICIT, REWRITE, latent
 from laser_jax.files.durable import write_atomically
+from laser_jax.hf.directory import read_backbone_config
+from laser_jax.models.directory import model_directory
 from laser_jax.train.run import TrainingError
 
 FIRST, UNTRAINED = "first", "untrained"
-"""The contrastive stage that all rows begin with, and the backbone as it comes."""
+"""The contrastive stage that all rows begin with, and the backbone as it comes, in the recipe."""
+GIVEN = {UNTRAINED: "SmolLM2 untrained", **baselines.BASELINES}
+"""Rows that nobody trains here."""
 METRICS = ("nDCG@10", "Recall@100")
 RESAMPLES = 10_000
 
 Scores = dict[str, dict[str, dict[str, float]]]
-"""Set -> run -> query -> nDCG@10."""
+"""Set -> run -> query -> value of one metric."""
 
 
 # --- training and ranking ----------------------------------------------------------------------
@@ -92,14 +98,20 @@ def pooled(data: Path, split: str, others: int, folder: Path) -> Path:
     return target
 
 
-def rank(options: argparse.Namespace, model: Path, output: Path, name: str) -> None:
-    """Ranks every set at every K and by the explicit view; what is finished is kept."""
+def unranked(options: argparse.Namespace, output: Path) -> Iterator[tuple[Path, Path]]:
+    """The sets without results under `output`: what is to be ranked, and where the results go."""
     for data in options.sets:
         target = output / options.split / data.name
-        if (target / RESULTS_FILE).is_file():
-            continue
-        if options.others is not None:
-            data = pooled(data, options.split, options.others, options.work / "pools")
+        if not (target / RESULTS_FILE).is_file():
+            if options.others is not None:
+                data = pooled(data, options.split, options.others, options.work / "pools")
+            yield data, target
+
+
+def rank(options: argparse.Namespace, model: Path, output: Path, name: str) -> None:
+    """Ranks every set at every K and by the explicit view; what is finished is kept."""
+    for data, target in unranked(options, output):
+        written = options.rewrites and options.rewrites / f"{target.name}-{options.split}.jsonl"
         evaluate_model(
             ModelOptions(
                 model=str(model),
@@ -109,16 +121,41 @@ def rank(options: argparse.Namespace, model: Path, output: Path, name: str) -> N
                 name=name,
                 eval_thinking_steps=STEPS,
                 metrics=METRICS,
+                rewrites=str(written) if written else None,
                 length_multiple=options.length_multiple,
             )
         )
         jax.clear_caches()
 
 
+def rank_given(options: argparse.Namespace, row: str) -> None:
+    """Ranks every set by what is not trained here; by a baseline for the query alone, and for query
+    and rationale."""
+    if row == UNTRAINED:
+        model = options.work / row / "model"
+        model.mkdir(parents=True, exist_ok=True)
+        for file in model_directory(options.model).iterdir():
+            if not (model / file.name).exists():
+                (model / file.name).symlink_to(file.resolve())
+        config, _ = parse_train_command(train_command(options, "laser", 1))
+        K, pooling = config.objective.num_thinking_steps, config.objective.pooling
+        own = RetrieverConfig(read_backbone_config(model), K, pooling, config.prompt)
+        save_retriever_config(own, model)
+        rank(options, model, model.parent, row)
+        return
+    for data, target in unranked(options, options.work / row):
+        dataset = read_beir(data, options.split)
+        runs = baselines.rankings(row, dataset)
+        per_query = {how: evaluate_run(run, dataset.qrels, METRICS) for how, run in runs.items()}
+        write_results(target, {"baseline": row, "data": str(data)}, per_query)
+
+
 def run_missing(options: argparse.Namespace, rows: Sequence[str]) -> None:
     """Trains and ranks what is not finished, seed by seed, in the order of the rows."""
+    for row in GIVEN.keys() & set(rows):
+        rank_given(options, row)
     for seed in range(1, options.seeds + 1):
-        for row in rows:
+        for row in (row for row in rows if row not in GIVEN):
             train_once(train_command(options, row, seed))
             run = seed_folder(options, seed) / row
             rank(options, run / "model", run, row)
@@ -128,11 +165,11 @@ def run_missing(options: argparse.Namespace, rows: Sequence[str]) -> None:
 # --- comparison --------------------------------------------------------------------------------
 
 
-def read_scores(run: Path, split: str, sets: Sequence[str]) -> Scores:
-    """nDCG@10 of every query of every set, by run."""
+def read_scores(run: Path, split: str, sets: Sequence[str], metric: str = METRICS[0]) -> Scores:
+    """One metric of every query of every set, by run."""
     return {
         name: {
-            how: {query: values[METRICS[0]] for query, values in queries.items()}
+            how: {query: values[metric] for query, values in queries.items()}
             for how, queries in read_per_query(run / split / name / PER_QUERY_FILE).items()
         }
         for name in sets
@@ -175,77 +212,100 @@ def macro_difference(
     return {"difference": float(mean), "low": float(low), "high": float(high)}
 
 
+def find(options: argparse.Namespace, rows: Sequence[str]) -> dict[str, dict[int, Path]]:
+    """The finished runs of the rows, by seed. What nobody trains stands beside every seed."""
+    runs: dict[str, dict[int, Path]] = {}
+    for row in rows:
+        for seed in range(1, options.seeds + 1):
+            run = options.work / row if row in GIVEN else seed_folder(options, seed) / row
+            places = [run / options.split / data.name / RESULTS_FILE for data in options.sets]
+            if all(place.is_file() for place in places):
+                runs.setdefault(row, {})[seed] = run
+    return runs
+
+
 def fill(options: argparse.Namespace, report: Report) -> None:
     """Runs what is missing, unless `--finished_only`, and compares.
 
     Raises:
         BenchmarkError: with the message of what training and evaluation raise.
     """
-    names = [data.name for data in options.sets]
-    rows = [row for row in ROWS if row in (options.rows or ROWS)]
+    rows = [row for row in (*ROWS, *GIVEN) if row in (options.rows or ROWS)]
     if options.first_adapter is None:
         rows = [FIRST, *rows]
     try:
         if not options.finished_only:
             with contextlib.redirect_stdout(sys.stderr):  # stdout is for the tables
-                parse_train_command(train_command(options, rows[0], 1))  # a bad recipe ends it now
+                for row in set(rows) - GIVEN.keys():  # a bad recipe ends it now
+                    parse_train_command(train_command(options, row, 1))
                 run_missing(options, rows)
-        found: dict[str, dict[int, Scores]] = {}
-        code: dict[str, dict[int, str]] = {}
-        for row in rows:
-            for seed in range(1, options.seeds + 1):
-                run = seed_folder(options, seed) / row
-                ranked = [run / options.split / name / RESULTS_FILE for name in names]
-                if (run / "results.json").is_file() and all(file.is_file() for file in ranked):
-                    found.setdefault(row, {})[seed] = read_scores(run, options.split, names)
-                    trained_by = json.loads((run / "results.json").read_text())["code"]
-                    commit = trained_by.get("commit", trained_by["version"])
-                    code.setdefault(row, {})[seed] = commit
-        if not found:
+        runs = find(options, rows)
+        if not runs:
             raise BenchmarkError(f"nothing is finished under {options.work}")
-        report.rows = [summarise(options, row, found) for row in found]
+        report.rows = [summarise(options, row, runs) for row in runs]
     except (ValueError, OSError, TrainingError) as error:
         raise BenchmarkError(str(error)) from error
-    report.notes += commits_told(code)
+    trained = {row: of for row, of in runs.items() if row not in GIVEN}
+    report.notes += commits_told(
+        {row: {seed: trained_by(run) for seed, run in of.items()} for row, of in trained.items()}
+    )
+
+
+def scored_run(row: str, run: Path) -> tuple[int, str]:
+    """K of a row, and the name of the run by which it is judged."""
+    if row in baselines.BASELINES:
+        return 1, latent(1)
+    K = load_retriever_config(run / "model").num_thinking_steps
+    view = ROWS[row].view if row in ROWS else "latent"
+    return K, EXPLICIT if view == "explicit" else latent(K)
 
 
 def summarise(
-    options: argparse.Namespace, row: str, found: Mapping[str, Mapping[int, Scores]]
+    options: argparse.Namespace, row: str, runs: Mapping[str, Mapping[int, Path]]
 ) -> dict[str, Any]:
     """A row of the report: means over seeds, and what the row is compared with."""
-    model = seed_folder(options, min(found[row])) / row / "model"
-    K = load_retriever_config(model).num_thinking_steps
-    view = ROWS[row].view if row != FIRST else "latent"
-    scored = EXPLICIT if view == "explicit" else latent(K)
-    scores = found[row]
+    names = [data.name for data in options.sets]
 
-    def means(run: str) -> dict[str, float] | None:
+    def read(of: str, metric: str = METRICS[0]) -> dict[int, Scores]:
+        found = runs.get(of, {})
+        return {seed: read_scores(run, options.split, names, metric) for seed, run in found.items()}
+
+    def means(run: str, scores: Mapping[int, Scores]) -> dict[str, float] | None:
         by_set = {
             name: float(np.mean([list(s[name][run].values()) for s in scores.values()]))
-            for name in next(iter(scores.values()))
+            for name in names
             if all(run in s[name] for s in scores.values())
         }
         return {**by_set, "macro": float(np.mean(list(by_set.values())))} if by_set else None
 
-    def less(other: str, run: str | None = None) -> dict[str, float] | None:
-        theirs = found.get(other, {})
-        shared = sorted(scores.keys() & theirs.keys())
+    def less(other: str, run: str | None = None, sets: Sequence[str] = names) -> Any:
+        shared = sorted(scores.keys() & runs.get(other, {}).keys())
         if not shared or (other == row and run is None):
             return None
-        their_K = load_retriever_config(seed_folder(options, shared[0]) / other / "model")
-        their_run = run or latent(their_K.num_thinking_steps)
-        return macro_difference({s: (scores[s], scored, theirs[s], their_run) for s in shared})
+        theirs, their_run = read(other), run or scored_run(other, runs[other][shared[0]])[1]
+        chosen = {
+            s: ({n: scores[s][n] for n in sets}, scored, {n: theirs[s][n] for n in sets}, their_run)
+            for s in shared
+        }
+        return macro_difference(chosen)
 
+    scores = read(row)
+    K, scored = scored_run(row, next(iter(runs[row].values())))
+    titles = {FIRST: "first stage alone", **GIVEN}
     return {
         "row": row,
-        "title": ROWS[row].title if row != FIRST else "first stage alone",
+        "title": titles.get(row) or ROWS[row].title,
         "K": K,
         "seeds": sorted(scores),
         "scored": scored,
-        "scores": means(scored),
-        "explicit": means(EXPLICIT),
-        "by_steps": {str(k): means(latent(k)) for k in STEPS},
+        "scores": means(scored, scores),
+        METRICS[1]: means(scored, read(row, METRICS[1])),
+        "explicit": means(EXPLICIT, scores),
+        "control": means(CONTROL, scores),
+        "rewrite": means(REWRITE, scores),
+        "by_steps": {str(k): means(latent(k), scores) for k in STEPS},
         "less_contrastive": less("contrastive"),
+        "less_contrastive_by_set": {name: less("contrastive", sets=[name]) for name in names},
         "less_own_K1": less(row, latent(1)) if K > 1 else None,
     }
 
@@ -257,12 +317,17 @@ def _macro(key: str) -> measure.Cell:
     return lambda row: "" if row[key] is None else f"{row[key]['macro']:.3f}"
 
 
-def _interval(key: str) -> measure.Cell:
-    def cell(row: measure.Row) -> str:
-        d = row[key]
-        return "" if d is None else f"{d['difference']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
+def _told(d: Mapping[str, float] | None) -> str:
+    return "" if d is None else f"{d['difference']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
 
-    return cell
+
+def _by_set(row: measure.Row) -> str:
+    """Every set's mean, and in how far it is the contrastive row's."""
+    return ", ".join(
+        f"{name} {value:.3f} {_told(row['less_contrastive_by_set'][name])}".rstrip()
+        for name, value in row["scores"].items()
+        if name != "macro"
+    )
 
 
 COLUMNS = {
@@ -270,17 +335,18 @@ COLUMNS = {
     "K": measure.value("K"),
     "seeds": lambda row: str(len(row["seeds"])),
     "nDCG@10, macro": _macro("scores"),
-    "less contrastive": _interval("less_contrastive"),
-    "less itself at K = 1": _interval("less_own_K1"),
-    "explicit view": _macro("explicit"),
-    "by set": lambda row: ", ".join(
-        f"{name} {value:.3f}" for name, value in row["scores"].items() if name != "macro"
-    ),
+    "Recall@100": _macro(METRICS[1]),
+    "less contrastive": lambda row: _told(row["less_contrastive"]),
+    "less itself at K = 1": lambda row: _told(row["less_own_K1"]),
+    "given the rationale": _macro("explicit"),
+    "given another's": _macro("control"),
+    "given its own": _macro("rewrite"),
+    "by set, and less contrastive": _by_set,
 }
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, required=True, help="the backbone's directory")
+    parser.add_argument("--model", default="smollm2", help="the backbone: default smollm2")
     text = "the recipe; FILE_first.yaml beside it is laid over it for the first stage"
     parser.add_argument("--config", type=Path, default=CONFIGS / "smollm2.yaml", help=text)
     parser.add_argument("--sets", type=Path, nargs="+", required=True, help="BEIR directories")
@@ -295,9 +361,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     text = "a first stage that is trained, instead of one for every seed"
     parser.add_argument("--first_adapter", type=Path, help=text)
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), help="default: all, in this order")
+    choices = [*ROWS, *GIVEN]
+    text = "default: all that are trained, in this order"
+    parser.add_argument("--rows", nargs="+", choices=choices, help=text)
     parser.add_argument("--split", choices=("dev", "test"), default="dev", help="default dev")
     parser.add_argument("--others", type=measure.positive, help="default: the whole corpus")
+    text = "holds SET-SPLIT.jsonl of laser rewrite, to be read as a rationale too"
+    parser.add_argument("--rewrites", type=Path, help=text)
     parser.add_argument("--work", type=Path, default=Path("runs/real"), help="holds the runs")
     text = "train nothing, report what is finished"
     parser.add_argument("--finished_only", action="store_true", help=text)

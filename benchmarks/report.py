@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure
-from benchmarks.ablation_table import further_tables, mean_cell
+from benchmarks.ablation_table import further_tables
 from benchmarks.measure import as_markdown, markdown_table
 from benchmarks.targets import PUBLISHED, PYTORCH, TARGETS, TUNED, reached, values_of
 from laser_jax.evaluate.plots import plot_quality_by_steps
@@ -32,13 +32,11 @@ from laser_jax.files.durable import write_atomically
 RESULTS, OUTPUT = Path("benchmarks/results"), Path("docs")
 PAGE, FIGURES = "results.md", "results"
 KEYS = {"benchmark", "command", "settings", "environment", "notes", "rows"}
-WORLDS = {
-    "embedded world": "2026-11-26-cpu-ablation",
-    **{
-        name: f"2026-11-27-cpu-ablation-{name}"
-        for name in ("entailmentbank", "strategyqa", "2wiki")
-    },
+QUALITY_COLUMNS = {
+    "ablation": ("row", "K", "nDCG@10", "LaSER less this, nDCG@10"),
+    "real": ("row", "K", "nDCG@10, macro", "less contrastive", "less itself at K = 1"),
 }
+"""Benchmark -> what the page shows of it."""
 DRAWN = ("laser", "laser_K1", "laser_K3", "laser_K6", "gircse", "without_explicit_view")
 """The rows of an ablation's figure."""
 
@@ -195,18 +193,15 @@ COMPARISONS = (
 )
 
 
-def quality_table(results: Sequence[Result]) -> str:
-    """nDCG@10 of every row of the ablations, a column for each world."""
-    by_name = {result.name: result.report["rows"] for result in results}
-    worlds = {world: by_name[name] for world, name in WORLDS.items() if name in by_name}
-    titles = dict.fromkeys(row["title"] for rows in worlds.values() for row in rows)
-    lines = []
-    for title in titles:
-        of_row = [{row["title"]: row for row in rows}.get(title) for rows in worlds.values()]
-        lines.append(
-            [title, *(mean_cell(row["scores"], "nDCG@10") if row else "" for row in of_row)]
-        )
-    return markdown_table(["nDCG@10", *worlds], lines)
+def quality_tables(results: Sequence[Result]) -> Iterator[str]:
+    """The newest measurement of each kind of quality, some columns of it."""
+    for name, chosen in QUALITY_COLUMNS.items():
+        of_kind = [result.report for result in results if result.report["benchmark"] == name]
+        if of_kind:
+            newest = max(of_kind, key=lambda report: report["environment"]["date"])
+            columns = importlib.import_module(f"benchmarks.{name}").PROGRAM.columns
+            lines = [[columns[column](row) for column in chosen] for row in newest["rows"]]
+            yield markdown_table(chosen, lines)
 
 
 # --- the page ----------------------------------------------------------------------------------
@@ -236,11 +231,10 @@ were given up are in [benchmarks.md](benchmarks.md#goals-that-were-given-up)."""
 
 QUALITY = """## Quality
 
-Small models trained from scratch, three to five seeds, mean ± spread; [ablation.md](ablation.md)
-has the differences with their intervals. In the embedded world latent thinking is what solves the
-task, **but the explicit view and its distillation are not seen to help there**: without them LaSER
-ranks as well. **On none of three data sets is LaSER ahead of the plain retriever** (contrastive).
-All three are below BM25: so small a model has no knowledge to think with."""
+First small models trained from scratch in the embedded world, five seeds, mean ± spread
+([ablation.md](ablation.md)): there latent thinking is what solves the task, **but the explicit view
+and its distillation are not seen to help**. Then a pretrained model on real texts
+([real.md](real.md))."""
 
 TAIL = """## What cannot be shown here
 
@@ -259,7 +253,7 @@ def page(results: Sequence[Result]) -> str:
     reports = [result.report for result in results]
     figures = [f"![{r.name}]({FIGURES}/{r.name}.svg)" for r in results if is_drawn(r)]
     parts = [HEAD, headline(reports), "## Targets", targets_table(reports)]
-    parts += [QUALITY, quality_table(results), " ".join(figures)]
+    parts += [QUALITY, *quality_tables(results), " ".join(figures)]
     parts += ["## Speed", *(of.table(results) for of in COMPARISONS)]
     parts += [TAIL, f"The files: {', '.join(r.name for r in results)}."]
     return "\n\n".join(parts) + "\n"

@@ -15,28 +15,15 @@ import numpy as np
 import pytest
 
 from benchmarks import ablation, ablation_table
-from benchmarks.ablation import (
-    CROPPED_WORDS,
-    ROWS,
-    TINY_WORLD,
-    Seed,
-    crop_rows,
-    probe,
-    run_missing,
-    setting_of,
-    train_command,
-    write_texts,
-)
+from benchmarks.ablation import ROWS, Seed, probe, run_missing, train_command
 from benchmarks.ablation_table import Result, over_seeds, paired_difference, summarise
 from benchmarks.measure import BenchmarkError
 from laser_jax.batch import Tokens
 from laser_jax.command_line import parse_train_command
-from laser_jax.data.schema import parse_row
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
 from laser_jax.encoder import backbone_for, load_pretrained
 from laser_jax.evaluate.retrieval import EXPLICIT, latent
 from laser_jax.evaluate.trajectory import read_trajectories
-from laser_jax.quickstart.world import build_world, write_world
 from laser_jax.thinking import top_tokens
 from laser_jax.views import latent_view
 
@@ -134,9 +121,8 @@ def test_a_second_process_waits_for_the_backbone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = threading.Event()
-    monkeypatch.setattr(ablation, "write_texts", lambda seed: None)
     monkeypatch.setattr(ablation, "make_backbone", lambda seed: made.set())
-    seed = Seed(setting_of("default", None, quick=True), 1, tmp_path)
+    seed = Seed(1, tmp_path, quick=True)
     second = threading.Thread(target=run_missing, args=([seed], [], "test"))
     with (tmp_path / ".lock").open("w") as first:
         fcntl.flock(first, fcntl.LOCK_EX)
@@ -146,62 +132,9 @@ def test_a_second_process_waits_for_the_backbone(
     assert made.is_set()
 
 
-def test_nothing_finished_and_no_data_are_errors_that_name_the_flag(tmp_path: Path) -> None:
+def test_nothing_finished_is_an_error_that_names_the_folder(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="nothing is finished under"):
         ablation.main([*QUICK, "--finished_only", "--work", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"train.jsonl is missing: --world 2wiki wants --data"):
-        ablation.main(["--world", "2wiki", "--data", str(tmp_path)])
-
-
-# --- a data set --------------------------------------------------------------------------------
-
-
-def test_the_seeds_of_a_data_set_share_a_backbone_that_has_read_crops(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data, trained = tmp_path / "data", []
-    write_world(build_world(TINY_WORLD), data)  # the embedded world, read as a data set is
-    monkeypatch.setattr(ablation, "NUM_CROPS", 200)
-    monkeypatch.setattr(ablation, "pretrain", trained.append)
-    monkeypatch.setattr(ablation, "train", trained.append)
-    monkeypatch.setattr(ablation, "evaluate_row", lambda *_: None)
-    setting = setting_of("2wiki", data, quick=True)
-    seeds = [Seed(setting, number, tmp_path / f"w/seed-{number}") for number in (1, 2)]
-    run_missing(seeds, ["contrastive"], "test")
-    language_model, crops, one, _, again, two = trained  # what is finished is not done again
-    assert (language_model.texts, language_model.seed) == (str(tmp_path / "w/lm.jsonl"), 1)
-    assert again == crops
-    assert crops.model.path == language_model.output
-    assert crops.data.train == str(tmp_path / "w/crops.jsonl")
-    for number, row in enumerate((one, two), start=1):
-        assert row.model.path == f"{crops.output}/model"
-        assert row.data.train == str(data / "train.jsonl")
-        assert row.train.seed == number
-    lines = [json.loads(line) for line in (tmp_path / "w/crops.jsonl").read_text().splitlines()]
-    documents = map(json.loads, (data / "corpus.jsonl").read_text().splitlines())
-    assert {row["positive_passages"][0] for row in lines} == {doc["text"] for doc in documents}
-
-
-def test_a_crop_is_some_words_of_what_is_read_of_its_text() -> None:
-    long = " ".join(f"w{i}" for i in range(100))
-    texts = ["too short here", "four words are enough", "so are the five here", long]
-    rows = crop_rows(texts, "Find", 300, np.random.default_rng(0))
-    assert rows == crop_rows(texts, "Find", 300, np.random.default_rng(0))
-    assert len(rows) == 300
-    drawn = set()
-    for i, record in enumerate(rows):
-        row = parse_row(record, f"row {i}")
-        words, whole = row.query.split(), row.positive_passages[0].split()[:CROPPED_WORDS]
-        assert 2 <= len(words) <= 16
-        at = [whole.index(word) for word in words]
-        assert at == sorted(set(at))  # in order, none twice
-        if row.positive_passages[0] == long:
-            drawn.update(at)
-    for i in range(0, 300, 3):  # a pass has every text that is long enough, once
-        assert {row["positive_passages"][0] for row in rows[i : i + 3]} == set(texts[1:])
-    assert drawn == set(range(CROPPED_WORDS))
-    with pytest.raises(BenchmarkError, match="no text of 4 words"):
-        crop_rows(texts[:1], "Find", 3, np.random.default_rng(0))
 
 
 # --- the rows ----------------------------------------------------------------------------------
@@ -209,7 +142,7 @@ def test_a_crop_is_some_words_of_what_is_read_of_its_text() -> None:
 
 @functools.cache
 def config_of(row: str) -> Any:
-    seed = Seed(setting_of("default", None, quick=False), 4, Path("w/seed-4"))
+    seed = Seed(4, Path("w/seed-4"))
     return parse_train_command(train_command(seed, row))[0]
 
 
@@ -233,26 +166,6 @@ def test_the_rows_are_the_papers() -> None:
     assert config_of("gircse").objective.method == "gircse"
     assert config_of("without_colearning").objective.teacher == "w/seed-4/explicit/model"
     assert [config_of(f"laser_K{k}").objective.num_thinking_steps for k in (1, 3, 6)] == [1, 3, 6]
-
-
-def test_a_data_set_is_read_whole_but_for_its_test_queries(
-    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ablation, "NUM_CROPS", 2_000)
-    data = shared_data / "entailmentbank"
-    seed = Seed(setting_of("entailmentbank", data, quick=False), 1, tmp_path / "seed-1")
-    seed.folder.mkdir()
-    write_texts(seed)
-    lines = [json.loads(line) for line in seed.texts.read_text().splitlines()]
-    assert sum("text" in line for line in lines) == 11763
-    assert sum("reasoning_query" in line for line in lines) == 1312
-    test = {line.split("\t")[0] for line in (data / "qrels/test.tsv").read_text().splitlines()[1:]}
-    queries = map(json.loads, (data / "queries.jsonl").read_text().splitlines())
-    unseen = {query["text"] for query in queries if query["_id"] in test}
-    assert not unseen & {line.get("query") for line in lines}
-    crops = [json.loads(line) for line in (tmp_path / "crops.jsonl").read_text().splitlines()]
-    assert {row["prompt"] for row in crops} == {lines[-1]["prompt"]}
-    assert {row["positive_passages"][0] for row in crops} <= {line.get("text") for line in lines}
 
 
 # --- the comparison ----------------------------------------------------------------------------
@@ -365,7 +278,7 @@ def test_two_places_with_one_first_token_are_refused(
     report: dict[str, Any], work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ablation, "_name_token", lambda prompts, name: 7)
-    seed = Seed(setting_of("default", None, quick=True), 1, work / "quick" / "seed-1")
+    seed = Seed(1, work / "quick" / "seed-1", quick=True)
     with pytest.raises(BenchmarkError, match="two places begin with the same token"):
         probe(seed, "laser", "test")
 
@@ -373,8 +286,8 @@ def test_two_places_with_one_first_token_are_refused(
 def test_a_walk_of_another_world_is_refused(
     report: dict[str, Any], work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seed = Seed(setting_of("default", None, quick=True), 1, work / "quick" / "seed-1")
-    other = seed.setting.built(2)
+    seed = Seed(1, work / "quick" / "seed-1", quick=True)
+    other = Seed(2, seed.folder, quick=True).world
     monkeypatch.setattr(ablation, "build_world", lambda config: other)
     with pytest.raises(BenchmarkError, match="holds the world of another version"):
         probe(seed, "laser", "test")
