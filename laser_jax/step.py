@@ -63,33 +63,34 @@ def read_views(
     teacher: FrozenTeacher | None = None,
     teacher_variables: Variables | None = None,
 ) -> Views:
-    """Runs the views that the objective needs.
+    """Runs the views that the objective needs. Queries and documents that think equally long do so
+    as one batch, unless the views are `parity`.
 
     Args:
         objective: its `views` is `fast` or `parity`; `auto` counts as `fast`.
     """
     K, pooling = objective.num_thinking_steps, objective.pooling
+    Ks, fast = (K, objective.document_thinking_steps or K), objective.views != "parity"
     keyframes_BK: Any = batch.keyframes_BK
-    rows = (batch.query, batch.documents)
     explicit = batch.explicit if objective.need_explicit_view else None
     view = teacher_document_hidden_CKD = None
-    model = (backbone, variables)
-    if objective.views == "parity":
-        hidden_BKD, document_hidden_CKD = (latent_view(*model, r, K, pooling) for r in rows)
-        if explicit is not None and teacher is None:
-            view = explicit_view(*model, explicit, keyframes_BK)
-    else:
-        if explicit is not None and teacher is None:
-            lengths_B = batch.query.lengths_B
-            prefix, view = read_both_views(*model, explicit, lengths_B, keyframes_BK)
-        else:
-            prefix = read_prompts(*model, batch.query)
-        prefixes = (prefix, read_prompts(*model, batch.documents))
-        hidden_BKD, document_hidden_CKD = think(*model, prefixes, K, pooling)
+    model = taught_by = (backbone, variables)
     if explicit is not None and teacher is not None:
         taught_by, own_K = (teacher.backbone, teacher_variables), teacher.num_thinking_steps
-        view = explicit_view(*taught_by, explicit, keyframes_BK)
         teacher_document_hidden_CKD = latent_view(*taught_by, batch.documents, own_K, pooling)
+    if explicit is not None and teacher is None and fast:
+        lengths_B = batch.query.lengths_B
+        prefix, view = read_both_views(*model, explicit, lengths_B, keyframes_BK)
+    else:
+        prefix = read_prompts(*model, batch.query)
+        if explicit is not None:
+            view = explicit_view(*taught_by, explicit, keyframes_BK)
+    prefixes = (prefix, read_prompts(*model, batch.documents))
+    if fast and Ks == (K, K):
+        hidden_BKD, document_hidden_CKD = think(*model, prefixes, K, pooling)
+    else:
+        alone = [think(*model, [rows], k, pooling) for rows, k in zip(prefixes, Ks, strict=True)]
+        [hidden_BKD], [document_hidden_CKD] = alone
     return Views(
         hidden_BKD, document_hidden_CKD, view, teacher_document_hidden_CKD, batch.teacher_scores_BG
     )

@@ -48,6 +48,7 @@ from laser_jax.train.state import (
     learning_rate_schedule,
     make_optimizer,
 )
+from laser_jax.views import explicit_view, latent_view
 
 B, G, K, V, D = 8, 2, 2, 30, 16
 SCRATCH = ScratchConfig(
@@ -408,22 +409,15 @@ def scored(rows: Batch) -> Batch:
 def test_scores_of_another_teacher_are_distilled_alike_in_every_way() -> None:
     """Also by plain accumulation, as each query's own passages alone count."""
     weights = LossWeights(latent=0.0, explicit=0.0, output=0.0, trajectory=0.0, teacher=2.0)
-    backbone, variables = drawn(0)
-    count = np.zeros((), np.int32)
-    state = TrainState(count, count, variables["params"], None, ())
-
-    def found(views: Any, way: Any) -> tuple[Any, dict[str, np.ndarray]]:
-        objective = dataclasses.replace(OBJECTIVE, weights=weights, views=views)
-        read = functools.partial(read_views, backbone, objective=objective)
-        score = functools.partial(loss_terms, objective=objective, scale=jnp.ones(()))
-        return host(jax.jit(functools.partial(way, read, score))(state, scored(batch())))
-
-    gradient, terms = found("fast", whole_batch)
+    objective = dataclasses.replace(OBJECTIVE, weights=weights, views="fast")
+    gradient, terms = found(objective, scored(batch()))
     assert set(terms) == {"loss", "latent", "teacher"}
     assert terms["teacher"] > 1e-3
     np.testing.assert_allclose(terms["loss"], 2 * terms["teacher"], rtol=1e-6)
-    for views, way in (("fast", gradcache), ("parity", plain)):
-        got, cut = found(views, functools.partial(way, parts=4))
+    cases: list[tuple[Any, Any]] = [("fast", gradcache), ("parity", plain)]
+    for views, way in cases:
+        other = dataclasses.replace(objective, views=views)
+        got, cut = found(other, scored(batch()), functools.partial(way, parts=4))
         np.testing.assert_allclose(cut["teacher"], terms["teacher"], rtol=1e-5)
         for ours, whole in zip(*map(jax.tree.leaves, (got, gradient)), strict=True):
             assert np.abs(whole).max() > 0
@@ -449,6 +443,73 @@ def test_eight_devices_distil_the_scores_of_one() -> None:
 
 
 # --- the objective ------------------------------------------------------------------------------
+
+
+def found(objective: ObjectiveConfig, rows: Batch, way: Any = whole_batch) -> tuple[Any, Any]:
+    """The gradient of a full fine-tuning, and the terms."""
+    backbone, variables = drawn(0)
+    count = np.zeros((), np.int32)
+    state = TrainState(count, count, variables["params"], None, ())
+    read = functools.partial(read_views, backbone, objective=objective)
+    score = functools.partial(loss_terms, objective=objective, scale=jnp.ones(()))
+    return host(jax.jit(functools.partial(way, read, score))(state, rows))
+
+
+WAYS: dict[str, tuple[Any, bool, Any]] = {
+    "fast": ("fast", False, whole_batch),
+    "parity": ("parity", False, whole_batch),
+    "fast, gradcache": ("fast", False, functools.partial(gradcache, parts=4)),
+    "parity, gradcache": ("parity", False, functools.partial(gradcache, parts=2)),
+    "fast, packed": ("fast", True, whole_batch),
+}
+
+
+def assert_alike_in_every_way(
+    objective: ObjectiveConfig, rows: Batch, wanted: dict[str, float]
+) -> None:
+    """These terms, and one gradient, whichever way they are computed."""
+    gradients = {}
+    for name, (views, pack, way) in WAYS.items():
+        read = packed(rows, ALONE) if pack else rows
+        gradients[name], terms = found(dataclasses.replace(objective, views=views), read, way)
+        for term, value in wanted.items():
+            np.testing.assert_allclose(terms[term], value, rtol=1e-5, err_msg=f"{name}: {term}")
+    for name, gradient in gradients.items():
+        for ours, first in zip(*map(jax.tree.leaves, (gradient, gradients["fast"])), strict=True):
+            within = 1e-5 * np.abs(first).max()
+            np.testing.assert_allclose(ours, first, rtol=0, atol=within, err_msg=name)
+
+
+def terms_at(rows: Batch, query_K: int, document_K: int) -> dict[str, float]:
+    """The four terms in numpy, of states that are read one part after the other."""
+    model, pooling = drawn(0), "prompt_and_thoughts"
+    assert rows.explicit is not None
+    explicit = explicit_view(*model, rows.explicit, rows.keyframes_BK[:, :query_K])
+    states = {
+        "hidden": latent_view(*model, rows.query, query_K, pooling),
+        "documents": latent_view(*model, rows.documents, document_K, pooling),
+        "final": explicit.final_BD,
+        "keyframes": explicit.keyframes_BKD,
+    }
+    return _terms_of(host(states), rows.contrast_BC)
+
+
+@pytest.mark.parametrize("document_K", [1, 3])
+def test_documents_think_as_long_as_they_are_told(document_K: int) -> None:
+    objective = dataclasses.replace(OBJECTIVE, document_thinking_steps=document_K)
+    assert_alike_in_every_way(objective, batch(), terms_at(batch(), K, document_K))
+
+
+def test_documents_at_one_step_do_not_think() -> None:
+    """No loop but the queries' is in the program, and that one has a row a query."""
+    backbone, variables = drawn(0)
+    rows, sizes = batch(), []
+    for document_K in (None, 1):
+        objective = dataclasses.replace(OBJECTIVE, document_thinking_steps=document_K)
+        read = functools.partial(read_views, backbone, batch=rows, objective=objective)
+        text = jax.jit(read).lower(variables).as_text()
+        sizes.append({int(n) for n in re.findall(rf"tensor<(\d+)x{V}xf32>", text)} - {V})
+    assert sizes == [{B + B * G}, {B}]
 
 
 def test_distillation_grows_over_the_warm_up_and_the_rest_does_not(runs) -> None:

@@ -222,6 +222,7 @@ def _evaluate(
         data=data.name,
         split=data.split,
         num_thinking_steps=config.num_thinking_steps,
+        document_thinking_steps=config.document_thinking_steps,
         pools_prompt=pools_prompt(config.pooling),
         metrics=list(options.metrics),
         documents=len(dataset.documents),
@@ -333,10 +334,13 @@ def model_table(evaluation: Evaluation) -> str:
         + [f"{by_run[run]:.2f}" if run in by_run else "" for by_run in times.values()]
         for run, scores in evaluation.scores.items()
     ]
+    documents_at = evaluation.document_thinking_steps
+    of_documents = f", that of documents always {documents_at}" if documents_at else ""
     parts = [
         f"{evaluation.model} on {evaluation.data} ({evaluation.split}): {evaluation.queries} "
         f"queries ({evaluation.queries_without_relevant} without a relevant document), "
-        f"{evaluation.documents} documents; the model's own K is {evaluation.num_thinking_steps}",
+        f"{evaluation.documents} documents; the model's own K is {evaluation.num_thinking_steps}"
+        + of_documents,
         markdown_table(["run", *evaluation.metrics, *times], rows),
     ]
     metric = evaluation.metrics[0]

@@ -61,6 +61,8 @@ class Evaluation:
     queries_without_relevant: int
     scores: Scores
     differences: list[Difference]
+    document_thinking_steps: int | None = None
+    """The K of all documents; None where they were read at each run's own."""
     pools_prompt: bool = True
     """Whether the latent view at K = 1 reads the query by itself."""
     bad_lines: int = 0

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from laser_jax.config import (
     load_retriever_config,
     pools_prompt,
 )
-from laser_jax.inference.options import LimitKey, require_positions
+from laser_jax.inference.options import require_positions
 from laser_jax.losses import Terms
 from laser_jax.modeling.backbone import Backbone, Variables
 from laser_jax.sharding import Device, make_mesh
@@ -99,6 +99,7 @@ def lay_out(
     retriever = RetrieverConfig(
         backbone_config,
         num_thinking_steps=config.objective.num_thinking_steps,
+        document_thinking_steps=config.objective.document_thinking_steps,
         pooling=config.objective.pooling,
         prompt=config.prompt,
         dtype=config.model.dtype,
@@ -157,7 +158,7 @@ def _lay_out_teacher(
     dtype = jnp.dtype(retriever.dtype)
     backbone = Backbone(retriever.backbone, dtype=dtype, param_dtype=dtype)
     abstract = {"params": abstract_variables(backbone, mesh, "params", dtype)}
-    return FrozenTeacher(backbone, retriever.num_thinking_steps), abstract
+    return FrozenTeacher(backbone, retriever.documents_at), abstract
 
 
 def _agreed_device_bytes(device: Device) -> int | None:
@@ -206,8 +207,8 @@ def _require_shorter(dimensions: Sequence[int], width: int) -> None:
 def _require_positions(config: Config, retriever: RetrieverConfig) -> None:
     """Raises a ConfigError where a prompt and its thoughts, or an explicit input, outgrow the
     model's positions."""
-    for name in get_args(LimitKey):
-        require_positions(retriever, name, retriever.num_thinking_steps)
+    require_positions(retriever, "query_max_length", retriever.num_thinking_steps)
+    require_positions(retriever, "document_max_length", retriever.documents_at)
     # the evaluation reads explicit inputs too, whatever is trained
     evaluated = config.data.eval is not None and pools_prompt(retriever.pooling)
     if config.objective.need_explicit_view or evaluated:

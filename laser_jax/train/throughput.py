@@ -115,13 +115,14 @@ def reading_of(config: Config, tokens: float, token_pairs: float) -> Reading:
     C = B * config.data.group_size
     explicit = objective.need_explicit_view
     shared = explicit and config.views == "fast" and objective.teacher is None
-    generated = appended_thoughts(objective.num_thinking_steps, objective.pooling)
+    K, pooling = objective.num_thinking_steps, objective.pooling
+    document_K = objective.document_thinking_steps or K
     return Reading(
         rows=C + B * (1 if shared else 1 + explicit),
         tokens=tokens,
         token_pairs=token_pairs,
-        selected=C + B + explicit * B * (1 + objective.num_thinking_steps),
-        thoughts=(B + C) * generated,
+        selected=C + B + explicit * B * (1 + K),
+        thoughts=B * appended_thoughts(K, pooling) + C * appended_thoughts(document_K, pooling),
     )
 
 
