@@ -66,8 +66,9 @@ class PromptConfig:
                 f"prompt.{kind}_template {template!r} has no {{{kind}}} placeholder",
             )
         require(self.separator != "", "prompt.separator is empty; the default is two newlines")
-        limits = ("query_max_length", "document_max_length", "explicit_max_length")
-        require_in("[1, inf)", self, "prompt.", *limits)
+        require_in(
+            "[1, inf)", self, "prompt.", *(n for n in vars(self) if n.endswith("max_length"))
+        )
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,8 @@ class ObjectiveConfig:
     """K, the number of hidden states that are pooled. 1 is a last-token retriever."""
     document_thinking_steps: int | None = None
     """K of documents. None: the queries'. At 1 they cost as much as a plain retriever's."""
+    sample_thinking_steps: bool = False
+    """Draw K of every batch from 1 to `num_thinking_steps`: one model for each of them."""
     weights: LossWeights = field(default_factory=LossWeights)
     temperature: float = 0.02
     output_temperature: float = 0.02
@@ -202,13 +205,13 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         steps = ("num_thinking_steps", "document_thinking_steps")
         require_in("[1, inf)", self, "objective.", *steps, "dimensions")
-        temperatures = (name for name in vars(self) if name.endswith("temperature"))
+        temperatures = (n for n in vars(self) if n.endswith("temperature"))
         require_in("(0, inf)", self, "objective.", *temperatures)
         require_in("[0, inf)", self, "objective.", "distillation_warmup_steps", "dimension_weights")
         require(
-            self.method == "laser" or self.document_thinking_steps is None,
-            "objective.document_thinking_steps goes with objective.method: laser; the loss of "
-            "gircse compares queries and documents at every k alike",
+            self.method == "laser"
+            or not (self.document_thinking_steps or self.sample_thinking_steps),
+            "objective.document_thinking_steps and sample_thinking_steps want method: laser",
         )
         require(
             len(self.dimension_weights) in (0, len(self.dimensions)),

@@ -91,9 +91,8 @@ def read_views(
     else:
         alone = [think(*model, [rows], k, pooling) for rows, k in zip(prefixes, Ks, strict=True)]
         [hidden_BKD], [document_hidden_CKD] = alone
-    return Views(
-        hidden_BKD, document_hidden_CKD, view, teacher_document_hidden_CKD, batch.teacher_scores_BG
-    )
+    hidden = (hidden_BKD, document_hidden_CKD, view, teacher_document_hidden_CKD)
+    return Views(*hidden, batch.teacher_scores_BG, batch.counted_BK)
 
 
 def loss_terms(
@@ -113,12 +112,10 @@ def loss_terms(
 
 def _shortened(views: Views, size: int) -> Views:
     """The first dimensions of all states but a frozen teacher's, which was not trained for them."""
-    own = (views.hidden_BKD, views.document_hidden_CKD, views.explicit)
-    hidden_BKD, document_hidden_CKD, explicit = jax.tree.map(lambda x: x[..., :size], own)
-    if views.teacher_document_hidden_CKD is not None:
-        explicit = views.explicit
-    states = {"hidden_BKD": hidden_BKD, "document_hidden_CKD": document_hidden_CKD}
-    return replace(views, explicit=explicit, **states)
+    own = {"hidden_BKD": views.hidden_BKD, "document_hidden_CKD": views.document_hidden_CKD}
+    if views.teacher_document_hidden_CKD is None:
+        own |= {"explicit": views.explicit}
+    return replace(views, **jax.tree.map(lambda x: x[..., :size], own))
 
 
 def _loss_terms(
@@ -133,7 +130,11 @@ def _loss_terms(
         return gircse_loss(
             views.hidden_BKD, document_hidden_CKD, positives_B, contrast_BC, objective.temperature
         )
-    documents_CD = teacher_documents_CD = constrain(pool(views.document_hidden_CKD), None, None)
+    counted_CK = None if objective.document_thinking_steps else views.counted_BK
+    if counted_CK is not None:
+        counted_CK = jnp.repeat(counted_CK, C // B, axis=0)
+    documents_CD = constrain(pool(views.document_hidden_CKD, counted_CK), None, None)
+    teacher_documents_CD = documents_CD
     if views.teacher_document_hidden_CKD is not None:
         teacher_documents_CD = constrain(pool(views.teacher_document_hidden_CKD), None, None)
     return laser_loss(
@@ -234,8 +235,7 @@ def plain(
 
     zeros = jax.tree.map(jnp.zeros_like, state.trained)
     total, terms = jax.lax.scan(add, zeros, _micro_batches(batch, parts))
-    mean = jax.tree.map(lambda a: a / parts, total)
-    return mean, jax.tree.map(lambda a: a.mean(axis=0), terms)
+    return jax.tree.map(lambda a: a / parts, total), jax.tree.map(lambda a: a.mean(axis=0), terms)
 
 
 # --- the step --------------------------------------------------------------------------------
@@ -253,8 +253,8 @@ def make_train_step(
 
     Metrics are float32 scalars: the loss terms, `grad_norm`, `learning_rate`, `documents` (the pool
     that a query is contrasted with), `masked_negatives` in the whole batch, `tokens`,
-    `token_pairs`, `padding_share` and `skipped_steps`. Where the loss or a gradient is not finite,
-    `finite` is 0 and nothing but the step counters changes.
+    `token_pairs`, `padding_share`, `skipped_steps` and, where K is drawn, `thinking_steps`. Where
+    the loss or a gradient is not finite, `finite` is 0 and nothing but the step counters changes.
     """
     warmup = config.objective.distillation_warmup_steps
     objective = replace(config.objective, views=config.views)
@@ -280,6 +280,8 @@ def make_train_step(
             "documents": batch.contrast_BC.shape[1] // pools,
             "masked_negatives": (~batch.contrast_BC).sum(),
         }
+        if batch.counted_BK is not None:
+            metrics["thinking_steps"] = batch.counted_BK.sum(axis=1).mean()
         return new, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
     return train_step

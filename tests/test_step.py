@@ -445,14 +445,19 @@ def test_eight_devices_distil_the_scores_of_one() -> None:
 # --- the objective ------------------------------------------------------------------------------
 
 
+@functools.cache
+def gradient_of(objective: ObjectiveConfig, way: Any) -> Any:
+    """(state, batch) -> gradient and terms."""
+    read = functools.partial(read_views, drawn(0)[0], objective=objective)
+    score = functools.partial(loss_terms, objective=objective, scale=np.float32(1))
+    return jax.jit(functools.partial(way, read, score))
+
+
 def found(objective: ObjectiveConfig, rows: Batch, way: Any = whole_batch) -> tuple[Any, Any]:
     """The gradient of a full fine-tuning, and the terms."""
-    backbone, variables = drawn(0)
     count = np.zeros((), np.int32)
-    state = TrainState(count, count, variables["params"], None, ())
-    read = functools.partial(read_views, backbone, objective=objective)
-    score = functools.partial(loss_terms, objective=objective, scale=jnp.ones(()))
-    return host(jax.jit(functools.partial(way, read, score))(state, rows))
+    state = TrainState(count, count, drawn(0)[1]["params"], None, ())
+    return host(gradient_of(objective, way)(state, rows))
 
 
 WAYS: dict[str, tuple[Any, bool, Any]] = {
@@ -482,22 +487,53 @@ def assert_alike_in_every_way(
 
 def terms_at(rows: Batch, query_K: int, document_K: int) -> dict[str, float]:
     """The four terms in numpy, of states that are read one part after the other."""
-    model, pooling = drawn(0), "prompt_and_thoughts"
-    assert rows.explicit is not None
-    explicit = explicit_view(*model, rows.explicit, rows.keyframes_BK[:, :query_K])
-    states = {
-        "hidden": latent_view(*model, rows.query, query_K, pooling),
-        "documents": latent_view(*model, rows.documents, document_K, pooling),
-        "final": explicit.final_BD,
-        "keyframes": explicit.keyframes_BKD,
-    }
-    return _terms_of(host(states), rows.contrast_BC)
+    backbone, variables = drawn(0)
+
+    @jax.jit
+    def read(variables: Variables) -> dict[str, jax.Array]:
+        model, pooling = (backbone, variables), "prompt_and_thoughts"
+        assert rows.explicit is not None
+        explicit = explicit_view(*model, rows.explicit, rows.keyframes_BK[:, :query_K])
+        return {
+            "hidden": latent_view(*model, rows.query, query_K, pooling),
+            "documents": latent_view(*model, rows.documents, document_K, pooling),
+            "final": explicit.final_BD,
+            "keyframes": explicit.keyframes_BKD,
+        }
+
+    return _terms_of(host(read(variables)), rows.contrast_BC)
 
 
 @pytest.mark.parametrize("document_K", [1, 3])
 def test_documents_think_as_long_as_they_are_told(document_K: int) -> None:
     objective = dataclasses.replace(OBJECTIVE, document_thinking_steps=document_K)
     assert_alike_in_every_way(objective, batch(), terms_at(batch(), K, document_K))
+
+
+@pytest.mark.parametrize(("drawn_K", "document_K"), [(1, None), (2, None), (3, None), (2, 1)])
+def test_a_step_at_a_drawn_k_is_a_step_at_that_k(drawn_K: int, document_K: int | None) -> None:
+    """Though all of them think as long as the longest, in one program."""
+    rows, most = batch(), 3
+    taught_BK = rows.keyframes_BK[:, [0, 1, 1][:drawn_K]]
+    beyond = np.zeros((B, most - drawn_K), np.int32)  # any positions: they do not count
+    sampled = dataclasses.replace(
+        rows,
+        keyframes_BK=np.concatenate([taught_BK, beyond], axis=1),
+        counted_BK=np.tile(np.arange(most) < drawn_K, (B, 1)),
+    )
+    fixed = dataclasses.replace(rows, keyframes_BK=taught_BK)
+    objective = dataclasses.replace(
+        OBJECTIVE, num_thinking_steps=most, document_thinking_steps=document_K, dimensions=(4,)
+    )
+    at_K = dataclasses.replace(objective, num_thinking_steps=drawn_K, views="fast")
+    gradient, terms = found(at_K, fixed)
+    for way in (whole_batch, WAYS["fast, gradcache"][2])[: 1 if document_K else 2]:
+        ours = dataclasses.replace(objective, views="fast", sample_thinking_steps=True)
+        got, same = found(ours, sampled, way)
+        for name, value in terms.items():
+            np.testing.assert_allclose(same[name], value, rtol=1e-6, atol=1e-6, err_msg=name)
+        for one, other in zip(*map(jax.tree.leaves, (got, gradient)), strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
 
 
 def test_documents_at_one_step_do_not_think() -> None:
