@@ -66,9 +66,8 @@ class PromptConfig:
                 f"prompt.{kind}_template {template!r} has no {{{kind}}} placeholder",
             )
         require(self.separator != "", "prompt.separator is empty; the default is two newlines")
-        require_in(
-            "[1, inf)", self, "prompt.", *(n for n in vars(self) if n.endswith("max_length"))
-        )
+        lengths = (n for n in vars(self) if n.endswith("max_length"))
+        require_in("[1, inf)", self, "prompt.", *lengths)
 
 
 @dataclass(frozen=True)
@@ -195,9 +194,8 @@ class ObjectiveConfig:
     dimension_weights: tuple[float, ...] = ()
     """Of the losses at `dimensions`, beside 1 for the full width's. Empty: 1 each."""
     views: Literal["auto", "fast", "parity"] = "auto"
-    """`fast` reads query and chain of thought in one pass and lets queries and documents think in
-    one batch; `parity` makes a pass for each. `auto` is `fast` wherever that is the same function
-    (see `Config.views`)."""
+    """`fast` reads query and reasoning in one pass, and queries and documents think as one batch;
+    `parity` makes a pass for each. `auto` is `fast` where that is the same (`Config.views`)."""
     teacher: str | None = None
     """A directory of a trained model that stays frozen and replaces the shared teacher (the
     ablation without co-learning). None: the same weights teach and learn."""

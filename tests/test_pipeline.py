@@ -208,7 +208,7 @@ def test_a_source_too_many_is_refused(prompts) -> None:
 # --- a drawn K -------------------------------------------------------------------------------
 
 
-SAMPLED = {"num_thinking_steps": 4, "sample_thinking_steps": True}
+SAMPLED: dict[str, Any] = {"num_thinking_steps": 4, "sample_thinking_steps": True}
 
 
 def drawn_steps(batch: Batch) -> int:

@@ -91,7 +91,8 @@ def _control(runs: Mapping[int, Run], qrels: Qrels, metric: str) -> Choice | Non
 def _halves(qrels: Qrels) -> tuple[Qrels, Qrels]:
     """The judgements of the queries with two relevant documents or more, each with one half of them
     drawn by chance, but always the same."""
-    rng, halves = np.random.default_rng(0), ({}, {})
+    rng = np.random.default_rng(0)
+    halves: tuple[Qrels, Qrels] = ({}, {})
     for query in sorted(qrels):
         relevant = sorted(document for document, grade in qrels[query].items() if grade > 0)
         others = {document: grade for document, grade in qrels[query].items() if grade <= 0}

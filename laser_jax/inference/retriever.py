@@ -285,9 +285,9 @@ class LatentRetriever:
         limits = self.prompts.config
         if longest is None:
             longest = max(limits.query_max_length, limits.document_max_length)
-        config, Ks = self.encoder.config, {num_thinking_steps}
-        if num_thinking_steps is None:
-            Ks = {config.num_thinking_steps, config.documents_at}
+        config = self.encoder.config
+        own = {config.num_thinking_steps, config.documents_at}
+        Ks = sorted(own if num_thinking_steps is None else {num_thinking_steps})
         if min(longest, *Ks) < 1:
             raise ValueError(
                 "longest and num_thinking_steps must be at least 1, got "
@@ -295,7 +295,7 @@ class LatentRetriever:
             )
         shortest = min(len(self.prompts.document("")), len(self.prompts.query("", "")), longest)
         label = "compile" if show_progress_bar else None
-        for K in sorted(Ks):
+        for K in Ks:
             self.encoder.warm_up(longest, [K], shortest=shortest, progress=label)
 
     def _instructions(self, given: str | Sequence[str] | None, count: int) -> list[str]:

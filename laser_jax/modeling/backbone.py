@@ -267,10 +267,10 @@ class Backbone(nn.Module):
         return self.norm(x), (earlier, last)
 
     def _through(
-        self, body: Callable[..., Any], x: jax.Array, past: Past | None = None
+        self, body: Callable[..., Any], x: jax.Array, past: Any = None
     ) -> tuple[jax.Array, Any]:
-        """Runs `body(layer, x, its past)` through all layers but the last. Returns x and what is
-        left behind, stacked as the layers are or a tuple, as the parts of `past` are."""
+        """Runs `body(layer, x, its part of past)` through all layers but the last. Returns x and
+        what is left behind, which is stacked, or a tuple, as the layers and the parts of `past`."""
         if not isinstance(self.layers, Layer):
             left = []
             for i, layer in enumerate(self.layers):
