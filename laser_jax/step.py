@@ -112,7 +112,8 @@ def loss_terms(
 
 def _shortened(views: Views, size: int) -> Views:
     """The first dimensions of all states but a frozen teacher's, which was not trained for them."""
-    own = {"hidden_BKD": views.hidden_BKD, "document_hidden_CKD": views.document_hidden_CKD}
+    own: dict[str, Any] = {"hidden_BKD": views.hidden_BKD}
+    own |= {"document_hidden_CKD": views.document_hidden_CKD}
     if views.teacher_document_hidden_CKD is None:
         own |= {"explicit": views.explicit}
     return replace(views, **jax.tree.map(lambda x: x[..., :size], own))
