@@ -269,7 +269,7 @@ def probe(seed: Seed, row: str, split: str) -> dict[str, Any] | None:
     for name, directory in models.items():
         variables, config = load_pretrained(directory, config=own)
         encoder = LatentEncoder(variables, config, length_multiple=8)
-        vectors_CD = encoder.encode_tokens(documents, [config.num_thinking_steps])[0]
+        vectors_CD = encoder.encode_tokens(documents, [config.documents_at])[0]
         read = read_trajectories(variables, config, rows, vectors_CD)
         found[name] = {
             "documents": shares(read.first_QK, order[place_QH]).tolist(),

@@ -6,19 +6,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from laser_jax.model_sizes import (
-    BACKBONES,
-    BackboneConfig,
-    BackboneName,
-    LoraConfig,
-    ScratchConfig,
-)
+from laser_jax.model_sizes import BACKBONES, BackboneConfig, BackboneName, LoraConfig, ScratchConfig
 from laser_jax.model_sizes import PROJECTIONS as PROJECTIONS
 from laser_jax.model_sizes import Family as Family
 from laser_jax.model_sizes import RopeScaling as RopeScaling
@@ -66,17 +59,15 @@ class PromptConfig:
     explicit_max_length: int = 1024
 
     def __post_init__(self) -> None:
-        require(
-            "{query}" in self.query_template,
-            f"prompt.query_template {self.query_template!r} has no {{query}} placeholder",
-        )
-        require(
-            "{document}" in self.document_template,
-            f"prompt.document_template {self.document_template!r} has no {{document}} placeholder",
-        )
+        for kind in ("query", "document"):
+            template: str = getattr(self, f"{kind}_template")
+            require(
+                f"{{{kind}}}" in template,
+                f"prompt.{kind}_template {template!r} has no {{{kind}}} placeholder",
+            )
         require(self.separator != "", "prompt.separator is empty; the default is two newlines")
-        limits = ("query_max_length", "document_max_length", "explicit_max_length")
-        require_in("[1, inf)", self, "prompt.", *limits)
+        lengths = (n for n in vars(self) if n.endswith("max_length"))
+        require_in("[1, inf)", self, "prompt.", *lengths)
 
 
 @dataclass(frozen=True)
@@ -184,6 +175,10 @@ class ObjectiveConfig:
     method: Literal["laser", "gircse"] = "laser"
     num_thinking_steps: int = 3
     """K, the number of hidden states that are pooled. 1 is a last-token retriever."""
+    document_thinking_steps: int | None = None
+    """K of documents. None: the queries'. At 1 they cost as much as a plain retriever's."""
+    sample_thinking_steps: bool = False
+    """Draw K of every batch from 1 to `num_thinking_steps`: one model for each of them."""
     weights: LossWeights = field(default_factory=LossWeights)
     temperature: float = 0.02
     output_temperature: float = 0.02
@@ -199,20 +194,23 @@ class ObjectiveConfig:
     dimension_weights: tuple[float, ...] = ()
     """Of the losses at `dimensions`, beside 1 for the full width's. Empty: 1 each."""
     views: Literal["auto", "fast", "parity"] = "auto"
-    """`fast` reads query and chain of thought in one pass and lets queries and documents think in
-    one batch; `parity` makes a pass for each. `auto` is `fast` wherever that is the same function
-    (see `Config.views`)."""
+    """`fast` reads query and reasoning in one pass, and queries and documents think as one batch;
+    `parity` makes a pass for each. `auto` is `fast` where that is the same (`Config.views`)."""
     teacher: str | None = None
     """A directory of a trained model that stays frozen and replaces the shared teacher (the
     ablation without co-learning). None: the same weights teach and learn."""
 
     def __post_init__(self) -> None:
-        require_in("[1, inf)", self, "objective.", "num_thinking_steps")
-        temperatures = ("output_temperature", "trajectory_temperature", "teacher_temperature")
-        require_in("(0, inf)", self, "objective.", "temperature", *temperatures)
-        require_in("[0, inf)", self, "objective.", "distillation_warmup_steps")
-        require_in("[1, inf)", self, "objective.", "dimensions")
-        require_in("[0, inf)", self, "objective.", "dimension_weights")
+        steps = ("num_thinking_steps", "document_thinking_steps")
+        require_in("[1, inf)", self, "objective.", *steps, "dimensions")
+        temperatures = (n for n in vars(self) if n.endswith("temperature"))
+        require_in("(0, inf)", self, "objective.", *temperatures)
+        require_in("[0, inf)", self, "objective.", "distillation_warmup_steps", "dimension_weights")
+        require(
+            self.method == "laser"
+            or not (self.document_thinking_steps or self.sample_thinking_steps),
+            "objective.document_thinking_steps and sample_thinking_steps want method: laser",
+        )
         require(
             len(self.dimension_weights) in (0, len(self.dimensions)),
             f"objective.dimension_weights has {len(self.dimension_weights)} numbers, and "
@@ -274,16 +272,13 @@ class ModelConfig:
         positions may differ, as they do between a base and an instruct release."""
         if self.backbone is None:
             return
-        named, given = dataclasses.asdict(BACKBONES[self.backbone]), dataclasses.asdict(found)
-        differing = [
-            f"{key} is {given[key]!r}, not {named[key]!r}"
-            for key in named
-            if key != "max_position_embeddings" and given[key] != named[key]
-        ]
+        named, given = vars(BACKBONES[self.backbone]), vars(found)
+        keys = [k for k in named if k != "max_position_embeddings" and given[k] != named[k]]
+        differing = "; ".join(f"{k} is {given[k]!r}, not {named[k]!r}" for k in keys)
         require(
             not differing,
-            f"model.path {self.path} is no {self.backbone}: {'; '.join(differing)}. Name the "
-            "model's own model.backbone, or null for any",
+            f"model.path {self.path} is no {self.backbone}: {differing}. Name the model's own "
+            "model.backbone, or null for any",
         )
 
 
@@ -362,8 +357,7 @@ class TrainConfig:
         )
         require(
             bool(self.eval_thinking_steps),
-            "train.eval_thinking_steps is empty; name at least one K, or set data.eval: null for "
-            "a run without evaluation",
+            "train.eval_thinking_steps is empty; name one K at least, or set data.eval: null",
         )
         require(
             self.eval_every is not None or (self.patience is None and self.export == "last"),
@@ -438,8 +432,7 @@ class Config:
     @property
     def _may_share_prefix(self) -> bool:
         shared = self.prompt.truncation == "content" and not self.prompt.append_eos
-        needless = not self.objective.need_explicit_view
-        return shared or needless
+        return shared or not self.objective.need_explicit_view
 
 
 # --- what travels with a model ---------------------------------------------------------------
@@ -451,6 +444,8 @@ class RetrieverConfig:
 
     backbone: BackboneConfig
     num_thinking_steps: int = 3
+    document_thinking_steps: int | None = None
+    """K of documents (`ObjectiveConfig.document_thinking_steps`). None: the queries'."""
     pooling: Pooling = "prompt_and_thoughts"
     prompt: PromptConfig = field(default_factory=PromptConfig)
     dtype: Dtype = "float32"
@@ -463,7 +458,12 @@ class RetrieverConfig:
     changed since; None leaves it unchecked."""
 
     def __post_init__(self) -> None:
-        require_in("[1, inf)", self, "", "num_thinking_steps")
+        require_in("[1, inf)", self, "", "num_thinking_steps", "document_thinking_steps")
+
+    @property
+    def documents_at(self) -> int:
+        """K of documents."""
+        return self.document_thinking_steps or self.num_thinking_steps
 
 
 def load_retriever_config(directory: str | Path) -> RetrieverConfig:

@@ -106,7 +106,8 @@ def encode(
         attention_mask: [B, T], 1 or True on one contiguous run of real tokens; padding may stand
             on either side and gives the same vectors.
         config: static (hashable), as `load_pretrained` returns it.
-        num_thinking_steps: K >= 1, whatever K was trained; None takes the config's.
+        num_thinking_steps: K >= 1, whatever K was trained; None takes the config's of queries
+            (`config.documents_at` is that of documents).
         attention: the kernel that reads the prompts; `xla` runs everywhere and can be exported.
 
     Returns:

@@ -37,7 +37,8 @@ class Views:
     teacher_document_hidden_CKD: jax.Array | None
     """A frozen teacher's own."""
     teacher_scores_BG: jax.Array | None = None
-    """As in `Batch`."""
+    counted_BK: jax.Array | None = None
+    """Both as in `Batch`."""
 
 
 def normalize(x: jax.Array) -> jax.Array:
@@ -46,9 +47,11 @@ def normalize(x: jax.Array) -> jax.Array:
     return jax.lax.rsqrt(jnp.maximum((x * x).sum(axis=-1, keepdims=True), 1e-24)) * x
 
 
-def pool(hidden_BKD: jax.Array) -> jax.Array:
-    """normalize(mean over the steps), [B, D] unit rows (LaSER equation 6)."""
-    return normalize(hidden_BKD.mean(axis=1))
+def pool(hidden_BKD: jax.Array, counted_BK: jax.Array | None = None) -> jax.Array:
+    """normalize(mean over the steps, or over those that are counted), [B, D] unit rows (LaSER
+    equation 6)."""
+    where = None if counted_BK is None else counted_BK[:, :, None]
+    return normalize(hidden_BKD.mean(axis=1, where=where))
 
 
 def _scores(states: jax.Array, documents_CD: jax.Array) -> jax.Array:
@@ -72,13 +75,13 @@ def info_nce(
 def score_kl(
     teacher: jax.Array, student: jax.Array, contrast: jax.Array, temperature: float
 ) -> jax.Array:
-    """KL(softmax(teacher / t) || softmax(student / t)) over the last axis, mean over the others
+    """KL(softmax(teacher / t) || softmax(student / t)) over the last axis, [...], to be averaged
     (LaSER equations 9 and 12). No gradient flows into the teacher's scores."""
     log_p = _log_softmax(jax.lax.stop_gradient(teacher), contrast, temperature)
     log_q = _log_softmax(student, contrast, temperature)
     # masked documents have p = 0 and log p = log q = -inf: keep the difference out of the sum
     difference = jnp.where(contrast, log_p, 0.0) - jnp.where(contrast, log_q, 0.0)
-    return (jnp.exp(log_p) * difference).sum(axis=-1).mean()
+    return (jnp.exp(log_p) * difference).sum(axis=-1)
 
 
 def teacher_kl(
@@ -90,7 +93,7 @@ def teacher_kl(
     own_BG = jnp.take_along_axis(scores_BC, positives_B[:, None] + passages_1G, axis=1)
     known_BG = jnp.isfinite(teacher_BG) | (passages_1G == 0)
     teacher_BG *= objective.temperature / objective.teacher_temperature
-    return score_kl(jnp.nan_to_num(teacher_BG), own_BG, known_BG, objective.temperature)
+    return score_kl(jnp.nan_to_num(teacher_BG), own_BG, known_BG, objective.temperature).mean()
 
 
 def laser_loss(
@@ -118,18 +121,20 @@ def laser_loss(
         "loss" and the unweighted terms "latent", "explicit", "output", "trajectory" and "teacher";
         those of the explicit view are absent without one, and the last without scores.
     """
-    scores_BC = _scores(pool(views.hidden_BKD), documents_CD)
+    scores_BC = _scores(pool(views.hidden_BKD, views.counted_BK), documents_CD)
     terms = {"latent": info_nce(scores_BC, positives_B, contrast_BC, objective.temperature)}
     if (explicit := views.explicit) is not None:
         teacher_BC = _scores(normalize(explicit.final_BD), teacher_documents_CD)
         terms["explicit"] = info_nce(teacher_BC, positives_B, contrast_BC, objective.temperature)
-        terms["output"] = score_kl(teacher_BC, scores_BC, contrast_BC, objective.output_temperature)
-        terms["trajectory"] = score_kl(
+        output_B = score_kl(teacher_BC, scores_BC, contrast_BC, objective.output_temperature)
+        trajectory_BK = score_kl(
             _scores(normalize(explicit.keyframes_BKD), teacher_documents_CD),
             _scores(normalize(views.hidden_BKD), documents_CD),
             contrast_BC[:, None, :],
             objective.trajectory_temperature,
         )
+        terms["output"] = output_B.mean()
+        terms["trajectory"] = trajectory_BK.mean(where=views.counted_BK)
     if views.teacher_scores_BG is not None:
         terms["teacher"] = teacher_kl(views.teacher_scores_BG, scores_BC, positives_B, objective)
     weights = dataclasses.asdict(objective.weights)

@@ -63,36 +63,36 @@ def read_views(
     teacher: FrozenTeacher | None = None,
     teacher_variables: Variables | None = None,
 ) -> Views:
-    """Runs the views that the objective needs.
+    """Runs the views that the objective needs. Queries and documents that think equally long do so
+    as one batch, unless the views are `parity`.
 
     Args:
         objective: its `views` is `fast` or `parity`; `auto` counts as `fast`.
     """
     K, pooling = objective.num_thinking_steps, objective.pooling
+    Ks, fast = (K, objective.document_thinking_steps or K), objective.views != "parity"
     keyframes_BK: Any = batch.keyframes_BK
-    rows = (batch.query, batch.documents)
     explicit = batch.explicit if objective.need_explicit_view else None
     view = teacher_document_hidden_CKD = None
-    model = (backbone, variables)
-    if objective.views == "parity":
-        hidden_BKD, document_hidden_CKD = (latent_view(*model, r, K, pooling) for r in rows)
-        if explicit is not None and teacher is None:
-            view = explicit_view(*model, explicit, keyframes_BK)
-    else:
-        if explicit is not None and teacher is None:
-            lengths_B = batch.query.lengths_B
-            prefix, view = read_both_views(*model, explicit, lengths_B, keyframes_BK)
-        else:
-            prefix = read_prompts(*model, batch.query)
-        prefixes = (prefix, read_prompts(*model, batch.documents))
-        hidden_BKD, document_hidden_CKD = think(*model, prefixes, K, pooling)
+    model = taught_by = (backbone, variables)
     if explicit is not None and teacher is not None:
         taught_by, own_K = (teacher.backbone, teacher_variables), teacher.num_thinking_steps
-        view = explicit_view(*taught_by, explicit, keyframes_BK)
         teacher_document_hidden_CKD = latent_view(*taught_by, batch.documents, own_K, pooling)
-    return Views(
-        hidden_BKD, document_hidden_CKD, view, teacher_document_hidden_CKD, batch.teacher_scores_BG
-    )
+    if explicit is not None and teacher is None and fast:
+        lengths_B = batch.query.lengths_B
+        prefix, view = read_both_views(*model, explicit, lengths_B, keyframes_BK)
+    else:
+        prefix = read_prompts(*model, batch.query)
+        if explicit is not None:
+            view = explicit_view(*taught_by, explicit, keyframes_BK)
+    prefixes = (prefix, read_prompts(*model, batch.documents))
+    if fast and Ks == (K, K):
+        hidden_BKD, document_hidden_CKD = think(*model, prefixes, K, pooling)
+    else:
+        alone = [think(*model, [rows], k, pooling) for rows, k in zip(prefixes, Ks, strict=True)]
+        [hidden_BKD], [document_hidden_CKD] = alone
+    hidden = (hidden_BKD, document_hidden_CKD, view, teacher_document_hidden_CKD)
+    return Views(*hidden, batch.teacher_scores_BG, batch.counted_BK)
 
 
 def loss_terms(
@@ -112,12 +112,11 @@ def loss_terms(
 
 def _shortened(views: Views, size: int) -> Views:
     """The first dimensions of all states but a frozen teacher's, which was not trained for them."""
-    own = (views.hidden_BKD, views.document_hidden_CKD, views.explicit)
-    hidden_BKD, document_hidden_CKD, explicit = jax.tree.map(lambda x: x[..., :size], own)
-    if views.teacher_document_hidden_CKD is not None:
-        explicit = views.explicit
-    states = {"hidden_BKD": hidden_BKD, "document_hidden_CKD": document_hidden_CKD}
-    return replace(views, explicit=explicit, **states)
+    own: dict[str, Any] = {"hidden_BKD": views.hidden_BKD}
+    own |= {"document_hidden_CKD": views.document_hidden_CKD}
+    if views.teacher_document_hidden_CKD is None:
+        own |= {"explicit": views.explicit}
+    return replace(views, **jax.tree.map(lambda x: x[..., :size], own))
 
 
 def _loss_terms(
@@ -132,7 +131,11 @@ def _loss_terms(
         return gircse_loss(
             views.hidden_BKD, document_hidden_CKD, positives_B, contrast_BC, objective.temperature
         )
-    documents_CD = teacher_documents_CD = constrain(pool(views.document_hidden_CKD), None, None)
+    counted_CK = None if objective.document_thinking_steps else views.counted_BK
+    if counted_CK is not None:
+        counted_CK = jnp.repeat(counted_CK, C // B, axis=0)
+    documents_CD = constrain(pool(views.document_hidden_CKD, counted_CK), None, None)
+    teacher_documents_CD = documents_CD
     if views.teacher_document_hidden_CKD is not None:
         teacher_documents_CD = constrain(pool(views.teacher_document_hidden_CKD), None, None)
     return laser_loss(
@@ -233,8 +236,7 @@ def plain(
 
     zeros = jax.tree.map(jnp.zeros_like, state.trained)
     total, terms = jax.lax.scan(add, zeros, _micro_batches(batch, parts))
-    mean = jax.tree.map(lambda a: a / parts, total)
-    return mean, jax.tree.map(lambda a: a.mean(axis=0), terms)
+    return jax.tree.map(lambda a: a / parts, total), jax.tree.map(lambda a: a.mean(axis=0), terms)
 
 
 # --- the step --------------------------------------------------------------------------------
@@ -252,8 +254,8 @@ def make_train_step(
 
     Metrics are float32 scalars: the loss terms, `grad_norm`, `learning_rate`, `documents` (the pool
     that a query is contrasted with), `masked_negatives` in the whole batch, `tokens`,
-    `token_pairs`, `padding_share` and `skipped_steps`. Where the loss or a gradient is not finite,
-    `finite` is 0 and nothing but the step counters changes.
+    `token_pairs`, `padding_share`, `skipped_steps` and, where K is drawn, `thinking_steps`. Where
+    the loss or a gradient is not finite, `finite` is 0 and nothing but the step counters changes.
     """
     warmup = config.objective.distillation_warmup_steps
     objective = replace(config.objective, views=config.views)
@@ -279,6 +281,8 @@ def make_train_step(
             "documents": batch.contrast_BC.shape[1] // pools,
             "masked_negatives": (~batch.contrast_BC).sum(),
         }
+        if batch.counted_BK is not None:
+            metrics["thinking_steps"] = batch.counted_BK.sum(axis=1).mean()
         return new, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
     return train_step

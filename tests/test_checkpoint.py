@@ -166,13 +166,13 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
 
 
 def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
-    scores: dict[int, float] = {}
-    found = {1: 0.5, 2: 0.9, 4: 0.9, 5: 0.1}  # 2 is the first of equals
+    ranked: list[int] = []
     for steps in ((1, 2, 3), (4, 5, 6)):  # over two runs
         checkpoints = open_checkpoints(tmp_path, keep=1)
         for step in steps:
-            checkpoints.save(state(step, step=step), META, scores)
-            scores |= {s: score for s, score in found.items() if s == step}  # after the save
+            checkpoints.save(state(step, step=step), META, ranked)
+            if step in (1, 2, 4, 5):  # after the save
+                ranked = [s for s in (2, 4, 1, 5) if s in (*ranked, step)]
         checkpoints.close()
     assert steps_in(tmp_path) == ["2", "6"]
     checkpoints = open_checkpoints(tmp_path, keep=1)

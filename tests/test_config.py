@@ -65,6 +65,15 @@ def test_a_missing_key_is_named() -> None:
     ("make", "message"),
     [
         (lambda: ObjectiveConfig(num_thinking_steps=0), "objective.num_thinking_steps .* got 0"),
+        (lambda: ObjectiveConfig(document_thinking_steps=0), "document_thinking_steps .* got 0"),
+        (
+            lambda: ObjectiveConfig(method="gircse", sample_thinking_steps=True),
+            "objective.document_thinking_steps and sample_thinking_steps want method: laser",
+        ),
+        (
+            lambda: ObjectiveConfig(method="gircse", document_thinking_steps=1),
+            "objective.document_thinking_steps and sample_thinking_steps want method: laser",
+        ),
         (
             lambda: ObjectiveConfig(temperature=0.0),
             "objective.temperature must be a positive number, got 0.0",
@@ -204,6 +213,7 @@ def test_the_model_at_a_path_is_the_one_that_its_name_says() -> None:
 RETRIEVER = RetrieverConfig(
     backbone=BACKBONES["llama-3.2-1b"],
     num_thinking_steps=5,
+    document_thinking_steps=1,
     pooling="thoughts",
     prompt=PromptConfig(
         query_template="null: {query}",
@@ -220,6 +230,11 @@ def test_the_retriever_config_survives_its_file(tmp_path: Path) -> None:
     for config in (RETRIEVER, RetrieverConfig(BACKBONES["qwen3-8b"])):
         save_retriever_config(config, tmp_path)
         assert load_retriever_config(tmp_path) == config
+    file = tmp_path / "laser_config.json"  # as an older release wrote it, without a K of documents
+    values = json.loads(file.read_text())
+    assert values.pop("document_thinking_steps") is None
+    file.write_text(json.dumps(values))
+    assert load_retriever_config(tmp_path).documents_at == 3
 
 
 @pytest.mark.parametrize(
@@ -236,6 +251,7 @@ def test_the_retriever_config_survives_its_file(tmp_path: Path) -> None:
         ({"prompt": None}, "prompt must be keys and values, got None"),
         ({"backbone": []}, "backbone must be keys and values"),
         ({"lora": "x"}, "lora must be keys and values or null"),
+        ({"document_thinking_steps": 0}, "document_thinking_steps must be at least 1, got 0"),
         ({"num_thinking_steps": None}, "num_thinking_steps must be an integer, got None"),
         ({"dtype": None}, "dtype must be .* got None"),
     ],

@@ -33,7 +33,7 @@ from laser_jax.config import (
     TrainConfig,
     save_retriever_config,
 )
-from laser_jax.data.pipeline import BatchSettings, training_batches
+from laser_jax.data.pipeline import training_batches
 from laser_jax.data.sources import open_sources
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, train_tokenizer
 from laser_jax.hf.directory import read_backbone_config
@@ -164,12 +164,8 @@ def test_batches_are_counted_where_rows_and_tokenizer_are_there(
     there = config(str(rows), model=ModelConfig(path=str(directory)))
     found = dry_run(there, HERE)
     tokens, pairs, buckets, widths = 0.0, 0.0, Counter(), []
-    batches = training_batches(
-        open_sources(there.data),
-        PromptTokenizer(load_tokenizer(directory), PROMPT),
-        there.data,
-        BatchSettings.of(there),
-    )
+    prompts = PromptTokenizer(load_tokenizer(directory), PROMPT)
+    batches = training_batches(open_sources(there.data), prompts, there)
     for batch, _ in zip(batches, range(3), strict=False):  # 20 rows are 3 batches
         assert batch.explicit is not None
         lengths = [*batch.documents.lengths_B, *batch.explicit.lengths_B]

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from laser_jax.config import (
     PromptConfig,
     RetrieverConfig,
     ScratchConfig,
+    load_retriever_config,
     save_retriever_config,
 )
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, train_tokenizer
@@ -264,6 +266,27 @@ def test_a_directory_made_in_another_way_is_refused(
     with pytest.raises(SystemExit, match=f"(?s)another config:\n  {message}.*another --output"):
         encode(model, corpus, copy, **more)
     assert contents(copy) == before
+
+
+def test_documents_are_encoded_at_the_models_own_k_of_them(
+    model: Path, corpus: Path, tmp_path: Path
+) -> None:
+    own = shutil.copytree(model, tmp_path / "own")
+    config = replace(load_retriever_config(model), document_thinking_steps=1)
+    save_retriever_config(config, own)
+    made, asked = encode(own, corpus, tmp_path / "made"), tmp_path / "asked"
+    assert read_manifest(made).info.num_thinking_steps == 1
+    encode(model, corpus, asked, num_thinking_steps=1)
+    assert {k: v for k, v in contents(made).items() if k.startswith("shard")} == {
+        k: v for k, v in contents(asked).items() if k.startswith("shard")
+    }
+    with pytest.raises(SystemExit, match=r"info\.num_thinking_steps was 1, is 3"):
+        encode(own, corpus, made, num_thinking_steps=3)
+    rows = [{"_id": "q", "text": "Where is Ulm?"}]
+    queries = write_rows(tmp_path / "queries.jsonl", rows)
+    options = {"texts": "queries", "instruction": "Find"}
+    found = encode(own, queries, tmp_path / "queries", **options)
+    assert read_manifest(found).info.num_thinking_steps == 2
 
 
 def test_another_model_or_template_is_refused(

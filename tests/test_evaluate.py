@@ -326,6 +326,20 @@ def test_every_difference_comes_with_its_interval(evaluated: Path) -> None:
         )
 
 
+def test_the_best_k_of_each_query_stands_beside_the_best_for_all(evaluated: Path) -> None:
+    evaluation, per_query = read_evaluation(evaluated), read_per_query(evaluated / "per_query.tsv")
+    found = evaluation.steps_oracle
+    assert found is not None
+    values_KQ = np.array([[v["nDCG@10"] for v in per_query[latent(k)].values()] for k in (1, 2, 3)])
+    assert found.oracle.chosen == pytest.approx(values_KQ.max(axis=0).mean())
+    assert found.oracle.fixed == pytest.approx(values_KQ.mean(axis=1).max())
+    assert found.control is None  # a query has one relevant document here
+    table = model_table(evaluation)
+    assert f"the best K for all is {found.fixed_steps}; the best of each query" in table
+    assert "| best of each query |" in table
+    assert "| share of queries |" in table
+
+
 def test_the_same_command_gives_the_same_files(model: Path, evaluated: Path) -> None:
     old = {p: p.read_bytes() for p in evaluated.rglob("*.*") if p.name != "results.json"}
     data = evaluated.parent / "towns"

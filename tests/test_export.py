@@ -152,6 +152,24 @@ def test_stablehlo_runs_where_laser_jax_is_not(
     assert not (tmp_path / "out" / "config.json").exists()  # no backbone to be misread
 
 
+def test_documents_of_another_k_have_a_program_of_their_own(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("flatbuffers", reason="jax.export serialises with it: laser-jax[export]")
+    export(ExportOptions(str(model), "hf", str(tmp_path / "model")))
+    config = replace(load_retriever_config(model), document_thinking_steps=1)
+    save_retriever_config(config, tmp_path / "model")
+    with jax.numpy_dtype_promotion("standard"):
+        export(ExportOptions(str(tmp_path / "model"), "stablehlo", str(tmp_path / "out")))
+    retriever = LatentRetriever.from_pretrained(tmp_path / "model")
+    with np.load(tmp_path / "out" / "weights.npz") as stored:
+        weights = list(stored.values())
+    ids = np.array([retriever.prompts.document(TEXTS[0])], np.int32)
+    for name, K in (("encode.bin", config.num_thinking_steps), ("encode_documents.bin", 1)):
+        program = jax.export.deserialize(bytearray((tmp_path / "out" / name).read_bytes()))
+        found = program.call(weights, ids, np.ones_like(ids))
+        wanted = retriever.encode_document(TEXTS[:1], num_thinking_steps=K)
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
 # --- the card ----------------------------------------------------------------------------------
 
 RUN = {

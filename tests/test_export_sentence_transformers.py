@@ -176,6 +176,17 @@ def test_prompts_of_other_settings_are_the_same_too(write: Write, prompt: Prompt
     assert_same(theirs(model), ours(retriever))
 
 
+def test_documents_think_as_long_as_the_model_says(write: Write, tmp_path: Path) -> None:
+    directory = write(document_thinking_steps=1)
+    retriever, model = our_retriever(directory), load(exported(directory))
+    found = theirs(model)
+    assert_same(found, ours(retriever))
+    assert_same([found[1]], [ours(retriever, num_thinking_steps=1)[1]])
+    assert_same(theirs(model, num_thinking_steps=2), ours(retriever, num_thinking_steps=2))
+    model.save(str(tmp_path / "again"))
+    assert_same(theirs(load(tmp_path / "again")), found)
+
+
 def test_gircse_pools_its_thoughts_alone(write: Write) -> None:
     directory = write(pooling="thoughts", num_thinking_steps=2)
     retriever, model = our_retriever(directory), load(exported(directory))

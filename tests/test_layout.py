@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,8 +23,10 @@ from laser_jax.config import (
     ModelConfig,
     ObjectiveConfig,
     PromptConfig,
+    RetrieverConfig,
     ScratchConfig,
     TrainConfig,
+    save_retriever_config,
 )
 from laser_jax.train.layout import (
     Layout,
@@ -118,6 +121,17 @@ def test_the_settings_reach_the_model() -> None:
     assert laid.attention == "xla (as asked)"
     with pytest.raises(ConfigError, match=r"model\.attention: cudnn cannot run here"):
         lay(model=dataclasses.replace(model, attention="cudnn"))
+
+
+def test_the_k_of_documents_reaches_the_model_and_a_teacher_keeps_its_own(tmp_path: Path) -> None:
+    objective = ObjectiveConfig(document_thinking_steps=1, teacher=str(tmp_path))
+    save_retriever_config(RetrieverConfig(BACKBONE, document_thinking_steps=2), tmp_path)
+    laid = lay(objective=objective)
+    assert (laid.retriever.num_thinking_steps, laid.retriever.documents_at) == (3, 1)
+    assert laid.teacher is not None
+    assert laid.teacher.num_thinking_steps == 2
+    with pytest.raises(ConfigError, match=r"prompt\.document_max_length 16 and 30 thinking steps"):
+        lay(objective=ObjectiveConfig(document_thinking_steps=30))
 
 
 @pytest.mark.parametrize("dimensions", [(8, 4), (4, 4), (4, BACKBONE.hidden_size)])

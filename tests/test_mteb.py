@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,22 @@ def test_vectors_are_those_of_the_retriever(
         atol=1e-6,
     )
     assert model.encode([], **where, hf_subset="default").shape == (0, 16)
+
+
+def test_documents_keep_the_models_own_k_of_them(
+    retriever: LatentRetriever, scifact: SlicedScifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(retriever.encoder.config, document_thinking_steps=1)
+    model = MtebRetriever(retriever, name=NAME, num_thinking_steps=2)
+    where: dict[str, Any] = {"task_metadata": scifact.metadata, "hf_split": "test"}
+    where |= {"hf_subset": "default"}
+    monkeypatch.setattr(retriever.encoder, "config", config)
+    found = model.encode([{"text": ["Mice run."]}], **where, prompt_type=PromptType.document)
+    wanted = retriever.encode_document(["Mice run."], num_thinking_steps=1)
+    np.testing.assert_array_equal(found, wanted)
+    queries = model.encode([{"text": ["Mice?"]}], **where, prompt_type=PromptType.query)
+    longer = retriever.encode_query(["Mice?"], instruction=TASK, num_thinking_steps=2)
+    np.testing.assert_array_equal(queries, longer)
 
 
 # --- instructions ------------------------------------------------------------------------------

@@ -22,17 +22,19 @@ from laser_jax.batch import Batch
 from laser_jax.config import (
     Config,
     DataConfig,
+    LossWeights,
     MixtureSource,
     ModelConfig,
+    ObjectiveConfig,
     PromptConfig,
     TrainConfig,
 )
 from laser_jax.data.pipeline import (
-    BatchSettings,
     SampleOrder,
     contrast,
     draw_example,
     padding_share,
+    thinking_steps,
     training_batches,
 )
 from laser_jax.data.schema import DataError, TrainingRow
@@ -56,14 +58,19 @@ ROWS = [
 ]
 SOURCE = RowsSource(ROWS)
 DATA = DataConfig(train="rows", group_size=3, length_multiple=8)
-SETTINGS = BatchSettings(
-    batch_size=3,
-    seed=5,
-    num_thinking_steps=3,
-    keyframes="paper",
-    need_explicit=True,
-    shared_prefix=True,
-)
+LATENT_ALONE = {"weights": LossWeights(explicit=0.0, output=0.0, trajectory=0.0)}
+SCORED = {"weights": LossWeights(teacher=1.0)}
+
+
+def config_of(
+    data: DataConfig = DATA,
+    batch_size: int = 3,
+    seed: int = 5,
+    micro_batches: int = 1,
+    **objective: Any,
+) -> Config:
+    train = TrainConfig(batch_size, batch_size // micro_batches, seed=seed)
+    return Config(ModelConfig(path="x"), data, train=train, objective=ObjectiveConfig(**objective))
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +80,11 @@ def prompts() -> PromptTokenizer:
 
 
 def batches_of(prompts, n: int, sources=(SOURCE,), data: DataConfig = DATA, **settings):
-    """The first n batches; `settings` are of `BatchSettings` and of `training_batches`."""
-    place = {key: settings.pop(key) for key in ("first_batch", "part") if key in settings}
-    asked = replace(SETTINGS, **settings)
-    return list(itertools.islice(training_batches(sources, prompts, data, asked, **place), n))
+    """The first n batches; `settings` are of `config_of` and of `training_batches`."""
+    names = ("first_batch", "part", "shards")
+    place = {key: settings.pop(key) for key in names if key in settings}
+    config = config_of(data, **settings)
+    return list(itertools.islice(training_batches(sources, prompts, config, **place), n))
 
 
 def assert_equal(left: Any, right: Any) -> None:
@@ -105,7 +113,7 @@ def queries_of(batches) -> list[int]:
 @pytest.mark.parametrize(("shards", "parts"), [(1, 1), (2, 1), (1, 3), (2, 3)])
 def test_packs_hold_every_micro_batch_of_every_device(prompts, shards: int, parts: int) -> None:
     data = replace(DATA, pack=True)
-    settings = {"batch_size": 12, "shards": shards, "micro_batches": parts, "shared_prefix": False}
+    settings = {"batch_size": 12, "shards": shards, "micro_batches": parts, "views": "parity"}
     for batch in batches_of(prompts, 3, data=data, **settings):
         assert batch.explicit is not None
         for tokens, group in ((batch.query, 1), (batch.documents, 3), (batch.explicit, 1)):
@@ -173,7 +181,7 @@ def test_a_short_chain_of_thought_is_replaced_by_the_query() -> None:
 def test_a_row_without_negatives_is_refused_before_training(prompts) -> None:
     rows = RowsSource([*ROWS[:2], replace(ROWS[2], negative_passages=())], "my.jsonl")
     with pytest.raises(DataError, match=r"my\.jsonl: row 3 \(query 'query 2'\) has no negative"):
-        training_batches([rows], prompts, DATA, SETTINGS)
+        training_batches([rows], prompts, config_of())
     [alone] = batches_of(prompts, 1, [rows], replace(DATA, group_size=1))
     assert alone.documents.ids_BT.shape[0] == 3
 
@@ -187,24 +195,68 @@ def test_a_row_that_leaves_no_room_is_named_when_it_is_drawn() -> None:
     tokenizer = train_tokenizer([*common * 9, *(row.query for row in ROWS)], 300)
     narrow = PromptConfig(query_max_length=160, explicit_max_length=400)
     source = RowsSource(rows, "rows.jsonl")
-    settings = {"need_explicit": False, "shared_prefix": False, "batch_size": len(rows)}
+    settings = {**LATENT_ALONE, "batch_size": len(rows)}
     with pytest.raises(TokenizationError, match=r"rows\.jsonl: row 41: prompt\.query_max_length"):
         batches_of(PromptTokenizer(tokenizer, narrow), 1, [source], **settings)
 
 
-def test_a_run_asks_of_its_batches_what_its_config_says() -> None:
-    plain = Config(ModelConfig(path="x"), DATA, train=TrainConfig(batch_size=8, seed=3))
-    asked = BatchSettings.of(plain)
-    assert (asked.batch_size, asked.seed, asked.need_explicit) == (8, 3, True)
-    assert asked.num_thinking_steps == plain.objective.num_thinking_steps
-    assert asked.shared_prefix
-    parity = replace(plain, objective=replace(plain.objective, views="parity"))
-    assert not BatchSettings.of(parity).shared_prefix
-
-
 def test_a_source_too_many_is_refused(prompts) -> None:
     with pytest.raises(ValueError, match="2 sources, and the config has 1"):
-        training_batches([SOURCE, SOURCE], prompts, DATA, SETTINGS)
+        training_batches([SOURCE, SOURCE], prompts, config_of())
+
+
+# --- a drawn K -------------------------------------------------------------------------------
+
+
+SAMPLED: dict[str, Any] = {"num_thinking_steps": 4, "sample_thinking_steps": True}
+
+
+def drawn_steps(batch: Batch) -> int:
+    """K of a batch, the same for all rows, whose steps are counted from the first on."""
+    assert batch.counted_BK is not None
+    [K] = set(batch.counted_BK.sum(axis=1).tolist())
+    assert batch.counted_BK.dtype == bool
+    assert batch.counted_BK[:, :K].all()
+    return K
+
+
+def test_every_k_is_drawn_about_as_often_as_the_others_and_by_the_seed() -> None:
+    config = config_of(**SAMPLED)
+    drawn = [thinking_steps(config, index) for index in range(2000)]
+    counts = np.bincount(drawn, minlength=5)
+    assert counts[0] == 0
+    assert len(counts) == 5
+    assert 430 < min(counts[1:]) < max(counts[1:]) < 570
+    other = config_of(seed=6, **SAMPLED)
+    assert [thinking_steps(other, index) for index in range(20)] != drawn[:20]
+    assert {thinking_steps(config_of(num_thinking_steps=4), index) for index in range(20)} == {4}
+
+
+def test_a_resumed_run_draws_the_same_k_and_keyframes(prompts) -> None:
+    whole = batches_of(prompts, 6, **SAMPLED)
+    assert len({drawn_steps(batch) for batch in whole}) > 1
+    for batch, again in zip(
+        whole[3:], batches_of(prompts, 3, first_batch=3, **SAMPLED), strict=True
+    ):
+        assert digest(batch) == digest(again)
+    [part] = batches_of(prompts, 1, part=np.array([1]), **SAMPLED)
+    assert drawn_steps(part) == drawn_steps(whole[0])
+
+
+def test_the_keyframes_are_those_of_the_drawn_k(prompts) -> None:
+    for place, batch in enumerate(batches_of(prompts, 6, **SAMPLED)):
+        K = drawn_steps(batch)
+        [fixed] = batches_of(prompts, 1, first_batch=place, num_thinking_steps=K)
+        assert fixed.counted_BK is None
+        np.testing.assert_array_equal(batch.keyframes_BK[:, :K], fixed.keyframes_BK)
+        assert batch.keyframes_BK.shape == (3, 4)
+        assert_equal(batch.replace(keyframes_BK=0, counted_BK=None), fixed.replace(keyframes_BK=0))
+
+
+def test_without_an_explicit_view_k_is_drawn_too(prompts) -> None:
+    [batch] = batches_of(prompts, 1, **SAMPLED, **LATENT_ALONE)
+    assert batch.explicit is None
+    assert 1 <= drawn_steps(batch) <= 4
 
 
 # --- what a batch holds ----------------------------------------------------------------------
@@ -252,7 +304,7 @@ def test_a_batch_holds_the_scores_of_the_passages_that_are_drawn(prompts) -> Non
     ]
     rows[2] = replace(rows[2], teacher_scores=None)
     source, data = RowsSource(rows), replace(DATA, selection="random")
-    for batch in batches_of(prompts, 5, [source], data, teacher_scores=True):
+    for batch in batches_of(prompts, 5, [source], data, **SCORED):
         assert batch.teacher_scores_BG.shape == (3, 3)
         assert batch.teacher_scores_BG.dtype == np.float32
         documents = rows_of(batch.documents)
@@ -264,8 +316,8 @@ def test_a_batch_holds_the_scores_of_the_passages_that_are_drawn(prompts) -> Non
                 else:
                     text = passages(ROWS[n])[int(score) - 10 * n]
                     assert tokens == prompts.document(text)
-    part = batches_of(prompts, 1, [source], teacher_scores=True, part=np.array([0, 2]))[0]
-    [whole] = batches_of(prompts, 1, [source], teacher_scores=True)
+    part = batches_of(prompts, 1, [source], **SCORED, part=np.array([0, 2]))[0]
+    [whole] = batches_of(prompts, 1, [source], **SCORED)
     assert_equal(part.teacher_scores_BG, whole.teacher_scores_BG[[0, 2]])
     assert batches_of(prompts, 1, [source])[0].teacher_scores_BG is None
 
@@ -276,7 +328,7 @@ def passages(row: TrainingRow) -> tuple[str, ...]:
 
 def test_scores_that_are_asked_for_and_in_no_row_are_missed_at_once(prompts) -> None:
     with pytest.raises(DataError, match=r"weights.teacher is above 0, and no row has teacher_sc"):
-        training_batches([SOURCE], prompts, DATA, replace(SETTINGS, teacher_scores=True))
+        training_batches([SOURCE], prompts, config_of(**SCORED))
 
 
 class RecordingTokenizer(PromptTokenizer):
@@ -298,7 +350,7 @@ class RecordingTokenizer(PromptTokenizer):
 
 def test_without_explicit_view_no_chain_of_thought_is_tokenised(prompts) -> None:
     recording = RecordingTokenizer(prompts)
-    [batch] = batches_of(recording, 1, need_explicit=False)
+    [batch] = batches_of(recording, 1, **LATENT_ALONE)
     assert batch.explicit is None
     assert batch.keyframes_BK is None
     assert recording.documents
@@ -307,7 +359,7 @@ def test_without_explicit_view_no_chain_of_thought_is_tokenised(prompts) -> None
 
 def test_every_text_is_tokenised_once(prompts) -> None:
     recording = RecordingTokenizer(prompts)
-    batches = iter(training_batches([SOURCE], recording, replace(DATA, threads=1), SETTINGS))
+    batches = iter(training_batches([SOURCE], recording, config_of(replace(DATA, threads=1))))
     recording.documents.clear()  # of the check that there is room beside the templates
     recording.reasonings.clear()
     list(itertools.islice(batches, 20))
@@ -326,7 +378,7 @@ def test_fast_views_refuse_a_query_that_is_no_prefix_and_name_its_row(prompts) -
     broken = BrokenPrefix(prompts.tokenizer, prompts.config)
     with pytest.raises(DataError, match=r"rows: row \d: the query's tokens are no prefix"):
         batches_of(broken, 1)
-    assert batches_of(broken, 1, shared_prefix=False)
+    assert batches_of(broken, 1, views="parity")
 
 
 # --- false negatives -------------------------------------------------------------------------
@@ -543,7 +595,7 @@ def test_a_part_need_not_be_contiguous(prompts) -> None:
 PROGRAM = """
 import itertools, json, sys
 sys.path.insert(0, {tests!r})
-from test_pipeline import DATA, ROWS, SETTINGS, batches_of, digest
+from test_pipeline import DATA, config_of, digest
 from dataclasses import replace
 from laser_jax.config import PromptConfig
 from laser_jax.data.pipeline import training_batches
@@ -554,8 +606,8 @@ if __name__ == "__main__":
     prompts = PromptTokenizer(load_tokenizer({tokenizer!r}), PromptConfig())
     source = open_source({rows!r})
     for workers in (0, 2):
-        data = replace(DATA, workers=workers, bucket_window=2)
-        batches = iter(training_batches([source], prompts, data, SETTINGS, first_batch=3))
+        config = config_of(replace(DATA, workers=workers, bucket_window=2))
+        batches = iter(training_batches([source], prompts, config, first_batch=3))
         print(json.dumps([digest(next(batches)) for _ in range(7)]), flush=True)
         batches.close()
 """

@@ -100,6 +100,19 @@ def test_queries_and_documents_think_equally_long(encoder, prompts) -> None:
         assert_scores(runs[f"latent K={k}"], ranked(encoder, rows, prompts, k, k))
 
 
+def test_documents_with_a_k_of_their_own_are_embedded_once_at_it(encoder, prompts) -> None:
+    own = copy.copy(encoder)
+    own.config = dataclasses.replace(encoder.config, document_thinking_steps=1)
+    own.asked.clear()
+    runs = retrieval_runs(own, prompts, DATASET, [2, 3])
+    assert own.asked == [(len(TEXTS), (1,)), (len(QUERIES), (2, 3)), (len(QUERIES), (1,))]
+    rows = [prompts.query(q.text, q.instruction or "") for q in QUERIES]
+    for k in (2, 3):
+        assert_scores(runs[f"latent K={k}"], ranked(encoder, rows, prompts, k, 1))
+    explicit = [prompts.explicit(q.text, q.instruction or "", q.reasoning).ids for q in QUERIES]
+    assert_scores(runs["explicit"], ranked(encoder, explicit, prompts, 1, 1))
+
+
 def test_a_model_of_several_sizes_is_ranked_at_each(encoder, prompts) -> None:
     sized = copy.copy(encoder)
     sized.config = dataclasses.replace(encoder.config, dimensions=(3, 8))

@@ -214,6 +214,24 @@ def test_thinking_longer_or_shorter_is_an_option(model, retriever) -> None:
         np.testing.assert_allclose(got, pure(model, ids, k), atol=1e-5)
 
 
+def test_a_model_may_have_a_k_of_its_own_for_documents(
+    model: Path, retriever: LatentRetriever, vectors: np.ndarray, tmp_path: Path
+) -> None:
+    """Saved with the model, and nothing that queries need."""
+    shutil.copytree(model, tmp_path / "model")
+    config = dataclasses.replace(laser_jax.load_pretrained(model)[1], document_thinking_steps=1)
+    save_retriever_config(config, tmp_path / "model")
+    own = LatentRetriever.from_pretrained(tmp_path / "model", batch_size=4, length_multiple=32)
+    found = own.encode_document(DOCUMENTS)
+    wanted = retriever.encode_document(DOCUMENTS, num_thinking_steps=1)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert np.abs(found - vectors).max() > 1e-3
+    longer = own.encode_document(DOCUMENTS, num_thinking_steps=2)
+    np.testing.assert_allclose(longer, vectors, atol=1e-5)
+    queries = (of.encode_query("Ulm?", instruction=TASK) for of in (own, retriever))
+    np.testing.assert_allclose(*queries, atol=1e-5)
+
+
 def test_every_query_may_have_an_instruction_of_its_own(retriever) -> None:
     both = retriever.encode_query(["Ulm?", "Ulm?"], instruction=[TASK, "Bonn"])
     one = retriever.encode_query("Ulm?", instruction="Bonn")

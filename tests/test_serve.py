@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import numpy as np
 import openai
 import pytest
 
-from laser_jax.config import ConfigError
+from laser_jax.config import ConfigError, load_retriever_config, save_retriever_config
 from laser_jax.encode_corpus.run import main as encode_main
 from laser_jax.files.reading import DataError
 from laser_jax.inference.batch_encoder import LatentEncoder, NotFiniteError
@@ -242,8 +243,28 @@ def test_models_say_what_they_take(server: Running, retriever: LatentRetriever) 
     assert server.client.get("/v1/models/model:query").json() == listed[1]
     assert listed[0]["dimensions"] == retriever.encoder.config.backbone.hidden_size
     assert listed[0]["thinking_steps"] == 3
+    assert listed[0]["document_thinking_steps"] == 3
     assert listed[0]["max_thinking_steps"] == 5
     assert listed[0]["needs_instruction"] is True
+
+
+def test_documents_are_embedded_at_the_models_own_k_of_them(
+    thinking_model: Path, tmp_path: Path, retriever: LatentRetriever
+) -> None:
+    run = shutil.copytree(thinking_model.parent, tmp_path / "run")
+    config = replace(load_retriever_config(thinking_model), document_thinking_steps=1)
+    save_retriever_config(config, run / "model")
+    texts = ["Ulm lies on the Danube.", "Kiel"]
+    with running(ServeOptions(model=str(run / "model"), **SIZES)) as own:
+        for more, K in (({}, 1), ({"thinking_steps": 2}, 2)):
+            got = vectors_of(own.embed(input=texts, input_type="document", **more))
+            wanted = retriever.encode_document(texts, num_thinking_steps=K)
+            np.testing.assert_allclose(got, wanted, atol=1e-5)
+        got = vectors_of(own.embed(input=texts, input_type="query", instruction="Find"))
+        wanted = retriever.encode_query(texts, instruction="Find", num_thinking_steps=3)
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
+        said = own.client.get("/v1/models").json()["data"][0]
+        assert (said["thinking_steps"], said["document_thinking_steps"]) == (3, 1)
 
 
 def test_openai_s_own_client_gets_vectors_and_its_own_errors(
@@ -337,6 +358,12 @@ def test_stored_vectors_are_searched_and_those_of_another_model_are_refused(
         assert sorted(document["id"] for document in documents) == ["kiel", "trap", "ulm"]
         assert [document["text"] for document in documents] == [None] * 3
         assert "No corpus" in server.client.get("/").text
+    own = shutil.copytree(thinking_model, tmp_path / "own")
+    config = replace(load_retriever_config(own), document_thinking_steps=1)
+    save_retriever_config(config, own)
+    _, make_ready = load(ServeOptions(model=str(own), **told), local_only=True)
+    with pytest.raises(DataError, match=r"its num_thinking_steps is 3, and that of the .* is 1"):
+        make_ready()
     other = tmp_path / "other"
     write_model(other, ["Ulm lies on the Danube."], vocab_size=280, layers=2, steps=3)
     for model, message in ((other, "its prompt_hash is"), (thinking_model, "its model_hash is")):

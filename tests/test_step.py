@@ -48,6 +48,7 @@ from laser_jax.train.state import (
     learning_rate_schedule,
     make_optimizer,
 )
+from laser_jax.views import explicit_view, latent_view
 
 B, G, K, V, D = 8, 2, 2, 30, 16
 SCRATCH = ScratchConfig(
@@ -408,22 +409,15 @@ def scored(rows: Batch) -> Batch:
 def test_scores_of_another_teacher_are_distilled_alike_in_every_way() -> None:
     """Also by plain accumulation, as each query's own passages alone count."""
     weights = LossWeights(latent=0.0, explicit=0.0, output=0.0, trajectory=0.0, teacher=2.0)
-    backbone, variables = drawn(0)
-    count = np.zeros((), np.int32)
-    state = TrainState(count, count, variables["params"], None, ())
-
-    def found(views: Any, way: Any) -> tuple[Any, dict[str, np.ndarray]]:
-        objective = dataclasses.replace(OBJECTIVE, weights=weights, views=views)
-        read = functools.partial(read_views, backbone, objective=objective)
-        score = functools.partial(loss_terms, objective=objective, scale=jnp.ones(()))
-        return host(jax.jit(functools.partial(way, read, score))(state, scored(batch())))
-
-    gradient, terms = found("fast", whole_batch)
+    objective = dataclasses.replace(OBJECTIVE, weights=weights, views="fast")
+    gradient, terms = found(objective, scored(batch()))
     assert set(terms) == {"loss", "latent", "teacher"}
     assert terms["teacher"] > 1e-3
     np.testing.assert_allclose(terms["loss"], 2 * terms["teacher"], rtol=1e-6)
-    for views, way in (("fast", gradcache), ("parity", plain)):
-        got, cut = found(views, functools.partial(way, parts=4))
+    cases: list[tuple[Any, Any]] = [("fast", gradcache), ("parity", plain)]
+    for views, way in cases:
+        other = dataclasses.replace(objective, views=views)
+        got, cut = found(other, scored(batch()), functools.partial(way, parts=4))
         np.testing.assert_allclose(cut["teacher"], terms["teacher"], rtol=1e-5)
         for ours, whole in zip(*map(jax.tree.leaves, (got, gradient)), strict=True):
             assert np.abs(whole).max() > 0
@@ -449,6 +443,110 @@ def test_eight_devices_distil_the_scores_of_one() -> None:
 
 
 # --- the objective ------------------------------------------------------------------------------
+
+
+@functools.cache
+def gradient_of(objective: ObjectiveConfig, way: Any) -> Any:
+    """(state, batch) -> gradient and terms."""
+    read = functools.partial(read_views, drawn(0)[0], objective=objective)
+    score = functools.partial(loss_terms, objective=objective, scale=np.float32(1))
+    return jax.jit(functools.partial(way, read, score))
+
+
+def found(objective: ObjectiveConfig, rows: Batch, way: Any = whole_batch) -> tuple[Any, Any]:
+    """The gradient of a full fine-tuning, and the terms."""
+    count = np.zeros((), np.int32)
+    state = TrainState(count, count, drawn(0)[1]["params"], None, ())
+    return host(gradient_of(objective, way)(state, rows))
+
+
+WAYS: dict[str, tuple[Any, bool, Any]] = {
+    "fast": ("fast", False, whole_batch),
+    "parity": ("parity", False, whole_batch),
+    "fast, gradcache": ("fast", False, functools.partial(gradcache, parts=4)),
+    "parity, gradcache": ("parity", False, functools.partial(gradcache, parts=2)),
+    "fast, packed": ("fast", True, whole_batch),
+}
+
+
+def assert_alike_in_every_way(
+    objective: ObjectiveConfig, rows: Batch, wanted: dict[str, float]
+) -> None:
+    """These terms, and one gradient, whichever way they are computed."""
+    gradients = {}
+    for name, (views, pack, way) in WAYS.items():
+        read = packed(rows, ALONE) if pack else rows
+        gradients[name], terms = found(dataclasses.replace(objective, views=views), read, way)
+        for term, value in wanted.items():
+            wrong = f"{name}: {term}"
+            np.testing.assert_allclose(terms[term], value, rtol=1e-4, atol=1e-6, err_msg=wrong)
+    for name, gradient in gradients.items():
+        for ours, first in zip(*map(jax.tree.leaves, (gradient, gradients["fast"])), strict=True):
+            within = 1e-5 * np.abs(first).max()
+            np.testing.assert_allclose(ours, first, rtol=0, atol=within, err_msg=name)
+
+
+def terms_at(rows: Batch, query_K: int, document_K: int) -> dict[str, float]:
+    """The four terms in numpy, of states that are read one part after the other."""
+    backbone, variables = drawn(0)
+
+    @jax.jit
+    def read(variables: Variables) -> dict[str, jax.Array]:
+        model, pooling = (backbone, variables), "prompt_and_thoughts"
+        assert rows.explicit is not None
+        explicit = explicit_view(*model, rows.explicit, rows.keyframes_BK[:, :query_K])
+        return {
+            "hidden": latent_view(*model, rows.query, query_K, pooling),
+            "documents": latent_view(*model, rows.documents, document_K, pooling),
+            "final": explicit.final_BD,
+            "keyframes": explicit.keyframes_BKD,
+        }
+
+    return _terms_of(host(read(variables)), rows.contrast_BC)
+
+
+@pytest.mark.parametrize("document_K", [1, 3])
+def test_documents_think_as_long_as_they_are_told(document_K: int) -> None:
+    objective = dataclasses.replace(OBJECTIVE, document_thinking_steps=document_K)
+    assert_alike_in_every_way(objective, batch(), terms_at(batch(), K, document_K))
+
+
+@pytest.mark.parametrize(("drawn_K", "document_K"), [(1, None), (2, None), (3, None), (2, 1)])
+def test_a_step_at_a_drawn_k_is_a_step_at_that_k(drawn_K: int, document_K: int | None) -> None:
+    """Though all of them think as long as the longest, in one program."""
+    rows, most = batch(), 3
+    taught_BK = rows.keyframes_BK[:, [0, 1, 1][:drawn_K]]
+    beyond = np.zeros((B, most - drawn_K), np.int32)  # any positions: they do not count
+    sampled = dataclasses.replace(
+        rows,
+        keyframes_BK=np.concatenate([taught_BK, beyond], axis=1),
+        counted_BK=np.tile(np.arange(most) < drawn_K, (B, 1)),
+    )
+    fixed = dataclasses.replace(rows, keyframes_BK=taught_BK)
+    objective = dataclasses.replace(
+        OBJECTIVE, num_thinking_steps=most, document_thinking_steps=document_K, dimensions=(4,)
+    )
+    at_K = dataclasses.replace(objective, num_thinking_steps=drawn_K, views="fast")
+    gradient, terms = found(at_K, fixed)
+    for way in (whole_batch, WAYS["fast, gradcache"][2])[: 1 if document_K else 2]:
+        ours = dataclasses.replace(objective, views="fast", sample_thinking_steps=True)
+        got, same = found(ours, sampled, way)
+        for name, value in terms.items():
+            np.testing.assert_allclose(same[name], value, rtol=1e-6, atol=1e-6, err_msg=name)
+        for one, other in zip(*map(jax.tree.leaves, (got, gradient)), strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
+
+
+def test_documents_at_one_step_do_not_think() -> None:
+    """No loop but the queries' is in the program, and that one has a row a query."""
+    backbone, variables = drawn(0)
+    rows, sizes = batch(), []
+    for document_K in (None, 1):
+        objective = dataclasses.replace(OBJECTIVE, document_thinking_steps=document_K)
+        read = functools.partial(read_views, backbone, batch=rows, objective=objective)
+        text = jax.jit(read).lower(variables).as_text()
+        sizes.append({int(n) for n in re.findall(rf"tensor<(\d+)x{V}xf32>", text)} - {V})
+    assert sizes == [{B + B * G}, {B}]
 
 
 def test_distillation_grows_over_the_warm_up_and_the_rest_does_not(runs) -> None:

@@ -221,10 +221,15 @@ TEACHER = Backbone(dataclasses.replace(SMALL, rope_theta=77.0))
         (run_of(views="parity"), ["query", "documents", "explicit"]),
         (run_of(weights=LossWeights(1.0, 0.0, 0.0, 0.0)), ["query", "documents"]),
         (run_of(method="gircse"), ["query", "documents"]),
+        (run_of(document_thinking_steps=1), ["explicit", "documents"]),
+        (run_of(document_thinking_steps=K + 1, views="parity"), ["query", "documents", "explicit"]),
         # its own pass over the documents is left out, as the docstring of `Meter` says
         (run_of(teacher="there"), ["query", "documents", "explicit"]),
     ],
-    ids=["fast", "parity", "without_explicit_view", "gircse", "frozen_teacher"],
+    ids=[
+        *("fast", "parity", "without_explicit_view", "gircse"),
+        *("documents_at_1", "documents_beyond_K", "frozen_teacher"),
+    ],
 )
 def test_a_step_reads_what_is_counted(config: Config, parts: list[str], monkeypatch) -> None:
     found, example = Read(), batch(explicit=config.objective.need_explicit_view)

@@ -398,7 +398,6 @@ def test_lines_after_the_checkpoint_are_dropped_from_the_log(tmp_path: Path) -> 
     write_jsonl(path, [{"step": step, "loss": 0.5} for step in (10, 20, 30)])
     log = StepLog(path, logged_lines(path, 20))
     log.write({"step": 30, "loss": 0.25})
-    log.close()
     assert [(m["step"], m["loss"]) for m in metrics_of(tmp_path)] == [
         (10, 0.5),
         (20, 0.5),

@@ -25,13 +25,10 @@ from absl import flags
 
 from laser_jax.alignment import keyframe_positions
 from laser_jax.batch import Batch, PackShape, Tokens
-from laser_jax.config import Config, DataConfig, KeyframeRule, as_dict
+from laser_jax.config import Config, DataConfig, as_dict
 from laser_jax.data.schema import DataError, TrainingRow, same_text
 from laser_jax.data.sources import Source, describe_row, locate, rows_of_same_query
 from laser_jax.data.tokenization import PromptTokenizer, TokenizationError, right_pad
-
-Array = Any
-"""numpy on the host, jax inside a step; no type says both."""
 
 _ENDLESS = 2**62
 _TEXTS_HELD = 32_768
@@ -184,45 +181,6 @@ def _source_seed(seed: int, source: int) -> int:
 
 
 @dataclass(frozen=True)
-class BatchSettings:
-    """What a run asks of its batches, beside `DataConfig`."""
-
-    batch_size: int
-    """B, over all processes."""
-    seed: int
-    """Decides the order and random selection; in [0, 2^32)."""
-    num_thinking_steps: int
-    """K of `keyframes_BK`."""
-    keyframes: KeyframeRule
-    """Which segments teach which step."""
-    need_explicit: bool
-    """False leaves `explicit` and `keyframes_BK` None."""
-    shared_prefix: bool
-    """Check in every batch that queries are prefixes of their explicit inputs."""
-    teacher_scores: bool = False
-    """False leaves `teacher_scores_BG` None."""
-    micro_batches: int = 1
-    """That a batch is read in."""
-    shards: int = 1
-    """Devices that share a batch's rows."""
-
-    @classmethod
-    def of(cls, config: Config) -> BatchSettings:
-        """What the training run of `config` asks."""
-        objective = config.objective
-        return cls(
-            batch_size=config.train.batch_size,
-            seed=config.train.seed,
-            num_thinking_steps=objective.num_thinking_steps,
-            keyframes=objective.keyframes,
-            need_explicit=objective.need_explicit_view,
-            shared_prefix=config.views == "fast" and objective.teacher is None,
-            teacher_scores=objective.need_teacher_scores,
-            micro_batches=config.train.num_micro_batches,
-        )
-
-
-@dataclass(frozen=True)
 class _Drawn:
     """A row of a batch, tokenised."""
 
@@ -241,6 +199,15 @@ class _Drawn:
         return -(-len(first) // multiple), max(map(len, self.documents))
 
 
+def thinking_steps(config: Config, index: int) -> int:
+    """K of batch `index`: the objective's, or one up to it that is drawn by seed and index."""
+    most = config.objective.num_thinking_steps
+    if not config.objective.sample_thinking_steps:
+        return most
+    rng = np.random.default_rng((config.train.seed, index, *b"thinking steps"))
+    return int(rng.integers(1, most, endpoint=True))
+
+
 class _BatchBuilder:
     """Makes batch i; the arguments are those of `training_batches`, and `rows_of_same_query` where
     false negatives are masked. Threads may share it."""
@@ -249,106 +216,105 @@ class _BatchBuilder:
         self,
         sources: Sequence[Source],
         prompts: PromptTokenizer,
-        data: DataConfig,
-        settings: BatchSettings,
+        config: Config,
         part: np.ndarray | None,
+        shards: int,
         same_query: Mapping[int, np.ndarray],
     ):
-        self._arguments = (sources, prompts, data, settings, part, same_query)
+        self._arguments = (sources, prompts, config, part, shards, same_query)
+        self._sources, self._prompts, self._config = sources, prompts, config
+        self._data, self._size, self._shards = config.data, config.train.batch_size, shards
+        self._part = np.arange(self._size) if part is None else part
         self._same_query = same_query
-        self._sources, self._prompts, self._data, self._settings = sources, prompts, data, settings
-        self._part = np.arange(settings.batch_size) if part is None else part
         lengths = [len(source) for source in sources]
         self._starts = np.cumsum([0, *lengths])
-        weights = [source.weight for source in data.sources]
-        self._order = SampleOrder(lengths, weights, settings.seed)
+        weights = [source.weight for source in config.data.sources]
+        self._order = SampleOrder(lengths, weights, config.train.seed)
         self._lock = threading.Lock()
         self._plan = functools.lru_cache(4)(self._make_plan)
         # Epochs repeat, and a window is read once for its lengths and once for its batches.
-        held = max(_TEXTS_HELD, 2 * data.bucket_window * settings.batch_size * data.group_size)
-        self._query = functools.lru_cache(held)(lambda *q: np.array(prompts.query(*q), np.int32))
-        self._document = functools.lru_cache(held)(
-            lambda text: np.array(prompts.document(text), np.int32)
-        )
-        self._explicit = functools.lru_cache(held)(self._tokenise_explicit)
-        self._positives = functools.lru_cache(held)(self._read_positives)
+        window = config.data.bucket_window * self._size * config.data.group_size
+        remembered = functools.lru_cache(max(_TEXTS_HELD, 2 * window))
+        self._query = remembered(lambda *q: np.array(prompts.query(*q), np.int32))
+        self._document = remembered(lambda text: np.array(prompts.document(text), np.int32))
+        self._explicit = remembered(self._tokenise_explicit)
+        self._positives = remembered(self._read_positives)
 
     def __reduce__(self) -> Any:
         # locks and caches stay behind: a worker process makes its own
         return _BatchBuilder, self._arguments
 
     def __call__(self, index: int) -> Batch:
-        rows = [self._draw(sample) for sample in self._samples(index)]
-        config = self._prompts.config
-        explicit, keyframes_BK = None, None
-        if self._settings.need_explicit:
-            ids, ends = zip(*(row.explicit for row in rows if row.explicit), strict=True)
-            explicit = self._pad(ids, None, self._part)
-            keyframes_BK = np.stack(
-                [
-                    keyframe_positions(
-                        ends[b].tolist(),
-                        len(ids[b]) - 1,
-                        self._settings.num_thinking_steps,
-                        self._settings.keyframes,
-                    )
-                    for b in self._part
-                ]
-            )
-            if self._settings.shared_prefix:
-                self._require_shared_prefix(rows)
-        group_size = self._data.group_size
-        part_C = (self._part[:, None] * group_size + np.arange(group_size)).ravel()
+        rows, part = [self._draw(sample) for sample in self._samples(index)], self._part
+        limits, group_size = self._prompts.config, self._data.group_size
+        part_C = (part[:, None] * group_size + np.arange(group_size)).ravel()
+        documents = [ids for row in rows for ids in row.documents]
         contrast_BC = contrast([row.example for row in rows], self._data.mask_false_negatives)
-        teacher_scores_BG = None
-        if self._settings.teacher_scores:
-            scores = [rows[b].example.teacher_scores for b in self._part]
-            teacher_scores_BG = np.array(scores, np.float32)
-        query = self._pad([row.query for row in rows], config.query_max_length, self._part)
-        if self._settings.shared_prefix and explicit is not None:
-            query = replace(query, packed=None)  # it is not read by itself
-        return Batch(
-            query=query,
-            documents=self._pad(
-                [ids for row in rows for ids in row.documents], config.document_max_length, part_C
-            ),
-            explicit=explicit,
-            keyframes_BK=keyframes_BK,
-            contrast_BC=contrast_BC[self._part],
-            teacher_scores_BG=teacher_scores_BG,
-            rows_B=np.array([rows[b].row for b in self._part], np.int32),
+        batch = Batch(
+            query=self._pad([row.query for row in rows], limits.query_max_length, part),
+            documents=self._pad(documents, limits.document_max_length, part_C),
+            explicit=None,
+            keyframes_BK=None,
+            contrast_BC=contrast_BC[part],
+            rows_B=np.array([rows[b].row for b in part], np.int32),
         )
+        if self._config.objective.need_teacher_scores:
+            scores = [rows[b].example.teacher_scores for b in part]
+            batch = replace(batch, teacher_scores_BG=np.array(scores, np.float32))
+        K, drawn = self._config.objective.num_thinking_steps, thinking_steps(self._config, index)
+        if self._config.objective.sample_thinking_steps:
+            batch = replace(batch, counted_BK=np.tile(np.arange(K) < drawn, (len(part), 1)))
+        return self._with_explicit(batch, rows, drawn) if rows[0].explicit else batch
+
+    def _with_explicit(self, batch: Batch, rows: Sequence[_Drawn], steps: int) -> Batch:
+        objective, query = self._config.objective, batch.query
+        ids, ends = zip(*(row.explicit for row in rows if row.explicit), strict=True)
+        if self._config.views == "fast" and objective.teacher is None:
+            for row, tokens in zip(rows, ids, strict=True):
+                if not np.array_equal(tokens[: len(row.query)], row.query):
+                    raise DataError(
+                        f"{describe_row(self._sources, row.row)}: the query's tokens are no prefix "
+                        "of the explicit input's, as the fast views need; set objective.views: "
+                        "parity"
+                    )
+            query = replace(query, packed=None)  # it is not read by itself
+        keyframes_BK = np.stack(
+            [
+                keyframe_positions(ends[b].tolist(), len(ids[b]) - 1, steps, objective.keyframes)
+                for b in self._part
+            ]
+        )
+        beyond = objective.num_thinking_steps - steps  # which are not counted: any position serves
+        keyframes_BK = np.pad(keyframes_BK, ((0, 0), (0, beyond)), "edge")
+        explicit = self._pad(ids, None, self._part)
+        return replace(batch, query=query, explicit=explicit, keyframes_BK=keyframes_BK)
 
     # --- which rows
 
     def _samples(self, index: int) -> Sequence[int]:
         window, place = divmod(index, self._data.bucket_window)
         if self._data.bucket_window == 1:
-            size = self._settings.batch_size
-            return range(index * size, (index + 1) * size)
+            return range(index * self._size, (index + 1) * self._size)
         with self._lock:  # else every thread would make the plan of a new window
-            plan_WB = self._plan(window)
-        return plan_WB[place]
+            return self._plan(window)[place]
 
     def _make_plan(self, window: int) -> list[list[int]]:
         """The samples of the window's batches: sorted by length, cut, and the cuts shuffled."""
-        batches, size = self._data.bucket_window, self._settings.batch_size
-        first = window * batches * size
+        batches, size = self._data.bucket_window, self._size
+        first, multiple = window * batches * size, self._data.length_multiple
         samples = range(first, first + batches * size)
-        multiple = self._data.length_multiple
         by_length = sorted(samples, key=lambda sample: self._draw(sample).length(multiple))
-        order = np.random.default_rng((self._settings.seed, window)).permutation(batches)
+        order = np.random.default_rng((self._config.train.seed, window)).permutation(batches)
         return [by_length[i * size : (i + 1) * size] for i in order]
 
     def _draw(self, index: int) -> _Drawn:
         sample = self._order[index]
-        row = self._sources[sample.source][sample.row]
         row_index = int(self._starts[sample.source]) + sample.row
         example = draw_example(
-            row,
+            self._sources[sample.source][sample.row],
             self._data,
             min_reasoning_characters=self._prompts.config.min_reasoning_characters,
-            seed=self._settings.seed,
+            seed=self._config.train.seed,
             epoch=sample.epoch,
             row_index=row_index,
         )
@@ -356,18 +322,14 @@ class _BatchBuilder:
             positives = self._positives(int(self._same_query[row_index][0]))
             example = replace(example, positives=positives)
         try:
-            return _Drawn(
-                row_index,
-                example,
-                self._query(example.query, example.instruction),
-                tuple(map(self._document, example.documents)),
-                self._explicit(example.query, example.instruction, example.reasoning)
-                if self._settings.need_explicit
-                else None,
-            )
+            query = self._query(example.query, example.instruction)
+            documents, explicit = tuple(map(self._document, example.documents)), None
+            if self._config.objective.need_explicit_view:
+                explicit = self._explicit(example.query, example.instruction, example.reasoning)
         except TokenizationError as error:
             where = describe_row(self._sources, row_index)
             raise TokenizationError(f"{where}: {error}") from error
+        return _Drawn(row_index, example, query, documents, explicit)
 
     def _read_positives(self, row_index: int) -> frozenset[str]:
         """Those of all rows with the query of this one."""
@@ -379,53 +341,38 @@ class _BatchBuilder:
 
     # --- tokens
 
-    def _tokenise_explicit(
-        self, text: str, instruction: str, reasoning: str
-    ) -> tuple[np.ndarray, np.ndarray]:
-        tokens = self._prompts.explicit(text, instruction, reasoning)
+    def _tokenise_explicit(self, *texts: str) -> tuple[np.ndarray, np.ndarray]:
+        tokens = self._prompts.explicit(*texts)
         return np.array(tokens.ids, np.int32), np.array(tokens.segment_ends, np.int32)
 
     def _pad(self, rows: Sequence[np.ndarray], max_length: int | None, part: np.ndarray) -> Tokens:
         # the width is that of the whole batch: all processes must agree on it
-        ids_BT, lengths_B = right_pad(
-            rows, self._prompts.pad_id, self._data.length_multiple, max_length
-        )
-        packed = self._packed(lengths_B, ids_BT.shape[1])
+        multiple = self._data.length_multiple
+        ids_BT, lengths_B = right_pad(rows, self._prompts.pad_id, multiple, max_length)
+        packed = self._packed(lengths_B, ids_BT.shape[1]) if self._data.pack else None
         return Tokens(ids_BT[part], lengths_B[part], packed)
 
-    def _packed(self, lengths_B: np.ndarray, width: int) -> PackShape | None:
+    def _packed(self, lengths_B: np.ndarray, width: int) -> PackShape:
         """Room for the fullest pack of any micro-batch, in steps of an eighth of an octave."""
-        if not self._data.pack:
-            return None
-        queries, shards = self._settings.batch_size, self._settings.shards
-        parts = self._settings.micro_batches
+        shards, parts = self._shards, self._config.train.num_micro_batches
         # micro-batch i has queries i, i + parts, ...; a device has its own neighbouring ones
-        by_pack = lengths_B.reshape(shards, queries // (shards * parts), parts, -1)
+        by_pack = lengths_B.reshape(shards, self._size // (shards * parts), parts, -1)
         fullest = int(by_pack.sum(axis=(1, 3)).max())
         step = max(1 << (fullest.bit_length() - 4), 8)
         most = width * len(lengths_B) // (shards * parts)
         return PackShape(shards, min(-(-fullest // step) * step, most), parts)
 
-    def _require_shared_prefix(self, rows: Sequence[_Drawn]) -> None:
-        for row in rows:
-            assert row.explicit is not None
-            if not np.array_equal(row.explicit[0][: len(row.query)], row.query):
-                raise DataError(
-                    f"{describe_row(self._sources, row.row)}: the query's tokens are no prefix of "
-                    "the explicit input's, as the fast views need; set objective.views: parity"
-                )
-
 
 def training_batches(
     sources: Sequence[Source],
     prompts: PromptTokenizer,
-    data: DataConfig,
-    settings: BatchSettings,
+    config: Config,
     *,
     first_batch: int = 0,
     part: np.ndarray | None = None,
+    shards: int = 1,
 ) -> grain.IterDataset[Batch]:
-    """Endless batches of `settings.batch_size` queries.
+    """Endless batches of `train.batch_size` queries.
 
     A batch depends on the arguments and its number alone: threads, workers, `first_batch` and
     `part` change nothing in it. Every source goes through all of its rows, in an order of its own,
@@ -434,13 +381,11 @@ def training_batches(
 
     Args:
         sources: of the training rows, in the order of `data.sources`, which gives their weights.
-        prompts: makes the tokens.
-        data: group size, selection, masking, padding, bucketing, threads and workers.
-        settings: `BatchSettings.of(config)` in a run.
         first_batch: number of the first batch, to go on with a stopped run.
         part: increasing indices of the batch's rows that this process holds; None holds all.
             Arrays that have a row a query hold these rows, documents their G each. The widths of
             padding and the columns of `contrast_BC` are those of the whole batch.
+        shards: the devices that share a batch's rows.
 
     Raises:
         DataError: a row without negatives though `data.group_size` is above 1, or no row with
@@ -448,27 +393,23 @@ def training_batches(
         TokenizationError: a limit of the prompts leaves no room for a text. Of the instructions the
             longest are checked now; another is found when its row is drawn, which is named then.
     """
+    data, objective = config.data, config.objective
     if len(sources) != len(data.sources):
         raise ValueError(f"{len(sources)} sources, and the config has {len(data.sources)}")
     for source in sources:
-        prompts.require_room(source.facts.instructions, explicit=settings.need_explicit)
+        prompts.require_room(source.facts.instructions, explicit=objective.need_explicit_view)
         without = source.facts.row_without_negatives
         if data.group_size > 1 and without is not None:  # now, not hours into the run
             raise _no_negatives(source.where(without), source[without], data)
-    if settings.teacher_scores and not any(source.facts.scored_rows for source in sources):
+    if objective.need_teacher_scores and not any(source.facts.scored_rows for source in sources):
         raise DataError(
             "objective.weights.teacher is above 0, and no row has teacher_scores (rows that "
             "laser_jax.prepare wrote never have): add them, or set the weight to 0"
         )
     same_query = rows_of_same_query(sources) if data.mask_false_negatives else {}
-    build = _BatchBuilder(sources, prompts, data, settings, part, same_query)
-    batches = (
-        grain.MapDataset.range(first_batch, _ENDLESS)
-        .map(build)
-        .to_iter_dataset(
-            grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=max(4, data.threads))
-        )
-    )
+    build = _BatchBuilder(sources, prompts, config, part, shards, same_query)
+    reading = grain.ReadOptions(data.threads, prefetch_buffer_size=max(4, data.threads))
+    batches = grain.MapDataset.range(first_batch, _ENDLESS).map(build).to_iter_dataset(reading)
     if data.workers:
         if not flags.FLAGS.is_parsed():  # grain reads its flags, and this is no absl program
             flags.FLAGS.mark_as_parsed()

@@ -135,17 +135,11 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def write_description(
-    directory: Path,
-    features: tfds.features.FeaturesDict,
-    shard_lengths: list[int],
-    num_bytes: int,
+    directory: Path, features: tfds.features.FeaturesDict, shard_lengths: list[int], num_bytes: int
 ) -> None:
     """Writes `features.json` and `dataset_info.json`, with which tfds reads the shards."""
     identity = dataset_info.DatasetIdentity(
-        name=NAME,
-        version=tfds.core.Version(VERSION),
-        data_dir=str(directory),
-        module_name=__name__,
+        name=NAME, version=tfds.core.Version(VERSION), data_dir=str(directory), module_name=__name__
     )
     info = tfds.core.DatasetInfo(
         builder=identity, description=_DESCRIPTION, features=features, disable_shuffling=True
@@ -159,10 +153,7 @@ def write_description(
         filetype_suffix="array_record",
     )
     split = splits.SplitInfo(
-        name="train",
-        shard_lengths=shard_lengths,
-        num_bytes=num_bytes,
-        filename_template=template,
+        name="train", shard_lengths=shard_lengths, num_bytes=num_bytes, filename_template=template
     )
     info.set_splits(splits.SplitDict([split]))
     info.write_to_directory(directory)

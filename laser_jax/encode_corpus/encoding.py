@@ -131,7 +131,7 @@ def settings_of(config: CorpusConfig) -> Settings:
     prompts = PromptTokenizer(load_tokenizer(directory), model.prompt)
     require_matching(model, prompts)
     limit: LimitKey = "query_max_length" if config.texts == "queries" else "document_max_length"
-    require_positions(model, limit, model.num_thinking_steps)
+    require_positions(model, limit, _thinking_steps(config, model))
     prompts.require_room([config.instruction or ""], explicit=False)
     info = _vectors_info(config, model, prompts, weights_hash(directory, config.adapter))
     return Settings(
@@ -166,11 +166,17 @@ def _vectors_info(
     return VectorsInfo(
         model_hash=model_hash,
         prompt_hash=prompt_hash,
-        num_thinking_steps=model.num_thinking_steps,
+        num_thinking_steps=_thinking_steps(config, model),
         dtype=config.store_dtype,
         dimension=model.backbone.hidden_size,
         role=config.texts,
     )
+
+
+def _thinking_steps(config: CorpusConfig, model: RetrieverConfig) -> int:
+    """K of what is encoded: the one asked for, or the model's."""
+    own = model.num_thinking_steps if config.texts == "queries" else model.documents_at
+    return config.num_thinking_steps or own
 
 
 def identity(model: RetrieverConfig, prompts: PromptTokenizer, weights: str) -> tuple[str, str]:
@@ -268,8 +274,8 @@ class ShardEncoder:
         return shard
 
     def _vectors(self, documents: list[Located], stats: EncodingStats) -> np.ndarray:
-        texts = [located.item.text for located in documents]
+        texts, K = [located.item.text for located in documents], self._info.num_thinking_steps
         if self._config.texts == "documents":
-            return self.retriever.encode_document(texts, stats=stats)
+            return self.retriever.encode_document(texts, num_thinking_steps=K, stats=stats)
         instructions = [query_instruction(d, self._config.instruction) for d in documents]
         return self.retriever.encode_query(texts, instruction=instructions, stats=stats)

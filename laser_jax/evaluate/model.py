@@ -30,6 +30,7 @@ from laser_jax.evaluate.metrics import (
     mean,
     without_relevant,
 )
+from laser_jax.evaluate.oracle import StepsOracle, steps_oracle
 from laser_jax.evaluate.plots import can_draw, plot_quality_by_steps
 from laser_jax.evaluate.results import (
     Difference,
@@ -217,11 +218,13 @@ def _evaluate(
     per_query = {
         name: evaluate_run(run, dataset.qrels, options.metrics) for name, run in runs.items()
     }
+    by_steps = {k: runs[latent(k)] for k in inputs[LATENT].num_thinking_steps}
     evaluation = Evaluation(
         model=options.name or model_name(options.model),
         data=data.name,
         split=data.split,
         num_thinking_steps=config.num_thinking_steps,
+        document_thinking_steps=config.document_thinking_steps,
         pools_prompt=pools_prompt(config.pooling),
         metrics=list(options.metrics),
         documents=len(dataset.documents),
@@ -232,6 +235,7 @@ def _evaluate(
         milliseconds_per_query=_reading_times(retriever, inputs) if options.measure_time else {},
         writing_milliseconds_per_query=_writing_times(data, runs),
         shortened=shortened,
+        steps_oracle=steps_oracle(by_steps, dataset.qrels, options.metrics[0]),
         id_counts=list(dataset.id_counts),
     )
     draw = partial(_plot, evaluation, inputs) if can_draw() else None
@@ -333,10 +337,13 @@ def model_table(evaluation: Evaluation) -> str:
         + [f"{by_run[run]:.2f}" if run in by_run else "" for by_run in times.values()]
         for run, scores in evaluation.scores.items()
     ]
+    documents_at = evaluation.document_thinking_steps
+    of_documents = f", that of documents always {documents_at}" if documents_at else ""
     parts = [
         f"{evaluation.model} on {evaluation.data} ({evaluation.split}): {evaluation.queries} "
         f"queries ({evaluation.queries_without_relevant} without a relevant document), "
-        f"{evaluation.documents} documents; the model's own K is {evaluation.num_thinking_steps}",
+        f"{evaluation.documents} documents; the model's own K is {evaluation.num_thinking_steps}"
+        + of_documents,
         markdown_table(["run", *evaluation.metrics, *times], rows),
     ]
     metric = evaluation.metrics[0]
@@ -349,12 +356,33 @@ def model_table(evaluation: Evaluation) -> str:
         for d in evaluation.differences
         if d.metric == metric
     ]
+    header = ["difference", metric, f"{evaluation.confidence:.0%} interval"]
     if differences:
-        header = ["difference", metric, f"{evaluation.confidence:.0%} interval"]
         parts.append(markdown_table(header, differences))
+    if evaluation.steps_oracle is not None:
+        parts.append(_oracle_tables(evaluation.steps_oracle, header[-1]))
     if evaluation.id_counts:
         parts.append("\n".join(map(str, evaluation.id_counts)))
     return "\n\n".join(parts)
+
+
+def _oracle_tables(found: StepsOracle, interval: str) -> str:
+    """What the best K of each query is worth, and how many queries have which."""
+    rows = []
+    for choice, by in ((found.oracle, ""), (found.control, ", by the other half of the documents")):
+        if choice is not None:
+            difference = f"{choice.difference:+.4f}", f"{choice.low:+.4f} to {choice.high:+.4f}"
+            rows.append([f"best for all{by}", str(choice.queries), f"{choice.fixed:.4f}", "", ""])
+            chosen = f"{choice.chosen:.4f}"
+            rows.append([f"best of each query{by}", str(choice.queries), chosen, *difference])
+    header = ["K", "queries", found.metric, "difference", interval]
+    shares = ["share of queries", *(f"{share:.1%}" for share in found.shares.values())]
+    said = (
+        f"the best K for all is {found.fixed_steps}; the best of each query is on average "
+        f"{found.mean_steps:.2f}"
+    )
+    tables = markdown_table(header, rows), markdown_table(["best K", *found.shares], [shares])
+    return "\n\n".join([said, *tables])
 
 
 def domain_table(evaluations: Mapping[str, Evaluation]) -> str:

@@ -87,7 +87,8 @@ class MtebRetriever(AbsEncoder):
             name: `organisation/model`.
             revision: of the weights; mteb takes results of the same name and revision from its
                 cache (`model_revision` makes one).
-            num_thinking_steps: K; None takes the model's.
+            num_thinking_steps: K, of queries alone where the model has one of its own for
+                documents; None takes the model's.
             instruction: one task description for all tasks, instead of `instruction_of`.
             experiment: what else sets the results apart from those of the exported model.
 
@@ -165,7 +166,8 @@ class MtebRetriever(AbsEncoder):
             "num_thinking_steps": self._steps,
         }
         if prompt_type == PromptType.document:
-            return self._documents(texts, options)
+            own = self.retriever.encoder.config.document_thinking_steps
+            return self._documents(texts, options | {"num_thinking_steps": own or self._steps})
         instruction = self.instruction_of(task_metadata, hf_subset)
         return self.retriever.encode_query(texts, instruction=instruction, **options)
 

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from laser_jax.config import ConfigError, from_dict
+from laser_jax.evaluate.oracle import StepsOracle
 from laser_jax.evaluate.significance import CONFIDENCE, RESAMPLES
 from laser_jax.files.claim import Claim, OutputError
 from laser_jax.files.durable import folder_written_whole, write_atomically, write_json
@@ -61,6 +62,8 @@ class Evaluation:
     queries_without_relevant: int
     scores: Scores
     differences: list[Difference]
+    document_thinking_steps: int | None = None
+    """The K of all documents; None where they were read at each run's own."""
     pools_prompt: bool = True
     """Whether the latent view at K = 1 reads the query by itself."""
     bad_lines: int = 0
@@ -76,6 +79,8 @@ class Evaluation:
     shortened: dict[str, int] = field(default_factory=dict)
     """`documents`, or `queries` and how they were read -> how many did not fit into the model's
     limits and lost their ends; empty in files of older versions."""
+    steps_oracle: StepsOracle | None = None
+    """In the first metric; None where the latent view was evaluated at a single K."""
     id_counts: list[IdCount] = field(default_factory=list)
     """Ids that match nothing, and documents with their query's id; empty in files of older
     versions."""

@@ -62,7 +62,8 @@ class EvaluationOptions(EncoderOptions):
 
 
 def load_retriever(options: EncoderOptions, *num_thinking_steps: int) -> LatentRetriever:
-    """Loads the model that `options` name, for its own K and others.
+    """Loads the model that `options` name, for its own K and others, at which documents are read
+    too unless the model has a K of its own for them.
 
     Raises:
         ConfigError, HFError, FileNotFoundError: the model cannot be loaded, or has fewer positions
@@ -71,7 +72,7 @@ def load_retriever(options: EncoderOptions, *num_thinking_steps: int) -> LatentR
     config = options.retriever_config()
     largest = max(config.num_thinking_steps, *num_thinking_steps)
     require_positions(config, "query_max_length", largest)
-    require_positions(config, "document_max_length", largest)
+    require_positions(config, "document_max_length", config.document_thinking_steps or largest)
     return LatentRetriever.from_options(options)
 
 
@@ -129,7 +130,8 @@ def query_inputs(
     queries = list(dataset.queries.values())
     require_instructions(queries, prompts.config.query_template)
     alone = [prompts.query_prompt(q.text, q.instruction or "") for q in queries]
-    inputs = {LATENT: _inputs(alone, tuple(sorted(set(num_thinking_steps))))}
+    Ks, documents_at = tuple(sorted(set(num_thinking_steps))), config.document_thinking_steps
+    inputs = {LATENT: _inputs(alone, Ks, documents_at)}
     if explicit_view_fault(dataset, config) is not None:
         return inputs
 
@@ -139,7 +141,7 @@ def query_inputs(
             for q, donor in zip(queries, donors, strict=True)
         ]
         # the state at EOS is what one thinking step reads
-        return _inputs(reasoned, (1,), config.num_thinking_steps, alone)
+        return _inputs(reasoned, (1,), config.documents_at, alone)
 
     inputs[EXPLICIT] = explicit(range(len(queries)))
     if control and len(queries) > 1:
@@ -171,8 +173,9 @@ def rewrite_inputs(
 ) -> dict[str, QueryInputs]:
     """Rewrite-then-retrieve. `REWRITE` reads the rewrite as the explicit view reads a reasoning;
     `REWRITE_AS_QUERY` has it behind the query's text, as with a retriever that knows no reasoning
-    (K = 1, also of the documents). Both read as many tokens as the explicit view. The query stands
-    for a rewrite that is shorter than the shortest reasoning of training, as there.
+    (K = 1, also of the documents unless the model has a K of its own for them). Both read as many
+    tokens as the explicit view. The query stands for a rewrite that is shorter than the shortest
+    reasoning of training, as there.
 
     Args:
         rewrites: of every query, by its id.
@@ -193,9 +196,9 @@ def rewrite_inputs(
         alone.append(prompts.query_prompt(query.text, instruction))
         explicit.append(prompts.explicit(query.text, instruction, reasoning))
         in_query.append(wide.query_prompt(longer, instruction))
-    inputs = {REWRITE_AS_QUERY: _inputs(in_query, (1,), 1)}
+    inputs = {REWRITE_AS_QUERY: _inputs(in_query, (1,), config.document_thinking_steps or 1)}
     if pools_prompt(config.pooling):
-        inputs[REWRITE] = _inputs(explicit, (1,), config.num_thinking_steps, alone)
+        inputs[REWRITE] = _inputs(explicit, (1,), config.documents_at, alone)
     return inputs
 
 
@@ -225,8 +228,9 @@ def retrieval_runs(
     view (see `query_inputs` and `rank_corpus`).
 
     Args:
-        num_thinking_steps: values of K. Queries and documents think equally long, as `encode`
-            would; the explicit view is compared with documents at the model's own K.
+        num_thinking_steps: values of K, of queries. Documents think equally long, as `encode`
+            would, or at the K that the model has for them; the explicit view is compared with
+            documents at the model's own K.
 
     Raises:
         DataError: a query without an instruction.
@@ -312,7 +316,8 @@ def rank_corpus(
                 runs[unrestricted(run)] = rank(queries, of.documents_at or k, identical)
             if name == LATENT and k == encoder.config.num_thinking_steps:
                 for size in encoder.config.dimensions:
-                    runs[shorter(run, size)] = rank(shortened(queries, size), k, excluded)
+                    queries_of_size = shortened(queries, size)
+                    runs[shorter(run, size)] = rank(queries_of_size, of.documents_at or k, excluded)
     return runs
 
 

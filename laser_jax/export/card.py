@@ -27,7 +27,7 @@ _OURS = """from laser_jax import LatentRetriever
 
 retriever = LatentRetriever.from_pretrained("NAME")
 query = retriever.encode_query("Which town is at the sea?", instruction="Find the town")
-document = retriever.encode_document("Kiel lies at the sea.", num_thinking_steps=3)
+document = retriever.encode_document("Kiel lies at the sea.")
 """
 _THEIRS = """
 from sentence_transformers import SentenceTransformer
@@ -35,7 +35,7 @@ from sentence_transformers import SentenceTransformer
 # with the code that thinks: pooling gives other vectors, so AutoModel refuses the directory
 model = SentenceTransformer("NAME", trust_remote_code=True)
 query = model.encode_query("Which town is at the sea?", prompt="Find the town")
-document = model.encode_document("Kiel lies at the sea.", num_thinking_steps=3)
+document = model.encode_document("Kiel lies at the sea.")
 shorter = model.encode_document("...", truncate_dim=64, normalize_embeddings=True)
 """
 _JAX = """import jax, numpy as np
@@ -77,7 +77,8 @@ def model_card(model: Path, config: RetrieverConfig, target: str, name: str) -> 
     }
     about = (
         f"A dense retriever (LaSER, by laser_jax) that thinks {config.num_thinking_steps} latent "
-        f"steps before it embeds a text. Base model: {base}."
+        f"steps before it embeds a query, and {config.documents_at} before a document. Base model: "
+        f"{base}."
     )
     known = _yaml({key: value for key, value in front.items() if value})
     parts = [f"---\n{known}---\n\n# {Path(name).name}\n\n{about}"]

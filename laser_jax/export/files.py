@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +111,14 @@ def write_sentence_transformers(source: Source, folder: Path) -> None:
 
 
 def write_stablehlo(source: Source, folder: Path) -> None:
-    """`encode` as one program for any number of rows and tokens (encode.bin), its weights in the
-    order of its arguments (weights.npz, bfloat16 as uint16), tokenizer and laser_config.json.
+    """`encode` as one program for any number of rows and tokens (encode.bin; where the model has
+    another K for documents, encode_documents.bin too), its weights in the order of its arguments
+    (weights.npz, bfloat16 as uint16), tokenizer and laser_config.json.
 
     Raises:
         ImportError: the extra `export` is not installed.
     """
-    dtype = jnp.dtype(source.config.dtype)
+    config, dtype = source.config, jnp.dtype(source.config.dtype)
     params = source.variables["params"]
     if source.lora is not None:
         params = merge_lora(params, source.variables["lora"], source.lora.scale)
@@ -124,14 +126,20 @@ def write_stablehlo(source: Source, folder: Path) -> None:
     leaves = [np.asarray(leaf, dtype) for leaf in leaves]
     stored = [leaf.view(np.uint16) if dtype == jnp.bfloat16 else leaf for leaf in leaves]
 
-    def program(stored: list[jax.Array], ids_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
+    def program(
+        stored: list[jax.Array], ids_BT: jax.Array, mask_BT: jax.Array, *, K: int
+    ) -> jax.Array:
         leaves = [jax.lax.bitcast_convert_type(leaf, dtype) for leaf in stored]
-        return encode(jax.tree.unflatten(tree, leaves), ids_BT, mask_BT, config=source.config)
+        variables = jax.tree.unflatten(tree, leaves)
+        return encode(variables, ids_BT, mask_BT, config=config, num_thinking_steps=K)
 
     batch = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, t"), np.int32)
     weights = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in stored]
-    export = jax.export.export(jax.jit(program), platforms=("cpu", "cuda", "tpu"))
-    (folder / "encode.bin").write_bytes(export(weights, batch, batch).serialize())
+    files = {config.documents_at: "encode_documents.bin", config.num_thinking_steps: "encode.bin"}
+    for K, name in files.items():
+        jitted = jax.jit(partial(program, K=K))
+        export = jax.export.export(jitted, platforms=("cpu", "cuda", "tpu"))
+        (folder / name).write_bytes(export(weights, batch, batch).serialize())
     np.savez(folder / "weights.npz", *stored)
     _write_prompts(source, folder)
 

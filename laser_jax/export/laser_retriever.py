@@ -41,6 +41,7 @@ class LaserRetriever(torch.nn.Module):
 
     Attributes:
         num_thinking_steps: K; `encode(..., num_thinking_steps=K)` takes another for a call.
+        document_thinking_steps: K of documents; None takes `num_thinking_steps`.
         files: what config.json and laser_config.json hold.
     """
 
@@ -53,6 +54,7 @@ class LaserRetriever(torch.nn.Module):
         self.model, self.tokenizer, self.files = model, tokenizer, files
         config = files[1]
         self.num_thinking_steps: int = config["num_thinking_steps"]
+        self.document_thinking_steps: int | None = config.get("document_thinking_steps")
         self._prompts = Prompts(tokenizer, SimpleNamespace(**config["prompt"]))  # pyright: ignore
         made = self._prompts.checksum()
         if config["prompt_checksum"] not in (None, made):
@@ -138,7 +140,8 @@ class LaserRetriever(torch.nn.Module):
         task: str | None = None,
         **others: Any,
     ) -> dict[str, torch.Tensor]:
-        """The prompts of texts as left-padded rows: `input_ids` and `attention_mask`, int64 [B, T].
+        """The prompts of texts as left-padded rows: `input_ids` and `attention_mask`, int64 [B, T],
+        and `thinking_steps`, int64 [B], K of each by its role.
 
         Args:
             prompt: of a query the instruction, "" for none; or the model's own template of a role,
@@ -169,27 +172,33 @@ class LaserRetriever(torch.nn.Module):
             )
         if role == "query":
             rows = [self._prompts.query(text, instruction or "") for text in inputs]
+            K = self.num_thinking_steps
         else:
             rows = [self._prompts.document(text) for text in inputs]
+            K = self.document_thinking_steps or self.num_thinking_steps
         width = max(map(len, rows))
         pads = [width - len(row) for row in rows]
         ids_BT = [[0] * pad + row for pad, row in zip(pads, rows, strict=True)]
         mask_BT = [[0] * pad + [1] * (width - pad) for pad in pads]
-        return {"input_ids": torch.tensor(ids_BT), "attention_mask": torch.tensor(mask_BT)}
+        return {
+            "input_ids": torch.tensor(ids_BT),
+            "attention_mask": torch.tensor(mask_BT),
+            "thinking_steps": torch.full((len(rows),), K),
+        }
 
     def forward(
         self, features: dict[str, torch.Tensor], num_thinking_steps: int | None = None
     ) -> dict[str, torch.Tensor]:
         """Adds `sentence_embedding`, [B, D] float32 unit rows (LaSER equations 3 to 6), to what
-        `preprocess` made. Logits, softmax and expected embedding are computed in float32.
+        `preprocess` made, at its K unless another is given. Logits, softmax and expected embedding
+        are computed in float32.
 
         Raises:
             ValueError: K is below 1, the model has fewer positions, or a vector is not finite.
         """
-        K = self.num_thinking_steps if num_thinking_steps is None else num_thinking_steps
-        skipped = int(
-            self.files[1]["pooling"] == "thoughts"
-        )  # GIRCSE leaves out the prompt's state
+        own = int(features["thinking_steps"].max())
+        K = own if num_thinking_steps is None else num_thinking_steps
+        skipped = int(self.files[1]["pooling"] == "thoughts")  # GIRCSE's leave out the prompt's
         mask_BT, room = features["attention_mask"], self.model.config.max_position_embeddings
         lengths_B1, thoughts = mask_BT.sum(1, keepdim=True), K - 1 + skipped
         if K < 1 or int(lengths_B1.max()) + thoughts > room:

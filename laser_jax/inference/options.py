@@ -80,7 +80,8 @@ def with_max_length(config: RetrieverConfig, tokens: int) -> RetrieverConfig:
     """
     prompt, backbone = config.prompt, config.backbone
     explicit = tokens + max(prompt.explicit_max_length - prompt.query_max_length, 0)
-    thoughts = appended_thoughts(config.num_thinking_steps, config.pooling)
+    most = max(config.num_thinking_steps, config.documents_at)
+    thoughts = appended_thoughts(most, config.pooling)
     backbone.require_positions(
         max(tokens + thoughts, explicit),
         f"max_length {tokens}, and as much for thinking or reasoning as before, take",
@@ -162,7 +163,7 @@ class EncoderOptions(BatchOptions):
     adapter: str | None = None
     """A directory with a PEFT LoRA adapter, merged into the model."""
     num_thinking_steps: int | None = None
-    """K. None: the model's."""
+    """K; of queries alone where the model has one of its own for documents. None: the model's."""
     batch_tokens: int = 8192
     """The most tokens of a batch, on all devices together."""
     devices: int | None = None

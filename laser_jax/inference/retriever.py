@@ -240,7 +240,10 @@ class LatentRetriever:
         on_overflow: Overflow = "truncate",
         stats: EncodingStats | None = None,
     ) -> np.ndarray:
-        """Embeds documents. Arguments, result and errors as for `encode_query`."""
+        """Embeds documents, by default at the model's K of documents. Arguments, result and errors
+        as for `encode_query`."""
+        if num_thinking_steps is None:
+            num_thinking_steps = self.encoder.config.documents_at
         vectors = self._encode(
             as_strings("text", [texts] if isinstance(texts, str) else texts),
             lambda _, text: self.prompts.document_prompt(text),
@@ -273,7 +276,8 @@ class LatentRetriever:
 
         Args:
             longest: tokens of the longest prompt to be ready for; None takes the model's limits.
-            num_thinking_steps: K; None takes the model's. Each K has programs of its own.
+            num_thinking_steps: K; None takes the model's, of queries and of documents. Each K has
+                programs of its own.
 
         Raises:
             ValueError: either is below 1.
@@ -281,16 +285,18 @@ class LatentRetriever:
         limits = self.prompts.config
         if longest is None:
             longest = max(limits.query_max_length, limits.document_max_length)
-        if num_thinking_steps is None:
-            num_thinking_steps = self.encoder.config.num_thinking_steps
-        if min(longest, num_thinking_steps) < 1:
+        config = self.encoder.config
+        own = {config.num_thinking_steps, config.documents_at}
+        Ks = sorted(own if num_thinking_steps is None else {num_thinking_steps})
+        if min(longest, *Ks) < 1:
             raise ValueError(
                 "longest and num_thinking_steps must be at least 1, got "
                 f"{longest} and {num_thinking_steps}"
             )
         shortest = min(len(self.prompts.document("")), len(self.prompts.query("", "")), longest)
         label = "compile" if show_progress_bar else None
-        self.encoder.warm_up(longest, [num_thinking_steps], shortest=shortest, progress=label)
+        for K in Ks:
+            self.encoder.warm_up(longest, [K], shortest=shortest, progress=label)
 
     def _instructions(self, given: str | Sequence[str] | None, count: int) -> list[str]:
         """One instruction for each of `count` queries."""

@@ -32,11 +32,8 @@ class KeyValues:
 
     def write(self, new: KeyValues, slot: jax.Array) -> KeyValues:
         """These keys and values with `new` [B, 1, G, H] written at position `slot`."""
-        start = (0, slot, 0, 0)
-        return KeyValues(
-            jax.lax.dynamic_update_slice(self.k, new.k, start),
-            jax.lax.dynamic_update_slice(self.v, new.v, start),
-        )
+        update = jax.lax.dynamic_update_slice
+        return jax.tree.map(lambda old, at_slot: update(old, at_slot, (0, slot, 0, 0)), self, new)
 
 
 @struct.dataclass

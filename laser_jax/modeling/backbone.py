@@ -262,23 +262,22 @@ class Backbone(nn.Module):
         """
         rows = Rows.of(rope_from_zero(ids_BT.shape[1], self.config), packing)
         x = self.embed(rows.pack(ids_BT))
-        x, earlier = self._read_layers(x, rows)
+        x, earlier = self._through(lambda layer, x, _: layer.read(x, rows), x)
         x, last = self.last_layer.read(x, rows, select_BP)
         return self.norm(x), (earlier, last)
 
-    def _read_layers(self, x: jax.Array, rows: Rows) -> tuple[jax.Array, Any]:
-        if isinstance(self.layers, Layer):
-            return self._scan(lambda layer, x, _: layer.read(x, rows), x, None)
-        caches = []
-        for layer in self.layers:
-            x, kv = layer.read(x, rows)
-            caches.append(kv)
-        return x, tuple(caches)
-
-    def _scan(
-        self, body: Callable[..., Any], x: jax.Array, per_layer: Any
+    def _through(
+        self, body: Callable[..., Any], x: jax.Array, past: Any = None
     ) -> tuple[jax.Array, Any]:
-        """Runs `body(layer, x, per_layer[i])` through the stacked layers."""
+        """Runs `body(layer, x, its part of past)` through all layers but the last. Returns x and
+        what is left behind, which is stacked, or a tuple, as the layers and the parts of `past`."""
+        if not isinstance(self.layers, Layer):
+            left = []
+            for i, layer in enumerate(self.layers):
+                own = past and Past(tuple(of[i] for of in past.prefixes), past.suffix[i])
+                x, kv = body(layer, x, own)
+                left.append(kv)
+            return x, tuple(left)
         if self.remat != "none":
             body = nn.remat(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         return nn.scan(
@@ -287,7 +286,7 @@ class Backbone(nn.Module):
             split_rngs={"params": True},
             length=self.config.num_layers - 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(self.layers, x, per_layer)
+        )(self.layers, x, past)
 
     def think(
         self,
@@ -311,19 +310,11 @@ class Backbone(nn.Module):
         x = x_BD[:, None, :]
         rope = rope_at((lengths_B + slot)[:, None], self.config)
         earlier_prefixes, last_prefixes = zip(*prefixes, strict=True)
-        if isinstance(self.layers, Layer):
-            x, earlier = self._scan(
-                lambda layer, x, past: layer.think(x, past, rope, lengths_B, slot),
-                x,
-                Past(earlier_prefixes, suffix[0]),
-            )
-        else:
-            written = []
-            for i, layer in enumerate(self.layers):
-                past = Past(tuple(prefix[i] for prefix in earlier_prefixes), suffix[0][i])
-                x, kv = layer.think(x, past, rope, lengths_B, slot)
-                written.append(kv)
-            earlier = tuple(written)
+        x, earlier = self._through(
+            lambda layer, x, past: layer.think(x, past, rope, lengths_B, slot),
+            x,
+            Past(earlier_prefixes, suffix[0]),
+        )
         x, last = self.last_layer.think(x, Past(last_prefixes, suffix[1]), rope, lengths_B, slot)
         return self.norm(x)[:, 0], (earlier, last)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
-from laser_jax.config import DataConfig
-from laser_jax.data.pipeline import BatchSettings, padding_share, training_batches
+from laser_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+from laser_jax.data.pipeline import padding_share, training_batches
 from laser_jax.data.sources import Source
 from laser_jax.data.tokenization import PromptTokenizer
 
@@ -20,43 +21,27 @@ def measure_padding(source: Source, prompts: PromptTokenizer, batch_size: int) -
     """The share of padding in batches of so many rows, for every length multiple and bucket window.
     A query has a negative beside its positive passage, where every row has one."""
     group_size = 2 if source.facts.row_without_negatives is None else 1
-    settings = BatchSettings(
-        batch_size=batch_size,
-        seed=0,
-        num_thinking_steps=1,
-        keyframes="paper",
-        need_explicit=True,
-        shared_prefix=False,
+    plain = Config(
+        ModelConfig(path="unread"),
+        DataConfig(train=str(source.path), group_size=group_size, selection="random"),
+        prompt=prompts.config,
+        train=TrainConfig(batch_size=batch_size),
     )
     number = min(_MOST_BATCHES, math.ceil(len(source) / batch_size))
     shares = []
     ways = [(*way, False) for way in itertools.product(LENGTH_MULTIPLES, BUCKET_WINDOWS)]
-    for multiple, window, pack in [*ways, (max(LENGTH_MULTIPLES), 1, True)]:
-        data = DataConfig(
-            train=str(source.path),
-            group_size=group_size,
-            selection="random",
-            length_multiple=multiple,
-            bucket_window=window,
-            pack=pack,
-        )
+    for way in [*ways, (max(LENGTH_MULTIPLES), 1, True)]:
+        varied = dict(zip(("length_multiple", "bucket_window", "pack"), way, strict=True))
+        config = replace(plain, data=replace(plain.data, **varied))
         padding, tokens, shapes = 0.0, 0, set()
-        batches = training_batches([source], prompts, data, settings)
-        for batch in itertools.islice(batches, number):
+        for batch in itertools.islice(training_batches([source], prompts, config), number):
             assert batch.explicit is not None
-            documents, explicit = batch.documents, batch.explicit
-            size = documents.size + explicit.size
+            read = (batch.documents, batch.explicit)
+            size = sum(part.size for part in read)
             padding += padding_share(batch) * size
             tokens += size
-            shapes |= {tuple((t.ids_BT.shape, t.packed) for t in (documents, explicit))}
-        shares.append(
-            {
-                "length_multiple": multiple,
-                "bucket_window": window,
-                "pack": pack,
-                "batches": number,
-                "padding_share": round(padding / tokens, 4),
-                "shapes": len(shapes),
-            }
-        )
+            shapes.add(tuple((part.ids_BT.shape, part.packed) for part in read))
+        share = round(padding / tokens, 4)
+        found = {"batches": number, "padding_share": share, "shapes": len(shapes)}
+        shares.append(varied | found)
     return {"batch_size": batch_size, "group_size": group_size, "shares": shares}

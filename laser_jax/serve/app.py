@@ -331,6 +331,7 @@ def _described(service: Service, id_: str) -> dict[str, Any]:
         "owned_by": "laser_jax",
         "dimensions": limits.dimension,
         "thinking_steps": limits.thinking_steps,
+        "document_thinking_steps": limits.document_thinking_steps,
         "max_thinking_steps": limits.max_thinking_steps,
         "query_max_length": prompt.query_max_length,
         "document_max_length": prompt.document_max_length,

@@ -117,21 +117,23 @@ def encode_index(retriever: LatentRetriever, corpus: BeirDataset) -> tuple[Index
 
 
 def read_index(
-    directory: str | Path, identity: tuple[str, str], corpus: BeirDataset | None
+    directory: str | Path, identity: tuple[str, str, int | None], corpus: BeirDataset | None
 ) -> tuple[Index, np.ndarray | None]:
     """The index of a directory of vectors, and the vectors [C, D] float32 in the order of `corpus`
     (None without one).
 
     Args:
-        identity: `model_hash` and `prompt_hash` of the model that is served.
+        identity: `model_hash` and `prompt_hash` of the model that is served, and its own K of
+            documents if it has one.
 
     Raises:
         FileNotFoundError, DataError: the directory cannot be used, or is of another model.
     """
     manifest = read_manifest(directory, "documents")
     info = manifest.info
-    for key, wanted in zip(("model_hash", "prompt_hash"), identity, strict=True):
-        if (found := getattr(info, key)) != wanted:
+    keys = ("model_hash", "prompt_hash", "num_thinking_steps")
+    for key, wanted in zip(keys, identity, strict=True):
+        if wanted is not None and (found := getattr(info, key)) != wanted:
             raise DataError(
                 f"{directory}: its {key} is {found}, and that of the served model is {wanted}: its "
                 "vectors cannot be compared with the model's. Encode the corpus by this model, "

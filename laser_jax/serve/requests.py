@@ -61,6 +61,8 @@ class Limits:
     """Of the model's vectors."""
     thinking_steps: int
     """The model's K."""
+    document_thinking_steps: int
+    """The model's K of documents."""
     max_thinking_steps: int
     max_rows: int
     instruction: str | None
@@ -129,7 +131,7 @@ def parse_embedding(body: bytes, limits: Limits, needs_instruction: bool) -> Emb
         input=texts,
         input_type=input_type,
         instruction=instruction,
-        thinking_steps=_steps(values, limits),
+        thinking_steps=_steps(values, limits, input_type),
         dimensions=_integer(values, "dimensions", limits.dimension, limits.dimension),
         encoding_format="base64" if base64 else "float",
         truncate=_boolean(values, "truncate"),
@@ -151,7 +153,7 @@ def parse_search(body: bytes, limits: Limits, needs_instruction: bool) -> Search
     return SearchRequest(
         queries=tuple(str(text) for text in queries),
         instruction=_instruction(values, limits, needs_instruction),
-        thinking_steps=_steps(values, limits),
+        thinking_steps=_steps(values, limits, "query"),
         k=_integer(values, "k", limits.max_k, min(10, limits.max_k)),
         truncate=_boolean(values, "truncate"),
     )
@@ -237,8 +239,9 @@ def _instruction(values: dict[str, Any], limits: Limits, needed: bool) -> str:
     return instruction or ""
 
 
-def _steps(values: dict[str, Any], limits: Limits) -> int:
-    return _integer(values, "thinking_steps", limits.max_thinking_steps, limits.thinking_steps)
+def _steps(values: dict[str, Any], limits: Limits, input_type: InputType) -> int:
+    own = limits.thinking_steps if input_type == "query" else limits.document_thinking_steps
+    return _integer(values, "thinking_steps", limits.max_thinking_steps, own)
 
 
 def _integer(values: dict[str, Any], name: str, most: int, default: int) -> int:

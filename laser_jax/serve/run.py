@@ -141,9 +141,10 @@ def load(options: ServeOptions, *, local_only: bool) -> tuple[Service, Callable[
     seen = Digest()
     retriever = LatentRetriever.from_options(options, seen=seen)
     config, prompts = retriever.encoder.config, retriever.prompts
-    own = config.num_thinking_steps
-    most = options.max_thinking_steps or own
-    require(most >= own, f"max_thinking_steps {most} is below the model's K, {own}")
+    own, of_documents = config.num_thinking_steps, config.documents_at
+    largest = max(own, of_documents)
+    most = options.max_thinking_steps or largest
+    require(most >= largest, f"max_thinking_steps {most} is below the model's K, {largest}")
     require_positions(config, "query_max_length", most)
     require_positions(config, "document_max_length", most)
     prompts.require_room([options.instruction or ""], explicit=False)
@@ -152,6 +153,7 @@ def load(options: ServeOptions, *, local_only: bool) -> tuple[Service, Callable[
         name=options.name or Path(options.model).resolve().name,
         dimension=config.backbone.hidden_size,
         thinking_steps=own,
+        document_thinking_steps=of_documents,
         max_thinking_steps=most,
         max_rows=options.max_rows,
         instruction=options.instruction,
@@ -160,7 +162,7 @@ def load(options: ServeOptions, *, local_only: bool) -> tuple[Service, Callable[
         retriever=retriever,
         batcher=Batcher(
             retriever.encoder,
-            (own, most),
+            (of_documents, own, most),
             max_queue_rows=options.max_queue_rows,
             metrics=metrics,
         ),
@@ -170,7 +172,7 @@ def load(options: ServeOptions, *, local_only: bool) -> tuple[Service, Callable[
         keys=keys,
         local_only=local_only,
     )
-    found = identity(config, prompts, seen.hexdigest())
+    found = (*identity(config, prompts, seen.hexdigest()), config.document_thinking_steps)
     return service, lambda: _make_ready(service, options, corpus, found)
 
 
@@ -178,7 +180,7 @@ def _make_ready(
     service: Service,
     options: ServeOptions,
     corpus: BeirDataset | None,
-    model_identity: tuple[str, str],
+    model_identity: tuple[str, str, int | None],
 ) -> None:
     retriever = service.retriever
     vectors_CD = None

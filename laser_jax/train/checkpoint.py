@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,7 @@ def fingerprint(tree: Any) -> str:
     two numbers a leaf reach the host. All processes must call it.
     """
     return _digest(
-        [
-            # one leaf at a time, as the CPU holds a copy of each that is under way
+        [  # one leaf at a time, as the CPU holds a copy of each that is under way
             [_name(path), _describe(leaf), *map(int, jax.device_get(_checksums(leaf)))]
             for path, leaf in jax.tree.leaves_with_path(tree)
         ]
@@ -94,7 +93,7 @@ class Checkpoints:
     def __init__(self, directory: str | Path, *, keep: int, base: str | None):
         self._directory = Path(directory).absolute()
         self._keep, self._base = keep, base
-        self._scores: Mapping[int, float] = {}
+        self._ranked: Sequence[int] = ()
         self._handler = ocp.StandardCheckpointHandler()
         self._manager = _Manager(
             self._directory,
@@ -104,16 +103,14 @@ class Checkpoints:
             ),
         )
 
-    def save(
-        self, state: TrainState, meta: dict[str, Any], scores: Mapping[int, float] | None = None
-    ) -> None:
+    def save(self, state: TrainState, meta: dict[str, Any], ranked: Sequence[int] = ()) -> None:
         """Starts saving; a step that is already saved is left as it is.
 
         Args:
             state: the arrays are copied off the device before this returns, so that the next step
                 may donate them.
             meta: plain JSON types, given back by `restore`.
-            scores: of steps, higher is better; the best is kept beside the newest.
+            ranked: steps, the best first; the best that is there is kept beside the newest.
 
         Raises:
             CheckpointError: when this or the save before it cannot be written.
@@ -122,7 +119,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         record = {"meta": meta, "base": self._base, "arrays": fingerprint(saved)}
-        self._scores = scores or {}
+        self._ranked = ranked
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(saved),
             meta=ocp.args.JsonSave(record | {"seal": _digest(record)}),
@@ -181,10 +178,9 @@ class Checkpoints:
             abstract = jax.tree.map(
                 lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), wanted
             )
+            asked = ocp.args.StandardRestore(abstract)
             # not through the manager, which would wait for processes that failed here
-            state = self._handler.restore(
-                epath.Path(directory / "state"), args=ocp.args.StandardRestore(abstract)
-            )
+            state = self._handler.restore(epath.Path(directory / "state"), args=asked)
         except (CheckpointError, jax.errors.JaxRuntimeError, MemoryError):
             raise  # not the checkpoint's fault
         except Exception as error:  # tensorstore raises bare Exceptions too
@@ -251,8 +247,7 @@ class Checkpoints:
     def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
         """Orbax asks at every save which checkpoints stay."""
         steps = [checkpoint.step for checkpoint in checkpoints]
-        scored = [step for step in steps if step in self._scores]
-        best = sorted(scored, key=lambda step: (-self._scores[step], step))[:1]
+        best = [step for step in self._ranked if step in steps][:1]
         kept = {*steps[-self._keep :], *best}
         return [step in kept for step in steps]
 

@@ -22,6 +22,7 @@ from jax.experimental import topologies
 from laser_jax.batch import Batch, Tokens
 from laser_jax.command_line import Invocation
 from laser_jax.config import BACKBONES, BackboneConfig, Config, ConfigError
+from laser_jax.data.pipeline import training_batches
 from laser_jax.data.sources import is_there, open_sources, rows_per_epoch
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
 from laser_jax.hf.directory import read_backbone_config
@@ -36,12 +37,9 @@ from laser_jax.train.layout import (
     shape_of,
     step_programs,
 )
-from laser_jax.train.setup import batches_of
 from laser_jax.train.throughput import GIB, device_bytes, peak_flops, reading_of, step_flops
 
 BATCHES_LOOKED_AT = 64
-
-
 Widths = tuple[int, ...]
 """Of a padded batch: its queries, documents and, where they are read, explicit inputs."""
 
@@ -94,16 +92,13 @@ def dry_run(config: Config, invocation: Invocation) -> dict[str, Any]:
     found["widest"] = shape_of(batch)
     print(f"compiling   {found['widest']}", flush=True)
     found |= _compile(config, layout, batch)
-    if "peak_bytes" not in found:
+    if "does_not_fit" in found:
         print(f"memory      does not fit: {found['does_not_fit']}")
         return found
+    sizes = [_gib(found[f"{part}_bytes"]) for part in ("peak", "argument", "temporary")]
     print(f"compiled    in {found['compile_seconds']:.0f} s")
-    print(
-        f"memory      {_gib(found['peak_bytes'])} a device at most: "
-        f"{_gib(found['argument_bytes'])} arguments, {_gib(found['temporary_bytes'])} temporaries"
-    )
-    room = device_bytes(devices[0])
-    if room is not None:
+    print("memory      {} a device at most: {} arguments, {} temporaries".format(*sizes))
+    if (room := device_bytes(devices[0])) is not None:
         found["device_bytes"] = room
         print(f"            of {_gib(room)}, {found['peak_bytes'] / room:.0%}")
     return found
@@ -162,25 +157,17 @@ def _devices(invocation: Invocation) -> Sequence[Device]:
 
 
 def devices_to_compile_for(topology: str) -> Sequence[Device]:
-    """Devices that programs can be compiled for and cannot run on: TPU slices that are not here.
-
-    Takes jax's own devices to be the CPU, so that an accelerator of this machine stays free.
-
-    Args:
-        topology: a TPU and its chips, such as v5e:4x4, v6e:2x4, v4:2x2x2 or v5p:2x2x2.
-
-    Raises:
-        ConfigError: no such devices, or the compiler for them is not installed.
-    """
+    """TPU slices that are not here, for which programs can be compiled: `topology` is a TPU and its
+    chips, such as v5e:4x4. Takes jax's own devices to be the CPU, so that an accelerator of this
+    machine stays free. Raises a ConfigError where there are no such devices, or no compiler."""
     jax.config.update("jax_platforms", "cpu")
     # no question to a cloud's metadata server, and two dry runs may be under way at once
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    name, _, chips = topology.partition(":")
     options: dict[str, Any] = {}
-    if name == "v4":
+    if topology.startswith("v4:"):
         options["chip_config_name"] = "megacore"  # else a chip counts as two devices
-    if chips == "1x1":
+    if topology.endswith(":1x1"):
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         return topologies.get_topology_desc(topology, "tpu", **options).devices
@@ -219,7 +206,7 @@ def _expected(config: Config) -> tuple[Expected, int | None]:
             prompts = PromptTokenizer(load_tokenizer(path), config.prompt)
             here = replace(config, data=replace(config.data, workers=0))
             wanted = min(BATCHES_LOOKED_AT, -(-rows // config.train.batch_size))
-            batches = list(islice(batches_of(here, sources, prompts), wanted))
+            batches = list(islice(training_batches(sources, prompts, here), wanted))
             return _counted(config, batches, f"in the first {wanted} batches of the rows"), rows
     prompt, multiple = config.prompt, config.data.length_multiple
     longest = (prompt.query_max_length, prompt.document_max_length)
@@ -234,9 +221,8 @@ def _counted(config: Config, batches: Sequence[Batch], source: str) -> Expected:
     tokens = pairs = 0.0
     objective = replace(config.objective, views=config.views)
     for batch in batches:
-        parts = (batch.query, batch.documents, batch.explicit)
-        read = [part for part in parts if part is not None]
-        buckets[tuple(part.ids_BT.shape[1] for part in read)] += 1
+        parts = filter(None, (batch.query, batch.documents, batch.explicit))
+        buckets[tuple(part.ids_BT.shape[1] for part in parts)] += 1
         found = reading(batch, objective)
         tokens += float(found["tokens"]) / len(batches)
         pairs += float(found["token_pairs"]) / len(batches)
@@ -258,6 +244,7 @@ def _full_batch(config: Config, widths: Widths) -> Batch:
         explicit=tokens(B, *explicit) if explicit else None,
         keyframes_BK=np.zeros((B, K), np.int32) if explicit else None,
         contrast_BC=np.ones((B, C), np.bool_),
+        counted_BK=np.ones((B, K), np.bool_) if config.objective.sample_thinking_steps else None,
         teacher_scores_BG=np.zeros((B, C // B), np.float32) if taught else None,
     )
 
@@ -272,20 +259,15 @@ def _compile(config: Config, layout: Layout, batch: Batch) -> dict[str, Any]:
             raise
         return {"does_not_fit": str(error).splitlines()[0]}
     memory: Any = compiled.memory_analysis()
+    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    # the CPU's compiler leaves its temporaries out of the peak; of others the sum of the parts is
+    # too much, since they count those that never live together once
+    parts = arguments + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
         "compile_seconds": time.monotonic() - began,
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "peak_bytes": (
-            # the CPU's compiler leaves its temporaries out of the peak
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            + memory.temp_size_in_bytes
-            - memory.alias_size_in_bytes
-            if layout.platform == "cpu"
-            # others count those that never live together once, and the sum of the parts is too much
-            else memory.peak_memory_in_bytes
-        ),
+        "argument_bytes": arguments,
+        "temporary_bytes": temporaries,
+        "peak_bytes": parts if layout.platform == "cpu" else memory.peak_memory_in_bytes,
     }
 
 

@@ -37,11 +37,8 @@ def best_state(run: Run, state: TrainState) -> TrainState:
                 continue
         if lost:
             _log.warning(
-                "%s\nstep %d is the best on %s of those that are whole. Bring the checkpoint above "
-                "back from a copy, and the same command exports it",
-                "\n".join(lost),
-                step,
-                split,
+                "\n".join(lost) + f"\nstep {step} is the best on {split} of those that are whole. "
+                "Bring the checkpoint above back from a copy, and the same command exports it"
             )
         _log.info("the best step on %s is %d: exported and evaluated", split, step)
         break
@@ -54,13 +51,8 @@ def export_model(run: Run, state: TrainState) -> None:
     tokenizer, retriever = run.inputs.tokenizer, run.layout.retriever
     save_model(run.output / "model", variables, backbone, config.model, tokenizer, retriever)
     if config.lora is not None:
-        save_adapter(
-            run.output / "adapter",
-            variables["lora"],
-            config.lora,
-            backbone.config,
-            base_model=config.model.path or "",
-        )
+        adapter = (run.output / "adapter", variables["lora"], config.lora, backbone.config)
+        save_adapter(*adapter, base_model=config.model.path or "")
 
 
 def write_results(run: Run, state: TrainState, last: int, seconds: float) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +21,15 @@ from laser_jax.batch import Batch
 from laser_jax.config import (
     BackboneConfig,
     Config,
-    ConfigError,
     MeshConfig,
     RetrieverConfig,
     load_retriever_config,
     pools_prompt,
 )
-from laser_jax.inference.options import LimitKey, require_positions
+from laser_jax.inference.options import require_positions
 from laser_jax.losses import Terms
 from laser_jax.modeling.backbone import Backbone, Variables
+from laser_jax.settings import require
 from laser_jax.sharding import Device, make_mesh
 from laser_jax.step import FrozenTeacher, TrainState, make_train_step
 from laser_jax.train.model import build_backbone
@@ -99,14 +99,14 @@ def lay_out(
     retriever = RetrieverConfig(
         backbone_config,
         num_thinking_steps=config.objective.num_thinking_steps,
+        document_thinking_steps=config.objective.document_thinking_steps,
         pooling=config.objective.pooling,
         prompt=config.prompt,
         dtype=config.model.dtype,
         dimensions=config.objective.dimensions,
         prompt_checksum=prompt_checksum,
     )
-    _require_shorter(config.objective.dimensions, backbone_config.hidden_size)
-    _require_positions(config, retriever)
+    _require_lengths(config, retriever)
     backbone, attention = build_backbone(
         config.model, backbone_config, devices[0].platform, config.lora
     )
@@ -136,28 +136,27 @@ def _lay_out_teacher(
     if directory is None:
         return None, None
     retriever = load_retriever_config(directory)
-    if retriever.backbone.vocab_size != student.vocab_size:
-        raise ConfigError(
-            f"objective.teacher {directory} has {retriever.backbone.vocab_size} tokens and the "
-            f"model {student.vocab_size}; both must read the same tokens"
-        )
-    if prompt_checksum and retriever.prompt_checksum not in (None, prompt_checksum):
-        raise ConfigError(
-            f"objective.teacher {directory} was trained with another tokenizer or other templates: "
-            f"its prompt_checksum is {retriever.prompt_checksum}, and the model's "
-            f"{prompt_checksum}; both must read the same tokens. Train the teacher from the "
-            "same model.path with the same prompt settings"
-        )
-    if not pools_prompt(retriever.pooling):
-        raise ConfigError(
-            f"objective.teacher {directory} pools its {retriever.pooling} alone (GIRCSE), and the "
-            "explicit view of a teacher has none; name a model of objective.method: laser, such "
-            "as configs/ablation/teacher.yaml trains"
-        )
+    require(
+        retriever.backbone.vocab_size == student.vocab_size,
+        f"objective.teacher {directory} has {retriever.backbone.vocab_size} tokens and the model "
+        f"{student.vocab_size}; both must read the same tokens",
+    )
+    require(
+        not prompt_checksum or retriever.prompt_checksum in (None, prompt_checksum),
+        f"objective.teacher {directory} was trained with another tokenizer or other templates: its "
+        f"prompt_checksum is {retriever.prompt_checksum}, and the model's {prompt_checksum}. Train "
+        "the teacher from the same model.path with the same prompt settings",
+    )
+    require(
+        pools_prompt(retriever.pooling),
+        f"objective.teacher {directory} pools its {retriever.pooling} alone (GIRCSE), and the "
+        "explicit view of a teacher has none; name a model of objective.method: laser, such as "
+        "configs/ablation/teacher.yaml trains",
+    )
     dtype = jnp.dtype(retriever.dtype)
     backbone = Backbone(retriever.backbone, dtype=dtype, param_dtype=dtype)
     abstract = {"params": abstract_variables(backbone, mesh, "params", dtype)}
-    return FrozenTeacher(backbone, retriever.num_thinking_steps), abstract
+    return FrozenTeacher(backbone, retriever.documents_at), abstract
 
 
 def _agreed_device_bytes(device: Device) -> int | None:
@@ -184,30 +183,26 @@ def number_of_steps(config: Config, rows: int) -> int:
 
 
 def _require_divisible(config: Config, mesh: Mesh) -> None:
-    rows_in_parallel = mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
     micro_batch = config.train.batch_size // config.train.num_micro_batches
-    if micro_batch % rows_in_parallel:
-        raise ConfigError(
-            f"train.{'micro_' if config.train.micro_batch_size else ''}batch_size "
-            f"{micro_batch} must be a multiple of the {rows_in_parallel} devices that "
-            "share the batch"
-        )
+    require(
+        micro_batch % devices == 0,
+        f"train.{'micro_' if config.train.micro_batch_size else ''}batch_size {micro_batch} must "
+        f"be a multiple of the {devices} devices that share the batch",
+    )
 
 
-def _require_shorter(dimensions: Sequence[int], width: int) -> None:
-    ascending = sorted({*dimensions})
-    if list(dimensions) != ascending or max(dimensions, default=0) >= width:
-        raise ConfigError(
-            f"objective.dimensions {list(dimensions)} must ascend and stay below the model's width "
-            f"of {width}, which is always trained"
-        )
-
-
-def _require_positions(config: Config, retriever: RetrieverConfig) -> None:
-    """Raises a ConfigError where a prompt and its thoughts, or an explicit input, outgrow the
-    model's positions."""
-    for name in get_args(LimitKey):
-        require_positions(retriever, name, retriever.num_thinking_steps)
+def _require_lengths(config: Config, retriever: RetrieverConfig) -> None:
+    """Raises a ConfigError where a vector is to be shortened to more than its width, or a prompt
+    and its thoughts, or an explicit input, outgrow the model's positions."""
+    dimensions, width = list(retriever.dimensions), retriever.backbone.hidden_size
+    require(
+        dimensions == sorted({*dimensions}) and max(dimensions, default=0) < width,
+        f"objective.dimensions {dimensions} must ascend and stay below the model's width of "
+        f"{width}, which is always trained",
+    )
+    require_positions(retriever, "query_max_length", retriever.num_thinking_steps)
+    require_positions(retriever, "document_max_length", retriever.documents_at)
     # the evaluation reads explicit inputs too, whatever is trained
     evaluated = config.data.eval is not None and pools_prompt(retriever.pooling)
     if config.objective.need_explicit_view or evaluated:
@@ -245,26 +240,21 @@ class StepPrograms:
         self.compiled: dict[str, float] = {}
 
     def __call__(
-        self, state: TrainState, batch: Batch, teacher_variables: Variables | None
+        self, state: TrainState, batch: Batch, teacher: Variables | None
     ) -> tuple[TrainState, Terms]:
-        shape = shape_of(batch)
-        if shape not in self._programs:
-            self.compile(state, batch, teacher_variables)
-        return self._programs[shape](state, batch, teacher_variables)
+        program = self._programs.get(shape_of(batch)) or self.compile(state, batch, teacher)
+        return program(state, batch, teacher)
 
-    def compile(
-        self, state: TrainState, batch: Batch, teacher_variables: Variables | None
-    ) -> jax.stages.Compiled:
+    def compile(self, state: TrainState, batch: Batch, teacher: Variables | None) -> Any:
         """Compiles the step; arrays or `jax.ShapeDtypeStruct`s."""
         began, shape = time.monotonic(), shape_of(batch)
-        program = self._jitted.lower(state, batch, teacher_variables).compile()
+        program = self._jitted.lower(state, batch, teacher).compile()
         self._programs[shape], self.compiled[shape] = program, time.monotonic() - began
         return program
 
 
 def step_programs(config: Config, layout: Layout) -> StepPrograms:
     """The step of a run, to be compiled for every shape of a batch."""
-    step = make_train_step(
-        layout.backbone, config, layout.optimizer, layout.schedule, layout.teacher
-    )
+    with_optimizer = (layout.optimizer, layout.schedule, layout.teacher)
+    step = make_train_step(layout.backbone, config, *with_optimizer)
     return StepPrograms(jit_train_step(step, layout.abstract, layout.mesh))

@@ -18,7 +18,7 @@ from laser_jax.data.sources import describe_row
 from laser_jax.losses import Terms
 from laser_jax.step import TrainState
 from laser_jax.train.processes import is_first, place_batch
-from laser_jax.train.selection import is_evaluated, is_out_of_patience, score_dev, scores_by_step
+from laser_jax.train.selection import best_steps, is_evaluated, is_out_of_patience, score_dev
 from laser_jax.train.setup import Run
 from laser_jax.train.stop import StopSignal
 from laser_jax.train.throughput import Meter
@@ -87,7 +87,9 @@ def take_steps(run: Run, state: TrainState, stop: StopSignal) -> tuple[TrainStat
     train, start = run.config.train, int(state.step)
     meter = Meter(run.config, run.inputs.backbone, list(run.layout.mesh.devices.flat))
     with ExitStack() as stack:
-        progress = stack.enter_context(closing(_progress_bar(start, run.steps)))
+        bar: dict[str, Any] = {"desc": "train", "unit": "step", "mininterval": 1.0}
+        bar["disable"] = None if is_first() else True
+        progress = stack.enter_context(tqdm(total=run.steps, initial=start, **bar))
         trace = stack.enter_context(closing(Trace(run.output / "profile", train.profile_steps)))
         if _was_left_unranked(run, start):
             meter.spent(_rank_dev(run, state, stop))
@@ -117,20 +119,9 @@ def take_steps(run: Run, state: TrainState, stop: StopSignal) -> tuple[TrainStat
     return state, False
 
 
-def _progress_bar(start: int, steps: int) -> tqdm:
-    return tqdm(
-        total=steps,
-        initial=start,
-        desc="train",
-        unit="step",
-        mininterval=1.0,
-        disable=None if is_first() else True,
-    )
-
-
 def _was_left_unranked(run: Run, step: int) -> bool:
     """Whether a run that is resumed was stopped before it could rank the step that it had saved."""
-    ranked = scores_by_step(run.evaluations.lines, run.config.train)
+    ranked = {line["step"] for line in run.evaluations.lines}
     return step > 0 and is_evaluated(step, run.steps, run.config.train) and step not in ranked
 
 
@@ -187,14 +178,10 @@ def _write_line(run: Run, step: int, terms: Terms, meter: Meter) -> float:
 
 
 def _save(run: Run, step: int, state: TrainState) -> None:
-    evaluations = run.evaluations.lines
-    progressed = {
-        "samples": step * run.config.train.batch_size,
-        "metrics": run.log.last,
-        "evaluations": evaluations,
-    }
-    scores = scores_by_step(evaluations, run.config.train)
-    run.checkpoints.save(state, progressed | run.origin, scores)
+    train, evaluations = run.config.train, run.evaluations.lines
+    progressed = {"metrics": run.log.last, "evaluations": evaluations}
+    meta = {"samples": step * train.batch_size} | progressed | run.origin
+    run.checkpoints.save(state, meta, best_steps(evaluations, train))
 
 
 def _rank_dev(run: Run, state: TrainState, stop: StopSignal) -> float:

@@ -7,48 +7,33 @@ import json
 import secrets
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from laser_jax.config import Config, ConfigError, TrainConfig
+from laser_jax.config import Config, ConfigError, TrainConfig, as_dict
 from laser_jax.files.claim import Claim, OutputError
 from laser_jax.files.durable import json_text, read_state, read_state_lines, write_atomically
-from laser_jax.settings import Change, changes
+from laser_jax.settings import changes
 
 # What a resumed run may change. The rest decides on what is trained or on which model is exported.
 CHANGEABLE = (
     # nothing of what is trained
-    "output",
-    "data.eval_split",
-    # their content counts, which every checkpoint knows
-    "data.eval",
-    "data.mixture.*.path",
-    "model.path",
-    "model.adapter",
-    "objective.teacher",
-    "data.train",
-    "data.split",
-    "data.threads",
-    "data.workers",
-    "train.checkpoint_every",
-    "train.eval_thinking_steps",
-    "train.keep_checkpoints",
-    "train.log_every",
+    *("output", "data.eval_split", "data.threads", "data.workers", "train.checkpoint_every"),
+    *("train.eval_thinking_steps", "train.keep_checkpoints", "train.log_every"),
+    *("train.peak_tflops", "train.profile_steps", "train.tensorboard", "train.wandb"),
     "train.on_nonfinite",  # while everything is finite
-    "train.peak_tflops",
-    "train.profile_steps",
-    "train.tensorboard",
-    "train.wandb",
+    # their content counts, which every checkpoint knows
+    *("data.eval", "data.mixture.*.path", "data.train", "data.split"),
+    *("model.path", "model.adapter", "objective.teacher"),
     # rounding: the run goes on, but not bit for bit
-    "mesh",
-    "model.attention",
-    "model.remat",
+    *("mesh", "model.attention", "model.remat"),
 )
 
 
@@ -60,13 +45,11 @@ def claimed(config: Config) -> Iterator[Claim]:
     Raises:
         OutputError, OSError: as of `Claim`. Where process 0 is refused, the others are too.
     """
-    changeable = CHANGEABLE
-    if config.train.accumulation == "gradcache":  # rounding too; `plain` is another loss
-        changeable += ("train.micro_batch_size",)
-
-    def changed(stored: dict[str, Any]) -> list[Change]:
-        return changes(stored, config, source="config", changeable=changeable)
-
+    # rounding too; with `plain` it is another loss
+    rounding = ("train.micro_batch_size",) if config.train.accumulation == "gradcache" else ()
+    changed = partial(
+        changes, settings=config, source="config", changeable=(*CHANGEABLE, *rounding)
+    )
     claim = Claim(config.output, "config.json", changed)
     error: OutputError | OSError | None = None
     with ExitStack() as stack:
@@ -85,8 +68,8 @@ def claimed(config: Config) -> Iterator[Claim]:
 
 
 def code_version() -> dict[str, str]:
-    """The package's version and, where it runs from a git checkout, the commit, with `+changes`
-    where files differ from it, other than documents and what benchmarks have written."""
+    """The package's version and, in a git checkout, the commit, with `+changes` where files differ
+    from it, other than documents and what benchmarks have written."""
     here = Path(__file__).resolve()
     found = {"version": version("laser-jax")}
 
@@ -116,7 +99,6 @@ def logged_lines(path: Path, start: int) -> list[dict[str, Any]]:
 
 class StepLog:
     """A JSONL file with a line per step of interest, which begins anew with the lines given.
-
     Process 0 alone writes.
 
     Attributes:
@@ -127,10 +109,9 @@ class StepLog:
     def __init__(self, path: Path, lines: Sequence[dict[str, Any]]):
         self.lines = list(lines)
         self.show: list[Callable[[dict[str, Any]], None]] = []
-        self._file: TextIO | None = None
+        self._path = path
         if jax.process_index() == 0:
             write_atomically(path, "".join(f"{json.dumps(line)}\n" for line in lines))
-            self._file = path.open("a")
 
     @property
     def last(self) -> dict[str, Any]:
@@ -142,13 +123,15 @@ class StepLog:
         self.lines.append(line)
         for show in self.show:
             show(line)
-        if self._file is not None:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+        if jax.process_index() == 0:
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
 
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+
+# --- what draws the metrics ----------------------------------------------------------------------
+
+Board = Callable[[str, dict[str, Any]], None]
+"""Draws a log line, which holds `step`, in a group of its own."""
 
 
 def require_boards(config: TrainConfig) -> None:
@@ -161,56 +144,51 @@ def require_boards(config: TrainConfig) -> None:
             raise ConfigError(f"train.{extra} wants {package}: pip install laser-jax[{extra}]")
 
 
-class TensorBoard:
-    """Scalars in `directory`; a resumed run replaces those after its start. The first process alone
-    writes."""
-
-    def __init__(self, directory: Path, start: int):
-        from tensorboardX import SummaryWriter
-
-        self._writer: Any = None
-        if jax.process_index() == 0:
-            # its flush() leaves out what is still in its queue, so it is told to flush by itself
-            self._writer = SummaryWriter(
-                str(directory),
-                purge_step=start + 1,
-                flush_secs=10,
-                filename_suffix=f".{start}",  # else two of the same second are one file
-            )
-
-    def write(self, group: str, line: dict[str, Any]) -> None:
-        """A log line, which holds `step`."""
-        if self._writer is not None:
-            for name, value in line.items():
-                if name != "step":
-                    self._writer.add_scalar(f"{group}/{name}", value, line["step"])
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+def open_boards(config: Config, start: int, stack: ExitStack) -> list[Board]:
+    """What draws the metrics of a run that begins after step `start`: the first process alone."""
+    boards, output = [], Path(config.output)
+    if jax.process_index() == 0 and config.train.tensorboard:
+        boards.append(stack.enter_context(tensorboard(output / "tensorboard", start)))
+    if jax.process_index() == 0 and config.train.wandb:
+        settings = as_dict(config)
+        boards.append(stack.enter_context(wandb_run(config.train.wandb, output, settings)))
+    return boards
 
 
-class WandB:
-    """The metrics as a run of Weights & Biases, which a resumed training goes on with. The first
-    process alone writes. How it logs in, or that it stays offline, is for wandb's own variables."""
+@contextmanager
+def tensorboard(directory: Path, start: int) -> Iterator[Board]:
+    """Scalars in `directory`; a resumed run replaces those after its start."""
+    from tensorboardX import SummaryWriter
 
-    def __init__(self, project: str, directory: Path, config: dict[str, Any]):
-        import wandb  # pyright: ignore[reportMissingImports]
+    # its flush() leaves out what is still in its queue, so it is told to flush by itself; without
+    # a suffix two of the same second are one file
+    kept: dict[str, Any] = {"purge_step": start + 1, "flush_secs": 10}
+    with closing(SummaryWriter(str(directory), filename_suffix=f".{start}", **kept)) as writer:
 
-        self._run: Any = None
-        if jax.process_index() == 0:
-            known = directory / "wandb.json"
-            id_ = read_state(known, lambda values: str(values["id"])) or secrets.token_hex(8)
-            write_atomically(known, json_text({"id": id_}))
-            where: dict[str, Any] = {"project": project, "dir": str(directory), "id": id_}
-            self._run = wandb.init(config=config, resume="allow", **where)
+        def draw(group: str, line: dict[str, Any]) -> None:
+            for name in line.keys() - {"step"}:
+                writer.add_scalar(f"{group}/{name}", line[name], line["step"])
 
-    def write(self, group: str, line: dict[str, Any]) -> None:
-        """A log line, which holds `step`."""
-        if self._run is not None:
-            values = {f"{group}/{name}": value for name, value in line.items() if name != "step"}
-            self._run.log(values, step=line["step"])
+        yield draw
 
-    def close(self) -> None:
-        if self._run is not None:
-            self._run.finish()
+
+@contextmanager
+def wandb_run(project: str, directory: Path, config: dict[str, Any]) -> Iterator[Board]:
+    """A run of Weights & Biases, which a resumed training goes on with. How it logs in, or that it
+    stays offline, is for wandb's own variables."""
+    import wandb  # pyright: ignore[reportMissingImports]
+
+    known = directory / "wandb.json"
+    id_ = read_state(known, lambda values: str(values["id"])) or secrets.token_hex(8)
+    write_atomically(known, json_text({"id": id_}))
+    where: dict[str, Any] = {"project": project, "dir": str(directory), "id": id_}
+    run: Any = wandb.init(config=config, resume="allow", **where)
+
+    def draw(group: str, line: dict[str, Any]) -> None:
+        values = {f"{group}/{name}": value for name, value in line.items() if name != "step"}
+        run.log(values, step=line["step"])
+
+    try:
+        yield draw
+    finally:
+        run.finish()

@@ -15,11 +15,8 @@ from laser_jax.sharding import batch_sharding
 
 
 def join_processes(invocation: Invocation) -> None:
-    """Connects this process with the others of the run. To be called before jax is used.
-
-    Raises:
-        ConfigError: there is no cluster that jax knows, or process 0 cannot be reached.
-    """
+    """Connects this process with the others of the run, before jax is used. Raises a ConfigError
+    where there is no cluster that jax knows, or process 0 cannot be reached."""
     if not invocation.distributed:
         return
     try:
@@ -45,11 +42,7 @@ def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
 
 
 def place_batch(batch: Batch, mesh: Mesh, queries: int) -> Batch:
-    """The batch over the mesh, of which this process made the rows of `local_rows`.
-
-    Args:
-        queries: of the whole batch.
-    """
+    """The batch of so many queries over the mesh; this process made the rows of `local_rows`."""
     sharding, held = batch_sharding(mesh), len(batch.query.lengths_B)
 
     def place(local: np.ndarray) -> jax.Array:

@@ -47,11 +47,6 @@ class TrainedEncoder:
         return encoder
 
 
-def scores_by_step(evaluations: Sequence[dict[str, Any]], train: TrainConfig) -> dict[int, float]:
-    """The score that chooses, of every step that was ranked."""
-    return {line["step"]: line[train.eval_metric] for line in evaluations}
-
-
 def is_evaluated(step: int, steps: int, train: TrainConfig) -> bool:
     """Whether the dev split is ranked after `step` of `steps`."""
     return train.eval_every is not None and (step % train.eval_every == 0 or step == steps)
@@ -69,7 +64,7 @@ def score_dev(
 
 def best_steps(evaluations: Sequence[dict[str, Any]], train: TrainConfig) -> list[int]:
     """The steps that were ranked, the highest score first, and the first of equals."""
-    scores = scores_by_step(evaluations, train)
+    scores = {line["step"]: line[train.eval_metric] for line in evaluations}
     return sorted(scores, key=lambda step: (-scores[step], step))
 
 

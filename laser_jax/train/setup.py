@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from laser_jax.batch import Batch
 from laser_jax.config import BackboneConfig, Config, ConfigError, DataConfig, as_dict
-from laser_jax.data.pipeline import BatchSettings, training_batches
+from laser_jax.data.pipeline import training_batches
 from laser_jax.data.prompts import query_content
 from laser_jax.data.sources import Source, open_sources, rows_per_epoch
 from laser_jax.data.tokenization import PromptTokenizer, Tokenizer
@@ -40,11 +39,10 @@ from laser_jax.train.layout import (
 from laser_jax.train.model import load_starting_adapter, starting_model
 from laser_jax.train.output import (
     StepLog,
-    TensorBoard,
-    WandB,
     claimed,
     code_version,
     logged_lines,
+    open_boards,
     require_boards,
 )
 from laser_jax.train.processes import is_first, local_rows
@@ -109,7 +107,8 @@ def set_up(config: Config, stack: ExitStack) -> tuple[Run, TrainState]:
     shards = layout.mesh.shape["data"] * layout.mesh.shape["fsdp"]
 
     def batches_from(step: int) -> Iterable[Batch]:
-        return batches_of(config, inputs.sources, inputs.prompts, step, part, shards)
+        rows = (inputs.sources, inputs.prompts, config)
+        return training_batches(*rows, first_batch=step, part=part, shards=shards)
 
     batches_from(0)  # looks at every row, before anything is written
     state, teacher_variables = _new_state(config, inputs, layout)
@@ -194,20 +193,6 @@ def _read_split(config: Config, directory: str, split: str) -> BeirDataset:
     return dataset
 
 
-def batches_of(
-    config: Config,
-    sources: Sequence[Source],
-    prompts: PromptTokenizer,
-    first: int = 0,
-    part: np.ndarray | None = None,
-    shards: int = 1,
-) -> Iterable[Batch]:
-    """The batches of a run from number `first` on, or of each the rows `part`, for so many devices
-    that share them. Every row is looked at before this returns."""
-    settings = replace(BatchSettings.of(config), shards=shards)
-    return training_batches(sources, prompts, config.data, settings, first_batch=first, part=part)
-
-
 def _new_state(
     config: Config, inputs: Inputs, layout: Layout
 ) -> tuple[TrainState, Variables | None]:
@@ -232,24 +217,19 @@ def _fingerprints(
     """What a resumed run must find as it was, and neither its config nor its state holds. Another
     split may be ranked, but no other texts or judgements under the same name."""
     teacher = None if teacher_variables is None else fingerprint(teacher_variables)
+    ranked = inputs.ranked(config.data).items()
     return {
-        f"fingerprint of data.eval's {split}": fingerprint_of(dataset)
-        for split, dataset in inputs.ranked(config.data).items()
+        f"fingerprint of data.eval's {split}": fingerprint_of(data) for split, data in ranked
     } | {
         "number of training rows": rows_per_epoch(inputs.sources),
-        "fingerprints of the training rows": [
-            source.facts.fingerprint for source in inputs.sources
-        ],
+        "fingerprints of the training rows": [s.facts.fingerprint for s in inputs.sources],
         "prompt_checksum": inputs.prompts.checksum(),
         "weights of objective.teacher": teacher,
     }
 
 
 def _restored(
-    state: TrainState,
-    checkpoints: Checkpoints,
-    claim: Claim,
-    fingerprints: dict[str, Any],
+    state: TrainState, checkpoints: Checkpoints, claim: Claim, fingerprints: dict[str, Any]
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state of the newest checkpoint and its meta, or the given state and {}."""
     restored = checkpoints.restore(state)
@@ -286,26 +266,18 @@ def _open_logs(
 ) -> tuple[StepLog, StepLog]:
     """The logs of steps and of rankings of a run that begins after step `start`. The scores are
     those of the checkpoint's `meta`, never what `evaluations.jsonl` holds."""
-    output = Path(config.output)
     if config.train.eval_every is not None and meta and "evaluations" not in meta:
         _log.warning(
             f"the checkpoint of step {start} is an older release's, without the scores on "
             f"{config.data.dev_split}: the best step is chosen among those that are ranked now"
         )
-    lines = {line["step"]: line for line in logged_lines(output / "metrics.jsonl", start)}
+    path = Path(config.output) / "metrics.jsonl"
+    lines = {line["step"]: line for line in logged_lines(path, start)}
     if last := meta.get("metrics"):
         lines[last["step"]] = last
-    log = StepLog(output / "metrics.jsonl", [lines[step] for step in sorted(lines)])
-    evaluations = StepLog(output / "evaluations.jsonl", meta.get("evaluations", []))
-    for each in (log, evaluations):
-        stack.enter_context(closing(each))
-    boards: list[TensorBoard | WandB] = []
-    if config.train.tensorboard:
-        boards.append(TensorBoard(output / "tensorboard", start))
-    if config.train.wandb:
-        boards.append(WandB(config.train.wandb, output, as_dict(config)))
-    for board in boards:
-        stack.enter_context(closing(board))
-        log.show.append(partial(board.write, "train"))
-        evaluations.show.append(partial(board.write, "dev"))
+    log = StepLog(path, [lines[step] for step in sorted(lines)])
+    evaluations = StepLog(path.with_name("evaluations.jsonl"), meta.get("evaluations", []))
+    for draw in open_boards(config, start, stack):
+        log.show.append(partial(draw, "train"))
+        evaluations.show.append(partial(draw, "dev"))
     return log, evaluations

@@ -25,8 +25,7 @@ matmuls by trial; the vendor's need no search (docs/benchmarks.md)."""
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Linear warm-up from 0 over `warmup_ratio` of the steps, then linear decay or constant."""
-    warmup = round(config.warmup_ratio * steps)
-    peak = config.learning_rate
+    warmup, peak = round(config.warmup_ratio * steps), config.learning_rate
     end = 0.0 if config.schedule == "linear" else peak
     rising = optax.linear_schedule(0.0, peak, max(warmup, 1))
     falling = optax.linear_schedule(peak, end, max(steps - warmup, 1))
@@ -53,16 +52,10 @@ def abstract_variables(backbone: Backbone, mesh: Mesh, collection: str, dtype: j
 
 
 def abstract_state(
-    backbone: Backbone,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    base_dtype: jnp.dtype,
+    backbone: Backbone, optimizer: optax.GradientTransformation, mesh: Mesh, base_dtype: jnp.dtype
 ) -> TrainState:
-    """The state's shapes and dtypes with their shardings; nothing is computed.
-
-    Args:
-        base_dtype: storage dtype of a frozen base; whatever is trained is float32.
-    """
+    """The state's shapes and dtypes with their shardings; nothing is computed. A frozen base is
+    stored in `base_dtype`; whatever is trained is float32."""
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def whole(dtype: Any, *shape: int) -> Any:
@@ -94,14 +87,9 @@ def init_state(
     seed: int,
     load_base: Callable[[Any], Any] | None,
 ) -> TrainState:
-    """A new state, laid out as `abstract`.
-
-    Args:
-        load_base: from the abstract leaves of the collection `params` to arrays laid out like them;
-            None draws random weights from `seed`.
-    """
-    key = jax.random.key(seed)
-    ids = jnp.zeros((1, 8), jnp.int32)
+    """A new state, laid out as `abstract`. `load_base` makes arrays of the abstract leaves of the
+    collection `params`, laid out like them; None draws random weights from `seed`."""
+    key, ids = jax.random.key(seed), jnp.zeros((1, 8), jnp.int32)
 
     def draw(module: Backbone, collection: str, like: Any) -> Any:
         def init() -> Any:

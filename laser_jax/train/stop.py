@@ -27,9 +27,8 @@ class StopSignal:
     """Remembers SIGTERM and SIGINT until the program looks.
 
     Make it after `jax.distributed.initialize`, if that is called. Then SIGTERM stays with jax, and
-    SIGINT is handed on as SIGTERM. The handlers are set in the main thread only, elsewhere python
-    allows none and a stop is never seen; `close`, or leaving it as a context, puts the old ones
-    back.
+    SIGINT is handed on as SIGTERM. Outside the main thread python allows no handlers, and a stop is
+    never seen. Leaving it as a context puts the old handlers back.
 
     Attributes:
         received: the name of the signal that came. In a distributed run it may be set before the
@@ -43,9 +42,7 @@ class StopSignal:
         self._first_step: int | None = None
         self._previous: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (
-                (signal.SIGINT,) if self._distributed else (signal.SIGINT, signal.SIGTERM)
-            ):
+            for number in (signal.SIGINT, signal.SIGTERM)[: 1 if self._distributed else 2]:
                 self._previous[number] = signal.signal(number, self._handle)
 
     def should_stop(self, step: int) -> bool:
@@ -90,14 +87,9 @@ class StopSignal:
         elif self._interrupt:
             raise StopRequested(name)
 
-    def close(self) -> None:
-        """Puts the former handlers back."""
-        for number, previous in self._previous.items():
-            signal.signal(number, previous)
-        self._previous = {}
-
     def __enter__(self) -> StopSignal:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)

@@ -86,10 +86,8 @@ def forward_flops(backbone: BackboneConfig, reading: Reading) -> float:
     thought passes all layers, the LM head and, as a soft token, the embedding table.
     """
     D, F, L = backbone.hidden_size, backbone.intermediate_size, backbone.num_layers
-    NH = backbone.num_heads * backbone.head_dim
-    GH = backbone.num_kv_heads * backbone.head_dim
-    keys_values = 2 * D * 2 * GH
-    rest = 2 * (D * NH + NH * D + 3 * D * F)
+    NH, GH = (heads * backbone.head_dim for heads in (backbone.num_heads, backbone.num_kv_heads))
+    keys_values, rest = 2 * D * 2 * GH, 2 * (D * NH + NH * D + 3 * D * F)
     length = reading.tokens / reading.rows
     matmuls = (
         reading.tokens * (L * keys_values + (L - 1) * rest)
@@ -115,13 +113,14 @@ def reading_of(config: Config, tokens: float, token_pairs: float) -> Reading:
     C = B * config.data.group_size
     explicit = objective.need_explicit_view
     shared = explicit and config.views == "fast" and objective.teacher is None
-    generated = appended_thoughts(objective.num_thinking_steps, objective.pooling)
+    K, pooling = objective.num_thinking_steps, objective.pooling
+    document_K = objective.document_thinking_steps or K
     return Reading(
         rows=C + B * (1 if shared else 1 + explicit),
         tokens=tokens,
         token_pairs=token_pairs,
-        selected=C + B + explicit * B * (1 + objective.num_thinking_steps),
-        thoughts=(B + C) * generated,
+        selected=C + B + explicit * B * (1 + K),
+        thoughts=B * appended_thoughts(K, pooling) + C * appended_thoughts(document_K, pooling),
     )
 
 
@@ -146,8 +145,8 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         """Waits for the steps, and begins anew."""
-        tokens = sum(float(metrics["tokens"]) for metrics in self._steps)
-        pairs = sum(float(metrics["token_pairs"]) for metrics in self._steps)
+        names = ("tokens", "token_pairs")
+        tokens, pairs = (sum(float(metrics[name]) for metrics in self._steps) for name in names)
         now, steps = time.monotonic(), len(self._steps)
         seconds = now - self._since
         self._steps, self._since = [], now
