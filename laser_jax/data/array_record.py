@@ -17,10 +17,7 @@ def open_array_record(file: Path) -> Any:
 
 def example_values(record: bytes, where: str) -> dict[str, Any]:
     """The fields of a training row, and its `origin`, in a tf.Example, whose features are lists.
-
-    Raises:
-        DataError: the record is no tf.Example, or a text of it is not UTF-8.
-    """
+    Raises a DataError where the record is none, or a text of it is not UTF-8."""
     from google.protobuf.message import DecodeError
     from tensorflow_datasets.proto import tf_example_pb2
 

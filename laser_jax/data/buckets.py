@@ -75,22 +75,14 @@ class Buckets:
             left = left[size:]
 
     def batches(self, blocks: Iterable[Sequence[IndexedRow]]) -> Iterator[list[IndexedRow]]:
-        """Cuts rows that arrive in blocks into batches, the longest row of a block first.
-
-        What a block leaves over goes into the next, so that only the very last batch, of the
-        shortest rows, is not full.
-        """
+        """Cuts rows that arrive in blocks into batches, the longest row of a block first. What a
+        block leaves over goes into the next, so that only the very last batch is not full."""
         left: list[IndexedRow] = []
         for block in blocks:
-            rows = sorted([*left, *block], key=lambda row: len(row[1]), reverse=True)
-            start = 0
-            while start < len(rows):
-                size = self.sizes(self.width(len(rows[start][1])))[-1]
-                if start + size > len(rows):
-                    break
-                yield rows[start : start + size]
-                start += size
-            left = rows[start:]
+            left = sorted([*left, *block], key=lambda row: len(row[1]), reverse=True)
+            while left and (size := self.sizes(self.width(len(left[0][1])))[-1]) <= len(left):
+                yield left[:size]
+                left = left[size:]
         if left:
             yield left
 

@@ -66,10 +66,8 @@ def draw_example(
 
     `official` takes positive `epoch mod n` and the first negatives; `random` draws both from a
     generator seeded by (seed, epoch, row_index). Too few negatives repeat in turn. A chain of
-    thought below `min_reasoning_characters` is replaced by the query.
-
-    Raises:
-        DataError: when negatives are wanted and the row has none; names the row, counted from 1.
+    thought below `min_reasoning_characters` is replaced by the query. Raises a DataError, which
+    names the row, counted from 1, where negatives are wanted and it has none.
     """
     num_negatives = data.group_size - 1
     if num_negatives and not row.negative_passages:
@@ -108,13 +106,9 @@ def _no_negatives(where: str, row: TrainingRow, data: DataConfig) -> DataError:
 
 
 def contrast(examples: Sequence[Example], mask_false_negatives: bool) -> np.ndarray:
-    """Which documents of the batch are contrasted with which query; texts are compared in the form
-    of `same_text`.
-
-    Returns:
-        [B, C] bool. All True without `mask_false_negatives`; with it, False where document c is one
-        of query b's positives, its designated positive (c = b G) excepted.
-    """
+    """Which documents of the batch are contrasted with which query: [B, C] bool. All True without
+    `mask_false_negatives`; with it, False where document c is one of query b's positives in the
+    form of `same_text`, its designated positive (c = b G) excepted."""
     texts = [same_text(text) for example in examples for text in example.documents]
     contrast_BC = np.ones((len(examples), len(texts)), bool)
     if mask_false_negatives:

@@ -33,11 +33,10 @@ _SHARD_NAME = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 def text_features() -> tfds.features.FeaturesDict:
     """The features of a training row, and `origin`, the file and line that it came from."""
-    texts = tfds.features.Sequence(tfds.features.Text())
-    of_field = {
-        name: texts if name.endswith("passages") else tfds.features.Text() for name in FIELDS
-    }
-    return tfds.features.FeaturesDict({**of_field, "origin": tfds.features.Text()})
+    text = tfds.features.Text()
+    texts = tfds.features.Sequence(text)
+    of_field = {name: texts if name.endswith("passages") else text for name in FIELDS}
+    return tfds.features.FeaturesDict({**of_field, "origin": text})
 
 
 def origin(source: Source, index: int) -> str:
@@ -98,14 +97,8 @@ def shard_path(directory: Path, shard: int, num_shards: int) -> Path:
 def write_shard(
     path: Path, features: tfds.features.FeaturesDict, examples: Iterable[dict[str, Any]]
 ) -> int:
-    """Writes an ArrayRecord file; the same examples give the same bytes.
-
-    Returns:
-        Bytes of the records, before compression.
-
-    Raises:
-        OSError: it cannot be written, as on a full disk.
-    """
+    """Writes an ArrayRecord file and returns the bytes of its records, before compression; the same
+    examples give the same file. Raises an OSError where it cannot be written, as on a full disk."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     specs: Any = features.get_serialized_info()

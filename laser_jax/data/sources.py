@@ -25,23 +25,9 @@ import numpy as np
 
 from laser_jax.config import DataConfig
 from laser_jax.data.array_record import example_values, open_array_record
-from laser_jax.data.schema import (
-    FIELDS,
-    TEACHER_SCORES,
-    DataError,
-    Facts,
-    TrainingRow,
-    facts_of,
-    parse_row,
-)
-from laser_jax.files.reading import (
-    import_pyarrow,
-    is_blank,
-    open_lines,
-    parse_json,
-    raw_lines,
-    read_json,
-)
+from laser_jax.data.schema import FIELDS, TEACHER_SCORES, Facts, TrainingRow, facts_of, parse_row
+from laser_jax.files import reading
+from laser_jax.files.reading import DataError, import_pyarrow, parse_json
 from laser_jax.files.splits import one_split, split_of
 
 PREPARED_FILE = "prepare.json"
@@ -56,17 +42,13 @@ _ACCEPTED = (
 
 
 class Source(ABC):
-    """Training rows by index, in the order of the file.
-
-    `source[i]` and iteration raise a `DataError` at a row that is no training row.
-
-    Attributes:
-        path: as given to `open_source`.
-        files: in the order in which they are read; none where the rows are in memory.
-    """
+    """Training rows by index, in the order of the file. `source[i]` and iteration raise a
+    `DataError` at a row that is no training row."""
 
     path: Path
+    """As given to `open_source`."""
     files: Sequence[Path] = ()
+    """In the order in which they are read; none where the rows are in memory."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -96,11 +78,9 @@ class Source(ABC):
 def open_source(path: str | Path) -> Source:
     """Opens training rows and checks every one; rows that `prepare` wrote were checked by it.
 
-    Args:
-        path: a `.jsonl`, `.jsonl.gz`, `.parquet`, `.arrow` or ArrayRecord file; a directory of
-            Parquet, Arrow or ArrayRecord shards, read in the order of their names; a directory of
-            Hugging Face `save_to_disk`; or one of `laser_jax.prepare` or tfds. Of a directory with
-            several splits, `directory/SPLIT`.
+    The path is a `.jsonl`, `.jsonl.gz`, `.parquet`, `.arrow` or ArrayRecord file; a directory of
+    Parquet, Arrow or ArrayRecord shards, read in the order of their names; one of Hugging Face
+    `save_to_disk`, `laser_jax.prepare` or tfds; or `directory/SPLIT` where it has several splits.
 
     Raises:
         DataError: nothing there, no rows, an unknown kind, or a damaged or wrong row. The message
@@ -179,7 +159,7 @@ def _candidates(directory: Path, pattern: str) -> list[Path]:
 def _description(file: Path, way_out: str, listed: str | None = None) -> dict[str, Any]:
     """The JSON object in a file that describes rows; `listed` is a key that must hold a list."""
     try:
-        values = read_json(file)
+        values = reading.read_json(file)
     except DataError as error:
         fault = str(error).removeprefix(f"{file}: ")
         raise DataError(f"{file} is damaged: {fault}; {way_out}") from error
@@ -251,9 +231,9 @@ class JsonlSource(Source):
     def __init__(self, path: Path):
         self.path, self.files = path, (path,)
         starts, numbers, start, held = array("q"), array("q"), 0, bytearray()
-        with open_lines(path) as file:
-            for number, line in raw_lines(path, file):
-                if not is_blank(line):
+        with reading.open_lines(path) as file:
+            for number, line in reading.raw_lines(path, file):
+                if not reading.is_blank(line):
                     starts.append(start)
                     numbers.append(number)
                 start += len(line)
@@ -350,11 +330,9 @@ class ParquetSource(_Sharded):
     def _open(self, file: Path) -> Iterable[tuple[int, Any]]:
         parquet = import_pyarrow(file).parquet
         with _damage(f"{file}: not a Parquet file, or a damaged one"):
-            groups = parquet.read_metadata(file)
-            return [
-                (groups.row_group(group).num_rows, (file, group))
-                for group in range(groups.num_row_groups)
-            ]
+            read = parquet.read_metadata(file)
+            groups = range(read.num_row_groups)
+            return [(read.row_group(group).num_rows, (file, group)) for group in groups]
 
     def _values(self, part: tuple[Path, int], row: int, where: str) -> Any:
         with self._lock:
@@ -414,11 +392,8 @@ def _table_row(table: Any, row: int, where: str) -> Any:
 
 class ArrayRecordSource(_Sharded):
     """ArrayRecord files: each record is a JSON object, or a tf.Example with the features of
-    `laser_jax.data.reasoning_retrieval`.
-
-    tfds is not asked, even of a directory that it wrote: it imports whatever class the directory's
-    features.json names.
-    """
+    `laser_jax.data.reasoning_retrieval`. tfds is not asked, even of a directory that it wrote: it
+    imports whatever class the directory's features.json names."""
 
     pattern = "*.array_record*"
 
@@ -469,12 +444,9 @@ _SHARDED: tuple[type[_Sharded], ...] = (ArrowSource, ParquetSource, ArrayRecordS
 
 def changed_shards(files: Iterable[Path], checksums: dict[str, str] | None) -> list[Path]:
     """Those files that are not as the sha256 under their name says; none without checksums."""
-    return [
-        file
-        for file in files
-        if checksums is not None
-        and (not file.is_file() or checksums.get(file.name) != checksum_of(file))
-    ]
+    if checksums is None:
+        return []
+    return [f for f in files if not f.is_file() or checksums.get(f.name) != checksum_of(f)]
 
 
 def checksum_of(file: Path) -> str:
