@@ -104,12 +104,9 @@ def check(kinds: Mapping[str, Any], values: Any) -> None:
 
 
 def from_dict(cls: type[C], values: Any, *, source: str) -> C:
-    """Builds the dataclass `cls` from plain types. What is left out keeps its default.
-
-    Raises:
-        ConfigError: on an unknown key, a missing key, a wrong type or an impossible value; names
-            `source`.
-    """
+    """Builds the dataclass `cls` from plain types. What is left out keeps its default. Raises a
+    ConfigError, which names `source`, on an unknown or missing key, a wrong type or an impossible
+    value."""
     try:
         return build(cls, values)
     except ConfigError as error:

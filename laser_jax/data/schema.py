@@ -170,12 +170,9 @@ def longest_instructions(instructions: Iterable[str]) -> tuple[str, ...]:
 
 
 def as_strings(what: str, values: Any) -> list[str]:
-    """The items of a list, tuple, one-dimensional array or Series of strings, each a `what`.
-
-    Raises:
-        ValueError: another container, whose items come in no order (a set), are not its content (a
-            dict, a DataFrame) or come once only (an iterator); or an item is no Unicode string.
-    """
+    """The items of a list, tuple, one-dimensional array or Series of strings, each a `what`. Raises
+    a ValueError at another container, whose items come in no order (a set), are not its content (a
+    dict, a DataFrame) or come once only (an iterator), and at an item that is no Unicode string."""
     ordered = isinstance(values, Sequence) or len(getattr(values, "shape", ())) == 1
     if not ordered or isinstance(values, str | bytes):
         raise ValueError(

@@ -113,9 +113,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     Its tokens, at most `vocab_size` in all, include <|endoftext|> (pad), <|im_start|>, <|im_end|>
     (EOS), <think> and </think>; it has a ChatML chat template. The same texts give the same
     tokenizer. The role names of the template are counted once a text, since each will be a turn.
-
-    Raises:
-        TokenizationError: when `vocab_size` cannot hold the 256 bytes and the special tokens.
+    Raises a TokenizationError when `vocab_size` cannot hold the 256 bytes and the special tokens.
     """
     special = [_PAD, _TURN_START, _TURN_END]
     smallest = 256 + len(special) + len(_THINK)
@@ -201,9 +199,7 @@ class PromptTokenizer(Prompts):
         reasoning are one string, which is cut, and the chain of thought is taken to start at the
         *truncated* query's length, so a long query's tail counts as reasoning. `append_eos` ends
         the cut string; the EOS of `append_eos_to_reasoning`, which the model appends, comes on top.
-
-        Raises:
-            TokenizationError: when the query prompt and EOS alone exceed `explicit_max_length`.
+        Raises a TokenizationError when the query prompt and EOS alone exceed `explicit_max_length`.
         """
         limit, eos = self.config.explicit_max_length, self.config.append_eos_to_reasoning
         query_ids = self.query(text, instruction)

@@ -47,10 +47,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     file that was moved outlives a power cut. Of several processes that write one file the last one
     wins. The temporary name is drawn by chance, so that nobody can have put a link there. Its
     writer holds a lock on it; one without, of a killed process, is removed when the file is written
-    again (where the file system has locks: elsewhere it stays, see `parts_of`).
-
-    Raises:
-        OSError: as in the block, and where it named no file (a full disk), naming `path`.
+    again (where the file system has locks: elsewhere it stays, see `parts_of`). An OSError
+    of the block that named no file (a full disk) names `path`.
     """
     _remove_abandoned(path)
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")

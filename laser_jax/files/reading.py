@@ -33,11 +33,8 @@ class DataError(ValueError):
 
 
 def decode(content: bytes, where: str | Path) -> str:
-    """UTF-8 as text, without the byte-order mark that may stand before it.
-
-    Raises:
-        DataError: not UTF-8; begins with `where`.
-    """
+    """UTF-8 as text, without the byte-order mark that may stand before it. Raises a DataError,
+    which begins with `where`, if it is not UTF-8."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -102,11 +99,8 @@ def json_lines(path: str | Path) -> Iterator[tuple[str, bytes]]:
 
 def parse_json(content: bytes, where: str | Path, *, unique: bool = False) -> Any:
     """The value of a line, or of a record, of JSON. Of a key that stands twice the last counts.
-
-    Raises:
-        DataError: not UTF-8 or no JSON, or with a number too long or lists too deep for Python; or
-            a key stands twice in an object though keys are to be `unique`.
-    """
+    Raises a DataError where it is not UTF-8 or no JSON, has a number too long or lists too deep for
+    Python, or has a key twice in an object though keys are to be `unique`."""
     text = decode(content, where)
     try:
         return json.loads(text, object_pairs_hook=_unique if unique else None)

@@ -62,10 +62,8 @@ def resolve_directory(name: str | Path) -> Path:
     """The directory `name`, or the downloaded copy of `organisation/name` on the Hugging Face hub.
 
     A directory of that name wins. Only files that laser_jax reads are downloaded, once, into the
-    hub's cache; without a network the cache serves.
-
-    Raises:
-        FileNotFoundError: neither is there, or the hub cannot be reached; says what to do.
+    hub's cache; without a network the cache serves. Raises a FileNotFoundError, which
+    says what to do, where neither is there or the hub cannot be reached.
     """
     if Path(name).is_dir():
         return Path(name)

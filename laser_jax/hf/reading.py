@@ -82,10 +82,7 @@ def load_sharded_params(directory: str | Path, backbone: BackboneConfig, like: T
 
     `like` is the tree under `params` of `jax.ShapeDtypeStruct`, each with a NamedSharding, and the
     jax arrays that are returned have its shapes, dtypes and shardings. All processes of its mesh
-    call this.
-
-    Raises:
-        FileNotFoundError, HFError: as `load_params`; also where `like` does not fit `backbone`.
+    call this. Raises as `load_params`, and an HFError where `like` does not fit `backbone`.
     """
     wanted = checked_leaves(like, param_slots(backbone), "params")
     leaves: dict[TreePath, jax.Array] = {}

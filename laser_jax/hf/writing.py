@@ -149,10 +149,8 @@ def save_adapter(
     """Writes the tree under `lora` as `peft.PeftModel.from_pretrained` loads it, in float32.
 
     `base_model` is the path or hub name of the model that the adapter belongs to. Where the arrays
-    span several processes all of them call this, as with `save_params`.
-
-    Raises:
-        HFError, OSError: as `save_params`.
+    span several processes all of them call this, as with `save_params`. Raises an HFError or
+    OSError as `save_params`.
     """
     slots = [s._replace(name=f"base_model.model.{s.name}") for s in lora_slots(backbone, lora)]
     leaves = checked_leaves(lora_tree, slots, "lora")

@@ -84,11 +84,8 @@ class GGUFTensor(Stored):
 
     def read(self, *index: slice) -> np.ndarray:
         """The whole tensor in float32. llama.cpp rotates neighbouring pairs of a head where Hugging
-        Face rotates its halves, so its converter interleaves them, which is undone here.
-
-        Raises:
-            HFError: values are not finite, or the gguf package does not undo the quantisation.
-        """
+        Face rotates its halves, so its converter interleaves them, which is undone here. Raises an
+        HFError at values that are not finite, or a quantisation that gguf does not undo."""
         from gguf.quants import dequantize, quant_shape_to_byte_shape
 
         shape = quant_shape_to_byte_shape(self.shape, self.quantisation)

@@ -47,10 +47,7 @@ class Tally:
         self, row: TrainingRow, prompt: PromptConfig, prompts: PromptTokenizer | None
     ) -> None:
         """Counts a row: its tokens where there are `prompts`, its segments, and its duplicates.
-
-        Raises:
-            TokenizationError: the limits of `prompt` leave no room for a text.
-        """
+        Raises a TokenizationError where the limits of `prompt` leave no room for a text."""
         if prompts is None:
             *closed, tail = row.reasoning_query.split(prompt.separator)
             self.count("segments", len(closed) + bool(tail))

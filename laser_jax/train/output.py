@@ -40,11 +40,8 @@ CHANGEABLE = (
 @contextmanager
 def claimed(config: Config) -> Iterator[Claim]:
     """The claim on a run's directory, whose record is `config.json`. All processes of a run make
-    it; process 0 alone touches the file system, and is to write the record.
-
-    Raises:
-        OutputError, OSError: as of `Claim`. Where process 0 is refused, the others are too.
-    """
+    it; process 0 alone touches the file system, and is to write the record. Raises as
+    `Claim`; where process 0 is refused, the others are too."""
     # rounding too; with `plain` it is another loss
     rounding = ("train.micro_batch_size",) if config.train.accumulation == "gradcache" else ()
     changed = partial(
