@@ -86,9 +86,6 @@ class ReasoningRetrieval(tfds.core.GeneratorBasedBuilder):
             yield index, example_of(row, origin(source, index))
 
 
-# --- the same files, a shard at a time -------------------------------------------------------
-
-
 def shard_path(directory: Path, shard: int, num_shards: int) -> Path:
     """The file of a shard, where tfds looks for it."""
     return directory / f"{NAME}-train.array_record-{shard:05d}-of-{num_shards:05d}"

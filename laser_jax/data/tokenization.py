@@ -25,12 +25,6 @@ from laser_jax.hf.directory import CONFIG_FILE, RETRIEVER_TYPE, read_object
 
 _PAD, _TURN_START, _TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 _THINK = ("<think>", "</think>")
-# Contractions, words with at most one leading sign, single digits, signs with their line ends
-# (so ".\n\n" may become one token), line ends, other blanks.
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -40,9 +34,6 @@ _CHATML = (
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 Tokenizer = PreTrainedTokenizerBase
-
-
-# --- tokenizers ------------------------------------------------------------------------------
 
 
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
@@ -107,6 +98,18 @@ def load_tokenizer_for(directory: str | Path, backbone: BackboneConfig) -> PreTr
     return tokenizer
 
 
+def word_rule(numbers: str) -> pre_tokenizers.Sequence:
+    """How Qwen and Llama 3, which differ in `numbers`, cut a text before merges: contractions,
+    words with at most one leading sign, numbers, signs with their line ends (so a full stop and a
+    blank line may become one token), line ends, other blanks."""
+    words = (
+        rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{numbers}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words), "isolated"), in_bytes])
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on `texts`, in the manner of Qwen3.
 
@@ -124,9 +127,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         )
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = tokenizers.normalizers.NFC()
-    words = pre_tokenizers.Split(Regex(_WORDS), behavior="isolated")
-    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, in_bytes])
+    tokenizer.pre_tokenizer = word_rule(r"\p{N}")
     tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -153,9 +154,6 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What a model's config.json repeats of its tokenizer: int ids, None where there is none."""
     names = ("eos_token_id", "bos_token_id", "pad_token_id")
     return {name: getattr(tokenizer, name) for name in names}
-
-
-# --- prompts ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

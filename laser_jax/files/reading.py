@@ -54,29 +54,20 @@ def open_lines(path: Path) -> BinaryIO:
 def raw_lines(
     path: Path, file: BinaryIO, offset: int = 0, number: int = 0
 ) -> Iterator[tuple[int, bytes]]:
-    """Yields (line number, line) of a file that `open_lines` opened, as they stand, line ends and
-    byte-order mark kept.
-
-    Args:
-        offset: bytes (of a .gz, unpacked) to pass over first, and `number` the lines in them.
-
-    Raises:
-        DataError: a line is longer than `LONGEST_LINE`, or a compressed file is damaged.
-    """
+    """Yields (line number, line) of a file that `open_lines` opened, line ends and byte-order mark
+    kept, behind `offset` bytes (of a .gz, unpacked) and the `number` of lines in them. Raises a
+    DataError at a line longer than `LONGEST_LINE`, or a damaged compressed file."""
     try:
         file.seek(offset)
         while line := file.readline(LONGEST_LINE + 1):
             number += 1
             if len(line) > LONGEST_LINE:
-                raise DataError(
-                    f"{path}:{number}: longer than {LONGEST_LINE:,} bytes, which no row is; one "
-                    "line for each row is wanted"
-                )
+                fault = f"longer than {LONGEST_LINE:,} bytes, which no row is"
+                raise DataError(f"{path}:{number}: {fault}; one line for each row is wanted")
             yield number, line
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(
-            f"{path}:{number + 1}: cannot be read, not a whole gzip file: {error}"
-        ) from error
+        fault = f"cannot be read, not a whole gzip file: {error}"
+        raise DataError(f"{path}:{number + 1}: {fault}") from error
 
 
 def _located(path: str | Path) -> Iterator[tuple[str, bytes]]:
@@ -131,12 +122,8 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if (key.tag, key.value) in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None,
-                        None,
-                        f"the key {key.value!r} stands twice; take one of them out",
-                        key.start_mark,
-                    )
+                    fault = f"the key {key.value!r} stands twice; take one of them out"
+                    raise yaml.constructor.ConstructorError(None, None, fault, key.start_mark)
                 seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
 
@@ -156,11 +143,8 @@ for _tag, _pattern in _NUMBERS.items():
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text.
-
-    Raises:
-        yaml.YAMLError: it is none, a key stands twice in a mapping, or it is too deep for Python.
-    """
+    """The value of a YAML text. Raises a yaml.YAMLError where it is none, a key stands twice in a
+    mapping, or it is too deep for Python."""
     try:
         return yaml.load(text.removeprefix("\ufeff"), _Loader)
     except (ValueError, RecursionError) as error:
@@ -182,10 +166,9 @@ def import_pyarrow(path: str | Path) -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError(
-            f"{path}: reading and writing Parquet and Arrow needs pyarrow: pip install "
-            "laser-jax[parquet]"
-        ) from error
+        way_out = "pip install laser-jax[parquet]"
+        fault = f"reading and writing Parquet and Arrow needs pyarrow: {way_out}"
+        raise ImportError(f"{path}: {fault}") from error
     return pyarrow
 
 

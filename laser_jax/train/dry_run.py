@@ -72,9 +72,8 @@ class Expected:
 
 
 def dry_run(config: Config, invocation: Invocation) -> dict[str, Any]:
-    """Compiles the step for the widest batch and prints what it takes. Returns what was printed, in
-    plain types; bytes are of one device. Raises a ConfigError or FileNotFoundError as a run would,
-    or the topology cannot be had."""
+    """Compiles the step for the widest batch, and prints and returns what it takes; bytes are of
+    one device. Raises as a run would, and a ConfigError where the topology cannot be had."""
     devices = _devices(invocation)
     backbone = _backbone(config)
     expected, rows = _expected(config)

@@ -212,9 +212,6 @@ def _require_lengths(config: Config, retriever: RetrieverConfig) -> None:
         )
 
 
-# --- the step, compiled -----------------------------------------------------------------------
-
-
 def shape_of(batch: Batch) -> str:
     """The shapes that a step is compiled for, in words."""
     parts = {"queries": batch.query, "documents": batch.documents, "explicit": batch.explicit}

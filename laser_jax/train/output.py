@@ -125,8 +125,6 @@ class StepLog:
                 file.write(json.dumps(line) + "\n")
 
 
-# --- what draws the metrics ----------------------------------------------------------------------
-
 Board = Callable[[str, dict[str, Any]], None]
 """Draws a log line, which holds `step`, in a group of its own."""
 
