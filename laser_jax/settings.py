@@ -210,18 +210,14 @@ class Change:
 def changes(
     stored: dict[str, Any], settings: Any, *, source: str, changeable: Sequence[str] = ()
 ) -> list[Change]:
-    """Where settings differ from those that were stored.
+    """Where settings differ from those that were stored. Raises a ConfigError, which names the file
+    `source`, if `stored` is no such config.
 
     Args:
         stored: what `as_dict` made of settings of the same class, of this release or an earlier
             one. A setting that the earlier one did not have counts as its default.
         settings: a dataclass; or a dict of plain values, which are compared as they are.
-        source: the file that the message names.
-        changeable: patterns of the keys, or of the groups of keys, that may differ, such as
-            `data.*.path`.
-
-    Raises:
-        ConfigError: `stored` is no such config; names `source`.
+        changeable: patterns of keys, or of groups of them, that may differ, such as `data.*.path`.
     """
     if dataclasses.is_dataclass(settings):
         stored = as_dict(from_dict(type(settings), stored, source=source))

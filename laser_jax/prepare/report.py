@@ -55,10 +55,8 @@ class Tally:
             reasoning = settled_reasoning(row, prompt.min_reasoning_characters)
             query = prompts.query_prompt(row.query, row.prompt)
             explicit = prompts.explicit(row.query, row.prompt, reasoning)
-            passages = [
-                prompts.document_prompt(text)
-                for text in (*row.positive_passages, *row.negative_passages)
-            ]
+            texts = (*row.positive_passages, *row.negative_passages)
+            passages = [prompts.document_prompt(text) for text in texts]
             self.count("queries", len(query.ids), query.truncated)
             self.count("explicit inputs", len(explicit.ids), explicit.truncated)
             self.count("segments", len(explicit.segment_ends))
@@ -115,9 +113,7 @@ def report_of(tallies: Sequence[Tally]) -> dict[str, Any]:
         "duplicates": {
             "queries": _repeated([tally.query_hashes for tally in tallies]),
             "rows": _repeated([tally.row_hashes for tally in tallies]),
-            "positives_among_own_negatives": sum(
-                tally.positives_among_own_negatives for tally in tallies
-            ),
+            "positives_among_own_negatives": sum(t.positives_among_own_negatives for t in tallies),
         },
     }
 
