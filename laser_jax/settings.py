@@ -37,13 +37,9 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_in(interval: str, settings: Any, prefix: str, *names: str) -> None:
-    """Raises a ConfigError where one of the named numbers lies outside of an interval.
-
-    Args:
-        interval: such as `[0, 1)` or `[1, inf)`. A number that is not finite lies in none of them.
-        settings: holds the numbers as attributes; a tuple's are all checked, None is left out.
-        prefix: stands before the names in the message.
-    """
+    """Raises a ConfigError where one of the named numbers of `settings` lies outside of an interval
+    such as `[0, 1)` or `[1, inf)`; a number that is not finite lies in none. Of a tuple all are
+    checked, None is left out. `prefix` stands before the names in the message."""
     low, high = (float(end) for end in interval[1:-1].split(","))
     wanted = f"lie in {interval}" if high < float("inf") else f"be at least {low:g}"
     wanted = "be a positive number" if interval == "(0, inf)" else wanted
@@ -198,8 +194,7 @@ def as_dict(config: Any) -> dict[str, Any]:
 class Change:
     """A setting that a finished or stopped run has and another config has not."""
 
-    key: str
-    """Dotted."""
+    key: str  # dotted
     old: Any
     new: Any
 

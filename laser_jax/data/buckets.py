@@ -31,11 +31,9 @@ class Buckets:
     """Every number of rows is rounded to a multiple of this: the devices that share a batch."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "batch_tokens", "length_multiple", "row_multiple"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if min(self.short_batches, default=1) < 1:
-            raise ValueError(f"short_batches must be at least 1 each, got {self.short_batches}")
+        for name, value in vars(self).items():
+            if min(value if isinstance(value, tuple) else (value,), default=1) < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
 
     def width(self, length: int) -> int:
         """The T of a batch whose longest row has `length` tokens."""

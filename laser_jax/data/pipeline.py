@@ -45,12 +45,10 @@ class Example:
     query: str
     instruction: str
     reasoning: str
-    documents: tuple[str, ...]
-    """G passages, the positive first."""
+    documents: tuple[str, ...]  # G passages, the positive first
     positives: frozenset[str]
     """All positives of the row; in a batch, of all rows with the same query."""
-    teacher_scores: tuple[float, ...]
-    """Of the documents; NaN in a row without."""
+    teacher_scores: tuple[float, ...]  # of the documents; NaN in a row without
 
 
 def draw_example(
@@ -130,16 +128,13 @@ class Sample(NamedTuple):
 
     source: int
     row: int
-    epoch: int
-    """How often the source was gone through before."""
+    epoch: int  # how often the source was gone through before
 
 
 class SampleOrder:
-    """The endless sequence of samples of a mixture, by index.
-
-    Of any first s samples, every source has given its share by weight, up to rounding. A source
-    goes through all of its rows before it repeats one, each time in another order.
-    """
+    """The endless sequence of samples of a mixture, by index. Of any first s samples, every source
+    has given its share by weight, up to rounding. A source goes through all of its rows before it
+    repeats one, each time in another order."""
 
     def __init__(self, lengths: Sequence[int], weights: Sequence[float], seed: int):
         self._lengths = lengths
@@ -178,13 +173,11 @@ def _source_seed(seed: int, source: int) -> int:
 class _Drawn:
     """A row of a batch, tokenised."""
 
-    row: int
-    """In the concatenation of the sources."""
+    row: int  # in the concatenation of the sources
     example: Example
     query: np.ndarray
     documents: tuple[np.ndarray, ...]
-    explicit: tuple[np.ndarray, np.ndarray] | None
-    """The tokens of the explicit input, and where its segments end."""
+    explicit: tuple[np.ndarray, np.ndarray] | None  # its tokens, and where its segments end
 
     def length(self, multiple: int) -> tuple[int, int]:
         """What rows are sorted by, to be padded together: the width that the explicit input (or

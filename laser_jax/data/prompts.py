@@ -33,17 +33,9 @@ class PromptTokens:
 
 
 class Prompts:
-    """Turns queries and documents into tokens, as `PromptConfig` says.
-
-    BOS is added where the tokenizer adds it, and not again when the chat template renders it.
-
-    Attributes:
-        tokenizer, config: as given; a tokenizer of transformers.
-        eos_id: the tokenizer's.
-
-    Raises:
-        TokenizationError: when the tokenizer lacks what the config asks of it.
-    """
+    """Turns queries and documents into tokens of a tokenizer of transformers, as `PromptConfig`
+    says. BOS is added where the tokenizer adds it, and not again when the chat template renders it.
+    Raises a TokenizationError where the tokenizer lacks what the config asks of it."""
 
     def __init__(self, tokenizer: Any, config: PromptConfig) -> None:
         if config.chat_template and not tokenizer.chat_template:

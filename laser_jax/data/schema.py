@@ -24,24 +24,15 @@ _MAY_BE_EMPTY = {
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """One query with its chain of thought, its instruction and its passages.
+    """One query with its chain of thought, its instruction and its passages."""
 
-    Attributes:
-        query: the query text, not blank.
-        reasoning_query: the chain of thought; may be empty.
-        prompt: the instruction of the retrieval task; may be empty.
-        positive_passages: at least one, none blank.
-        negative_passages: hard negatives, the best first, none blank; there may be none.
-        teacher_scores: what another retriever or a cross-encoder gives each positive, then each
-            negative; None in most rows.
-    """
-
-    query: str
-    reasoning_query: str
-    prompt: str
-    positive_passages: tuple[str, ...]
-    negative_passages: tuple[str, ...]
+    query: str  # not blank
+    reasoning_query: str  # the chain of thought; may be empty
+    prompt: str  # the instruction of the retrieval task; may be empty
+    positive_passages: tuple[str, ...]  # at least one, none blank
+    negative_passages: tuple[str, ...]  # hard, the best first, none blank; there may be none
     teacher_scores: tuple[float, ...] | None = None
+    """What another retriever or a cross-encoder gives each positive, then each negative."""
 
 
 _STRINGS = ("query", "reasoning_query", "prompt")

@@ -82,10 +82,8 @@ def open_source(path: str | Path) -> Source:
     Parquet, Arrow or ArrayRecord shards, read in the order of their names; one of Hugging Face
     `save_to_disk`, `laser_jax.prepare` or tfds; or `directory/SPLIT` where it has several splits.
 
-    Raises:
-        DataError: nothing there, no rows, an unknown kind, or a damaged or wrong row. The message
-            names the file and the line (or row, counted from 1).
-        ImportError: pyarrow is wanted and not installed.
+    A DataError names the file and the line (or row, counted from 1) and says: nothing there, no
+    rows, an unknown kind, or a damaged or wrong row. An ImportError: pyarrow is not installed.
     """
     source = open_unchecked(path)
     source.facts  # noqa: B018  reads all rows

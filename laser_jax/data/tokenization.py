@@ -171,11 +171,7 @@ class ExplicitTokens:
 
 
 class PromptTokenizer(Prompts):
-    """Turns chains of thought into tokens too.
-
-    Attributes:
-        pad_id: the tokenizer's; EOS pads when there is no pad token.
-    """
+    """Turns chains of thought into tokens too. EOS pads where there is no pad token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> None:
         super().__init__(tokenizer, config)

@@ -50,11 +50,9 @@ class Expected:
 
     buckets: Counter[Widths]
     """How many batches have which widths; without rows to look at, one of the widest possible."""
-    tokens: float
-    """Of a step, on average."""
+    tokens: float  # of a step, on average
     token_pairs: float
-    source: str
-    """Where this is known from."""
+    source: str  # where this is known from
 
     @property
     def widest(self) -> Widths:

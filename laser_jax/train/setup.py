@@ -57,15 +57,12 @@ class Inputs:
     """What a run reads."""
 
     sources: list[Source]
-    model: Path | None
-    """The directory of the weights; None for a model from scratch."""
+    model: Path | None  # the directory of the weights; None for a model from scratch
     backbone: BackboneConfig
     tokenizer: Tokenizer
     prompts: PromptTokenizer
-    test: BeirDataset | None
-    """The split that is ranked at the end."""
-    dev: BeirDataset | None
-    """The split that is ranked while training: the latent view alone, over the same documents."""
+    test: BeirDataset | None  # ranked at the end
+    dev: BeirDataset | None  # ranked while training: the latent view alone, the same documents
 
     def ranked(self, data: DataConfig) -> dict[str, BeirDataset]:
         """The splits that are ranked, by their names."""
@@ -85,13 +82,11 @@ class Run:
     teacher_variables: Variables | None
     programs: StepPrograms
     checkpoints: Checkpoints
-    origin: dict[str, Any]
-    """What every checkpoint says of where it comes from: config, code and fingerprints."""
+    origin: dict[str, Any]  # in every checkpoint: config, code and fingerprints
     log: StepLog
     evaluations: StepLog
     encoder: TrainedEncoder
-    batches_from: Callable[[int], Iterable[Batch]]
-    """This process's rows of the batches after a step."""
+    batches_from: Callable[[int], Iterable[Batch]]  # this process's rows of those after a step
 
 
 def set_up(config: Config, stack: ExitStack) -> tuple[Run, TrainState]:

@@ -20,13 +20,11 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class DataSheet:
-    """What a data sheet says. `kind` is part of jax's `device_kind`."""
+    """What a data sheet says."""
 
-    kind: str
-    tflops: float
-    """Peak of dense bfloat16 matmuls, in 1e12 FLOP/s."""
-    memory: int | None = None
-    """Bytes, of TPUs, which can be compiled for where they are not."""
+    kind: str  # a part of jax's `device_kind`
+    tflops: float  # peak of dense bfloat16 matmuls, in 1e12 FLOP/s
+    memory: int | None = None  # bytes, of TPUs, which can be compiled for where they are not
 
 
 DATA_SHEETS = (
@@ -67,16 +65,11 @@ def peak_flops(config: Config, device: Device) -> float | None:
 class Reading:
     """What one step reads, over all devices."""
 
-    rows: float
-    """Queries, documents and explicit inputs."""
-    tokens: float
-    """Without padding."""
-    token_pairs: float
-    """Pairs of a position and one that it attends to, itself included."""
-    selected: float
-    """Positions whose state is used."""
-    thoughts: float
-    """Soft tokens."""
+    rows: float  # queries, documents and explicit inputs
+    tokens: float  # without padding
+    token_pairs: float  # of a position and one that it attends to, itself included
+    selected: float  # positions whose state is used
+    thoughts: float  # soft tokens
 
 
 def forward_flops(backbone: BackboneConfig, reading: Reading) -> float:
