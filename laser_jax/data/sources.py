@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 
 from laser_jax.config import DataConfig
-from laser_jax.data.array_record import example_values, open_array_record
 from laser_jax.data.schema import FIELDS, TEACHER_SCORES, Facts, TrainingRow, facts_of, parse_row
 from laser_jax.files import reading
 from laser_jax.files.reading import DataError, import_pyarrow, parse_json
@@ -396,14 +395,42 @@ class ArrayRecordSource(_Sharded):
     pattern = "*.array_record*"
 
     def _open(self, file: Path) -> Iterable[tuple[int, Any]]:
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
         with _damage(f"{file}: not an ArrayRecord file, or a damaged one"):
-            records = open_array_record(file)
+            records = ArrayRecordDataSource([str(file)])
             return [(len(records), records)]
 
     def _values(self, part: Any, row: int, where: str) -> Any:
         with _damage(f"{where}: the file is damaged"):
             record = part[row]
-        return parse_json(record, where) if record[:1] == b"{" else example_values(record, where)
+        return parse_json(record, where) if record[:1] == b"{" else _example_values(record, where)
+
+
+def _example_values(record: bytes, where: str) -> dict[str, Any]:
+    """The fields of a training row, and its `origin`, in a tf.Example, whose features are lists.
+    Raises a DataError where the record is none, or a text of it is not UTF-8."""
+    from google.protobuf.message import DecodeError
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    messages: Any = tf_example_pb2
+    try:
+        features = messages.Example.FromString(record).features.feature
+        lists = {
+            name: [text.decode() for text in features[name].bytes_list.value]
+            for name in (*FIELDS, "origin")
+            if name in features
+        }
+    except DecodeError as error:
+        raise DataError(
+            f"{where}: neither a JSON object nor a tf.Example of training rows: {error}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8: {error}") from error
+    return {
+        name: texts[0] if not name.endswith("passages") and len(texts) == 1 else texts
+        for name, texts in lists.items()
+    }
 
 
 class PreparedSource(ArrayRecordSource):

@@ -45,8 +45,7 @@ from laser_jax.files.claim import WORK_FOLDER, Claim, sweep
 from laser_jax.files.durable import json_text, read_state, write_json, written_whole
 from laser_jax.files.reading import read_yaml
 from laser_jax.files.terminal import fail, printable
-from laser_jax.prepare.padding import measure_padding
-from laser_jax.prepare.report import Tally, format_report, report_of, tally_of
+from laser_jax.prepare.report import Tally, format_report, measure_padding, report_of, tally_of
 from laser_jax.settings import Change, changes, require, require_in
 
 LOG = logging.getLogger("laser_jax")

@@ -37,7 +37,7 @@ from laser_jax.train.layout import (
     shape_of,
     step_programs,
 )
-from laser_jax.train.throughput import GIB, device_bytes, peak_flops, reading_of, step_flops
+from laser_jax.train.throughput import GIB, device_bytes, peak_flops, step_flops
 
 BATCHES_LOOKED_AT = 64
 Widths = tuple[int, ...]
@@ -101,11 +101,8 @@ def _described(
 ) -> dict[str, Any]:
     """Prints and returns what is known before anything is compiled."""
     trained, total = layout.parameters
-    read = reading_of(config, expected.tokens, expected.token_pairs)
-    # a frozen teacher reads without a backward pass, which the formula does not know
-    flops = None
-    if config.objective.teacher is None:
-        flops = step_flops(layout.backbone.config, read, trains_base=config.lora is None)
+    read = (expected.tokens, expected.token_pairs)
+    flops = step_flops(config, layout.backbone.config, *read)
     peak = peak_flops(config, devices[0])
     found: dict[str, Any] = {
         "device": f"{len(devices)} x {devices[0].device_kind}",
