@@ -18,7 +18,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 from etils import epath
-from tensorflow_datasets.core import dataset_info, example_serializer, naming, splits
+from tensorflow_datasets.core import example_serializer, naming, splits
 
 from laser_jax.data.schema import FIELDS, TrainingRow
 from laser_jax.data.sources import Source, open_source
@@ -28,7 +28,6 @@ VERSION = "1.0.0"
 _DESCRIPTION = (
     "Queries with a written chain of thought, an instruction, positive passages and hard negatives."
 )
-_SHARD_NAME = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
 def text_features() -> tfds.features.FeaturesDict:
@@ -124,20 +123,11 @@ def _named(path: Path) -> Iterator[None]:
         raise OSError(f"{path} cannot be written: {error}") from error
 
 
-def write_description(
-    directory: Path, features: tfds.features.FeaturesDict, shard_lengths: list[int], num_bytes: int
-) -> None:
+def write_description(directory: Path, shard_lengths: list[int], num_bytes: int) -> None:
     """Writes `features.json` and `dataset_info.json`, with which tfds reads the shards."""
-    identity = dataset_info.DatasetIdentity(
-        name=NAME, version=tfds.core.Version(VERSION), data_dir=str(directory), module_name=__name__
-    )
-    info = tfds.core.DatasetInfo(
-        builder=identity, description=_DESCRIPTION, features=features, disable_shuffling=True
-    )
-    info.set_file_format("array_record")
+    info = ReasoningRetrieval(data_dir=str(directory)).info
     template = naming.ShardedFileTemplate(
         data_dir=epath.Path(directory),
-        template=_SHARD_NAME,
         dataset_name=NAME,
         split="train",
         filetype_suffix="array_record",

@@ -37,12 +37,6 @@ _SUPPORTED = {
     "rope_type": ("default", "llama3", "yarn"),
     "truncate": (True,),
 }
-_ARCHITECTURES = {
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-}
 _UNUSED: dict[str, dict[str, Any]] = {
     "qwen3": {"attention_bias": False, "use_sliding_window": False},
     "qwen2": {"use_sliding_window": False},
@@ -137,7 +131,7 @@ def hf_config_dict(
     elif scaling:
         del scaling["attention_factor"]
     return {_HF_KEYS.get(key, key): value for key, value in values.items()} | {
-        "architectures": [_ARCHITECTURES[family]],
+        "architectures": [f"{family.capitalize()}ForCausalLM"],
         "model_type": family,
         "hidden_act": "silu",
         "rope_theta": theta,

@@ -222,7 +222,7 @@ def _prepare(preparation: Preparation, made: dict[str, Any], claim: Claim) -> di
     paths = zip(preparation.shards, tallies, strict=True)
     claim.record(json_text(made | {"checksums": {p.name: tally.sha256 for p, tally in paths}}))
     written, num_bytes = [t.written for t in tallies], sum(t.bytes for t in tallies)
-    write_description(output, text_features(), written, num_bytes)
+    write_description(output, written, num_bytes)
     report = report_of(tallies)
     write_json(output / REPORT_FILE, report)
     sweep(output)

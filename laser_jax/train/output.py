@@ -95,18 +95,13 @@ def logged_lines(path: Path, start: int) -> list[dict[str, Any]]:
 
 
 class StepLog:
-    """A JSONL file with a line per step of interest, which begins anew with the lines given.
-    Process 0 alone writes.
+    """A JSONL file with a line per step of interest, which begins anew with the `lines` given and
+    has all of them there. Process 0 alone writes; what `show` holds is called with every line."""
 
-    Attributes:
-        lines: all lines, those given and those written.
-        show: are called with every line that is written.
-    """
-
-    def __init__(self, path: Path, lines: Sequence[dict[str, Any]]):
-        self.lines = list(lines)
-        self.show: list[Callable[[dict[str, Any]], None]] = []
-        self._path = path
+    def __init__(
+        self, path: Path, lines: Sequence[dict[str, Any]], show: Sequence[Callable[..., None]] = ()
+    ):
+        self.lines, self._path, self._show = list(lines), path, show
         if jax.process_index() == 0:
             write_atomically(path, "".join(f"{json.dumps(line)}\n" for line in lines))
 
@@ -118,7 +113,7 @@ class StepLog:
     def write(self, line: dict[str, Any]) -> None:
         """Appends a line, which must hold `step`."""
         self.lines.append(line)
-        for show in self.show:
+        for show in self._show:
             show(line)
         if jax.process_index() == 0:
             with self._path.open("a") as file:

@@ -270,9 +270,8 @@ def _open_logs(
     lines = {line["step"]: line for line in logged_lines(path, start)}
     if last := meta.get("metrics"):
         lines[last["step"]] = last
-    log = StepLog(path, [lines[step] for step in sorted(lines)])
-    evaluations = StepLog(path.with_name("evaluations.jsonl"), meta.get("evaluations", []))
-    for draw in open_boards(config, start, stack):
-        log.show.append(partial(draw, "train"))
-        evaluations.show.append(partial(draw, "dev"))
-    return log, evaluations
+    boards, ranked = open_boards(config, start, stack), meta.get("evaluations", [])
+    return (
+        StepLog(path, [lines[s] for s in sorted(lines)], [partial(b, "train") for b in boards]),
+        StepLog(path.with_name("evaluations.jsonl"), ranked, [partial(b, "dev") for b in boards]),
+    )
