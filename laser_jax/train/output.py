@@ -156,8 +156,9 @@ def tensorboard(directory: Path, start: int) -> Iterator[Board]:
     with closing(SummaryWriter(str(directory), filename_suffix=f".{start}", **kept)) as writer:
 
         def draw(group: str, line: dict[str, Any]) -> None:
-            for name in line.keys() - {"step"}:
-                writer.add_scalar(f"{group}/{name}", line[name], line["step"])
+            for name, value in line.items():
+                if name != "step":
+                    writer.add_scalar(f"{group}/{name}", value, line["step"])
 
         yield draw
 
