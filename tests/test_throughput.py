@@ -321,6 +321,7 @@ def test_the_share_of_the_peak_is_of_all_devices(clock) -> None:
         meter.add(step(tokens))
     clock.now += 4
     one = step_flops(config, SMALL, 40, 400)
+    assert one is not None
     assert one == 2 * forward_flops(SMALL, reading_of(config, 40, 400))
     assert meter.read()["mfu"] == pytest.approx(2 * one / 4 / 2e9)
     whole = dataclasses.replace(config, lora=None)
