@@ -116,16 +116,14 @@ def parse_command_line(
 ) -> C:
     """The settings `cls` from `--config FILE.yaml` and dotted flags, later ones winning.
 
-    Exits with status 2 and a message on unknown keys, missing keys and wrong types.
+    Exits with status 2 and a message on unknown keys, missing keys and wrong types. Raises a
+    ConfigError on an impossible value.
 
     Args:
         program: how it is called, for the messages.
         arguments: None takes those of this process.
         positional: the setting that the arguments without a flag make, a tuple of texts; or the
             settings that they are one by one.
-
-    Raises:
-        ConfigError: on an impossible value.
     """
     return _parse([cls], program, arguments, positional)[0]
 

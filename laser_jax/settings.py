@@ -37,13 +37,9 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_in(interval: str, settings: Any, prefix: str, *names: str) -> None:
-    """Raises a ConfigError where one of the named numbers lies outside of an interval.
-
-    Args:
-        interval: such as `[0, 1)` or `[1, inf)`. A number that is not finite lies in none of them.
-        settings: holds the numbers as attributes; a tuple's are all checked, None is left out.
-        prefix: stands before the names in the message.
-    """
+    """Raises a ConfigError where one of the named numbers of `settings` lies outside of an interval
+    such as `[0, 1)` or `[1, inf)`; a number that is not finite lies in none. Of a tuple all are
+    checked, None is left out. `prefix` stands before the names in the message."""
     low, high = (float(end) for end in interval[1:-1].split(","))
     wanted = f"lie in {interval}" if high < float("inf") else f"be at least {low:g}"
     wanted = "be a positive number" if interval == "(0, inf)" else wanted
@@ -104,12 +100,9 @@ def check(kinds: Mapping[str, Any], values: Any) -> None:
 
 
 def from_dict(cls: type[C], values: Any, *, source: str) -> C:
-    """Builds the dataclass `cls` from plain types. What is left out keeps its default.
-
-    Raises:
-        ConfigError: on an unknown key, a missing key, a wrong type or an impossible value; names
-            `source`.
-    """
+    """Builds the dataclass `cls` from plain types. What is left out keeps its default. Raises a
+    ConfigError, which names `source`, on an unknown or missing key, a wrong type or an impossible
+    value."""
     try:
         return build(cls, values)
     except ConfigError as error:
@@ -201,8 +194,7 @@ def as_dict(config: Any) -> dict[str, Any]:
 class Change:
     """A setting that a finished or stopped run has and another config has not."""
 
-    key: str
-    """Dotted."""
+    key: str  # dotted
     old: Any
     new: Any
 
@@ -213,18 +205,14 @@ class Change:
 def changes(
     stored: dict[str, Any], settings: Any, *, source: str, changeable: Sequence[str] = ()
 ) -> list[Change]:
-    """Where settings differ from those that were stored.
+    """Where settings differ from those that were stored. Raises a ConfigError, which names the file
+    `source`, if `stored` is no such config.
 
     Args:
         stored: what `as_dict` made of settings of the same class, of this release or an earlier
             one. A setting that the earlier one did not have counts as its default.
         settings: a dataclass; or a dict of plain values, which are compared as they are.
-        source: the file that the message names.
-        changeable: patterns of the keys, or of the groups of keys, that may differ, such as
-            `data.*.path`.
-
-    Raises:
-        ConfigError: `stored` is no such config; names `source`.
+        changeable: patterns of keys, or of groups of them, that may differ, such as `data.*.path`.
     """
     if dataclasses.is_dataclass(settings):
         stored = as_dict(from_dict(type(settings), stored, source=source))

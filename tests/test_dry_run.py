@@ -38,7 +38,7 @@ from laser_jax.data.sources import open_sources
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, train_tokenizer
 from laser_jax.hf.directory import read_backbone_config
 from laser_jax.train.dry_run import devices_to_compile_for, dry_run
-from laser_jax.train.throughput import reading_of, step_flops
+from laser_jax.train.throughput import step_flops
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRATCH = ScratchConfig(
@@ -179,7 +179,7 @@ def test_batches_are_counted_where_rows_and_tokenizer_are_there(
     widest = [max(width) for width in zip(*widths, strict=True)]
     assert found["widest"] == "queries 8 x {}, documents 16 x {}, explicit 8 x {}".format(*widest)
     backbone = read_backbone_config(directory)
-    flops = step_flops(backbone, reading_of(there, tokens, pairs), trains_base=True)
+    flops = step_flops(there, backbone, tokens, pairs)
     assert found["flops_per_step"] == pytest.approx(flops)
 
 

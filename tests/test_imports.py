@@ -23,7 +23,7 @@ ORDER: tuple[str, ...] = (
     *("modeling.kernels", "modeling.lora", "modeling.attention", "modeling.rope"),
     *("modeling.packing", "modeling.backbone", "thinking", "views", "step"),
     *("hf.directory", "hf.layout", "hf.adapters", "hf.reading", "hf.writing", "encoder"),
-    *("data.buckets", "data.tokenizer_files", "data.schema", "data.array_record"),
+    *("data.buckets", "data.tokenizer_files", "data.schema"),
     *(
         "data.control_tokens",
         "data.prompts",
@@ -43,7 +43,7 @@ ORDER: tuple[str, ...] = (
     *("evaluate.model", "evaluate.scored_run", "evaluate.run"),
     *("encode_corpus.documents", "encode_corpus.plan", "encode_corpus.directory"),
     *("encode_corpus.encoding", "encode_corpus.on_ray", "encode_corpus.run"),
-    *("prepare.padding", "prepare.report", "prepare.run"),
+    *("prepare.report", "prepare.run"),
     *("train.before_imports", "train.state", "train.checkpoint"),
     *("train.throughput", "train.output", "train.processes", "train.selection", "train.stop"),
     *("train.model", "train.layout", "train.setup", "train.dry_run"),

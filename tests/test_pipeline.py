@@ -58,8 +58,8 @@ ROWS = [
 ]
 SOURCE = RowsSource(ROWS)
 DATA = DataConfig(train="rows", group_size=3, length_multiple=8)
-LATENT_ALONE = {"weights": LossWeights(explicit=0.0, output=0.0, trajectory=0.0)}
-SCORED = {"weights": LossWeights(teacher=1.0)}
+LATENT_ALONE: dict[str, Any] = {"weights": LossWeights(explicit=0.0, output=0.0, trajectory=0.0)}
+SCORED: dict[str, Any] = {"weights": LossWeights(teacher=1.0)}
 
 
 def config_of(

@@ -24,7 +24,7 @@ from laser_jax.data.schema import DataError
 from laser_jax.data.sources import open_source
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, train_tokenizer
 from laser_jax.files.claim import OutputError
-from laser_jax.prepare import padding
+from laser_jax.prepare import report as report_module
 from laser_jax.prepare.run import PrepareConfig, format_report, main, prepare
 
 PROMPT = PromptConfig(query_max_length=40, document_max_length=30, explicit_max_length=64)
@@ -209,8 +209,8 @@ def test_rejected_rows_are_named_and_the_rest_is_written(with_tokens) -> None:
 
 
 def test_padding_is_measured_on_request_also_later(with_tokens, caplog, monkeypatch) -> None:
-    monkeypatch.setattr(padding, "LENGTH_MULTIPLES", (8,))
-    monkeypatch.setattr(padding, "BUCKET_WINDOWS", (1, 5))
+    monkeypatch.setattr(report_module, "LENGTH_MULTIPLES", (8,))
+    monkeypatch.setattr(report_module, "BUCKET_WINDOWS", (1, 5))
     prepare(with_tokens)
     report = prepare(replace(with_tokens, padding=4))
     plain, bucketed, packed = report["padding"]["shares"]

@@ -131,8 +131,7 @@ def test_the_backward_pass_costs_about_what_the_factor_says(lora, factor: int) -
         return h_BPD.sum()
 
     xla = counted(jax.value_and_grad(loss), variables[trained], variables, *prompts)
-    formula = step_flops(QWEN3, PROMPTS, trains_base=lora is None)
-    assert formula == factor * forward_flops(QWEN3, PROMPTS)
+    formula = factor * forward_flops(QWEN3, PROMPTS)
     assert 0.95 < xla / formula < 1.02
 
 
@@ -326,8 +325,12 @@ def test_the_share_of_the_peak_is_of_all_devices(clock) -> None:
     for tokens in (30, 50):
         meter.add(step(tokens))
     clock.now += 4
-    one = step_flops(SMALL, reading_of(config, 40, 400), trains_base=False)
+    one = step_flops(config, SMALL, 40, 400)
+    assert one is not None
+    assert one == 2 * forward_flops(SMALL, reading_of(config, 40, 400))
     assert meter.read()["mfu"] == pytest.approx(2 * one / 4 / 2e9)
+    whole = dataclasses.replace(config, lora=None)
+    assert step_flops(whole, SMALL, 40, 400) == 1.5 * one
 
 
 def test_a_frozen_teacher_has_no_share_of_the_peak(clock) -> None:

@@ -31,11 +31,9 @@ class Buckets:
     """Every number of rows is rounded to a multiple of this: the devices that share a batch."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "batch_tokens", "length_multiple", "row_multiple"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if min(self.short_batches, default=1) < 1:
-            raise ValueError(f"short_batches must be at least 1 each, got {self.short_batches}")
+        for name, value in vars(self).items():
+            if min(value if isinstance(value, tuple) else (value,), default=1) < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
 
     def width(self, length: int) -> int:
         """The T of a batch whose longest row has `length` tokens."""
@@ -75,22 +73,14 @@ class Buckets:
             left = left[size:]
 
     def batches(self, blocks: Iterable[Sequence[IndexedRow]]) -> Iterator[list[IndexedRow]]:
-        """Cuts rows that arrive in blocks into batches, the longest row of a block first.
-
-        What a block leaves over goes into the next, so that only the very last batch, of the
-        shortest rows, is not full.
-        """
+        """Cuts rows that arrive in blocks into batches, the longest row of a block first. What a
+        block leaves over goes into the next, so that only the very last batch is not full."""
         left: list[IndexedRow] = []
         for block in blocks:
-            rows = sorted([*left, *block], key=lambda row: len(row[1]), reverse=True)
-            start = 0
-            while start < len(rows):
-                size = self.sizes(self.width(len(rows[start][1])))[-1]
-                if start + size > len(rows):
-                    break
-                yield rows[start : start + size]
-                start += size
-            left = rows[start:]
+            left = sorted([*left, *block], key=lambda row: len(row[1]), reverse=True)
+            while left and (size := self.sizes(self.width(len(left[0][1])))[-1]) <= len(left):
+                yield left[:size]
+                left = left[size:]
         if left:
             yield left
 

@@ -23,17 +23,12 @@ class TextTokenizer:
     """A tokenizer's backend with its control tokens under aliases.
 
     Control tokens are the added tokens that are special, and those of the form of a mark, such as
-    <think>. Added words and blanks are vocabulary like any other.
+    <think>. Added words and blanks are vocabulary like any other. With `allow_special_tokens` there
+    are no aliases, and texts make control tokens too. Raises a TokenizationError where the
+    vocabulary does not allow it.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, *, allow_special_tokens: bool) -> None:
-        """
-        Args:
-            allow_special_tokens: there are no aliases, and texts make control tokens too.
-
-        Raises:
-            TokenizationError: the vocabulary does not allow it.
-        """
         added = [token for _, token in sorted(backend.get_added_tokens_decoder().items())]
         control = [] if allow_special_tokens else [t.content for t in added if _is_control(t)]
         # Unguessable, so that no text can hold it; the tokens' ids do not depend on it.
@@ -94,47 +89,30 @@ def _with_aliases(
     if any(model.token_to_id(content) is not None for content in aliases):
         state = json.loads(backend.to_str())
         bare = {"version": state["version"], "added_tokens": []}
-        model = tokenizers.Tokenizer.from_str(
-            json.dumps({**bare, "model": _renamed(state["model"], aliases)})
-        ).model
+        bare["model"] = _renamed(state["model"], aliases)
+        model = tokenizers.Tokenizer.from_str(json.dumps(bare)).model
     copy = tokenizers.Tokenizer(model)
     for part in ("normalizer", "pre_tokenizer", "post_processor"):
         if getattr(backend, part) is not None:
             setattr(copy, part, getattr(backend, part))
-    copy.add_tokens(
-        [
-            AddedToken(
-                aliases.get(token.content, token.content),
-                single_word=token.single_word,
-                lstrip=token.lstrip,
-                rstrip=token.rstrip,
-                normalized=token.normalized,
-                special=token.special,
-            )
-            for token in added
-        ]
-    )
+    kept = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    rules = [{name: getattr(token, name) for name in kept} for token in added]
+    names = [aliases.get(token.content, token.content) for token in added]
+    copy.add_tokens([AddedToken(n, **rule) for n, rule in zip(names, rules, strict=True)])
     return copy
 
 
 def _renamed(model: dict[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
     """The model of a tokenizer.json with other names for tokens, and no merges that make them."""
 
-    def named(token: Any) -> Any:
-        return aliases.get(token, token)
-
-    vocab = model["vocab"]
-    if isinstance(vocab, dict):
-        changed: dict[str, Any] = {"vocab": {named(token): id_ for token, id_ in vocab.items()}}
-    else:
-        changed = {"vocab": [[named(token), score] for token, score in vocab]}
+    vocab, unknown = model["vocab"], model.get("unk_token")
+    pairs = vocab.items() if isinstance(vocab, dict) else vocab
+    renamed = [[aliases.get(token, token), value] for token, value in pairs]
+    changed: dict[str, Any] = {"vocab": dict(renamed) if isinstance(vocab, dict) else renamed}
     if "merges" in model:
-        pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-        changed["merges"] = [
-            [left, right]
-            for left, right in pairs
-            if not aliases.keys() & {left, right, left + right}
-        ]
-    if isinstance(model.get("unk_token"), str):
-        changed["unk_token"] = named(model["unk_token"])
+        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        hidden = aliases.keys()
+        changed["merges"] = [m for m in merges if not hidden & {*m, "".join(m)}]
+    if unknown in aliases:
+        changed["unk_token"] = aliases[unknown]
     return {**model, **changed}

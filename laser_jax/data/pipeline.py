@@ -45,12 +45,10 @@ class Example:
     query: str
     instruction: str
     reasoning: str
-    documents: tuple[str, ...]
-    """G passages, the positive first."""
+    documents: tuple[str, ...]  # G passages, the positive first
     positives: frozenset[str]
     """All positives of the row; in a batch, of all rows with the same query."""
-    teacher_scores: tuple[float, ...]
-    """Of the documents; NaN in a row without."""
+    teacher_scores: tuple[float, ...]  # of the documents; NaN in a row without
 
 
 def draw_example(
@@ -66,10 +64,8 @@ def draw_example(
 
     `official` takes positive `epoch mod n` and the first negatives; `random` draws both from a
     generator seeded by (seed, epoch, row_index). Too few negatives repeat in turn. A chain of
-    thought below `min_reasoning_characters` is replaced by the query.
-
-    Raises:
-        DataError: when negatives are wanted and the row has none; names the row, counted from 1.
+    thought below `min_reasoning_characters` is replaced by the query. Raises a DataError, which
+    names the row, counted from 1, where negatives are wanted and it has none.
     """
     num_negatives = data.group_size - 1
     if num_negatives and not row.negative_passages:
@@ -108,13 +104,9 @@ def _no_negatives(where: str, row: TrainingRow, data: DataConfig) -> DataError:
 
 
 def contrast(examples: Sequence[Example], mask_false_negatives: bool) -> np.ndarray:
-    """Which documents of the batch are contrasted with which query; texts are compared in the form
-    of `same_text`.
-
-    Returns:
-        [B, C] bool. All True without `mask_false_negatives`; with it, False where document c is one
-        of query b's positives, its designated positive (c = b G) excepted.
-    """
+    """Which documents of the batch are contrasted with which query: [B, C] bool. All True without
+    `mask_false_negatives`; with it, False where document c is one of query b's positives in the
+    form of `same_text`, its designated positive (c = b G) excepted."""
     texts = [same_text(text) for example in examples for text in example.documents]
     contrast_BC = np.ones((len(examples), len(texts)), bool)
     if mask_false_negatives:
@@ -136,16 +128,13 @@ class Sample(NamedTuple):
 
     source: int
     row: int
-    epoch: int
-    """How often the source was gone through before."""
+    epoch: int  # how often the source was gone through before
 
 
 class SampleOrder:
-    """The endless sequence of samples of a mixture, by index.
-
-    Of any first s samples, every source has given its share by weight, up to rounding. A source
-    goes through all of its rows before it repeats one, each time in another order.
-    """
+    """The endless sequence of samples of a mixture, by index. Of any first s samples, every source
+    has given its share by weight, up to rounding. A source goes through all of its rows before it
+    repeats one, each time in another order."""
 
     def __init__(self, lengths: Sequence[int], weights: Sequence[float], seed: int):
         self._lengths = lengths
@@ -184,13 +173,11 @@ def _source_seed(seed: int, source: int) -> int:
 class _Drawn:
     """A row of a batch, tokenised."""
 
-    row: int
-    """In the concatenation of the sources."""
+    row: int  # in the concatenation of the sources
     example: Example
     query: np.ndarray
     documents: tuple[np.ndarray, ...]
-    explicit: tuple[np.ndarray, np.ndarray] | None
-    """The tokens of the explicit input, and where its segments end."""
+    explicit: tuple[np.ndarray, np.ndarray] | None  # its tokens, and where its segments end
 
     def length(self, multiple: int) -> tuple[int, int]:
         """What rows are sorted by, to be padded together: the width that the explicit input (or

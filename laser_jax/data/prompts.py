@@ -7,6 +7,7 @@ so that they read what was read in training.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -32,17 +33,9 @@ class PromptTokens:
 
 
 class Prompts:
-    """Turns queries and documents into tokens, as `PromptConfig` says.
-
-    BOS is added where the tokenizer adds it, and not again when the chat template renders it.
-
-    Attributes:
-        tokenizer, config: as given; a tokenizer of transformers.
-        eos_id: the tokenizer's.
-
-    Raises:
-        TokenizationError: when the tokenizer lacks what the config asks of it.
-    """
+    """Turns queries and documents into tokens of a tokenizer of transformers, as `PromptConfig`
+    says. BOS is added where the tokenizer adds it, and not again when the chat template renders it.
+    Raises a TokenizationError where the tokenizer lacks what the config asks of it."""
 
     def __init__(self, tokenizer: Any, config: PromptConfig) -> None:
         if config.chat_template and not tokenizer.chat_template:
@@ -57,12 +50,10 @@ class Prompts:
                 f"{type(tokenizer).__name__} is not a fast tokenizer, and the character positions "
                 "of tokens are needed; save it with a tokenizer.json"
             )
-        self.tokenizer = tokenizer
-        self.config = config
+        self.tokenizer, self.config = tokenizer, config
         self.eos_id: int = tokenizer.eos_token_id
-        self._texts = TextTokenizer(
-            tokenizer.backend_tokenizer, allow_special_tokens=config.allow_special_tokens
-        )
+        allow = config.allow_special_tokens
+        self._texts = TextTokenizer(tokenizer.backend_tokenizer, allow_special_tokens=allow)
         if config.chat_template:
             self._require_texts_unchanged()
 
@@ -77,9 +68,8 @@ class Prompts:
     def query_prompt(self, text: str, instruction: str) -> PromptTokens:
         """The query prompt, at most `query_max_length` tokens. Raises a TokenizationError when the
         templates and the instruction leave no room for the text."""
-        return self._prompt(
-            lambda shorter: self._query_turn(shorter, instruction), text, "query_max_length"
-        )
+        turn = functools.partial(self._query_turn, instruction=instruction)
+        return self._prompt(turn, text, "query_max_length")
 
     def document_prompt(self, text: str) -> PromptTokens:
         """The document prompt, at most `document_max_length` tokens. Raises as `query_prompt`."""
@@ -145,16 +135,16 @@ class Prompts:
             )
 
     def _prompt(self, render: Callable[[str], str], text: str, limit_key: str) -> PromptTokens:
-        text = as_read(text)
+        text, eos = as_read(text), self.config.append_eos
         max_length: int = getattr(self.config, limit_key)
         if self.config.truncation == "sequence":
-            return self._cut_sequence(render(text), max_length, self.config.append_eos)
-        limit = max_length - self.config.append_eos
+            return self._cut_sequence(render(text), max_length, eos)
+        limit = max_length - eos
         ids, _ = self._whole(render(text))
-        whole_length = len(self._end(ids, self.config.append_eos))
+        whole_length = len(self._end(ids, eos))
         if len(ids) > limit:
             ids = self._shorten(render, text, limit, limit_key)
-        return PromptTokens(self._end(ids, self.config.append_eos), whole_length)
+        return PromptTokens(self._end(ids, eos), whole_length)
 
     def _shorten(
         self, render: Callable[[str], str], text: str, limit: int, limit_key: str

@@ -18,7 +18,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 from etils import epath
-from tensorflow_datasets.core import dataset_info, example_serializer, naming, splits
+from tensorflow_datasets.core import example_serializer, naming, splits
 
 from laser_jax.data.schema import FIELDS, TrainingRow
 from laser_jax.data.sources import Source, open_source
@@ -28,16 +28,14 @@ VERSION = "1.0.0"
 _DESCRIPTION = (
     "Queries with a written chain of thought, an instruction, positive passages and hard negatives."
 )
-_SHARD_NAME = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
 def text_features() -> tfds.features.FeaturesDict:
     """The features of a training row, and `origin`, the file and line that it came from."""
-    texts = tfds.features.Sequence(tfds.features.Text())
-    of_field = {
-        name: texts if name.endswith("passages") else tfds.features.Text() for name in FIELDS
-    }
-    return tfds.features.FeaturesDict({**of_field, "origin": tfds.features.Text()})
+    text = tfds.features.Text()
+    texts = tfds.features.Sequence(text)
+    of_field = {name: texts if name.endswith("passages") else text for name in FIELDS}
+    return tfds.features.FeaturesDict({**of_field, "origin": text})
 
 
 def origin(source: Source, index: int) -> str:
@@ -87,9 +85,6 @@ class ReasoningRetrieval(tfds.core.GeneratorBasedBuilder):
             yield index, example_of(row, origin(source, index))
 
 
-# --- the same files, a shard at a time -------------------------------------------------------
-
-
 def shard_path(directory: Path, shard: int, num_shards: int) -> Path:
     """The file of a shard, where tfds looks for it."""
     return directory / f"{NAME}-train.array_record-{shard:05d}-of-{num_shards:05d}"
@@ -98,14 +93,8 @@ def shard_path(directory: Path, shard: int, num_shards: int) -> Path:
 def write_shard(
     path: Path, features: tfds.features.FeaturesDict, examples: Iterable[dict[str, Any]]
 ) -> int:
-    """Writes an ArrayRecord file; the same examples give the same bytes.
-
-    Returns:
-        Bytes of the records, before compression.
-
-    Raises:
-        OSError: it cannot be written, as on a full disk.
-    """
+    """Writes an ArrayRecord file and returns the bytes of its records, before compression; the same
+    examples give the same file. Raises an OSError where it cannot be written, as on a full disk."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     specs: Any = features.get_serialized_info()
@@ -134,20 +123,11 @@ def _named(path: Path) -> Iterator[None]:
         raise OSError(f"{path} cannot be written: {error}") from error
 
 
-def write_description(
-    directory: Path, features: tfds.features.FeaturesDict, shard_lengths: list[int], num_bytes: int
-) -> None:
+def write_description(directory: Path, shard_lengths: list[int], num_bytes: int) -> None:
     """Writes `features.json` and `dataset_info.json`, with which tfds reads the shards."""
-    identity = dataset_info.DatasetIdentity(
-        name=NAME, version=tfds.core.Version(VERSION), data_dir=str(directory), module_name=__name__
-    )
-    info = tfds.core.DatasetInfo(
-        builder=identity, description=_DESCRIPTION, features=features, disable_shuffling=True
-    )
-    info.set_file_format("array_record")
+    info = ReasoningRetrieval(data_dir=str(directory)).info
     template = naming.ShardedFileTemplate(
         data_dir=epath.Path(directory),
-        template=_SHARD_NAME,
         dataset_name=NAME,
         split="train",
         filetype_suffix="array_record",

@@ -24,24 +24,15 @@ _MAY_BE_EMPTY = {
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """One query with its chain of thought, its instruction and its passages.
+    """One query with its chain of thought, its instruction and its passages."""
 
-    Attributes:
-        query: the query text, not blank.
-        reasoning_query: the chain of thought; may be empty.
-        prompt: the instruction of the retrieval task; may be empty.
-        positive_passages: at least one, none blank.
-        negative_passages: hard negatives, the best first, none blank; there may be none.
-        teacher_scores: what another retriever or a cross-encoder gives each positive, then each
-            negative; None in most rows.
-    """
-
-    query: str
-    reasoning_query: str
-    prompt: str
-    positive_passages: tuple[str, ...]
-    negative_passages: tuple[str, ...]
+    query: str  # not blank
+    reasoning_query: str  # the chain of thought; may be empty
+    prompt: str  # the instruction of the retrieval task; may be empty
+    positive_passages: tuple[str, ...]  # at least one, none blank
+    negative_passages: tuple[str, ...]  # hard, the best first, none blank; there may be none
     teacher_scores: tuple[float, ...] | None = None
+    """What another retriever or a cross-encoder gives each positive, then each negative."""
 
 
 _STRINGS = ("query", "reasoning_query", "prompt")
@@ -52,36 +43,29 @@ TEACHER_SCORES = "teacher_scores"
 
 
 def parse_row(record: Any, where: str) -> TrainingRow:
-    """The training row of a JSON object; fields further than `teacher_scores` are ignored.
-
-    Args:
-        record: what the file holds there, in Python types.
-        where: the file and line, for the message.
-
-    Raises:
-        DataError: a field is missing, has the wrong type, is blank where it must not be, or is no
-            valid Unicode.
-    """
+    """The training row of a JSON object, which stands at `where` (file and line); fields further
+    than `teacher_scores` are ignored. Raises a DataError where a field is missing, has the wrong
+    type, is blank where it must not be, or is no valid Unicode."""
     if not isinstance(record, dict):
         raise DataError(f"{where}: an object is wanted, got {type(record).__name__}")
+    values: dict[str, Any] = {}
     for name in FIELDS:
+        way_out, kind = _MAY_BE_EMPTY.get(name, ""), list if name in _STRING_LISTS else str
         if name not in record:
-            raise DataError(f"{where}: field '{name}' is missing{_MAY_BE_EMPTY.get(name, '')}")
-    for name in _STRINGS:
-        if not isinstance(record[name], str):
-            raise DataError(
-                f"{where}: '{name}' must be a string, got {type(record[name]).__name__}"
-                + _MAY_BE_EMPTY.get(name, "")
-            )
-        require_unicode(record[name], f"{where}: '{name}'")
+            raise DataError(f"{where}: field '{name}' is missing{way_out}")
+        if not isinstance(value := record[name], kind):
+            wanted = "a list of strings" if kind is list else "a string"
+            got = type(value).__name__
+            raise DataError(f"{where}: '{name}' must be {wanted}, got {got}{way_out}")
+        if kind is list:
+            _require_passages(value, name, where)
+        else:
+            require_unicode(value, f"{where}: '{name}'")
+        values[name] = tuple(value) if kind is list else value
     if not record["query"].strip():
         raise DataError(f"{where}: 'query' is empty")
-    for name in _STRING_LISTS:
-        _require_passages(record[name], name, where)
     if not record["positive_passages"]:
         raise DataError(f"{where}: 'positive_passages' is empty; at least one is wanted")
-    values: dict[str, Any] = {name: record[name] for name in _STRINGS}
-    values |= {name: tuple(record[name]) for name in _STRING_LISTS}
     if record.get(TEACHER_SCORES) is not None:
         passages = sum(len(record[name]) for name in _STRING_LISTS)
         values[TEACHER_SCORES] = _teacher_scores(record[TEACHER_SCORES], passages, where)
@@ -98,12 +82,7 @@ def _teacher_scores(scores: Any, passages: int, where: str) -> tuple[float, ...]
     return tuple(map(float, scores))
 
 
-def _require_passages(passages: Any, name: str, where: str) -> None:
-    if not isinstance(passages, list):
-        raise DataError(
-            f"{where}: '{name}' must be a list of strings, got {type(passages).__name__}"
-            + _MAY_BE_EMPTY.get(name, "")
-        )
+def _require_passages(passages: list[Any], name: str, where: str) -> None:
     for i, text in enumerate(passages):
         if not isinstance(text, str):
             raise DataError(
@@ -136,27 +115,24 @@ def same_text(text: str) -> str:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of all rows of a source once every row was read.
-
-    Attributes:
-        row_without_negatives: index of the first, None when every row has some.
-        instructions: the longest of the distinct instructions, up to 32.
-        fingerprint: a hash of the texts, and of the teacher's scores, of all rows in their order.
-        query_keys: [rows] uint64, equal for rows whose queries are the same (`same_text`).
-    """
+    """What is known of all rows of a source once every row was read."""
 
     row_without_negatives: int | None
+    """Index of the first, None when every row has some."""
     instructions: tuple[str, ...]
+    """The longest of the distinct ones, up to 32."""
     fingerprint: str
+    """A hash of the texts, and of the teacher's scores, of all rows in their order."""
     query_keys: np.ndarray = field(compare=False)
+    """[rows] uint64, equal for rows whose queries are the same (`same_text`)."""
     scored_rows: int = 0
     """Those with `teacher_scores`."""
 
 
 def facts_of(rows: Iterable[TrainingRow]) -> Facts:
     """Reads through all rows. Raises what their iteration raises."""
-    without, instructions, digest, keys = None, set[str](), hashlib.sha256(), array("Q")
-    scored = 0
+    without, scored, instructions = None, 0, set[str]()
+    digest, keys = hashlib.sha256(), array("Q")
     for index, row in enumerate(rows):
         if without is None and not row.negative_passages:
             without = index
@@ -185,13 +161,9 @@ def longest_instructions(instructions: Iterable[str]) -> tuple[str, ...]:
 
 
 def as_strings(what: str, values: Any) -> list[str]:
-    """The items of a list, tuple, one-dimensional array or Series of strings.
-
-    Raises:
-        ValueError: another container, whose items come in no order (a set), are not its content (a
-            dict, a DataFrame) or come once only (an iterator); or the place of the first item that
-            is no string, or no Unicode. `what` is an item's name.
-    """
+    """The items of a list, tuple, one-dimensional array or Series of strings, each a `what`. Raises
+    a ValueError at another container, whose items come in no order (a set), are not its content (a
+    dict, a DataFrame) or come once only (an iterator), and at an item that is no Unicode string."""
     ordered = isinstance(values, Sequence) or len(getattr(values, "shape", ())) == 1
     if not ordered or isinstance(values, str | bytes):
         raise ValueError(

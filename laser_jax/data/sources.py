@@ -24,24 +24,9 @@ from typing import Any
 import numpy as np
 
 from laser_jax.config import DataConfig
-from laser_jax.data.array_record import example_values, open_array_record
-from laser_jax.data.schema import (
-    FIELDS,
-    TEACHER_SCORES,
-    DataError,
-    Facts,
-    TrainingRow,
-    facts_of,
-    parse_row,
-)
-from laser_jax.files.reading import (
-    import_pyarrow,
-    is_blank,
-    open_lines,
-    parse_json,
-    raw_lines,
-    read_json,
-)
+from laser_jax.data.schema import FIELDS, TEACHER_SCORES, Facts, TrainingRow, facts_of, parse_row
+from laser_jax.files import reading
+from laser_jax.files.reading import DataError, import_pyarrow, parse_json
 from laser_jax.files.splits import one_split, split_of
 
 PREPARED_FILE = "prepare.json"
@@ -56,17 +41,13 @@ _ACCEPTED = (
 
 
 class Source(ABC):
-    """Training rows by index, in the order of the file.
-
-    `source[i]` and iteration raise a `DataError` at a row that is no training row.
-
-    Attributes:
-        path: as given to `open_source`.
-        files: in the order in which they are read; none where the rows are in memory.
-    """
+    """Training rows by index, in the order of the file. `source[i]` and iteration raise a
+    `DataError` at a row that is no training row."""
 
     path: Path
+    """As given to `open_source`."""
     files: Sequence[Path] = ()
+    """In the order in which they are read; none where the rows are in memory."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -96,16 +77,12 @@ class Source(ABC):
 def open_source(path: str | Path) -> Source:
     """Opens training rows and checks every one; rows that `prepare` wrote were checked by it.
 
-    Args:
-        path: a `.jsonl`, `.jsonl.gz`, `.parquet`, `.arrow` or ArrayRecord file; a directory of
-            Parquet, Arrow or ArrayRecord shards, read in the order of their names; a directory of
-            Hugging Face `save_to_disk`; or one of `laser_jax.prepare` or tfds. Of a directory with
-            several splits, `directory/SPLIT`.
+    The path is a `.jsonl`, `.jsonl.gz`, `.parquet`, `.arrow` or ArrayRecord file; a directory of
+    Parquet, Arrow or ArrayRecord shards, read in the order of their names; one of Hugging Face
+    `save_to_disk`, `laser_jax.prepare` or tfds; or `directory/SPLIT` where it has several splits.
 
-    Raises:
-        DataError: nothing there, no rows, an unknown kind, or a damaged or wrong row. The message
-            names the file and the line (or row, counted from 1).
-        ImportError: pyarrow is wanted and not installed.
+    A DataError names the file and the line (or row, counted from 1) and says: nothing there, no
+    rows, an unknown kind, or a damaged or wrong row. An ImportError: pyarrow is not installed.
     """
     source = open_unchecked(path)
     source.facts  # noqa: B018  reads all rows
@@ -179,7 +156,7 @@ def _candidates(directory: Path, pattern: str) -> list[Path]:
 def _description(file: Path, way_out: str, listed: str | None = None) -> dict[str, Any]:
     """The JSON object in a file that describes rows; `listed` is a key that must hold a list."""
     try:
-        values = read_json(file)
+        values = reading.read_json(file)
     except DataError as error:
         fault = str(error).removeprefix(f"{file}: ")
         raise DataError(f"{file} is damaged: {fault}; {way_out}") from error
@@ -251,9 +228,9 @@ class JsonlSource(Source):
     def __init__(self, path: Path):
         self.path, self.files = path, (path,)
         starts, numbers, start, held = array("q"), array("q"), 0, bytearray()
-        with open_lines(path) as file:
-            for number, line in raw_lines(path, file):
-                if not is_blank(line):
+        with reading.open_lines(path) as file:
+            for number, line in reading.raw_lines(path, file):
+                if not reading.is_blank(line):
                     starts.append(start)
                     numbers.append(number)
                 start += len(line)
@@ -350,11 +327,9 @@ class ParquetSource(_Sharded):
     def _open(self, file: Path) -> Iterable[tuple[int, Any]]:
         parquet = import_pyarrow(file).parquet
         with _damage(f"{file}: not a Parquet file, or a damaged one"):
-            groups = parquet.read_metadata(file)
-            return [
-                (groups.row_group(group).num_rows, (file, group))
-                for group in range(groups.num_row_groups)
-            ]
+            read = parquet.read_metadata(file)
+            groups = range(read.num_row_groups)
+            return [(read.row_group(group).num_rows, (file, group)) for group in groups]
 
     def _values(self, part: tuple[Path, int], row: int, where: str) -> Any:
         with self._lock:
@@ -414,23 +389,48 @@ def _table_row(table: Any, row: int, where: str) -> Any:
 
 class ArrayRecordSource(_Sharded):
     """ArrayRecord files: each record is a JSON object, or a tf.Example with the features of
-    `laser_jax.data.reasoning_retrieval`.
-
-    tfds is not asked, even of a directory that it wrote: it imports whatever class the directory's
-    features.json names.
-    """
+    `laser_jax.data.reasoning_retrieval`. tfds is not asked, even of a directory that it wrote: it
+    imports whatever class the directory's features.json names."""
 
     pattern = "*.array_record*"
 
     def _open(self, file: Path) -> Iterable[tuple[int, Any]]:
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
         with _damage(f"{file}: not an ArrayRecord file, or a damaged one"):
-            records = open_array_record(file)
+            records = ArrayRecordDataSource([str(file)])
             return [(len(records), records)]
 
     def _values(self, part: Any, row: int, where: str) -> Any:
         with _damage(f"{where}: the file is damaged"):
             record = part[row]
-        return parse_json(record, where) if record[:1] == b"{" else example_values(record, where)
+        return parse_json(record, where) if record[:1] == b"{" else _example_values(record, where)
+
+
+def _example_values(record: bytes, where: str) -> dict[str, Any]:
+    """The fields of a training row, and its `origin`, in a tf.Example, whose features are lists.
+    Raises a DataError where the record is none, or a text of it is not UTF-8."""
+    from google.protobuf.message import DecodeError
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    messages: Any = tf_example_pb2
+    try:
+        features = messages.Example.FromString(record).features.feature
+        lists = {
+            name: [text.decode() for text in features[name].bytes_list.value]
+            for name in (*FIELDS, "origin")
+            if name in features
+        }
+    except DecodeError as error:
+        raise DataError(
+            f"{where}: neither a JSON object nor a tf.Example of training rows: {error}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8: {error}") from error
+    return {
+        name: texts[0] if not name.endswith("passages") and len(texts) == 1 else texts
+        for name, texts in lists.items()
+    }
 
 
 class PreparedSource(ArrayRecordSource):
@@ -469,12 +469,9 @@ _SHARDED: tuple[type[_Sharded], ...] = (ArrowSource, ParquetSource, ArrayRecordS
 
 def changed_shards(files: Iterable[Path], checksums: dict[str, str] | None) -> list[Path]:
     """Those files that are not as the sha256 under their name says; none without checksums."""
-    return [
-        file
-        for file in files
-        if checksums is not None
-        and (not file.is_file() or checksums.get(file.name) != checksum_of(file))
-    ]
+    if checksums is None:
+        return []
+    return [f for f in files if not f.is_file() or checksums.get(f.name) != checksum_of(f)]
 
 
 def checksum_of(file: Path) -> str:

@@ -13,22 +13,9 @@ from typing import Any, cast
 
 import numpy as np
 import tokenizers
-from tokenizers import (
-    AddedToken,
-    Regex,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
-from transformers import (
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+import transformers
+from tokenizers import AddedToken, Regex, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from laser_jax.alignment import token_segment_ends
 from laser_jax.config import BackboneConfig, ConfigError, PromptConfig
@@ -38,12 +25,6 @@ from laser_jax.hf.directory import CONFIG_FILE, RETRIEVER_TYPE, read_object
 
 _PAD, _TURN_START, _TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 _THINK = ("<think>", "</think>")
-# Contractions, words with at most one leading sign, single digits, signs with their line ends
-# (so ".\n\n" may become one token), line ends, other blanks.
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -53,9 +34,6 @@ _CHATML = (
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 Tokenizer = PreTrainedTokenizerBase
-
-
-# --- tokenizers ------------------------------------------------------------------------------
 
 
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
@@ -77,9 +55,9 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
     file = directory / CONFIG_FILE
     is_export = file.is_file() and read_object(file).get("model_type") == RETRIEVER_TYPE
     # transformers warns of a type that it does not know, though here it does not need it
-    known = {"config": PreTrainedConfig()} if is_export else {}
+    known = {"config": transformers.PreTrainedConfig()} if is_export else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False, **known
         )
     except Exception as error:  # tokenizers and transformers raise anything on a damaged file
@@ -120,19 +98,25 @@ def load_tokenizer_for(directory: str | Path, backbone: BackboneConfig) -> PreTr
     return tokenizer
 
 
+def word_rule(numbers: str) -> pre_tokenizers.Sequence:
+    """How Qwen and Llama 3, which differ in `numbers`, cut a text before merges: contractions,
+    words with at most one leading sign, numbers, signs with their line ends (so a full stop and a
+    blank line may become one token), line ends, other blanks."""
+    words = (
+        rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{numbers}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words), "isolated"), in_bytes])
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on `texts`, in the manner of Qwen3.
 
-    Its tokens include <|endoftext|> (pad), <|im_start|>, <|im_end|> (EOS), <think> and </think>;
-    it has a ChatML chat template. The same texts give the same tokenizer.
-
-    Args:
-        texts: few give fewer tokens than asked for. The role names of the chat template are
-            counted once for each, since each will be a turn.
-        vocab_size: the most tokens it may have, all included.
-
-    Raises:
-        TokenizationError: when `vocab_size` cannot hold the 256 bytes and the special tokens.
+    Its tokens, at most `vocab_size` in all, include <|endoftext|> (pad), <|im_start|>, <|im_end|>
+    (EOS), <think> and </think>; it has a ChatML chat template. The same texts give the same
+    tokenizer. The role names of the template are counted once a text, since each will be a turn.
+    Raises a TokenizationError when `vocab_size` cannot hold the 256 bytes and the special tokens.
     """
     special = [_PAD, _TURN_START, _TURN_END]
     smallest = 256 + len(special) + len(_THINK)
@@ -142,24 +126,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
             f"take {smallest}"
         )
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+    tokenizer.normalizer = tokenizers.normalizers.NFC()
+    tokenizer.pre_tokenizer = word_rule(r"\p{N}")
+    tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(_THINK),
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        (part for text in texts for part in (text, "user\n", "assistant\n")),
-        trainers.BpeTrainer(
-            vocab_size=vocab_size - len(_THINK),
-            special_tokens=special,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
+    turns = (part for text in texts for part in (text, "user\n", "assistant\n"))
+    tokenizer.train_from_iterator(turns, trainer)
     # As in Qwen3: one token each, yet not special, so that decoding shows them.
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in _THINK])
     return PreTrainedTokenizerFast(
@@ -178,9 +156,6 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {name: getattr(tokenizer, name) for name in names}
 
 
-# --- prompts ---------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class ExplicitTokens:
     """The tokens of an explicit input: query prompt, chain of thought, perhaps EOS."""
@@ -196,11 +171,7 @@ class ExplicitTokens:
 
 
 class PromptTokenizer(Prompts):
-    """Turns chains of thought into tokens too.
-
-    Attributes:
-        pad_id: the tokenizer's; EOS pads when there is no pad token.
-    """
+    """Turns chains of thought into tokens too. EOS pads where there is no pad token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> None:
         super().__init__(tokenizer, config)
@@ -222,20 +193,15 @@ class PromptTokenizer(Prompts):
         reasoning are one string, which is cut, and the chain of thought is taken to start at the
         *truncated* query's length, so a long query's tail counts as reasoning. `append_eos` ends
         the cut string; the EOS of `append_eos_to_reasoning`, which the model appends, comes on top.
-
-        Raises:
-            TokenizationError: when the query prompt and EOS alone exceed `explicit_max_length`.
+        Raises a TokenizationError when the query prompt and EOS alone exceed `explicit_max_length`.
         """
         limit, eos = self.config.explicit_max_length, self.config.append_eos_to_reasoning
         query_ids = self.query(text, instruction)
         start = len(query_ids)
         reasoning = reasoning.replace(self.config.separator, self._separator)
         if self._one_string:
-            whole = self._cut_sequence(
-                self._query_turn(as_read(text), instruction) + reasoning,
-                limit,
-                self.config.append_eos,
-            )
+            one = self._query_turn(as_read(text), instruction) + reasoning
+            whole = self._cut_sequence(one, limit, self.config.append_eos)
             ends = token_segment_ends(whole.ids, start, self._separator_id)
             ids = whole.ids + [self.eos_id] * eos
             return ExplicitTokens(ids, ends, start, whole.truncated)
@@ -261,12 +227,8 @@ class PromptTokenizer(Prompts):
         return ExplicitTokens(ids + [self.eos_id] * eos, ends, start, truncated)
 
     def require_room(self, instructions: Iterable[str], *, explicit: bool) -> None:
-        """Checks that a text of any length fits beside the templates, which otherwise shows only
-        when the first long text comes.
-
-        Raises:
-            TokenizationError: names the limit that is too low.
-        """
+        """Raises a TokenizationError that names a limit too low for a text of any length beside the
+        templates, which otherwise shows only when the first long text comes."""
         endless = "word " * max(self.config.query_max_length, self.config.document_max_length)
         self.document(endless)
         for instruction in instructions:

@@ -41,9 +41,7 @@ def require_effect(config: dict[str, Any], tokenizer: Any, directory: Path) -> N
     does = {"add_bos_token": added[0] == 1, "add_eos_token": added[-1] == 1} if 0 in added else {}
     for key, done in does.items():
         if config.get(key) in (True, False) and config[key] != done:
-            wanted = {
-                name: does[name] if config.get(name) is None else config[name] for name in does
-            }
+            wanted = {n: does[n] if config.get(n) is None else config[n] for n in does}
             made = "; ".join(f"tokenizer.{name} = {value}" for name, value in wanted.items())
             raise TokenizationError(
                 f"{directory}: tokenizer_config.json says {key}: {str(config[key]).lower()}, and "
@@ -56,10 +54,7 @@ def require_effect(config: dict[str, Any], tokenizer: Any, directory: Path) -> N
 
 def save_tokenizer(tokenizer: Any, directory: str | Path) -> None:
     """Writes the tokenizer's files so that transformers 4.5x and 5.x load the same one from them.
-
-    Raises:
-        OSError: a file cannot be written.
-    """
+    Raises an OSError where a file cannot be written."""
     tokenizer.save_pretrained(directory)
     file = Path(directory) / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))

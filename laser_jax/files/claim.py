@@ -38,11 +38,8 @@ class Claim:
     """A directory, or a file, for the output of one run, held while the context is open.
 
     The lock is the kernel's (`flock`), so that it ends with the process, however that ends. On NFS
-    it holds between machines, on a bucket mounted with gcsfuse only within one.
-
-    Attributes:
-        directory: where the output goes.
-        recorded: what the record holds that was found there; None without a whole one.
+    it holds between machines, on a bucket mounted with gcsfuse only within one. `recorded` is what
+    the record holds that was found in `directory`; None without a whole one.
     """
 
     def __init__(
@@ -55,21 +52,19 @@ class Claim:
         shared: bool = False,
         file: str | None = None,
     ) -> None:
-        """Touches nothing; entering the context does.
+        """Touches nothing; entering the context does, and makes the directory where it is missing.
 
         Args:
-            directory: is made, with those above it, where it is missing.
             record: the name of a JSON file in it, which the program writes with `record`.
             changed: where the run that wrote this record differs from this one, such as
                 `settings.changes`. A record on which it raises a KeyError or TypeError is damaged
                 and counts as absent; one on which it raises a ValueError is refused.
-            alone: whether nothing else may lie in the directory. Hidden files may: they are left
-                from a killed run, or the file system's.
+            alone: whether nothing else may lie in the directory, but hidden files.
             shared: whether several processes write the output together. Of them only the one that
                 makes the record holds the lock, and the others wait for it. They do without where
                 the file system has no locks, so each must make the same record.
-            file: the file in the directory that alone is the output. Several such outputs may lie
-                in one directory: each has a record and a lock of its own.
+            file: the file in the directory that alone is the output, with a record and a lock of
+                its own.
         """
         self.directory = Path(directory)
         self.recorded: dict[str, Any] | None = None
@@ -84,13 +79,9 @@ class Claim:
         self._made: list[Path] = []
 
     def __enter__(self) -> Claim:
-        """Takes the directory.
-
-        Raises:
-            OutputError: another process has it; it holds a run with another config, or, though it
-                must be this program's `alone`, other files; or it is no directory.
-            OSError: it cannot be made, or the file system has no locks; says what to do.
-        """
+        """Takes the directory. Raises an OutputError where another process has it, it is none, or
+        it holds a run with another config or (`alone`) other files; an OSError, which says what to
+        do, where it cannot be made or the file system has no locks."""
         try:
             if self._shared and self._record.is_file():
                 with suppress(OSError):  # of a killed process: nobody needs it any more
@@ -109,8 +100,8 @@ class Claim:
         self._release()
 
     def record(self, text: str) -> None:
-        """Writes the record, which makes the directory this run's. To be called when everything
-        that can be wrong with the input has been looked at, and once more at any time."""
+        """Writes the record, which makes the directory this run's: when everything that can be
+        wrong with the input has been looked at, and once more at any time."""
         write_atomically(self._record, text)
 
     def require_same(self, stored: dict[str, Any], source: Path) -> None:
@@ -142,13 +133,12 @@ class Claim:
                 is_ours = lock_descriptor(file.fileno(), blocking=self._shared)
             except OSError as error:
                 if not self._shared:
-                    raise OSError(
-                        error.errno,
+                    fault = (
                         f"{error.strerror}: this file system has no locks, so two programs could "
                         "write here at once. Choose a place on a local disk, on NFS with its lock "
-                        "service, or on Lustre mounted with -o flock",
-                        str(self._lock_file),
-                    ) from error
+                        "service, or on Lustre mounted with -o flock"
+                    )
+                    raise OSError(error.errno, fault, str(self._lock_file)) from error
                 is_ours = True
             if not is_ours:
                 file.seek(0)

@@ -23,8 +23,6 @@ from filelock import lock_descriptor
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
-# --- writing -----------------------------------------------------------------------------------
-
 
 def flush(path: Path) -> None:
     """Returns when a file's bytes, or the names in a folder, are on the disk. A file system that
@@ -47,10 +45,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     file that was moved outlives a power cut. Of several processes that write one file the last one
     wins. The temporary name is drawn by chance, so that nobody can have put a link there. Its
     writer holds a lock on it; one without, of a killed process, is removed when the file is written
-    again (where the file system has locks: elsewhere it stays, see `parts_of`).
-
-    Raises:
-        OSError: as in the block, and where it named no file (a full disk), naming `path`.
+    again (where the file system has locks: elsewhere it stays, see `parts_of`). An OSError
+    of the block that named no file (a full disk) names `path`.
     """
     _remove_abandoned(path)
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
@@ -130,16 +126,10 @@ def write_json(path: Path, values: Any) -> None:
     write_atomically(path, json_text(values))
 
 
-# --- reading what a program has left -------------------------------------------------------------
-
-
 def read_state(path: Path, parse: Callable[[Any], T]) -> T | None:
-    """What `parse` makes of a small JSON file in which a program of ours keeps its state.
-
-    `parse` raises a ValueError, KeyError or TypeError on values that cannot be. None stands for a
-    file that is absent or damaged, which are one case for every caller: what the file held is
-    derived again, or else it is missed and the message says what to do. Damage is logged.
-    """
+    """What `parse` makes of a small JSON file in which a program of ours keeps its state; it raises
+    a ValueError, KeyError or TypeError on values that cannot be. None stands for a file that is
+    absent or, which is logged, damaged: for every caller one case."""
     try:
         return parse(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
@@ -150,11 +140,9 @@ def read_state(path: Path, parse: Callable[[Any], T]) -> T | None:
 
 
 def read_state_lines(path: Path, parse: Callable[[Any], T]) -> list[T]:
-    """As `read_state`, of a file that has such values line by line; [] where it is absent.
-
-    A last line without its end was cut off by a kill and is left out. So are damaged lines; they
-    are logged, and the file as it was is kept as NAME.damaged.
-    """
+    """As `read_state`, of a file that has such values line by line; [] where it is absent. A last
+    line without its end was cut off by a kill and is left out. So are damaged lines; they are
+    logged, and the file as it was is kept as NAME.damaged."""
     found: list[T] = []
     damaged: list[str] = []
     lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
@@ -168,9 +156,6 @@ def read_state_lines(path: Path, parse: Callable[[Any], T]) -> list[T]:
         shutil.copyfile(path, kept)
         _log.warning("%s\nThe file as it was is %s", "\n".join(damaged), kept)
     return found
-
-
-# --- hashes ------------------------------------------------------------------------------------
 
 
 def checksum(paths: Iterable[Path]) -> str:

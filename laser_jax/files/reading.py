@@ -33,11 +33,8 @@ class DataError(ValueError):
 
 
 def decode(content: bytes, where: str | Path) -> str:
-    """UTF-8 as text, without the byte-order mark that may stand before it.
-
-    Raises:
-        DataError: not UTF-8; begins with `where`.
-    """
+    """UTF-8 as text, without the byte-order mark that may stand before it. Raises a DataError,
+    which begins with `where`, if it is not UTF-8."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -57,29 +54,20 @@ def open_lines(path: Path) -> BinaryIO:
 def raw_lines(
     path: Path, file: BinaryIO, offset: int = 0, number: int = 0
 ) -> Iterator[tuple[int, bytes]]:
-    """Yields (line number, line) of a file that `open_lines` opened, as they stand, line ends and
-    byte-order mark kept.
-
-    Args:
-        offset: bytes (of a .gz, unpacked) to pass over first, and `number` the lines in them.
-
-    Raises:
-        DataError: a line is longer than `LONGEST_LINE`, or a compressed file is damaged.
-    """
+    """Yields (line number, line) of a file that `open_lines` opened, line ends and byte-order mark
+    kept, behind `offset` bytes (of a .gz, unpacked) and the `number` of lines in them. Raises a
+    DataError at a line longer than `LONGEST_LINE`, or a damaged compressed file."""
     try:
         file.seek(offset)
         while line := file.readline(LONGEST_LINE + 1):
             number += 1
             if len(line) > LONGEST_LINE:
-                raise DataError(
-                    f"{path}:{number}: longer than {LONGEST_LINE:,} bytes, which no row is; one "
-                    "line for each row is wanted"
-                )
+                fault = f"longer than {LONGEST_LINE:,} bytes, which no row is"
+                raise DataError(f"{path}:{number}: {fault}; one line for each row is wanted")
             yield number, line
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(
-            f"{path}:{number + 1}: cannot be read, not a whole gzip file: {error}"
-        ) from error
+        fault = f"cannot be read, not a whole gzip file: {error}"
+        raise DataError(f"{path}:{number + 1}: {fault}") from error
 
 
 def _located(path: str | Path) -> Iterator[tuple[str, bytes]]:
@@ -102,11 +90,8 @@ def json_lines(path: str | Path) -> Iterator[tuple[str, bytes]]:
 
 def parse_json(content: bytes, where: str | Path, *, unique: bool = False) -> Any:
     """The value of a line, or of a record, of JSON. Of a key that stands twice the last counts.
-
-    Raises:
-        DataError: not UTF-8 or no JSON, or with a number too long or lists too deep for Python; or
-            a key stands twice in an object though keys are to be `unique`.
-    """
+    Raises a DataError where it is not UTF-8 or no JSON, has a number too long or lists too deep for
+    Python, or has a key twice in an object though keys are to be `unique`."""
     text = decode(content, where)
     try:
         return json.loads(text, object_pairs_hook=_unique if unique else None)
@@ -137,12 +122,8 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if (key.tag, key.value) in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None,
-                        None,
-                        f"the key {key.value!r} stands twice; take one of them out",
-                        key.start_mark,
-                    )
+                    fault = f"the key {key.value!r} stands twice; take one of them out"
+                    raise yaml.constructor.ConstructorError(None, None, fault, key.start_mark)
                 seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
 
@@ -162,11 +143,8 @@ for _tag, _pattern in _NUMBERS.items():
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text.
-
-    Raises:
-        yaml.YAMLError: it is none, a key stands twice in a mapping, or it is too deep for Python.
-    """
+    """The value of a YAML text. Raises a yaml.YAMLError where it is none, a key stands twice in a
+    mapping, or it is too deep for Python."""
     try:
         return yaml.load(text.removeprefix("\ufeff"), _Loader)
     except (ValueError, RecursionError) as error:
@@ -188,10 +166,9 @@ def import_pyarrow(path: str | Path) -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError(
-            f"{path}: reading and writing Parquet and Arrow needs pyarrow: pip install "
-            "laser-jax[parquet]"
-        ) from error
+        way_out = "pip install laser-jax[parquet]"
+        fault = f"reading and writing Parquet and Arrow needs pyarrow: {way_out}"
+        raise ImportError(f"{path}: {fault}") from error
     return pyarrow
 
 

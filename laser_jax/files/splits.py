@@ -13,12 +13,9 @@ _SHARD = re.compile(r"(.+?)(\.array_record)?-(\d+)-of-(\d+)([-.].*)?")
 
 
 def split_of(name: str) -> str | None:
-    """The split that a data file's name tells, or None.
-
-    Of a shard it is what stands last before the numbers, as the hub, datasets and tfds name them:
-    `train-00000-of-00002.parquet`, `NAME-train.array_record-00000-of-00002`. Of other names it is
-    the last word that is a split's, such as `train` or `validation`.
-    """
+    """The split that a data file's name tells, or None. Of a shard it is what stands last before
+    the numbers, as the hub, datasets and tfds name them: `train-00000-of-00002.parquet`,
+    `NAME-train.array_record-00000-of-00002`. Of others it is the last word that is a split's."""
     if shard := _SHARD.fullmatch(name):
         return shard[1].rpartition("-")[2]
     words = re.split(r"[^a-z]+", name.partition(".")[0].lower())
@@ -26,17 +23,10 @@ def split_of(name: str) -> str | None:
 
 
 def one_split(path: Path, files: Sequence[Path]) -> list[Path]:
-    """Those of a directory's data files that belong to one split, so that no test rows are taken
-    for training rows.
-
-    Args:
-        path: the directory, or `directory/SPLIT` for one of several.
-        files: all candidates in the directory.
-
-    Raises:
-        DataError: the directory holds several splits and `path` names none or another one, or a
-            shard of it is missing.
-    """
+    """Those of all data `files` of a directory that belong to one split, so that no test rows are
+    taken for training rows; `path` is the directory, or `directory/SPLIT` for one of several.
+    Raises a DataError where it holds several and `path` names none or another one, or where a shard
+    is missing."""
     splits: dict[str | None, list[Path]] = {}
     for file in files:
         splits.setdefault(split_of(file.name), []).append(file)

@@ -42,13 +42,10 @@ def plain_name(key: str) -> str:
 def merge_lora(params: Tree, lora: Tree, scale: float) -> Tree:
     """Adds the adapters to the weights: W + scale A B (Hu et al. 2021, equation 3).
 
-    Kernels are [in, out] or stacked [L-1, in, out], adapters lora_a [..., in, r] and lora_b
-    [..., r, out]; `scale` is `LoraConfig.scale`. Returns a tree like `params`, numpy where both
-    trees are and jax otherwise. Merged kernels are computed in float32 and keep their dtype; all
-    other leaves are the same objects.
-
-    Raises:
-        HFError: an adapter stands where `params` has no kernel.
+    Kernels are [in, out] or stacked [L-1, in, out], adapters lora_a [..., in, r] and lora_b [...,
+    r, out]; `scale` is `LoraConfig.scale`. Returns a tree like `params`, numpy where both trees are
+    and jax otherwise. Merged kernels are computed in float32 and keep their dtype; all other leaves
+    are the same objects. Raises an HFError where an adapter stands and `params` has no kernel.
     """
     adapters: dict[TreePath, Array] = flatten_dict(lora)
     leaves: dict[TreePath, Array] = flatten_dict(params)

@@ -37,12 +37,6 @@ _SUPPORTED = {
     "rope_type": ("default", "llama3", "yarn"),
     "truncate": (True,),
 }
-_ARCHITECTURES = {
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-}
 _UNUSED: dict[str, dict[str, Any]] = {
     "qwen3": {"attention_bias": False, "use_sliding_window": False},
     "qwen2": {"use_sliding_window": False},
@@ -62,10 +56,8 @@ def resolve_directory(name: str | Path) -> Path:
     """The directory `name`, or the downloaded copy of `organisation/name` on the Hugging Face hub.
 
     A directory of that name wins. Only files that laser_jax reads are downloaded, once, into the
-    hub's cache; without a network the cache serves.
-
-    Raises:
-        FileNotFoundError: neither is there, or the hub cannot be reached; says what to do.
+    hub's cache; without a network the cache serves. Raises a FileNotFoundError, which
+    says what to do, where neither is there or the hub cannot be reached.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -83,11 +75,10 @@ def resolve_directory(name: str | Path) -> Path:
 def read_backbone_config(path: str | Path) -> BackboneConfig:
     """Reads the `config.json` (in the directory `path`, or `path` itself) of a decoder.
 
-    Takes the names of transformers 4.x (`rope_theta`, `rope_scaling`) and 5.x (`rope_parameters`).
-    Absent keys have transformers' defaults; an absent `num_key_value_heads` means one a query head,
-    of a Mistral 8. A Mistral with a sliding window has as many positions as that, since within it
-    attention is full.
-    That of an export for sentence-transformers holds such a config as `backbone`.
+    Takes the names of transformers 4.x (`rope_theta`, `rope_scaling`) and 5.x (`rope_parameters`),
+    and the `backbone` in that of an export for sentence-transformers. Absent keys have
+    transformers' defaults; an absent `num_key_value_heads` means one a query head, of a Mistral 8.
+    A Mistral has as many positions as its sliding window, within which attention is full.
 
     Raises:
         FileNotFoundError: no such file.
@@ -131,11 +122,8 @@ def read_backbone_config(path: str | Path) -> BackboneConfig:
 def hf_config_dict(
     backbone: BackboneConfig, *, dtype: str, **tokens: int | list[int] | None
 ) -> dict[str, Any]:
-    """A `config.json` that transformers 4.5x and 5.x read as the same model.
-
-    RoPE and dtype (of the stored weights, by name) are written twice, under the names of either.
-    `tokens` are eos_token_id, bos_token_id and pad_token_id.
-    """
+    """A `config.json` that transformers 4.5x and 5.x read as the same model: RoPE and dtype (of the
+    stored weights) are there under the names of either. `tokens` are eos_token_id and the like."""
     values = dataclasses.asdict(backbone)
     family, theta, scaling = (values.pop(key) for key in ("family", "rope_theta", "rope_scaling"))
     if scaling and scaling["rope_type"] == "yarn":
@@ -143,7 +131,7 @@ def hf_config_dict(
     elif scaling:
         del scaling["attention_factor"]
     return {_HF_KEYS.get(key, key): value for key, value in values.items()} | {
-        "architectures": [_ARCHITECTURES[family]],
+        "architectures": [f"{family.capitalize()}ForCausalLM"],
         "model_type": family,
         "hidden_act": "silu",
         "rope_theta": theta,
@@ -176,10 +164,8 @@ def _read_rope_block(block: dict[str, Any], file: Path) -> tuple[float, RopeScal
     block = {"rope_type": block.get("type", "default"), **block}
     check_supported(block, _SUPPORTED, file)
     theta = typed(block, "rope_theta", "float", file)
-    if block["rope_type"] == "yarn":
-        block = _of_yarn(block, file)
-    else:
-        block = {"attention_factor": 1.0} | block
+    is_yarn = block["rope_type"] == "yarn"
+    block = _of_yarn(block, file) if is_yarn else {"attention_factor": 1.0} | block
     known = {"rope_theta", "rope_type", "type", "partial_rotary_factor", "truncate"}
     if unknown := block.keys() - known - {field.name for field in dataclasses.fields(RopeScaling)}:
         raise HFError(f"{file}: {sorted(unknown)} among the RoPE settings {block} is unknown")

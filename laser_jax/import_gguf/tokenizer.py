@@ -10,33 +10,21 @@ from __future__ import annotations
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-from laser_jax.data.tokenization import PreTrainedTokenizerFast, TokenizationError
+from laser_jax.data.tokenization import PreTrainedTokenizerFast, TokenizationError, word_rule
 from laser_jax.import_gguf.file import GGUFFile
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # tokenizer.ggml.token_type
 
-_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 _GPT2_WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
 _DIGITS = pre_tokenizers.Digits(individual_digits=True)
-
-
-def _words(numbers: str) -> pre_tokenizers.Sequence:
-    """The words of Llama 3 and its successors, which differ in how they cut numbers."""
-    words = (
-        rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{numbers}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words), "isolated"), _BYTES])
-
-
 # By llama.cpp's name. "default", and no name at all, say that its converter did not know the model.
 _WORD_RULES = {
     "gpt-2": _GPT2_WORDS,
     "smollm": pre_tokenizers.Sequence([_DIGITS, _GPT2_WORDS]),
-    "qwen2": _words(r"\p{N}"),
-    "llama-bpe": _words(r"\p{N}{1,3}"),
+    "qwen2": word_rule(r"\p{N}"),
+    "llama-bpe": word_rule(r"\p{N}{1,3}"),
 }
 
 
@@ -59,9 +47,8 @@ def read_gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
             )
     tokens, kinds, vocabulary = _vocabulary(file)
     is_llama3 = rule == "llama-bpe"
-    tokenizer = tokenizers.Tokenizer(
-        models.BPE(vocabulary, _merges(file, vocabulary), ignore_merges=is_llama3)
-    )
+    model = models.BPE(vocabulary, _merges(file, vocabulary), ignore_merges=is_llama3)
+    tokenizer = tokenizers.Tokenizer(model)
     if rule == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = _WORD_RULES[rule]

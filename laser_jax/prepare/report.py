@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from laser_jax.config import PromptConfig
-from laser_jax.data.pipeline import settled_reasoning
+from laser_jax.config import Config, DataConfig, ModelConfig, PromptConfig, TrainConfig
+from laser_jax.data.pipeline import padding_share, settled_reasoning, training_batches
 from laser_jax.data.reasoning_retrieval import example_of
 from laser_jax.data.schema import TrainingRow, same_text
+from laser_jax.data.sources import Source
 from laser_jax.data.tokenization import PromptTokenizer
 
 _SHOWN = 10
 """Rejected rows that the report names."""
+LENGTH_MULTIPLES, BUCKET_WINDOWS = (32, 128), (1, 8, 32)
+_MOST_BATCHES = 256
+"""That are drawn for each pair of settings of padding; one epoch is enough."""
 
 
 @dataclass
@@ -47,10 +53,7 @@ class Tally:
         self, row: TrainingRow, prompt: PromptConfig, prompts: PromptTokenizer | None
     ) -> None:
         """Counts a row: its tokens where there are `prompts`, its segments, and its duplicates.
-
-        Raises:
-            TokenizationError: the limits of `prompt` leave no room for a text.
-        """
+        Raises a TokenizationError where the limits of `prompt` leave no room for a text."""
         if prompts is None:
             *closed, tail = row.reasoning_query.split(prompt.separator)
             self.count("segments", len(closed) + bool(tail))
@@ -58,10 +61,8 @@ class Tally:
             reasoning = settled_reasoning(row, prompt.min_reasoning_characters)
             query = prompts.query_prompt(row.query, row.prompt)
             explicit = prompts.explicit(row.query, row.prompt, reasoning)
-            passages = [
-                prompts.document_prompt(text)
-                for text in (*row.positive_passages, *row.negative_passages)
-            ]
+            texts = (*row.positive_passages, *row.negative_passages)
+            passages = [prompts.document_prompt(text) for text in texts]
             self.count("queries", len(query.ids), query.truncated)
             self.count("explicit inputs", len(explicit.ids), explicit.truncated)
             self.count("segments", len(explicit.segment_ends))
@@ -118,9 +119,7 @@ def report_of(tallies: Sequence[Tally]) -> dict[str, Any]:
         "duplicates": {
             "queries": _repeated([tally.query_hashes for tally in tallies]),
             "rows": _repeated([tally.row_hashes for tally in tallies]),
-            "positives_among_own_negatives": sum(
-                tally.positives_among_own_negatives for tally in tallies
-            ),
+            "positives_among_own_negatives": sum(t.positives_among_own_negatives for t in tallies),
         },
     }
 
@@ -135,6 +134,36 @@ def _repeated(hashes: Sequence[list[int]]) -> int:
     """How many are equal to one before."""
     joined = np.concatenate([np.array(part, np.uint64) for part in hashes])
     return len(joined) - len(np.unique(joined))
+
+
+def measure_padding(source: Source, prompts: PromptTokenizer, batch_size: int) -> dict[str, Any]:
+    """The share of padding in batches of so many rows, for every length multiple and bucket window.
+    A query has a negative beside its positive passage, where every row has one."""
+    group_size = 2 if source.facts.row_without_negatives is None else 1
+    plain = Config(
+        ModelConfig(path="unread"),
+        DataConfig(train=str(source.path), group_size=group_size, selection="random"),
+        prompt=prompts.config,
+        train=TrainConfig(batch_size=batch_size),
+    )
+    number = min(_MOST_BATCHES, math.ceil(len(source) / batch_size))
+    shares = []
+    ways = [(*way, False) for way in itertools.product(LENGTH_MULTIPLES, BUCKET_WINDOWS)]
+    for way in [*ways, (max(LENGTH_MULTIPLES), 1, True)]:
+        varied = dict(zip(("length_multiple", "bucket_window", "pack"), way, strict=True))
+        config = replace(plain, data=replace(plain.data, **varied))
+        padding, tokens, shapes = 0.0, 0, set()
+        for batch in itertools.islice(training_batches([source], prompts, config), number):
+            assert batch.explicit is not None
+            read = (batch.documents, batch.explicit)
+            size = sum(part.size for part in read)
+            padding += padding_share(batch) * size
+            tokens += size
+            shapes.add(tuple((part.ids_BT.shape, part.packed) for part in read))
+        share = round(padding / tokens, 4)
+        found = {"batches": number, "padding_share": share, "shapes": len(shapes)}
+        shares.append(varied | found)
+    return {"batch_size": batch_size, "group_size": group_size, "shares": shares}
 
 
 def format_report(report: dict[str, Any]) -> str:

@@ -1,9 +1,8 @@
 """Checks training rows, reports on them and stores them for fast random access:
 `python -m laser_jax.prepare --input train.jsonl --output DIR [--tokenizer MODEL_DIR]`.
 
-DIR can then be `data.train`. It is a tfds dataset of ArrayRecord shards; tfds' own preparation
-starts anew after an interruption, so the shards are written here, one at a time: what is finished
-stays, and the same command goes on with the rest.
+DIR, then a `data.train`, is a tfds dataset of ArrayRecord shards. They are written here one at a
+time, and not by tfds, so that after an interruption the same command goes on with the rest.
 """
 
 from __future__ import annotations
@@ -46,9 +45,8 @@ from laser_jax.files.claim import WORK_FOLDER, Claim, sweep
 from laser_jax.files.durable import json_text, read_state, write_json, written_whole
 from laser_jax.files.reading import read_yaml
 from laser_jax.files.terminal import fail, printable
-from laser_jax.prepare.padding import measure_padding
-from laser_jax.prepare.report import Tally, format_report, report_of, tally_of
-from laser_jax.settings import changes, require, require_in
+from laser_jax.prepare.report import Tally, format_report, measure_padding, report_of, tally_of
+from laser_jax.settings import Change, changes, require, require_in
 
 LOG = logging.getLogger("laser_jax")
 
@@ -93,12 +91,8 @@ class PrepareConfig:
 
 
 class Preparation:
-    """What every shard is written with. Worker processes make their own.
-
-    Raises:
-        ConfigError, FileNotFoundError, TokenizationError: a setting that cannot work.
-        DataError: the input cannot be read.
-    """
+    """What every shard is written with. Worker processes make their own. Raises a DataError where
+    the input cannot be read; other errors name a setting that cannot work."""
 
     def __init__(self, config: PrepareConfig):
         self.config = config
@@ -125,10 +119,8 @@ class Preparation:
     def _fingerprint(self) -> str:
         """Changes with any byte of the input and with the names of a directory's files."""
         path = Path(self.config.input)
-        named = {file.name: file for file in self.source.files}
-        if path.is_file():
-            named = {".": path}
-        elif path.is_dir():
+        named = {".": path} if path.is_file() else {file.name: file for file in self.source.files}
+        if path.is_dir():
             named = {str(p.relative_to(path)): p for p in sorted(path.rglob("*")) if p.is_file()}
         digest = hashlib.sha256()
         for name, file in named.items():
@@ -192,13 +184,14 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     """
     preparation = Preparation(config)
     output, made = preparation.output, preparation.settings()
-    with Claim(
-        config.output,
-        PREPARED_FILE,
-        lambda known: changes({key: known.get(key) for key in made}, made, source=PREPARED_FILE),
-        alone=True,
-    ) as claim:
-        finished = _finished_report(preparation, claim.recorded or {})
+
+    def changed(known: dict[str, Any]) -> list[Change]:
+        return changes({key: known.get(key) for key in made}, made, source=PREPARED_FILE)
+
+    with Claim(config.output, PREPARED_FILE, changed, alone=True) as claim:
+        known, finished = claim.recorded or {}, None
+        if not changed_shards(preparation.shards, known.get("checksums", {})):
+            finished = read_state(output / REPORT_FILE, dict)
         report = finished or _prepare(preparation, made, claim)
         prompts, padding = preparation.prompts, report.get("padding", {})
         if config.padding and prompts and padding.get("batch_size") != config.padding:
@@ -210,17 +203,9 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     return report
 
 
-def _finished_report(preparation: Preparation, known: dict[str, Any]) -> dict[str, Any] | None:
-    """The report that is there; None while something is left to do."""
-    if changed_shards(preparation.shards, known.get("checksums", {})):
-        return None
-    return read_state(preparation.output / REPORT_FILE, dict)
-
-
 def _prepare(preparation: Preparation, made: dict[str, Any], claim: Claim) -> dict[str, Any]:
     config, output = preparation.config, preparation.output
-    stops = config.on_bad_row == "stop"
-    if stops:
+    if config.on_bad_row == "stop":
         facts = preparation.source.facts  # reads every row: bad input leaves nothing behind
         if preparation.prompts is not None:
             preparation.prompts.require_room(facts.instructions, explicit=True)
@@ -234,15 +219,10 @@ def _prepare(preparation: Preparation, made: dict[str, Any], claim: Claim) -> di
         for file in (*preparation.shards, output / PREPARED_FILE):
             file.unlink()
         raise DataError(f"{config.input}: every row was rejected, such as {tallies[0].rejected[0]}")
-    names = [path.name for path in preparation.shards]
-    checksums = {n: t.sha256 for n, t in zip(names, tallies, strict=True)}
-    claim.record(json_text(made | {"checksums": checksums}))
-    write_description(
-        output,
-        text_features(),
-        [tally.written for tally in tallies],
-        sum(tally.bytes for tally in tallies),
-    )
+    paths = zip(preparation.shards, tallies, strict=True)
+    claim.record(json_text(made | {"checksums": {p.name: tally.sha256 for p, tally in paths}}))
+    written, num_bytes = [t.written for t in tallies], sum(t.bytes for t in tallies)
+    write_description(output, written, num_bytes)
     report = report_of(tallies)
     write_json(output / REPORT_FILE, report)
     sweep(output)
@@ -255,12 +235,11 @@ def _write_shards(preparation: Preparation) -> list[Tally]:
     there = {shard: preparation.tally(shard) for shard in shards}
     missing = [shard for shard in shards if there[shard] is None]
     rows = {shard: len(preparation.rows_of(shard)) for shard in shards}
-    done = sum(rows.values()) - sum(rows[shard] for shard in missing)
+    total = sum(rows.values())
+    done = total - sum(rows[shard] for shard in missing)
     if done:
         LOG.info("%d of %d shards are there already", len(shards) - len(missing), len(shards))
-    with tqdm(
-        total=sum(rows.values()), initial=done, desc="prepare", unit="row", disable=None
-    ) as progress:
+    with tqdm(total=total, initial=done, desc="prepare", unit="row", disable=None) as progress:
         if preparation.config.workers:
             for shard, there[shard] in _by_workers(preparation.config, missing):
                 progress.update(rows[shard])

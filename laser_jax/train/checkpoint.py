@@ -82,13 +82,9 @@ class _Manager(ocp.CheckpointManager):
 
 
 class Checkpoints:
-    """Numbered checkpoints in one directory, written in the background.
-
-    Args:
-        directory: is created; leftovers of saves that were cut off are removed.
-        keep: the newest that are kept.
-        base: the fingerprint of the frozen base; None without one (full fine-tuning).
-    """
+    """Numbered checkpoints in one directory, written in the background, of which the newest `keep`
+    are kept. `base` is the fingerprint of the frozen base, None without one. The directory is
+    created; leftovers of saves that were cut off are removed."""
 
     def __init__(self, directory: str | Path, *, keep: int, base: str | None):
         self._directory = Path(directory).absolute()
@@ -104,16 +100,13 @@ class Checkpoints:
         )
 
     def save(self, state: TrainState, meta: dict[str, Any], ranked: Sequence[int] = ()) -> None:
-        """Starts saving; a step that is already saved is left as it is.
+        """Starts saving; a step that is already saved is left as it is. Raises a CheckpointError
+        when this or the save before it cannot be written.
 
         Args:
-            state: the arrays are copied off the device before this returns, so that the next step
-                may donate them.
+            state: is copied off the device before this returns; the next step may donate it.
             meta: plain JSON types, given back by `restore`.
             ranked: steps, the best first; the best that is there is kept beside the newest.
-
-        Raises:
-            CheckpointError: when this or the save before it cannot be written.
         """
         step, saved = int(state.step), _saved(state)
         if step in self._manager.all_steps():
@@ -141,16 +134,11 @@ class Checkpoints:
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest checkpoint that is whole, and its meta; None where none was ever saved.
 
-        A damaged one is named in a warning, and renamed to `<step>.damaged` once an older one is
-        restored, so that the run can save that step again.
-
-        Args:
-            like: gives shapes, dtypes and layouts, as arrays or `jax.ShapeDtypeStruct`s; its frozen
-                base is kept.
-
-        Raises:
-            CheckpointError: when a checkpoint belongs to another base or holds other tensors than
-                `like` (another adapter rank, another optimizer), or when all are damaged.
+        `like` gives shapes, dtypes and layouts, as arrays or `jax.ShapeDtypeStruct`s, and the
+        frozen base. A damaged checkpoint is named in a warning, and renamed to `<step>.damaged`
+        once an older one is restored, so that the run can save that step again. Raises a
+        CheckpointError where one belongs to another base or holds other tensors than `like`
+        (another adapter rank, another optimizer), or all are damaged.
         """
         damaged: dict[int, DamagedCheckpointError] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -162,9 +150,10 @@ class Checkpoints:
                 self._set_aside(damaged)
                 return restored
         if damaged:
+            named = "\n".join(map(str, damaged.values()))
             raise CheckpointError(
-                "\n".join(map(str, damaged.values())) + "\nThere is no other checkpoint. Bring one "
-                f"back from a copy, or delete {self._directory} to start from the beginning"
+                f"{named}\nThere is no other checkpoint. Bring one back from a copy, or delete "
+                f"{self._directory} to start from the beginning"
             )
         return None
 

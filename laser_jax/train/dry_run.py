@@ -37,7 +37,7 @@ from laser_jax.train.layout import (
     shape_of,
     step_programs,
 )
-from laser_jax.train.throughput import GIB, device_bytes, peak_flops, reading_of, step_flops
+from laser_jax.train.throughput import GIB, device_bytes, peak_flops, step_flops
 
 BATCHES_LOOKED_AT = 64
 Widths = tuple[int, ...]
@@ -50,11 +50,9 @@ class Expected:
 
     buckets: Counter[Widths]
     """How many batches have which widths; without rows to look at, one of the widest possible."""
-    tokens: float
-    """Of a step, on average."""
+    tokens: float  # of a step, on average
     token_pairs: float
-    source: str
-    """Where this is known from."""
+    source: str  # where this is known from
 
     @property
     def widest(self) -> Widths:
@@ -72,14 +70,8 @@ class Expected:
 
 
 def dry_run(config: Config, invocation: Invocation) -> dict[str, Any]:
-    """Compiles the step for the widest batch and prints what it takes.
-
-    Returns:
-        What was printed, in plain types; bytes are of one device.
-
-    Raises:
-        ConfigError, FileNotFoundError: as a run would, or the topology cannot be had.
-    """
+    """Compiles the step for the widest batch, and prints and returns what it takes; bytes are of
+    one device. Raises as a run would, and a ConfigError where the topology cannot be had."""
     devices = _devices(invocation)
     backbone = _backbone(config)
     expected, rows = _expected(config)
@@ -109,11 +101,8 @@ def _described(
 ) -> dict[str, Any]:
     """Prints and returns what is known before anything is compiled."""
     trained, total = layout.parameters
-    read = reading_of(config, expected.tokens, expected.token_pairs)
-    # a frozen teacher reads without a backward pass, which the formula does not know
-    flops = None
-    if config.objective.teacher is None:
-        flops = step_flops(layout.backbone.config, read, trains_base=config.lora is None)
+    read = (expected.tokens, expected.token_pairs)
+    flops = step_flops(config, layout.backbone.config, *read)
     peak = peak_flops(config, devices[0])
     found: dict[str, Any] = {
         "device": f"{len(devices)} x {devices[0].device_kind}",

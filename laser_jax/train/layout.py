@@ -49,14 +49,11 @@ class Layout:
 
     mesh: Mesh
     backbone: Backbone
-    attention: str
-    """The kernel that was chosen, and why."""
+    attention: str  # the kernel that was chosen, and why
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
-    abstract: TrainState
-    """Shapes, dtypes and shardings."""
-    retriever: RetrieverConfig
-    """Of the exported model, whose adapters are merged."""
+    abstract: TrainState  # shapes, dtypes and shardings
+    retriever: RetrieverConfig  # of the exported model, whose adapters are merged
     teacher: FrozenTeacher | None = None
     abstract_teacher: Variables | None = None
 
@@ -84,11 +81,8 @@ def lay_out(
     devices: Sequence[Device] | None = None,
     prompt_checksum: str | None = None,
 ) -> Layout:
-    """Lays a run of `steps` out over the devices, by default all devices of all processes.
-
-    Args:
-        prompt_checksum: of the run's prompts, where its tokenizer is there; a frozen teacher must
-            have been trained with the same.
+    """Lays a run of `steps` out over the devices, by default all devices of all processes. Where
+    its tokenizer is there, `prompt_checksum` is of its prompts, those of a frozen teacher too.
 
     Raises:
         ConfigError: a batch that the mesh does not divide, lengths beyond the model's positions, an
@@ -213,9 +207,6 @@ def _require_lengths(config: Config, retriever: RetrieverConfig) -> None:
         )
 
 
-# --- the step, compiled -----------------------------------------------------------------------
-
-
 def shape_of(batch: Batch) -> str:
     """The shapes that a step is compiled for, in words."""
     parts = {"queries": batch.query, "documents": batch.documents, "explicit": batch.explicit}
@@ -228,16 +219,12 @@ def shape_of(batch: Batch) -> str:
 
 
 class StepPrograms:
-    """Runs the step, and compiles it where a batch has a new shape.
-
-    Attributes:
-        compiled: seconds of compiling by shape, in the order of their first batch.
-    """
+    """Runs the step, and compiles it where a batch has a new shape."""
 
     def __init__(self, jitted: Any):
         self._jitted = jitted
         self._programs: dict[str, Any] = {}
-        self.compiled: dict[str, float] = {}
+        self.compiled: dict[str, float] = {}  # seconds by shape, in the order of the first batch
 
     def __call__(
         self, state: TrainState, batch: Batch, teacher: Variables | None

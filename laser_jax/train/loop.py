@@ -78,12 +78,8 @@ Taken = tuple[int, Terms, Batch]
 
 def take_steps(run: Run, state: TrainState, stop: StopSignal) -> tuple[TrainState, bool]:
     """Trains until the last step, or until patience ends. Returns the last state, and whether a
-    signal ended the steps before, in which case it is saved.
-
-    Raises:
-        TrainingError: a loss or gradient is not finite.
-        CheckpointError: a checkpoint cannot be written.
-    """
+    signal ended the steps before, in which case it is saved. A TrainingError says that a loss or
+    gradient is not finite, a CheckpointError that a checkpoint cannot be written."""
     train, start = run.config.train, int(state.step)
     meter = Meter(run.config, run.inputs.backbone, list(run.layout.mesh.devices.flat))
     with ExitStack() as stack:

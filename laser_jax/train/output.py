@@ -40,11 +40,8 @@ CHANGEABLE = (
 @contextmanager
 def claimed(config: Config) -> Iterator[Claim]:
     """The claim on a run's directory, whose record is `config.json`. All processes of a run make
-    it; process 0 alone touches the file system, and is to write the record.
-
-    Raises:
-        OutputError, OSError: as of `Claim`. Where process 0 is refused, the others are too.
-    """
+    it; process 0 alone touches the file system, and is to write the record. Raises as
+    `Claim`; where process 0 is refused, the others are too."""
     # rounding too; with `plain` it is another loss
     rounding = ("train.micro_batch_size",) if config.train.accumulation == "gradcache" else ()
     changed = partial(
@@ -98,18 +95,13 @@ def logged_lines(path: Path, start: int) -> list[dict[str, Any]]:
 
 
 class StepLog:
-    """A JSONL file with a line per step of interest, which begins anew with the lines given.
-    Process 0 alone writes.
+    """A JSONL file with a line per step of interest, which begins anew with the `lines` given and
+    has all of them there. Process 0 alone writes; what `show` holds is called with every line."""
 
-    Attributes:
-        lines: all lines, those given and those written.
-        show: are called with every line that is written.
-    """
-
-    def __init__(self, path: Path, lines: Sequence[dict[str, Any]]):
-        self.lines = list(lines)
-        self.show: list[Callable[[dict[str, Any]], None]] = []
-        self._path = path
+    def __init__(
+        self, path: Path, lines: Sequence[dict[str, Any]], show: Sequence[Callable[..., None]] = ()
+    ):
+        self.lines, self._path, self._show = list(lines), path, show
         if jax.process_index() == 0:
             write_atomically(path, "".join(f"{json.dumps(line)}\n" for line in lines))
 
@@ -121,14 +113,12 @@ class StepLog:
     def write(self, line: dict[str, Any]) -> None:
         """Appends a line, which must hold `step`."""
         self.lines.append(line)
-        for show in self.show:
+        for show in self._show:
             show(line)
         if jax.process_index() == 0:
             with self._path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
-
-# --- what draws the metrics ----------------------------------------------------------------------
 
 Board = Callable[[str, dict[str, Any]], None]
 """Draws a log line, which holds `step`, in a group of its own."""
@@ -166,8 +156,9 @@ def tensorboard(directory: Path, start: int) -> Iterator[Board]:
     with closing(SummaryWriter(str(directory), filename_suffix=f".{start}", **kept)) as writer:
 
         def draw(group: str, line: dict[str, Any]) -> None:
-            for name in line.keys() - {"step"}:
-                writer.add_scalar(f"{group}/{name}", line[name], line["step"])
+            for name, value in line.items():
+                if name != "step":
+                    writer.add_scalar(f"{group}/{name}", value, line["step"])
 
         yield draw
 

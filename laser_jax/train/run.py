@@ -31,10 +31,7 @@ _log = logging.getLogger(__name__)
 
 def train(config: Config) -> dict[str, Any]:
     """Runs or resumes the training that `config` describes, in this process or in all that
-    `join_processes` has joined.
-
-    Returns:
-        What `results.json` holds; see `write_results`.
+    `join_processes` has joined. Returns what `results.json` holds.
 
     Raises:
         ConfigError, DataError, HFError, TokenizationError, CheckpointError,

@@ -57,15 +57,12 @@ class Inputs:
     """What a run reads."""
 
     sources: list[Source]
-    model: Path | None
-    """The directory of the weights; None for a model from scratch."""
+    model: Path | None  # the directory of the weights; None for a model from scratch
     backbone: BackboneConfig
     tokenizer: Tokenizer
     prompts: PromptTokenizer
-    test: BeirDataset | None
-    """The split that is ranked at the end."""
-    dev: BeirDataset | None
-    """The split that is ranked while training: the latent view alone, over the same documents."""
+    test: BeirDataset | None  # ranked at the end
+    dev: BeirDataset | None  # ranked while training: the latent view alone, the same documents
 
     def ranked(self, data: DataConfig) -> dict[str, BeirDataset]:
         """The splits that are ranked, by their names."""
@@ -85,13 +82,11 @@ class Run:
     teacher_variables: Variables | None
     programs: StepPrograms
     checkpoints: Checkpoints
-    origin: dict[str, Any]
-    """What every checkpoint says of where it comes from: config, code and fingerprints."""
+    origin: dict[str, Any]  # in every checkpoint: config, code and fingerprints
     log: StepLog
     evaluations: StepLog
     encoder: TrainedEncoder
-    batches_from: Callable[[int], Iterable[Batch]]
-    """This process's rows of the batches after a step."""
+    batches_from: Callable[[int], Iterable[Batch]]  # this process's rows of those after a step
 
 
 def set_up(config: Config, stack: ExitStack) -> tuple[Run, TrainState]:
@@ -275,9 +270,8 @@ def _open_logs(
     lines = {line["step"]: line for line in logged_lines(path, start)}
     if last := meta.get("metrics"):
         lines[last["step"]] = last
-    log = StepLog(path, [lines[step] for step in sorted(lines)])
-    evaluations = StepLog(path.with_name("evaluations.jsonl"), meta.get("evaluations", []))
-    for draw in open_boards(config, start, stack):
-        log.show.append(partial(draw, "train"))
-        evaluations.show.append(partial(draw, "dev"))
-    return log, evaluations
+    boards, ranked = open_boards(config, start, stack), meta.get("evaluations", [])
+    return (
+        StepLog(path, [lines[s] for s in sorted(lines)], [partial(b, "train") for b in boards]),
+        StepLog(path.with_name("evaluations.jsonl"), ranked, [partial(b, "dev") for b in boards]),
+    )

@@ -63,10 +63,8 @@ class StopSignal:
     def interrupting(self) -> Iterator[None]:
         """Around work that may be dropped half-way, such as start-up and evaluation.
 
-        Not in a distributed run, where the others would wait for this process.
-
-        Raises:
-            StopRequested: at once when a signal came before, and as soon as one comes.
+        Not in a distributed run, where the others would wait for this process. Raises a
+        StopRequested at once when a signal came before, and as soon as one comes.
         """
         outer = self._interrupt
         self._interrupt = not self._distributed

@@ -20,13 +20,11 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class DataSheet:
-    """What a data sheet says. `kind` is part of jax's `device_kind`."""
+    """What a data sheet says."""
 
-    kind: str
-    tflops: float
-    """Peak of dense bfloat16 matmuls, in 1e12 FLOP/s."""
-    memory: int | None = None
-    """Bytes, of TPUs, which can be compiled for where they are not."""
+    kind: str  # a part of jax's `device_kind`
+    tflops: float  # peak of dense bfloat16 matmuls, in 1e12 FLOP/s
+    memory: int | None = None  # bytes, of TPUs, which can be compiled for where they are not
 
 
 DATA_SHEETS = (
@@ -67,16 +65,11 @@ def peak_flops(config: Config, device: Device) -> float | None:
 class Reading:
     """What one step reads, over all devices."""
 
-    rows: float
-    """Queries, documents and explicit inputs."""
-    tokens: float
-    """Without padding."""
-    token_pairs: float
-    """Pairs of a position and one that it attends to, itself included."""
-    selected: float
-    """Positions whose state is used."""
-    thoughts: float
-    """Soft tokens."""
+    rows: float  # queries, documents and explicit inputs
+    tokens: float  # without padding
+    token_pairs: float  # of a position and one that it attends to, itself included
+    selected: float  # positions whose state is used
+    thoughts: float  # soft tokens
 
 
 def forward_flops(backbone: BackboneConfig, reading: Reading) -> float:
@@ -100,13 +93,6 @@ def forward_flops(backbone: BackboneConfig, reading: Reading) -> float:
     return matmuls + attention
 
 
-def step_flops(backbone: BackboneConfig, reading: Reading, *, trains_base: bool) -> float:
-    """Forward and backward: the backward pass costs as much as the forward for the gradient of the
-    activations, and as much again for that of the weights where they are trained. Adapters and what
-    is computed twice to save memory are not counted."""
-    return forward_flops(backbone, reading) * (3 if trains_base else 2)
-
-
 def reading_of(config: Config, tokens: float, token_pairs: float) -> Reading:
     """What a step of `config` reads, once its tokens are counted."""
     B, objective = config.train.batch_size, config.objective
@@ -124,14 +110,26 @@ def reading_of(config: Config, tokens: float, token_pairs: float) -> Reading:
     )
 
 
+def step_flops(
+    config: Config, backbone: BackboneConfig, tokens: float, token_pairs: float
+) -> float | None:
+    """Forward and backward: the backward pass costs as much as the forward for the gradient of the
+    activations, and as much again for that of the weights where they are trained. Adapters and what
+    is computed twice to save memory are not counted. None beside a frozen teacher, which reads
+    without a backward pass."""
+    if config.objective.teacher is not None:
+        return None
+    forward = forward_flops(backbone, reading_of(config, tokens, token_pairs))
+    return forward * (3 if config.lora is None else 2)
+
+
 class Meter:
     """Rates between two log lines, by the clock. What was said to be `spent` elsewhere (compiling,
     evaluating) does not count."""
 
     def __init__(self, config: Config, backbone: BackboneConfig, devices: list[Device]):
         self._config, self._backbone = config, backbone
-        # a frozen teacher reads without a backward pass, which the formula does not know
-        peak = None if config.objective.teacher else peak_flops(config, devices[0])
+        peak = peak_flops(config, devices[0])
         self._peak = peak and peak * len(devices)
         self._steps: list[Terms] = []
         self._since = time.monotonic()
@@ -154,8 +152,7 @@ class Meter:
             "queries_per_second": steps * self._config.train.batch_size / seconds,
             "tokens_per_second": tokens / seconds,
         }
-        if self._peak:
-            reading = reading_of(self._config, tokens / steps, pairs / steps)
-            flops = step_flops(self._backbone, reading, trains_base=self._config.lora is None)
+        flops = step_flops(self._config, self._backbone, tokens / steps, pairs / steps)
+        if self._peak and flops:
             rates["mfu"] = flops * steps / seconds / self._peak
         return rates
