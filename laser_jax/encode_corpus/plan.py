@@ -21,7 +21,7 @@ from laser_jax.encode_corpus.documents import Corpus, Fields, Located, Place
 from laser_jax.evaluate.beir import EvalQuery
 from laser_jax.files.durable import read_state
 from laser_jax.files.reading import DataError
-from laser_jax.search.repeated_ids import RepeatedIds, id_hash
+from laser_jax.search.repeated_ids import RepeatedIds
 from laser_jax.search.vectors import Role, VectorsInfo
 
 PLAN_FILE = "plan.json"
@@ -121,6 +121,10 @@ def make_plan(corpus: Corpus, settings: Settings, folder: Path) -> Plan:
             without an instruction.
     """
     shards = []
+
+    def placed() -> Iterator[tuple[str, str]]:
+        return ((located.item.id, located.where) for located in corpus.read())
+
     with RepeatedIds(folder) as repeated:
         for shard, documents in _shards(corpus, settings.shard_documents):
             shards.append(shard)
@@ -128,12 +132,13 @@ def make_plan(corpus: Corpus, settings: Settings, folder: Path) -> Plan:
                 if settings.texts == "queries":
                     query_instruction(located, settings.instruction)
                 repeated.add(located.item.id)
-        suspects = repeated.hashes()
-    if not shards:
-        raise DataError(f"{corpus.files[0]}: holds no {settings.texts}")
-    skipped = corpus.bad_lines  # before the second reading passes over them again
-    if suspects:
-        _refuse_repeated(corpus, suspects)
+        if not shards:
+            raise DataError(f"{corpus.files[0]}: holds no {settings.texts}")
+        skipped = corpus.bad_lines  # before a second reading passes over them again
+        for id_, where, first in repeated.found(placed):
+            raise DataError(
+                f"{where}: id {id_!r} stands here a second time, the first is at {first}"
+            )
     return Plan(settings, tuple(path.name for path in corpus.files), skipped, tuple(shards))
 
 
@@ -147,20 +152,6 @@ def _shards(corpus: Corpus, size: int) -> Iterator[tuple[PlannedShard, list[Loca
             begin = shard[-1].end
             progress.update(len(shard))
             shard.clear()
-
-
-def _refuse_repeated(corpus: Corpus, suspects: set[int]) -> None:
-    """Raises a DataError on the first id that stands twice, among those with these hashes."""
-    first: dict[str, str] = {}
-    for located in corpus.read():
-        id_ = located.item.id
-        if id_hash(id_) in suspects:
-            if id_ in first:
-                raise DataError(
-                    f"{located.where}: id {id_!r} stands here a second time, the first is at "
-                    f"{first[id_]}"
-                )
-            first[id_] = located.where
 
 
 def read_planned(corpus: Corpus, shard: PlannedShard, name: str) -> list[Located]:

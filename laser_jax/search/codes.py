@@ -8,21 +8,15 @@ no scale beside it: float16 and int8 rows are brought back to length 1 when they
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 Code = Literal["float32", "float16", "int8", "binary"]
-CODES: tuple[Code, ...] = get_args(Code)
 
 Vectors = TypeVar("Vectors", np.ndarray, jax.Array)
-
-
-def storage_dtype(code: Code) -> np.dtype:
-    """What the numbers of a coded row are."""
-    return np.dtype(np.uint8 if code == "binary" else code)
 
 
 def require_matrix(name: str, vectors: np.ndarray) -> None:
@@ -43,7 +37,7 @@ def encode_vectors(vectors_CD: np.ndarray, code: Code) -> np.ndarray:
         vectors_CD: float32 unit rows.
 
     Returns:
-        [C, W] of `storage_dtype(code)`.
+        [C, W] of the code's dtype, uint8 for binary.
 
     Raises:
         ValueError: on rows that are not float32 of length 1 (to 1e-3), and on a width that is no

@@ -4,9 +4,9 @@ Letters: Q queries, C documents, M documents of a chunk, n blocks of B documents
 D model, W stored width of a document (`laser_jax.search.codes`), k results, P devices.
 
 Every document has a rank: its place in `trec_order` of the whole corpus. A ranking goes by score,
-descending, then by rank. Every device scores its own rows of each chunk and keeps a running top k;
-the lists are gathered and merged once, at the end. The top k of the parts is taken inside
-`shard_map`, since a top_k over a sharded axis has been wrong (jax#19271) and slow (xla#25487).
+descending, then by rank. Every device keeps a running top k of its rows of each chunk; the lists
+are merged once, at the end. The top k of the parts is taken inside `shard_map`, since a top_k over
+a sharded axis has been wrong (jax#19271) and slow (xla#25487).
 """
 
 from __future__ import annotations
@@ -24,17 +24,10 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from laser_jax.data.schema import as_strings
-from laser_jax.search.codes import (
-    Code,
-    decode_vectors,
-    encode_vectors,
-    require_matrix,
-    storage_dtype,
-)
+from laser_jax.search.codes import Code, decode_vectors, encode_vectors, require_matrix
 from laser_jax.search.trec import Run, trec_order
 
-DEFAULT_CHUNK = 32_768
-DEFAULT_QUERY_BLOCK = 1_024
+DEFAULT_CHUNK, DEFAULT_QUERY_BLOCK = 32_768, 1_024
 NO_RANK = np.iinfo(np.int32).max
 """The rank of a row that only fills a chunk up."""
 _CUTTABLE = 128
@@ -42,8 +35,6 @@ _CUTTABLE = 128
 
 Chunk = tuple[np.ndarray, np.ndarray]
 """Rows of documents [M, W] and their ranks [M] int32, ascending."""
-Lists = tuple[jax.Array, jax.Array]
-"""Scores and ranks [P, Q, k] of the best that each device has seen."""
 
 
 def device_mesh(devices: Sequence[Any] | None = None) -> Mesh:
@@ -72,7 +63,7 @@ def _top_of_chunk(scores_QM: jax.Array, ranks_M: jax.Array, k: int) -> tuple[jax
     Long chunks are cut into blocks, of which only the k with the largest maxima are looked into:
     the top k lie in them, since each block before another holds a document before any of its own.
     One block more is taken, as rows that fill up, which come last, may raise the maximum of a block
-    with documents before them. All scores are read once, for the maxima.
+    with documents before them.
     """
     Q, M = scores_QM.shape
     k = min(k, M)
@@ -133,14 +124,10 @@ def _add_chunk(
 def _merge_devices(
     best_PQk: jax.Array, ranks_PQk: jax.Array, *, mesh: Mesh
 ) -> tuple[jax.Array, jax.Array]:
-    P, Q, k = best_PQk.shape
-    everywhere = NamedSharding(mesh, PartitionSpec())
-
-    def lists(x_PQk: jax.Array) -> jax.Array:
-        gathered = jax.lax.with_sharding_constraint(x_PQk, everywhere)
-        return gathered.transpose(1, 0, 2).reshape(Q, P * k)
-
-    return _first_k(lists(best_PQk), lists(ranks_PQk), k)
+    _, Q, k = best_PQk.shape
+    whole = NamedSharding(mesh, PartitionSpec())
+    lists = jax.lax.with_sharding_constraint((best_PQk, ranks_PQk), whole)
+    return _first_k(*(x_PQk.transpose(1, 0, 2).reshape(Q, -1) for x_PQk in lists), k)
 
 
 # --- on the host -------------------------------------------------------------------------------
@@ -153,13 +140,8 @@ def _filled(chunk: Chunk, rows: int) -> Chunk:
     if spare == 0:
         return chunk
     xp: Any = np if isinstance(codes_MW, np.ndarray) else jnp
-    zeros_sW = xp.zeros((spare, codes_MW.shape[1]), codes_MW.dtype)
-    filled_MW = xp.concatenate([codes_MW, zeros_sW])
-    return filled_MW, np.concatenate([ranks_M, np.full(spare, NO_RANK, np.int32)])
-
-
-def _rounded_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+    filled_MW = xp.pad(codes_MW, ((0, spare), (0, 0)))
+    return filled_MW, np.pad(ranks_M, (0, spare), constant_values=NO_RANK)
 
 
 def _pieces(chunks: Iterable[Chunk], most: int, devices: int) -> Iterator[tuple[int, Chunk]]:
@@ -170,9 +152,8 @@ def _pieces(chunks: Iterable[Chunk], most: int, devices: int) -> Iterator[tuple[
     for codes_MW, ranks_M in chunks:
         count = max(-(-len(codes_MW) // most), 1)
         rows = max(rows, -(-len(codes_MW) // count))
-        length = _rounded_up(rows, _CUTTABLE * devices)
-        if length > most:
-            length = _rounded_up(rows, devices)
+        cuttable, equal = (-(-rows // of) * of for of in (_CUTTABLE * devices, devices))
+        length = cuttable if cuttable <= most else equal
         for start in range(0, len(codes_MW), rows or 1):
             yield length, (codes_MW[start : start + rows], ranks_M[start : start + rows])
 
@@ -187,19 +168,18 @@ def exact_top_k(
     chunk: int = DEFAULT_CHUNK,
     query_block: int = DEFAULT_QUERY_BLOCK,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k documents of largest dot product for every query, exactly; ties by the lower rank.
+    """The k documents of largest dot product for every query, exactly; ties, of float32 scores as
+    computed, by the lower rank.
 
     Documents stream from the host: at most two pieces of `chunk` rows and [query_block, chunk]
-    scores are on the devices at a time, however long the corpus is. Equal scores are those that are
-    equal in float32 as computed; a product may round differently at another place.
+    scores are on the devices at a time, however long the corpus is.
 
     Args:
         queries_QD: float32.
         chunks: the corpus, coded as `code`; every rank from 0 to C - 1 once. A chunk may end with
             rows that are no documents, of rank `NO_RANK`.
         code: how the rows are stored; scores are those of the decoded rows.
-        mesh: any mesh of this process; the rows of a piece are split over all its devices. None
-            takes the first device.
+        mesh: any mesh of this process, which splits the rows; None takes the first device.
         chunk, query_block: the most documents, by all devices together, and queries at a time.
 
     Returns:
@@ -218,7 +198,10 @@ def exact_top_k(
     mesh = device_mesh(jax.local_devices()[:1]) if mesh is None else mesh
     split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     blocks = _query_blocks(queries_QD, query_block, mesh)
-    best = [_empty_lists((mesh.size, len(block_QD), k), split) for block_QD in blocks]
+    shapes = [(mesh.size, len(block_QD), k) for block_QD in blocks]
+    # one pair of arrays a block, as each is donated
+    empty = [(np.full(s, -np.inf, np.float32), np.full(s, NO_RANK, np.int32)) for s in shapes]
+    best = jax.device_put(empty, split)
     count = 0
     with jax.set_mesh(mesh):  # the caller's program may have set another
         for length, piece in _pieces(chunks, chunk, mesh.size):
@@ -238,27 +221,22 @@ def exact_top_k(
     return scores_Qk[: len(queries_QD), :count], ranks_Qk[: len(queries_QD), :count]
 
 
-def _empty_lists(shape_PQk: tuple[int, int, int], split: NamedSharding) -> Lists:
-    scores, ranks = np.full(shape_PQk, -np.inf, np.float32), np.full(shape_PQk, NO_RANK, np.int32)
-    return jax.device_put(scores, split), jax.device_put(ranks, split)
-
-
 def _query_blocks(queries_QD: np.ndarray, most: int, mesh: Mesh) -> list[jax.Array]:
     """The queries in blocks of one length, on every device; the last is filled up with zeros."""
-    Q, D = queries_QD.shape
+    Q = len(queries_QD)
     length = min(most, Q) or 1
-    filled_QD = np.concatenate([queries_QD, np.zeros((-Q % length, D), np.float32)])
+    filled_QD = np.pad(queries_QD, ((0, -Q % length), (0, 0)))
     whole = NamedSharding(mesh, PartitionSpec())
     return [jax.device_put(filled_QD[s : s + length], whole) for s in range(0, Q, length)]
 
 
 def _check_documents(queries_QD: np.ndarray, codes_MW: np.ndarray, code: Code) -> None:
     D = queries_QD.shape[1]
-    width = D // 8 if code == "binary" else D
-    if codes_MW.dtype != storage_dtype(code) or codes_MW.shape[1:] != (width,):
+    dtype, width = ("uint8", D // 8) if code == "binary" else (code, D)
+    if codes_MW.dtype != dtype or codes_MW.shape[1:] != (width,):
         raise ValueError(
-            f"documents must be {storage_dtype(code)} of width {width} ({code}, queries of "
-            f"width {D}), got {codes_MW.dtype} of shape {codes_MW.shape}"
+            f"documents must be {dtype} of width {width} ({code}, queries of width {D}), "
+            f"got {codes_MW.dtype} of shape {codes_MW.shape}"
         )
     if code == "binary":
         return
@@ -279,16 +257,9 @@ def rescored(
     *,
     code: Code = "float32",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The first k of each query's candidates, by scores of better vectors. Runs on the host.
-
-    Args:
-        queries_QD: float32.
-        chunks: the corpus again, coded as `code`.
-        ranks_Qn: the candidates, as `exact_top_k` gives them.
-
-    Returns:
-        scores float32 and ranks int32, each [Q, min(k, n)], best first, ties by the lower rank.
-    """
+    """The first k of each query's candidates `ranks_Qn`, by scores of better vectors, on the host:
+    scores float32 and ranks int32, each [Q, min(k, n)], best first, ties by the lower rank.
+    `chunks` is the corpus again, coded as `code`."""
     scores_Qn = np.full(ranks_Qn.shape, -np.inf, np.float32)
     for codes_MW, ranks_M in chunks:
         if len(ranks_M) == 0:
@@ -299,11 +270,9 @@ def rescored(
             if len(rows_iW):
                 rows_iD = decode_vectors(rows_iW, code)
                 scores_Qn[query, here_n] = rows_iD @ queries_QD[query]
-    order_Qn = np.lexsort((ranks_Qn, -scores_Qn), axis=1)[:, :k]
-    return (
-        np.take_along_axis(scores_Qn, order_Qn, axis=1),
-        np.take_along_axis(ranks_Qn, order_Qn, axis=1),
-    )
+    order_Qk = np.lexsort((ranks_Qn, -scores_Qn), axis=1)[:, :k]
+    take = partial(np.take_along_axis, indices=order_Qk, axis=1)
+    return take(scores_Qn), take(ranks_Qn)
 
 
 def _check_rows(name: str, embeddings: np.ndarray, ids: Sequence[str]) -> None:
@@ -334,7 +303,7 @@ class StoredCorpus:
 
 
 class SearchSettings(TypedDict, total=False):
-    """How `search` and `search_chunks` search; each may be left out."""
+    """How to search."""
 
     code: Code
     """Search with documents coded so; coarser than stored, it is an approximation."""
@@ -360,9 +329,7 @@ def search_chunks(
         raise ValueError(f"k must be at least 1, got {k}")
     for query, ids in excluded.items():
         if isinstance(ids, str):
-            raise ValueError(
-                f"excluded[{query!r}] must be a list or set of ids, not the text {ids!r}"
-            )
+            raise ValueError(f"excluded[{query!r}] must be a list or set of ids, not {ids!r}")
     ranked_ids, stored = corpus.ranked_ids, corpus.stored
     code, oversample = settings.get("code", stored), settings.get("oversample", 0)
     known = {document for ids in excluded.values() for document in ids}.intersection(ranked_ids)
@@ -385,10 +352,9 @@ def search_chunks(
     if oversample:
         scores_Qk, ranks_Qk = rescored(queries_QD, corpus.read(), ranks_Qk, depth, code=stored)
     run: Run = {}
-    for query, scores_k, ranks_k in zip(
-        query_ids, scores_Qk.tolist(), ranks_Qk.tolist(), strict=True
-    ):
-        ranked = [(ranked_ids[int(r)], s) for r, s in zip(ranks_k, scores_k, strict=True)]
+    rankings = zip(query_ids, scores_Qk.tolist(), ranks_Qk.tolist(), strict=True)
+    for query, scores_k, ranks_k in rankings:
+        ranked = [(ranked_ids[r], s) for r, s in zip(ranks_k, scores_k, strict=True)]
         run[query] = dict([(d, s) for d, s in ranked if d not in removed[query]][:k])
     return run
 
@@ -402,9 +368,7 @@ def search(
     excluded: Mapping[str, Collection[str]],
     **settings: Unpack[SearchSettings],
 ) -> Run:
-    """The top k documents of every query, without the excluded ones.
-
-    Exclusions are taken out before the cut, so a query still gets k documents where there are k.
+    """The top k documents of every query, without the excluded ones, which leave before the cut.
 
     Args:
         query_embeddings: [Q, D] float32.
@@ -428,15 +392,12 @@ def search(
     _check_rows("query", query_embeddings, query_ids)
     _check_rows("document", doc_embeddings, doc_ids)
     order_C = trec_order(doc_ids)
-
-    C, chunk = len(order_C), settings.get("chunk", DEFAULT_CHUNK)
-    rows = -(-C // max(-(-C // chunk), 1)) or 1
+    pieces = max(-(-len(order_C) // settings.get("chunk", DEFAULT_CHUNK)), 1)
 
     def read() -> Iterator[Chunk]:
         # in pieces, so that the permuted corpus is never a second copy
-        for start in range(0, C, rows):
-            places_M = order_C[start : start + rows]
-            yield doc_embeddings[places_M], np.arange(start, start + len(places_M), dtype=np.int32)
+        for ranks_M in np.array_split(np.arange(len(order_C), dtype=np.int32), pieces):
+            yield doc_embeddings[order_C[ranks_M]], ranks_M
 
-    corpus = StoredCorpus(read, [doc_ids[int(i)] for i in order_C])
+    corpus = StoredCorpus(read, [doc_ids[i] for i in order_C.tolist()])
     return search_chunks(query_embeddings, corpus, query_ids, k, excluded, **settings)

@@ -25,11 +25,8 @@ _LINE = re.compile(r"\s*(\S+)\s+\S+\s+(\S.*?)\s+([0-9]+)\s+(\S+)\s+\S+\s*", re.A
 
 
 def rank_documents(scores: Mapping[str, float]) -> list[str]:
-    """The documents of one query in trec_eval's order.
-
-    Raises:
-        ValueError: when a score is NaN, which has no place in any order.
-    """
+    """The documents of one query in trec_eval's order. Raises a ValueError on a score that is NaN,
+    which has no place in any order."""
     with np.errstate(over="ignore"):  # a C float overflows to infinity as well
         values = np.fromiter(scores.values(), np.float64, len(scores)).astype(np.float32)
     if np.isnan(values).any():
@@ -40,19 +37,19 @@ def rank_documents(scores: Mapping[str, float]) -> list[str]:
 
 
 def trec_order(doc_ids: Sequence[str]) -> np.ndarray:
-    """The permutation [C] int64 that puts documents in descending order of their ids.
-
-    trec_eval breaks ties by the larger id. On documents in this order, breaking them by the lower
-    index is the same, also where the tie straddles the cut.
-    """
+    """The permutation [C] int64 that puts documents in descending order of their ids. On documents
+    in this order ties go to the lower index, also where the tie straddles the cut."""
     return np.array(sorted(range(len(doc_ids)), key=doc_ids.__getitem__, reverse=True), np.int64)
 
 
-def document_id_fault(document: str) -> str | None:
-    """Why an id cannot stand in a TREC run or a table of judgements; None when it can.
+def query_id_fault(query: str) -> str | None:
+    """Why an id cannot stand in a TREC run; None when it can."""
+    return None if re.fullmatch(r"\S+", query, re.ASCII) else "is empty or holds blanks"
 
-    Blanks inside an id are allowed (BRIGHT has them); tabs separate columns.
-    """
+
+def document_id_fault(document: str) -> str | None:
+    """Why an id cannot stand in a TREC run or a table of judgements; None when it can. Blanks
+    inside are allowed (BRIGHT has them); tabs separate columns."""
     if not document:
         return "is empty"
     if re.search(r"[\t\r\n]", document):
@@ -64,7 +61,6 @@ def document_id_fault(document: str) -> str | None:
 
 def read_trec_run(path: str | Path) -> Run:
     """Reads a TREC run, plain or .gz: `qid Q0 docid rank score tag`, where docid may hold blanks.
-
     The rank is not used: trec_eval orders by the score.
 
     Raises:
@@ -98,9 +94,8 @@ def read_trec_run(path: str | Path) -> Run:
 
 
 def write_trec_run(run: Run, path: str | Path, tag: str) -> None:
-    """Writes a TREC run in trec_eval's order, ranks from 1, scores with all their digits.
-
-    A query without documents leaves no line, so it is not in the run that is read back.
+    """Writes a TREC run in trec_eval's order, ranks from 1, scores with all their digits. A query
+    without documents leaves no line, so it is not in the run that is read back.
 
     Raises:
         ValueError: on a query id or tag with a blank, a document id that would not be read back
@@ -108,25 +103,20 @@ def write_trec_run(run: Run, path: str | Path, tag: str) -> None:
         OSError: the file cannot be written; what stood there stays.
     """
     for name in (*run, tag):
-        if re.fullmatch(r"\S+", name, re.ASCII) is None:
-            raise ValueError(f"{name!r} cannot stand in a TREC run: it is empty or holds blanks")
-    for query, scores in run.items():
-        for document in scores:
-            if fault := document_id_fault(document):
-                raise ValueError(
-                    f"document id {document!r} of query {query!r} cannot stand in a TREC run: it "
-                    f"{fault}"
-                )
-    rankings = {query: rank_documents(scores) for query, scores in run.items()}
-    with (
-        written_whole(Path(path)) as part,
-        part.open("w", encoding="utf-8", newline="\n") as file,
-    ):
-        for query, ranking in rankings.items():
-            for rank, document in enumerate(ranking, start=1):
-                # repr of a float is the shortest text that reads back as the same double
-                score = repr(float(run[query][document]))
-                file.write(f"{query} Q0 {document} {rank} {score} {tag}\n")
+        if fault := query_id_fault(name):
+            raise ValueError(f"{name!r} cannot stand in a TREC run: it {fault}")
+    for query, document in ((query, d) for query, scores in run.items() for d in scores):
+        if fault := document_id_fault(document):
+            of = f"document id {document!r} of query {query!r}"
+            raise ValueError(f"{of} cannot stand in a TREC run: it {fault}")
+    lines = (
+        # repr of a float is the shortest text that reads back as the same double
+        f"{query} Q0 {document} {rank} {float(scores[document])!r} {tag}\n"
+        for query, scores in run.items()
+        for rank, document in enumerate(rank_documents(scores), start=1)
+    )
+    with written_whole(Path(path)) as part, part.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(lines)
 
 
 def read_excluded(path: str | Path) -> dict[str, tuple[str, ...]]:
@@ -149,23 +139,18 @@ def read_excluded(path: str | Path) -> dict[str, tuple[str, ...]]:
         if not line.strip():
             continue
         if path.suffix == ".jsonl":
-            query, documents = _excluded_of(line, where)
+            row = parse_json(line.encode(), where)
+            if not isinstance(row, dict) or not isinstance(row.get("_id"), str):
+                raise DataError(f"{where}: wanted an object with a string '_id', got {line!r}")
+            query, documents = row["_id"], excluded_ids(row, where)
         else:
-            fields = line.rstrip("\r\n").split("\t")
-            if len(fields) != 2:
+            query, *documents = line.rstrip("\r\n").split("\t")
+            if len(documents) != 1:
                 raise DataError(
                     f"{where}: wanted query-id and corpus-id with a tab between, got {line!r}"
                 )
-            query, documents = fields[0], (fields[1],)
         excluded[query] = (*excluded.get(query, ()), *documents)
     return excluded
-
-
-def _excluded_of(line: str, where: str) -> tuple[str, tuple[str, ...]]:
-    row = parse_json(line.encode(), where)
-    if not isinstance(row, dict) or not isinstance(row.get("_id"), str):
-        raise DataError(f"{where}: wanted an object with a string '_id', got {line!r}")
-    return row["_id"], excluded_ids(row, where)
 
 
 def excluded_ids(row: dict[str, Any], where: str) -> tuple[str, ...]:
