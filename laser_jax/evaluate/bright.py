@@ -13,9 +13,8 @@ ignored, `reasoning` too: it was written by people who knew the gold documents.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,14 +23,14 @@ from laser_jax.evaluate.beir import (
     BeirDataset,
     Document,
     EvalQuery,
+    id_field,
     json_object,
     judged_split,
-    require_document_id,
-    require_query_id,
+    parquet_rows,
     text_field,
     unique,
 )
-from laser_jax.files.reading import DataError, import_pyarrow, json_lines, parse_json
+from laser_jax.files.reading import DataError, json_lines, parse_json
 
 # The domains in the order of BRIGHT's tables, each with its task in words. The words are those of
 # the table in LaSER's released evaluator (github.com/ignorejjj/LaSER at d490a81,
@@ -73,8 +72,6 @@ _FILE = re.compile(
 _NO_EXCLUSION = "N/A"
 
 T = TypeVar("T")
-_Row = dict[str, Any] | bytes
-"""An object, or the line that should hold one."""
 
 
 def is_bright(directory: str | Path) -> bool:
@@ -84,7 +81,7 @@ def is_bright(directory: str | Path) -> bool:
 
 @dataclass(frozen=True)
 class BrightCopy:
-    """A local copy, and what of it is read."""
+    """A local copy, and what of it is read: `documents` and `queries` are its folders."""
 
     directory: Path
     long_documents: bool = False
@@ -94,12 +91,10 @@ class BrightCopy:
 
     @property
     def documents(self) -> str:
-        """The folder of the documents."""
         return "long_documents" if self.long_documents else "documents"
 
     @property
     def queries(self) -> str:
-        """The folder of the queries."""
         return self.rewrites or EXAMPLES
 
     def domains(self, names: str) -> list[str]:
@@ -121,10 +116,8 @@ class BrightCopy:
             for folder in folders:
                 _files(folder, domain)
         if not wanted:
-            raise FileNotFoundError(
-                f"{self.directory}: no domain has a file in both {self.documents} and "
-                f"{self.queries}"
-            )
+            both = f"{self.documents} and {self.queries}"
+            raise FileNotFoundError(f"{self.directory}: no domain has a file in both {both}")
         return _in_order(wanted)
 
     def read(self, domain: str) -> BeirDataset:
@@ -132,8 +125,7 @@ class BrightCopy:
         out, as it is by BRIGHT's own code and by mteb.
 
         Raises:
-            FileNotFoundError: a file is missing; names the domains, or the rewrites, that are
-                there.
+            FileNotFoundError: a file is missing; names the domains, or the rewrites, there are.
             DataError: a missing column, a row of another form, a gold document that the corpus
                 lacks or that is excluded too, an id that stands twice, or an empty file; the corpus
                 lacks every excluded document.
@@ -173,14 +165,11 @@ def _in_order(domains: Iterable[str]) -> list[str]:
 
 
 def _document(row: dict[str, Any], where: str) -> Document:
-    document = Document(text_field(row, "id", where), text_field(row, "content", where))
-    require_document_id(document.id, where)
-    return document
+    return Document(id_field(row, "id", where, "document"), text_field(row, "content", where))
 
 
 def _query(row: dict[str, Any], where: str, instruction: str) -> EvalQuery:
-    id_, text = text_field(row, "id", where), text_field(row, "query", where)
-    require_query_id(id_, where)
+    id_, text = id_field(row, "id", where, "query"), text_field(row, "query", where)
     excluded = tuple(i for i in _ids(row, "excluded_ids", where) if i != _NO_EXCLUSION)
     return EvalQuery(id_, text, instruction=instruction, excluded_ids=excluded)
 
@@ -235,7 +224,7 @@ def _read(
     """("file:line", what `parse` makes of it) of every row of a domain's file or shards."""
     files = _files(folder, domain)
     rows = [
-        (where, parse(json_object(row, where) if isinstance(row, bytes) else row, where))
+        (where, parse(json_object(row, where), where))
         for file in files
         for where, row in _rows(file, columns)
     ]
@@ -244,35 +233,14 @@ def _read(
     return rows
 
 
-def _rows(file: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, _Row]]:
-    """("file:line" or the like, row) of a file."""
+def _rows(file: Path, columns: tuple[str, ...]) -> Iterable[tuple[str, Any]]:
+    """("file:line" or "file, row n", row or its line) of a file."""
     if file.suffix == ".parquet":
-        return _parquet_rows(file, columns)
-    return _list_rows(file) if _is_list(file) else json_lines(file)
-
-
-def _is_list(file: Path) -> bool:
-    with file.open("rb") as opened:  # no .gz begins with a bracket
-        return opened.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-
-
-def _list_rows(file: Path) -> Iterator[tuple[str, _Row]]:
-    for number, row in enumerate(parse_json(file.read_bytes(), file), start=1):
-        # what is no object goes on as a line, whose parser says so
-        yield f"{file}, row {number}", row if isinstance(row, dict) else json.dumps(row).encode()
-
-
-def _parquet_rows(file: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, _Row]]:
-    pyarrow = import_pyarrow(file)
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(file) as opened:
-            names = opened.schema_arrow.names
-            if missing := [column for column in columns if column not in names]:
-                raise DataError(f"{file}: no column {missing[0]!r}; the columns are {names}")
-            for batch in opened.iter_batches(columns=list(columns)):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{file}, row {number}", row
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{file}: cannot be read after row {number}: {error}") from error
+        numbered = parquet_rows(file, columns, columns)
+    else:
+        with file.open("rb") as opened:  # no .gz begins with a bracket
+            is_list = opened.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        if not is_list:
+            return json_lines(file)
+        numbered = enumerate(parse_json(file.read_bytes(), file), start=1)
+    return ((f"{file}, row {number}", row) for number, row in numbered)
