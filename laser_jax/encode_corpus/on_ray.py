@@ -1,8 +1,8 @@
 """The shards of a plan, spread over a Ray cluster.
 
-Plain actors, since a shard is a task of its own that ends in a file: nothing but its number and its
-counts travels, and there is no dataset for Ray Data to move. An actor holds the model; where its
-process or machine dies, Ray starts it again and gives it the shard once more.
+Plain actors, since a shard is a task of its own that ends in a file, and there is no dataset for
+Ray Data to move. An actor holds the model; where its process or machine dies, Ray starts it again
+and gives it the shard once more.
 """
 
 from __future__ import annotations
@@ -31,14 +31,10 @@ class RayError(ValueError):
 
 
 class Worker:
-    """An actor."""
+    """An actor: number `index` of a run. The paths of its config begin in `folder`, which need not
+    be there if they are absolute."""
 
     def __init__(self, config: CorpusConfig, folder: str = ".", index: int = 0):
-        """
-        Args:
-            folder: where the paths of `config` begin; it need not be there if they are absolute.
-            index: counts the workers of a run.
-        """
         with suppress(OSError):
             os.chdir(folder)
         directory = CorpusDirectory(config.output)
@@ -51,8 +47,7 @@ class Worker:
         self._encoder = ShardEncoder(config, read_plan(directory.path), directory)
 
     def encode(self, number: int) -> tuple[int, str, Shard]:
-        """Encodes a shard. Returns which worker did it and in which process, and the
-        shard's entry of the manifest."""
+        """Encodes a shard. Returns which worker did it, in which process, and its entry."""
         shard = self._encoder.encode(number)
         process = f"process {os.getpid()} on {socket.gethostname()}: {self._encoder.device}"
         return self._index, process, shard
@@ -111,16 +106,6 @@ def _start(ray: Any, wanted: RayConfig) -> None:
             _log.warning("%s: some workers wait for more", message)
 
 
-def _environment(wanted: RayConfig) -> dict[str, str]:
-    """What keeps a worker to its share. XLA takes all cores for its threads and, on a GPU, three
-    quarters of the memory, whatever Ray was told."""
-    return {
-        "NPROC": str(wanted.cpus),  # the number of XLA's threads on the CPU
-        "XLA_PYTHON_CLIENT_PREALLOCATE": os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "false"),
-        **({} if wanted.gpus else {"JAX_PLATFORMS": "cpu"}),
-    }
-
-
 def _spread(
     ray: Any,
     config: CorpusConfig,
@@ -130,24 +115,27 @@ def _spread(
 ) -> None:
     from ray.util import ActorPool
 
+    # XLA takes all cores for its threads (NPROC on the CPU) and, on a GPU, three quarters of the
+    # memory, whatever Ray was told.
+    preallocate = "XLA_PYTHON_CLIENT_PREALLOCATE"
+    environment = {"NPROC": str(wanted.cpus), preallocate: os.environ.get(preallocate, "false")}
     actor = ray.remote(Worker).options(
         num_cpus=wanted.cpus,
         num_gpus=wanted.gpus,
         max_restarts=_RESTARTS,
         max_task_retries=_RESTARTS,
-        runtime_env={"env_vars": _environment(wanted)},
+        runtime_env={"env_vars": environment | ({} if wanted.gpus else {"JAX_PLATFORMS": "cpu"})},
     )
     count = min(wanted.workers, len(missing))
     workers = ActorPool([actor.remote(config, os.getcwd(), index) for index in range(count)])
-    encoded = workers.map_unordered(
-        lambda worker, number: worker.encode.remote(number), list(missing)
-    )
     processes: dict[int, str] = {}
-    for worker, process, shard in encoded:
-        before = processes.get(worker, process)
-        if before != process:
+    for worker, process, shard in workers.map_unordered(
+        lambda worker, number: worker.encode.remote(number), list(missing)
+    ):
+        before = processes.get(worker)
+        if before not in (None, process):
             _log.warning("a worker died and was started again: %s", before)
-        if worker not in processes or before != process:
+        if before != process:
             _log.info("worker: %s", process)
         processes[worker] = process
         done(shard)
