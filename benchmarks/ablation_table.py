@@ -15,7 +15,12 @@ from benchmarks.measure import BenchmarkError, Report, markdown_table
 from laser_jax.config import load_retriever_config
 from laser_jax.evaluate.results import PER_QUERY_FILE, QueryScores, read_per_query
 from laser_jax.evaluate.retrieval import EXPLICIT, latent
-from laser_jax.evaluate.significance import grouped_bootstrap, paired_bootstrap
+from laser_jax.evaluate.significance import (
+    RESAMPLES,
+    Interval,
+    paired_bootstrap,
+    paired_differences,
+)
 
 METRICS = ("nDCG@10", "Hit@1", "Recall@100")
 COMPARED = ("nDCG@10", "Hit@1")
@@ -76,6 +81,27 @@ def over_seeds(values: Values) -> dict[str, Any]:
     means = {seed: float(np.mean(list(queries.values()))) for seed, queries in values.items()}
     spread = float(np.std(list(means.values()), ddof=1)) if len(means) > 1 else None
     return {"mean": float(np.mean(list(means.values()))), "std": spread, "per_seed": means}
+
+
+def grouped_bootstrap(
+    a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], *, confidence: float = 0.95
+) -> Interval:
+    """As `paired_bootstrap`, but whole groups of queries are drawn again as well (Davison and
+    Hinkley 1997, section 3.8): G groups with replacement, then queries within each that was drawn.
+    With a group a training seed, the interval also holds what another training would change, as
+    far as a handful of groups can show it. Every group weighs the same."""
+    if len(a) != len(b) or not a:
+        raise ValueError(f"the same groups are wanted, at least one: got {len(a)} and {len(b)}")
+    groups = [paired_differences(x, y, RESAMPLES) for x, y in zip(a, b, strict=True)]
+    rng = np.random.default_rng(0)
+    drawn_RG = rng.integers(0, len(groups), (RESAMPLES, len(groups)))
+    means_RG = np.empty(drawn_RG.shape)
+    for group, difference_Q in enumerate(groups):
+        chosen_RG, Q = drawn_RG == group, len(difference_Q)
+        means_RG[chosen_RG] = difference_Q[rng.integers(0, Q, (chosen_RG.sum(), Q))].mean(axis=1)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means_RG.mean(axis=1), [tail, 1 - tail])
+    return Interval(float(np.mean([d.mean() for d in groups])), float(low), float(high))
 
 
 def paired_difference(ours: Values, theirs: Values) -> dict[str, Any] | None:
@@ -154,12 +180,8 @@ def fill(
     done: Mapping[str, Mapping[int, Path]],
     split: str,
 ) -> None:
-    """Compares what is finished.
-
-    Args:
-        titles: row -> title and the view by which it is judged.
-        done: row -> seed -> its run.
-    """
+    """Compares what is finished: `titles` are row -> title and the view by which it is judged,
+    `done` row -> seed -> its run."""
     results = {row: read_result(*titles[row], runs, split) for row, runs in done.items() if runs}
     report.rows = [summarise(row, results) for row in results]
     report.notes += commits_told({row: result.code for row, result in results.items()})

@@ -7,13 +7,9 @@ from itertools import product
 import numpy as np
 import pytest
 
+from benchmarks.ablation_table import grouped_bootstrap
 from laser_jax.evaluate import significance
-from laser_jax.evaluate.significance import (
-    grouped_bootstrap,
-    holm,
-    paired_bootstrap,
-    permutation_p_value,
-)
+from laser_jax.evaluate.significance import holm, paired_bootstrap, permutation_p_value
 
 RNG = np.random.default_rng(0)
 A = RNG.random(40).tolist()

@@ -60,12 +60,11 @@ def plot_quality_by_steps(
     metric: str,
     stem: Path,
 ) -> None:
-    """Draws a metric against K, with other runs as level lines.
+    """Draws a metric against K to `stem`.svg.
 
     Args:
         curves: name -> K -> value.
         levels: name -> value, of runs without a K (the explicit view and its control).
-        stem: the file is this with .svg.
     """
     with _drawn(stem) as axes:
         for name, by_steps in curves.items():
@@ -93,13 +92,8 @@ class LatencyPoint:
 def plot_latency_quality(
     series: Mapping[str, Sequence[LatencyPoint]], metric: str, stem: Path
 ) -> None:
-    """Draws a metric against the time of a query.
-
-    Args:
-        series: name -> its points, joined in the order given. A point alone is a square, which the
-            legend names.
-        stem: the file is this with .svg.
-    """
+    """Draws a metric against the time of a query to `stem`.svg. The points of a series are joined
+    in the order given; a point alone is a square, which the legend names."""
     with _drawn(stem) as axes:
         for name, points in series.items():
             times, qualities = ([p.milliseconds for p in points], [p.quality for p in points])
