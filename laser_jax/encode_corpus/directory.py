@@ -66,42 +66,33 @@ class CorpusDirectory:
 
     def open_plan(self, corpus: Corpus, settings: Settings) -> Plan:
         """The plan that is there, once settings and corpus are found to be the same; or a new one.
-
         Of several processes that find none, one makes it and the others wait (where the file system
-        has locks; elsewhere each makes the same).
-
-        Raises:
-            OutputError: the directory belongs to other settings or to another program.
-            DataError: the corpus is another, or cannot be used.
-        """
+        has locks; elsewhere each makes the same). Raises an OutputError where the directory belongs
+        to other settings or another program, and a DataError where the corpus is another or bad."""
 
         def changed(plan: dict[str, Any]) -> list[Change]:
             return changes(plan["settings"], settings, source=PLAN_FILE)
 
+        stamp, seen = _stamp(corpus), self._work / _CORPUS_FILE
         with Claim(self._output, PLAN_FILE, changed, alone=True, shared=True) as claim:
             if claim.recorded is None:
-                self._make_plan(claim, corpus, settings)
+                self._work.mkdir(exist_ok=True)
+                plan = make_plan(corpus, settings, self._work)
+                if _stamp(corpus) != stamp:
+                    raise DataError(f"{corpus.files[0]}: the corpus was changed while it was read")
+                write_atomically(seen, json.dumps(stamp))
+                claim.record(plan_text(plan))
         plan = read_plan(self.path)
         if self.is_finished:
             self._open_again_if_damaged(plan)
         if not self.is_finished:
             self._work.mkdir(exist_ok=True)
         # Reading all of a corpus is only worth its time where the files look changed.
-        stamp, seen = _stamp(corpus), self._work / _CORPUS_FILE
         if read_state(seen, list) != stamp:
             require_same_corpus(corpus, plan)
             with suppress(FileNotFoundError):  # a finished directory has no such folder
                 write_atomically(seen, json.dumps(stamp))
         return plan
-
-    def _make_plan(self, claim: Claim, corpus: Corpus, settings: Settings) -> None:
-        self._work.mkdir(exist_ok=True)
-        stamp = _stamp(corpus)
-        plan = make_plan(corpus, settings, self._work)
-        if _stamp(corpus) != stamp:
-            raise DataError(f"{corpus.files[0]}: the corpus was changed while it was read")
-        write_atomically(self._work / _CORPUS_FILE, json.dumps(stamp))
-        claim.record(plan_text(plan))
 
     # --- shards --------------------------------------------------------------------------------
 

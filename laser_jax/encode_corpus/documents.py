@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from laser_jax.evaluate.beir import (
+    BEIR_FIELDS,
     Document,
     EvalQuery,
+    Fields,
     json_object,
     parquet_rows,
     parse_document,
@@ -23,15 +25,6 @@ from laser_jax.search.vectors import Role
 
 _BEIR = {"documents": "corpus.jsonl", "queries": "queries.jsonl"}
 _KINDS = ((".jsonl", ".jsonl.gz"), (".parquet",))
-
-
-@dataclass(frozen=True)
-class Fields:
-    """The names of a document's fields, or columns. The title's may be absent."""
-
-    id: str = "_id"
-    text: str = "text"
-    title: str = "title"
 
 
 @dataclass(frozen=True)
@@ -66,10 +59,11 @@ class Corpus:
         path: str | Path,
         *,
         texts: Role = "documents",
-        fields: Fields | None = None,
+        fields: Fields = BEIR_FIELDS,
         skipped: Callable[[str], object] | None = None,
     ):
-        """Looks for the files; reads none.
+        """Looks for the files; reads none. Raises a FileNotFoundError or DataError where there is
+        nothing to be read.
 
         Args:
             path: a .jsonl, .jsonl.gz or .parquet; or a directory: of BEIR (corpus.jsonl or
@@ -77,9 +71,6 @@ class Corpus:
             texts: whether rows are documents (`fields`) or BEIR's queries.
             skipped: is given the message of every bad line or row, which is then left out; None
                 makes them errors.
-
-        Raises:
-            FileNotFoundError, DataError: there is nothing to be read.
         """
         self.files = _files(Path(path), texts)
         self.bad_lines = 0
@@ -87,21 +78,15 @@ class Corpus:
         self._parse: Callable[[dict[str, Any], str], Document | EvalQuery] = parse_query
         self._columns, self._needed = {"_id", "text", "instruction"}, ["_id", "text"]
         if texts == "documents":
-            names = vars(fields or Fields())
-            self._parse = partial(parse_document, **{f"{key}_key": n for key, n in names.items()})
-            self._columns, self._needed = {*names.values()}, [names["id"], names["text"]]
+            self._parse = partial(parse_document, fields=fields)
+            self._columns, self._needed = {*vars(fields).values()}, [fields.id, fields.text]
         self._open: tuple[int, BinaryIO] | None = None
 
     def read(self, start: Place | None = None) -> Iterator[Located]:
-        """The documents from `start` on, to the end of the last file.
-
-        One read at a time: the next one begins where this one's file is open, since what a .gz
-        holds before a place has to be unpacked.
-
-        Raises:
-            DataError: a line or row is no document, and is not to be skipped, or a file is
-                damaged; names both.
-        """
+        """The documents from `start` on, to the end of the last file. One read at a time: the next
+        one begins where this one's file is open, since what a .gz holds before a place has to be
+        unpacked. Raises a DataError where a line or row is no document, and is not to be skipped,
+        or a file is damaged."""
         start = start or Place()
         for number in range(start.file, len(self.files)):
             rows = self._rows if self.files[number].suffix == ".parquet" else self._lines
@@ -155,10 +140,9 @@ def _files(path: Path, texts: Role) -> list[Path]:
             raise DataError(f"{path}: a .jsonl, .jsonl.gz or .parquet is wanted")
         for role, of_role in names.items():
             if role != texts and path.name in of_role:
-                raise DataError(
-                    f"{path}: a file of this name holds {role}, and {texts} are wanted: encode it "
-                    f"with --texts {role}, or give it another name"
-                )
+                way_out = f"encode it with --texts {role}, or give it another name"
+                held = f"a file of this name holds {role}, and {texts} are wanted"
+                raise DataError(f"{path}: {held}: {way_out}")
         return [path]
     directory = path if path.is_dir() else path.parent
     if not path.is_dir() and path.name not in [split_of(p.name) for p in directory.glob("*")]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import socket
 from collections.abc import Callable
@@ -30,6 +31,8 @@ from laser_jax.inference.retriever import EncodingStats, LatentRetriever, requir
 from laser_jax.search.codes import encode_vectors
 from laser_jax.search.vectors import Role, Shard, VectorsInfo, shard_name, write_shard
 from laser_jax.settings import changes, kinds_of, listed, require, require_in
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,12 +108,9 @@ class CorpusConfig(EncoderOptions):
 
 def settings_of(config: CorpusConfig) -> Settings:
     """Reads what the vectors depend on from the model's files, a tensor at a time. What can be told
-    to fail is refused here, as no other settings may follow in a directory that has a plan.
-
-    Raises:
-        FileNotFoundError, ValueError: the model's directory cannot be used, or not with these
-            settings; names the file or the setting.
-    """
+    to fail is refused here, as no other settings may follow in a directory that has a plan. Raises
+    a FileNotFoundError or ValueError where the model's directory cannot be used, or not with these
+    settings."""
     directory, model = resolve_directory(config.model), config.retriever_config()
     prompts = PromptTokenizer(load_tokenizer(directory), model.prompt)
     require_matching(model, prompts)
@@ -157,11 +157,16 @@ def identity(model: RetrieverConfig, prompts: PromptTokenizer, weights: str) -> 
     return hash_of(made_by), hash_of(tokenization_settings(prompts))
 
 
-def open_corpus(config: CorpusConfig, on_bad_line: Callable[[str], object]) -> Corpus:
-    """The corpus of `config`. `on_bad_line` is given the message of every line that is skipped."""
-    skipped = on_bad_line if config.skip_bad_lines else None
-    fields = Fields(*config.fields)
-    return Corpus(config.input, texts=config.texts, fields=fields, skipped=skipped)
+def open_corpus(config: CorpusConfig, shown: int = 0) -> Corpus:
+    """The corpus of `config`. Of the lines that are skipped the first `shown` are logged."""
+
+    def skip(message: str) -> None:
+        if corpus.bad_lines <= shown:
+            _log.warning("skipped: %s", message)
+
+    fields, skipped = Fields(*config.fields), skip if config.skip_bad_lines else None
+    corpus = Corpus(config.input, texts=config.texts, fields=fields, skipped=skipped)
+    return corpus
 
 
 # --- encoding ----------------------------------------------------------------------------------
@@ -176,7 +181,7 @@ class ShardEncoder:
         """Loads the model. Raises a FileNotFoundError or ValueError where it cannot be used, or
         what was loaded is not the model of the plan."""
         self._config, self._plan, self._directory = config, plan, directory
-        self._corpus = open_corpus(config, lambda message: None)  # the plan has shown and counted
+        self._corpus = open_corpus(config)
         weights = Digest()
         self.retriever = LatentRetriever.from_options(config, seen=weights)
         encoder, prompts = self.retriever.encoder, self.retriever.prompts
@@ -184,9 +189,8 @@ class ShardEncoder:
         if changed := changes(as_dict(plan.settings.info), info, source=PLAN_FILE):
             raise DataError(
                 f"{config.model}, as {socket.gethostname()} has loaded it, is not the model that "
-                f"{directory.path} was begun with:\n  {listed(changed)}\n"
-                "It was changed in the meantime, or this machine has another copy there. Bring "
-                "the former one back, or choose another --output"
+                f"{directory.path} was begun with:\n  {listed(changed)}\nIt was changed, or this "
+                "machine has another copy. Bring the former one back, or choose another --output"
             )
         devices = encoder.mesh.size if encoder.mesh else 1
         self.device = f"{devices} x {jax.local_devices()[0].device_kind}"
@@ -199,13 +203,8 @@ class ShardEncoder:
 
     def encode(self, number: int, watch: Callable[[EncodingStats], object] | None = None) -> Shard:
         """Writes a shard, whole or not at all, and records it. `watch` is called after every batch
-        with the shard's counts up to there.
-
-        Raises:
-            DataError: the corpus is not the one that the plan was made of, or a vector is not
-                finite; names the document.
-            OSError: the disk is full or the like; no part of the shard is left.
-        """
+        with the shard's counts up to there. Raises a DataError where the corpus is not the one that
+        the plan was made of, or a vector is not finite, and an OSError where the disk is full."""
         name, info = shard_name(number), self._plan.settings.info
         documents = read_planned(self._corpus, self._plan.shards[number], name)
         stats = EncodingStats(watch=watch)

@@ -86,16 +86,12 @@ def encode_on_ray(
 
 def _start(ray: Any, wanted: RayConfig) -> None:
     """Joins the cluster, or starts one."""
-    if wanted.address is not None:
-        ray.init(address=wanted.address, logging_level="warning")
-    else:
+    how: dict[str, Any] = {"address": wanted.address}
+    if wanted.address is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(
-            num_cpus=wanted.workers * wanted.cpus,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            logging_level="warning",
-        )
+        how = {"num_cpus": wanted.workers * wanted.cpus, "include_dashboard": False}
+        how["object_store_memory"] = _OBJECT_STORE_BYTES
+    ray.init(logging_level="warning", **how)
     found = ray.cluster_resources()
     for kind, each in (("CPU", wanted.cpus), ("GPU", wanted.gpus)):
         there, all_want = found.get(kind, 0), each * wanted.workers

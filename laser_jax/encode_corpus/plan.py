@@ -103,12 +103,8 @@ def query_instruction(located: Located, given: str | None) -> str:
 
 def make_plan(corpus: Corpus, settings: Settings, folder: Path) -> Plan:
     """Cuts a corpus into shards. Reads all of it once, a shard at a time; a temporary file in
-    `folder` takes 8 bytes a document.
-
-    Raises:
-        DataError: no document; an id that stands twice, with both places; a bad line; a query
-            without an instruction.
-    """
+    `folder` takes 8 bytes a document. Raises a DataError on no document, an id that stands twice, a
+    bad line, or a query without an instruction."""
     shards = []
 
     def placed() -> Iterator[tuple[str, str]]:

@@ -16,6 +16,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,10 +53,7 @@ class Progress:
         self._began = time.monotonic()
         self._tokens = self._documents = 0  # in shards that this run has finished
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
         self._bar.close()
 
     def batch(self, stats: EncodingStats) -> None:
@@ -87,21 +85,10 @@ class Progress:
 
 def encode_corpus(config: CorpusConfig) -> bool:
     """Encodes the shards that `config` asks for and that are not there yet. Returns whether the
-    directory is finished: all shards are there, whoever made them.
-
-    Raises:
-        ValueError, OSError, ImportError: bad input, with file and line; a directory of another
-            model, K, prompt or corpus, with what differs; a full disk.
-    """
+    directory is finished: all shards are there, whoever made them. Raises a ValueError, OSError or
+    ImportError on bad input, a directory of another model, K, prompt or corpus, or a full disk."""
     settings, directory = settings_of(config), CorpusDirectory(config.output)
-    shown: list[str] = []
-
-    def show(message: str) -> None:
-        if len(shown) < _SHOWN_BAD_LINES:
-            shown.append(message)
-            _log.warning("skipped: %s", message)
-
-    with open_corpus(config, show) as corpus:
+    with open_corpus(config, _SHOWN_BAD_LINES) as corpus:
         plan = directory.open_plan(corpus, settings)
     bad_lines = f", {plan.skipped:,} bad lines left out" if plan.skipped else ""
     cut = f"{plan.count:,} {config.texts} in {len(plan.shards):,} shards{bad_lines}"
@@ -139,7 +126,7 @@ def _encode(
 ) -> None:
     """Encodes the shards `missing` of those that are this run's."""
     total, left = (sum(plan.shards[n].count for n in numbers) for numbers in (mine, missing))
-    with Progress(total - left, left) as progress:
+    with closing(Progress(total - left, left)) as progress:
         try:
             if config.ray is not None:
                 from laser_jax.encode_corpus.on_ray import encode_on_ray

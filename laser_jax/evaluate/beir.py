@@ -31,6 +31,18 @@ _TREC_JUDGEMENT = re.compile(r"\s*(\S+)\s+\S+\s+(\S.*?)\s+(\S+)\s*", re.ASCII)
 
 
 @dataclass(frozen=True)
+class Fields:
+    """The names of a document's fields, or columns. The title's may be absent."""
+
+    id: str = "_id"
+    text: str = "text"
+    title: str = "title"
+
+
+BEIR_FIELDS = Fields()
+
+
+@dataclass(frozen=True)
 class Document:
     """A document: its title, a blank and its text, or the text alone where there is no title."""
 
@@ -98,14 +110,9 @@ def json_object(row: Any, where: str) -> dict[str, Any]:
 def parquet_rows(
     path: Path, columns: Collection[str], needed: Sequence[str], start: int = 0, hint: str = ""
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (number, row) from row `start` on, with those of `columns` that the file has, in
-    memory that does not grow with it. Rows count from 1.
-
-    Raises:
-        DataError: one of the columns `needed` is missing, to which `hint` is added, or the file is
-            damaged.
-        ImportError: pyarrow is not installed.
-    """
+    """Yields (number from 1, row) behind row `start`, with those of `columns` that the file has, in
+    memory that does not grow with it. Raises a DataError where one of the columns `needed` is
+    missing (then with the `hint`) or the file is damaged, and as `import_pyarrow`."""
     pyarrow, number = import_pyarrow(path), start
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -125,9 +132,8 @@ def parquet_rows(
                     yield number, row
                 left = max(left - batch.num_rows, 0)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(
-            f"{path}: cannot be read after row {number}, not a whole Parquet file: {error}"
-        ) from error
+        fault = f"cannot be read after row {number}, not a whole Parquet file"
+        raise DataError(f"{path}: {fault}: {error}") from error
 
 
 def _read_json_lines(
@@ -135,10 +141,8 @@ def _read_json_lines(
 ) -> dict[str, D]:
     """What `parse` makes of the rows of a file, by their ids."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: a BEIR directory holds corpus.jsonl, queries.jsonl and "
-            "qrels/<split>.tsv"
-        )
+        wanted = "corpus.jsonl, queries.jsonl and qrels/<split>.tsv"
+        raise FileNotFoundError(f"{path} is missing: a BEIR directory holds {wanted}")
     rows = ((where, parse(json_object(line, where), where)) for where, line in json_lines(path))
     return unique(rows, kind)
 
@@ -161,17 +165,10 @@ def _optional_text(row: dict[str, Any], key: str, where: str) -> str | None:
     return None if row.get(key) is None else text_field(row, key, where)
 
 
-def parse_document(
-    row: dict[str, Any],
-    where: str,
-    *,
-    id_key: str = "_id",
-    text_key: str = "text",
-    title_key: str = "title",
-) -> Document:
-    """A row as a document, whose title may be absent, or a DataError that begins with `where`."""
-    id_, text = id_field(row, id_key, where, "document"), text_field(row, text_key, where)
-    title = _optional_text(row, title_key, where)
+def parse_document(row: dict[str, Any], where: str, fields: Fields = BEIR_FIELDS) -> Document:
+    """A row as a document, or a DataError that begins with `where`."""
+    id_, text = id_field(row, fields.id, where, "document"), text_field(row, fields.text, where)
+    title = _optional_text(row, fields.title, where)
     return Document(id_, f"{title} {text}" if title else text)
 
 
@@ -206,12 +203,8 @@ def unique(rows: Iterable[tuple[str, D]], kind: str) -> dict[str, D]:
 
 
 def read_corpus(directory: str | Path) -> list[Document]:
-    """Reads `corpus.jsonl`, in its order. Fields other than _id, title and text are ignored.
-
-    Raises:
-        FileNotFoundError: when the file is missing.
-        DataError: on a line that is no document, an id that stands twice, or an empty file.
-    """
+    """Reads `corpus.jsonl`, in its order; unknown fields are ignored. Raises a FileNotFoundError,
+    and a DataError on a line that is no document, an id that stands twice, or an empty file."""
     path = Path(directory) / "corpus.jsonl"
     documents = _read_json_lines(path, parse_document, "document")
     if not documents:
@@ -231,13 +224,9 @@ def read_queries(directory: str | Path) -> dict[str, EvalQuery]:
 def read_qrels_file(path: str | Path) -> Qrels:
     """Reads judgements, plain or .gz. A name that ends in `.tsv` or `.tsv.gz` is BEIR's form: a
     header, then query id, document id and grade between tabs. Any other is trec_eval's:
-    `qid iter docid grade`, without a header; docid may hold blanks.
-
-    Raises:
-        FileNotFoundError: when the file is missing.
-        DataError: on a missing header, a line of another form, a grade that is no integer, or
-            two grades for one pair (the same line twice is accepted).
-    """
+    `qid iter docid grade`, without a header; docid may hold blanks. Raises a FileNotFoundError, and
+    a DataError on a missing header, a line of another form, a grade that is no integer, or two
+    grades for one pair."""
     beir = Path(path).name.removesuffix(".gz").endswith(".tsv")
     judgement = _beir_judgement if beir else _trec_judgement
     qrels: Qrels = {}
@@ -254,11 +243,9 @@ def read_qrels_file(path: str | Path) -> Qrels:
         if value is None:
             raise DataError(f"{where}: the score must be an integer, got {grade!r}")
         grades = qrels.setdefault(query, {})
-        if grades.setdefault(document, value) != value:
-            raise DataError(
-                f"{where}: query {query!r} and document {document!r} have score "
-                f"{grades[document]} above and {grade} here"
-            )
+        if (before := grades.setdefault(document, value)) != value:
+            pair = f"query {query!r} and document {document!r}"
+            raise DataError(f"{where}: {pair} have score {before} above and {grade} here")
     if not qrels:
         raise DataError(f"{path}: holds no judgement")
     return qrels
@@ -297,13 +284,9 @@ def judged_split(
     *,
     refuse_excluded: bool = True,
 ) -> BeirDataset:
-    """The dataset of those queries that are judged, with the ids that match nothing counted.
-    `where` is the directory that the message names; `refuse_excluded` makes it an error that no
-    excluded document is in the corpus.
-
-    Raises:
-        DataError: no judged document, no relevant one or no excluded one is in the corpus.
-    """
+    """The dataset of those queries that are judged, with the ids that match nothing counted. Raises
+    a DataError, which names the directory `where`, if no judged document is in the corpus, no
+    relevant one or, to `refuse_excluded`, no excluded one."""
     known = {document.id for document in documents}
     judged = dict.fromkeys(document for grades in qrels.values() for document in grades)
     relevant = dict.fromkeys(d for ds in qrels.values() for d, grade in ds.items() if grade >= 1)
@@ -324,12 +307,9 @@ def read_beir(directory: str | Path, split: str) -> BeirDataset:
     """Reads one split of a BEIR directory; of the queries, those that have qrels in it.
 
     A judged document that the corpus lacks (ArguAna has some) stays in the qrels, as it does for
-    trec_eval, and counts as never retrieved. Ids that match nothing are counted (`judged_split`).
-
-    Raises:
-        FileNotFoundError: when a file is missing.
-        DataError: when a file cannot be used, a judged query is not in queries.jsonl, or no
-            judged document is in corpus.jsonl.
+    trec_eval, and counts as never retrieved. Raises a FileNotFoundError when a file is missing, and
+    a DataError when one cannot be used, a judged query is not in queries.jsonl, and as
+    `judged_split`.
     """
     qrels, queries = read_qrels(directory, split), read_queries(directory)
     if unknown := [id_ for id_ in qrels if id_ not in queries]:

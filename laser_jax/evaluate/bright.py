@@ -31,36 +31,27 @@ from laser_jax.evaluate.beir import (
     unique,
 )
 from laser_jax.files.reading import DataError, json_lines, parse_json
+from laser_jax.search.trec import id_list
 
 # The domains in the order of BRIGHT's tables, each with its task in words. The words are those of
 # the table in LaSER's released evaluator (github.com/ignorejjj/LaSER at d490a81,
 # src/eval/run_mteb.py, run_bright), kept to the letter; docs/evaluation.md says what else is known.
+_POST = "Given a {} post, retrieve relevant passages that help answer the post."
+_PROBLEM = "Given a {} problem, retrieve relevant {} that help answer the problem."
+_PONY = "question about pony program language"
 INSTRUCTIONS: dict[str, str] = {
     "biology": "Given a post, retrieve relevant passages that help answer the post.",
     "earth_science": "Given a post, retrieve relevant passages that help answer the post.",
-    "economics": "Given a economics post, retrieve relevant passages that help answer the post.",
-    "psychology": "Given a psychology post, retrieve relevant passages that help answer the post.",
-    "robotics": "Given a robotics post, retrieve relevant passages that help answer the post.",
-    "stackoverflow": (
-        "Given a stackoverflow post, retrieve relevant passages that help answer the post."
-    ),
-    "sustainable_living": (
-        "Given a sustainable_living post, retrieve relevant passages that help answer the post."
-    ),
-    "leetcode": (
-        "Given a coding problem, retrieve relevant examples that help answer the problem."
-    ),
-    "pony": (
-        "Given a question about pony program language, retrieve relevant passages that help "
-        "answer the question."
-    ),
-    "aops": "Given a Math problem, retrieve relevant examples that help answer the problem.",
-    "theoremqa_questions": (
-        "Given a Math problem, retrieve relevant examples that help answer the problem."
-    ),
-    "theoremqa_theorems": (
-        "Given a Math problem, retrieve relevant theorems that help answer the problem."
-    ),
+    "economics": _POST.format("economics"),
+    "psychology": _POST.format("psychology"),
+    "robotics": _POST.format("robotics"),
+    "stackoverflow": _POST.format("stackoverflow"),
+    "sustainable_living": _POST.format("sustainable_living"),
+    "leetcode": _PROBLEM.format("coding", "examples"),
+    "pony": f"Given a {_PONY}, retrieve relevant passages that help answer the question.",
+    "aops": _PROBLEM.format("Math", "examples"),
+    "theoremqa_questions": _PROBLEM.format("Math", "examples"),
+    "theoremqa_theorems": _PROBLEM.format("Math", "theorems"),
 }
 DOMAINS = tuple(INSTRUCTIONS)
 EXAMPLES = "examples"
@@ -81,7 +72,7 @@ def is_bright(directory: str | Path) -> bool:
 
 @dataclass(frozen=True)
 class BrightCopy:
-    """A local copy, and what of it is read: `documents` and `queries` are its folders."""
+    """A local copy, and what of it is read, from the folders `documents` and `queries`."""
 
     directory: Path
     long_documents: bool = False
@@ -99,12 +90,8 @@ class BrightCopy:
 
     def domains(self, names: str) -> list[str]:
         """The domains that `names` asks for, with commas between, or `all` that are there; in the
-        order of `DOMAINS`.
-
-        Raises:
-            FileNotFoundError: a folder or a domain is missing; names those that are there.
-            DataError: an unknown domain.
-        """
+        order of `DOMAINS`. Raises a FileNotFoundError where a folder or a domain is missing, and a
+        DataError on an unknown one."""
         folders = [self.directory / name for name in (self.documents, self.queries)]
         present = set.intersection(*({m[1] for m in _matches(f).values()} for f in folders))
         wanted = present if names == ALL else {name.strip() for name in names.split(",")}
@@ -126,17 +113,16 @@ class BrightCopy:
 
         Raises:
             FileNotFoundError: a file is missing; names the domains, or the rewrites, there are.
-            DataError: a missing column, a row of another form, a gold document that the corpus
-                lacks or that is excluded too, an id that stands twice, or an empty file; the corpus
-                lacks every excluded document.
+            DataError: a file or a row of another form, an id that stands twice, a gold document
+                that the corpus lacks or that is excluded too; the corpus lacks every excluded one.
             ImportError: Parquet without pyarrow.
         """
         rows = _read(self.directory / self.documents, domain, ("id", "content"), _document)
         documents = unique(rows, "document")
         gold_field = "gold_ids_long" if self.long_documents else "gold_ids"
 
-        def parse(row: dict[str, Any], where: str) -> tuple[EvalQuery, list[str]]:
-            query, gold = _query(row, where, INSTRUCTIONS[domain]), _ids(row, gold_field, where)
+        def parse(row: dict[str, Any], where: str) -> tuple[EvalQuery, tuple[str, ...]]:
+            query, gold = _query(row, where, INSTRUCTIONS[domain]), id_list(row, gold_field, where)
             for id_ in gold:
                 if id_ in query.excluded_ids:
                     raise DataError(f"{where}: document {id_!r} is both gold and excluded")
@@ -170,15 +156,8 @@ def _document(row: dict[str, Any], where: str) -> Document:
 
 def _query(row: dict[str, Any], where: str, instruction: str) -> EvalQuery:
     id_, text = id_field(row, "id", where, "query"), text_field(row, "query", where)
-    excluded = tuple(i for i in _ids(row, "excluded_ids", where) if i != _NO_EXCLUSION)
+    excluded = tuple(i for i in id_list(row, "excluded_ids", where) if i != _NO_EXCLUSION)
     return EvalQuery(id_, text, instruction=instruction, excluded_ids=excluded)
-
-
-def _ids(row: dict[str, Any], key: str, where: str) -> list[str]:
-    ids = row.get(key)
-    if not isinstance(ids, list) or not all(isinstance(id_, str) for id_ in ids):
-        raise DataError(f"{where}: field {key!r} must be a list of strings, got {ids!r}")
-    return ids
 
 
 # --- files -------------------------------------------------------------------------------------

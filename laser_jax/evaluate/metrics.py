@@ -115,20 +115,10 @@ def evaluate_run(
     qrels: Mapping[str, Mapping[str, int]],
     metrics: Sequence[str] = ("nDCG@10", "Recall@100"),
 ) -> dict[str, dict[str, float]]:
-    """The metrics of every query that the run holds and the qrels judge.
-
-    Args:
-        run: query id -> document id -> score.
-        qrels: query id -> document id -> graded relevance. Documents without one count as 0.
-        metrics: NAME@CUTOFF with NAME one of nDCG (linear gain), nDCG_exp (gain 2^grade - 1),
-            Recall, P, MRR, MAP, Hit.
-
-    Returns:
-        Query id, in the order of the run -> metric as named in `metrics` -> value in [0, 1].
-
-    Raises:
-        ValueError: on an unknown metric or a NaN score.
-    """
+    """The metrics of every query that the run holds and the qrels judge: query id, in the order of
+    the run -> metric -> value in [0, 1]. Documents without a grade count as 0. `metrics` are
+    NAME@CUTOFF with NAME one of nDCG (linear gain), nDCG_exp (gain 2^grade - 1), Recall, P, MRR,
+    MAP, Hit. Raises a ValueError on an unknown metric or a NaN score."""
     parsed = {name: _parse_metric(name) for name in metrics}
     per_query = {}
     for query, scores in run.items():

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from laser_jax.command_line import parse_command_line
-from laser_jax.config import ConfigError, pools_prompt
+from laser_jax.config import pools_prompt
 from laser_jax.evaluate import metrics
 from laser_jax.evaluate.beir import BeirDataset, read_beir
 from laser_jax.evaluate.bright import ALL, EXAMPLES, BrightCopy, is_bright
@@ -176,12 +176,11 @@ def evaluate_model(options: ModelOptions) -> dict[str, Evaluation]:
 
 def _is_bright(options: ModelOptions) -> bool:
     bright = is_bright(options.data)
-    if (options.domains != ALL or options.long_documents) and not bright:
-        raise ConfigError(
-            f"domains and long_documents are BRIGHT's, and {options.data} has no folder {EXAMPLES}"
-        )
-    if bright and options.split != "test":
-        raise ConfigError("BRIGHT has no splits: take --split away, or choose --domains")
+    of_bright = options.domains != ALL or options.long_documents
+    lacking = f"and {options.data} has no folder {EXAMPLES}"
+    require(bright or not of_bright, f"domains and long_documents are BRIGHT's, {lacking}")
+    no_split = not bright or options.split == "test"
+    require(no_split, "BRIGHT has no splits: take --split away, or choose --domains")
     return bright
 
 
@@ -192,11 +191,14 @@ def _evaluate(
     inputs = _query_inputs(data, retriever, options)
     documents = [retriever.prompts.document_prompt(d.text) for d in dataset.documents]
     document_rows = [document.ids for document in documents]
-    shortened = {"documents": sum(document.truncated for document in documents)}
-    _log_lengths("documents", document_rows, shortened["documents"])
-    for name, of in inputs.items():
-        shortened[f"queries, {name}"] = of.shortened
-        _log_lengths(f"queries, {name}", of.rows, of.shortened)
+    read = {"documents": (document_rows, sum(document.truncated for document in documents))}
+    read |= {f"queries, {name}": (of.rows, of.shortened) for name, of in inputs.items()}
+    for what, (rows, cut) in read.items():
+        tokens, share = (
+            sum(map(len, rows)) / len(rows),
+            f"{cut:,} shortened ({cut / len(rows):.2%})",
+        )
+        logger.info("%s %s: %.1f tokens each, %s", f"{len(rows):,}", what, tokens, share)
     runs = rank_corpus(
         retriever.encoder,
         document_rows,
@@ -222,7 +224,7 @@ def _evaluate(
         differences=_differences(per_query, config.num_thinking_steps, names),
         milliseconds_per_query=_reading_times(retriever, inputs) if options.measure_time else {},
         writing_milliseconds_per_query=_writing_times(data, runs),
-        shortened=shortened,
+        shortened={what: cut for what, (_, cut) in read.items()},
         id_counts=list(dataset.id_counts),
     )
     draw = partial(_plot, evaluation, inputs) if can_draw() else None
@@ -244,12 +246,6 @@ def _query_inputs(
         texts = {id_: rewrite.text for id_, rewrite in data.rewrites.items()}
         inputs |= rewrite_inputs(prompts, dataset, config, texts)
     return inputs
-
-
-def _log_lengths(what: str, rows: Sequence[list[int]], shortened: int) -> None:
-    tokens = sum(map(len, rows)) / len(rows)
-    share = f"{shortened:,} shortened ({shortened / len(rows):.2%})"
-    logger.info("%s %s: %.1f tokens each, %s", f"{len(rows):,}", what, tokens, share)
 
 
 def _reading_times(

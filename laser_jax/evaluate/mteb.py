@@ -50,19 +50,14 @@ except ImportError as error:
 SCORES_FILE = "scores.json"
 logger = logging.getLogger(__name__)
 
-# Tasks of BRIGHT(v1.1), such as BrightEarthScienceRetrieval, in lower case -> domain. Those of long
-# documents have `Long` before `Retrieval`.
+# Tasks of BRIGHT(v1.1), such as BrightEarthScienceRetrieval, in lower case -> domain.
 _BRIGHT_TASKS = {f"bright{domain.replace('_', '')}retrieval": domain for domain in INSTRUCTIONS}
 BRIGHT_WITH_SUBSETS = ("BrightRetrieval", "BrightLongRetrieval")
 """Tasks of BRIGHT and BRIGHT (long), whose subsets are the domains and which exclude nothing."""
 # The released evaluator takes these from a file that is not released; that of Qwen3-Embedding's
 # evaluation, which it is made from, has this sentence (docs/evaluation.md).
 FOLLOWIR_INSTRUCTION = "Retrieval the relevant passage for the given query"
-FOLLOWIR_TASKS = (
-    "Core17InstructionRetrieval",
-    "News21InstructionRetrieval",
-    "Robust04InstructionRetrieval",
-)
+FOLLOWIR_TASKS = [f"{name}InstructionRetrieval" for name in ("Core17", "News21", "Robust04")]
 
 
 class MtebRetriever(AbsEncoder):
@@ -136,16 +131,12 @@ class MtebRetriever(AbsEncoder):
         texts: list[str] = []
         for batch in inputs:
             if not isinstance(batch, Mapping):
-                raise ValueError(
-                    'batches are wanted whose "text" is a list of strings, as mteb\'s DataLoader '
-                    f"gives them, not a {type(inputs).__name__} of {type(batch).__name__}"
-                )
+                got = f"not a {type(inputs).__name__} of {type(batch).__name__}"
+                wanted = 'batches whose "text" is a list of strings, as of mteb\'s DataLoader'
+                raise ValueError(f"wanted {wanted}, {got}")
             texts += as_strings("text", batch["text"])
-        options: dict[str, Any] = {
-            "batch_size": batch_size,
-            "show_progress_bar": show_progress_bar,
-            "num_thinking_steps": self._steps,
-        }
+        options: dict[str, Any] = {"batch_size": batch_size, "num_thinking_steps": self._steps}
+        options["show_progress_bar"] = show_progress_bar
         if prompt_type == PromptType.document:
             return self._documents(texts, options)
         instruction = self.instruction_of(task_metadata, hf_subset)
@@ -188,7 +179,7 @@ def model_revision(*directories: str | Path) -> str:
 
 
 def _domain_of(task: str) -> str | None:
-    """The domain of a task of BRIGHT(v1.1), of passages or of long documents; None of others."""
+    """The domain of a task of BRIGHT(v1.1), of passages or of `Long` documents; None of others."""
     return _BRIGHT_TASKS.get(task.lower().replace("longretrieval", "retrieval"))
 
 
@@ -229,13 +220,9 @@ def evaluate_task(
     batch_size: int = 64,
     predictions: str | Path | None = None,
 ) -> list[TaskScore]:
-    """Runs a task, and where a task of BRIGHT excludes documents also without exclusions. Gives a
-    score each split and subset.
-
-    Args:
-        output: the folder of mteb's cache; results that are there are not computed again.
-        predictions: a folder for mteb's files of rankings.
-    """
+    """Runs a task, and where a task of BRIGHT excludes documents also without exclusions: a score
+    each split and subset. Results that are in mteb's cache `output` are not computed again; its
+    files of rankings go to the folder `predictions`."""
 
     def run(model: MtebRetriever) -> dict[tuple[str, str], float]:
         result = mteb.evaluate(
@@ -311,10 +298,8 @@ def task_names(tasks: str) -> list[str]:
 
 
 def evaluate(options: MtebOptions) -> dict[str, list[TaskScore]]:
-    """Runs the tasks and writes the output directory, which it holds for the while.
-
-    Returns:
-        Name as asked for -> a score each task, split and subset.
+    """Runs the tasks and writes the output directory, which it holds for the while: name as asked
+    for -> a score each task, split and subset.
 
     Raises:
         OutputError, ConfigError, ValueError, FileNotFoundError: bad input; the message names it.
@@ -323,9 +308,8 @@ def evaluate(options: MtebOptions) -> dict[str, list[TaskScore]]:
     tasks = {name: find_tasks(name) for name in task_names(options.tasks)}
     with Claim(options.output, SCORES_FILE, lambda scores: []) as claim:  # any scores may be there
         model = _load(options)
-        scores: dict[str, list[TaskScore]] = {}
+        scores: dict[str, list[TaskScore]] = {name: [] for name in tasks}
         for name, named in tasks.items():
-            scores[name] = []
             for number, task in enumerate(named, start=1):
                 logger.info("%s, %d of %d", task.metadata.name, number, len(named))
                 batch = options.batch_size

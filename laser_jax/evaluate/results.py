@@ -1,4 +1,4 @@
-"""The directory that an evaluation of a model leaves, written and read.
+"""The directory that an evaluation of a model leaves, written and read:
 
 results.json            scores, differences and what was evaluated
 per_query.tsv           query_id, run and every metric

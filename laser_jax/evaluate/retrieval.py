@@ -78,12 +78,12 @@ def load_retriever(options: EncoderOptions, *num_thinking_steps: int) -> LatentR
 def require_instructions(queries: Iterable[EvalQuery], template: str) -> None:
     """Raises a DataError that names the first query without an instruction, where the template has
     a place for one."""
-    for query in queries:
-        if query.instruction is None and "{instruction}" in template:
-            raise DataError(
-                f"query {query.id} has no instruction: give every line of queries.jsonl an "
-                '"instruction" field; an empty string is allowed'
-            )
+    lacking = [query.id for query in queries if query.instruction is None]
+    if lacking and "{instruction}" in template:
+        way_out = 'give every line of queries.jsonl an "instruction" field'
+        raise DataError(
+            f"query {lacking[0]} has no instruction: {way_out}; an empty string is allowed"
+        )
 
 
 def _other_queries(count: int) -> list[int]:

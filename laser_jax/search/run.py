@@ -1,8 +1,5 @@
-"""Exact search over directories of vectors:
-`python -m laser_jax.search --corpus_vectors DIR --query_vectors DIR --output RUN.trec`.
-
-The corpus is read shard by shard and searched on all devices of this machine.
-"""
+"""Exact search over directories of vectors, shard by shard, on all devices of this machine:
+`python -m laser_jax.search --corpus_vectors DIR --query_vectors DIR --output RUN.trec`."""
 
 from __future__ import annotations
 
@@ -63,10 +60,8 @@ def search_directories(options: SearchOptions) -> Run:
     query_ids = read_ids(options.query_vectors, queries)
     for id_ in query_ids:
         if fault := query_id_fault(id_):
-            raise DataError(
-                f"{options.query_vectors}: query id {id_!r} {fault}, so it cannot stand in a TREC "
-                "run"
-            )
+            fault = f"query id {id_!r} {fault}, so it cannot stand in a TREC run"
+            raise DataError(f"{options.query_vectors}: {fault}")
     shards = read_shards(options.query_vectors, queries)
     queries_QD = np.concatenate([decode_vectors(rows, queries.info.dtype) for _, rows in shards])
     doc_ids = read_ids(options.corpus_vectors, corpus)

@@ -98,26 +98,18 @@ def _add_chunk(
 
     def on_device(best_1Qk, ranks_1Qk, queries_QD, codes_mW, ranks_m):
         documents_mD = decode_vectors(codes_mW, code)
-        # HIGHEST: a TPU or an Ampere GPU would otherwise multiply float32 in bfloat16 or TF32.
-        scores_Qm = jnp.einsum(
-            "qd,md->qm", queries_QD, documents_mD, precision=jax.lax.Precision.HIGHEST
-        )
+        # highest: a TPU or an Ampere GPU would otherwise multiply float32 in bfloat16 or TF32.
+        scores_Qm = jnp.einsum("qd,md->qm", queries_QD, documents_mD, precision="highest")
         k = best_1Qk.shape[2]
-        new_Qk, new_ranks_Qk = _top_of_chunk(scores_Qm, ranks_m, k)
-        best_Qk, ranks_Qk = _first_k(
-            jnp.concatenate([best_1Qk[0], new_Qk], axis=1),
-            jnp.concatenate([ranks_1Qk[0], new_ranks_Qk], axis=1),
-            k,
-        )
+        new = _top_of_chunk(scores_Qm, ranks_m, k)
+        both = zip((best_1Qk[0], ranks_1Qk[0]), new, strict=True)
+        best_Qk, ranks_Qk = _first_k(*(jnp.concatenate(of, axis=1) for of in both), k)
         return best_Qk[None], ranks_Qk[None]
 
     split, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
-    return jax.shard_map(
-        on_device,
-        mesh=mesh,
-        in_specs=(split, split, whole, split, split),
-        out_specs=(split, split),
-    )(best_PQk, ranks_PQk, queries_QD, codes_MW, ranks_M)
+    specs = (split, split, whole, split, split)
+    merge = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=(split, split))
+    return merge(best_PQk, ranks_PQk, queries_QD, codes_MW, ranks_M)
 
 
 @partial(jax.jit, static_argnames="mesh")
@@ -133,29 +125,45 @@ def _merge_devices(
 # --- on the host -------------------------------------------------------------------------------
 
 
-def _filled(chunk: Chunk, rows: int) -> Chunk:
-    """The chunk with rows of zeros behind it that have no rank, where its documents lie."""
-    codes_MW, ranks_M = chunk
-    spare = rows - len(codes_MW)
-    if spare == 0:
-        return chunk
-    xp: Any = np if isinstance(codes_MW, np.ndarray) else jnp
-    filled_MW = xp.pad(codes_MW, ((0, spare), (0, 0)))
-    return filled_MW, np.pad(ranks_M, (0, spare), constant_values=NO_RANK)
+def _checked(chunks: Iterable[Chunk], queries_QD: np.ndarray, code: Code) -> Iterator[Chunk]:
+    """The chunks. Raises a ValueError on one whose documents are not what they should be."""
+    D = queries_QD.shape[1]
+    dtype, width = ("uint8", D // 8) if code == "binary" else (code, D)
+    for codes_MW, ranks_M in chunks:
+        if codes_MW.dtype != dtype or codes_MW.shape[1:] != (width,):
+            raise ValueError(
+                f"documents must be {dtype} of width {width} ({code}, queries of width {D}), "
+                f"got {codes_MW.dtype} of shape {codes_MW.shape}"
+            )
+        # a dot product that leaves float32 would be Inf or NaN, or sort a document behind others
+        both = () if code == "binary" else (queries_QD, codes_MW)
+        peaks = [max(float(a.max(initial=0)), -float(a.min(initial=0))) for a in both]
+        if peaks and not math.prod(peaks) * D < float(np.finfo(np.float32).max):
+            held = "the queries hold numbers up to {:.3g}, the documents up to {:.3g}"
+            raise ValueError(
+                f"dot products may overflow float32: {held.format(*peaks)}; normalise both to "
+                "length 1"
+            )
+        yield codes_MW, ranks_M
 
 
-def _pieces(chunks: Iterable[Chunk], most: int, devices: int) -> Iterator[tuple[int, Chunk]]:
-    """The chunks in pieces of `most` rows at most, each with the length that it is to be filled up
-    to: that of the longest so far, rounded up so that the devices have as many rows each. The
-    pieces of a chunk are about equally long, so that little is filled up."""
+def _pieces(chunks: Iterable[Chunk], most: int, devices: int) -> Iterator[Chunk]:
+    """The chunks in pieces of `most` rows at most. Zeros without a rank fill them up to the length
+    of the longest so far, rounded up so that the devices have as many rows each. The pieces of a
+    chunk are about equally long, so that little is filled up."""
     rows = 0
     for codes_MW, ranks_M in chunks:
         count = max(-(-len(codes_MW) // most), 1)
         rows = max(rows, -(-len(codes_MW) // count))
         cuttable, equal = (-(-rows // of) * of for of in (_CUTTABLE * devices, devices))
         length = cuttable if cuttable <= most else equal
+        xp: Any = np if isinstance(codes_MW, np.ndarray) else jnp  # where the documents lie
         for start in range(0, len(codes_MW), rows or 1):
-            yield length, (codes_MW[start : start + rows], ranks_M[start : start + rows])
+            piece_MW, of_piece_M = codes_MW[start : start + rows], ranks_M[start : start + rows]
+            if spare := length - len(piece_MW):
+                piece_MW = xp.pad(piece_MW, ((0, spare), (0, 0)))
+                of_piece_M = np.pad(of_piece_M, (0, spare), constant_values=NO_RANK)
+            yield piece_MW, of_piece_M
 
 
 def exact_top_k(
@@ -176,9 +184,8 @@ def exact_top_k(
 
     Args:
         queries_QD: float32.
-        chunks: the corpus, coded as `code`; every rank from 0 to C - 1 once. A chunk may end with
-            rows that are no documents, of rank `NO_RANK`.
-        code: how the rows are stored; scores are those of the decoded rows.
+        chunks: the corpus, coded as `code`, whose decoded rows are scored; every rank from 0 to
+            C - 1 once. A chunk may end with rows that are no documents, of rank `NO_RANK`.
         mesh: any mesh of this process, which splits the rows; None takes the first device.
         chunk, query_block: the most documents, by all devices together, and queries at a time.
 
@@ -192,9 +199,8 @@ def exact_top_k(
     queries_QD = np.asarray(queries_QD)
     require_matrix("queries", queries_QD)
     if min(k, chunk, query_block) < 1:
-        raise ValueError(
-            f"k, chunk and query_block must be at least 1, got {k}, {chunk} and {query_block}"
-        )
+        got = f"{k}, {chunk} and {query_block}"
+        raise ValueError(f"k, chunk and query_block must be at least 1, got {got}")
     mesh = device_mesh(jax.local_devices()[:1]) if mesh is None else mesh
     split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     blocks = _query_blocks(queries_QD, query_block, mesh)
@@ -204,10 +210,9 @@ def exact_top_k(
     best = jax.device_put(empty, split)
     count = 0
     with jax.set_mesh(mesh):  # the caller's program may have set another
-        for length, piece in _pieces(chunks, chunk, mesh.size):
-            _check_documents(queries_QD, piece[0], code)
+        for piece in _pieces(_checked(chunks, queries_QD, code), chunk, mesh.size):
             count += int((np.asarray(piece[1]) != NO_RANK).sum())
-            codes_MW, ranks_M = jax.device_put(_filled(piece, length), split)
+            codes_MW, ranks_M = jax.device_put(piece, split)
             jax.block_until_ready(best)  # or the host would put the whole corpus on the devices
             best = [
                 _add_chunk(*lists, block_QD, codes_MW, ranks_M, code=code, mesh=mesh)
@@ -216,8 +221,8 @@ def exact_top_k(
         if count == 0:
             raise ValueError("there is no document to search")
         merged = jax.device_get([_merge_devices(*lists, mesh=mesh) for lists in best])
-    scores_Qk = np.concatenate([np.zeros((0, k), np.float32), *(scores for scores, _ in merged)])
-    ranks_Qk = np.concatenate([np.zeros((0, k), np.int32), *(ranks for _, ranks in merged)])
+    none = np.zeros((0, k), np.float32), np.zeros((0, k), np.int32)  # where there is no query
+    scores_Qk, ranks_Qk = map(np.concatenate, zip(none, *merged, strict=True))
     return scores_Qk[: len(queries_QD), :count], ranks_Qk[: len(queries_QD), :count]
 
 
@@ -228,25 +233,6 @@ def _query_blocks(queries_QD: np.ndarray, most: int, mesh: Mesh) -> list[jax.Arr
     filled_QD = np.pad(queries_QD, ((0, -Q % length), (0, 0)))
     whole = NamedSharding(mesh, PartitionSpec())
     return [jax.device_put(filled_QD[s : s + length], whole) for s in range(0, Q, length)]
-
-
-def _check_documents(queries_QD: np.ndarray, codes_MW: np.ndarray, code: Code) -> None:
-    D = queries_QD.shape[1]
-    dtype, width = ("uint8", D // 8) if code == "binary" else (code, D)
-    if codes_MW.dtype != dtype or codes_MW.shape[1:] != (width,):
-        raise ValueError(
-            f"documents must be {dtype} of width {width} ({code}, queries of width {D}), "
-            f"got {codes_MW.dtype} of shape {codes_MW.shape}"
-        )
-    if code == "binary":
-        return
-    # a dot product that leaves float32 would be Inf or NaN, or sort a document behind all others
-    peaks = [max(float(a.max(initial=0)), -float(a.min(initial=0))) for a in (queries_QD, codes_MW)]
-    if not peaks[0] * peaks[1] * D < float(np.finfo(np.float32).max):
-        raise ValueError(
-            f"dot products may overflow float32: the queries hold numbers up to {peaks[0]:.3g}, "
-            f"the documents up to {peaks[1]:.3g}; normalise both to length 1"
-        )
 
 
 def rescored(
@@ -284,10 +270,9 @@ def _check_rows(name: str, embeddings: np.ndarray, ids: Sequence[str]) -> None:
         raise ValueError(f"{name} id {repeated!r} stands twice")
     broken = ~np.isfinite(embeddings).all(axis=-1)
     if broken.any():
-        raise ValueError(
-            f"the embeddings of {broken.sum()} of {len(ids)} {name} ids are not finite, the first "
-            f"is {ids[int(broken.argmax())]!r}"
-        )
+        which = f"{broken.sum()} of {len(ids)} {name} ids are not finite"
+        first = ids[int(broken.argmax())]
+        raise ValueError(f"the embeddings of {which}, the first is {first!r}")
 
 
 @dataclass(frozen=True)
@@ -371,17 +356,13 @@ def search(
     """The top k documents of every query, without the excluded ones, which leave before the cut.
 
     Args:
-        query_embeddings: [Q, D] float32.
-        doc_embeddings: [C, D] float32, in any order.
-        query_ids, doc_ids: the Q and the C ids.
-        k: documents per query.
+        query_embeddings, doc_embeddings: [Q, D] and [C, D] float32, documents in any order.
         excluded: query id -> ids of documents it must not be given (BRIGHT); ids that are not in
             the corpus are ignored.
         settings: code, oversample, mesh, chunk: see `SearchSettings`.
 
     Returns:
-        A run for `laser_jax.evaluate.metrics`: query id -> document id -> score, best first, ties
-        in trec_eval's order.
+        Query id -> document id -> score, best first, ties in trec_eval's order.
 
     Raises:
         ValueError: on ids that stand twice or do not match the rows, on embeddings that are not

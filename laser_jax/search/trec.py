@@ -61,13 +61,9 @@ def document_id_fault(document: str) -> str | None:
 
 def read_trec_run(path: str | Path) -> Run:
     """Reads a TREC run, plain or .gz: `qid Q0 docid rank score tag`, where docid may hold blanks.
-    The rank is not used: trec_eval orders by the score.
-
-    Raises:
-        FileNotFoundError: when the file is missing.
-        DataError: on a line of another form, a score that is NaN, a document that a query ranks
-            twice, or a file without any line.
-    """
+    The rank is not used: trec_eval orders by the score. Raises a FileNotFoundError, and a DataError
+    on a line of another form, a score that is NaN, a document that a query ranks twice, or a file
+    without any line."""
     run: Run = {}
     for where, line in text_lines(path):
         if not line.strip():
@@ -80,10 +76,8 @@ def read_trec_run(path: str | Path) -> Run:
         if value is None:
             raise DataError(f"{where}: the score must be a number, got {score!r}")
         if math.isnan(value):
-            raise DataError(
-                f"{where}: the score of document {document!r} of query {query!r} is NaN; a ranking "
-                "needs numbers"
-            )
+            of = f"document {document!r} of query {query!r}"
+            raise DataError(f"{where}: the score of {of} is NaN; a ranking needs numbers")
         scores = run.setdefault(query, {})
         if document in scores:
             raise DataError(f"{where}: query {query!r} ranks {document!r} a second time")
@@ -120,17 +114,10 @@ def write_trec_run(run: Run, path: str | Path, tag: str) -> None:
 
 
 def read_excluded(path: str | Path) -> dict[str, tuple[str, ...]]:
-    """Reads which documents a query must not be given: query id -> document ids.
-
-    Args:
-        path: where the name ends in `.jsonl`, a BEIR `queries.jsonl` with BRIGHT's field
-            `excluded_ids`; where it ends in `.tsv`, lines of a query id and a document id with a
-            tab between, without a header.
-
-    Raises:
-        FileNotFoundError: when the file is missing.
-        DataError: on another name, or a line of another form.
-    """
+    """Reads which documents a query must not be given: query id -> document ids. A `.jsonl` is a
+    BEIR `queries.jsonl` with BRIGHT's field `excluded_ids`; a `.tsv` has a query id and a document
+    id with a tab between in each line, without a header. Raises a FileNotFoundError, and a
+    DataError on another name or a line of another form."""
     path = Path(path)
     if path.suffix not in (".jsonl", ".tsv"):
         raise DataError(f"{path}: excluded documents are read from a .jsonl or a .tsv file")
@@ -153,11 +140,14 @@ def read_excluded(path: str | Path) -> dict[str, tuple[str, ...]]:
     return excluded
 
 
+def id_list(row: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
+    """The ids `row[key]`, or a DataError where it is no list of strings."""
+    ids = row.get(key)
+    if not isinstance(ids, list) or not all(isinstance(id_, str) for id_ in ids):
+        raise DataError(f"{where}: field {key!r} must be a list of strings, got {ids!r}")
+    return tuple(ids)
+
+
 def excluded_ids(row: dict[str, Any], where: str) -> tuple[str, ...]:
     """The field `excluded_ids` of a row of queries; () where there is none."""
-    ids = row.get("excluded_ids")
-    if ids is None:
-        return ()
-    if not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
-        raise DataError(f"{where}: field 'excluded_ids' must be a list of strings, got {ids!r}")
-    return tuple(ids)
+    return () if row.get("excluded_ids") is None else id_list(row, "excluded_ids", where)

@@ -118,16 +118,13 @@ def write_shard(
     origin: Mapping[str, Any] | None = None,
 ) -> Shard:
     """Writes one shard, whole or not at all, and returns its entry for `write_manifest`. The same
-    rows give the same bytes (with the same pyarrow).
+    rows give the same bytes (with the same pyarrow). Raises a DataError, which names the shard and
+    the id, on ids or vectors that cannot be used, and an OSError where the disk is full.
 
     Args:
         vectors_CD: coded by `encode_vectors` as `info.dtype`.
         origin: what else the shard is to tell about itself, of JSON types; see `recovered_shard`.
             `tokens` and `truncated` of it stand in the shard's entry too.
-
-    Raises:
-        DataError: on ids or vectors that cannot be used, names the shard and the id.
-        OSError: the disk is full or the like; no part of the shard is left.
     """
     path = Path(directory) / file
     if vectors_CD.dtype != info.dtype or vectors_CD.shape != (len(ids), info.dimension):
@@ -188,13 +185,9 @@ def write_manifest(directory: str | Path, manifest: Manifest) -> None:
 
 
 def read_manifest(directory: str | Path, role: Role | None = None) -> Manifest:
-    """Reads `manifest.json`; `role` is what the vectors must be of, None takes either.
-
-    Raises:
-        FileNotFoundError: when there is none.
-        DataError: when it is no manifest of this version, its parts do not fit together, or
-            the vectors are of the other role.
-    """
+    """Reads `manifest.json`; `role` is what the vectors must be of, None takes either. Raises a
+    FileNotFoundError when there is none, and a DataError when it is not one of this version, its
+    parts do not fit together, or the vectors are of the other role."""
     path = Path(directory) / MANIFEST_FILE
     if not path.is_file():
         raise FileNotFoundError(
@@ -232,8 +225,8 @@ def read_manifest(directory: str | Path, role: Role | None = None) -> Manifest:
 
 
 def shard_of(values: Any, where: str) -> Shard:
-    """The shard of which a file of JSON says these values. (`from_dict` takes milliseconds, and a
-    manifest may have 30,000.) Raises a DataError that begins with `where`."""
+    """The shard of which a file of JSON says these values, or a DataError that begins with `where`.
+    (`from_dict` takes milliseconds, and a manifest may have 30,000.)"""
     needed = {"file": str, "count": int, "sha256": str}
     known = needed | {"tokens": int, "truncated": int}
     found = {key: type(v) for key, v in values.items()} if isinstance(values, dict) else {}
@@ -256,12 +249,8 @@ def is_intact(directory: str | Path, shard: Shard) -> bool:
 def _read_table(
     directory: str | Path, shard: Shard, columns: list[str], *, check: bool = False
 ) -> Any:
-    """Columns of a shard, whose checksum is compared to `check` it.
-
-    Raises:
-        FileNotFoundError: when the shard is missing.
-        DataError: it is damaged, or has no such columns.
-    """
+    """Columns of a shard, whose checksum is compared to `check` it. Raises a FileNotFoundError when
+    it is missing, and a DataError when it is damaged or has no such columns."""
     pyarrow, path = import_pyarrow(directory), Path(directory) / shard.file
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, and {MANIFEST_FILE} names it")
@@ -280,15 +269,9 @@ def _read_table(
 def read_shard(
     directory: str | Path, shard: Shard, info: VectorsInfo
 ) -> tuple[list[str], np.ndarray]:
-    """Reads one shard and checks all of it: checksum, model, ids and vectors.
-
-    Returns:
-        The ids, and the vectors [C, D] coded as `info.dtype`.
-
-    Raises:
-        FileNotFoundError: when the shard is missing.
-        DataError: when it is damaged or not what the manifest says.
-    """
+    """Reads one shard, its ids and its vectors [C, D] coded as `info.dtype`, and checks all of it:
+    checksum, model, ids and vectors. Raises a FileNotFoundError when it is missing, and a DataError
+    when it is damaged or not what the manifest says."""
     pyarrow, path = import_pyarrow(directory), Path(directory) / shard.file
     table = _read_table(directory, shard, ["id", "vector"], check=True)
     ids, column = table["id"].to_pylist(), table["vector"].combine_chunks()
@@ -340,12 +323,8 @@ def read_shards(
 
 
 def read_ids(directory: str | Path, manifest: Manifest) -> list[str]:
-    """The ids of all vectors, in order. Reads no vector.
-
-    Raises:
-        FileNotFoundError, DataError: a shard is missing or is no Parquet; an id stands twice,
-            names both shards.
-    """
+    """The ids of all vectors, in order. Reads no vector. Raises a FileNotFoundError or DataError
+    where a shard is missing or is no Parquet, or an id stands twice; then it names both shards."""
     file_of: dict[str, str] = {}
     for id_, file in _placed_ids(directory, manifest.shards):
         if id_ in file_of:
@@ -366,12 +345,9 @@ def _twice(directory: str | Path, id_: str, file: str, first: str) -> str:
 
 
 def verify(directory: str | Path) -> list[str]:
-    """Checks every byte of a finished directory, with one shard in memory at a time. Raises as
-    `read_manifest`.
-
-    Returns:
-        What is wrong, a message a shard, and one for each of the first hundred repeated ids.
-    """
+    """What is wrong with a finished directory, of which every byte is checked with one shard in
+    memory at a time: a message a shard, and one for each of the first hundred repeated ids. Raises
+    as `read_manifest`."""
     manifest = read_manifest(directory)
     faults: list[str] = []
     readable: list[Shard] = []
