@@ -105,6 +105,9 @@ class CorpusDirectory:
         found = {n: read_state(r, partial(shard_of, where=str(r))) for n, r in records.items()}
         return {n: shard for n, shard in found.items() if shard is not None}
 
+    def count_finished(self, plan: Plan) -> int:
+        return len(self.finished_shards(range(len(plan.shards))))
+
     def recover(self, number: int, plan: Plan) -> bool:
         """Records a shard that is finished and has lost its record, by what it tells itself.
         Returns whether there is such a shard."""

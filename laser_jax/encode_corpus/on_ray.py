@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -39,10 +39,8 @@ class Worker:
             os.chdir(folder)
         directory = CorpusDirectory(config.output)
         if not directory.path.is_dir():
-            raise RayError(
-                f"{directory.path} is not there on {socket.gethostname()}: --output must be on "
-                "storage that all nodes share"
-            )
+            fault = f"{directory.path} is not there on {socket.gethostname()}"
+            raise RayError(f"{fault}: --output must be on storage that all nodes share")
         self._index = index
         self._encoder = ShardEncoder(config, read_plan(directory.path), directory)
 
@@ -54,10 +52,7 @@ class Worker:
 
 
 def encode_on_ray(
-    config: CorpusConfig,
-    wanted: RayConfig,
-    missing: Sequence[int],
-    done: Callable[[Shard], object],
+    config: CorpusConfig, wanted: RayConfig, missing: Sequence[int], done: Callable[[Shard], object]
 ) -> None:
     """Encodes the shards `missing`, and calls `done` for each as it is finished.
 
@@ -73,7 +68,8 @@ def encode_on_ray(
         raise ImportError("--ray.workers needs Ray: pip install laser-jax[ray]") from error
     _start(ray, wanted)
     try:
-        _spread(ray, config, wanted, missing, done)
+        for shard in _encoded(ray, config, wanted, missing):
+            done(shard)
     except RayTaskError as error:
         if isinstance(error.cause, ValueError | OSError | ImportError):
             raise error.cause from error
@@ -102,13 +98,9 @@ def _start(ray: Any, wanted: RayConfig) -> None:
             _log.warning("%s: some workers wait for more", message)
 
 
-def _spread(
-    ray: Any,
-    config: CorpusConfig,
-    wanted: RayConfig,
-    missing: Sequence[int],
-    done: Callable[[Shard], object],
-) -> None:
+def _encoded(
+    ray: Any, config: CorpusConfig, wanted: RayConfig, missing: Sequence[int]
+) -> Iterator[Shard]:
     from ray.util import ActorPool
 
     # XLA takes all cores for its threads (NPROC on the CPU) and, on a GPU, three quarters of the
@@ -134,4 +126,4 @@ def _spread(
         if before != process:
             _log.info("worker: %s", process)
         processes[worker] = process
-        done(shard)
+        yield shard

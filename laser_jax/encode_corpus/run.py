@@ -77,10 +77,8 @@ class Progress:
 
     def __str__(self) -> str:
         seconds, documents, tokens = self._seconds, self._documents, self._tokens
-        return (
-            f"{documents:,} documents in {seconds:,.1f} s, {documents / seconds:,.1f} docs/s, "
-            f"{tokens / seconds:,.0f} tokens/s"
-        )
+        rates = f"{documents / seconds:,.1f} docs/s, {tokens / seconds:,.0f} tokens/s"
+        return f"{documents:,} documents in {seconds:,.1f} s, {rates}"
 
 
 def encode_corpus(config: CorpusConfig) -> bool:
@@ -139,11 +137,9 @@ def _encode(
                     for number in missing:
                         progress.shard(encoder.encode(number, progress.batch))
         except BaseException:
-            count = len(plan.shards)
-            _log.info(
-                f"stopped: {len(directory.finished_shards(range(count))):,} of {count:,} shards "
-                "are finished; the same command goes on with the others"
-            )
+            finished = f"{directory.count_finished(plan):,} of {len(plan.shards):,} shards"
+            way_on = "the same command goes on with the others"
+            _log.info("stopped: %s are finished; %s", finished, way_on)
             raise
     _log.info("encoded %s", progress)
 
@@ -158,9 +154,8 @@ def _print_end(directory: CorpusDirectory, plan: Plan, numbers: Sequence[int]) -
     if directory.is_finished:
         print(f"{directory.path} is finished")
     else:
-        count = len(plan.shards)
-        left = count - len(directory.finished_shards(range(count)))
-        print(f"{directory.path}: {left:,} shards of {count:,} are still to come")
+        left = len(plan.shards) - directory.count_finished(plan)
+        print(f"{directory.path}: {left:,} shards of {len(plan.shards):,} are still to come")
 
 
 def _verify(directory: Path) -> None:

@@ -26,8 +26,10 @@ from laser_jax.search.matching import IdCount, count_ids, exclusions, identical_
 from laser_jax.search.trec import document_id_fault, excluded_ids, query_id_fault
 
 _ROWS_PER_READ = 1024
-# `qid iter docid grade`, parsed from both ends, as BRIGHT's document ids hold blanks.
-_TREC_JUDGEMENT = re.compile(r"\s*(\S+)\s+\S+\s+(\S.*?)\s+(\S+)\s*", re.ASCII)
+# The forms of a judgement. trec_eval's is parsed from both ends, as BRIGHT's ids hold blanks.
+_TREC = re.compile(r"\s*(\S+)\s+\S+\s+(\S.*?)\s+(\S+)\s*", re.ASCII), "'qid iter docid grade'"
+_BETWEEN_TABS = re.compile(r"([^\t]*)\t([^\t]*)\t([^\t]*?)[\r\n]*")
+_BEIR = _BETWEEN_TABS, "query-id, corpus-id and score between tabs"
 
 
 @dataclass(frozen=True)
@@ -228,12 +230,14 @@ def read_qrels_file(path: str | Path) -> Qrels:
     a DataError on a missing header, a line of another form, a grade that is no integer, or two
     grades for one pair."""
     beir = Path(path).name.removesuffix(".gz").endswith(".tsv")
-    judgement = _beir_judgement if beir else _trec_judgement
+    form, wanted = _BEIR if beir else _TREC
     qrels: Qrels = {}
     for number, (where, line) in enumerate(text_lines(path), start=1):
         if number > 1 and not line.strip():
             continue
-        query, document, grade = judgement(line, where)
+        if (judgement := form.fullmatch(line)) is None:
+            raise DataError(f"{where}: wanted {wanted}, got {line!r}")
+        query, document, grade = judgement.groups()
         if beir and number == 1:
             if re.match(r"\W*\d", grade):  # a number of any form, which names no column
                 header = r"'query-id\tcorpus-id\tscore'"
@@ -249,20 +253,6 @@ def read_qrels_file(path: str | Path) -> Qrels:
     if not qrels:
         raise DataError(f"{path}: holds no judgement")
     return qrels
-
-
-def _trec_judgement(line: str, where: str) -> Sequence[str]:
-    match = _TREC_JUDGEMENT.fullmatch(line)
-    if match is None:
-        raise DataError(f"{where}: wanted 'qid iter docid grade', got {line!r}")
-    return match.groups()
-
-
-def _beir_judgement(line: str, where: str) -> Sequence[str]:
-    fields = line.rstrip("\r\n").split("\t")
-    if len(fields) != 3:
-        raise DataError(f"{where}: wanted query-id, corpus-id and score between tabs, got {line!r}")
-    return fields
 
 
 def read_qrels(directory: str | Path, split: str) -> Qrels:
@@ -304,13 +294,10 @@ def judged_split(
 
 
 def read_beir(directory: str | Path, split: str) -> BeirDataset:
-    """Reads one split of a BEIR directory; of the queries, those that have qrels in it.
-
-    A judged document that the corpus lacks (ArguAna has some) stays in the qrels, as it does for
-    trec_eval, and counts as never retrieved. Raises a FileNotFoundError when a file is missing, and
-    a DataError when one cannot be used, a judged query is not in queries.jsonl, and as
-    `judged_split`.
-    """
+    """Reads one split of a BEIR directory; of the queries, those that have qrels in it. A judged
+    document that the corpus lacks (ArguAna has some) stays in the qrels, as it does for trec_eval,
+    and counts as never retrieved. Raises a FileNotFoundError when a file is missing, and a
+    DataError when one cannot be used or lacks a judged query, and as `judged_split`."""
     qrels, queries = read_qrels(directory, split), read_queries(directory)
     if unknown := [id_ for id_ in qrels if id_ not in queries]:
         raise DataError(

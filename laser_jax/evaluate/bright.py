@@ -96,9 +96,8 @@ class BrightCopy:
         present = set.intersection(*({m[1] for m in _matches(f).values()} for f in folders))
         wanted = present if names == ALL else {name.strip() for name in names.split(",")}
         if unknown := wanted - set(DOMAINS):
-            raise DataError(
-                f"{min(unknown)!r} is no domain of BRIGHT: they are {', '.join(DOMAINS)}, or {ALL}"
-            )
+            known = f"{', '.join(DOMAINS)}, or {ALL}"
+            raise DataError(f"{min(unknown)!r} is no domain of BRIGHT: they are {known}")
         for domain in _in_order(wanted):
             for folder in folders:
                 _files(folder, domain)
@@ -109,14 +108,9 @@ class BrightCopy:
 
     def read(self, domain: str) -> BeirDataset:
         """Reads one domain. Gold documents have grade 1; a query without any is not judged and left
-        out, as it is by BRIGHT's own code and by mteb.
-
-        Raises:
-            FileNotFoundError: a file is missing; names the domains, or the rewrites, there are.
-            DataError: a file or a row of another form, an id that stands twice, a gold document
-                that the corpus lacks or that is excluded too; the corpus lacks every excluded one.
-            ImportError: Parquet without pyarrow.
-        """
+        out, as it is by BRIGHT's own code and by mteb. Raises a FileNotFoundError where a file is
+        missing, and a DataError on a file or a row of another form, an id that stands twice, a gold
+        document that the corpus lacks or that is excluded too, and as `judged_split`."""
         rows = _read(self.directory / self.documents, domain, ("id", "content"), _document)
         documents = unique(rows, "document")
         gold_field = "gold_ids_long" if self.long_documents else "gold_ids"
@@ -177,10 +171,8 @@ def _files(folder: Path, domain: str) -> list[Path]:
     matches = _matches(folder)
     files = {file: match for file, match in matches.items() if match[1] == domain}
     if not files:
-        present = _in_order({match[1] for match in matches.values()})
-        raise FileNotFoundError(
-            f"{folder} holds no file of {domain}; domains present: {', '.join(present) or 'none'}"
-        )
+        present = ", ".join(_in_order({match[1] for match in matches.values()})) or "none"
+        raise FileNotFoundError(f"{folder} holds no file of {domain}; domains present: {present}")
     shards = {int(match[2]): file for file, match in files.items() if match[2]}
     if len(shards) == len(files):
         of = {int(match[3]) for match in files.values()}
@@ -188,17 +180,12 @@ def _files(folder: Path, domain: str) -> list[Path]:
             return [shards[number] for number in sorted(shards)]
     elif len(files) == 1:
         return list(files)
-    raise DataError(
-        f"{folder}: wanted one file of {domain} or all of its shards, found "
-        f"{', '.join(file.name for file in files)}"
-    )
+    found = ", ".join(file.name for file in files)
+    raise DataError(f"{folder}: wanted one file of {domain} or all of its shards, found {found}")
 
 
 def _read(
-    folder: Path,
-    domain: str,
-    columns: tuple[str, ...],
-    parse: Callable[[dict[str, Any], str], T],
+    folder: Path, domain: str, columns: tuple[str, ...], parse: Callable[[dict[str, Any], str], T]
 ) -> list[tuple[str, T]]:
     """("file:line", what `parse` makes of it) of every row of a domain's file or shards."""
     files = _files(folder, domain)

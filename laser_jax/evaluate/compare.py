@@ -110,10 +110,9 @@ Evaluated = Mapping[tuple[str, str], _Directory]
 def _read(directory: str, metric: str) -> _Directory:
     evaluation = read_evaluation(directory)
     if metric not in evaluation.metrics:
-        raise DataError(
-            f"{directory}: has no {metric}, only {', '.join(evaluation.metrics)}; evaluate again "
-            "with it in --metrics, or choose another --metric"
-        )
+        way_out = "evaluate again with it in --metrics, or choose another --metric"
+        there = ", ".join(evaluation.metrics)
+        raise DataError(f"{directory}: has no {metric}, only {there}; {way_out}")
     per_query = read_per_query(Path(directory) / PER_QUERY_FILE)
     if set(per_query) != set(evaluation.scores):
         raise DataError(f"{directory}: {PER_QUERY_FILE} and results.json hold other runs")

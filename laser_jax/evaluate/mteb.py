@@ -77,8 +77,8 @@ class MtebRetriever(AbsEncoder):
         """Raises a ValueError where the name is not of the form `organisation/model`.
 
         Args:
-            revision: of the weights, as `model_revision` makes it: mteb takes results of the same
-                name and revision from its cache.
+            revision: of the weights (`model_revision`): mteb takes results of the same name and
+                revision from its cache.
             num_thinking_steps: K; None takes the model's.
             instruction: one task description for all tasks, instead of `instruction_of`.
             experiment: what else sets the results apart from those of the exported model.

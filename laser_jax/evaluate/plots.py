@@ -55,17 +55,10 @@ def _log_axis(axes: Any, values: Sequence[float]) -> None:
 
 
 def plot_quality_by_steps(
-    curves: Mapping[str, Mapping[int, float]],
-    levels: Mapping[str, float],
-    metric: str,
-    stem: Path,
+    curves: Mapping[str, Mapping[int, float]], levels: Mapping[str, float], metric: str, stem: Path
 ) -> None:
-    """Draws a metric against K to `stem`.svg.
-
-    Args:
-        curves: name -> K -> value.
-        levels: name -> value, of runs without a K (the explicit view and its control).
-    """
+    """Draws a metric against K to `stem`.svg: `curves`, name -> K -> value, and `levels`, name ->
+    value, of runs without a K (the explicit view and its control)."""
     with _drawn(stem) as axes:
         for name, by_steps in curves.items():
             steps = sorted(by_steps)

@@ -85,10 +85,9 @@ def require_rewrites_of(
 ) -> None:
     """Raises a DataError where a query has no rewrite, or has one of another text."""
     if lacking := [id_ for id_ in queries if id_ not in rewrites]:
-        raise DataError(
-            f"{path}: {len(lacking)} of {len(queries)} queries have no rewrite, the first is "
-            f"{lacking[0]!r}; run laser_jax.rewrite again to complete the file"
-        )
+        without = f"{len(lacking)} of {len(queries)} queries have no rewrite"
+        way_out = "run laser_jax.rewrite again to complete the file"
+        raise DataError(f"{path}: {without}, the first is {lacking[0]!r}; {way_out}")
     for id_, query in queries.items():
         rewritten = rewrites[id_].query
         if rewritten not in (None, query.text):

@@ -56,12 +56,8 @@ class RunOptions:
 
 def score_run(options: RunOptions) -> dict[str, Any]:
     """Scores a run, and writes the output where there is to be one. Gives what results.json holds:
-    the files, the counts and the mean scores.
-
-    Raises:
-        OutputError: the output holds an evaluation, or another process has it.
-        FileNotFoundError, DataError, ValueError: bad input; the message names it.
-    """
+    the files, the counts and the mean scores. Raises as `new_directory`, and a FileNotFoundError,
+    DataError or ValueError on bad input."""
     with ExitStack() as stack:
         if options.output:
             stack.enter_context(new_directory(options.output))

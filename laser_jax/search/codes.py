@@ -22,9 +22,8 @@ Vectors = TypeVar("Vectors", np.ndarray, jax.Array)
 def require_matrix(name: str, vectors: np.ndarray) -> None:
     """Raises a ValueError on what is no float32 matrix."""
     if vectors.ndim != 2 or vectors.dtype != np.float32:
-        raise ValueError(
-            f"{name} must be a float32 matrix, got {vectors.dtype} of shape {vectors.shape}"
-        )
+        got = f"{vectors.dtype} of shape {vectors.shape}"
+        raise ValueError(f"{name} must be a float32 matrix, got {got}")
 
 
 def encode_vectors(vectors_CD: np.ndarray, code: Code) -> np.ndarray:

@@ -34,12 +34,7 @@ def count_ids(what: str, ids: Iterable[str], picked: Iterable[str]) -> tuple[IdC
 
 
 def unmatched(
-    what: str,
-    ids: Iterable[str],
-    known: Collection[str],
-    where: object,
-    *,
-    refuse_all: bool = True,
+    what: str, ids: Iterable[str], known: Collection[str], where: object, *, refuse_all: bool = True
 ) -> tuple[IdCount, ...]:
     """Counts those of `ids` that are not among `known`: `what`, such as "judged documents that the
     corpus lacks". Raises a DataError, which names the file `where`, if none is, unless it may be.

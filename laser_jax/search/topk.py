@@ -131,19 +131,18 @@ def _checked(chunks: Iterable[Chunk], queries_QD: np.ndarray, code: Code) -> Ite
     dtype, width = ("uint8", D // 8) if code == "binary" else (code, D)
     for codes_MW, ranks_M in chunks:
         if codes_MW.dtype != dtype or codes_MW.shape[1:] != (width,):
-            raise ValueError(
-                f"documents must be {dtype} of width {width} ({code}, queries of width {D}), "
-                f"got {codes_MW.dtype} of shape {codes_MW.shape}"
-            )
+            wanted = f"{dtype} of width {width} ({code}, queries of width {D})"
+            got = f"{codes_MW.dtype} of shape {codes_MW.shape}"
+            raise ValueError(f"documents must be {wanted}, got {got}")
         # a dot product that leaves float32 would be Inf or NaN, or sort a document behind others
         both = () if code == "binary" else (queries_QD, codes_MW)
         peaks = [max(float(a.max(initial=0)), -float(a.min(initial=0))) for a in both]
         if peaks and not math.prod(peaks) * D < float(np.finfo(np.float32).max):
-            held = "the queries hold numbers up to {:.3g}, the documents up to {:.3g}"
-            raise ValueError(
-                f"dot products may overflow float32: {held.format(*peaks)}; normalise both to "
-                "length 1"
+            held = "the queries hold numbers up to {:.3g}, the documents up to {:.3g}".format(
+                *peaks
             )
+            fault = f"dot products may overflow float32: {held}"
+            raise ValueError(f"{fault}; normalise both to length 1")
         yield codes_MW, ranks_M
 
 

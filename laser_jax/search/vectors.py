@@ -102,10 +102,9 @@ def _check_shard(where: Path, ids: Sequence[str], vectors_CD: np.ndarray) -> Non
         (~vectors_CD.any(axis=1), "all zero, which has no direction"),
     ):
         if broken_C.any():
-            raise DataError(
-                f"{where}: the vectors of {broken_C.sum()} of {len(ids)} ids are {what}, the first "
-                f"is that of {ids[int(broken_C.argmax())]!r}"
-            )
+            first = f"the first is that of {ids[int(broken_C.argmax())]!r}"
+            which = f"the vectors of {broken_C.sum()} of {len(ids)} ids"
+            raise DataError(f"{where}: {which} are {what}, {first}")
 
 
 def write_shard(
@@ -127,11 +126,10 @@ def write_shard(
             `tokens` and `truncated` of it stand in the shard's entry too.
     """
     path = Path(directory) / file
-    if vectors_CD.dtype != info.dtype or vectors_CD.shape != (len(ids), info.dimension):
-        raise DataError(
-            f"{path}: wanted {info.dtype} of shape {(len(ids), info.dimension)}, got "
-            f"{vectors_CD.dtype} of shape {vectors_CD.shape}"
-        )
+    shape = len(ids), info.dimension
+    if vectors_CD.dtype != info.dtype or vectors_CD.shape != shape:
+        got = f"{vectors_CD.dtype} of shape {vectors_CD.shape}"
+        raise DataError(f"{path}: wanted {info.dtype} of shape {shape}, got {got}")
     _check_shard(path, ids, vectors_CD)
     told = {**as_dict(info), **(origin or {})}
     told["checksum"] = _rows_checksum(ids, vectors_CD, told)
@@ -278,15 +276,12 @@ def read_shard(
     stored = parse_json((table.schema.metadata or {}).get(_SCHEMA_KEY, b"{}"), path)
     stored.setdefault("role", info.role)  # older shards have none; their manifest has
     for key, value in as_dict(info).items():
-        if stored.get(key) != value:
-            raise DataError(
-                f"{path}: {key} is {stored.get(key)!r}, and {MANIFEST_FILE} says {value!r}"
-            )
+        if (found := stored.get(key)) != value:
+            raise DataError(f"{path}: {key} is {found!r}, and {MANIFEST_FILE} says {value!r}")
     vector_type = pyarrow.list_(pyarrow.from_numpy_dtype(np.dtype(info.dtype)), info.dimension)
     if column.type != vector_type or table.schema.field("id").type != pyarrow.string():
-        raise DataError(
-            f"{path}: wanted columns id: string and vector: {vector_type}, got {table.schema}"
-        )
+        wanted = f"columns id: string and vector: {vector_type}"
+        raise DataError(f"{path}: wanted {wanted}, got {table.schema}")
     if len(ids) != shard.count or column.null_count or table["id"].null_count:
         raise DataError(f"{path}: wanted {shard.count} rows without nulls, got {len(ids)}")
     vectors_CD = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, info.dimension)
