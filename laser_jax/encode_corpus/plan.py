@@ -196,7 +196,10 @@ def read_plan(directory: Path) -> Plan:
         raise DataError(f"{path}: wanted {(_FORMAT, _VERSION)}, got {found}")
     try:
         settings = from_dict(Settings, values["settings"], source=f"{path}: settings")
-        shards = [PlannedShard(Place(*place), n, sha) for *place, n, sha in values["shards"]]
+        shards = [
+            PlannedShard(Place(file, offset, line), count, sha256)
+            for file, offset, line, count, sha256 in values["shards"]
+        ]
         return Plan(settings, tuple(values["files"]), values["skipped"], tuple(shards))
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: damaged: {error!r}. So {way_out}") from error
