@@ -143,8 +143,11 @@ def _config(name: str) -> tuple[str, str]:
 
 
 def setting_of(world: str, data: Path | None, quick: bool) -> Setting:
-    """The setting that the command line names. Raises a ConfigError on a data set without its
-    directory."""
+    """The setting that the command line names.
+
+    Raises:
+        ConfigError: a data set without its directory.
+    """
     if world == "default":
         recipe, training = _config("world_pretrain"), _config("quickstart")
         if quick:
@@ -159,9 +162,14 @@ def setting_of(world: str, data: Path | None, quick: bool) -> Setting:
         )
     recipe, crops, training = map(_config, ("texts_pretrain", "texts_crops", "texts"))
     if quick:
-        recipe, crops, training = (*recipe, *TINY), (*crops, *SHORT), (*training, *SHORT)
-        name = f"{world}-quick"
-        return Setting(name, recipe, training, data=data, crops=crops, rows=QUICK_ROWS)
+        return Setting(
+            f"{world}-quick",
+            (*recipe, *TINY),
+            (*training, *SHORT),
+            data=data,
+            crops=(*crops, *SHORT),
+            rows=QUICK_ROWS,
+        )
     rows = tuple(row for row in ROWS if row != "laser_K3")  # K = 3 is the recipe's
     return Setting(world, recipe, training, data=data, crops=crops, rows=rows)
 
@@ -232,8 +240,11 @@ def crop_rows(
 ) -> list[dict[str, Any]]:
     """Training rows whose query is some words of a text, in their order, and whose positive is that
     text: a retrieval task without labels. Texts of fewer than four words are left out; the others
-    follow each other in passes, each in an order of its own. Raises a BenchmarkError where no text
-    has four words."""
+    follow each other in passes, each in an order of its own.
+
+    Raises:
+        BenchmarkError: no text has four words.
+    """
     whole = [text for text in texts if len(text.split()) >= 2 * CROP_WORDS[0]]
     if not whole:
         raise BenchmarkError(f"the corpus has no text of {2 * CROP_WORDS[0]} words to crop")
@@ -269,9 +280,13 @@ def make_backbone(seed: Seed) -> None:
     pretrain(parse_command_line(PretrainConfig, "python -m laser_jax.pretrain", arguments))
     if seed.setting.crops:
         crops = str(seed.backbone_folder / "crops.jsonl")
-        source = ("--model.path", str(seed.language_model), "--data.train", crops)
-        output = str(seed.backbone.parent)
-        train_once([*seed.setting.crops, *source, "--train.seed", number, "--output", output])
+        train_once(
+            [
+                *seed.setting.crops,
+                *("--model.path", str(seed.language_model), "--data.train", crops),
+                *("--train.seed", number, "--output", str(seed.backbone.parent)),
+            ]
+        )
 
 
 def train_command(seed: Seed, row: str) -> list[str]:
@@ -286,8 +301,11 @@ def train_command(seed: Seed, row: str) -> list[str]:
 
 
 def train_once(arguments: Sequence[str]) -> None:
-    """Trains, or finds that it is trained. Raises a ConfigError where the directory holds a
-    finished run of another config."""
+    """Trains, or finds that it is trained.
+
+    Raises:
+        ConfigError: the directory holds a finished run of another config.
+    """
     config, _ = parse_train_command(arguments)
     output = Path(config.output)
     if (output / "results.json").is_file():
@@ -399,8 +417,11 @@ def _name_token(prompts: PromptTokenizer, name: str) -> int:
 
 
 def fill(options: argparse.Namespace, report: Report) -> None:
-    """Runs what is missing, unless `--finished_only`, and compares. Raises a BenchmarkError with
-    the message of what training and evaluation raise."""
+    """Runs what is missing, unless `--finished_only`, and compares.
+
+    Raises:
+        BenchmarkError: with the message of what training and evaluation raise.
+    """
     try:
         setting = setting_of(options.world, options.data, options.quick)
         asked = set(options.rows or setting.rows)

@@ -27,8 +27,7 @@ class Interval:
     high: float
 
 
-def paired_differences(a: Sequence[float], b: Sequence[float], resamples: int) -> np.ndarray:
-    """a - b, [Q] float64."""
+def _differences(a: Sequence[float], b: Sequence[float], resamples: int) -> np.ndarray:
     if len(a) != len(b) or len(a) == 0:
         wanted = "a paired test wants the same queries, at least one"
         raise ValueError(f"{wanted}: got {len(a)} and {len(b)} values")
@@ -48,7 +47,7 @@ def paired_bootstrap(
     """The percentile interval of mean(a - b) when the queries are drawn again with replacement
     (Efron and Tibshirani 1993, section 13.3). All comparisons over one set of queries see the same
     draws, which depend on `seed` and the number of queries alone."""
-    difference_Q = paired_differences(a, b, resamples)
+    difference_Q = _differences(a, b, resamples)
     mean = float(difference_Q.mean())
     if len(difference_Q) == 1:  # every draw is this query, and scipy wants two
         return Interval(mean, mean, mean)
@@ -75,7 +74,7 @@ def permutation_p_value(
     p = (1 + the number of random swaps with a difference as large) / (1 + R), never 0. Where there
     are at most R ways to swap, each is taken once, and p is exact.
     """
-    difference_Q = paired_differences(a, b, resamples)
+    difference_Q = _differences(a, b, resamples)
     if len(difference_Q) == 1:  # both ways to swap it have the same size, and scipy wants two
         return 1.0
     from scipy import stats
