@@ -15,7 +15,7 @@ from benchmarks.measure import BenchmarkError, Report, markdown_table
 from laser_jax.config import load_retriever_config
 from laser_jax.evaluate.results import PER_QUERY_FILE, QueryScores, read_per_query
 from laser_jax.evaluate.retrieval import EXPLICIT, latent
-from laser_jax.evaluate.significance import grouped_bootstrap, paired_bootstrap
+from laser_jax.evaluate.significance import RESAMPLES, Interval, paired_bootstrap
 
 METRICS = ("nDCG@10", "Hit@1", "Recall@100")
 COMPARED = ("nDCG@10", "Hit@1")
@@ -81,14 +81,29 @@ def over_seeds(values: Values) -> dict[str, Any]:
     return {"mean": float(np.mean(list(means.values()))), "std": spread, "per_seed": means}
 
 
+def grouped_bootstrap(
+    a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], *, confidence: float = 0.95
+) -> Interval:
+    """As `paired_bootstrap`, but whole groups of queries, of a training seed each, are drawn again
+    as well (Davison and Hinkley 1997, section 3.8): G groups with replacement, then queries within
+    each that was drawn. Every group weighs the same."""
+    groups = [np.subtract(x, y) for x, y in zip(a, b, strict=True)]
+    rng = np.random.default_rng(0)
+    drawn_RG = rng.integers(0, len(groups), (RESAMPLES, len(groups)))
+    means_RG = np.empty(drawn_RG.shape)
+    for group, difference_Q in enumerate(groups):
+        chosen_RG, Q = drawn_RG == group, len(difference_Q)
+        means_RG[chosen_RG] = difference_Q[rng.integers(0, Q, (chosen_RG.sum(), Q))].mean(axis=1)
+    low, high = np.quantile(means_RG.mean(axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(np.mean([d.mean() for d in groups])), float(low), float(high))
+
+
 def paired_difference(ours: Values, theirs: Values) -> dict[str, Any] | None:
     """`ours` less `theirs` over the seeds that both have; None without one.
 
-    A query is paired with itself under the same seed: same world, backbone and batches. The pairs
-    of all seeds are pooled and drawn again (`low`, `high`): the interval takes the trainings as
-    given. In `over_seeds` the seeds are drawn again too, then queries within each; None for one
-    seed.
-    """
+    A query is paired with itself under the same seed. The pairs of all seeds are pooled and drawn
+    again (`low`, `high`): the interval takes the trainings as given. In `over_seeds` the seeds are
+    drawn again too, then queries within each; None for one seed."""
     shared = sorted(ours.keys() & theirs.keys())
     if not shared:
         return None
@@ -99,12 +114,9 @@ def paired_difference(ours: Values, theirs: Values) -> dict[str, Any] | None:
     b = [[theirs[seed][query] for query in ours[seed]] for seed in shared]
     pooled = paired_bootstrap([v for part in a for v in part], [v for part in b for v in part])
     grouped = grouped_bootstrap(a, b) if len(shared) > 1 else None
-    return asdict(pooled) | {
-        "over_seeds": grouped and {"low": grouped.low, "high": grouped.high},
-        "per_seed": {
-            seed: float(np.mean(x) - np.mean(y)) for seed, x, y in zip(shared, a, b, strict=True)
-        },
-    }
+    drawn_too = grouped and {"low": grouped.low, "high": grouped.high}
+    per_seed = {s: float(np.mean(x) - np.mean(y)) for s, x, y in zip(shared, a, b, strict=True)}
+    return asdict(pooled) | {"over_seeds": drawn_too, "per_seed": per_seed}
 
 
 def summarise(row: str, results: Mapping[str, Result]) -> dict[str, Any]:
@@ -142,11 +154,8 @@ def _mean_probe(probes: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     if not probes:
         return None
     return {
-        model: {
-            what: np.mean([seed[model][what] for seed in probes], axis=0).tolist()
-            for what in readings
-        }
-        for model, readings in probes[0].items()
+        model: {what: np.mean([s[model][what] for s in probes], axis=0).tolist() for what in read}
+        for model, read in probes[0].items()
     }
 
 
@@ -156,12 +165,8 @@ def fill(
     done: Mapping[str, Mapping[int, Path]],
     split: str,
 ) -> None:
-    """Compares what is finished.
-
-    Args:
-        titles: row -> title and the view by which it is judged.
-        done: row -> seed -> its run.
-    """
+    """Compares what is finished: `titles` are row -> title and the view by which it is judged,
+    `done` row -> seed -> its run."""
     results = {row: read_result(*titles[row], runs, split) for row, runs in done.items() if runs}
     report.rows = [summarise(row, results) for row in results]
     report.notes += commits_told({row: result.code for row, result in results.items()})
@@ -213,9 +218,7 @@ COLUMNS = {
     "seeds": lambda row: str(len(row["seeds"])),
     "nDCG@10": lambda row: mean_cell(row["scores"], "nDCG@10"),
     "Hit@1": lambda row: mean_cell(row["scores"], "Hit@1"),
-    "LaSER less this, nDCG@10": lambda row: difference_cell(
-        row["laser_minus"], "nDCG@10", seeds=False
-    ),
+    "LaSER less this, nDCG@10": lambda r: difference_cell(r["laser_minus"], "nDCG@10", seeds=False),
     "seeds drawn too": lambda row: difference_cell(row["laser_minus"], "nDCG@10", seeds=True),
     "explicit view, nDCG@10": lambda row: mean_cell(row["explicit"], "nDCG@10"),
     "less explicit alone": lambda row: difference_cell(row["colearning"], "nDCG@10", seeds=False),
@@ -255,10 +258,9 @@ def probe_table(rows: Sequence[Mapping[str, Any]], what: str) -> str | None:
 def further_tables(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """What is shown below the table of the scores, by title."""
     tables = {"nDCG@10 by K at inference": steps_table(rows, "nDCG@10")}
-    for what, title in (
-        ("documents", "How often the state alone ranks first the document of hop h"),
-        ("tokens", "How often the state's likeliest token is the name of hop h's place"),
-    ):
+    first = "How often the state alone ranks first the document of hop h"
+    likeliest = "How often the state's likeliest token is the name of hop h's place"
+    for what, title in (("documents", first), ("tokens", likeliest)):
         if table := probe_table(rows, what):
             tables[title] = table
     return tables

@@ -16,6 +16,7 @@ from laser_jax.evaluate.bright import INSTRUCTIONS, BrightCopy
 from laser_jax.evaluate.metrics import evaluate_run, mean
 from laser_jax.evaluate.retrieval import latent, retrieval_runs, unrestricted
 from laser_jax.evaluate.run import main
+from laser_jax.files.claim import Claim
 from laser_jax.inference.retriever import LatentRetriever
 
 datasets = pytest.importorskip("datasets")
@@ -195,6 +196,15 @@ def test_bad_options_end_the_program_before_anything_is_written(
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
         main(["mteb", "--model", str(model), "--output", str(output), *more])
     assert not output.exists()
+
+
+def test_a_directory_that_another_program_writes_is_refused(model: Path, tmp_path: Path) -> None:
+    where = ["mteb", "--model", str(model), "--output", str(tmp_path), "--tasks", "FollowIR"]
+    with (
+        Claim(tmp_path, "scores.json", lambda scores: []),
+        pytest.raises(SystemExit, match="is being written by process"),
+    ):
+        main(where)
 
 
 def test_without_mteb_the_extra_is_named(

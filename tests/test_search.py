@@ -192,7 +192,7 @@ def test_devices_exchange_nothing_but_their_top_k() -> None:
     [
         (np.ones((1, 2)), np.ones((3, 2), np.float32), 1, 1, "queries must be a float32 matrix"),
         (np.ones((1, 2), np.float32), np.ones((3, 2)), 1, 1, "must be float32 of width 2"),
-        (np.ones((1, 2), np.float32), np.ones((3, 4), np.float32), 1, 1, r"shape \(1, 4\)"),
+        (np.ones((1, 2), np.float32), np.ones((3, 4), np.float32), 1, 1, r"shape \(3, 4\)"),
         (np.ones((1, 2), np.float32), np.ones((0, 2), np.float32), 1, 1, "no document"),
         (np.ones((1, 2), np.float32), np.ones((3, 2), np.float32), 0, 1, "got 0, 1 and 1024"),
         (np.ones((1, 2), np.float32), np.ones((3, 2), np.float32), 1, 0, "got 1, 0 and 1024"),

@@ -348,7 +348,7 @@ def test_the_program_refuses_what_cannot_be_compared(
     with pytest.raises(SystemExit, match=r"error: model_hash of .*other.*cannot be compared"):
         main(options(corpus, tmp_path / "other", output))
     write_directory(tmp_path / "blank", ["q 1"], QUERIES[:1], shards=1, role="queries")
-    with pytest.raises(SystemExit, match="query id 'q 1' holds a blank"):
+    with pytest.raises(SystemExit, match="query id 'q 1' is empty or holds blanks"):
         main(options(corpus, tmp_path / "blank", output))
     write_directory(tmp_path / "empty", [], QUERIES[:0], shards=1)
     with pytest.raises(SystemExit, match="empty: holds no vector"):

@@ -6,9 +6,9 @@
     .work/                  until then: a record of every finished shard, and what a rerun goes by
 
 Every file takes its name when it is whole. What a shard holds depends on the plan alone, so it
-does not matter who writes it, nor if two do at once. A shard is finished when its record is there
-and its bytes have the record's checksum. A shard also tells of what it was made and that it is
-whole, so that lost records and a lost manifest are made again of the shards; a lost plan is not.
+does not matter who writes it, nor if two do at once. It is finished when its record is there and
+its bytes have the record's checksum. A shard also tells of what it was made and that it is whole,
+so that lost records and a lost manifest are made again of the shards; a lost plan is not.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import logging
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +45,17 @@ from laser_jax.search.vectors import (
     shard_values,
     write_manifest,
 )
-from laser_jax.settings import changes
+from laser_jax.settings import Change, changes
 
 _CORPUS_FILE = "corpus.json"
 _log = logging.getLogger(__name__)
 
 
 class CorpusDirectory:
-    """The output directory, as one of perhaps several processes sees it.
-
-    Attributes:
-        path: where it is.
-    """
+    """The output directory `path`, as one of perhaps several processes sees it."""
 
     def __init__(self, output: str | Path):
-        self.path = Path(output)
-        self._output = output
+        self.path, self._output = Path(output), output
         self._work = self.path / WORK_FOLDER
 
     @property
@@ -70,44 +66,33 @@ class CorpusDirectory:
 
     def open_plan(self, corpus: Corpus, settings: Settings) -> Plan:
         """The plan that is there, once settings and corpus are found to be the same; or a new one.
-
         Of several processes that find none, one makes it and the others wait (where the file system
-        has locks; elsewhere each makes the same).
+        has locks; elsewhere each makes the same). Raises an OutputError where the directory belongs
+        to other settings or another program, and a DataError where the corpus is another or bad."""
 
-        Raises:
-            OutputError: the directory belongs to other settings or to another program.
-            DataError: the corpus is another, or cannot be used.
-        """
-        with Claim(
-            self._output,
-            PLAN_FILE,
-            lambda plan: changes(plan["settings"], settings, source=PLAN_FILE),
-            alone=True,
-            shared=True,
-        ) as claim:
+        def changed(plan: dict[str, Any]) -> list[Change]:
+            return changes(plan["settings"], settings, source=PLAN_FILE)
+
+        stamp, seen = _stamp(corpus), self._work / _CORPUS_FILE
+        with Claim(self._output, PLAN_FILE, changed, alone=True, shared=True) as claim:
             if claim.recorded is None:
-                self._make_plan(claim, corpus, settings)
+                self._work.mkdir(exist_ok=True)
+                plan = make_plan(corpus, settings, self._work)
+                if _stamp(corpus) != stamp:
+                    raise DataError(f"{corpus.files[0]}: the corpus was changed while it was read")
+                write_atomically(seen, json.dumps(stamp))
+                claim.record(plan_text(plan))
         plan = read_plan(self.path)
         if self.is_finished:
             self._open_again_if_damaged(plan)
         if not self.is_finished:
             self._work.mkdir(exist_ok=True)
         # Reading all of a corpus is only worth its time where the files look changed.
-        stamp, seen = _stamp(corpus), self._work / _CORPUS_FILE
         if read_state(seen, list) != stamp:
             require_same_corpus(corpus, plan)
             with suppress(FileNotFoundError):  # a finished directory has no such folder
                 write_atomically(seen, json.dumps(stamp))
         return plan
-
-    def _make_plan(self, claim: Claim, corpus: Corpus, settings: Settings) -> None:
-        self._work.mkdir(exist_ok=True)
-        stamp = _stamp(corpus)
-        plan = make_plan(corpus, settings, self._work)
-        if _stamp(corpus) != stamp:
-            raise DataError(f"{corpus.files[0]}: the corpus was changed while it was read")
-        write_atomically(self._work / _CORPUS_FILE, json.dumps(stamp))
-        claim.record(plan_text(plan))
 
     # --- shards --------------------------------------------------------------------------------
 
@@ -116,12 +101,12 @@ class CorpusDirectory:
         if self.is_finished:
             shards = read_manifest(self.path).shards
             return {n: shards[n] for n in numbers}
-        found = {n: self._recorded(n) for n in numbers}
+        records = {n: self._record_file(n) for n in numbers}
+        found = {n: read_state(r, partial(shard_of, where=str(r))) for n, r in records.items()}
         return {n: shard for n, shard in found.items() if shard is not None}
 
-    def _recorded(self, number: int) -> Shard | None:
-        path = self._record_file(number)
-        return read_state(path, lambda values: shard_of(values, str(path)))
+    def count_finished(self, plan: Plan) -> int:
+        return len(self.finished_shards(range(len(plan.shards))))
 
     def recover(self, number: int, plan: Plan) -> bool:
         """Records a shard that is finished and has lost its record, by what it tells itself.
@@ -130,8 +115,7 @@ class CorpusDirectory:
         if found is None:
             return False
         shard, told = found
-        origin = plan.origin(number, shard.tokens, shard.truncated)
-        if any(told.get(key) != value for key, value in origin.items()):
+        if not plan.origin(number, shard.tokens, shard.truncated).items() <= told.items():
             return False
         self.finish_shard(number, shard)
         return True
@@ -173,8 +157,8 @@ class CorpusDirectory:
         return True
 
     def _open_again_if_damaged(self, plan: Plan) -> None:
-        """Takes a damaged manifest off, so that it is made again of the shards; and one of an older
-        version, which did not count tokens."""
+        """Takes off a manifest that is damaged, or of an older version which did not count tokens,
+        so that it is made again of the shards."""
         try:
             fault = fault_of_manifest(self.path, plan)
             if any(shard.tokens is None for shard in read_manifest(self.path).shards):
@@ -190,8 +174,8 @@ def fault_of_manifest(directory: Path, plan: Plan) -> str | None:
     """What is wrong with a manifest that does not have the shards of the plan; None where it has.
     Raises as `read_manifest`."""
     manifest = read_manifest(directory)
-    planned = plan.settings.info, [shard.count for shard in plan.shards]
-    if planned == (manifest.info, [shard.count for shard in manifest.shards]):
+    counts, planned = ([shard.count for shard in of.shards] for of in (manifest, plan))
+    if manifest.info == plan.settings.info and counts == planned:
         return None
     return f"{directory / MANIFEST_FILE} does not have the shards of {PLAN_FILE}"
 

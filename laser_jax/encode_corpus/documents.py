@@ -3,35 +3,28 @@ Parquet, in memory that does not grow with the corpus."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from laser_jax.evaluate.beir import (
+    BEIR_FIELDS,
     Document,
     EvalQuery,
+    Fields,
     json_object,
+    parquet_rows,
     parse_document,
     parse_query,
 )
-from laser_jax.files.reading import DataError, import_pyarrow, is_blank, open_lines, raw_lines
+from laser_jax.files.reading import DataError, is_blank, open_lines, raw_lines
 from laser_jax.files.splits import one_split, split_of
 from laser_jax.search.vectors import Role
 
-_ROWS_PER_READ = 1024
 _BEIR = {"documents": "corpus.jsonl", "queries": "queries.jsonl"}
-_LINES, _ROWS = (".jsonl", ".jsonl.gz"), (".parquet",)
-
-
-@dataclass(frozen=True)
-class Fields:
-    """The names of a document's fields, or columns. The title's may be absent."""
-
-    id: str = "_id"
-    text: str = "text"
-    title: str = "title"
+_KINDS = ((".jsonl", ".jsonl.gz"), (".parquet",))
 
 
 @dataclass(frozen=True)
@@ -58,33 +51,26 @@ class Located:
 
 
 class Corpus:
-    """The documents, or queries, of one or several files, in the order of the files' names.
-
-    Attributes:
-        files: what is read.
-        bad_lines: how many bad lines or rows were left out until now.
-    """
+    """The documents, or queries, of one or several files, in the order of the files' names: what is
+    read are `files`, and `bad_lines` were left out until now."""
 
     def __init__(
         self,
         path: str | Path,
         *,
         texts: Role = "documents",
-        fields: Fields | None = None,
+        fields: Fields = BEIR_FIELDS,
         skipped: Callable[[str], object] | None = None,
     ):
-        """Looks for the files; reads none.
+        """Looks for the files; reads none. Raises a FileNotFoundError or DataError where there is
+        nothing to be read.
 
         Args:
             path: a .jsonl, .jsonl.gz or .parquet; or a directory: of BEIR (corpus.jsonl or
                 queries.jsonl, perhaps .gz), or else one whose files are all of one of those kinds.
-            texts: what each row is: a document (`fields`), or a query as BEIR has them, with an
-                `instruction` if it likes.
-            skipped: as None, a bad line or row is an error; a function leaves bad ones out and is
-                given the message of each.
-
-        Raises:
-            FileNotFoundError, DataError: there is nothing to be read.
+            texts: whether rows are documents (`fields`) or BEIR's queries.
+            skipped: is given the message of every bad line or row, which is then left out; None
+                makes them errors.
         """
         self.files = _files(Path(path), texts)
         self.bad_lines = 0
@@ -92,36 +78,40 @@ class Corpus:
         self._parse: Callable[[dict[str, Any], str], Document | EvalQuery] = parse_query
         self._columns, self._needed = {"_id", "text", "instruction"}, ["_id", "text"]
         if texts == "documents":
-            names = vars(fields or Fields())
-            self._parse = partial(parse_document, **{f"{key}_key": n for key, n in names.items()})
-            self._columns, self._needed = {*names.values()}, [names["id"], names["text"]]
+            self._parse = partial(parse_document, fields=fields)
+            self._columns, self._needed = {*vars(fields).values()}, [fields.id, fields.text]
         self._open: tuple[int, BinaryIO] | None = None
 
     def read(self, start: Place | None = None) -> Iterator[Located]:
-        """The documents from `start` on, to the end of the last file.
-
-        One read at a time: the next one begins where this one's file is open, since what a .gz
-        holds before a place has to be unpacked.
-
-        Raises:
-            DataError: a line or row is no document, and is not to be skipped, or a file is
-                damaged; names both.
-        """
+        """The documents from `start` on, to the end of the last file. One read at a time: the next
+        one begins where this one's file is open, since what a .gz holds before a place has to be
+        unpacked. Raises a DataError where a line or row is no document, and is not to be skipped,
+        or a file is damaged."""
         start = start or Place()
         for number in range(start.file, len(self.files)):
-            read = self._rows if self.files[number].suffix == ".parquet" else self._lines
-            yield from read(number, start if number == start.file else Place(number))
+            rows = self._rows if self.files[number].suffix == ".parquet" else self._lines
+            for where, row, end in rows(number, start if number == start.file else Place(number)):
+                try:
+                    item = self._parse(json_object(row, where), where)
+                except DataError as error:
+                    if self._skipped is None:
+                        raise
+                    self.bad_lines += 1
+                    self._skipped(str(error))
+                else:
+                    yield Located(where, item, end)
 
-    def _lines(self, number: int, start: Place) -> Iterator[Located]:
+    def _lines(self, number: int, start: Place) -> Iterator[tuple[str, bytes, Place]]:
         path, offset = self.files[number], start.offset
         for line, content in raw_lines(path, self._file(number), offset, start.line):
             offset += len(content)
-            where = f"{path}:{line}"
-            if is_blank(content):
-                continue
-            item = self._parsed(content, where)
-            if item is not None:
-                yield Located(where, item, Place(number, offset, line))
+            if not is_blank(content):
+                yield f"{path}:{line}", content, Place(number, offset, line)
+
+    def _rows(self, number: int, start: Place) -> Iterator[tuple[str, dict[str, Any], Place]]:
+        path, hint = self.files[number], ". --fields '[ID, TEXT, TITLE]' names others"
+        for row, record in parquet_rows(path, self._columns, self._needed, start.offset, hint):
+            yield f"{path}: row {row}", record, Place(number, row, row)
 
     def _file(self, number: int) -> BinaryIO:
         if self._open is None or self._open[0] != number:
@@ -141,37 +131,18 @@ class Corpus:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _rows(self, number: int, start: Place) -> Iterator[Located]:
-        path, row = self.files[number], start.offset
-        for record in _records(path, self._columns, self._needed, row):
-            row += 1
-            where = f"{path}: row {row}"
-            item = self._parsed(record, where)
-            if item is not None:
-                yield Located(where, item, Place(number, row, row))
-
-    def _parsed(self, row: bytes | dict[str, Any], where: str) -> Document | EvalQuery | None:
-        try:
-            return self._parse(json_object(row, where) if isinstance(row, bytes) else row, where)
-        except DataError as error:
-            if self._skipped is None:
-                raise
-            self.bad_lines += 1
-            self._skipped(str(error))
-            return None
-
 
 def _files(path: Path, texts: Role) -> list[Path]:
+    """The files of a corpus. Raises a FileNotFoundError or DataError where there are none."""
     names = {role: (name, f"{name}.gz") for role, name in _BEIR.items()}
     if path.is_file():
-        if not path.name.endswith((*_LINES, *_ROWS)):
+        if not path.name.endswith(sum(_KINDS, ())):
             raise DataError(f"{path}: a .jsonl, .jsonl.gz or .parquet is wanted")
         for role, of_role in names.items():
             if role != texts and path.name in of_role:
-                raise DataError(
-                    f"{path}: a file of this name holds {role}, and {texts} are wanted: encode it "
-                    f"with --texts {role}, or give it another name"
-                )
+                way_out = f"encode it with --texts {role}, or give it another name"
+                held = f"a file of this name holds {role}, and {texts} are wanted"
+                raise DataError(f"{path}: {held}: {way_out}")
         return [path]
     directory = path if path.is_dir() else path.parent
     if not path.is_dir() and path.name not in [split_of(p.name) for p in directory.glob("*")]:
@@ -188,7 +159,7 @@ def _files(path: Path, texts: Role) -> list[Path]:
             f"{directory / wanted} is missing: with {min(others, default='qrels')} the directory "
             f"is one of BEIR, whose {texts} are there or in {wanted}.gz. Restore it, or name a file"
         )
-    kinds = [[p for p in files if p.name.endswith(endings)] for endings in (_LINES, _ROWS)]
+    kinds = [[p for p in files if p.name.endswith(endings)] for endings in _KINDS]
     found = [kind for kind in kinds if kind]
     if len(found) != 1:
         what = "both JSON lines and Parquet: name one file" if found else "nothing to read"
@@ -197,33 +168,3 @@ def _files(path: Path, texts: Role) -> list[Path]:
             ".parquet files is wanted"
         )
     return one_split(path, found[0])
-
-
-def _records(
-    path: Path, columns: set[str], needed: Sequence[str], start: int
-) -> Iterator[dict[str, Any]]:
-    """The rows of a Parquet file from row `start` on."""
-    pyarrow = import_pyarrow(path)
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if missing := [name for name in needed if name not in names]:
-                raise DataError(
-                    f"{path}: no column {missing[0]!r}; the columns are {sorted(names)}. "
-                    "--fields '[ID, TEXT, TITLE]' names others"
-                )
-            group, left = 0, start
-            while group < file.num_row_groups:
-                rows = file.metadata.row_group(group).num_rows
-                if left < rows:
-                    break
-                group, left = group + 1, left - rows
-            for batch in file.iter_batches(
-                _ROWS_PER_READ,
-                range(group, file.num_row_groups),
-                [name for name in names if name in columns],
-            ):
-                yield from batch.slice(min(left, batch.num_rows)).to_pylist()
-                left = max(left - batch.num_rows, 0)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a whole Parquet file: {error}") from error

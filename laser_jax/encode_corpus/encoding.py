@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -19,13 +20,7 @@ from laser_jax.data.pipeline import tokenization_settings
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
 from laser_jax.encode_corpus.directory import CorpusDirectory
 from laser_jax.encode_corpus.documents import Corpus, Fields, Located
-from laser_jax.encode_corpus.plan import (
-    PLAN_FILE,
-    Plan,
-    Settings,
-    query_instruction,
-    read_planned,
-)
+from laser_jax.encode_corpus.plan import PLAN_FILE, Plan, Settings, query_instruction, read_planned
 from laser_jax.files.durable import Digest
 from laser_jax.files.reading import DataError
 from laser_jax.hf.directory import read_backbone_config
@@ -36,7 +31,9 @@ from laser_jax.inference.retriever import EncodingStats, LatentRetriever, requir
 from laser_jax.models.directory import model_directory
 from laser_jax.search.codes import encode_vectors
 from laser_jax.search.vectors import Role, Shard, VectorsInfo, shard_name, write_shard
-from laser_jax.settings import changes, listed, require, require_in
+from laser_jax.settings import changes, kinds_of, listed, require, require_in
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,15 +85,11 @@ class CorpusConfig(EncoderOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_in("[1, inf)", self, "", "shard_documents")
-        of_queries = self.texts == "queries"
-        require(
-            of_queries or self.instruction is None,
-            "an instruction goes with queries: --texts queries",
-        )
-        require(
-            not of_queries or self.fields == CorpusConfig.fields,
-            "fields name those of documents; queries have _id and text",
-        )
+        if self.texts == "queries":
+            default = self.fields == CorpusConfig.fields
+            require(default, "fields name those of documents; queries have _id and text")
+        else:
+            require(self.instruction is None, "an instruction goes with queries: --texts queries")
         self.part_of(1)
 
     def part_of(self, shards: int) -> range:
@@ -104,12 +97,10 @@ class CorpusConfig(EncoderOptions):
         `shard` that is neither i/n nor none."""
         if self.shard == "none":
             return range(0)
-        found = re.fullmatch(r"(\d+)/(\d+)", "0/1" if self.shard is None else self.shard)
+        found = re.fullmatch(r"(\d+)/(\d+)", self.shard or "0/1")
         i, n = (int(number) for number in found.groups()) if found else (0, 0)
-        require(
-            i < n,
-            f"shard must be none, or i/n with 0 <= i < n, such as 0/8, got {self.shard!r}",
-        )
+        wanted = "shard must be none, or i/n with 0 <= i < n, such as 0/8"
+        require(i < n, f"{wanted}, got {self.shard!r}")
         return range(i, shards, n)
 
 
@@ -117,16 +108,10 @@ class CorpusConfig(EncoderOptions):
 
 
 def settings_of(config: CorpusConfig) -> Settings:
-    """Reads what the vectors depend on from the model's files. Of the weights a tensor is in memory
-    at a time.
-
-    What can be told without them to fail is refused here, as no other settings may follow in a
-    directory that has a plan.
-
-    Raises:
-        FileNotFoundError, ValueError: the model's directory cannot be used, or not with these
-            settings; names the file or the setting.
-    """
+    """Reads what the vectors depend on from the model's files, a tensor at a time. What can be told
+    to fail is refused here, as no other settings may follow in a directory that has a plan. Raises
+    a FileNotFoundError or ValueError where the model's directory cannot be used, or not with these
+    settings."""
     directory, model = model_directory(config.model), config.retriever_config()
     prompts = PromptTokenizer(load_tokenizer(directory), model.prompt)
     require_matching(model, prompts)
@@ -134,21 +119,12 @@ def settings_of(config: CorpusConfig) -> Settings:
     require_positions(model, limit, _thinking_steps(config, model))
     prompts.require_room([config.instruction or ""], explicit=False)
     info = _vectors_info(config, model, prompts, weights_hash(directory, config.adapter))
-    return Settings(
-        info,
-        instruction=config.instruction,
-        fields=Fields(*config.fields),
-        skip_bad_lines=config.skip_bad_lines,
-        shard_documents=config.shard_documents,
-        batch_size=config.batch_size,
-        batch_tokens=config.batch_tokens,
-        length_multiple=config.length_multiple,
-    )
+    made: dict[str, Any] = {"info": info, "fields": Fields(*config.fields)}
+    return Settings(**{n: getattr(config, n) for n in kinds_of(Settings) if n not in made}, **made)
 
 
 def weights_hash(directory: str | Path, adapter: str | Path | None) -> str:
-    """The hash that `load_pretrained` finds while it reads the same directories. A tensor is in
-    memory at a time."""
+    """The hash that `load_pretrained` finds while it reads the same directories."""
     weights, backbone = Digest(), read_backbone_config(directory)
     for slot, tensor in find_params(Path(directory), backbone).items():
         weights.add(slot.name, tensor.read())
@@ -162,10 +138,8 @@ def _vectors_info(
     config: CorpusConfig, model: RetrieverConfig, prompts: PromptTokenizer, weights: str
 ) -> VectorsInfo:
     """What vectors are made with; `weights` is the hash of a `Digest`."""
-    model_hash, prompt_hash = identity(model, prompts, weights)
     return VectorsInfo(
-        model_hash=model_hash,
-        prompt_hash=prompt_hash,
+        *identity(model, prompts, weights),
         num_thinking_steps=_thinking_steps(config, model),
         dtype=config.store_dtype,
         dimension=model.backbone.hidden_size,
@@ -182,55 +156,48 @@ def _thinking_steps(config: CorpusConfig, model: RetrieverConfig) -> int:
 def identity(model: RetrieverConfig, prompts: PromptTokenizer, weights: str) -> tuple[str, str]:
     """`model_hash` and `prompt_hash` of vectors that a model makes; `weights` is the hash of a
     `Digest`."""
+
+    def hash_of(values: object) -> str:
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+
     made_by = [as_dict(model.backbone), model.pooling, model.dtype, weights]
-    return _hash(made_by), _hash(tokenization_settings(prompts))
+    return hash_of(made_by), hash_of(tokenization_settings(prompts))
 
 
-def _hash(values: object) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+def open_corpus(config: CorpusConfig, shown: int = 0) -> Corpus:
+    """The corpus of `config`. Of the lines that are skipped the first `shown` are logged."""
 
+    def skip(message: str) -> None:
+        if corpus.bad_lines <= shown:
+            _log.warning("skipped: %s", message)
 
-def open_corpus(config: CorpusConfig, on_bad_line: Callable[[str], object]) -> Corpus:
-    """The corpus of `config`. `on_bad_line` is given the message of every line that is skipped."""
-    return Corpus(
-        config.input,
-        texts=config.texts,
-        fields=Fields(*config.fields),
-        skipped=on_bad_line if config.skip_bad_lines else None,
-    )
+    fields, skipped = Fields(*config.fields), skip if config.skip_bad_lines else None
+    corpus = Corpus(config.input, texts=config.texts, fields=fields, skipped=skipped)
+    return corpus
 
 
 # --- encoding ----------------------------------------------------------------------------------
 
 
 class ShardEncoder:
-    """A model that turns shards of a plan into files.
-
-    A shard's batches are made of its own documents alone, by a fixed rule, so its bytes are the
-    same whoever encodes it, and whenever, on the same kind of machine.
-    """
+    """A model that turns shards of a plan into files. A shard's batches are made of its own
+    documents alone, by a fixed rule, so its bytes are the same whoever encodes it, on the same kind
+    of machine."""
 
     def __init__(self, config: CorpusConfig, plan: Plan, directory: CorpusDirectory):
-        """Loads the model.
-
-        Raises:
-            FileNotFoundError, ValueError: it cannot be used, or what was loaded is not the model of
-                the plan; the message says why.
-        """
+        """Loads the model. Raises a FileNotFoundError or ValueError where it cannot be used, or
+        what was loaded is not the model of the plan."""
         self._config, self._plan, self._directory = config, plan, directory
-        self._corpus = open_corpus(config, lambda message: None)  # the plan has shown and counted
+        self._corpus = open_corpus(config)
         weights = Digest()
         self.retriever = LatentRetriever.from_options(config, seen=weights)
-        encoder = self.retriever.encoder
-        self._info = _vectors_info(
-            config, encoder.config, self.retriever.prompts, weights.hexdigest()
-        )
-        if changed := changes(as_dict(plan.settings.info), self._info, source=PLAN_FILE):
+        encoder, prompts = self.retriever.encoder, self.retriever.prompts
+        info = _vectors_info(config, encoder.config, prompts, weights.hexdigest())
+        if changed := changes(as_dict(plan.settings.info), info, source=PLAN_FILE):
             raise DataError(
                 f"{config.model}, as {socket.gethostname()} has loaded it, is not the model that "
-                f"{directory.path} was begun with:\n  {listed(changed)}\n"
-                "It was changed in the meantime, or this machine has another copy there. Bring "
-                "the former one back, or choose another --output"
+                f"{directory.path} was begun with:\n  {listed(changed)}\nIt was changed, or this "
+                "machine has another copy. Bring the former one back, or choose another --output"
             )
         devices = encoder.mesh.size if encoder.mesh else 1
         self.device = f"{devices} x {jax.local_devices()[0].device_kind}"
@@ -242,17 +209,10 @@ class ShardEncoder:
         self._corpus.close()
 
     def encode(self, number: int, watch: Callable[[EncodingStats], object] | None = None) -> Shard:
-        """Writes a shard, whole or not at all, and records it.
-
-        Args:
-            watch: called after every batch with the shard's counts up to there.
-
-        Raises:
-            DataError: the corpus is not the one that the plan was made of, or a vector is not
-                finite; names the document.
-            OSError: the disk is full or the like; no part of the shard is left.
-        """
-        name, info = shard_name(number), self._info
+        """Writes a shard, whole or not at all, and records it. `watch` is called after every batch
+        with the shard's counts up to there. Raises a DataError where the corpus is not the one that
+        the plan was made of, or a vector is not finite, and an OSError where the disk is full."""
+        name, info = shard_name(number), self._plan.settings.info
         documents = read_planned(self._corpus, self._plan.shards[number], name)
         stats = EncodingStats(watch=watch)
         try:

@@ -1,8 +1,8 @@
 """The shards of a plan, spread over a Ray cluster.
 
-Plain actors, since a shard is a task of its own that ends in a file: nothing but its number and its
-counts travels, and there is no dataset for Ray Data to move. An actor holds the model; where its
-process or machine dies, Ray starts it again and gives it the shard once more.
+Plain actors, since a shard is a task of its own that ends in a file, and there is no dataset for
+Ray Data to move. An actor holds the model; where its process or machine dies, Ray starts it again
+and gives it the shard once more.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -31,38 +31,28 @@ class RayError(ValueError):
 
 
 class Worker:
-    """An actor."""
+    """An actor: number `index` of a run. The paths of its config begin in `folder`, which need not
+    be there if they are absolute."""
 
     def __init__(self, config: CorpusConfig, folder: str = ".", index: int = 0):
-        """
-        Args:
-            folder: where the paths of `config` begin; it need not be there if they are absolute.
-            index: counts the workers of a run.
-        """
         with suppress(OSError):
             os.chdir(folder)
         directory = CorpusDirectory(config.output)
         if not directory.path.is_dir():
-            raise RayError(
-                f"{directory.path} is not there on {socket.gethostname()}: --output must be on "
-                "storage that all nodes share"
-            )
+            fault = f"{directory.path} is not there on {socket.gethostname()}"
+            raise RayError(f"{fault}: --output must be on storage that all nodes share")
         self._index = index
         self._encoder = ShardEncoder(config, read_plan(directory.path), directory)
 
     def encode(self, number: int) -> tuple[int, str, Shard]:
-        """Encodes a shard. Returns which worker did it and in which process, and the
-        shard's entry of the manifest."""
+        """Encodes a shard. Returns which worker did it, in which process, and its entry."""
         shard = self._encoder.encode(number)
         process = f"process {os.getpid()} on {socket.gethostname()}: {self._encoder.device}"
         return self._index, process, shard
 
 
 def encode_on_ray(
-    config: CorpusConfig,
-    wanted: RayConfig,
-    missing: Sequence[int],
-    done: Callable[[Shard], object],
+    config: CorpusConfig, wanted: RayConfig, missing: Sequence[int], done: Callable[[Shard], object]
 ) -> None:
     """Encodes the shards `missing`, and calls `done` for each as it is finished.
 
@@ -78,7 +68,8 @@ def encode_on_ray(
         raise ImportError("--ray.workers needs Ray: pip install laser-jax[ray]") from error
     _start(ray, wanted)
     try:
-        _spread(ray, config, wanted, missing, done)
+        for shard in _encoded(ray, config, wanted, missing):
+            done(shard)
     except RayTaskError as error:
         if isinstance(error.cause, ValueError | OSError | ImportError):
             raise error.cause from error
@@ -91,16 +82,12 @@ def encode_on_ray(
 
 def _start(ray: Any, wanted: RayConfig) -> None:
     """Joins the cluster, or starts one."""
-    if wanted.address is not None:
-        ray.init(address=wanted.address, logging_level="warning")
-    else:
+    how: dict[str, Any] = {"address": wanted.address}
+    if wanted.address is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(
-            num_cpus=wanted.workers * wanted.cpus,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            logging_level="warning",
-        )
+        how = {"num_cpus": wanted.workers * wanted.cpus, "include_dashboard": False}
+        how["object_store_memory"] = _OBJECT_STORE_BYTES
+    ray.init(logging_level="warning", **how)
     found = ray.cluster_resources()
     for kind, each in (("CPU", wanted.cpus), ("GPU", wanted.gpus)):
         there, all_want = found.get(kind, 0), each * wanted.workers
@@ -111,43 +98,32 @@ def _start(ray: Any, wanted: RayConfig) -> None:
             _log.warning("%s: some workers wait for more", message)
 
 
-def _environment(wanted: RayConfig) -> dict[str, str]:
-    """What keeps a worker to its share. XLA takes all cores for its threads and, on a GPU, three
-    quarters of the memory, whatever Ray was told."""
-    return {
-        "NPROC": str(wanted.cpus),  # the number of XLA's threads on the CPU
-        "XLA_PYTHON_CLIENT_PREALLOCATE": os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "false"),
-        **({} if wanted.gpus else {"JAX_PLATFORMS": "cpu"}),
-    }
-
-
-def _spread(
-    ray: Any,
-    config: CorpusConfig,
-    wanted: RayConfig,
-    missing: Sequence[int],
-    done: Callable[[Shard], object],
-) -> None:
+def _encoded(
+    ray: Any, config: CorpusConfig, wanted: RayConfig, missing: Sequence[int]
+) -> Iterator[Shard]:
     from ray.util import ActorPool
 
+    # XLA takes all cores for its threads (NPROC on the CPU) and, on a GPU, three quarters of the
+    # memory, whatever Ray was told.
+    preallocate = "XLA_PYTHON_CLIENT_PREALLOCATE"
+    environment = {"NPROC": str(wanted.cpus), preallocate: os.environ.get(preallocate, "false")}
     actor = ray.remote(Worker).options(
         num_cpus=wanted.cpus,
         num_gpus=wanted.gpus,
         max_restarts=_RESTARTS,
         max_task_retries=_RESTARTS,
-        runtime_env={"env_vars": _environment(wanted)},
+        runtime_env={"env_vars": environment | ({} if wanted.gpus else {"JAX_PLATFORMS": "cpu"})},
     )
     count = min(wanted.workers, len(missing))
     workers = ActorPool([actor.remote(config, os.getcwd(), index) for index in range(count)])
-    encoded = workers.map_unordered(
-        lambda worker, number: worker.encode.remote(number), list(missing)
-    )
     processes: dict[int, str] = {}
-    for worker, process, shard in encoded:
-        before = processes.get(worker, process)
-        if before != process:
+    for worker, process, shard in workers.map_unordered(
+        lambda worker, number: worker.encode.remote(number), list(missing)
+    ):
+        before = processes.get(worker)
+        if before not in (None, process):
             _log.warning("a worker died and was started again: %s", before)
-        if worker not in processes or before != process:
+        if before != process:
             _log.info("worker: %s", process)
         processes[worker] = process
-        done(shard)
+        yield shard

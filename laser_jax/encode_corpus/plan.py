@@ -1,7 +1,7 @@
 """The plan of a directory of vectors: of what its shards are made, and where each begins.
 
-`plan.json` is written before anything else and never changed. Whoever encodes a shard, wherever and
-whenever, reads it there, so that all shards are cut from one corpus in one way.
+`plan.json` is written before anything else and never changed. Whoever encodes a shard reads it
+there, so that all shards are cut from one corpus in one way.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from laser_jax.encode_corpus.documents import Corpus, Fields, Located, Place
 from laser_jax.evaluate.beir import EvalQuery
 from laser_jax.files.durable import read_state
 from laser_jax.files.reading import DataError
-from laser_jax.search.repeated_ids import RepeatedIds, id_hash
-from laser_jax.search.vectors import Role, VectorsInfo
+from laser_jax.search.repeated_ids import RepeatedIds
+from laser_jax.search.vectors import VectorsInfo
 
 PLAN_FILE = "plan.json"
 _FORMAT, _VERSION = "laser_jax corpus plan", 1
@@ -30,8 +30,7 @@ _FORMAT, _VERSION = "laser_jax corpus plan", 1
 
 @dataclass(frozen=True)
 class Settings:
-    """All that the vectors depend on beside the corpus. Two runs that differ in any of it never
-    write into one directory."""
+    """All that the vectors depend on beside the corpus: a directory's are made with one."""
 
     info: VectorsInfo
     instruction: str | None
@@ -41,11 +40,6 @@ class Settings:
     batch_size: int
     batch_tokens: int
     length_multiple: int
-
-    @property
-    def texts(self) -> Role:
-        """What is encoded."""
-        return self.info.role
 
 
 @dataclass(frozen=True)
@@ -95,11 +89,8 @@ def contents_hash(documents: Sequence[Located]) -> str:
 
 
 def query_instruction(located: Located, given: str | None) -> str:
-    """The instruction of a query: the one given for all, or its own.
-
-    Raises:
-        DataError: there is neither; names the line.
-    """
+    """The instruction of a query: the one given for all, or its own. Raises a DataError, which
+    names the line, where there is neither."""
     assert isinstance(located.item, EvalQuery)
     instruction = located.item.instruction if given is None else given
     if instruction is None:
@@ -111,35 +102,34 @@ def query_instruction(located: Located, given: str | None) -> str:
 
 
 def make_plan(corpus: Corpus, settings: Settings, folder: Path) -> Plan:
-    """Cuts a corpus into shards. Reads all of it once, a shard at a time.
-
-    Args:
-        folder: for a temporary file, 8 bytes a document.
-
-    Raises:
-        DataError: no document; an id that stands twice, with both places; a bad line; a query
-            without an instruction.
-    """
+    """Cuts a corpus into shards. Reads all of it once, a shard at a time; a temporary file in
+    `folder` takes 8 bytes a document. Raises a DataError on no document, an id that stands twice, a
+    bad line, or a query without an instruction."""
     shards = []
+
+    def placed() -> Iterator[tuple[str, str]]:
+        return ((located.item.id, located.where) for located in corpus.read())
+
     with RepeatedIds(folder) as repeated:
         for shard, documents in _shards(corpus, settings.shard_documents):
             shards.append(shard)
             for located in documents:
-                if settings.texts == "queries":
+                if settings.info.role == "queries":
                     query_instruction(located, settings.instruction)
                 repeated.add(located.item.id)
-        suspects = repeated.hashes()
-    if not shards:
-        raise DataError(f"{corpus.files[0]}: holds no {settings.texts}")
-    skipped = corpus.bad_lines  # before the second reading passes over them again
-    if suspects:
-        _refuse_repeated(corpus, suspects)
+        if not shards:
+            raise DataError(f"{corpus.files[0]}: holds no {settings.info.role}")
+        skipped = corpus.bad_lines  # before a second reading passes over them again
+        for id_, where, first in repeated.found(placed):
+            raise DataError(
+                f"{where}: id {id_!r} stands here a second time, the first is at {first}"
+            )
     return Plan(settings, tuple(path.name for path in corpus.files), skipped, tuple(shards))
 
 
 def _shards(corpus: Corpus, size: int) -> Iterator[tuple[PlannedShard, list[Located]]]:
-    """Reads a corpus and cuts it into shards of `size` documents. Those of one are in memory: the
-    list that was given is emptied when the next one is asked for."""
+    """Reads a corpus and cuts it into shards of `size` documents. Those of one are in memory: a
+    list is emptied when the next one is asked for."""
     begin, documents = Place(), corpus.read()
     with tqdm(desc="read", unit="doc", disable=None, leave=False) as progress:
         while shard := list(itertools.islice(documents, size)):
@@ -149,26 +139,8 @@ def _shards(corpus: Corpus, size: int) -> Iterator[tuple[PlannedShard, list[Loca
             shard.clear()
 
 
-def _refuse_repeated(corpus: Corpus, suspects: set[int]) -> None:
-    """Raises a DataError on the first id that stands twice, among those with these hashes."""
-    first: dict[str, str] = {}
-    for located in corpus.read():
-        id_ = located.item.id
-        if id_hash(id_) in suspects:
-            if id_ in first:
-                raise DataError(
-                    f"{located.where}: id {id_!r} stands here a second time, the first is at "
-                    f"{first[id_]}"
-                )
-            first[id_] = located.where
-
-
 def read_planned(corpus: Corpus, shard: PlannedShard, name: str) -> list[Located]:
-    """The documents of a shard.
-
-    Raises:
-        DataError: they are not those that the plan was made of.
-    """
+    """The documents of a shard. Raises a DataError where the plan was made of others."""
     documents = list(itertools.islice(corpus.read(shard.begin), shard.count))
     if len(documents) != shard.count or contents_hash(documents) != shard.sha256:
         raise _changed(corpus, name)
@@ -176,11 +148,8 @@ def read_planned(corpus: Corpus, shard: PlannedShard, name: str) -> list[Located
 
 
 def require_same_corpus(corpus: Corpus, plan: Plan) -> None:
-    """Reads the whole corpus and compares it with the plan.
-
-    Raises:
-        DataError: another document stands somewhere, or one more or less; names the shard.
-    """
+    """Reads the whole corpus. Raises a DataError, which names the shard, where another document
+    than in the plan stands somewhere, or one more or less."""
     found = (shard for shard, _ in _shards(corpus, plan.settings.shard_documents))
     for number, (shard, planned) in enumerate(itertools.zip_longest(found, plan.shards)):
         if shard != planned:
@@ -204,25 +173,16 @@ def plan_text(plan: Plan) -> str:
         json.dumps([s.begin.file, s.begin.offset, s.begin.line, s.count, s.sha256])
         for s in plan.shards
     )
-    values = {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "settings": as_dict(plan.settings),
-        "files": list(plan.files),
-        "count": plan.count,
-        "skipped": plan.skipped,
-        "shard": ["file", "offset", "line", "count", "sha256"],
-    }
+    values: dict[str, Any] = {"format": _FORMAT, "version": _VERSION}
+    values |= {"settings": as_dict(plan.settings), "files": list(plan.files)}
+    values |= {"count": plan.count, "skipped": plan.skipped}
+    values["shard"] = ["file", "offset", "line", "count", "sha256"]
     head = json.dumps(values, indent=1, ensure_ascii=False).removesuffix("\n}")
     return f'{head},\n "shards": [\n  {shards}\n ]\n}}\n'
 
 
 def read_plan(directory: Path) -> Plan:
-    """Reads `plan.json`.
-
-    Raises:
-        DataError: it is absent or damaged, or no plan of this version.
-    """
+    """Reads `plan.json`. Raises a DataError where it is absent, damaged or of another version."""
     path = directory / PLAN_FILE
     way_out = (
         "nobody knows of which corpus its shards are. Bring the plan back from a copy, choose "
@@ -235,14 +195,11 @@ def read_plan(directory: Path) -> Plan:
     if found != (_FORMAT, _VERSION):
         raise DataError(f"{path}: wanted {(_FORMAT, _VERSION)}, got {found}")
     try:
-        return Plan(
-            from_dict(Settings, values["settings"], source=f"{path}: settings"),
-            tuple(values["files"]),
-            values["skipped"],
-            tuple(
-                PlannedShard(Place(file, offset, line), count, sha256)
-                for file, offset, line, count, sha256 in values["shards"]
-            ),
-        )
+        settings = from_dict(Settings, values["settings"], source=f"{path}: settings")
+        shards = [
+            PlannedShard(Place(file, offset, line), count, sha256)
+            for file, offset, line, count, sha256 in values["shards"]
+        ]
+        return Plan(settings, tuple(values["files"]), values["skipped"], tuple(shards))
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: damaged: {error!r}. So {way_out}") from error

@@ -5,10 +5,9 @@
     python -m laser_jax.encode_corpus ... --ray.workers 8 --ray.gpus 1
     python -m laser_jax.encode_corpus --verify DIR             status 1 if anything is wrong
 
-The input is JSON lines (plain or .gz), Parquet or a BEIR directory. It is read once and cut into
-shards; each is encoded and written by itself. The same command goes on where an earlier one was
-stopped, makes damaged shards again, and refuses another model, K, prompt or corpus. See
-docs/corpus.md.
+The input is read once and cut into shards; each is encoded and written by itself. The same command
+goes on where an earlier one was stopped, makes damaged shards again, and refuses another model, K,
+prompt or corpus. See docs/corpus.md.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,17 +46,14 @@ class Progress:
     """Documents and tokens by the clock, model loading and compilation included: a bar on a
     terminal, a line for each shard in a log."""
 
-    def __init__(self, total: int, done: int):
-        """`total` documents are this run's, of which `done` were there before."""
-        self._bar = tqdm(total=total, initial=done, desc="encode", unit="doc", disable=None)
-        self._done, self._left = done, total - done
+    def __init__(self, done: int, left: int):
+        """Of this run's documents so many were there before, and are left."""
+        self._bar = tqdm(total=done + left, initial=done, desc="encode", unit="doc", disable=None)
+        self._done, self._left = done, left
         self._began = time.monotonic()
         self._tokens = self._documents = 0  # in shards that this run has finished
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
         self._bar.close()
 
     def batch(self, stats: EncodingStats) -> None:
@@ -80,37 +77,20 @@ class Progress:
 
     def __str__(self) -> str:
         seconds, documents, tokens = self._seconds, self._documents, self._tokens
-        return (
-            f"{documents:,} documents in {seconds:,.1f} s, {documents / seconds:,.1f} docs/s, "
-            f"{tokens / seconds:,.0f} tokens/s"
-        )
+        rates = f"{documents / seconds:,.1f} docs/s, {tokens / seconds:,.0f} tokens/s"
+        return f"{documents:,} documents in {seconds:,.1f} s, {rates}"
 
 
 def encode_corpus(config: CorpusConfig) -> bool:
-    """Encodes the shards that `config` asks for and that are not there yet.
-
-    Returns:
-        Whether the directory is finished: all shards are there, whoever made them.
-
-    Raises:
-        ValueError, OSError, ImportError: bad input, with file and line; a directory of another
-            model, K, prompt or corpus, with what differs; a full disk.
-    """
+    """Encodes the shards that `config` asks for and that are not there yet. Returns whether the
+    directory is finished: all shards are there, whoever made them. Raises a ValueError, OSError or
+    ImportError on bad input, a directory of another model, K, prompt or corpus, or a full disk."""
     settings, directory = settings_of(config), CorpusDirectory(config.output)
-    shown: list[str] = []
-
-    def show(message: str) -> None:
-        if len(shown) < _SHOWN_BAD_LINES:
-            shown.append(message)
-            _log.warning("skipped: %s", message)
-
-    with open_corpus(config, show) as corpus:
+    with open_corpus(config, _SHOWN_BAD_LINES) as corpus:
         plan = directory.open_plan(corpus, settings)
     bad_lines = f", {plan.skipped:,} bad lines left out" if plan.skipped else ""
-    _log.info(
-        f"{config.output}: {plan.count:,} {settings.texts} in {len(plan.shards):,} shards"
-        f"{bad_lines}"
-    )
+    cut = f"{plan.count:,} {config.texts} in {len(plan.shards):,} shards{bad_lines}"
+    _log.info("%s: %s", config.output, cut)
     mine = config.part_of(len(plan.shards))
     if missing := _missing(directory, plan, mine):
         _encode(config, plan, directory, mine, missing)
@@ -144,7 +124,7 @@ def _encode(
 ) -> None:
     """Encodes the shards `missing` of those that are this run's."""
     total, left = (sum(plan.shards[n].count for n in numbers) for numbers in (mine, missing))
-    with Progress(total, total - left) as progress:
+    with closing(Progress(total - left, left)) as progress:
         try:
             if config.ray is not None:
                 from laser_jax.encode_corpus.on_ray import encode_on_ray
@@ -157,16 +137,11 @@ def _encode(
                     for number in missing:
                         progress.shard(encoder.encode(number, progress.batch))
         except BaseException:
-            _log.info(
-                f"stopped: {_count_finished(directory, plan):,} of {len(plan.shards):,} shards are "
-                "finished; the same command goes on with the others"
-            )
+            finished = f"{directory.count_finished(plan):,} of {len(plan.shards):,} shards"
+            way_on = "the same command goes on with the others"
+            _log.info("stopped: %s are finished; %s", finished, way_on)
             raise
     _log.info("encoded %s", progress)
-
-
-def _count_finished(directory: CorpusDirectory, plan: Plan) -> int:
-    return len(directory.finished_shards(range(len(plan.shards))))
 
 
 def _print_end(directory: CorpusDirectory, plan: Plan, numbers: Sequence[int]) -> None:
@@ -174,14 +149,12 @@ def _print_end(directory: CorpusDirectory, plan: Plan, numbers: Sequence[int]) -
     if count := sum(shard.count for shard in shards):
         tokens = sum(shard.tokens or 0 for shard in shards)
         truncated = sum(shard.truncated or 0 for shard in shards)
-        print(
-            f"{count:,} {plan.settings.texts}, {tokens / count:.1f} tokens each, "
-            f"{truncated:,} shortened ({truncated / count:.2%})"
-        )
+        each = f"{count:,} {plan.settings.info.role}, {tokens / count:.1f} tokens each"
+        print(f"{each}, {truncated:,} shortened ({truncated / count:.2%})")
     if directory.is_finished:
         print(f"{directory.path} is finished")
     else:
-        left = len(plan.shards) - _count_finished(directory, plan)
+        left = len(plan.shards) - directory.count_finished(plan)
         print(f"{directory.path}: {left:,} shards of {len(plan.shards):,} are still to come")
 
 

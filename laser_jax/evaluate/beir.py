@@ -1,4 +1,4 @@
-"""BEIR directories, and judgements in the forms of BEIR and TREC.
+"""BEIR directories, their rows as Parquet too, and judgements in the forms of BEIR and TREC.
 
 A BEIR directory holds `corpus.jsonl` (`_id`, `title`, `text`), `queries.jsonl` (`_id`, `text`) and
 `qrels/<split>.tsv` (a header, then query id, document id, grade). Queries may carry three fields
@@ -8,24 +8,40 @@ more: `instruction`, `reasoning` (a chain of thought) and BRIGHT's `excluded_ids
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from laser_jax.evaluate.metrics import Qrels
 from laser_jax.files.reading import (
     DataError,
+    import_pyarrow,
     json_lines,
     parse_integer,
     parse_json,
     text_lines,
 )
 from laser_jax.search.matching import IdCount, count_ids, exclusions, identical_count, unmatched
-from laser_jax.search.trec import document_id_fault, excluded_ids
+from laser_jax.search.trec import document_id_fault, excluded_ids, query_id_fault
 
-# `qid iter docid grade`, parsed from both ends, as BRIGHT's document ids hold blanks.
-_TREC_JUDGEMENT = re.compile(r"\s*(\S+)\s+\S+\s+(\S.*?)\s+(\S+)\s*", re.ASCII)
+_ROWS_PER_READ = 1024
+# The forms of a judgement. trec_eval's is parsed from both ends, as BRIGHT's ids hold blanks.
+_TREC = re.compile(r"\s*(\S+)\s+\S+\s+(\S.*?)\s+(\S+)\s*", re.ASCII), "'qid iter docid grade'"
+_BETWEEN_TABS = re.compile(r"([^\t]*)\t([^\t]*)\t([^\t]*?)[\r\n]*")
+_BEIR = _BETWEEN_TABS, "query-id, corpus-id and score between tabs"
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The names of a document's fields, or columns. The title's may be absent."""
+
+    id: str = "_id"
+    text: str = "text"
+    title: str = "title"
+
+
+BEIR_FIELDS = Fields()
 
 
 @dataclass(frozen=True)
@@ -64,11 +80,8 @@ class BeirDataset:
     """BEIR's rule: a query is not given the document that has its own id."""
 
     def exclusions(self, *, nothing_excluded: bool = False) -> dict[str, Collection[str]]:
-        """Query id -> documents that no ranking of it holds.
-
-        Args:
-            nothing_excluded: leaves out what queries exclude by their `excluded_ids`.
-        """
+        """Query id -> documents that no ranking of it holds; with `nothing_excluded` without those
+        of its `excluded_ids`."""
         excluded = {} if nothing_excluded else {q.id: q.excluded_ids for q in self.queries.values()}
         return exclusions(excluded, self._identical() if self.ignore_identical_ids else ())
 
@@ -88,12 +101,41 @@ class BeirDataset:
         return [query for query in self.queries if query in documents]
 
 
-def json_object(line: bytes, where: str) -> dict[str, Any]:
-    """The JSON object of a line, or a DataError where it holds something else."""
-    row = parse_json(line, where)
+def json_object(row: Any, where: str) -> dict[str, Any]:
+    """The JSON object of a line, or of its value; a DataError where it holds something else."""
+    row = parse_json(row, where) if isinstance(row, bytes) else row
     if not isinstance(row, dict):
         raise DataError(f"{where}: wanted a JSON object, got {type(row).__name__}")
     return row
+
+
+def parquet_rows(
+    path: Path, columns: Collection[str], needed: Sequence[str], start: int = 0, hint: str = ""
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (number from 1, row) behind row `start`, with those of `columns` that the file has, in
+    memory that does not grow with it. Raises a DataError where one of the columns `needed` is
+    missing (then with the `hint`) or the file is damaged, and as `import_pyarrow`."""
+    pyarrow, number = import_pyarrow(path), start
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if missing := [name for name in needed if name not in names]:
+                there = f"the columns are {sorted(names)}{hint}"
+                raise DataError(f"{path}: no column {missing[0]!r}; {there}")
+            first, left, group = 0, start, file.metadata.row_group
+            while first < file.num_row_groups and left >= group(first).num_rows:
+                left -= group(first).num_rows
+                first += 1
+            groups = range(first, file.num_row_groups)
+            given = [name for name in names if name in columns]
+            for batch in file.iter_batches(_ROWS_PER_READ, groups, given):
+                for row in batch.slice(min(left, batch.num_rows)).to_pylist():
+                    number += 1
+                    yield number, row
+                left = max(left - batch.num_rows, 0)
+    except (pyarrow.ArrowException, OSError) as error:
+        fault = f"cannot be read after row {number}, not a whole Parquet file"
+        raise DataError(f"{path}: {fault}: {error}") from error
 
 
 def _read_json_lines(
@@ -101,10 +143,8 @@ def _read_json_lines(
 ) -> dict[str, D]:
     """What `parse` makes of the rows of a file, by their ids."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: a BEIR directory holds corpus.jsonl, queries.jsonl and "
-            "qrels/<split>.tsv"
-        )
+        wanted = "corpus.jsonl, queries.jsonl and qrels/<split>.tsv"
+        raise FileNotFoundError(f"{path} is missing: a BEIR directory holds {wanted}")
     rows = ((where, parse(json_object(line, where), where)) for where, line in json_lines(path))
     return unique(rows, kind)
 
@@ -127,39 +167,25 @@ def _optional_text(row: dict[str, Any], key: str, where: str) -> str | None:
     return None if row.get(key) is None else text_field(row, key, where)
 
 
-def parse_document(
-    row: dict[str, Any],
-    where: str,
-    *,
-    id_key: str = "_id",
-    text_key: str = "text",
-    title_key: str = "title",
-) -> Document:
-    """A row as a document, whose title may be absent, or a DataError that begins with `where`."""
-    id_, text = text_field(row, id_key, where), text_field(row, text_key, where)
-    title = _optional_text(row, title_key, where)
-    require_document_id(id_, where)
+def parse_document(row: dict[str, Any], where: str, fields: Fields = BEIR_FIELDS) -> Document:
+    """A row as a document, or a DataError that begins with `where`."""
+    id_, text = id_field(row, fields.id, where, "document"), text_field(row, fields.text, where)
+    title = _optional_text(row, fields.title, where)
     return Document(id_, f"{title} {text}" if title else text)
 
 
-def require_document_id(id_: str, where: str) -> None:
-    """Raises a DataError where the id cannot stand in a TREC run."""
-    if fault := document_id_fault(id_):
-        raise DataError(f"{where}: document id {id_!r} {fault}")
-
-
-def require_query_id(id_: str, where: str) -> None:
-    """Raises a DataError where the id cannot stand in a TREC run."""
-    if re.fullmatch(r"\S+", id_, re.ASCII) is None:
-        raise DataError(f"{where}: query id {id_!r} is empty or holds blanks")
+def id_field(row: dict[str, Any], key: str, where: str, kind: Literal["document", "query"]) -> str:
+    """The id `row[key]`, or a DataError where it is none that may stand in a TREC run."""
+    id_ = text_field(row, key, where)
+    if fault := (document_id_fault if kind == "document" else query_id_fault)(id_):
+        raise DataError(f"{where}: {kind} id {id_!r} {fault}")
+    return id_
 
 
 def parse_query(row: dict[str, Any], where: str) -> EvalQuery:
     """A row as a query, or a DataError that begins with `where`."""
-    id_ = text_field(row, "_id", where)
-    require_query_id(id_, where)
     return EvalQuery(
-        id=id_,
+        id=id_field(row, "_id", where, "query"),
         text=text_field(row, "text", where),
         instruction=_optional_text(row, "instruction", where),
         reasoning=_optional_text(row, "reasoning", where),
@@ -168,12 +194,8 @@ def parse_query(row: dict[str, Any], where: str) -> EvalQuery:
 
 
 def unique(rows: Iterable[tuple[str, D]], kind: str) -> dict[str, D]:
-    """Documents or queries by their id, in their order, or a DataError where an id stands twice.
-
-    Args:
-        rows: ("file:line", document or query).
-        kind: what the message calls them.
-    """
+    """Documents or queries by their id, in their order, from ("file:line", document or query); a
+    DataError where the id of one, a `kind`, stands twice."""
     by_id: dict[str, D] = {}
     for where, row in rows:
         if row.id in by_id:
@@ -183,12 +205,8 @@ def unique(rows: Iterable[tuple[str, D]], kind: str) -> dict[str, D]:
 
 
 def read_corpus(directory: str | Path) -> list[Document]:
-    """Reads `corpus.jsonl`, in its order. Fields other than _id, title and text are ignored.
-
-    Raises:
-        FileNotFoundError: when the file is missing.
-        DataError: on a line that is no document, an id that stands twice, or an empty file.
-    """
+    """Reads `corpus.jsonl`, in its order; unknown fields are ignored. Raises a FileNotFoundError,
+    and a DataError on a line that is no document, an id that stands twice, or an empty file."""
     path = Path(directory) / "corpus.jsonl"
     documents = _read_json_lines(path, parse_document, "document")
     if not documents:
@@ -208,52 +226,33 @@ def read_queries(directory: str | Path) -> dict[str, EvalQuery]:
 def read_qrels_file(path: str | Path) -> Qrels:
     """Reads judgements, plain or .gz. A name that ends in `.tsv` or `.tsv.gz` is BEIR's form: a
     header, then query id, document id and grade between tabs. Any other is trec_eval's:
-    `qid iter docid grade`, without a header; docid may hold blanks.
-
-    Raises:
-        FileNotFoundError: when the file is missing.
-        DataError: on a missing header, a line of another form, a grade that is no integer, or
-            two grades for one pair (the same line twice is accepted).
-    """
+    `qid iter docid grade`, without a header; docid may hold blanks. Raises a FileNotFoundError, and
+    a DataError on a missing header, a line of another form, a grade that is no integer, or two
+    grades for one pair."""
     beir = Path(path).name.removesuffix(".gz").endswith(".tsv")
-    judgement = _beir_judgement if beir else _trec_judgement
+    form, wanted = _BEIR if beir else _TREC
     qrels: Qrels = {}
     for number, (where, line) in enumerate(text_lines(path), start=1):
         if number > 1 and not line.strip():
             continue
-        query, document, grade = judgement(line, where)
+        if (judgement := form.fullmatch(line)) is None:
+            raise DataError(f"{where}: wanted {wanted}, got {line!r}")
+        query, document, grade = judgement.groups()
         if beir and number == 1:
             if re.match(r"\W*\d", grade):  # a number of any form, which names no column
-                raise DataError(
-                    f"{where}: the header is missing; put 'query-id\\tcorpus-id\\tscore' above"
-                )
+                header = r"'query-id\tcorpus-id\tscore'"
+                raise DataError(f"{where}: the header is missing; put {header} above")
             continue
         value = parse_integer(grade)
         if value is None:
             raise DataError(f"{where}: the score must be an integer, got {grade!r}")
         grades = qrels.setdefault(query, {})
-        if grades.setdefault(document, value) != value:
-            raise DataError(
-                f"{where}: query {query!r} and document {document!r} have score "
-                f"{grades[document]} above and {grade} here"
-            )
+        if (before := grades.setdefault(document, value)) != value:
+            pair = f"query {query!r} and document {document!r}"
+            raise DataError(f"{where}: {pair} have score {before} above and {grade} here")
     if not qrels:
         raise DataError(f"{path}: holds no judgement")
     return qrels
-
-
-def _trec_judgement(line: str, where: str) -> Sequence[str]:
-    match = _TREC_JUDGEMENT.fullmatch(line)
-    if match is None:
-        raise DataError(f"{where}: wanted 'qid iter docid grade', got {line!r}")
-    return match.groups()
-
-
-def _beir_judgement(line: str, where: str) -> Sequence[str]:
-    fields = line.rstrip("\r\n").split("\t")
-    if len(fields) != 3:
-        raise DataError(f"{where}: wanted query-id, corpus-id and score between tabs, got {line!r}")
-    return fields
 
 
 def read_qrels(directory: str | Path, split: str) -> Qrels:
@@ -262,10 +261,8 @@ def read_qrels(directory: str | Path, split: str) -> Qrels:
     folder = Path(directory) / "qrels"
     path = folder / f"{split}.tsv"
     if not path.is_file():
-        present = sorted(p.stem for p in folder.glob("*.tsv"))
-        raise FileNotFoundError(
-            f"{path} is missing; splits present: {', '.join(present) or 'none'}"
-        )
+        present = ", ".join(sorted(p.stem for p in folder.glob("*.tsv"))) or "none"
+        raise FileNotFoundError(f"{path} is missing; splits present: {present}")
     return read_qrels_file(path)
 
 
@@ -277,25 +274,18 @@ def judged_split(
     *,
     refuse_excluded: bool = True,
 ) -> BeirDataset:
-    """The dataset of those queries that are judged, with the ids that match nothing counted.
-
-    Args:
-        where: the directory, which the message names.
-        refuse_excluded: whether it is an error that no excluded document is in the corpus.
-
-    Raises:
-        DataError: no judged document, no relevant one or no excluded one is in the corpus.
-    """
+    """The dataset of those queries that are judged, with the ids that match nothing counted. Raises
+    a DataError, which names the directory `where`, if no judged document is in the corpus, no
+    relevant one or, to `refuse_excluded`, no excluded one."""
     known = {document.id for document in documents}
     judged = dict.fromkeys(document for grades in qrels.values() for document in grades)
     relevant = dict.fromkeys(d for ds in qrels.values() for d, grade in ds.items() if grade >= 1)
+    kept = {id_: query for id_, query in queries.items() if id_ in qrels}
+    excluded = [document for query in kept.values() for document in query.excluded_ids]
     lacking = unmatched("judged documents that the corpus lacks", judged, known, where)
     if relevant.keys() != judged.keys():
-        what = "relevant documents that the corpus lacks"
-        lacking += unmatched(what, relevant, known, where)
-    kept = {id_: query for id_, query in queries.items() if id_ in qrels}
+        lacking += unmatched("relevant documents that the corpus lacks", relevant, known, where)
     what = "excluded documents that the corpus lacks"
-    excluded = [document for query in kept.values() for document in query.excluded_ids]
     lacking += unmatched(what, excluded, known, where, refuse_all=refuse_excluded)
     lacking += unmatched("queries without judgements, left out", queries, qrels, where)
     lacking += unmatched("judged queries that are not there, left out", qrels, queries, where)
@@ -304,23 +294,14 @@ def judged_split(
 
 
 def read_beir(directory: str | Path, split: str) -> BeirDataset:
-    """Reads one split of a BEIR directory; of the queries, those that have qrels in it.
-
-    A judged document that the corpus lacks (ArguAna has some) stays in the qrels, as it does for
-    trec_eval, and counts as never retrieved. Ids that match nothing are counted (`judged_split`).
-
-    Raises:
-        FileNotFoundError: when a file is missing.
-        DataError: when a file cannot be used, a judged query is not in queries.jsonl, or no
-            judged document is in corpus.jsonl.
-    """
-    qrels = read_qrels(directory, split)
-    queries = read_queries(directory)
-    unknown = [id_ for id_ in qrels if id_ not in queries]
-    if unknown:
+    """Reads one split of a BEIR directory; of the queries, those that have qrels in it. A judged
+    document that the corpus lacks (ArguAna has some) stays in the qrels, as it does for trec_eval,
+    and counts as never retrieved. Raises a FileNotFoundError when a file is missing, and a
+    DataError when one cannot be used or lacks a judged query, and as `judged_split`."""
+    qrels, queries = read_qrels(directory, split), read_queries(directory)
+    if unknown := [id_ for id_ in qrels if id_ not in queries]:
         raise DataError(
             f"{Path(directory) / 'qrels' / split}.tsv judges {len(unknown)} queries that "
             f"queries.jsonl lacks, the first is {unknown[0]!r}"
         )
-    documents = read_corpus(directory)
-    return judged_split(f"{directory} ({split})", documents, queries, qrels)
+    return judged_split(f"{directory} ({split})", read_corpus(directory), queries, qrels)

@@ -13,9 +13,8 @@ ignored, `reasoning` too: it was written by people who knew the gold documents.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,44 +23,35 @@ from laser_jax.evaluate.beir import (
     BeirDataset,
     Document,
     EvalQuery,
+    id_field,
     json_object,
     judged_split,
-    require_document_id,
-    require_query_id,
+    parquet_rows,
     text_field,
     unique,
 )
-from laser_jax.files.reading import DataError, import_pyarrow, json_lines, parse_json
+from laser_jax.files.reading import DataError, json_lines, parse_json
+from laser_jax.search.trec import id_list
 
 # The domains in the order of BRIGHT's tables, each with its task in words. The words are those of
 # the table in LaSER's released evaluator (github.com/ignorejjj/LaSER at d490a81,
 # src/eval/run_mteb.py, run_bright), kept to the letter; docs/evaluation.md says what else is known.
+_POST = "Given a {} post, retrieve relevant passages that help answer the post."
+_PROBLEM = "Given a {} problem, retrieve relevant {} that help answer the problem."
+_PONY = "question about pony program language"
 INSTRUCTIONS: dict[str, str] = {
     "biology": "Given a post, retrieve relevant passages that help answer the post.",
     "earth_science": "Given a post, retrieve relevant passages that help answer the post.",
-    "economics": "Given a economics post, retrieve relevant passages that help answer the post.",
-    "psychology": "Given a psychology post, retrieve relevant passages that help answer the post.",
-    "robotics": "Given a robotics post, retrieve relevant passages that help answer the post.",
-    "stackoverflow": (
-        "Given a stackoverflow post, retrieve relevant passages that help answer the post."
-    ),
-    "sustainable_living": (
-        "Given a sustainable_living post, retrieve relevant passages that help answer the post."
-    ),
-    "leetcode": (
-        "Given a coding problem, retrieve relevant examples that help answer the problem."
-    ),
-    "pony": (
-        "Given a question about pony program language, retrieve relevant passages that help "
-        "answer the question."
-    ),
-    "aops": "Given a Math problem, retrieve relevant examples that help answer the problem.",
-    "theoremqa_questions": (
-        "Given a Math problem, retrieve relevant examples that help answer the problem."
-    ),
-    "theoremqa_theorems": (
-        "Given a Math problem, retrieve relevant theorems that help answer the problem."
-    ),
+    "economics": _POST.format("economics"),
+    "psychology": _POST.format("psychology"),
+    "robotics": _POST.format("robotics"),
+    "stackoverflow": _POST.format("stackoverflow"),
+    "sustainable_living": _POST.format("sustainable_living"),
+    "leetcode": _PROBLEM.format("coding", "examples"),
+    "pony": f"Given a {_PONY}, retrieve relevant passages that help answer the question.",
+    "aops": _PROBLEM.format("Math", "examples"),
+    "theoremqa_questions": _PROBLEM.format("Math", "examples"),
+    "theoremqa_theorems": _PROBLEM.format("Math", "theorems"),
 }
 DOMAINS = tuple(INSTRUCTIONS)
 EXAMPLES = "examples"
@@ -73,8 +63,6 @@ _FILE = re.compile(
 _NO_EXCLUSION = "N/A"
 
 T = TypeVar("T")
-_Row = dict[str, Any] | bytes
-"""An object, or the line that should hold one."""
 
 
 def is_bright(directory: str | Path) -> bool:
@@ -84,7 +72,7 @@ def is_bright(directory: str | Path) -> bool:
 
 @dataclass(frozen=True)
 class BrightCopy:
-    """A local copy, and what of it is read."""
+    """A local copy, and what of it is read, from the folders `documents` and `queries`."""
 
     directory: Path
     long_documents: bool = False
@@ -94,57 +82,41 @@ class BrightCopy:
 
     @property
     def documents(self) -> str:
-        """The folder of the documents."""
         return "long_documents" if self.long_documents else "documents"
 
     @property
     def queries(self) -> str:
-        """The folder of the queries."""
         return self.rewrites or EXAMPLES
 
     def domains(self, names: str) -> list[str]:
         """The domains that `names` asks for, with commas between, or `all` that are there; in the
-        order of `DOMAINS`.
-
-        Raises:
-            FileNotFoundError: a folder or a domain is missing; names those that are there.
-            DataError: an unknown domain.
-        """
+        order of `DOMAINS`. Raises a FileNotFoundError where a folder or a domain is missing, and a
+        DataError on an unknown one."""
         folders = [self.directory / name for name in (self.documents, self.queries)]
         present = set.intersection(*({m[1] for m in _matches(f).values()} for f in folders))
         wanted = present if names == ALL else {name.strip() for name in names.split(",")}
         if unknown := wanted - set(DOMAINS):
-            raise DataError(
-                f"{min(unknown)!r} is no domain of BRIGHT: they are {', '.join(DOMAINS)}, or {ALL}"
-            )
+            known = f"{', '.join(DOMAINS)}, or {ALL}"
+            raise DataError(f"{min(unknown)!r} is no domain of BRIGHT: they are {known}")
         for domain in _in_order(wanted):
             for folder in folders:
                 _files(folder, domain)
         if not wanted:
-            raise FileNotFoundError(
-                f"{self.directory}: no domain has a file in both {self.documents} and "
-                f"{self.queries}"
-            )
+            both = f"{self.documents} and {self.queries}"
+            raise FileNotFoundError(f"{self.directory}: no domain has a file in both {both}")
         return _in_order(wanted)
 
     def read(self, domain: str) -> BeirDataset:
         """Reads one domain. Gold documents have grade 1; a query without any is not judged and left
-        out, as it is by BRIGHT's own code and by mteb.
-
-        Raises:
-            FileNotFoundError: a file is missing; names the domains, or the rewrites, that are
-                there.
-            DataError: a missing column, a row of another form, a gold document that the corpus
-                lacks or that is excluded too, an id that stands twice, or an empty file; the corpus
-                lacks every excluded document.
-            ImportError: Parquet without pyarrow.
-        """
+        out, as it is by BRIGHT's own code and by mteb. Raises a FileNotFoundError where a file is
+        missing, and a DataError on a file or a row of another form, an id that stands twice, a gold
+        document that the corpus lacks or that is excluded too, and as `judged_split`."""
         rows = _read(self.directory / self.documents, domain, ("id", "content"), _document)
         documents = unique(rows, "document")
         gold_field = "gold_ids_long" if self.long_documents else "gold_ids"
 
-        def parse(row: dict[str, Any], where: str) -> tuple[EvalQuery, list[str]]:
-            query, gold = _query(row, where, INSTRUCTIONS[domain]), _ids(row, gold_field, where)
+        def parse(row: dict[str, Any], where: str) -> tuple[EvalQuery, tuple[str, ...]]:
+            query, gold = _query(row, where, INSTRUCTIONS[domain]), id_list(row, gold_field, where)
             for id_ in gold:
                 if id_ in query.excluded_ids:
                     raise DataError(f"{where}: document {id_!r} is both gold and excluded")
@@ -173,23 +145,13 @@ def _in_order(domains: Iterable[str]) -> list[str]:
 
 
 def _document(row: dict[str, Any], where: str) -> Document:
-    document = Document(text_field(row, "id", where), text_field(row, "content", where))
-    require_document_id(document.id, where)
-    return document
+    return Document(id_field(row, "id", where, "document"), text_field(row, "content", where))
 
 
 def _query(row: dict[str, Any], where: str, instruction: str) -> EvalQuery:
-    id_, text = text_field(row, "id", where), text_field(row, "query", where)
-    require_query_id(id_, where)
-    excluded = tuple(i for i in _ids(row, "excluded_ids", where) if i != _NO_EXCLUSION)
+    id_, text = id_field(row, "id", where, "query"), text_field(row, "query", where)
+    excluded = tuple(i for i in id_list(row, "excluded_ids", where) if i != _NO_EXCLUSION)
     return EvalQuery(id_, text, instruction=instruction, excluded_ids=excluded)
-
-
-def _ids(row: dict[str, Any], key: str, where: str) -> list[str]:
-    ids = row.get(key)
-    if not isinstance(ids, list) or not all(isinstance(id_, str) for id_ in ids):
-        raise DataError(f"{where}: field {key!r} must be a list of strings, got {ids!r}")
-    return ids
 
 
 # --- files -------------------------------------------------------------------------------------
@@ -209,10 +171,8 @@ def _files(folder: Path, domain: str) -> list[Path]:
     matches = _matches(folder)
     files = {file: match for file, match in matches.items() if match[1] == domain}
     if not files:
-        present = _in_order({match[1] for match in matches.values()})
-        raise FileNotFoundError(
-            f"{folder} holds no file of {domain}; domains present: {', '.join(present) or 'none'}"
-        )
+        present = ", ".join(_in_order({match[1] for match in matches.values()})) or "none"
+        raise FileNotFoundError(f"{folder} holds no file of {domain}; domains present: {present}")
     shards = {int(match[2]): file for file, match in files.items() if match[2]}
     if len(shards) == len(files):
         of = {int(match[3]) for match in files.values()}
@@ -220,22 +180,17 @@ def _files(folder: Path, domain: str) -> list[Path]:
             return [shards[number] for number in sorted(shards)]
     elif len(files) == 1:
         return list(files)
-    raise DataError(
-        f"{folder}: wanted one file of {domain} or all of its shards, found "
-        f"{', '.join(file.name for file in files)}"
-    )
+    found = ", ".join(file.name for file in files)
+    raise DataError(f"{folder}: wanted one file of {domain} or all of its shards, found {found}")
 
 
 def _read(
-    folder: Path,
-    domain: str,
-    columns: tuple[str, ...],
-    parse: Callable[[dict[str, Any], str], T],
+    folder: Path, domain: str, columns: tuple[str, ...], parse: Callable[[dict[str, Any], str], T]
 ) -> list[tuple[str, T]]:
     """("file:line", what `parse` makes of it) of every row of a domain's file or shards."""
     files = _files(folder, domain)
     rows = [
-        (where, parse(json_object(row, where) if isinstance(row, bytes) else row, where))
+        (where, parse(json_object(row, where), where))
         for file in files
         for where, row in _rows(file, columns)
     ]
@@ -244,35 +199,14 @@ def _read(
     return rows
 
 
-def _rows(file: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, _Row]]:
-    """("file:line" or the like, row) of a file."""
+def _rows(file: Path, columns: tuple[str, ...]) -> Iterable[tuple[str, Any]]:
+    """("file:line" or "file, row n", row or its line) of a file."""
     if file.suffix == ".parquet":
-        return _parquet_rows(file, columns)
-    return _list_rows(file) if _is_list(file) else json_lines(file)
-
-
-def _is_list(file: Path) -> bool:
-    with file.open("rb") as opened:  # no .gz begins with a bracket
-        return opened.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-
-
-def _list_rows(file: Path) -> Iterator[tuple[str, _Row]]:
-    for number, row in enumerate(parse_json(file.read_bytes(), file), start=1):
-        # what is no object goes on as a line, whose parser says so
-        yield f"{file}, row {number}", row if isinstance(row, dict) else json.dumps(row).encode()
-
-
-def _parquet_rows(file: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, _Row]]:
-    pyarrow = import_pyarrow(file)
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(file) as opened:
-            names = opened.schema_arrow.names
-            if missing := [column for column in columns if column not in names]:
-                raise DataError(f"{file}: no column {missing[0]!r}; the columns are {names}")
-            for batch in opened.iter_batches(columns=list(columns)):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{file}, row {number}", row
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{file}: cannot be read after row {number}: {error}") from error
+        numbered = parquet_rows(file, columns, columns)
+    else:
+        with file.open("rb") as opened:  # no .gz begins with a bracket
+            is_list = opened.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        if not is_list:
+            return json_lines(file)
+        numbered = enumerate(parse_json(file.read_bytes(), file), start=1)
+    return ((f"{file}, row {number}", row) for number, row in numbered)

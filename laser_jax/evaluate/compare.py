@@ -32,6 +32,7 @@ from laser_jax.evaluate.significance import holm, permutation_p_value
 from laser_jax.files.durable import write_atomically, write_json
 from laser_jax.files.reading import DataError
 from laser_jax.files.terminal import printable
+from laser_jax.settings import require
 
 PLOT_STEM = "latency_quality"
 BETTER, WORSE = "▲", "▼"
@@ -109,10 +110,9 @@ Evaluated = Mapping[tuple[str, str], _Directory]
 def _read(directory: str, metric: str) -> _Directory:
     evaluation = read_evaluation(directory)
     if metric not in evaluation.metrics:
-        raise DataError(
-            f"{directory}: has no {metric}, only {', '.join(evaluation.metrics)}; evaluate again "
-            "with it in --metrics, or choose another --metric"
-        )
+        way_out = "evaluate again with it in --metrics, or choose another --metric"
+        there = ", ".join(evaluation.metrics)
+        raise DataError(f"{directory}: has no {metric}, only {there}; {way_out}")
     per_query = read_per_query(Path(directory) / PER_QUERY_FILE)
     if set(per_query) != set(evaluation.scores):
         raise DataError(f"{directory}: {PER_QUERY_FILE} and results.json hold other runs")
@@ -122,19 +122,15 @@ def _read(directory: str, metric: str) -> _Directory:
 
 
 def read_all(options: CompareOptions) -> Evaluated:
-    """Reads the directories.
-
-    Raises:
-        FileNotFoundError, DataError: a directory is no evaluation or lacks the metric, or two are
-            of the same model and data.
-    """
+    """Reads the directories. Raises a FileNotFoundError or DataError where one is no evaluation or
+    lacks the metric, or two are of the same model and data."""
     evaluated: dict[tuple[str, str], _Directory] = {}
     for directory in options.directories:
         read = _read(directory, options.metric)
-        key = (read.evaluation.model, read.column)
+        key = model, column = read.evaluation.model, read.column
         if key in evaluated:
             raise DataError(
-                f"{evaluated[key].directory} and {directory} are both of {key[0]} on {key[1]}; "
+                f"{evaluated[key].directory} and {directory} are both of {model} on {column}; "
                 "give one of them another --name when evaluating"
             )
         evaluated[key] = read
@@ -162,12 +158,8 @@ def _shown_runs(evaluation: Evaluation, runs: str) -> list[str]:
 
 
 def compare(evaluated: Evaluated, options: CompareOptions) -> Comparison:
-    """Tests every cell of the table against the baseline's of its column.
-
-    Raises:
-        DataError: two evaluations are of different queries of the same data.
-        ConfigError: no evaluation is of the baseline.
-    """
+    """Tests every cell of the table against the baseline's of its column. Raises a DataError where
+    two are of different queries of the same data, and a ConfigError where none is the baseline."""
     metric = options.metric
     baseline = model, run = _baseline(evaluated, options.baseline)
     cells: dict[tuple[str, str], dict[str, Cell]] = {}
@@ -184,13 +176,11 @@ def compare(evaluated: Evaluated, options: CompareOptions) -> Comparison:
         mark = "" if p_value >= ALPHA else BETTER if difference > 0 else WORSE
         row[column] = Cell(row[column].score, difference, p_value, mark)
     columns = list(dict.fromkeys(column for _, column in evaluated))
-    rows = [Row(*key, row, _average(row, columns)) for key, row in cells.items()]
+    rows = []
+    for key, row in cells.items():
+        average = float(np.mean([cell.score for cell in row.values()]))
+        rows.append(Row(*key, row, average if len(row) == len(columns) else None))
     return Comparison(metric, columns, rows, baseline, len(tests))
-
-
-def _average(row: Mapping[str, Cell], columns: Sequence[str]) -> float | None:
-    scores = [cell.score for cell in row.values()]
-    return float(np.mean(scores)) if len(scores) == len(columns) else None
 
 
 def _tested(
@@ -216,27 +206,21 @@ def format_comparison(comparison: Comparison) -> str:
         column: max(row.cells[column].score for row in comparison.rows if column in row.cells)
         for column in comparison.columns
     }
-
-    def shown(row: Row, column: str) -> str:
-        cell = row.cells.get(column)
-        if cell is None:
-            return "-"
-        text = f"{100 * cell.score:.1f}"
-        return (f"**{text}**" if cell.score == best[column] else text) + cell.mark
-
-    rows = [
-        [
-            f"{row.model}, {row.run}",
-            *(shown(row, column) for column in comparison.columns),
-            "-" if row.average is None else f"{100 * row.average:.1f}",
-        ]
-        for row in comparison.rows
-    ]
+    rows = []
+    for row in comparison.rows:
+        shown = [f"{row.model}, {row.run}"]
+        for column in comparison.columns:
+            if cell := row.cells.get(column):
+                bold = "**" if cell.score == best[column] else ""
+                shown.append(f"{bold}{100 * cell.score:.1f}{bold}{cell.mark}")
+            else:
+                shown.append("-")
+        rows.append([*shown, "-" if row.average is None else f"{100 * row.average:.1f}"])
+    table = markdown_table([f"{comparison.metric} x 100", *comparison.columns, "Avg."], rows)
     model, run = comparison.baseline
     return (
-        markdown_table([f"{comparison.metric} x 100", *comparison.columns, "Avg."], rows)
-        + f"\n\n{BETTER} better, {WORSE} worse than {model}, {run}: two-sided paired permutation "
-        f"test over queries,\np < {comparison.alpha} after Holm's correction for "
+        f"{table}\n\n{BETTER} better, {WORSE} worse than {model}, {run}: two-sided paired "
+        f"permutation test over queries,\np < {comparison.alpha} after Holm's correction for "
         f"{comparison.tested} comparisons."
     )
 
@@ -260,9 +244,8 @@ def _series(evaluated: Evaluated, metric: str) -> dict[str, list[LatencyPoint]]:
         elif run in REWRITES:
             what = f"{run} (writing and reading)"
         if run != CONTROL:
-            point = LatencyPoint(
-                *np.mean(pairs, axis=0).tolist(), label=run.removeprefix("latent ")
-            )
+            place = np.mean(pairs, axis=0).tolist()
+            point = LatencyPoint(*place, label=run.removeprefix("latent "))
             series.setdefault(f"{model}, {what}", []).append(point)
     return series
 
@@ -275,9 +258,8 @@ def _write_report(evaluated: Evaluated, comparison: Comparison, output: Path) ->
         plot_latency_quality(series, comparison.metric, output / PLOT_STEM)
     untimed = [e.directory for e in evaluated.values() if not e.evaluation.milliseconds_per_query]
     if untimed:
-        logger.warning(
-            "not in the plot, as evaluated without --measure_time true: %s", ", ".join(untimed)
-        )
+        without = "not in the plot, as evaluated without --measure_time true"
+        logger.warning("%s: %s", without, ", ".join(untimed))
     write_atomically(output / "report.md", format_comparison(comparison) + "\n")
     write_json(output / "report.json", asdict(comparison))
 
@@ -285,11 +267,8 @@ def _write_report(evaluated: Evaluated, comparison: Comparison, output: Path) ->
 def main(program: str, arguments: Sequence[str]) -> None:
     """The command line: directories and options."""
     options = parse_command_line(CompareOptions, f"{program} DIR...", arguments, "directories")
-    if not options.directories:
-        raise ConfigError(
-            f"no directories to compare: {program} DIR... [options], where each DIR is one that "
-            "python -m laser_jax.evaluate model wrote"
-        )
+    usage = f"{program} DIR... [options], where each DIR is one that python -m laser_jax.evaluate"
+    require(bool(options.directories), f"no directories to compare: {usage} model wrote")
     evaluated = read_all(options)
     comparison = compare(evaluated, options)
     if options.output:

@@ -3,9 +3,8 @@
 Documents are ranked by `laser_jax.search.trec.rank_documents`, ties included. Every value equals
 that of pytrec_eval to the last digit: sums run in rank order in double precision.
 
-Which queries count is pytrec_eval's rule too: those that are in the run and have judgements. A
-judged query without any relevant document scores 0; a query that the run lacks is left out, so a
-run must hold an (empty) entry for a query that found nothing.
+The queries that count are pytrec_eval's too: those that are in the run, if with an empty entry, and
+have judgements. A judged query without any relevant document scores 0.
 """
 
 from __future__ import annotations
@@ -16,25 +15,26 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
-from laser_jax.config import ConfigError
 from laser_jax.search.trec import Run, rank_documents
+from laser_jax.settings import ConfigError, require
 
 METRICS = ("nDCG@10", "Recall@100", "MRR@10")
-"""Those of the programs, where no others are asked for."""
+"""Those of the programs."""
 Qrels = dict[str, dict[str, int]]
 """Query id -> document id -> graded relevance; 1 and above is relevant."""
 
 
+# Every metric takes the grades of the first documents of a ranking, and all grades of its query.
+
+
 def _gain(gains: Sequence[int]) -> float:
     # math.log2 is C's, as in trec_eval; numpy's vectorised one may differ in the last digit.
+    # No `sum`: from Python 3.12 on it compensates for rounding, and trec_eval does not.
     total = 0.0
-    for index, gain in enumerate(gains):
+    for rank, gain in enumerate(gains, start=1):
         if gain > 0:
-            total += gain / math.log2(index + 2)
+            total += gain / math.log2(rank + 1)
     return total
-
-
-# Every metric takes the grades of the first documents of a ranking, and all grades of its query.
 
 
 def _ndcg(grades: list[int], judged: list[int], cutoff: int) -> float:
@@ -98,22 +98,16 @@ _METRICS: dict[str, _Metric] = {
 def _parse_metric(name: str) -> tuple[_Metric, int]:
     match = re.fullmatch(r"([A-Za-z_]+)@([1-9][0-9]*)", name)
     if match is None or match[1] not in _METRICS:
-        raise ValueError(
-            f"unknown metric {name!r}: wanted NAME@CUTOFF, for example nDCG@10, with NAME one of "
-            f"{', '.join(_METRICS)}"
-        )
+        wanted = f"NAME@CUTOFF, for example nDCG@10, with NAME one of {', '.join(_METRICS)}"
+        raise ConfigError(f"metrics: unknown metric {name!r}: wanted {wanted}")
     return _METRICS[match[1]], int(match[2])
 
 
 def deepest_cutoff(names: Sequence[str]) -> int:
     """How many documents of a ranking the metrics look at. Raises a ConfigError where there is no
     metric or an unknown one."""
-    if not names:
-        raise ConfigError("metrics must name one metric at least")
-    try:
-        return max(_parse_metric(name)[1] for name in names)
-    except ValueError as error:
-        raise ConfigError(f"metrics: {error}") from error
+    require(bool(names), "metrics must name one metric at least")
+    return max(_parse_metric(name)[1] for name in names)
 
 
 def evaluate_run(
@@ -121,20 +115,10 @@ def evaluate_run(
     qrels: Mapping[str, Mapping[str, int]],
     metrics: Sequence[str] = ("nDCG@10", "Recall@100"),
 ) -> dict[str, dict[str, float]]:
-    """The metrics of every query that the run holds and the qrels judge.
-
-    Args:
-        run: query id -> document id -> score.
-        qrels: query id -> document id -> graded relevance. Documents without one count as 0.
-        metrics: NAME@CUTOFF with NAME one of nDCG (linear gain), nDCG_exp (gain 2^grade - 1),
-            Recall, P, MRR, MAP, Hit.
-
-    Returns:
-        Query id, in the order of the run -> metric as named in `metrics` -> value in [0, 1].
-
-    Raises:
-        ValueError: on an unknown metric or a NaN score.
-    """
+    """The metrics of every query that the run holds and the qrels judge: query id, in the order of
+    the run -> metric -> value in [0, 1]. Documents without a grade count as 0. `metrics` are
+    NAME@CUTOFF with NAME one of nDCG (linear gain), nDCG_exp (gain 2^grade - 1), Recall, P, MRR,
+    MAP, Hit. Raises a ValueError on an unknown metric or a NaN score."""
     parsed = {name: _parse_metric(name) for name in metrics}
     per_query = {}
     for query, scores in run.items():
@@ -163,10 +147,8 @@ def without_excluded(run: Run, excluded: Mapping[str, Collection[str]]) -> Run:
 
 
 def changed_documents(original: Qrels, changed: Qrels) -> dict[str, list[str]]:
-    """The documents that a changed instruction makes irrelevant: query id -> document ids.
-
-    They are relevant (grade 1 or above) in `original` and not in `changed`. Queries without one
-    are left out, as they are by FollowIR.
+    """The documents that a changed instruction makes irrelevant: query id -> document ids. They are
+    relevant in `original` and not in `changed`. Queries without one are left out, as in FollowIR.
     """
     lost = {
         query: [d for d, g in grades.items() if g >= 1 and changed.get(query, {}).get(d, 0) < 1]
@@ -182,17 +164,11 @@ def p_mrr(original: Run, changed: Run, documents: Mapping[str, Sequence[str]]) -
 
         p-MRR = R'/R - 1 if R >= R' (it rose or stayed), else 1 - R/R'
 
-    which is FollowIR's equation 1 (arXiv 2403.15246) with MRR = 1 / rank; the mean over a query's
-    documents, here, and over queries, by `mean`. In (-1, 1); 0 when the instruction changes
-    nothing, positive when it is followed. A document that a run lacks stands behind its last one,
-    as in FollowIR's code and in mteb.
-
-    Args:
-        original, changed: the runs under the two instructions, with the same query ids.
-        documents: query id -> documents that the change makes irrelevant (`changed_documents`).
-
-    Raises:
-        ValueError: when a run lacks a query, or a query has no document.
+    which is FollowIR's equation 1 (arXiv 2403.15246) with MRR = 1 / rank; here the mean over a
+    query's `documents` (`changed_documents`). In (-1, 1); 0 when the instruction changes nothing,
+    positive when it is followed. A document that a run lacks stands behind its last one, as in
+    FollowIR's code and in mteb. Raises a ValueError when a run lacks a query, or a query has no
+    document.
     """
     scores = {}
     for query, ids in documents.items():
@@ -207,22 +183,14 @@ def p_mrr(original: Run, changed: Run, documents: Mapping[str, Sequence[str]]) -
 
 
 def _rank_change(before: list[str], after: list[str], document: str) -> float:
-    def rank(ranking: list[str]) -> int:
-        return (ranking.index(document) if document in ranking else len(ranking)) + 1
-
-    was, is_now = rank(before), rank(after)
-    return is_now / was - 1 if was >= is_now else 1 - was / is_now
+    was, now = ([*ranking, document].index(document) + 1 for ranking in (before, after))
+    return now / was - 1 if was >= now else 1 - was / now
 
 
 def mean(per_query: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The mean of every metric over the queries of `evaluate_run`.
-
-    Raises:
-        ValueError: when there is no query, as when run and qrels name different ones.
-    """
+    """The mean of every metric over the queries of `evaluate_run`. Raises a ValueError when there
+    is none."""
     if not per_query:
-        raise ValueError(
-            "no query to average over, as where run and judgements name different queries"
-        )
+        raise ValueError("no query to average over: do run and judgements name different queries?")
     names = next(iter(per_query.values()))
     return {name: float(np.mean([values[name] for values in per_query.values()])) for name in names}

@@ -20,16 +20,11 @@ from pathlib import Path
 import numpy as np
 
 from laser_jax.command_line import parse_command_line
-from laser_jax.config import ConfigError, pools_prompt
+from laser_jax.config import pools_prompt
+from laser_jax.evaluate import metrics
 from laser_jax.evaluate.beir import BeirDataset, read_beir
 from laser_jax.evaluate.bright import ALL, EXAMPLES, BrightCopy, is_bright
-from laser_jax.evaluate.metrics import (
-    METRICS,
-    deepest_cutoff,
-    evaluate_run,
-    mean,
-    without_relevant,
-)
+from laser_jax.evaluate.metrics import METRICS
 from laser_jax.evaluate.oracle import StepsOracle, steps_oracle
 from laser_jax.evaluate.plots import can_draw, plot_quality_by_steps
 from laser_jax.evaluate.results import (
@@ -103,7 +98,7 @@ class ModelOptions(EvaluationOptions):
         super().__post_init__()
         require(bool(self.eval_thinking_steps), "eval_thinking_steps must name one K at least")
         require_in("[1, inf)", self, "", "eval_thinking_steps")
-        deepest_cutoff(self.metrics)
+        metrics.deepest_cutoff(self.metrics)
 
 
 # --- the data ----------------------------------------------------------------------------------
@@ -151,11 +146,8 @@ def _read_domain(copy: BrightCopy, domain: str, options: ModelOptions) -> _Data:
 
 def evaluate_model(options: ModelOptions) -> dict[str, Evaluation]:
     """Evaluates a model and writes the output: of a BEIR directory a directory, of BRIGHT one a
-    domain in it, and the table of all.
-
-    Returns:
-        The evaluation of every domain by its name, in BRIGHT's order; of a BEIR directory the one,
-        under "".
+    domain in it, and the table of all. Gives the evaluation of every domain by its name, in
+    BRIGHT's order; of a BEIR directory the one, under "".
 
     Raises:
         ConfigError, DataError, HFError, TokenizationError, OutputError, FileNotFoundError: bad
@@ -185,39 +177,40 @@ def evaluate_model(options: ModelOptions) -> dict[str, Evaluation]:
 
 def _is_bright(options: ModelOptions) -> bool:
     bright = is_bright(options.data)
-    if (options.domains != ALL or options.long_documents) and not bright:
-        raise ConfigError(
-            f"domains and long_documents are BRIGHT's, and {options.data} has no folder {EXAMPLES}"
-        )
-    if bright and options.split != "test":
-        raise ConfigError("BRIGHT has no splits: take --split away, or choose --domains")
+    of_bright = options.domains != ALL or options.long_documents
+    lacking = f"and {options.data} has no folder {EXAMPLES}"
+    require(bright or not of_bright, f"domains and long_documents are BRIGHT's, {lacking}")
+    no_split = not bright or options.split == "test"
+    require(no_split, "BRIGHT has no splits: take --split away, or choose --domains")
     return bright
 
 
 def _evaluate(
     data: _Data, retriever: LatentRetriever, output: Path, options: ModelOptions
 ) -> Evaluation:
-    dataset, config, prompts = data.dataset, retriever.encoder.config, retriever.prompts
+    dataset, config = data.dataset, retriever.encoder.config
     inputs = _query_inputs(data, retriever, options)
-    documents = [prompts.document_prompt(document.text) for document in dataset.documents]
+    documents = [retriever.prompts.document_prompt(d.text) for d in dataset.documents]
     document_rows = [document.ids for document in documents]
-    shortened = {"documents": sum(document.truncated for document in documents)}
-    _log_lengths("documents", document_rows, shortened["documents"])
-    for name, of in inputs.items():
-        shortened[f"queries, {name}"] = of.shortened
-        _log_lengths(f"queries, {name}", of.rows, of.shortened)
+    read = {"documents": (document_rows, sum(document.truncated for document in documents))}
+    read |= {f"queries, {name}": (of.rows, of.shortened) for name, of in inputs.items()}
+    for what, (rows, cut) in read.items():
+        tokens, share = (
+            sum(map(len, rows)) / len(rows),
+            f"{cut:,} shortened ({cut / len(rows):.2%})",
+        )
+        logger.info("%s %s: %.1f tokens each, %s", f"{len(rows):,}", what, tokens, share)
     runs = rank_corpus(
         retriever.encoder,
         document_rows,
         dataset,
         inputs,
-        depth=max(DEPTH, deepest_cutoff(options.metrics)),
+        depth=max(DEPTH, metrics.deepest_cutoff(options.metrics)),
         nothing_excluded=any(query.excluded_ids for query in dataset.queries.values()),
         progress=True,
     )
-    per_query = {
-        name: evaluate_run(run, dataset.qrels, options.metrics) for name, run in runs.items()
-    }
+    qrels, names = dataset.qrels, options.metrics
+    per_query = {name: metrics.evaluate_run(run, qrels, names) for name, run in runs.items()}
     by_steps = {k: runs[latent(k)] for k in inputs[LATENT].num_thinking_steps}
     evaluation = Evaluation(
         model=options.name or model_name(options.model),
@@ -229,13 +222,13 @@ def _evaluate(
         metrics=list(options.metrics),
         documents=len(dataset.documents),
         queries=len(dataset.queries),
-        queries_without_relevant=without_relevant(dataset.qrels),
-        scores={name: mean(queries) for name, queries in per_query.items()},
-        differences=_differences(per_query, config.num_thinking_steps, options.metrics),
+        queries_without_relevant=metrics.without_relevant(qrels),
+        scores={name: metrics.mean(queries) for name, queries in per_query.items()},
+        differences=_differences(per_query, config.num_thinking_steps, names),
         milliseconds_per_query=_reading_times(retriever, inputs) if options.measure_time else {},
         writing_milliseconds_per_query=_writing_times(data, runs),
-        shortened=shortened,
-        steps_oracle=steps_oracle(by_steps, dataset.qrels, options.metrics[0]),
+        shortened={what: cut for what, (_, cut) in read.items()},
+        steps_oracle=steps_oracle(by_steps, qrels, names[0]),
         id_counts=list(dataset.id_counts),
     )
     draw = partial(_plot, evaluation, inputs) if can_draw() else None
@@ -259,12 +252,6 @@ def _query_inputs(
     return inputs
 
 
-def _log_lengths(what: str, rows: Sequence[list[int]], shortened: int) -> None:
-    tokens = sum(map(len, rows)) / len(rows)
-    share = f"{shortened:,} shortened ({shortened / len(rows):.2%})"
-    logger.info("%s %s: %.1f tokens each, %s", f"{len(rows):,}", what, tokens, share)
-
-
 def _reading_times(
     retriever: LatentRetriever, inputs: Mapping[str, QueryInputs]
 ) -> dict[str, float]:
@@ -272,9 +259,9 @@ def _reading_times(
     times = {}
     for name, of in inputs.items():
         for k in of.num_thinking_steps:
-            retriever.encoder.encode_tokens(of.rows, [k])  # compiles what is not compiled yet
-            began = time.perf_counter()
-            retriever.encoder.encode_tokens(of.rows, [k])
+            for _ in range(2):  # the first compiles what is not compiled yet
+                began = time.perf_counter()
+                retriever.encoder.encode_tokens(of.rows, [k])
             run = latent(k) if name == LATENT else name
             times[run] = 1000 * (time.perf_counter() - began) / len(of.rows)
     return times
@@ -289,20 +276,20 @@ def _writing_times(data: _Data, runs: Mapping[str, object]) -> dict[str, float]:
 
 
 def _differences(
-    per_query: Mapping[str, QueryScores], own: int, metrics: Sequence[str]
+    per_query: Mapping[str, QueryScores], own: int, names: Sequence[str]
 ) -> list[Difference]:
     """Each run less the one of K = 1; the explicit view also less its control and, as
     rewrite-then-retrieve, less the latent view at the model's own K. What excludes nothing is
     compared with none."""
-    compared = set(per_query) - {latent(1)} - {unrestricted(run) for run in per_query}
-    pairs = [(run, latent(1)) for run in per_query if run in compared]
+    left_out = {latent(1), *map(unrestricted, per_query)}
+    pairs = [(run, latent(1)) for run in per_query if run not in left_out]
     pairs += [(EXPLICIT, CONTROL)]
     shorter = [run for run in per_query if run.endswith(" dimensions")]
     pairs += [(run, latent(own)) for run in (EXPLICIT, *REWRITES, *shorter) if own > 1]
     differences = []
     for run, against in pairs:
         if run in per_query and against in per_query:
-            for metric in metrics:
+            for metric in names:
                 a, b = ([v[metric] for v in per_query[r].values()] for r in (run, against))
                 interval = paired_bootstrap(a, b)
                 differences.append(Difference(run, against, metric, **asdict(interval)))
@@ -346,17 +333,13 @@ def model_table(evaluation: Evaluation) -> str:
         + of_documents,
         markdown_table(["run", *evaluation.metrics, *times], rows),
     ]
-    metric = evaluation.metrics[0]
-    differences = [
-        [
-            f"{title(d.run)} less {title(d.against)}",
-            f"{d.difference:+.4f}",
-            f"{d.low:+.4f} to {d.high:+.4f}",
-        ]
-        for d in evaluation.differences
-        if d.metric == metric
-    ]
-    header = ["difference", metric, f"{evaluation.confidence:.0%} interval"]
+    differences = []
+    for d in evaluation.differences:
+        if d.metric == evaluation.metrics[0]:
+            interval = f"{d.low:+.4f} to {d.high:+.4f}"
+            pair = f"{title(d.run)} less {title(d.against)}"
+            differences.append([pair, f"{d.difference:+.4f}", interval])
+    header = ["difference", evaluation.metrics[0], f"{evaluation.confidence:.0%} interval"]
     if differences:
         parts.append(markdown_table(header, differences))
     if evaluation.steps_oracle is not None:
@@ -404,11 +387,9 @@ def domain_table(evaluations: Mapping[str, Evaluation]) -> str:
     rows = {domain: values(evaluation) for domain, evaluation in evaluations.items()}
     rows[f"mean of {len(evaluations)}"] = np.mean(list(rows.values()), axis=0).tolist()
     header = [metric, *(name for run in runs for name in (run, "nothing excluded"))]
-    table = markdown_table(
-        header, [[name, *(f"{value:.4f}" for value in row)] for name, row in rows.items()]
-    )
+    cells = [[name, *(f"{value:.4f}" for value in row)] for name, row in rows.items()]
     notes = [f"{name}, {count}" for name, e in evaluations.items() for count in e.id_counts]
-    return "\n\n".join([table, "\n".join(notes)] if notes else [table])
+    return "\n\n".join([markdown_table(header, cells), *(["\n".join(notes)] if notes else [])])
 
 
 def main(program: str, arguments: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
     python -m laser_jax.evaluate mteb --model DIR --tasks "BRIGHT(v1.1)" --output DIR
 
 mteb loads the data, from the hub or its local cache, and scores. What is in the output directory is
-not computed again: results land in mteb's own cache layout,
+not computed again: it is a cache of mteb,
 
     DIR/results/NAME/REVISION/TASK.json
     DIR/results/NAME/REVISION/experiments/KEY_VALUE__.../TASK.json
@@ -29,7 +29,8 @@ from laser_jax.data.schema import as_strings
 from laser_jax.evaluate.bright import INSTRUCTIONS
 from laser_jax.evaluate.results import markdown_table, model_name
 from laser_jax.evaluate.retrieval import EvaluationOptions, load_retriever
-from laser_jax.files.durable import checksum, write_json
+from laser_jax.files.claim import Claim
+from laser_jax.files.durable import checksum, json_text
 from laser_jax.inference.options import read_retriever_config
 from laser_jax.inference.retriever import LatentRetriever
 from laser_jax.models.directory import model_directory
@@ -49,28 +50,19 @@ except ImportError as error:
 SCORES_FILE = "scores.json"
 logger = logging.getLogger(__name__)
 
-# Tasks of BRIGHT(v1.1), such as BrightEarthScienceRetrieval, in lower case -> domain. Those of long
-# documents have `Long` before `Retrieval`.
+# Tasks of BRIGHT(v1.1), such as BrightEarthScienceRetrieval, in lower case -> domain.
 _BRIGHT_TASKS = {f"bright{domain.replace('_', '')}retrieval": domain for domain in INSTRUCTIONS}
 BRIGHT_WITH_SUBSETS = ("BrightRetrieval", "BrightLongRetrieval")
 """Tasks of BRIGHT and BRIGHT (long), whose subsets are the domains and which exclude nothing."""
 # The released evaluator takes these from a file that is not released; that of Qwen3-Embedding's
 # evaluation, which it is made from, has this sentence (docs/evaluation.md).
 FOLLOWIR_INSTRUCTION = "Retrieval the relevant passage for the given query"
-FOLLOWIR_TASKS = (
-    "Core17InstructionRetrieval",
-    "News21InstructionRetrieval",
-    "Robust04InstructionRetrieval",
-)
+FOLLOWIR_TASKS = [f"{name}InstructionRetrieval" for name in ("Core17", "News21", "Robust04")]
 
 
 class MtebRetriever(AbsEncoder):
-    """A `LatentRetriever` as mteb wants a model.
-
-    Attributes:
-        mteb_model_meta: name and revision, under which mteb keeps results, and what sets these
-            results apart (`experiment_kwargs`).
-    """
+    """A `LatentRetriever` as mteb wants a model. `mteb_model_meta` has the name and revision under
+    which mteb keeps results, and what sets these apart (`experiment_kwargs`)."""
 
     def __init__(
         self,
@@ -82,18 +74,15 @@ class MtebRetriever(AbsEncoder):
         instruction: str | None = None,
         experiment: Mapping[str, Any] | None = None,
     ) -> None:
-        """
+        """Raises a ValueError where the name is not of the form `organisation/model`.
+
         Args:
-            name: `organisation/model`.
-            revision: of the weights; mteb takes results of the same name and revision from its
-                cache (`model_revision` makes one).
+            revision: of the weights (`model_revision`): mteb takes results of the same name and
+                revision from its cache.
             num_thinking_steps: K, of queries alone where the model has one of its own for
                 documents; None takes the model's.
             instruction: one task description for all tasks, instead of `instruction_of`.
             experiment: what else sets the results apart from those of the exported model.
-
-        Raises:
-            ValueError: the name is of another form.
         """
         if name.count("/") != 1:
             raise ValueError(f"mteb wants a name of the form organisation/model, got {name!r}")
@@ -103,10 +92,8 @@ class MtebRetriever(AbsEncoder):
             settings["num_thinking_steps"] = num_thinking_steps
         if instruction is not None:
             settings["instruction"] = instruction
-        self.retriever = retriever
-        self._steps = num_thinking_steps
-        self._instruction = instruction
-        self._last_documents: list[tuple[tuple[int, int], np.ndarray]] = []
+        self.retriever, self._steps, self._instruction = retriever, num_thinking_steps, instruction
+        self._last_documents: dict[tuple[int, int], np.ndarray] = {}
         self.mteb_model_meta: ModelMeta = ModelMeta.create_empty(
             {
                 "name": name,
@@ -139,32 +126,18 @@ class MtebRetriever(AbsEncoder):
         show_progress_bar: bool = False,
         **_: Any,
     ) -> np.ndarray:
-        """Embeds the texts of mteb's batches.
-
-        Args:
-            inputs: a DataLoader whose batches hold a list of strings as "text".
-            task_metadata, hf_subset: say the instruction.
-            prompt_type: documents are read bare, all else as queries.
-
-        Returns:
-            [N, D] float32 unit rows.
-
-        Raises:
-            ValueError: other inputs, and as `LatentRetriever.encode_query`.
-        """
+        """Embeds the texts of mteb's batches, a list of strings as "text" in each: documents bare,
+        all else as queries with the task's instruction. Gives [N, D] float32 unit rows. Raises a
+        ValueError on other inputs, and as `LatentRetriever.encode_query`."""
         texts: list[str] = []
         for batch in inputs:
             if not isinstance(batch, Mapping):
-                raise ValueError(
-                    'batches are wanted whose "text" is a list of strings, as mteb\'s DataLoader '
-                    f"gives them, not a {type(inputs).__name__} of {type(batch).__name__}"
-                )
+                got = f"not a {type(inputs).__name__} of {type(batch).__name__}"
+                wanted = 'batches whose "text" is a list of strings, as of mteb\'s DataLoader'
+                raise ValueError(f"wanted {wanted}, {got}")
             texts += as_strings("text", batch["text"])
-        options: dict[str, Any] = {
-            "batch_size": batch_size,
-            "show_progress_bar": show_progress_bar,
-            "num_thinking_steps": self._steps,
-        }
+        options: dict[str, Any] = {"batch_size": batch_size, "num_thinking_steps": self._steps}
+        options["show_progress_bar"] = show_progress_bar
         if prompt_type == PromptType.document:
             own = self.retriever.encoder.config.document_thinking_steps
             return self._documents(texts, options | {"num_thinking_steps": own or self._steps})
@@ -174,10 +147,10 @@ class MtebRetriever(AbsEncoder):
     def _documents(self, texts: list[str], options: Mapping[str, Any]) -> np.ndarray:
         """Keeps the last corpus, which is searched twice where documents are excluded."""
         key = len(texts), hash(tuple(texts))
-        if not self._last_documents or self._last_documents[0][0] != key:
+        if key not in self._last_documents:
             self._last_documents.clear()  # before the next one is in memory
-            self._last_documents.append((key, self.retriever.encode_document(texts, **options)))
-        return self._last_documents[0][1]
+            self._last_documents[key] = self.retriever.encode_document(texts, **options)
+        return self._last_documents[key]
 
     def instruction_of(self, task: TaskMetadata, subset: str) -> str:
         """The task in words: LaSER's for BRIGHT and FollowIR, mteb's for all others."""
@@ -201,15 +174,14 @@ class MtebRetriever(AbsEncoder):
 
 def model_revision(*directories: str | Path) -> str:
     """A revision of 16 hexadecimal digits, of the bytes of all files of a model and its adapter
-    that are read: weights, settings, tokenizer and chat template. So results of another model or
-    of other prompts are not taken for these."""
+    that are read: weights, settings, tokenizer and chat template."""
     files = [path for directory in directories for path in sorted(Path(directory).iterdir())]
     kinds = (".safetensors", ".json", ".jinja", ".model")
     return checksum(f for f in files if f.suffix in kinds or f.name == "merges.txt")[:16]
 
 
 def _domain_of(task: str) -> str | None:
-    """The domain of a task of BRIGHT(v1.1), of passages or of long documents; None of others."""
+    """The domain of a task of BRIGHT(v1.1), of passages or of `Long` documents; None of others."""
     return _BRIGHT_TASKS.get(task.lower().replace("longretrieval", "retrieval"))
 
 
@@ -231,11 +203,7 @@ class TaskScore:
 
 
 def find_tasks(name: str) -> list[AbsTask]:
-    """The tasks of a benchmark, or the task of that name.
-
-    Raises:
-        ValueError: mteb knows neither.
-    """
+    """The tasks of a benchmark, or the task of that name. Raises a ValueError on any other."""
     try:
         return list(mteb.get_benchmark(name).tasks)
     except KeyError as error:
@@ -254,15 +222,9 @@ def evaluate_task(
     batch_size: int = 64,
     predictions: str | Path | None = None,
 ) -> list[TaskScore]:
-    """Runs a task, and where a task of BRIGHT excludes documents also without exclusions.
-
-    Args:
-        output: the folder of mteb's cache; results that are there are not computed again.
-        predictions: a folder for mteb's files of rankings.
-
-    Returns:
-        A score each split and subset.
-    """
+    """Runs a task, and where a task of BRIGHT excludes documents also without exclusions: a score
+    each split and subset. Results that are in mteb's cache `output` are not computed again; its
+    files of rankings go to the folder `predictions`."""
 
     def run(model: MtebRetriever) -> dict[tuple[str, str], float]:
         result = mteb.evaluate(
@@ -304,10 +266,8 @@ def evaluate_task(
 
 
 def _exclude_nothing(task: AbsTaskRetrieval) -> bool:
-    """Lets every query of a loaded task have every document; whether that changed anything.
-
-    mteb's tasks of BRIGHT(v1.1) exclude by listing the documents that a query may have.
-    """
+    """Lets every query of a loaded task have every document; whether that changed anything. mteb's
+    tasks of BRIGHT(v1.1) exclude by listing the documents that a query may have."""
     splits = [split for splits in task.dataset.values() for split in splits.values()]
     excluding = [split for split in splits if split["top_ranked"] is not None]
     for split in excluding:
@@ -340,39 +300,32 @@ def task_names(tasks: str) -> list[str]:
 
 
 def evaluate(options: MtebOptions) -> dict[str, list[TaskScore]]:
-    """Runs the tasks and writes the output directory.
-
-    Returns:
-        Name as asked for -> a score each task, split and subset.
+    """Runs the tasks and writes the output directory, which it holds for the while: name as asked
+    for -> a score each task, split and subset.
 
     Raises:
-        ConfigError, ValueError, FileNotFoundError: bad input; the message names it.
+        OutputError, ConfigError, ValueError, FileNotFoundError: bad input; the message names it.
         OSError: data that can be had neither from the hub nor from its cache.
     """
     tasks = {name: find_tasks(name) for name in task_names(options.tasks)}
-    model = _load(options)
-    output = Path(options.output)
-    output.mkdir(parents=True, exist_ok=True)
-    scores: dict[str, list[TaskScore]] = {}
-    for name, named in tasks.items():
-        scores[name] = []
-        for number, task in enumerate(named, start=1):
-            logger.info("%s, %d of %d", task.metadata.name, number, len(named))
-            scores[name] += evaluate_task(model, task, output, batch_size=options.batch_size)
-    found = {name: [asdict(score) for score in named] for name, named in scores.items()}
-    write_json(output / SCORES_FILE, found)
+    with Claim(options.output, SCORES_FILE, lambda scores: []) as claim:  # any scores may be there
+        model = _load(options)
+        scores: dict[str, list[TaskScore]] = {name: [] for name in tasks}
+        for name, named in tasks.items():
+            for number, task in enumerate(named, start=1):
+                logger.info("%s, %d of %d", task.metadata.name, number, len(named))
+                batch = options.batch_size
+                scores[name] += evaluate_task(model, task, claim.directory, batch_size=batch)
+        found = {name: [asdict(score) for score in named] for name, named in scores.items()}
+        claim.record(json_text(found))
     return scores
 
 
 def _load(options: MtebOptions) -> MtebRetriever:
     directory = model_directory(options.model)
     own = read_retriever_config(directory, options.preset)
-    # what sets the results apart from those of the model as it was exported
-    asked = {
-        "preset": options.preset,
-        "dtype": options.compute_dtype if options.compute_dtype != own.dtype else None,
-        "max_length": options.max_length,
-    }
+    dtype = options.compute_dtype if options.compute_dtype != own.dtype else None
+    asked = {"preset": options.preset, "dtype": dtype, "max_length": options.max_length}
     steps = options.num_thinking_steps
     name = options.name or Path(model_name(options.model)).name
     return MtebRetriever(
@@ -387,27 +340,22 @@ def _load(options: MtebOptions) -> MtebRetriever:
 
 def score_table(scores: Mapping[str, Sequence[TaskScore]]) -> str:
     """Every score, and the mean of each split of what was asked for by one name."""
-    rows = []
+    groups: list[tuple[str, list[TaskScore]]] = []
     for name, named in scores.items():
         for score in named:
             subset = "" if score.subset == "default" else f", {score.subset}"
-            rows.append(_row(score.task + subset, [score]))
+            groups.append((score.task + subset, [score]))
         for split in dict.fromkeys(score.split for score in named):
             group = [score for score in named if score.split == split]
             if len(group) > 1:
-                rows.append(_row(f"mean of {len(group)}, {name}, {split}", group))
+                groups.append((f"mean of {len(group)}, {name}, {split}", group))
+    rows = []
+    for title, group in groups:
+        metrics = ", ".join(dict.fromkeys(score.metric for score in group))
+        free = [score.nothing_excluded for score in group if score.nothing_excluded is not None]
+        unrestricted = f"{np.mean(free):.4f}" if len(free) == len(group) else "-"
+        rows.append([title, metrics, f"{np.mean([s.score for s in group]):.4f}", unrestricted])
     return markdown_table(["task", "metric", "score", "nothing excluded"], rows)
-
-
-def _row(title: str, scores: Sequence[TaskScore]) -> list[str]:
-    metrics = dict.fromkeys(score.metric for score in scores)
-    free = [score.nothing_excluded for score in scores if score.nothing_excluded is not None]
-    return [
-        title,
-        ", ".join(metrics),
-        f"{np.mean([score.score for score in scores]):.4f}",
-        f"{np.mean(free):.4f}" if len(free) == len(scores) else "-",
-    ]
 
 
 def main(program: str, arguments: Sequence[str]) -> None:

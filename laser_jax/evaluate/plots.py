@@ -55,18 +55,10 @@ def _log_axis(axes: Any, values: Sequence[float]) -> None:
 
 
 def plot_quality_by_steps(
-    curves: Mapping[str, Mapping[int, float]],
-    levels: Mapping[str, float],
-    metric: str,
-    stem: Path,
+    curves: Mapping[str, Mapping[int, float]], levels: Mapping[str, float], metric: str, stem: Path
 ) -> None:
-    """Draws a metric against K, with other runs as level lines.
-
-    Args:
-        curves: name -> K -> value.
-        levels: name -> value, of runs without a K (the explicit view and its control).
-        stem: the file is this with .svg.
-    """
+    """Draws a metric against K to `stem`.svg: `curves`, name -> K -> value, and `levels`, name ->
+    value, of runs without a K (the explicit view and its control)."""
     with _drawn(stem) as axes:
         for name, by_steps in curves.items():
             steps = sorted(by_steps)
@@ -93,13 +85,8 @@ class LatencyPoint:
 def plot_latency_quality(
     series: Mapping[str, Sequence[LatencyPoint]], metric: str, stem: Path
 ) -> None:
-    """Draws a metric against the time of a query.
-
-    Args:
-        series: name -> its points, joined in the order given. A point alone is a square, which the
-            legend names.
-        stem: the file is this with .svg.
-    """
+    """Draws a metric against the time of a query to `stem`.svg. The points of a series are joined
+    in the order given; a point alone is a square, which the legend names."""
     with _drawn(stem) as axes:
         for name, points in series.items():
             times, qualities = ([p.milliseconds for p in points], [p.quality for p in points])

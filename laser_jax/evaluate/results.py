@@ -1,4 +1,4 @@
-"""The directory that an evaluation of a model leaves, written and read.
+"""The directory that an evaluation of a model leaves, written and read:
 
 results.json            scores, differences and what was evaluated
 per_query.tsv           query_id, run and every metric
@@ -73,17 +73,16 @@ class Evaluation:
     resamples: int = RESAMPLES
     seed: int = 0
     milliseconds_per_query: dict[str, float] = field(default_factory=dict)
-    """Run -> time to embed a query; empty where it was not measured."""
+    """Run -> time to embed a query, where it was measured."""
     writing_milliseconds_per_query: dict[str, float] = field(default_factory=dict)
     """Run -> time to write the text that a query is read with, where the file of rewrites says."""
     shortened: dict[str, int] = field(default_factory=dict)
     """`documents`, or `queries` and how they were read -> how many did not fit into the model's
-    limits and lost their ends; empty in files of older versions."""
+    limits and lost their ends. Older versions did not say so, nor the next two."""
     steps_oracle: StepsOracle | None = None
     """In the first metric; None where the latent view was evaluated at a single K."""
     id_counts: list[IdCount] = field(default_factory=list)
-    """Ids that match nothing, and documents with their query's id; empty in files of older
-    versions."""
+    """Ids that match nothing, and documents with their query's id."""
 
 
 def model_name(directory: str | Path) -> str:
@@ -95,36 +94,28 @@ def model_name(directory: str | Path) -> str:
 def _write_per_query(path: Path, per_query: Mapping[str, QueryScores]) -> None:
     """Writes a table with the columns query_id, run and the metrics."""
     metrics = list(next(iter(next(iter(per_query.values())).values())))
-    lines = ["\t".join(["query_id", "run", *metrics])]
+    rows = [["query_id", "run", *metrics]]
     for run, queries in per_query.items():
-        lines += [
-            "\t".join([query, run, *(repr(values[m]) for m in metrics)])
-            for query, values in queries.items()
-        ]
-    write_atomically(path, "\n".join(lines) + "\n")
+        rows += [[query, run, *(repr(of[m]) for m in metrics)] for query, of in queries.items()]
+    write_atomically(path, "".join("\t".join(row) + "\n" for row in rows))
 
 
 def read_per_query(path: Path) -> dict[str, QueryScores]:
-    """Reads what `write_results` wrote: run -> query -> metric -> value.
-
-    Raises:
-        FileNotFoundError: when it is missing.
-        DataError: on a line of another form.
-    """
+    """Reads what `write_results` wrote: run -> query -> metric -> value. Raises a FileNotFoundError
+    when it is missing, and a DataError on a line of another form."""
     per_query: dict[str, QueryScores] = {}
     metrics: list[str] = []
-    for number, (where, line) in enumerate(text_lines(path), start=1):
+    for where, line in text_lines(path):
         fields = line.rstrip("\n").split("\t")
-        if number == 1:
+        if not metrics:
             if fields[:2] != ["query_id", "run"] or len(fields) < 3:
                 raise DataError(f"{where}: wanted the header query_id, run, metrics")
             metrics = fields[2:]
             continue
         values = [value for field in fields[2:] if (value := parse_number(field)) is not None]
         if not len(fields) - 2 == len(values) == len(metrics):
-            raise DataError(
-                f"{where}: wanted query_id, run and {len(metrics)} numbers, got {line!r}"
-            )
+            wanted = f"query_id, run and {len(metrics)} numbers"
+            raise DataError(f"{where}: wanted {wanted}, got {line!r}")
         query, run = fields[:2]
         per_query.setdefault(run, {})[query] = dict(zip(metrics, values, strict=True))
     return per_query
@@ -133,15 +124,12 @@ def read_per_query(path: Path) -> dict[str, QueryScores]:
 @contextmanager
 def new_directory(output: str | Path) -> Iterator[None]:
     """Holds the directory of an evaluation that begins. Without results nothing is left of it.
-
-    Raises:
-        OutputError: it holds an evaluation, or another process has it; said before the work.
+    Raises an OutputError, before the work, where it holds an evaluation or another process has it.
     """
     with Claim(output, RESULTS_FILE, lambda results: []):
         if (Path(output) / RESULTS_FILE).exists():
-            raise OutputError(
-                f"{output} holds an evaluation: choose another --output, or delete it"
-            )
+            way_out = "choose another --output, or delete it"
+            raise OutputError(f"{output} holds an evaluation: {way_out}")
         yield
 
 
@@ -152,14 +140,9 @@ def write_results(
     runs: Mapping[str, Run] = MappingProxyType({}),
     draw: Callable[[Path], None] | None = None,
 ) -> None:
-    """Writes the files of an evaluation into a directory. If that fails, nothing of it is left.
-
-    Args:
-        results: what results.json is to hold.
-        per_query: run -> query -> metric -> value.
-        runs: the rankings by their names.
-        draw: writes the plot to a stem.
-    """
+    """Writes the files of an evaluation into a directory: what results.json is to hold, the values
+    per query of each run, the rankings by their names, and what `draw` draws, which is given a
+    stem. If that fails, nothing of it is left."""
     with folder_written_whole(output) as part:
         for name, run in runs.items():
             slug = re.sub(r"[^A-Za-z0-9]+", "-", name)
@@ -172,17 +155,12 @@ def write_results(
 
 
 def read_evaluation(directory: str | Path) -> Evaluation:
-    """Reads `results.json`.
-
-    Raises:
-        FileNotFoundError: when there is none.
-        DataError: when it is no evaluation of a model.
-    """
+    """Reads `results.json`. Raises a FileNotFoundError when there is none, and a DataError when it
+    is no evaluation of a model."""
     path = Path(directory) / RESULTS_FILE
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: wanted a directory that python -m laser_jax.evaluate model wrote"
-        )
+        wanted = "a directory that python -m laser_jax.evaluate model wrote"
+        raise FileNotFoundError(f"{path} is missing: wanted {wanted}")
     try:
         return from_dict(Evaluation, read_json(path), source=str(path))
     except (ConfigError, DataError) as error:

@@ -63,12 +63,9 @@ class EvaluationOptions(EncoderOptions):
 
 def load_retriever(options: EncoderOptions, *num_thinking_steps: int) -> LatentRetriever:
     """Loads the model that `options` name, for its own K and others, at which documents are read
-    too unless the model has a K of its own for them.
-
-    Raises:
-        ConfigError, HFError, FileNotFoundError: the model cannot be loaded, or has fewer positions
-            than its limits and the largest K take.
-    """
+    too unless the model has a K of its own for them. Raises a ConfigError, HFError or
+    FileNotFoundError where it cannot be loaded, or has fewer positions than its limits and the
+    largest K take."""
     config = options.retriever_config()
     largest = max(config.num_thinking_steps, *num_thinking_steps)
     require_positions(config, "query_max_length", largest)
@@ -82,12 +79,12 @@ def load_retriever(options: EncoderOptions, *num_thinking_steps: int) -> LatentR
 def require_instructions(queries: Iterable[EvalQuery], template: str) -> None:
     """Raises a DataError that names the first query without an instruction, where the template has
     a place for one."""
-    for query in queries:
-        if query.instruction is None and "{instruction}" in template:
-            raise DataError(
-                f"query {query.id} has no instruction: give every line of queries.jsonl an "
-                '"instruction" field; an empty string is allowed'
-            )
+    lacking = [query.id for query in queries if query.instruction is None]
+    if lacking and "{instruction}" in template:
+        way_out = 'give every line of queries.jsonl an "instruction" field'
+        raise DataError(
+            f"query {lacking[0]} has no instruction: {way_out}; an empty string is allowed"
+        )
 
 
 def _other_queries(count: int) -> list[int]:
@@ -122,11 +119,8 @@ def query_inputs(
     control: bool = False,
 ) -> dict[str, QueryInputs]:
     """The inputs by their names: `LATENT` always; `EXPLICIT` and, if asked for and there is more
-    than one query, `CONTROL` where `explicit_view_fault` finds none.
-
-    Raises:
-        DataError: a query without an instruction.
-    """
+    than one query, `CONTROL` where `explicit_view_fault` finds none. Raises a DataError on a query
+    without an instruction."""
     queries = list(dataset.queries.values())
     require_instructions(queries, prompts.config.query_template)
     alone = [prompts.query_prompt(q.text, q.instruction or "") for q in queries]
@@ -160,9 +154,8 @@ def _inputs(
     cut = np.array([row.truncated for row in tokens])
     if alone:
         cut |= [row.truncated for row in alone]
-    return QueryInputs(
-        [row.ids for row in tokens], num_thinking_steps, documents_at, int(cut.sum())
-    )
+    rows = [row.ids for row in tokens]
+    return QueryInputs(rows, num_thinking_steps, documents_at, int(cut.sum()))
 
 
 def rewrite_inputs(
@@ -175,14 +168,7 @@ def rewrite_inputs(
     `REWRITE_AS_QUERY` has it behind the query's text, as with a retriever that knows no reasoning
     (K = 1, also of the documents unless the model has a K of its own for them). Both read as many
     tokens as the explicit view. The query stands for a rewrite that is shorter than the shortest
-    reasoning of training, as there.
-
-    Args:
-        rewrites: of every query, by its id.
-
-    Raises:
-        DataError: a query without an instruction.
-    """
+    reasoning of training, as there. Raises a DataError on a query without an instruction."""
     require_instructions(dataset.queries.values(), config.prompt.query_template)
     room = config.prompt.explicit_max_length
     wide = PromptTokenizer(prompts.tokenizer, replace(config.prompt, query_max_length=room))
@@ -207,9 +193,7 @@ def explicit_view_fault(dataset: BeirDataset, config: RetrieverConfig) -> str | 
     if not pools_prompt(config.pooling):
         return f"a model with pooling {config.pooling} has no explicit view"
     lacking = sum(not query.reasoning for query in dataset.queries.values())
-    if lacking:
-        return f"{lacking} of {len(dataset.queries)} queries have no reasoning"
-    return None
+    return f"{lacking} of {len(dataset.queries)} queries have no reasoning" if lacking else None
 
 
 # --- rankings ----------------------------------------------------------------------------------
@@ -224,17 +208,10 @@ def retrieval_runs(
     nothing_excluded: bool = False,
     progress: bool = False,
 ) -> dict[str, Run]:
-    """Ranks the corpus for every query by the latent view and, where there is one, the explicit
-    view (see `query_inputs` and `rank_corpus`).
-
-    Args:
-        num_thinking_steps: values of K, of queries. Documents think equally long, as `encode`
-            would, or at the K that the model has for them; the explicit view is compared with
-            documents at the model's own K.
-
-    Raises:
-        DataError: a query without an instruction.
-    """
+    """Ranks the corpus for every query by the latent view at every K and, where there is one, the
+    explicit view (see `query_inputs` and `rank_corpus`). Documents think as long as queries, or at
+    the K that the model has for them; the explicit view is compared with documents at the model's
+    own K. Raises a DataError on a query without an instruction."""
     inputs = query_inputs(prompts, dataset, encoder.config, num_thinking_steps)
     documents = [prompts.document(document.text) for document in dataset.documents]
     return rank_corpus(

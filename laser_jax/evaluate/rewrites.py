@@ -1,7 +1,7 @@
 """Rewritten queries in a file: a JSON object a line, of `laser_jax.rewrite` or of another program.
 
-Every line holds `_id` and `rewrite`. `laser_jax.rewrite` adds the `query` it read, counts of
-tokens, and the seconds and rows of the batch that wrote it.
+Every line holds `_id` and `rewrite`. `laser_jax.rewrite` adds the fields of `WritingCost` and the
+`query` it read.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import numpy as np
 
 from laser_jax.evaluate.beir import EvalQuery, json_object
 from laser_jax.files.reading import DataError, json_lines
-
-_NUMBERS = ("prompt_tokens", "tokens", "rows", "prefill_seconds", "decode_seconds")
+from laser_jax.settings import kinds_of
 
 
 @dataclass(frozen=True)
@@ -51,33 +50,25 @@ class Rewrite:
 
 
 def _rewrite(row: dict[str, Any], where: str) -> tuple[str, Rewrite]:
-    def wanted(key: str, kinds: tuple[type, ...], optional: bool = False) -> Any:
+    def wanted(key: str, *kinds: type, optional: bool = False) -> Any:
         value = row.get(key)
-        if (value is None and not optional) or (value is not None and type(value) not in kinds):
+        if type(value) not in kinds and not (optional and value is None):
             names = " or ".join(kind.__name__ for kind in kinds)
             raise DataError(f"{where}: field {key!r} must be {names}, got {value!r}")
         return value
 
-    cost = None
-    if any(key in row for key in _NUMBERS):
-        cost = WritingCost(*(wanted(key, (int, float)) for key in _NUMBERS))
+    cost, numbers = None, kinds_of(WritingCost)
+    if not row.keys().isdisjoint(numbers):
+        cost = WritingCost(*(wanted(key, int, float) for key in numbers))
         if not (cost.rows >= 1 and cost.prefill_seconds >= 0 and cost.decode_seconds >= 0):
             raise DataError(f"{where}: rows must be at least 1 and no seconds negative: {cost}")
-    return wanted("_id", (str,)), Rewrite(
-        wanted("rewrite", (str,)),
-        wanted("query", (str,), optional=True),
-        wanted("finished", (bool,), optional=True),
-        cost,
-    )
+    query, finished = wanted("query", str, optional=True), wanted("finished", bool, optional=True)
+    return wanted("_id", str), Rewrite(wanted("rewrite", str), query, finished, cost)
 
 
 def read_rewrites(path: str | Path) -> dict[str, Rewrite]:
-    """Reads a file of rewrites: query id -> rewrite, in its order.
-
-    Raises:
-        FileNotFoundError: when it is missing.
-        DataError: on a line of another form, or a query that stands twice; names file and line.
-    """
+    """Reads a file of rewrites: query id -> rewrite, in its order. Raises a FileNotFoundError when
+    it is missing, and a DataError on a line of another form or a query that stands twice."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing: a file that laser_jax.rewrite wrote is wanted")
     rewrites: dict[str, Rewrite] = {}
@@ -93,12 +84,10 @@ def require_rewrites_of(
     queries: Mapping[str, EvalQuery], rewrites: Mapping[str, Rewrite], path: str | Path
 ) -> None:
     """Raises a DataError where a query has no rewrite, or has one of another text."""
-    lacking = [id_ for id_ in queries if id_ not in rewrites]
-    if lacking:
-        raise DataError(
-            f"{path}: {len(lacking)} of {len(queries)} queries have no rewrite, the first is "
-            f"{lacking[0]!r}; run laser_jax.rewrite again to complete the file"
-        )
+    if lacking := [id_ for id_ in queries if id_ not in rewrites]:
+        without = f"{len(lacking)} of {len(queries)} queries have no rewrite"
+        way_out = "run laser_jax.rewrite again to complete the file"
+        raise DataError(f"{path}: {without}, the first is {lacking[0]!r}; {way_out}")
     for id_, query in queries.items():
         rewritten = rewrites[id_].query
         if rewritten not in (None, query.text):
@@ -111,10 +100,7 @@ def require_rewrites_of(
 def milliseconds_per_query(rewrites: Mapping[str, Rewrite]) -> np.ndarray | None:
     """What every query cost to write, its share of its batch: [N, 2] of reading the prompt and of
     writing. None where a rewrite has no times."""
-    costs = [rewrite.cost for rewrite in rewrites.values()]
-    shares = [
-        (cost.prefill_seconds / cost.rows, cost.decode_seconds / cost.rows)
-        for cost in costs
-        if cost is not None
-    ]
-    return 1000 * np.array(shares) if shares and len(shares) == len(costs) else None
+    costs = [rewrite.cost for rewrite in rewrites.values() if rewrite.cost is not None]
+    if not costs or len(costs) < len(rewrites):
+        return None
+    return 1000 * np.array([(c.prefill_seconds / c.rows, c.decode_seconds / c.rows) for c in costs])

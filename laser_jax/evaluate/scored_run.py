@@ -12,18 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from laser_jax.command_line import parse_command_line
+from laser_jax.evaluate import metrics
 from laser_jax.evaluate.beir import read_qrels_file
-from laser_jax.evaluate.metrics import (
-    METRICS,
-    Qrels,
-    changed_documents,
-    deepest_cutoff,
-    evaluate_run,
-    mean,
-    p_mrr,
-    without_excluded,
-    without_relevant,
-)
+from laser_jax.evaluate.metrics import METRICS, Qrels, without_excluded
 from laser_jax.evaluate.results import QueryScores, new_directory, write_results
 from laser_jax.files.reading import DataError
 from laser_jax.search.matching import IdCount, exclusions, identical_count, unmatched
@@ -58,21 +49,15 @@ class RunOptions:
     """For p-MRR: the judgements under the original instructions."""
 
     def __post_init__(self) -> None:
-        deepest_cutoff(self.metrics)
+        metrics.deepest_cutoff(self.metrics)
         both = (self.original_run is None) == (self.original_qrels is None)
         require(both, "p-MRR wants both --original_run and --original_qrels")
 
 
 def score_run(options: RunOptions) -> dict[str, Any]:
-    """Scores a run, and writes the output where there is to be one.
-
-    Returns:
-        What results.json holds: the files, the counts and the mean scores.
-
-    Raises:
-        OutputError: the output holds an evaluation, or another process has it.
-        FileNotFoundError, DataError, ValueError: bad input; the message names it.
-    """
+    """Scores a run, and writes the output where there is to be one. Gives what results.json holds:
+    the files, the counts and the mean scores. Raises as `new_directory`, and a FileNotFoundError,
+    DataError or ValueError on bad input."""
     with ExitStack() as stack:
         if options.output:
             stack.enter_context(new_directory(options.output))
@@ -90,30 +75,24 @@ def _scores_of(options: RunOptions) -> tuple[dict[str, Any], QueryScores]:
         "queries judged": len(qrels),
         "of the run, not judged": len(run.keys() - qrels.keys()),
         "judged, not in the run": len(qrels.keys() - run.keys()),
-        "judged, without a relevant document": without_relevant(qrels),
+        "judged, without a relevant document": metrics.without_relevant(qrels),
     }
     removed, id_counts = _removed(run, qrels, options)
     run = without_excluded(run, removed)
     counted = run | {query: {} for query in qrels if options.complete and query not in run}
-    per_query = evaluate_run(counted, qrels, options.metrics)
+    per_query = metrics.evaluate_run(counted, qrels, options.metrics)
     if not per_query:
         raise DataError(
             f"no query of {options.run} is judged in {options.qrels}; their first queries are "
             f"{next(iter(run))!r} and {next(iter(qrels))!r}"
         )
-    scores = mean(per_query)
+    scores = metrics.mean(per_query)
     if changes := _p_mrr(run, qrels, removed, options):
-        scores[P_MRR] = mean(changes)[P_MRR]
+        scores |= metrics.mean(changes)
         counts["queries with a changed document"] = len(changes)
-    return {
-        "run": options.run,
-        "qrels": options.qrels,
-        "excluded": options.excluded,
-        "queries": len(per_query),
-        "counts": counts,
-        "id_counts": [asdict(count) for count in id_counts],
-        "scores": scores,
-    }, per_query
+    files = {key: getattr(options, key) for key in ("run", "qrels", "excluded")}
+    found = {"queries": len(per_query), "counts": counts, "scores": scores}
+    return files | found | {"id_counts": [asdict(count) for count in id_counts]}, per_query
 
 
 def _removed(
@@ -121,14 +100,12 @@ def _removed(
 ) -> tuple[dict[str, Collection[str]], list[IdCount]]:
     """Query id -> documents to take out of rankings; and what is to be said about ids."""
     excluded = read_excluded(options.excluded) if options.excluded else {}
-    ranked = dict.fromkeys(document for scores in run.values() for document in scores).keys()
-    judged = dict.fromkeys(document for grades in qrels.values() for document in grades).keys()
+    ranked, judged = (dict.fromkeys(d for of in by.values() for d in of) for by in (run, qrels))
     named = [document for query in run for document in excluded.get(query, ())]
     own = [query for query, scores in run.items() if query in scores]
+    unjudged = "documents of the run that are judged for no query"
     counts = [
-        *unmatched(
-            "documents of the run that are judged for no query", ranked, judged, options.run
-        ),
+        *unmatched(unjudged, ranked, judged, options.run),
         *unmatched("queries with exclusions that the run lacks", excluded, run, options.excluded),
         *unmatched("excluded documents that no ranking holds", named, ranked, options.excluded),
         *identical_count(run, own, options.ignore_identical_ids),
@@ -144,13 +121,13 @@ def _p_mrr(
     if options.original_run is None or options.original_qrels is None:
         return {}
     original = without_excluded(read_trec_run(options.original_run), removed)
-    changes = changed_documents(read_qrels_file(options.original_qrels), qrels)
+    changes = metrics.changed_documents(read_qrels_file(options.original_qrels), qrels)
     if not changes:
         raise DataError(
             f"p-MRR: no document is relevant in {options.original_qrels} and irrelevant in "
             f"{options.qrels}; it is measured on those that the changed instruction rules out"
         )
-    return {query: {P_MRR: value} for query, value in p_mrr(original, run, changes).items()}
+    return {query: {P_MRR: v} for query, v in metrics.p_mrr(original, run, changes).items()}
 
 
 def main(program: str, arguments: Sequence[str]) -> None:

@@ -1,9 +1,9 @@
 """Whether two runs differ by more than chance over the same queries.
 
-All functions take values of one metric for the same queries in the same order, [Q] or as such
-groups, and raise a ValueError where there are none, lengths differ or resamples are below 1.
+The tests take values of one metric for the same queries in the same order, [Q], and raise a
+ValueError where there are none, lengths differ or resamples are below 1.
 
-Letters: Q queries, R resamples, G groups, P p-values.
+Letters: Q queries, R resamples, P p-values.
 """
 
 from __future__ import annotations
@@ -29,16 +29,11 @@ class Interval:
 
 def _differences(a: Sequence[float], b: Sequence[float], resamples: int) -> np.ndarray:
     if len(a) != len(b) or len(a) == 0:
-        raise ValueError(
-            f"a paired test wants the same queries, at least one: got {len(a)} and {len(b)} values"
-        )
+        wanted = "a paired test wants the same queries, at least one"
+        raise ValueError(f"{wanted}: got {len(a)} and {len(b)} values")
     if resamples < 1:
         raise ValueError(f"the number of resamples must be at least 1, got {resamples}")
     return np.asarray(a, np.float64) - np.asarray(b, np.float64)
-
-
-def _block(queries: int) -> int:
-    return max(1, _NUMBERS_AT_A_TIME // queries)
 
 
 def paired_bootstrap(
@@ -50,11 +45,8 @@ def paired_bootstrap(
     seed: int = 0,
 ) -> Interval:
     """The percentile interval of mean(a - b) when the queries are drawn again with replacement
-    (Efron and Tibshirani 1993, section 13.3).
-
-    The draws depend on `seed` and the number of queries alone, so that all comparisons over one
-    set of queries see the same draws.
-    """
+    (Efron and Tibshirani 1993, section 13.3). All comparisons over one set of queries see the same
+    draws, which depend on `seed` and the number of queries alone."""
     difference_Q = _differences(a, b, resamples)
     mean = float(difference_Q.mean())
     if len(difference_Q) == 1:  # every draw is this query, and scipy wants two
@@ -65,42 +57,12 @@ def paired_bootstrap(
         (difference_Q,),
         np.mean,
         n_resamples=resamples,
-        batch=_block(len(difference_Q)),
+        batch=max(1, _NUMBERS_AT_A_TIME // len(difference_Q)),
         confidence_level=confidence,
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return Interval(mean, float(low), float(high))
-
-
-def grouped_bootstrap(
-    a: Sequence[Sequence[float]],
-    b: Sequence[Sequence[float]],
-    *,
-    resamples: int = RESAMPLES,
-    confidence: float = CONFIDENCE,
-    seed: int = 0,
-) -> Interval:
-    """As `paired_bootstrap`, but whole groups of queries are drawn again as well (Davison and
-    Hinkley 1997, section 3.8), which scipy does not have: groups with replacement, then queries
-    within each that was drawn.
-
-    With a group a training seed, the interval also holds what another training would change, as
-    far as a handful of groups can show it. Every group weighs the same.
-    """
-    if len(a) != len(b) or not a:
-        raise ValueError(f"the same groups are wanted, at least one: got {len(a)} and {len(b)}")
-    groups = [_differences(x, y, resamples) for x, y in zip(a, b, strict=True)]
-    rng = np.random.default_rng(seed)
-    drawn_RG = rng.integers(0, len(groups), (resamples, len(groups)))
-    means_RG = np.empty(drawn_RG.shape)
-    for group, difference_Q in enumerate(groups):
-        chosen_RG, Q = drawn_RG == group, len(difference_Q)
-        queries = rng.integers(0, Q, (chosen_RG.sum(), Q))
-        means_RG[chosen_RG] = difference_Q[queries].mean(axis=1)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means_RG.mean(axis=1), [tail, 1 - tail])
-    return Interval(float(np.mean([d.mean() for d in groups])), float(low), float(high))
 
 
 def permutation_p_value(
@@ -122,7 +84,7 @@ def permutation_p_value(
         lambda d_RQ, axis: np.abs(d_RQ.mean(axis=axis)),
         permutation_type="samples",
         n_resamples=resamples,
-        batch=_block(len(difference_Q)),
+        batch=max(1, _NUMBERS_AT_A_TIME // len(difference_Q)),
         alternative="greater",
         rng=np.random.default_rng(seed),
     )

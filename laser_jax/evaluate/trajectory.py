@@ -7,7 +7,7 @@ Q queries, K thinking steps, C documents, D model, H things looked for.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,7 @@ from laser_jax.thinking import top_tokens
 from laser_jax.views import latent_view
 
 
-@dataclass(frozen=True)
-class Trajectory:
+class Trajectories(NamedTuple):
     """A reading of every state of every query."""
 
     first_QK: np.ndarray
@@ -43,40 +42,25 @@ def read_trajectories(
     documents_CD: np.ndarray,
     *,
     batch_size: int = 64,
-) -> Trajectory:
-    """Thinks about every query with the model's own K and reads each state.
-
-    Args:
-        variables, config: as `load_pretrained` returns them.
-        rows: the queries' prompts as token ids, at least one.
-        documents_CD: float32 unit rows.
-    """
+) -> Trajectories:
+    """Thinks about every query, a row of token ids, with the model's own K and reads each state.
+    `documents_CD` are float32 unit rows."""
     backbone = backbone_for(config, variables)
     # any token pads, as lengths tell; queries are repeated to fill the last batch
     ids_QT, lengths_Q = right_pad([*rows, *[rows[-1]] * (-len(rows) % batch_size)], 0, 8)
 
     @jax.jit
-    def read(
-        variables: Variables, ids_BT: jax.Array, lengths_B: jax.Array
-    ) -> tuple[jax.Array, ...]:
-        hidden_BKD = latent_view(
-            backbone,
-            variables,
-            Tokens(ids_BT, lengths_B),
-            config.num_thinking_steps,
-            config.pooling,
-        )
+    def read(variables: Variables, tokens: Tokens) -> Trajectories:
+        K, pooling = config.num_thinking_steps, config.pooling
+        hidden_BKD = latent_view(backbone, variables, tokens, K, pooling)
         scores_BKC = jnp.einsum("bkd,cd->bkc", normalize(hidden_BKD), documents_CD)
         said = top_tokens(backbone, variables, hidden_BKD, 1)
-        return scores_BKC.argmax(axis=-1), said.ids_BKn[..., 0], said.entropy_BK
+        return Trajectories(scores_BKC.argmax(-1), said.ids_BKn[..., 0], said.entropy_BK)
 
-    variables = jax.device_put(variables)
-    parts = [
-        jax.device_get(read(variables, ids_QT[i : i + batch_size], lengths_Q[i : i + batch_size]))
-        for i in range(0, len(ids_QT), batch_size)
-    ]
-    first, token, entropy = (np.concatenate(part)[: len(rows)] for part in zip(*parts, strict=True))
-    return Trajectory(first.astype(np.int32), token, entropy)
+    variables, count = jax.device_put(variables), len(ids_QT) // batch_size
+    batches = zip(np.split(ids_QT, count), np.split(lengths_Q, count), strict=True)
+    parts = [jax.device_get(read(variables, Tokens(*batch))) for batch in batches]
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays)[: len(rows)], *parts)
 
 
 def shares(found_QK: np.ndarray, wanted_QH: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The name of a model becoming a directory: a path, a model that comes in a package, or the hub's.
 
-A package on PyPI holds SmolLM2-135M-Instruct (`import_gguf.file.PACKAGED`), and a folder beside this
-file an adapter for it. The directory that they make together is kept in the user's cache.
+A package on PyPI holds SmolLM2-135M-Instruct (`import_gguf.file.PACKAGED`), and a folder beside
+this file an adapter for it. What they make together is kept in the user's cache.
 """
 
 from __future__ import annotations

@@ -8,46 +8,30 @@ no scale beside it: float16 and int8 rows are brought back to length 1 when they
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 Code = Literal["float32", "float16", "int8", "binary"]
-CODES: tuple[Code, ...] = get_args(Code)
 
 Vectors = TypeVar("Vectors", np.ndarray, jax.Array)
-
-
-def storage_dtype(code: Code) -> np.dtype:
-    """What the numbers of a coded row are."""
-    return np.dtype(np.uint8 if code == "binary" else code)
 
 
 def require_matrix(name: str, vectors: np.ndarray) -> None:
     """Raises a ValueError on what is no float32 matrix."""
     if vectors.ndim != 2 or vectors.dtype != np.float32:
-        raise ValueError(
-            f"{name} must be a float32 matrix, got {vectors.dtype} of shape {vectors.shape}"
-        )
+        got = f"{vectors.dtype} of shape {vectors.shape}"
+        raise ValueError(f"{name} must be a float32 matrix, got {got}")
 
 
 def encode_vectors(vectors_CD: np.ndarray, code: Code) -> np.ndarray:
-    """Codes unit vectors for storage and search.
+    """Codes float32 unit rows for storage and search: [C, W] of the code's dtype, uint8 for binary.
 
     float16 rounds; int8 is round(127 v / max|v|), row by row; binary keeps the signs, eight to a
-    byte, a positive number and 0 as 1.
-
-    Args:
-        vectors_CD: float32 unit rows.
-
-    Returns:
-        [C, W] of `storage_dtype(code)`.
-
-    Raises:
-        ValueError: on rows that are not float32 of length 1 (to 1e-3), and on a width that is no
-            multiple of 8 for binary.
+    byte, a positive number and 0 as 1. Raises a ValueError on rows that are not float32 of length 1
+    (to 1e-3), and on a width that is no multiple of 8 for binary.
     """
     require_matrix("vectors", vectors_CD)
     if code == "float32":
@@ -71,11 +55,8 @@ def encode_vectors(vectors_CD: np.ndarray, code: Code) -> np.ndarray:
 
 
 def decode_vectors(codes_CW: Vectors, code: Code) -> Vectors:
-    """The float32 vectors [C, D] that coded rows stand for; a row of zeros stays zero.
-
-    Jittable on jax arrays; on numpy arrays it is numpy, where every number of rows would otherwise
-    be compiled.
-    """
+    """The float32 vectors [C, D] that coded rows stand for; a row of zeros stays zero. Jittable on
+    jax arrays; on numpy arrays it is numpy, where every number of rows would else be compiled."""
     xp: Any = np if isinstance(codes_CW, np.ndarray) else jnp
     if code == "float32":
         return codes_CW

@@ -34,32 +34,18 @@ def count_ids(what: str, ids: Iterable[str], picked: Iterable[str]) -> tuple[IdC
 
 
 def unmatched(
-    what: str,
-    ids: Iterable[str],
-    known: Collection[str],
-    where: object,
-    *,
-    refuse_all: bool = True,
+    what: str, ids: Iterable[str], known: Collection[str], where: object, *, refuse_all: bool = True
 ) -> tuple[IdCount, ...]:
-    """Counts those of `ids` that are not among `known`.
-
-    Args:
-        what: such as "judged documents that the corpus lacks".
-        where: the file or directory that the message names.
-        refuse_all: whether it is an error that there are ids and none of them is known.
-
-    Raises:
-        DataError: so it is.
+    """Counts those of `ids` that are not among `known`: `what`, such as "judged documents that the
+    corpus lacks". Raises a DataError, which names the file `where`, if none is, unless it may be.
     """
     ids = dict.fromkeys(ids)
     counts = count_ids(what, ids, (id_ for id_ in ids if id_ not in known))
     if refuse_all and counts and counts[0].count == len(ids):
-        one = min(known, default=None)
+        wanted = f"Those looked for are like {min(known)!r}" if known else "There is none to match"
         raise DataError(
-            f"{where}: {counts[0]}: not one matches. "
-            + ("There is none to match" if one is None else f"Those looked for are like {one!r}")
-            + "; an id must be written alike everywhere, blanks and case included. Mend the ids, "
-            "or leave the list away"
+            f"{where}: {counts[0]}: not one matches. {wanted}; an id must be written alike "
+            "everywhere, blanks and case included. Mend the ids, or leave the list away"
         )
     return counts
 
@@ -67,16 +53,9 @@ def unmatched(
 def exclusions(
     excluded: Mapping[str, Collection[str]], identical: Iterable[str]
 ) -> dict[str, Collection[str]]:
-    """What no ranking of a query holds: its excluded documents, and by BEIR's rule the document
-    whose id is the query's own.
-
-    In ArguAna, Quora and alike the query is itself a document and would be its own best answer.
-    BEIR, mteb and what is made from them drop that document, whatever the judgements say of it.
-
-    Args:
-        excluded: query id -> document ids.
-        identical: the queries that BEIR's rule is followed for.
-    """
+    """What no ranking of a query holds: its `excluded` documents, and of the queries `identical`,
+    by BEIR's rule, the document of their own id, whatever the judgements say of it. (In ArguAna,
+    Quora and alike the query is itself a document and would be its own best answer.)"""
     own = {query: (*excluded.get(query, ()), query) for query in identical}
     return {**excluded, **own}
 
@@ -84,12 +63,8 @@ def exclusions(
 def identical_count(
     query_ids: Iterable[str], identical: Iterable[str], dropped: bool
 ) -> tuple[IdCount, ...]:
-    """Counts the queries of `identical`, whose own id is a document's.
-
-    Args:
-        dropped: whether BEIR's rule is followed, which the count says.
-    """
-    what = "documents with the id of their query, " + (
-        "dropped from its ranking (BEIR's rule)" if dropped else "kept (ignore_identical_ids false)"
-    )
-    return count_ids(what, query_ids, identical)
+    """Counts the queries `identical`, whose own id is a document's, and says whether BEIR's rule is
+    followed (`dropped`)."""
+    rule = "dropped from its ranking (BEIR's rule)"
+    what = rule if dropped else "kept (ignore_identical_ids false)"
+    return count_ids(f"documents with the id of their query, {what}", query_ids, identical)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,24 +13,17 @@ _COMPARED = 1 << 20
 _FIRST = 100
 
 
-def id_hash(id_: str) -> int:
-    """64 bits; of 10^9 different ids two agree with a probability of 3 %."""
-    return int.from_bytes(_digest(id_), "little")
-
-
 def _digest(id_: str) -> bytes:
+    """64 bits; of 10^9 different ids two agree with a probability of 3 %."""
     return hashlib.blake2b(id_.encode(), digest_size=8).digest()
 
 
 class RepeatedIds:
-    """Collects hashes of ids in a file, which is sorted there: 8 bytes an id on the disk. A
-    context, which removes the file in the end."""
+    """Collects hashes of ids in a temporary file, which is sorted there: 8 bytes an id on the disk.
+    A context, which removes the file in the end."""
 
     def __init__(self, folder: Path | None = None):
-        """
-        Args:
-            folder: where the file lies for the while; None takes the system's temporary folder.
-        """
+        """`folder` holds the file; None takes the system's temporary folder."""
         self._file = tempfile.TemporaryFile(prefix="ids-", dir=folder)  # noqa: SIM115
 
     def __enter__(self) -> RepeatedIds:
@@ -41,10 +35,19 @@ class RepeatedIds:
     def add(self, id_: str) -> None:
         self._file.write(_digest(id_))
 
-    def hashes(self) -> set[int]:
-        """The hashes that came more than once, as `id_hash` gives them; of many, the first hundred.
-        Different ids may share one, so whoever asks compares the ids themselves."""
-        found: set[int] = set()
+    def found(
+        self, read: Callable[[], Iterable[tuple[str, str]]]
+    ) -> Iterator[tuple[str, str, str]]:
+        """Yields (id, place, its first place) of ids that stand at two places; of many, of the
+        first hundred. Where hashes agree, `read` gives all (id, place) again to be compared."""
+        if hashes := self._repeated_hashes():
+            first: dict[str, str] = {}
+            for id_, place in read():
+                if _digest(id_) in hashes and first.setdefault(id_, place) != place:
+                    yield id_, place, first[id_]
+
+    def _repeated_hashes(self) -> set[bytes]:
+        found: set[bytes] = set()
         if self._file.tell():
             self._file.flush()
             hashes = np.memmap(self._file, "<u8", "r+")
@@ -52,5 +55,5 @@ class RepeatedIds:
             for start in range(0, len(hashes), _COMPARED):
                 some = hashes[start : start + _COMPARED + 1]
                 repeated = np.unique(some[1:][some[1:] == some[:-1]])
-                found.update(repeated[: _FIRST - len(found)].tolist())
+                found.update(value.tobytes() for value in repeated[: _FIRST - len(found)])
         return found

@@ -1,13 +1,9 @@
-"""Exact search over directories of vectors:
-`python -m laser_jax.search --corpus_vectors DIR --query_vectors DIR --output RUN.trec`.
-
-The corpus is read shard by shard and searched on all devices of this machine.
-"""
+"""Exact search over directories of vectors, shard by shard, on all devices of this machine:
+`python -m laser_jax.search --corpus_vectors DIR --query_vectors DIR --output RUN.trec`."""
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +18,10 @@ from laser_jax.files.terminal import fail
 from laser_jax.search.codes import decode_vectors
 from laser_jax.search.matching import exclusions, identical_count, unmatched
 from laser_jax.search.topk import Chunk, StoredCorpus, device_mesh, search_chunks
-from laser_jax.search.trec import Run, read_excluded, trec_order, write_trec_run
+from laser_jax.search.trec import Run, query_id_fault, read_excluded, trec_order, write_trec_run
 from laser_jax.search.vectors import Manifest, read_ids, read_manifest, read_shards
 from laser_jax.settings import require_in
 
-_TAG = "laser_jax"
-"""The name of the run, in its last column."""
 _log = logging.getLogger(__name__)
 
 
@@ -59,21 +53,15 @@ class SearchOptions:
 
 
 def search_directories(options: SearchOptions) -> Run:
-    """The run that `options` ask for.
-
-    Raises:
-        FileNotFoundError, DataError: bad input; the message names it.
-    """
+    """The run that `options` ask for. Raises a FileNotFoundError or DataError on bad input."""
     corpus = read_manifest(options.corpus_vectors, "documents")
     queries = read_manifest(options.query_vectors, "queries")
     _require_comparable(options, corpus, queries)
     query_ids = read_ids(options.query_vectors, queries)
     for id_ in query_ids:
-        if re.search(r"\s", id_, re.ASCII):
-            raise DataError(
-                f"{options.query_vectors}: query id {id_!r} holds a blank and cannot stand in a "
-                "TREC run"
-            )
+        if fault := query_id_fault(id_):
+            fault = f"query id {id_!r} {fault}, so it cannot stand in a TREC run"
+            raise DataError(f"{options.query_vectors}: {fault}")
     shards = read_shards(options.query_vectors, queries)
     queries_QD = np.concatenate([decode_vectors(rows, queries.info.dtype) for _, rows in shards])
     doc_ids = read_ids(options.corpus_vectors, corpus)
@@ -90,8 +78,8 @@ def search_directories(options: SearchOptions) -> Run:
 
 
 def _require_comparable(options: SearchOptions, corpus: Manifest, queries: Manifest) -> None:
-    directories = ((options.corpus_vectors, corpus), (options.query_vectors, queries))
-    for directory, manifest in directories:
+    given = ((options.corpus_vectors, corpus), (options.query_vectors, queries))
+    for directory, manifest in given:
         if manifest.count == 0:
             raise DataError(f"{directory}: holds no vector")
     for key in ("model_hash", "prompt_hash", "dimension"):
@@ -106,21 +94,18 @@ def _require_comparable(options: SearchOptions, corpus: Manifest, queries: Manif
 def _stored_corpus(directory: str, manifest: Manifest, doc_ids: Sequence[str]) -> StoredCorpus:
     """The documents of a directory, read shard by shard."""
     order_C = trec_order(doc_ids)
-    rank_C = np.empty(len(order_C), np.int32)
-    rank_C[order_C] = np.arange(len(order_C), dtype=np.int32)
+    rank_C = np.argsort(order_C).astype(np.int32)
 
     def read() -> Iterator[Chunk]:
         start = 0
-        shards = read_shards(directory, manifest)
-        for ids, rows in tqdm(
-            shards, "search", len(manifest.shards), unit="shard", disable=None, leave=False
-        ):
+        bar = {"total": len(manifest.shards), "unit": "shard", "disable": None, "leave": False}
+        for ids, rows in tqdm(read_shards(directory, manifest), "search", **bar):
             ranks = rank_C[start : start + len(ids)]
             start += len(ids)
             order = np.argsort(ranks)
             yield rows[order], ranks[order]
 
-    return StoredCorpus(read, [doc_ids[int(i)] for i in order_C], manifest.info.dtype)
+    return StoredCorpus(read, [doc_ids[i] for i in order_C.tolist()], manifest.info.dtype)
 
 
 def _excluded(
@@ -148,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not Path(options.output).parent.is_dir():  # now, not after the search
             raise FileNotFoundError(f"the folder of --output {options.output} does not exist")
         run = search_directories(options)
-        write_trec_run(run, options.output, _TAG)
+        write_trec_run(run, options.output, "laser_jax")
     except (ValueError, OSError, ImportError) as error:
         fail(error)
     print(f"{options.output}: {len(run)} queries, {sum(map(len, run.values()))} documents")

@@ -4,9 +4,9 @@ Letters: Q queries, C documents, M documents of a chunk, n blocks of B documents
 D model, W stored width of a document (`laser_jax.search.codes`), k results, P devices.
 
 Every document has a rank: its place in `trec_order` of the whole corpus. A ranking goes by score,
-descending, then by rank. Every device scores its own rows of each chunk and keeps a running top k;
-the lists are gathered and merged once, at the end. The top k of the parts is taken inside
-`shard_map`, since a top_k over a sharded axis has been wrong (jax#19271) and slow (xla#25487).
+descending, then by rank. Every device keeps a running top k of its rows of each chunk; the lists
+are merged once, at the end. The top k of the parts is taken inside `shard_map`, since a top_k over
+a sharded axis has been wrong (jax#19271) and slow (xla#25487).
 """
 
 from __future__ import annotations
@@ -24,17 +24,10 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from laser_jax.data.schema import as_strings
-from laser_jax.search.codes import (
-    Code,
-    decode_vectors,
-    encode_vectors,
-    require_matrix,
-    storage_dtype,
-)
+from laser_jax.search.codes import Code, decode_vectors, encode_vectors, require_matrix
 from laser_jax.search.trec import Run, trec_order
 
-DEFAULT_CHUNK = 32_768
-DEFAULT_QUERY_BLOCK = 1_024
+DEFAULT_CHUNK, DEFAULT_QUERY_BLOCK = 32_768, 1_024
 NO_RANK = np.iinfo(np.int32).max
 """The rank of a row that only fills a chunk up."""
 _CUTTABLE = 128
@@ -42,8 +35,6 @@ _CUTTABLE = 128
 
 Chunk = tuple[np.ndarray, np.ndarray]
 """Rows of documents [M, W] and their ranks [M] int32, ascending."""
-Lists = tuple[jax.Array, jax.Array]
-"""Scores and ranks [P, Q, k] of the best that each device has seen."""
 
 
 def device_mesh(devices: Sequence[Any] | None = None) -> Mesh:
@@ -72,7 +63,7 @@ def _top_of_chunk(scores_QM: jax.Array, ranks_M: jax.Array, k: int) -> tuple[jax
     Long chunks are cut into blocks, of which only the k with the largest maxima are looked into:
     the top k lie in them, since each block before another holds a document before any of its own.
     One block more is taken, as rows that fill up, which come last, may raise the maximum of a block
-    with documents before them. All scores are read once, for the maxima.
+    with documents before them.
     """
     Q, M = scores_QM.shape
     k = min(k, M)
@@ -107,74 +98,71 @@ def _add_chunk(
 
     def on_device(best_1Qk, ranks_1Qk, queries_QD, codes_mW, ranks_m):
         documents_mD = decode_vectors(codes_mW, code)
-        # HIGHEST: a TPU or an Ampere GPU would otherwise multiply float32 in bfloat16 or TF32.
-        scores_Qm = jnp.einsum(
-            "qd,md->qm", queries_QD, documents_mD, precision=jax.lax.Precision.HIGHEST
-        )
+        # highest: a TPU or an Ampere GPU would otherwise multiply float32 in bfloat16 or TF32.
+        scores_Qm = jnp.einsum("qd,md->qm", queries_QD, documents_mD, precision="highest")
         k = best_1Qk.shape[2]
-        new_Qk, new_ranks_Qk = _top_of_chunk(scores_Qm, ranks_m, k)
-        best_Qk, ranks_Qk = _first_k(
-            jnp.concatenate([best_1Qk[0], new_Qk], axis=1),
-            jnp.concatenate([ranks_1Qk[0], new_ranks_Qk], axis=1),
-            k,
-        )
+        new = _top_of_chunk(scores_Qm, ranks_m, k)
+        both = zip((best_1Qk[0], ranks_1Qk[0]), new, strict=True)
+        best_Qk, ranks_Qk = _first_k(*(jnp.concatenate(of, axis=1) for of in both), k)
         return best_Qk[None], ranks_Qk[None]
 
     split, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
-    return jax.shard_map(
-        on_device,
-        mesh=mesh,
-        in_specs=(split, split, whole, split, split),
-        out_specs=(split, split),
-    )(best_PQk, ranks_PQk, queries_QD, codes_MW, ranks_M)
+    specs = (split, split, whole, split, split)
+    merge = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=(split, split))
+    return merge(best_PQk, ranks_PQk, queries_QD, codes_MW, ranks_M)
 
 
 @partial(jax.jit, static_argnames="mesh")
 def _merge_devices(
     best_PQk: jax.Array, ranks_PQk: jax.Array, *, mesh: Mesh
 ) -> tuple[jax.Array, jax.Array]:
-    P, Q, k = best_PQk.shape
-    everywhere = NamedSharding(mesh, PartitionSpec())
-
-    def lists(x_PQk: jax.Array) -> jax.Array:
-        gathered = jax.lax.with_sharding_constraint(x_PQk, everywhere)
-        return gathered.transpose(1, 0, 2).reshape(Q, P * k)
-
-    return _first_k(lists(best_PQk), lists(ranks_PQk), k)
+    _, Q, k = best_PQk.shape
+    whole = NamedSharding(mesh, PartitionSpec())
+    lists = jax.lax.with_sharding_constraint((best_PQk, ranks_PQk), whole)
+    return _first_k(*(x_PQk.transpose(1, 0, 2).reshape(Q, -1) for x_PQk in lists), k)
 
 
 # --- on the host -------------------------------------------------------------------------------
 
 
-def _filled(chunk: Chunk, rows: int) -> Chunk:
-    """The chunk with rows of zeros behind it that have no rank, where its documents lie."""
-    codes_MW, ranks_M = chunk
-    spare = rows - len(codes_MW)
-    if spare == 0:
-        return chunk
-    xp: Any = np if isinstance(codes_MW, np.ndarray) else jnp
-    zeros_sW = xp.zeros((spare, codes_MW.shape[1]), codes_MW.dtype)
-    filled_MW = xp.concatenate([codes_MW, zeros_sW])
-    return filled_MW, np.concatenate([ranks_M, np.full(spare, NO_RANK, np.int32)])
+def _checked(chunks: Iterable[Chunk], queries_QD: np.ndarray, code: Code) -> Iterator[Chunk]:
+    """The chunks. Raises a ValueError on one whose documents are not what they should be."""
+    D = queries_QD.shape[1]
+    dtype, width = ("uint8", D // 8) if code == "binary" else (code, D)
+    for codes_MW, ranks_M in chunks:
+        if codes_MW.dtype != dtype or codes_MW.shape[1:] != (width,):
+            wanted = f"{dtype} of width {width} ({code}, queries of width {D})"
+            got = f"{codes_MW.dtype} of shape {codes_MW.shape}"
+            raise ValueError(f"documents must be {wanted}, got {got}")
+        # a dot product that leaves float32 would be Inf or NaN, or sort a document behind others
+        both = () if code == "binary" else (queries_QD, codes_MW)
+        peaks = [max(float(a.max(initial=0)), -float(a.min(initial=0))) for a in both]
+        if peaks and not math.prod(peaks) * D < float(np.finfo(np.float32).max):
+            held = "the queries hold numbers up to {:.3g}, the documents up to {:.3g}".format(
+                *peaks
+            )
+            fault = f"dot products may overflow float32: {held}"
+            raise ValueError(f"{fault}; normalise both to length 1")
+        yield codes_MW, ranks_M
 
 
-def _rounded_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
-def _pieces(chunks: Iterable[Chunk], most: int, devices: int) -> Iterator[tuple[int, Chunk]]:
-    """The chunks in pieces of `most` rows at most, each with the length that it is to be filled up
-    to: that of the longest so far, rounded up so that the devices have as many rows each. The
-    pieces of a chunk are about equally long, so that little is filled up."""
+def _pieces(chunks: Iterable[Chunk], most: int, devices: int) -> Iterator[Chunk]:
+    """The chunks in pieces of `most` rows at most. Zeros without a rank fill them up to the length
+    of the longest so far, rounded up so that the devices have as many rows each. The pieces of a
+    chunk are about equally long, so that little is filled up."""
     rows = 0
     for codes_MW, ranks_M in chunks:
         count = max(-(-len(codes_MW) // most), 1)
         rows = max(rows, -(-len(codes_MW) // count))
-        length = _rounded_up(rows, _CUTTABLE * devices)
-        if length > most:
-            length = _rounded_up(rows, devices)
+        cuttable, equal = (-(-rows // of) * of for of in (_CUTTABLE * devices, devices))
+        length = cuttable if cuttable <= most else equal
+        xp: Any = np if isinstance(codes_MW, np.ndarray) else jnp  # where the documents lie
         for start in range(0, len(codes_MW), rows or 1):
-            yield length, (codes_MW[start : start + rows], ranks_M[start : start + rows])
+            piece_MW, of_piece_M = codes_MW[start : start + rows], ranks_M[start : start + rows]
+            if spare := length - len(piece_MW):
+                piece_MW = xp.pad(piece_MW, ((0, spare), (0, 0)))
+                of_piece_M = np.pad(of_piece_M, (0, spare), constant_values=NO_RANK)
+            yield piece_MW, of_piece_M
 
 
 def exact_top_k(
@@ -187,19 +175,17 @@ def exact_top_k(
     chunk: int = DEFAULT_CHUNK,
     query_block: int = DEFAULT_QUERY_BLOCK,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k documents of largest dot product for every query, exactly; ties by the lower rank.
+    """The k documents of largest dot product for every query, exactly; ties, of float32 scores as
+    computed, by the lower rank.
 
     Documents stream from the host: at most two pieces of `chunk` rows and [query_block, chunk]
-    scores are on the devices at a time, however long the corpus is. Equal scores are those that are
-    equal in float32 as computed; a product may round differently at another place.
+    scores are on the devices at a time, however long the corpus is.
 
     Args:
         queries_QD: float32.
-        chunks: the corpus, coded as `code`; every rank from 0 to C - 1 once. A chunk may end with
-            rows that are no documents, of rank `NO_RANK`.
-        code: how the rows are stored; scores are those of the decoded rows.
-        mesh: any mesh of this process; the rows of a piece are split over all its devices. None
-            takes the first device.
+        chunks: the corpus, coded as `code`, whose decoded rows are scored; every rank from 0 to
+            C - 1 once. A chunk may end with rows that are no documents, of rank `NO_RANK`.
+        mesh: any mesh of this process, which splits the rows; None takes the first device.
         chunk, query_block: the most documents, by all devices together, and queries at a time.
 
     Returns:
@@ -212,19 +198,20 @@ def exact_top_k(
     queries_QD = np.asarray(queries_QD)
     require_matrix("queries", queries_QD)
     if min(k, chunk, query_block) < 1:
-        raise ValueError(
-            f"k, chunk and query_block must be at least 1, got {k}, {chunk} and {query_block}"
-        )
+        got = f"{k}, {chunk} and {query_block}"
+        raise ValueError(f"k, chunk and query_block must be at least 1, got {got}")
     mesh = device_mesh(jax.local_devices()[:1]) if mesh is None else mesh
     split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     blocks = _query_blocks(queries_QD, query_block, mesh)
-    best = [_empty_lists((mesh.size, len(block_QD), k), split) for block_QD in blocks]
+    shapes = [(mesh.size, len(block_QD), k) for block_QD in blocks]
+    # one pair of arrays a block, as each is donated
+    empty = [(np.full(s, -np.inf, np.float32), np.full(s, NO_RANK, np.int32)) for s in shapes]
+    best = jax.device_put(empty, split)
     count = 0
     with jax.set_mesh(mesh):  # the caller's program may have set another
-        for length, piece in _pieces(chunks, chunk, mesh.size):
-            _check_documents(queries_QD, piece[0], code)
+        for piece in _pieces(_checked(chunks, queries_QD, code), chunk, mesh.size):
             count += int((np.asarray(piece[1]) != NO_RANK).sum())
-            codes_MW, ranks_M = jax.device_put(_filled(piece, length), split)
+            codes_MW, ranks_M = jax.device_put(piece, split)
             jax.block_until_ready(best)  # or the host would put the whole corpus on the devices
             best = [
                 _add_chunk(*lists, block_QD, codes_MW, ranks_M, code=code, mesh=mesh)
@@ -233,42 +220,18 @@ def exact_top_k(
         if count == 0:
             raise ValueError("there is no document to search")
         merged = jax.device_get([_merge_devices(*lists, mesh=mesh) for lists in best])
-    scores_Qk = np.concatenate([np.zeros((0, k), np.float32), *(scores for scores, _ in merged)])
-    ranks_Qk = np.concatenate([np.zeros((0, k), np.int32), *(ranks for _, ranks in merged)])
+    none = np.zeros((0, k), np.float32), np.zeros((0, k), np.int32)  # where there is no query
+    scores_Qk, ranks_Qk = map(np.concatenate, zip(none, *merged, strict=True))
     return scores_Qk[: len(queries_QD), :count], ranks_Qk[: len(queries_QD), :count]
-
-
-def _empty_lists(shape_PQk: tuple[int, int, int], split: NamedSharding) -> Lists:
-    scores, ranks = np.full(shape_PQk, -np.inf, np.float32), np.full(shape_PQk, NO_RANK, np.int32)
-    return jax.device_put(scores, split), jax.device_put(ranks, split)
 
 
 def _query_blocks(queries_QD: np.ndarray, most: int, mesh: Mesh) -> list[jax.Array]:
     """The queries in blocks of one length, on every device; the last is filled up with zeros."""
-    Q, D = queries_QD.shape
+    Q = len(queries_QD)
     length = min(most, Q) or 1
-    filled_QD = np.concatenate([queries_QD, np.zeros((-Q % length, D), np.float32)])
+    filled_QD = np.pad(queries_QD, ((0, -Q % length), (0, 0)))
     whole = NamedSharding(mesh, PartitionSpec())
     return [jax.device_put(filled_QD[s : s + length], whole) for s in range(0, Q, length)]
-
-
-def _check_documents(queries_QD: np.ndarray, codes_MW: np.ndarray, code: Code) -> None:
-    D = queries_QD.shape[1]
-    width = D // 8 if code == "binary" else D
-    if codes_MW.dtype != storage_dtype(code) or codes_MW.shape[1:] != (width,):
-        raise ValueError(
-            f"documents must be {storage_dtype(code)} of width {width} ({code}, queries of "
-            f"width {D}), got {codes_MW.dtype} of shape {codes_MW.shape}"
-        )
-    if code == "binary":
-        return
-    # a dot product that leaves float32 would be Inf or NaN, or sort a document behind all others
-    peaks = [max(float(a.max(initial=0)), -float(a.min(initial=0))) for a in (queries_QD, codes_MW)]
-    if not peaks[0] * peaks[1] * D < float(np.finfo(np.float32).max):
-        raise ValueError(
-            f"dot products may overflow float32: the queries hold numbers up to {peaks[0]:.3g}, "
-            f"the documents up to {peaks[1]:.3g}; normalise both to length 1"
-        )
 
 
 def rescored(
@@ -279,16 +242,9 @@ def rescored(
     *,
     code: Code = "float32",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The first k of each query's candidates, by scores of better vectors. Runs on the host.
-
-    Args:
-        queries_QD: float32.
-        chunks: the corpus again, coded as `code`.
-        ranks_Qn: the candidates, as `exact_top_k` gives them.
-
-    Returns:
-        scores float32 and ranks int32, each [Q, min(k, n)], best first, ties by the lower rank.
-    """
+    """The first k of each query's candidates `ranks_Qn`, by scores of better vectors, on the host:
+    scores float32 and ranks int32, each [Q, min(k, n)], best first, ties by the lower rank.
+    `chunks` is the corpus again, coded as `code`."""
     scores_Qn = np.full(ranks_Qn.shape, -np.inf, np.float32)
     for codes_MW, ranks_M in chunks:
         if len(ranks_M) == 0:
@@ -299,11 +255,9 @@ def rescored(
             if len(rows_iW):
                 rows_iD = decode_vectors(rows_iW, code)
                 scores_Qn[query, here_n] = rows_iD @ queries_QD[query]
-    order_Qn = np.lexsort((ranks_Qn, -scores_Qn), axis=1)[:, :k]
-    return (
-        np.take_along_axis(scores_Qn, order_Qn, axis=1),
-        np.take_along_axis(ranks_Qn, order_Qn, axis=1),
-    )
+    order_Qk = np.lexsort((ranks_Qn, -scores_Qn), axis=1)[:, :k]
+    take = partial(np.take_along_axis, indices=order_Qk, axis=1)
+    return take(scores_Qn), take(ranks_Qn)
 
 
 def _check_rows(name: str, embeddings: np.ndarray, ids: Sequence[str]) -> None:
@@ -315,10 +269,9 @@ def _check_rows(name: str, embeddings: np.ndarray, ids: Sequence[str]) -> None:
         raise ValueError(f"{name} id {repeated!r} stands twice")
     broken = ~np.isfinite(embeddings).all(axis=-1)
     if broken.any():
-        raise ValueError(
-            f"the embeddings of {broken.sum()} of {len(ids)} {name} ids are not finite, the first "
-            f"is {ids[int(broken.argmax())]!r}"
-        )
+        which = f"{broken.sum()} of {len(ids)} {name} ids are not finite"
+        first = ids[int(broken.argmax())]
+        raise ValueError(f"the embeddings of {which}, the first is {first!r}")
 
 
 @dataclass(frozen=True)
@@ -334,7 +287,7 @@ class StoredCorpus:
 
 
 class SearchSettings(TypedDict, total=False):
-    """How `search` and `search_chunks` search; each may be left out."""
+    """How to search."""
 
     code: Code
     """Search with documents coded so; coarser than stored, it is an approximation."""
@@ -360,9 +313,7 @@ def search_chunks(
         raise ValueError(f"k must be at least 1, got {k}")
     for query, ids in excluded.items():
         if isinstance(ids, str):
-            raise ValueError(
-                f"excluded[{query!r}] must be a list or set of ids, not the text {ids!r}"
-            )
+            raise ValueError(f"excluded[{query!r}] must be a list or set of ids, not {ids!r}")
     ranked_ids, stored = corpus.ranked_ids, corpus.stored
     code, oversample = settings.get("code", stored), settings.get("oversample", 0)
     known = {document for ids in excluded.values() for document in ids}.intersection(ranked_ids)
@@ -385,10 +336,9 @@ def search_chunks(
     if oversample:
         scores_Qk, ranks_Qk = rescored(queries_QD, corpus.read(), ranks_Qk, depth, code=stored)
     run: Run = {}
-    for query, scores_k, ranks_k in zip(
-        query_ids, scores_Qk.tolist(), ranks_Qk.tolist(), strict=True
-    ):
-        ranked = [(ranked_ids[int(r)], s) for r, s in zip(ranks_k, scores_k, strict=True)]
+    rankings = zip(query_ids, scores_Qk.tolist(), ranks_Qk.tolist(), strict=True)
+    for query, scores_k, ranks_k in rankings:
+        ranked = [(ranked_ids[r], s) for r, s in zip(ranks_k, scores_k, strict=True)]
         run[query] = dict([(d, s) for d, s in ranked if d not in removed[query]][:k])
     return run
 
@@ -402,22 +352,16 @@ def search(
     excluded: Mapping[str, Collection[str]],
     **settings: Unpack[SearchSettings],
 ) -> Run:
-    """The top k documents of every query, without the excluded ones.
-
-    Exclusions are taken out before the cut, so a query still gets k documents where there are k.
+    """The top k documents of every query, without the excluded ones, which leave before the cut.
 
     Args:
-        query_embeddings: [Q, D] float32.
-        doc_embeddings: [C, D] float32, in any order.
-        query_ids, doc_ids: the Q and the C ids.
-        k: documents per query.
+        query_embeddings, doc_embeddings: [Q, D] and [C, D] float32, documents in any order.
         excluded: query id -> ids of documents it must not be given (BRIGHT); ids that are not in
             the corpus are ignored.
         settings: code, oversample, mesh, chunk: see `SearchSettings`.
 
     Returns:
-        A run for `laser_jax.evaluate.metrics`: query id -> document id -> score, best first, ties
-        in trec_eval's order.
+        Query id -> document id -> score, best first, ties in trec_eval's order.
 
     Raises:
         ValueError: on ids that stand twice or do not match the rows, on embeddings that are not
@@ -428,15 +372,12 @@ def search(
     _check_rows("query", query_embeddings, query_ids)
     _check_rows("document", doc_embeddings, doc_ids)
     order_C = trec_order(doc_ids)
-
-    C, chunk = len(order_C), settings.get("chunk", DEFAULT_CHUNK)
-    rows = -(-C // max(-(-C // chunk), 1)) or 1
+    pieces = max(-(-len(order_C) // settings.get("chunk", DEFAULT_CHUNK)), 1)
 
     def read() -> Iterator[Chunk]:
         # in pieces, so that the permuted corpus is never a second copy
-        for start in range(0, C, rows):
-            places_M = order_C[start : start + rows]
-            yield doc_embeddings[places_M], np.arange(start, start + len(places_M), dtype=np.int32)
+        for ranks_M in np.array_split(np.arange(len(order_C), dtype=np.int32), pieces):
+            yield doc_embeddings[order_C[ranks_M]], ranks_M
 
-    corpus = StoredCorpus(read, [doc_ids[int(i)] for i in order_C])
+    corpus = StoredCorpus(read, [doc_ids[i] for i in order_C.tolist()])
     return search_chunks(query_embeddings, corpus, query_ids, k, excluded, **settings)

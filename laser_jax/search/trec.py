@@ -25,11 +25,8 @@ _LINE = re.compile(r"\s*(\S+)\s+\S+\s+(\S.*?)\s+([0-9]+)\s+(\S+)\s+\S+\s*", re.A
 
 
 def rank_documents(scores: Mapping[str, float]) -> list[str]:
-    """The documents of one query in trec_eval's order.
-
-    Raises:
-        ValueError: when a score is NaN, which has no place in any order.
-    """
+    """The documents of one query in trec_eval's order. Raises a ValueError on a score that is NaN,
+    which has no place in any order."""
     with np.errstate(over="ignore"):  # a C float overflows to infinity as well
         values = np.fromiter(scores.values(), np.float64, len(scores)).astype(np.float32)
     if np.isnan(values).any():
@@ -40,19 +37,19 @@ def rank_documents(scores: Mapping[str, float]) -> list[str]:
 
 
 def trec_order(doc_ids: Sequence[str]) -> np.ndarray:
-    """The permutation [C] int64 that puts documents in descending order of their ids.
-
-    trec_eval breaks ties by the larger id. On documents in this order, breaking them by the lower
-    index is the same, also where the tie straddles the cut.
-    """
+    """The permutation [C] int64 that puts documents in descending order of their ids. On documents
+    in this order ties go to the lower index, also where the tie straddles the cut."""
     return np.array(sorted(range(len(doc_ids)), key=doc_ids.__getitem__, reverse=True), np.int64)
 
 
-def document_id_fault(document: str) -> str | None:
-    """Why an id cannot stand in a TREC run or a table of judgements; None when it can.
+def query_id_fault(query: str) -> str | None:
+    """Why an id cannot stand in a TREC run; None when it can."""
+    return None if re.fullmatch(r"\S+", query, re.ASCII) else "is empty or holds blanks"
 
-    Blanks inside an id are allowed (BRIGHT has them); tabs separate columns.
-    """
+
+def document_id_fault(document: str) -> str | None:
+    """Why an id cannot stand in a TREC run or a table of judgements; None when it can. Blanks
+    inside are allowed (BRIGHT has them); tabs separate columns."""
     if not document:
         return "is empty"
     if re.search(r"[\t\r\n]", document):
@@ -64,14 +61,9 @@ def document_id_fault(document: str) -> str | None:
 
 def read_trec_run(path: str | Path) -> Run:
     """Reads a TREC run, plain or .gz: `qid Q0 docid rank score tag`, where docid may hold blanks.
-
-    The rank is not used: trec_eval orders by the score.
-
-    Raises:
-        FileNotFoundError: when the file is missing.
-        DataError: on a line of another form, a score that is NaN, a document that a query ranks
-            twice, or a file without any line.
-    """
+    The rank is not used: trec_eval orders by the score. Raises a FileNotFoundError, and a DataError
+    on a line of another form, a score that is NaN, a document that a query ranks twice, or a file
+    without any line."""
     run: Run = {}
     for where, line in text_lines(path):
         if not line.strip():
@@ -84,10 +76,8 @@ def read_trec_run(path: str | Path) -> Run:
         if value is None:
             raise DataError(f"{where}: the score must be a number, got {score!r}")
         if math.isnan(value):
-            raise DataError(
-                f"{where}: the score of document {document!r} of query {query!r} is NaN; a ranking "
-                "needs numbers"
-            )
+            of = f"document {document!r} of query {query!r}"
+            raise DataError(f"{where}: the score of {of} is NaN; a ranking needs numbers")
         scores = run.setdefault(query, {})
         if document in scores:
             raise DataError(f"{where}: query {query!r} ranks {document!r} a second time")
@@ -98,9 +88,8 @@ def read_trec_run(path: str | Path) -> Run:
 
 
 def write_trec_run(run: Run, path: str | Path, tag: str) -> None:
-    """Writes a TREC run in trec_eval's order, ranks from 1, scores with all their digits.
-
-    A query without documents leaves no line, so it is not in the run that is read back.
+    """Writes a TREC run in trec_eval's order, ranks from 1, scores with all their digits. A query
+    without documents leaves no line, so it is not in the run that is read back.
 
     Raises:
         ValueError: on a query id or tag with a blank, a document id that would not be read back
@@ -108,39 +97,27 @@ def write_trec_run(run: Run, path: str | Path, tag: str) -> None:
         OSError: the file cannot be written; what stood there stays.
     """
     for name in (*run, tag):
-        if re.fullmatch(r"\S+", name, re.ASCII) is None:
-            raise ValueError(f"{name!r} cannot stand in a TREC run: it is empty or holds blanks")
-    for query, scores in run.items():
-        for document in scores:
-            if fault := document_id_fault(document):
-                raise ValueError(
-                    f"document id {document!r} of query {query!r} cannot stand in a TREC run: it "
-                    f"{fault}"
-                )
-    rankings = {query: rank_documents(scores) for query, scores in run.items()}
-    with (
-        written_whole(Path(path)) as part,
-        part.open("w", encoding="utf-8", newline="\n") as file,
-    ):
-        for query, ranking in rankings.items():
-            for rank, document in enumerate(ranking, start=1):
-                # repr of a float is the shortest text that reads back as the same double
-                score = repr(float(run[query][document]))
-                file.write(f"{query} Q0 {document} {rank} {score} {tag}\n")
+        if fault := query_id_fault(name):
+            raise ValueError(f"{name!r} cannot stand in a TREC run: it {fault}")
+    for query, document in ((query, d) for query, scores in run.items() for d in scores):
+        if fault := document_id_fault(document):
+            of = f"document id {document!r} of query {query!r}"
+            raise ValueError(f"{of} cannot stand in a TREC run: it {fault}")
+    lines = (
+        # repr of a float is the shortest text that reads back as the same double
+        f"{query} Q0 {document} {rank} {float(scores[document])!r} {tag}\n"
+        for query, scores in run.items()
+        for rank, document in enumerate(rank_documents(scores), start=1)
+    )
+    with written_whole(Path(path)) as part, part.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(lines)
 
 
 def read_excluded(path: str | Path) -> dict[str, tuple[str, ...]]:
-    """Reads which documents a query must not be given: query id -> document ids.
-
-    Args:
-        path: where the name ends in `.jsonl`, a BEIR `queries.jsonl` with BRIGHT's field
-            `excluded_ids`; where it ends in `.tsv`, lines of a query id and a document id with a
-            tab between, without a header.
-
-    Raises:
-        FileNotFoundError: when the file is missing.
-        DataError: on another name, or a line of another form.
-    """
+    """Reads which documents a query must not be given: query id -> document ids. A `.jsonl` is a
+    BEIR `queries.jsonl` with BRIGHT's field `excluded_ids`; a `.tsv` has a query id and a document
+    id with a tab between in each line, without a header. Raises a FileNotFoundError, and a
+    DataError on another name or a line of another form."""
     path = Path(path)
     if path.suffix not in (".jsonl", ".tsv"):
         raise DataError(f"{path}: excluded documents are read from a .jsonl or a .tsv file")
@@ -149,30 +126,28 @@ def read_excluded(path: str | Path) -> dict[str, tuple[str, ...]]:
         if not line.strip():
             continue
         if path.suffix == ".jsonl":
-            query, documents = _excluded_of(line, where)
+            row = parse_json(line.encode(), where)
+            if not isinstance(row, dict) or not isinstance(row.get("_id"), str):
+                raise DataError(f"{where}: wanted an object with a string '_id', got {line!r}")
+            query, documents = row["_id"], excluded_ids(row, where)
         else:
-            fields = line.rstrip("\r\n").split("\t")
-            if len(fields) != 2:
+            query, *documents = line.rstrip("\r\n").split("\t")
+            if len(documents) != 1:
                 raise DataError(
                     f"{where}: wanted query-id and corpus-id with a tab between, got {line!r}"
                 )
-            query, documents = fields[0], (fields[1],)
         excluded[query] = (*excluded.get(query, ()), *documents)
     return excluded
 
 
-def _excluded_of(line: str, where: str) -> tuple[str, tuple[str, ...]]:
-    row = parse_json(line.encode(), where)
-    if not isinstance(row, dict) or not isinstance(row.get("_id"), str):
-        raise DataError(f"{where}: wanted an object with a string '_id', got {line!r}")
-    return row["_id"], excluded_ids(row, where)
+def id_list(row: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
+    """The ids `row[key]`, or a DataError where it is no list of strings."""
+    ids = row.get(key)
+    if not isinstance(ids, list) or not all(isinstance(id_, str) for id_ in ids):
+        raise DataError(f"{where}: field {key!r} must be a list of strings, got {ids!r}")
+    return tuple(ids)
 
 
 def excluded_ids(row: dict[str, Any], where: str) -> tuple[str, ...]:
     """The field `excluded_ids` of a row of queries; () where there is none."""
-    ids = row.get("excluded_ids")
-    if ids is None:
-        return ()
-    if not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
-        raise DataError(f"{where}: field 'excluded_ids' must be a list of strings, got {ids!r}")
-    return tuple(ids)
+    return () if row.get("excluded_ids") is None else id_list(row, "excluded_ids", where)

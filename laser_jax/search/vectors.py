@@ -4,9 +4,9 @@
     shard-00000.parquet     columns `id` (string) and `vector` (fixed-size list of a dtype)
     shard-00001.parquet     ...
 
-A shard's rows are coded as in `laser_jax.search.codes`. Every shard carries its `VectorsInfo` as
-well, in the metadata of its schema, so that one of another model cannot be mixed in, and a checksum
-of its rows, so that it can be told to be whole where the manifest is lost.
+A shard's rows are coded as in `laser_jax.search.codes`. The metadata of its schema holds its
+`VectorsInfo`, so that one of another model cannot be mixed in, and a checksum of its rows, which
+tells that it is whole where the manifest is lost.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,18 +25,17 @@ import numpy as np
 from laser_jax.config import ConfigError, as_dict, from_dict
 from laser_jax.files.durable import write_atomically, written_whole
 from laser_jax.files.reading import DataError, import_pyarrow, parse_json, read_json
-from laser_jax.search.repeated_ids import RepeatedIds, id_hash
+from laser_jax.search.repeated_ids import RepeatedIds
 from laser_jax.search.trec import document_id_fault
+from laser_jax.settings import require_in
 
-FORMAT = "laser_jax vectors"
-FORMAT_VERSION = 1
+_FORMAT, _VERSION = "laser_jax vectors", 1
 MANIFEST_FILE = "manifest.json"
 _SCHEMA_KEY = b"laser_jax.vectors"
 _WAY_OUT = "laser_jax.encode_corpus makes it again, by the command that wrote the directory"
 
 Role = Literal["documents", "queries"]
-"""What the vectors are of: the two are made by different prompts, and one cannot stand for the
-other."""
+"""What the vectors are of: the two are made by different prompts."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,7 @@ class VectorsInfo:
     role: Role
 
     def __post_init__(self) -> None:
-        if self.num_thinking_steps < 1 or self.dimension < 1:
-            raise ConfigError(
-                "num_thinking_steps and dimension must be at least 1, got "
-                f"{self.num_thinking_steps} and {self.dimension}"
-            )
+        require_in("[1, inf)", self, "", "num_thinking_steps", "dimension")
 
 
 @dataclass(frozen=True)
@@ -107,10 +102,9 @@ def _check_shard(where: Path, ids: Sequence[str], vectors_CD: np.ndarray) -> Non
         (~vectors_CD.any(axis=1), "all zero, which has no direction"),
     ):
         if broken_C.any():
-            raise DataError(
-                f"{where}: the vectors of {broken_C.sum()} of {len(ids)} ids are {what}, the first "
-                f"is that of {ids[int(broken_C.argmax())]!r}"
-            )
+            first = f"the first is that of {ids[int(broken_C.argmax())]!r}"
+            which = f"the vectors of {broken_C.sum()} of {len(ids)} ids"
+            raise DataError(f"{where}: {which} are {what}, {first}")
 
 
 def write_shard(
@@ -122,27 +116,20 @@ def write_shard(
     *,
     origin: Mapping[str, Any] | None = None,
 ) -> Shard:
-    """Writes one shard, under a temporary name until it is whole. The same rows give the same bytes
-    (with the same pyarrow).
+    """Writes one shard, whole or not at all, and returns its entry for `write_manifest`. The same
+    rows give the same bytes (with the same pyarrow). Raises a DataError, which names the shard and
+    the id, on ids or vectors that cannot be used, and an OSError where the disk is full.
 
     Args:
         vectors_CD: coded by `encode_vectors` as `info.dtype`.
         origin: what else the shard is to tell about itself, of JSON types; see `recovered_shard`.
             `tokens` and `truncated` of it stand in the shard's entry too.
-
-    Returns:
-        The shard's entry for `write_manifest`.
-
-    Raises:
-        DataError: on ids or vectors that cannot be used, names the shard and the id.
-        OSError: the disk is full or the like; no part of the shard is left.
     """
     path = Path(directory) / file
-    if vectors_CD.dtype != info.dtype or vectors_CD.shape != (len(ids), info.dimension):
-        raise DataError(
-            f"{path}: wanted {info.dtype} of shape {(len(ids), info.dimension)}, got "
-            f"{vectors_CD.dtype} of shape {vectors_CD.shape}"
-        )
+    shape = len(ids), info.dimension
+    if vectors_CD.dtype != info.dtype or vectors_CD.shape != shape:
+        got = f"{vectors_CD.dtype} of shape {vectors_CD.shape}"
+        raise DataError(f"{path}: wanted {info.dtype} of shape {shape}, got {got}")
     _check_shard(path, ids, vectors_CD)
     told = {**as_dict(info), **(origin or {})}
     told["checksum"] = _rows_checksum(ids, vectors_CD, told)
@@ -164,12 +151,9 @@ def _serialised(
     """The Parquet file of the shard at `path` that tells `told` about itself."""
     pyarrow = import_pyarrow(path)
     values = pyarrow.array(np.ascontiguousarray(vectors_CD).reshape(-1))
-    table = pyarrow.table(
-        {
-            "id": pyarrow.array(ids, pyarrow.string()),
-            "vector": pyarrow.FixedSizeListArray.from_arrays(values, vectors_CD.shape[1]),
-        }
-    ).replace_schema_metadata({_SCHEMA_KEY: json.dumps(told, sort_keys=True)})
+    vectors = pyarrow.FixedSizeListArray.from_arrays(values, vectors_CD.shape[1])
+    table = pyarrow.table({"id": pyarrow.array(ids, pyarrow.string()), "vector": vectors})
+    table = table.replace_schema_metadata({_SCHEMA_KEY: json.dumps(told, sort_keys=True)})
     buffer = io.BytesIO()
     # vectors do not compress; a dictionary of them would only be built and thrown away
     pyarrow.parquet.write_table(table, buffer, compression="none", use_dictionary=False)
@@ -190,13 +174,8 @@ def shard_values(shard: Shard) -> dict[str, Any]:
 
 def write_manifest(directory: str | Path, manifest: Manifest) -> None:
     """Writes `manifest.json`, which makes the directory a finished one."""
-    values = {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
-        **as_dict(manifest.info),
-        "count": manifest.count,
-        "shards": [shard_values(shard) for shard in manifest.shards],
-    }
+    values = {"format": _FORMAT, "version": _VERSION, **as_dict(manifest.info)}
+    values |= {"count": manifest.count, "shards": [*map(shard_values, manifest.shards)]}
     write_atomically(Path(directory) / MANIFEST_FILE, json.dumps(values, indent=1) + "\n")
 
 
@@ -204,16 +183,9 @@ def write_manifest(directory: str | Path, manifest: Manifest) -> None:
 
 
 def read_manifest(directory: str | Path, role: Role | None = None) -> Manifest:
-    """Reads `manifest.json`.
-
-    Args:
-        role: what the vectors must be of; None takes either.
-
-    Raises:
-        FileNotFoundError: when there is none.
-        DataError: when it is no manifest of this version, its parts do not fit together, or
-            the vectors are of the other role.
-    """
+    """Reads `manifest.json`; `role` is what the vectors must be of, None takes either. Raises a
+    FileNotFoundError when there is none, and a DataError when it is not one of this version, its
+    parts do not fit together, or the vectors are of the other role."""
     path = Path(directory) / MANIFEST_FILE
     if not path.is_file():
         raise FileNotFoundError(
@@ -223,21 +195,10 @@ def read_manifest(directory: str | Path, role: Role | None = None) -> Manifest:
         values = read_json(path)
     except DataError as error:
         raise DataError(f"{error}. {_WAY_OUT}") from error
-    manifest = _manifest(values, path)
-    if role not in (None, manifest.info.role):
-        raise DataError(
-            f"{directory}: holds vectors of {manifest.info.role}, and {role} are wanted here. "
-            f"Exchange the two directories, or encode with --texts {role}"
-        )
-    return manifest
-
-
-def _manifest(values: Any, path: Path) -> Manifest:
-    """The manifest of the values that the file at `path` holds."""
-    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-        raise DataError(f"{path}: no manifest of vectors: 'format' must be {FORMAT!r}")
-    if (version := values.pop("version", None)) != FORMAT_VERSION:
-        raise DataError(f"{path}: version {version}, this program reads {FORMAT_VERSION}")
+    if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:
+        raise DataError(f"{path}: no manifest of vectors: 'format' must be {_FORMAT!r}")
+    if (version := values.pop("version", None)) != _VERSION:
+        raise DataError(f"{path}: version {version}, this program reads {_VERSION}")
     if "role" not in values:
         raise DataError(
             f"{path}: does not say whether its vectors are of documents or of queries, as older "
@@ -251,16 +212,19 @@ def _manifest(values: Any, path: Path) -> Manifest:
         manifest = Manifest(from_dict(VectorsInfo, values, source=str(path)), shards)
     except ConfigError as error:
         raise DataError(str(error)) from error
-    if manifest.count != count:
+    if (held := manifest.count) != count:
+        raise DataError(f"{path}: the shards hold {held} vectors, 'count' is {count}. {_WAY_OUT}")
+    if role not in (None, manifest.info.role):
         raise DataError(
-            f"{path}: the shards hold {manifest.count} vectors, 'count' is {count}. {_WAY_OUT}"
+            f"{directory}: holds vectors of {manifest.info.role}, and {role} are wanted here. "
+            f"Exchange the two directories, or encode with --texts {role}"
         )
     return manifest
 
 
 def shard_of(values: Any, where: str) -> Shard:
-    """The shard of which a file of JSON says these values. (`from_dict` takes milliseconds, and a
-    manifest may have 30,000.) Raises a DataError that begins with `where`."""
+    """The shard of which a file of JSON says these values, or a DataError that begins with `where`.
+    (`from_dict` takes milliseconds, and a manifest may have 30,000.)"""
     needed = {"file": str, "count": int, "sha256": str}
     known = needed | {"tokens": int, "truncated": int}
     found = {key: type(v) for key, v in values.items()} if isinstance(values, dict) else {}
@@ -280,18 +244,20 @@ def is_intact(directory: str | Path, shard: Shard) -> bool:
         return False
 
 
-def _file_of(directory: str | Path, shard: Shard) -> Path:
-    """Raises a FileNotFoundError where the shard has none."""
-    path = Path(directory) / shard.file
+def _read_table(
+    directory: str | Path, shard: Shard, columns: list[str], *, check: bool = False
+) -> Any:
+    """Columns of a shard, whose checksum is compared to `check` it. Raises a FileNotFoundError when
+    it is missing, and a DataError when it is damaged or has no such columns."""
+    pyarrow, path = import_pyarrow(directory), Path(directory) / shard.file
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, and {MANIFEST_FILE} names it")
-    return path
-
-
-def _table(path: Path, source: Any, columns: list[str]) -> Any:
-    """Columns of the shard at `path`, of which `source` holds the bytes. Raises a DataError where
-    it has none."""
-    pyarrow = import_pyarrow(path)
+    source: Any = path
+    if check:
+        source = pyarrow.BufferReader(content := path.read_bytes())
+        if hashlib.sha256(content).hexdigest() != shard.sha256:
+            fault = f"damaged: its sha256 is not that of {MANIFEST_FILE}"
+            raise DataError(f"{path}: {fault}. Encode this shard again")
     try:
         return pyarrow.parquet.read_table(source, columns=columns).select(columns)
     except (pyarrow.ArrowException, KeyError, OSError) as error:
@@ -301,35 +267,21 @@ def _table(path: Path, source: Any, columns: list[str]) -> Any:
 def read_shard(
     directory: str | Path, shard: Shard, info: VectorsInfo
 ) -> tuple[list[str], np.ndarray]:
-    """Reads one shard and checks all of it: checksum, model, ids and vectors.
-
-    Returns:
-        The ids, and the vectors [C, D] coded as `info.dtype`.
-
-    Raises:
-        FileNotFoundError: when the shard is missing.
-        DataError: when it is damaged or not what the manifest says.
-    """
-    pyarrow, path = import_pyarrow(directory), _file_of(directory, shard)
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != shard.sha256:
-        raise DataError(
-            f"{path}: damaged: its sha256 is not that of {MANIFEST_FILE}. Encode this shard again"
-        )
-    table = _table(path, pyarrow.BufferReader(content), ["id", "vector"])
+    """Reads one shard, its ids and its vectors [C, D] coded as `info.dtype`, and checks all of it:
+    checksum, model, ids and vectors. Raises a FileNotFoundError when it is missing, and a DataError
+    when it is damaged or not what the manifest says."""
+    pyarrow, path = import_pyarrow(directory), Path(directory) / shard.file
+    table = _read_table(directory, shard, ["id", "vector"], check=True)
     ids, column = table["id"].to_pylist(), table["vector"].combine_chunks()
     stored = parse_json((table.schema.metadata or {}).get(_SCHEMA_KEY, b"{}"), path)
     stored.setdefault("role", info.role)  # older shards have none; their manifest has
     for key, value in as_dict(info).items():
-        if stored.get(key) != value:
-            raise DataError(
-                f"{path}: {key} is {stored.get(key)!r}, and {MANIFEST_FILE} says {value!r}"
-            )
+        if (found := stored.get(key)) != value:
+            raise DataError(f"{path}: {key} is {found!r}, and {MANIFEST_FILE} says {value!r}")
     vector_type = pyarrow.list_(pyarrow.from_numpy_dtype(np.dtype(info.dtype)), info.dimension)
     if column.type != vector_type or table.schema.field("id").type != pyarrow.string():
-        raise DataError(
-            f"{path}: wanted columns id: string and vector: {vector_type}, got {table.schema}"
-        )
+        wanted = f"columns id: string and vector: {vector_type}"
+        raise DataError(f"{path}: wanted {wanted}, got {table.schema}")
     if len(ids) != shard.count or column.null_count or table["id"].null_count:
         raise DataError(f"{path}: wanted {shard.count} rows without nulls, got {len(ids)}")
     vectors_CD = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, info.dimension)
@@ -340,8 +292,8 @@ def read_shard(
 def recovered_shard(
     directory: str | Path, file: str, info: VectorsInfo
 ) -> tuple[Shard, dict[str, Any]] | None:
-    """The entry of a shard whose own is lost, and what the shard tells about itself, as in
-    `write_shard`. None unless it is there, whole by its own checksum, and of `info`."""
+    """The entry of a shard whose own is lost, and what it tells about itself (`write_shard`). None
+    unless it is there, whole by its own checksum, and of `info`."""
     pyarrow, path = import_pyarrow(directory), Path(directory) / file
     try:
         content = path.read_bytes()
@@ -366,40 +318,31 @@ def read_shards(
 
 
 def read_ids(directory: str | Path, manifest: Manifest) -> list[str]:
-    """The ids of all vectors, in order. Reads no vector.
-
-    Raises:
-        FileNotFoundError, DataError: a shard is missing or is no Parquet; an id stands twice,
-            names both shards.
-    """
-    shard_of_id: dict[str, str] = {}
-    for shard in manifest.shards:
-        for id_ in _read_ids(directory, shard):
-            if id_ in shard_of_id:
-                raise DataError(_twice(directory, shard.file, id_, shard_of_id[id_]))
-            shard_of_id[id_] = shard.file
-    return list(shard_of_id)
+    """The ids of all vectors, in order. Reads no vector. Raises a FileNotFoundError or DataError
+    where a shard is missing or is no Parquet, or an id stands twice; then it names both shards."""
+    file_of: dict[str, str] = {}
+    for id_, file in _placed_ids(directory, manifest.shards):
+        if id_ in file_of:
+            raise DataError(_twice(directory, id_, file, file_of[id_]))
+        file_of[id_] = file
+    return list(file_of)
 
 
-def _read_ids(directory: str | Path, shard: Shard) -> list[str]:
-    path = _file_of(directory, shard)
-    return _table(path, path, ["id"])["id"].to_pylist()
+def _placed_ids(directory: str | Path, shards: Iterable[Shard]) -> Iterator[tuple[str, str]]:
+    """(id, file of its shard)."""
+    for shard in shards:
+        for id_ in _read_table(directory, shard, ["id"])["id"].to_pylist():
+            yield id_, shard.file
 
 
-def _twice(directory: str | Path, file: str, id_: str, first: str) -> str:
+def _twice(directory: str | Path, id_: str, file: str, first: str) -> str:
     return f"{Path(directory) / file}: id {id_!r} stands twice, it is in {first} too"
 
 
 def verify(directory: str | Path) -> list[str]:
-    """Checks a finished directory: every byte of every shard. One shard is in memory at a time.
-
-    Returns:
-        What is wrong, a message a shard, and one for each of the first hundred repeated ids; empty
-        when all is well.
-
-    Raises:
-        FileNotFoundError, DataError: the manifest cannot be read.
-    """
+    """What is wrong with a finished directory, of which every byte is checked with one shard in
+    memory at a time: a message a shard, and one for each of the first hundred repeated ids. Raises
+    as `read_manifest`."""
     manifest = read_manifest(directory)
     faults: list[str] = []
     readable: list[Shard] = []
@@ -413,18 +356,8 @@ def verify(directory: str | Path) -> list[str]:
             readable.append(shard)
             for id_ in ids:
                 repeated.add(id_)
-        suspects = repeated.hashes()
-    first_shard: dict[str, str] = {}
-    for shard in readable if suspects else ():
-        faults += [
-            _twice(directory, shard.file, id_, first_shard[id_])
-            for id_ in _read_ids(directory, shard)
-            if id_hash(id_) in suspects and first_shard.setdefault(id_, shard.file) != shard.file
-        ]
+        twice = repeated.found(lambda: _placed_ids(directory, readable))
+        faults += [_twice(directory, *found) for found in twice]
     named = {shard.file for shard in manifest.shards}
-    faults += [
-        f"{file}: not named by {MANIFEST_FILE}"
-        for file in sorted(Path(directory).glob("*.parquet"))
-        if file.name not in named
-    ]
-    return faults
+    files = sorted(Path(directory).glob("*.parquet"))
+    return faults + [f"{f}: not named by {MANIFEST_FILE}" for f in files if f.name not in named]
