@@ -154,8 +154,8 @@ def options(data: Path, stub: Stub, **more: Any) -> AnnotateOptions:
 
 
 def flags(asked: AnnotateOptions) -> list[str]:
-    given = {name: value for name, value in vars(asked).items() if value not in (None, False)}
-    return [f"--{name}={'true' if value is True else value}" for name, value in given.items()]
+    given = {name: value for name, value in vars(asked).items() if value is not None}
+    return [f"--{n}={v if isinstance(v, str) else json.dumps(v)}" for n, v in given.items()]
 
 
 def results(directory: Path) -> list[dict[str, Any]]:
@@ -169,9 +169,8 @@ def test_rows_keep_their_order_and_fields_and_those_without_reasoning_get_one(
     rows[2]["reasoning_query"] = " \n"
     data = write(tmp_path / "rows.jsonl", rows)
     stub = serve(lambda _, prompt: said(f" About {prompt[6:]}\n\nEnd. "))
-    template = tmp_path / "prompt.txt"
-    template.write_text("{query} | {instruction} | {other}")
-    report = annotate(options(data, stub, template=str(template), temperature=0.5))
+    asked = "{query} | {instruction} | {other}"
+    report = annotate(options(data, stub, prompt=asked, temperature=0.5))
     assert sorted(stub.prompts) == [f"Where is {t}? | Find it | {{other}}" for t in ("Jena", "Ulm")]
     assert set(stub.places) == {"/v1/chat/completions"}
     assert stub.headers[0]["Authorization"] == f"Bearer {SECRET}"
@@ -443,19 +442,16 @@ def test_a_last_line_that_was_cut_off_is_asked_again(towns: Path, serve) -> None
     ]
 
 
-@pytest.mark.parametrize("changed", ["model", "template", "max_new_tokens", "temperature"])
+@pytest.mark.parametrize("changed", ["model", "prompt", "max_new_tokens", "temperature"])
 def test_answers_to_another_prompt_or_of_another_model_do_not_mix(
     towns: Path, serve, changed: str
 ) -> None:
     stub = serve(lambda *_: said("Fine."))
     annotate(options(towns, stub))
     before = results(towns.parent / "out")
-    (towns.parent / "prompt.txt").write_text("{query}")
-    values = {"template": towns.parent / "prompt.txt", "max_new_tokens": 3, "temperature": 1.0}
-    value = values.get(changed, "other")
-    value = str(value) if isinstance(value, Path) else value
+    values = {"prompt": "{query}", "max_new_tokens": 3, "temperature": 1.0}
     with pytest.raises(OutputError, match=f"another config:\n  {changed} was"):
-        annotate(options(towns, stub, **{changed: value}))
+        annotate(options(towns, stub, **{changed: values.get(changed, "other")}))
     assert len(stub.bodies) == 6
     assert results(towns.parent / "out") == before
 
@@ -474,8 +470,7 @@ def test_more_rows_ask_for_no_more_than_what_is_new(towns: Path, serve) -> None:
 
 def test_an_estimate_sends_nothing(towns: Path, serve, capsys) -> None:
     stub = serve(lambda *_: said("Fine."))
-    prices = {"price_in": 2.0, "price_out": 8.0, "max_new_tokens": 100}
-    main(flags(options(towns, stub, estimate=True, **prices)))
+    main(flags(options(towns, stub, dry_run=0, price=(2.0, 8.0), max_new_tokens=100)))
     found = json.loads(capsys.readouterr().out)
     assert stub.bodies == []
     assert found["requests"] == 6
@@ -494,7 +489,7 @@ def test_an_estimate_goes_by_the_answers_of_a_dry_run_or_of_the_journal(
     data = write(tmp_path / "rows.jsonl", [row(town) for town in ("Ulm", "Hof", "Ems", "Rom")])
 
     def estimated(**more: Any) -> dict[str, Any]:
-        main(flags(options(data, stub, estimate=True, concurrency=2, **more)))
+        main(flags(options(data, stub, **{"dry_run": 0, "concurrency": 2, **more})))
         out = capsys.readouterr().out
         return json.loads(out[out.rindex("{\n") :])
 
@@ -553,33 +548,29 @@ def test_a_key_is_taken_from_the_environment_alone(
 ) -> None:
     stub = serve(lambda *_: said("Fine."))
     for wrong in (
-        {"api_key_variable": SECRET},
-        {"api_key_variable": SECRET.replace("-", "_")},
         {"base_url": f"http://user:{SECRET}@host/v1"},
         {"base_url": f"http://host/v1?key={SECRET}"},
     ):
-        with pytest.raises(ConfigError, match=r"(api_key_variable|base_url) ") as error:
+        with pytest.raises(ConfigError, match=r"base_url ") as error:
             options(towns, stub, **wrong)
         assert SECRET not in str(error.value)
-    monkeypatch.setenv("OTHER", f"{SECRET}\nX: y")
-    with pytest.raises(ConfigError, match="OTHER holds a character") as error:
-        annotate(options(towns, stub, api_key_variable="OTHER"))
+    monkeypatch.setenv("OPENAI_API_KEY", f"{SECRET}\nX: y")
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY holds a character") as error:
+        annotate(options(towns, stub))
     assert SECRET not in str(error.value)
-    monkeypatch.setenv("OTHER", f"{SECRET}\n")
-    annotate(options(towns, stub, api_key_variable="OTHER"))
+    monkeypatch.setenv("OPENAI_API_KEY", f"{SECRET}\n")
+    annotate(options(towns, stub))
     assert stub.headers[0]["Authorization"] == f"Bearer {SECRET}"
-    monkeypatch.delenv("OTHER")
-    elsewhere = str(towns.parent / "elsewhere")
-    annotate(options(towns, stub, api_key_variable="OTHER", output=elsewhere))
+    monkeypatch.delenv("OPENAI_API_KEY")
+    annotate(options(towns, stub, output=str(towns.parent / "elsewhere")))
     assert "Authorization" not in stub.headers[-1]
 
 
 def test_bad_input_is_named_before_anything_is_sent(towns: Path, serve) -> None:
     stub, folder = serve(lambda *_: said("Fine.")), towns.parent
-    template, train = folder / "prompt.txt", write(folder / "train.jsonl", [row("Ulm")])
-    template.write_text("Think.")
-    with pytest.raises(DataError, match=r"prompt\.txt has no place for the query"):
-        annotate(options(towns, stub, template=str(template)))
+    train = write(folder / "train.jsonl", [row("Ulm")])
+    with pytest.raises(ConfigError, match=r"prompt 'Think.' has no {query} placeholder"):
+        options(towns, stub, prompt="Think.")
     with pytest.raises(ConfigError, match="would replace the input"):
         annotate(options(train, stub, output=str(folder)))
     towns.write_text(towns.read_text() + "{}\n")

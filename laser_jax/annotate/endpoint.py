@@ -17,9 +17,10 @@ import httpx2
 from laser_jax.annotate.answers import Answer
 from laser_jax.settings import build
 
+KEY_VARIABLE = "OPENAI_API_KEY"
 _ATTEMPTS, _LONGEST_BACKOFF, _LONGEST_WAIT = 8, 60.0, 600.0
 _HINTS = {
-    401: "set the environment variable of --api_key_variable to a valid key",
+    401: f"set the environment variable {KEY_VARIABLE} to a valid key",
     403: "the key has no right to this model or place",
     404: "--base_url often ends in /v1, and --model is a name that the endpoint knows",
 }
@@ -38,8 +39,9 @@ def hash_of(prompt: str) -> str:
 class Endpoint:
     """`POST {base_url}/chat/completions`, while `client` is open."""
 
-    def __init__(self, base_url: str, body: dict[str, Any], key: str | None) -> None:
-        """`body` is what a request holds beside its prompt: `model`, `max_tokens` ..."""
+    def __init__(self, base_url: str, body: dict[str, Any], key: str) -> None:
+        """`body` is what a request holds beside its prompt: `model`, `max_tokens` ...; `key` may
+        be empty."""
         self._url, self._body, self._key = f"{base_url.rstrip('/')}/chat/completions", body, key
         self._has_answered = False
         self.client = httpx2.AsyncClient(
