@@ -50,7 +50,7 @@ ORDER: tuple[str, ...] = (
     *("rewrite.generation", "rewrite.run"),
     *("mine.bm25", "mine.candidates", "mine.filters", "mine.run"),
     *("think.thought", "think.page", "think.site", "think.run"),
-    *("serve.metrics", "serve.batching", "serve.requests", "serve.index", "serve.app", "serve.run"),
+    *("serve.metrics", "serve.requests", "serve.batching", "serve.index", "serve.app", "serve.run"),
     *("quickstart.world", "quickstart.run"),
     *("import_gguf.file", "import_gguf.tokenizer", "import_gguf.run"),
     *("annotate.answers", "annotate.endpoint", "annotate.run"),
