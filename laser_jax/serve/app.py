@@ -111,9 +111,6 @@ def make_app(service: Service) -> ASGIApp:
     return _Guard(Starlette(routes=routes, exception_handlers=handlers), service)
 
 
-# --- every request -----------------------------------------------------------------------------
-
-
 class _Guard:
     """Counts requests, and refuses those without a key or of another site's pages."""
 
@@ -132,9 +129,8 @@ class _Guard:
                 statuses.append(message["status"])
             await send(message)
 
-        path = scope["path"]
         known = ("/v1/embeddings", "/v1/search", "/v1/models", "/metrics", "/", *_OPEN)
-        label = path if path in known else "other"
+        label = scope["path"] if scope["path"] in known else "other"
         try:
             refusal = self._refusal(Request(scope))
             await (refusal or self._app)(scope, receive, counted)

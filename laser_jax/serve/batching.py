@@ -41,7 +41,6 @@ class _Job:
         self.future: Future[np.ndarray] = Future()
 
     def take(self, place: int, vector_D: np.ndarray) -> None:
-        """The vector of one row."""
         self.vectors_ND[place] = vector_D
         self.left -= 1
         if self.left == 0 and self._is_wanted():
@@ -72,11 +71,8 @@ class _Batch:
 
 
 class Batcher:
-    """Embeds the rows of requests, batch by batch, in a thread of its own.
-
-    Attributes:
-        ready: set once everything is compiled.
-    """
+    """Embeds the rows of requests, batch by batch, in a thread of its own. `ready` is set once
+    everything is compiled."""
 
     def __init__(
         self,
@@ -151,10 +147,7 @@ class Batcher:
         Returns:
             A future of [N, D] float32 unit rows. Cancelled, its rows that wait are dropped; it
             fails with a NotFiniteError where a vector of its own is not finite, and with what the
-            device raised. Other requests go on.
-
-        Raises:
-            RequestError: as `require_room`.
+            device raised. Other requests go on. Raises as `require_room`.
         """
         with self._changed:
             job = _Job(rows, K, self._encoder.config.backbone.hidden_size)

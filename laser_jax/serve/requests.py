@@ -125,9 +125,6 @@ class SearchRequest(Texts):
     k: int
 
 
-# --- parsing -----------------------------------------------------------------------------------
-
-
 def parse_embedding(body: bytes, limits: Limits) -> EmbeddingRequest:
     """The request that a body holds. Raises a RequestError."""
     values = _object(body, _EMBEDDING_FIELDS)
@@ -242,9 +239,6 @@ def _integer(values: dict[str, Any], name: str, most: int, default: int) -> int:
     if value is not None and not 1 <= value <= most:
         raise RequestError(f"{name} must be a whole number in 1..{most}, got {value!r:.40}", name)
     return default if value is None else value
-
-
-# --- to tokens ---------------------------------------------------------------------------------
 
 
 def token_rows(prompts: PromptTokenizer, asked: Texts) -> list[list[int]]:

@@ -94,11 +94,8 @@ def address_of(text: str) -> tuple[str, int]:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket at an address of this machine, or a name of one, of IPv4 or IPv6.
-
-    Raises:
-        OSError: host or port cannot be had; says how to mend it.
-    """
+    """A listening socket at an address of this machine, or a name of one, of IPv4 or IPv6. Raises
+    an OSError, which says how to mend it, where host or port cannot be had."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
@@ -119,16 +116,10 @@ def read_keys(path: str | Path) -> tuple[bytes, ...]:
     return keys
 
 
-# --- loading -----------------------------------------------------------------------------------
-
-
 def load(options: ServeOptions, *, local_only: bool) -> tuple[Service, Callable[[], None]]:
     """The service, its model and corpus read, and the function that makes it ready: compiles, reads
-    or embeds the corpus, and starts the batches.
-
-    Raises:
-        FileNotFoundError, ValueError: a file or an option cannot be used; names it.
-    """
+    or embeds the corpus, and starts the batches. Raises a FileNotFoundError or ValueError that
+    names the file or option that cannot be used."""
     keys = read_keys(options.api_key_file) if options.api_key_file is not None else ()
     corpus = load_corpus(options.corpus) if options.corpus is not None else None
     seen = Digest()
@@ -194,9 +185,6 @@ def _make_ready(
     service.batcher.start()
 
 
-# --- the server --------------------------------------------------------------------------------
-
-
 class _Protocol(H11Protocol):
     """Ends connections that stay open without a request."""
 
@@ -218,11 +206,8 @@ class _Protocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Answers while the service is made ready, and ends with what it has begun.
-
-    Attributes:
-        failure: why the service could not be made ready.
-    """
+    """Answers while the service is made ready, and ends with what it has begun. `failure` is why
+    the service could not be made ready."""
 
     def __init__(self, service: Service, make_ready: Callable[[], None]) -> None:
         config = uvicorn.Config(
