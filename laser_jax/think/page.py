@@ -161,15 +161,9 @@ def render_page(
     form: Form | None = None,
     error: str | None = None,
 ) -> str:
-    """The page.
-
-    Args:
-        model: its directory.
-        corpus: a sentence about the corpus.
-        thought: None before a query was asked.
-        form: None for a page that stands alone.
-        error: shown in the place of a thought.
-    """
+    """The page. `model` is its directory, `corpus` a sentence about the corpus; there is no thought
+    before a query was asked, no form on a page that stands alone, and an error takes the place of a
+    thought."""
     values: dict[str, Any] = {"model": model, "corpus": corpus, "thought": thought}
     values |= {"form": form, "error": error, "row_height": _ROW_HEIGHT}
     if thought is not None:

@@ -130,8 +130,8 @@ def rank_documents(
     documents: Sequence[Document],
     top: int,
     *,
-    relevant: frozenset[str] = frozenset(),
-    excluded: frozenset[str] = frozenset(),
+    relevant: Collection[str] = (),
+    excluded: Collection[str] = (),
 ) -> tuple[RankedDocument, ...]:
     """The documents that `Thought.documents` holds, from their cosines after each step; equal ones
     rank in the corpus's order. `relevant` and `excluded` are ids; excluded ones take no rank."""
@@ -157,12 +157,8 @@ class Inspector:
     """A model and a corpus, loaded and embedded once, to be asked about many queries.
 
     Documents are embedded with the model's own K, as in an index that is built once; a query is
-    looked at after each of its steps.
-
-    Attributes:
-        config: the model's.
-        corpus: as given.
-        instruction: for queries that bring none: that of the corpus's first query with one, or "".
+    looked at after each of its steps. `instruction` is for queries that bring none: that of the
+    corpus's first query with one, or "".
     """
 
     def __init__(
@@ -175,15 +171,13 @@ class Inspector:
         top_documents: int,
         variables: Variables | None = None,
     ) -> None:
-        """Takes what is loaded; `load` loads it.
+        """Takes what is loaded; `load` loads it. Raises a ValueError where the vocabulary has fewer
+        than `top_tokens`.
 
         Args:
             vectors_CD: float32 embeddings of the corpus's documents, in its order.
             top_tokens, top_documents: how many a step shows.
             variables: the weights, where they are not to be those of the retriever's encoder.
-
-        Raises:
-            ValueError: `top_tokens` are more than the vocabulary has.
         """
         self.config = retriever.encoder.config
         most = self.config.backbone.vocab_size
@@ -200,9 +194,8 @@ class Inspector:
         self._backbone = backbone_for(self.config, self._variables)
         self._width = Buckets().width  # the encoder's own
         # A `partial` for each shape: its program goes when it does.
-        self._program = lru_cache(PROGRAMS)(
-            lambda function, *widths, **fixed: jax.jit(partial(function, **fixed))
-        )
+        made = lru_cache(PROGRAMS)
+        self._program = made(lambda function, *_, **fixed: jax.jit(partial(function, **fixed)))
 
     @classmethod
     def load(
@@ -223,19 +216,18 @@ class Inspector:
         self, variables: Variables, ids_BT: jax.Array, lengths_B: jax.Array, *, steps: int
     ) -> tuple[jax.Array, jax.Array, TopTokens]:
         """Unit states and unit prefix embeddings, each [B, K, D], and what every state says."""
-        hidden_BKD = latent_view(
-            self._backbone, variables, Tokens(ids_BT, lengths_B), steps, self.config.pooling
-        )
+        tokens, pooling = Tokens(ids_BT, lengths_B), self.config.pooling
+        hidden_BKD = latent_view(self._backbone, variables, tokens, steps, pooling)
         prefixes_BKD = jnp.stack([pool(hidden_BKD[:, :k]) for k in range(1, steps + 1)], axis=1)
-        tokens = top_tokens(self._backbone, variables, hidden_BKD, self._top_tokens)
-        return normalize(hidden_BKD), prefixes_BKD, tokens
+        said = top_tokens(self._backbone, variables, hidden_BKD, self._top_tokens)
+        return normalize(hidden_BKD), prefixes_BKD, said
 
     def _segment_states(
         self, variables: Variables, ids_BT: jax.Array, lengths_B: jax.Array, ends_BM: jax.Array
     ) -> jax.Array:
         """Unit states [B, M, D] of the explicit view at the positions `ends_BM`."""
-        view = explicit_view(self._backbone, variables, Tokens(ids_BT, lengths_B), ends_BM)
-        return normalize(view.keyframes_BKD)
+        tokens = Tokens(ids_BT, lengths_B)
+        return normalize(explicit_view(self._backbone, variables, tokens, ends_BM).keyframes_BKD)
 
     def known(self, text: str) -> EvalQuery:
         """The corpus's query with this text, or one with an empty id, and an instruction."""
@@ -254,13 +246,8 @@ class Inspector:
     ) -> Thought:
         """Thinks about a query and looks at every step.
 
-        A query with the text of one of the corpus's takes its instruction and reasoning where none
-        is given, and its judged and excluded documents.
-
-        Args:
-            instruction: the task; None for that of `known`.
-            reasoning: the written chain of thought; None or blank for the query's own.
-            num_thinking_steps: K; None for the model's.
+        A query with the text of one of the corpus's takes its instruction where that is None, its
+        reasoning where that is None or blank, and its judged and excluded documents.
 
         Raises:
             NotFiniteError: a state is not finite.
@@ -282,7 +269,16 @@ class Inspector:
         if reasoning.strip():
             explicit = self._prompts.explicit(query, instruction, reasoning)
             segments, reasoning_cut = self._segments(explicit, states_KD), explicit.truncated
-        excluded = self._excluded.get(known.id, ())
+        excluded, documents = self._excluded.get(known.id, ()), ()
+        if self.corpus is not None:
+            grades = self.corpus.qrels.get(known.id, {}).items()
+            documents = rank_documents(
+                prefixes_KD @ self._vectors_CD.T,
+                self.corpus.documents,
+                self._top_documents,
+                relevant=[id_ for id_, grade in grades if grade > 0],
+                excluded=excluded,
+            )
         return Thought(
             query=query,
             instruction=instruction,
@@ -290,7 +286,7 @@ class Inspector:
             pooling=self.config.pooling,
             steps=self._steps(tokens),
             segments=segments,
-            documents=self._rank(known, excluded, prefixes_KD),
+            documents=documents,
             top_documents=self._top_documents,
             corpus_size=len(self._vectors_CD),
             notices=self._notices(prompt, reasoning_cut, known.id, known.id in excluded),
@@ -346,18 +342,4 @@ class Inspector:
         return tuple(
             Segment(str(decode(explicit.ids[start : end + 1])), tuple(cosine_K.tolist()))
             for start, end, cosine_K in zip(starts, ends, cosine_MK, strict=True)
-        )
-
-    def _rank(
-        self, known: EvalQuery, excluded: Collection[str], prefixes_KD: np.ndarray
-    ) -> tuple[RankedDocument, ...]:
-        if self.corpus is None:
-            return ()
-        grades = self.corpus.qrels.get(known.id, {})
-        return rank_documents(
-            prefixes_KD @ self._vectors_CD.T,
-            self.corpus.documents,
-            self._top_documents,
-            relevant=frozenset(id_ for id_, grade in grades.items() if grade > 0),
-            excluded=frozenset(excluded),
         )
