@@ -137,7 +137,7 @@ def program(
     positional: str | Sequence[str] = (),
     *,
     stopped: str = "stopped",
-) -> Callable[[Sequence[str] | None], None]:
+) -> Callable[..., None]:
     """The `main` of a room: gives the settings of the command line to `run`. What that refuses, and
     an interrupt (with the message `stopped`), end the process with status 1."""
 

@@ -126,6 +126,7 @@ class _Text(NamedTuple):
     ids_BW: jax.Array
 
 
+_Programs = tuple[jax.stages.Compiled, jax.stages.Compiled]
 _Block = tuple[jax.Array, _Text, Cache]
 """(slot, text, cache of the block) while a block is written."""
 
@@ -149,15 +150,9 @@ def _each(cache: Cache, keys: Callable[..., Any], values: Callable[..., Any], *m
 
 def _as_kept(cache: Cache, room: int = 0) -> Cache:
     """A cache as the backbone leaves it, with `room` empty slots behind its last position."""
-
-    def padded(a: jax.Array) -> jax.Array:
-        return jnp.pad(a, [*[(0, 0)] * (a.ndim - 3), (0, room), (0, 0), (0, 0)])
-
-    return _each(
-        cache,
-        lambda k: jnp.swapaxes(padded(k), -3, -2),
-        lambda v: jnp.moveaxis(padded(v), -3, -1),
-    )
+    spare = [(0, room), (0, 0), (0, 0)]
+    cache = jax.tree.map(lambda a: jnp.pad(a, [*[(0, 0)] * (a.ndim - 3), *spare]), cache)
+    return _each(cache, lambda k: jnp.swapaxes(k, -3, -2), lambda v: jnp.moveaxis(v, -3, -1))
 
 
 def _as_read(kept: Cache) -> Cache:
@@ -182,11 +177,6 @@ class TextGenerator:
 
     What a row says depends on its prompt and its seed alone, whatever stands beside it in the
     batch; as between any two shapes, float rounding may decide where two tokens are equally likely.
-
-    Attributes:
-        decoding, stop_ids: as given.
-        buckets: the shapes of the batches.
-        attention: the kernel that reads the prompts.
     """
 
     def __init__(
@@ -211,17 +201,10 @@ class TextGenerator:
         self.decoding, self.stop_ids = decoding, tuple(stop_ids)
         self.buckets = Buckets(batch_size, batch_tokens, length_multiple, _SHORT_BATCHES)
         self._variables = for_inference(variables)
-        self.attention, _ = choose_kernel("auto", jax.default_backend(), dtype, backbone.head_dim)
-        self._backbone = Backbone(
-            backbone,
-            dtype=dtype,
-            param_dtype=dtype,
-            scan_layers=is_stacked(self._variables),
-            attention=self.attention,
-        )
-        self._programs: dict[tuple[int, int], tuple[jax.stages.Compiled, jax.stages.Compiled]] = {}
-
-    # --- the two programs ----------------------------------------------------------------------
+        kernel, _ = choose_kernel("auto", jax.default_backend(), dtype, backbone.head_dim)
+        how = {"scan_layers": is_stacked(self._variables), "attention": kernel}
+        self._backbone = Backbone(backbone, dtype=dtype, param_dtype=dtype, **how)
+        self._programs: dict[tuple[int, int], _Programs] = {}
 
     def _next(
         self, variables: Variables, h_BD: jax.Array, seeds_B: jax.Array, place: Any
@@ -256,11 +239,7 @@ class TextGenerator:
         return slot + 1, _Text(text.written + 1, token_B, stopped_B, ids_BW), suffix
 
     def _decode(
-        self,
-        variables: Variables,
-        prefix: Prefix,
-        token_B: jax.Array,
-        seeds_B: jax.Array,
+        self, variables: Variables, prefix: Prefix, token_B: jax.Array, seeds_B: jax.Array
     ) -> jax.Array:
         """All tokens [B, W], stop tokens included, `_NOT_WRITTEN` behind them; W is
         `max_new_tokens`."""
@@ -286,9 +265,7 @@ class TextGenerator:
         text, _ = jax.lax.while_loop(lambda s: unfinished(s[0]), write_block, (text, read))
         return text.ids_BW
 
-    def _programs_of(
-        self, rows: int, width: int
-    ) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+    def _programs_of(self, rows: int, width: int) -> _Programs:
         if (rows, width) not in self._programs:
             ids_BT = jax.ShapeDtypeStruct((rows, width), jnp.int32)
             lengths_B = jax.ShapeDtypeStruct((rows,), jnp.int32)
@@ -297,8 +274,6 @@ class TextGenerator:
             decode = jax.jit(self._decode).lower(self._variables, *prefill.out_info, seeds_B)
             self._programs[rows, width] = prefill.compile(), decode.compile()
         return self._programs[rows, width]
-
-    # --- batches -------------------------------------------------------------------------------
 
     def warm_up(self, prompts: Sequence[Sequence[int]], *, progress: str | None = None) -> None:
         """Compiles what these prompts, or others of the same lengths, need: no later call with them

@@ -87,11 +87,8 @@ class RewriteOptions(BatchOptions, Decoding):
         BatchOptions.__post_init__(self)
         Decoding.__post_init__(self)
         require("{query}" in self.prompt, f"prompt {self.prompt!r} has no {{query}} placeholder")
-        drawn = self.temperature > 0
-        require(drawn or self.seed == 0, "a seed is of use only with a temperature above 0")
-
-
-# --- what is asked -----------------------------------------------------------------------------
+        fault = "a seed is of use only with a temperature above 0"
+        require(self.temperature > 0 or self.seed == 0, fault)
 
 
 def read_wanted(options: RewriteOptions) -> dict[str, EvalQuery]:
@@ -137,21 +134,15 @@ def seed_of(seed: int, query_id: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {query_id}".encode()).digest()[:4], "little")
 
 
-# --- the file ----------------------------------------------------------------------------------
-
-
 def report_file(output: Path) -> Path:
     """Where the settings and times of `output` stand."""
     return output.with_name(f"{output.name}.report.json")
 
 
 def _held_rewrites(output: Path, claim: Claim, wanted: dict[str, EvalQuery]) -> dict[str, Rewrite]:
-    """What a claimed output holds, by query id.
-
-    Raises:
-        OutputError: nobody knows how it was written, or it is of other queries.
-        DataError: a line of it is damaged; the last one, cut short, is taken off instead.
-    """
+    """What a claimed output holds, by query id; a last line that was cut short is taken off. Raises
+    an OutputError where nobody knows how it was written or it is of other queries, and a DataError
+    where another line is damaged."""
     content = output.read_bytes() if output.exists() else b""
     if not content:
         return {}
@@ -165,10 +156,8 @@ def _held_rewrites(output: Path, claim: Claim, wanted: dict[str, EvalQuery]) -> 
     rewrites = read_rewrites(output)
     for id_, rewrite in rewrites.items():
         if id_ not in wanted or rewrite.query != wanted[id_].text or rewrite.cost is None:
-            raise OutputError(
-                f"{output} holds a rewrite of {id_!r} that is of none of these queries: choose "
-                "another --output"
-            )
+            fault = f"{output} holds a rewrite of {id_!r} that is of none of these queries"
+            raise OutputError(f"{fault}: choose another --output")
     return rewrites
 
 
@@ -187,9 +176,6 @@ def append(output: Path, rewrites: dict[str, Rewrite]) -> None:
         except OSError as error:
             os.ftruncate(file.fileno(), size)
             raise OSError(error.errno, error.strerror, str(output)) from error
-
-
-# --- the program -------------------------------------------------------------------------------
 
 
 def rewrite(options: RewriteOptions) -> dict[str, Any]:
@@ -300,9 +286,9 @@ def _statistics(rewrites: dict[str, Rewrite]) -> dict[str, Any]:
     costs = [rewrite.cost for rewrite in rewrites.values() if rewrite.cost is not None]
     shares = milliseconds_per_query(rewrites)
     assert shares is not None
-    times = {"prefill": shares[:, 0], "decode": shares[:, 1], "in all": shares.sum(axis=1)}
-    waits = [1000 * (cost.prefill_seconds + cost.decode_seconds) for cost in costs]
-    times["until its batch was done"] = np.array(waits)
+    whole = shares.sum(axis=1)
+    times = {"prefill": shares[:, 0], "decode": shares[:, 1], "in all": whole}
+    times["until its batch was done"] = whole * [cost.rows for cost in costs]
     reading, writing = shares.sum(axis=0) / 1000
     return {
         "queries": len(rewrites),

@@ -200,7 +200,7 @@ def _rows(values: dict[str, Any], field: str, limits: Limits) -> list[str | list
     """The rows of a field: a text, token ids, or a list of either."""
     value = values.get(field)
     ids = isinstance(value, list) and bool(value) and type(value[0]) is int
-    rows = [value] if isinstance(value, str) or ids else value
+    rows: Any = [value] if isinstance(value, str) or ids else value
     if not isinstance(rows, list) or not rows:
         wanted = "a text, a list of token ids, or a list of either that is not empty"
         raise RequestError(f"{field} must be {wanted}", field)
