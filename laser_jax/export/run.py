@@ -49,13 +49,9 @@ class ExportOptions:
 
 
 def export(options: ExportOptions) -> None:
-    """Writes `options.output`, whole, and uploads it where `options.push` says so.
-
-    Raises:
-        FileNotFoundError, ValueError: the model is not what it should be, the output is not free,
-            or there is no token for the hub. Nothing is written or sent then.
-        OSError: the output cannot be written, or the hub refuses it.
-    """
+    """Writes `options.output`, whole, and uploads it where `options.push` says so. Raises a
+    FileNotFoundError or ValueError where the model is not what it should be, the output is not
+    free, or there is no token for the hub (nothing is written or sent then), and an OSError."""
     hub = None if options.push is None else _hub()
     directory = resolve_directory(options.model).resolve()
     config = load_retriever_config(directory)

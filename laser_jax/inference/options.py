@@ -34,13 +34,10 @@ the released quick start."""
 
 
 def read_retriever_config(directory: str | Path, preset: str | None = None) -> RetrieverConfig:
-    """How a model prompts and thinks.
-
-    Args:
-        directory: a Hugging Face directory, with laser_config.json where laser_jax exported it.
-        preset: for a model that the authors of LaSER released, which has no such file: `official`
-            prompts as their evaluator does, `official-bare` reads the text alone, as their quick
-            start does. Both think K = 3 steps and append no EOS.
+    """How the model of a Hugging Face directory prompts and thinks, by its laser_config.json; or by
+    a preset, for a model that the authors of LaSER released, which has no such file: `official`
+    prompts as their evaluator does, `official-bare` reads the text alone, as their quick start
+    does. Both think K = 3 steps and append no EOS.
 
     Raises:
         FileNotFoundError: a file is missing.

@@ -57,13 +57,9 @@ def _run(module: str, *arguments: str) -> None:
 
 
 def quickstart(options: QuickstartOptions) -> dict[str, dict[str, float]]:
-    """Runs all stages. Returns, and writes to `table.json`, the table: a row a method.
-
-    Raises:
-        ConfigError: the configs/ folder of the repository is not beside the package.
-        OutputError: the output holds a quickstart with another seed, or other files, or another
-            process has it; nothing is touched then.
-    """
+    """Runs all stages. Returns, and writes to `table.json`, the table: a row a method. Raises a
+    ConfigError where the repository's configs/ are not beside the package, and an OutputError where
+    the output is another quickstart's or another process has it; nothing is touched then."""
     fault = f"{CONFIGS} has no quickstart.yaml: run this from a clone of laser_jax"
     require((CONFIGS / "quickstart.yaml").is_file(), fault)
 

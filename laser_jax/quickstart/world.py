@@ -270,12 +270,9 @@ def _describe(places: Sequence[str], rng: np.random.Generator) -> tuple[tuple[st
 def hard_negatives(
     walk: Walk, successors_RP: NDArray[np.int64], num_negatives: int, seed: int
 ) -> tuple[int, ...]:
-    """The places that a retriever which walks badly would return, never the answer.
-
-    First the bridges from the last to the first, then the start, then ends of the walks that
-    differ in one relation, in random order. Two relations never agree and each is one-to-one, so
-    such a walk cannot end at the answer.
-    """
+    """The places that a retriever which walks badly would return: the bridges from the last to the
+    first, then the start, then ends of the walks that differ in one relation, in random order. Two
+    relations never agree and each is one-to-one, so none of these ends at the answer."""
     table = successors_RP.tolist()
     wrong = [
         _walk(table, walk.places[0], (*walk.relations[:i], r, *walk.relations[i + 1 :])).answer
@@ -290,13 +287,11 @@ def hard_negatives(
 
 
 def build_world(config: WorldConfig) -> World:
-    """The world of `config`; equal configs give equal worlds.
+    """The world of `config`; equal configs give equal worlds. Raises a ConfigError where the split
+    leaves no training, dev or test walk.
 
     Dev and test walks come first in the balanced order, so they stay the same while `train_share`
     varies, as long as there are as many of them as are wanted.
-
-    Raises:
-        ConfigError: when the split leaves no training, dev or test walk.
     """
 
     def stream(number: int, *more: int) -> np.random.Generator:
