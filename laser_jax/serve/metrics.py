@@ -21,7 +21,8 @@ class Metrics:
         known: dict[str, Any] = {"registry": self._registry}
         labels = ("route", "status")
         self.requests = Counter("laser_requests", "Answered requests.", labels, **known)
-        text, timed = "From a request's headers to its answer.", known | {"buckets": _SECONDS}
+        text = "From a request's headers to its answer."
+        timed: dict[str, Any] = known | {"buckets": _SECONDS}
         self.seconds = Histogram("laser_request_seconds", text, ("route",), **timed)
         self.rows = Counter("laser_rows", "Embedded texts.", **known)
         self.tokens = Counter("laser_tokens", "Tokens of embedded texts, without padding.", **known)
