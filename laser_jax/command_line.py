@@ -15,7 +15,7 @@ import re
 import runpy
 import sys
 import textwrap
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +25,7 @@ import yaml
 
 from laser_jax.config import Config
 from laser_jax.files.reading import DataError, parse_yaml, read_yaml
-from laser_jax.files.terminal import configure_logging, printable
+from laser_jax.files.terminal import configure_logging, fail, printable
 from laser_jax.settings import (
     ConfigError,
     MissingSettings,
@@ -126,6 +126,29 @@ def parse_command_line(
             settings that they are one by one.
     """
     return _parse([cls], program, arguments, positional)[0]
+
+
+def program(
+    room: str,
+    cls: type[C],
+    run: Callable[[C], object],
+    positional: str | Sequence[str] = (),
+    *,
+    stopped: str = "stopped",
+) -> Callable[..., None]:
+    """The `main` of a room: gives the settings of the command line to `run`. What that refuses, and
+    an interrupt (with the message `stopped`), end the process with status 1."""
+
+    def main(arguments: Sequence[str] | None = None) -> None:
+        """The command line."""
+        try:
+            run(parse_command_line(cls, f"python -m laser_jax.{room}", arguments, positional))
+        except (ValueError, OSError, ImportError) as error:
+            fail(error)
+        except KeyboardInterrupt:
+            sys.exit(stopped)
+
+    return main
 
 
 def parse_train_command(arguments: Sequence[str] | None) -> tuple[Config, Invocation]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import logging
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from laser_jax import command_line
 from laser_jax.command_line import (
     COMMANDS,
     Invocation,
@@ -30,7 +33,9 @@ from laser_jax.config import (
     as_dict,
     from_dict,
 )
+from laser_jax.evaluate.run import COMMANDS as EVALUATIONS
 from laser_jax.pretrain.run import PretrainConfig
+from laser_jax.settings import group_of, keys_of, kinds_of
 
 NEEDED = ("--model.path", "model", "--data.train", "train.jsonl")
 
@@ -359,6 +364,28 @@ def test_laser_lists_its_commands_and_refuses_others(capsys) -> None:
     assert all(len(line.split()) > 3 for line in lines[2:])
     with pytest.raises(SystemExit, match="laser has no command 'fly'"):
         main(["fly"])
+
+
+def test_all_programs_together_have_at_most_200_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name: two programs that mean the same by a flag share it."""
+    declared: list[type] = []
+
+    def note(classes: Sequence[type], *_: Any) -> None:
+        declared.extend(classes)
+        sys.exit()
+
+    monkeypatch.setattr(command_line, "_parse", note)
+    words = {"evaluate": list(EVALUATIONS), "encode_corpus": ["", "--verify"]}
+    for room in COMMANDS.values():
+        program = importlib.import_module(f"laser_jax.{room}.run")
+        for word in words.get(room, [""]):
+            with pytest.raises(SystemExit):
+                program.main([word] if word else [])
+    assert len(declared) >= len(COMMANDS) + len(EVALUATIONS)
+    flags = {"config", "print_config"}
+    for cls in declared:  # a group is a heading, unless it may be null
+        flags |= {key for key, kind in keys_of(kinds_of(cls)) if group_of(kind) is not kind}
+    assert len(flags) <= 200, sorted(flags)
 
 
 def test_laser_runs_a_program_as_python_does(monkeypatch, capsys) -> None:

@@ -52,7 +52,7 @@ ORDER: tuple[str, ...] = (
     *("rewrite.generation", "rewrite.run"),
     *("mine.bm25", "mine.candidates", "mine.filters", "mine.run"),
     *("think.thought", "think.page", "think.site", "think.run"),
-    *("serve.metrics", "serve.batching", "serve.requests", "serve.index", "serve.app", "serve.run"),
+    *("serve.metrics", "serve.requests", "serve.batching", "serve.index", "serve.app", "serve.run"),
     *("quickstart.world", "quickstart.run"),
     *("annotate.answers", "annotate.endpoint", "annotate.run"),
     *("export.files", "export.card", "export.run"),

@@ -274,7 +274,7 @@ def rows(data: Path, *records: Any) -> None:
 @pytest.mark.parametrize(
     ("spoil", "more", "wanted"),
     [
-        (lambda d: documents(d, only="Ulm."), (), "documents with text: 1; a negative wants"),
+        (lambda d: documents(d, only="Ulm."), (), "documents with text: 1; two at least"),
         (lambda d: documents(d, a=" ", b="b", c=""), (), "documents with text: 1"),
         (
             lambda d: documents(d, a="of the", b="it is"),
@@ -288,7 +288,7 @@ def rows(data: Path, *records: Any) -> None:
         (lambda d: (d / "corpus.jsonl").unlink(), (), r"corpus.jsonl is missing"),
         (lambda d: None, ("--ranks", "[5,2]"), "ranks must ascend"),
         (lambda d: None, ("--ranks", "[0,2]"), "ranks must be at least 1"),
-        (lambda d: None, ("--seed", "1"), "only with pick random"),
+        (lambda d: None, ("--seed", "-1"), "seed must be at least 0"),
         (lambda d: None, ("--max_share", "0"), "max_share must lie in"),
     ],
 )

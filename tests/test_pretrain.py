@@ -165,17 +165,17 @@ def test_a_backbone_of_nan_is_no_finished_run(config, report, tmp_path) -> None:
         pretrain(dataclasses.replace(config, output=str(tmp_path)))
 
 
-@pytest.mark.parametrize(("log_every", "step"), [(2, 4), (99, 5)])
+@pytest.mark.parametrize(("every", "step"), [(2, 4), (99, 5)])
 def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_nothing(
-    config, tmp_path, log_every, step
+    config, tmp_path, monkeypatch, every, step
 ) -> None:
+    monkeypatch.setattr(program, "_FINITE_EVERY", every)
     diverging = dataclasses.replace(
         config,
         eval=None,
         output=str(tmp_path / "out"),
         optimizer=OptimizerConfig(learning_rate=1e30, warmup_ratio=0),
         steps=5,
-        log_every=log_every,
     )
     with pytest.raises(
         program.PretrainingError, match=rf"step {step}: .* optimizer\.learning_rate"

@@ -70,7 +70,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def arguments(model: Path, data: Path, output: Path, *more: str) -> list[str]:
-    where = ["--model", str(model), "--queries", str(data), "--output", str(output)]
+    where = ["--model", str(model), "--input", str(data), "--output", str(output)]
     return [*where, "--prompt", PROMPT, "--max_new_tokens", "6", "--batch_size", "2", *more]
 
 
@@ -237,7 +237,7 @@ def test_damage_in_the_middle_is_named(model: Path, data: Path, tmp_path: Path) 
 
 
 def options(data: Path, **more: Any) -> RewriteOptions:
-    return RewriteOptions(model="m", queries=str(data), output="o", **more)
+    return RewriteOptions(model="m", input=str(data), output="o", **more)
 
 
 def test_the_reasoning_prompt_comes_in_a_turn_with_an_empty_thought(data: Path) -> None:

@@ -30,8 +30,9 @@ from laser_jax.encode_corpus.run import main as encode_main
 from laser_jax.files.reading import DataError
 from laser_jax.inference.batch_encoder import LatentEncoder, NotFiniteError
 from laser_jax.inference.retriever import EncodingStats, LatentRetriever
-from laser_jax.serve.batching import Batcher, QueueFullError
+from laser_jax.serve.batching import Batcher
 from laser_jax.serve.metrics import Metrics
+from laser_jax.serve.requests import RequestError
 from laser_jax.serve.run import ServeOptions, Server, address_of, bind, load, main
 
 SIZES: dict[str, Any] = {"max_length": 64, "batch_size": 8, "length_multiple": 32}
@@ -83,7 +84,6 @@ def server(thinking_model: Path) -> Iterator[Running]:
         corpus=str(thinking_model.parent / "corpus"),
         max_thinking_steps=5,
         max_rows=64,
-        max_queue_rows=2048,
         **SIZES,
     )
     with running(options) as server:
@@ -168,7 +168,7 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"model": 3}, 400, "model", "model must be a text"),
     ({"model": "gpt"}, 404, "model", "there is no model 'gpt'"),
     ({"model": "model:query", "input_type": "document"}, 400, None, "the model's name says"),
-    ({"input_type": "passage"}, 400, "input_type", "'query' or 'document'"),
+    ({"input_type": "passage"}, 400, "input_type", "query or document"),
     ({"input_type": "query"}, 400, "instruction", "instruction is missing"),
     ({"input_type": "query", "instruction": 3}, 400, "instruction", "must be a text"),
     ({"input_type": "query", "instruction": "w " * 99}, 400, "input", "no room for the text"),
@@ -189,7 +189,12 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"dimensions": 2.5, "input_type": "document"}, 400, "dimensions", "got 2.5"),
     ({"thinking_steps": 6, "input_type": "document"}, 400, "thinking_steps", "1..5"),
     ({"thinking_steps": True, "input_type": "document"}, 400, "thinking_steps", "got True"),
-    ({"encoding_format": "int8", "input_type": "document"}, 400, "encoding_format", "'float'"),
+    (
+        {"encoding_format": "int8", "input_type": "document"},
+        400,
+        "encoding_format",
+        "float or base64",
+    ),
     ({"truncate": "yes", "input_type": "document"}, 400, "truncate", "true or false"),
     ({"temperature": 1}, 400, "temperature", "unknown field 'temperature'"),
 ]
@@ -462,7 +467,7 @@ def test_the_queue_is_bounded_and_cancelled_rows_are_dropped(
 ) -> None:
     row = retriever.prompts.document("Ulm")
     first, second = batcher.submit([row] * 3, 1), batcher.submit([row], 3)
-    with pytest.raises(QueueFullError, match="too many texts are waiting; try again in 1 s"):
+    with pytest.raises(RequestError, match="too many texts are waiting; try again in 1 s"):
         batcher.submit([row], 1)
     assert first.cancel()
     calls: list[int] = []
@@ -494,7 +499,7 @@ def test_a_full_queue_tells_when_to_come_again(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
-        raise QueueFullError(7)
+        raise RequestError("full", status=429, code="queue_full", retry_after=7)
 
     monkeypatch.setattr(Batcher, "require_room", full)
     response = server.embed(input="x", input_type="document")
@@ -663,7 +668,6 @@ def test_a_port_in_use_is_refused_before_the_model_is_loaded() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--max_rows", "10", "--max_queue_rows", "9"], "would never be taken"),
         (["--max_thinking_steps", "2"], "below the model's K, 3"),
         (["--max_thinking_steps", "100000"], "100000 thinking steps take"),
         (["--api_key_file", "KEYS"], "holds no key"),

@@ -327,9 +327,9 @@ def test_html_writes_a_page_that_stands_alone(thinking_model: Path, tmp_path: Pa
     ("arguments", "message"),
     [
         (["--text", "x", "--num_thinking_steps", "0"], "num_thinking_steps must be at least 1"),
-        (["--text", "x", "--top", "0"], "top must be at least 1, got 0"),
-        (["--text", "x", "--top_documents", "0"], "top_documents must be at least 1, got 0"),
-        (["--text", "x", "--top", "1000"], r"top must be at most \d+, the model's vocabulary"),
+        (["--text", "x", "--top", "[0,1]"], r"top must be at least 1, got \(0, 1\)"),
+        (["--text", "x", "--top", "[1,0]"], r"top must be at least 1, got \(1, 0\)"),
+        (["--text", "x", "--top", "[1000,1]"], r"1000 tokens a step; the model's vocabulary has"),
         (["--text", "bad \udcff bytes"], r"text is no Unicode text, give it in UTF-8: .*\\udcff"),
         (["--text", "x", "--instruction", "\udcff"], "instruction is no Unicode text"),
         (["--text", "x", "--reasoning", "\udcff"], "reasoning is no Unicode text"),

@@ -9,22 +9,26 @@ import json
 import logging
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from laser_jax.annotate.answers import Answer, marks_of
-from laser_jax.annotate.endpoint import Endpoint, hash_of
-from laser_jax.command_line import parse_command_line
+from laser_jax.annotate.endpoint import KEY_VARIABLE, Endpoint, hash_of
+from laser_jax.command_line import program
 from laser_jax.data.schema import TrainingRow, parse_row
 from laser_jax.files.claim import Claim
-from laser_jax.files.durable import read_state, read_state_lines, write_atomically, written_whole
-from laser_jax.files.reading import DataError, decode, json_lines, parse_json
-from laser_jax.files.terminal import fail, printable
+from laser_jax.files.durable import (
+    json_text,
+    read_state,
+    read_state_lines,
+    write_json,
+    written_whole,
+)
+from laser_jax.files.reading import json_lines, parse_json
+from laser_jax.files.terminal import printable
 from laser_jax.settings import build, changes, require, require_in
 
 REASONING_PROMPT = """A search engine will look for documents with the query below.
@@ -46,7 +50,8 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class AnnotateOptions:
     """Writes reasoning for the training rows that lack it, with a model behind any
-    OpenAI-compatible endpoint."""
+    OpenAI-compatible endpoint. Its key, where one is wanted, is in the environment variable
+    OPENAI_API_KEY."""
 
     input: str
     """A JSONL file (.gz too) of training rows."""
@@ -56,10 +61,8 @@ class AnnotateOptions:
     """Such as https://HOST/v1; /chat/completions is added."""
     model: str
     """As the endpoint names it."""
-    api_key_variable: str = "OPENAI_API_KEY"
-    """The environment variable that holds the key; unset where none is wanted."""
-    template: str | None = None
-    """A file with the prompt, in which {query} and {instruction} are filled in. None: our own."""
+    prompt: str = REASONING_PROMPT
+    """What the model is told; {query} stands for the query, {instruction} for its instruction."""
     max_new_tokens: int = 1024
     """Of an answer, with what a reasoning model thinks before; one that reaches it is marked."""
     temperature: float | None = None
@@ -68,50 +71,31 @@ class AnnotateOptions:
     """Requests at a time."""
     keep_marked: bool = False
     """Give marked rows their reasoning too."""
-    estimate: bool = False
-    """Send nothing; say what is left to do and what it takes, by the answers that are there or
-    those of a --dry_run beside it."""
     dry_run: int | None = None
-    """Send so many prompts, print the answers, write nothing."""
-    price_in: float | None = None
-    """Of a million prompt tokens, in any currency."""
-    price_out: float | None = None
-    """Of a million tokens of answers."""
+    """Send so many prompts and write nothing: print the answers, and what is left to do and what it
+    takes, by these answers and those that are there. 0 sends nothing."""
+    price: tuple[float, float] | None = None
+    """Of a million tokens of prompts and of answers, in any currency, such as [0.2,0.8]."""
 
     def __post_init__(self) -> None:
-        require_in("[1, inf)", self, "", "max_new_tokens", "concurrency", "dry_run")
-        require_in("[0, inf)", self, "", "temperature", "price_in", "price_out")
+        require_in("[1, inf)", self, "", "max_new_tokens", "concurrency")
+        require_in("[0, inf)", self, "", "temperature", "dry_run", "price")
+        require("{query}" in self.prompt, f"prompt {self.prompt!r} has no {{query}} placeholder")
         require(
             re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", self.base_url) is not None,
             "base_url must be http(s)://HOST/PATH, without user, password, ? and #",
         )
-        require(
-            re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_variable) is not None,
-            "api_key_variable wants the NAME of an environment variable, never the key itself",
-        )
-
-    def key(self) -> str | None:
-        """The API key. Raises a ConfigError, which does not show it, where it can be none."""
-        key = os.environ.get(self.api_key_variable, "").strip()
-        is_one = key.isascii() and key.isprintable() and " " not in key
-        require(is_one, f"{self.api_key_variable} holds a character that no API key has")
-        return key or None
 
     def settings(self) -> dict[str, Any]:
-        """What decides on an answer. Raises an OSError, and a DataError on a bad template."""
-        path, template = self.template, REASONING_PROMPT
-        if path is not None:
-            template = decode(Path(path).read_bytes(), path)
-            if "{query}" not in template:
-                raise DataError(f"{path} has no place for the query: write {{query}} there")
-        keys = ("model", "max_new_tokens", "temperature")
-        return {**{key: getattr(self, key) for key in keys}, "template": template}
+        """What decides on an answer."""
+        keys = ("model", "prompt", "max_new_tokens", "temperature")
+        return {key: getattr(self, key) for key in keys}
 
     def totals(self, prompt_tokens: float, completion_tokens: float) -> dict[str, Any]:
-        """Tokens, and their cost in the currency of the prices; None without both."""
+        """Tokens, and their cost in the currency of the prices; None without them."""
         cost = None
-        if self.price_in is not None and self.price_out is not None:
-            cost = (prompt_tokens * self.price_in + completion_tokens * self.price_out) / 1e6
+        if self.price is not None:
+            cost = (prompt_tokens * self.price[0] + completion_tokens * self.price[1]) / 1e6
         counts = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
         return {**{key: round(count) for key, count in counts.items()}, "cost": cost}
 
@@ -141,10 +125,12 @@ def ask_all(
     options: AnnotateOptions, prompts: Collection[str], take: Callable[[Answer], None]
 ) -> None:
     """Gives the answer to each prompt to `take`. Raises as `Endpoint.ask`, whereupon the other
-    requests are given up."""
+    requests are given up, and a ConfigError on what can be no key."""
     limits = {"max_tokens": options.max_new_tokens, "temperature": options.temperature}
     body = {"model": options.model} | {k: v for k, v in limits.items() if v is not None}
-    key, waiting = options.key(), enumerate(prompts)
+    key, waiting = os.environ.get(KEY_VARIABLE, "").strip(), enumerate(prompts)
+    is_one = key.isascii() and key.isprintable() and " " not in key
+    require(is_one, f"{KEY_VARIABLE} holds a character that no API key has")
     _log.info("%d prompts to %s with%s a key", len(prompts), options.base_url, "" if key else "out")
 
     async def work(endpoint: Endpoint) -> None:
@@ -176,30 +162,28 @@ def annotate(options: AnnotateOptions) -> dict[str, Any]:
     settings, output = options.settings(), Path(options.output)
     journal, target = output / JOURNAL_FILE, output / OUTPUT_FILE
     require(Path(options.input).resolve() != target.resolve(), "output would replace the input")
-    rows = list(read_rows(options.input, settings["template"]))
-
-    def compare(old: dict[str, Any]) -> Sequence[Any]:
-        return changes(old, settings, source=RECORD_FILE)
-
-    with Claim(options.output, RECORD_FILE, compare, alone=True) as claim:
+    rows = list(read_rows(options.input, options.prompt))
+    with Claim(
+        output, RECORD_FILE, lambda old: changes(old, settings, source=RECORD_FILE), alone=True
+    ) as claim:
         answers = read_answers(journal)
         if journal.is_file():  # a killed process left its last line unfinished
             os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)
 
         def take(answer: Answer) -> None:
             if not answers:
-                claim.record(_json(settings))
+                claim.record(json_text(settings))
             with journal.open("ab") as file:
                 file.write(f"{json.dumps(asdict(answer), ensure_ascii=False)}\n".encode())
             answers[answer.prompt_hash] = answer
 
         prompts = dict.fromkeys(prompt for *_, prompt in rows if prompt)
         ask_all(options, [p for p in prompts if hash_of(p) not in answers], take)
-        claim.record(_json(settings))
+        claim.record(json_text(settings))
         with written_whole(target) as part:
             counts = _write(part, rows, answers, options.keep_marked)
         report = {"rows": dict(counts), **options.totals(*_tokens(answers.values()))}
-        write_atomically(output / REPORT_FILE, _json(report | {"options": vars(options)}))
+        write_json(output / REPORT_FILE, report | {"options": vars(options)})
     _log.info("%s", json.dumps(report))
     return report
 
@@ -236,18 +220,22 @@ def _tokens(answers: Collection[Answer]) -> tuple[int, int]:
     return prompt_tokens, sum(answer.completion_tokens or 0 for answer in answers)
 
 
-def _json(values: Any) -> str:
-    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-
-
-def estimate(
-    options: AnnotateOptions, template: str, done: Collection[str], measured: Mapping[str, Answer]
-) -> dict[str, Any]:
-    """What the prompts that are not yet `done`, by their hashes, take: going by the answers that
-    are `measured`, and where there is none by 4 characters a token and answers of full length,
-    without a time (null)."""
-    rows = read_rows(options.input, template)
-    lengths = {hash_of(prompt): len(prompt) for *_, prompt in rows if prompt}
+def look_ahead(options: AnnotateOptions, count: int) -> None:
+    """Prints the answers to the first `count` prompts, then what those take that are left: going by
+    the answers of this call and in the journal, and where there is none by 4 characters a token and
+    answers of full length, without a time (null). Raises as `annotate`."""
+    output = Path(options.output)
+    is_ours = read_state(output / RECORD_FILE, dict) == options.settings()
+    done = read_answers(output / JOURNAL_FILE) if is_ours else {}
+    rows = [row for row in read_rows(options.input, options.prompt) if row[-1]]
+    measured, chosen = dict(done), rows[:count]
+    prompts = dict.fromkeys(prompt for *_, prompt in chosen)
+    ask_all(options, prompts, lambda answer: measured.update({answer.prompt_hash: answer}))
+    for where, _, row, prompt in chosen:
+        answer = measured[hash_of(prompt)]
+        about = json.dumps(_annotation(answer, row))
+        print(printable(f"--- {where} {about}\n{prompt}\n>>>\n{answer.text}\n"))
+    lengths = {hash_of(prompt): len(prompt) for *_, prompt in rows}
     known = [measured[key] for key in lengths if key in measured and measured[key].prompt_tokens]
     left = [length for key, length in lengths.items() if key not in done]
     tokens, seconds = (sum(left) / 4, float(len(left) * options.max_new_tokens)), None
@@ -257,37 +245,19 @@ def estimate(
         tokens = totals[0] * ratio, totals[1] * share
         seconds = sum(answer.seconds for answer in known) * share / options.concurrency
     counts = {"requests": len(left), "prompt_characters": sum(left), "measured_on": len(known)}
-    return {**counts, "seconds": seconds, **options.totals(*tokens)}
+    print(json_text({**counts, "seconds": seconds, **options.totals(*tokens)}), end="")
 
 
-def look_ahead(options: AnnotateOptions) -> None:
-    """Prints the answers of a dry run and the estimate. Raises as `annotate`."""
-    settings, output = options.settings(), Path(options.output)
-    is_ours = read_state(output / RECORD_FILE, dict) == settings
-    done = read_answers(output / JOURNAL_FILE) if is_ours else {}
-    measured = dict(done)
+def _run(options: AnnotateOptions) -> None:
     if options.dry_run is not None:
-        rows = (row for row in read_rows(options.input, settings["template"]) if row[-1])
-        chosen = list(islice(rows, options.dry_run))
-        prompts = dict.fromkeys(prompt for *_, prompt in chosen)
-        ask_all(options, prompts, lambda answer: measured.update({answer.prompt_hash: answer}))
-        for where, _, row, prompt in chosen:
-            answer = measured[hash_of(prompt)]
-            about = json.dumps(_annotation(answer, row))
-            print(printable(f"--- {where} {about}\n{prompt}\n>>>\n{answer.text}\n"))
-    if options.estimate:
-        print(_json(estimate(options, settings["template"], done, measured)), end="")
+        look_ahead(options, options.dry_run)
+    else:
+        print(f"{options.output}/{OUTPUT_FILE}: {json.dumps(annotate(options)['rows'])}")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    try:
-        options = parse_command_line(AnnotateOptions, "python -m laser_jax.annotate", arguments)
-        if options.estimate or options.dry_run is not None:
-            look_ahead(options)
-        else:
-            print(f"{options.output}/{OUTPUT_FILE}: {json.dumps(annotate(options)['rows'])}")
-    except (ValueError, OSError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from what is answered")
+main = program(
+    "annotate",
+    AnnotateOptions,
+    _run,
+    stopped="stopped; the same command goes on from what is answered",
+)

@@ -49,11 +49,8 @@ _CITATION = "@misc{laser, title={LaSER}, eprint={2603.01425}, archivePrefix={arX
 
 
 def model_card(model: Path, config: RetrieverConfig, target: str, name: str) -> str:
-    """The card of the model in a directory, exported to a `target` and called `name`.
-
-    Raises:
-        ConfigError, DataError: config.json or a results.json beside the directory is damaged.
-    """
+    """The card of the model in a directory, exported to a `target` and called `name`. Raises a
+    ConfigError or DataError where config.json or a results.json beside the directory is damaged."""
     run, results = (_read_object(model.parent / file) for file in ("config.json", RESULTS_FILE))
     base, licence = _base(run.get("model") or {})
     front = {
@@ -106,10 +103,10 @@ def _base(model: dict[str, Any]) -> tuple[str, str | None]:
 
 def _laid_down(run: dict[str, Any], groups: dict[str, tuple[str, ...]]) -> str:
     """The settings of a run, less those that are not set."""
-    found = {
-        group: {k: v for k, v in (run.get(group) or {}).items() if v and (not keys or k in keys)}
-        for group, keys in groups.items()
-    }
+    found = {}
+    for group, keys in groups.items():
+        settings = (run.get(group) or {}).items()
+        found[group] = {k: v for k, v in settings if v and (not keys or k in keys)}
     return _block("yaml", _yaml({g: of for g, of in found.items() if of})) if run else UNKNOWN
 
 

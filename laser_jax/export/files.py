@@ -21,6 +21,7 @@ from laser_jax.data.tokenization import (
 )
 from laser_jax.data.tokenizer_files import save_tokenizer
 from laser_jax.encoder import encode, load_pretrained
+from laser_jax.files.durable import json_text
 from laser_jax.hf.adapters import MERGED_KEY, merge_lora, merged_adapters
 from laser_jax.hf.directory import CONFIG_FILE, RETRIEVER_TYPE
 from laser_jax.hf.reading import find_params, load_adapter
@@ -102,7 +103,7 @@ def write_sentence_transformers(source: Source, folder: Path) -> None:
         },
     }
     for name, values in files.items():
-        (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        (folder / name).write_text(json_text(values), encoding="utf-8")
     for name in _CODE:
         code = (_PACKAGE / name).read_text(encoding="utf-8")
         for line, replacement in _IMPORTS.items():

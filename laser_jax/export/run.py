@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from laser_jax.command_line import parse_command_line
+from laser_jax.command_line import program
 from laser_jax.config import load_retriever_config
 from laser_jax.export.card import model_card
 from laser_jax.export.files import Source, write_hf, write_sentence_transformers, write_stablehlo
 from laser_jax.files.claim import Claim, OutputError
-from laser_jax.files.durable import folder_written_whole
-from laser_jax.files.terminal import fail
+from laser_jax.files.durable import folder_written_whole, json_text
 from laser_jax.models.directory import model_directory
 from laser_jax.settings import changes, require
 
@@ -52,13 +49,9 @@ class ExportOptions:
 
 
 def export(options: ExportOptions) -> None:
-    """Writes `options.output`, whole, and uploads it where `options.push` says so.
-
-    Raises:
-        FileNotFoundError, ValueError: the model is not what it should be, the output is not free,
-            or there is no token for the hub. Nothing is written or sent then.
-        OSError: the output cannot be written, or the hub refuses it.
-    """
+    """Writes `options.output`, whole, and uploads it where `options.push` says so. Raises a
+    FileNotFoundError or ValueError where the model is not what it should be, the output is not
+    free, or there is no token for the hub (nothing is written or sent then), and an OSError."""
     hub = None if options.push is None else _hub()
     directory = model_directory(options.model).resolve()
     config = load_retriever_config(directory)
@@ -73,7 +66,7 @@ def export(options: ExportOptions) -> None:
             raise OutputError(f"{output} holds this export; delete it, or choose another --output")
         if not is_whole:
             source = Source.read(directory, config, options.adapter)
-            claim.record(json.dumps(asked, indent=2) + "\n")
+            claim.record(json_text(asked))
             with folder_written_whole(output, last=_CARD) as folder:
                 _WRITERS[options.to](source, folder)
                 (folder / _CARD).write_text(card, encoding="utf-8")
@@ -89,18 +82,10 @@ def _hub() -> Any:
     """The Hugging Face hub. Raises a ConfigError where there is no token for it."""
     import huggingface_hub  # slow to import, and few exports need it
 
-    require(
-        huggingface_hub.get_token() is not None,
-        "--push wants a token of the Hugging Face hub that may write: run `hf auth login`, or set "
-        "HF_TOKEN",
-    )
+    mend = "run `hf auth login`, or set HF_TOKEN"
+    wanted = f"--push wants a token of the Hugging Face hub that may write: {mend}"
+    require(huggingface_hub.get_token() is not None, wanted)
     return huggingface_hub.HfApi()
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    try:
-        program, places = "python -m laser_jax.export", ("model", "output")
-        export(parse_command_line(ExportOptions, program, arguments, places))
-    except (ValueError, OSError, ImportError) as error:
-        fail(error)
+main = program("export", ExportOptions, export, ("model", "output"))

@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 
 from laser_jax.config import (
     RETRIEVER_CONFIG_FILE,
-    ConfigError,
     Dtype,
     MeshConfig,
     PromptConfig,
@@ -21,7 +20,7 @@ from laser_jax.config import (
 )
 from laser_jax.hf.directory import read_backbone_config
 from laser_jax.models.directory import model_directory
-from laser_jax.settings import require_in
+from laser_jax.settings import require, require_in
 from laser_jax.sharding import make_mesh
 
 LimitKey = Literal["query_max_length", "document_max_length"]
@@ -30,22 +29,16 @@ Preset = Literal["official", "official-bare"]
 # The prompt of configs/official.yaml.
 _OFFICIAL = PromptConfig(allow_special_tokens=True, segmentation="token", truncation="sequence")
 _BARE = replace(_OFFICIAL, query_template="{query}", chat_template=False)
-_PRESETS: dict[str, tuple[PromptConfig, int]] = {
-    "official": (_OFFICIAL, 8192),
-    "official-bare": (_BARE, 512),
-}
+_PRESETS = {"official": (_OFFICIAL, 8192), "official-bare": (_BARE, 512)}
 """The prompt, and the most tokens of a query and of a document, of the released evaluator and of
 the released quick start."""
 
 
 def read_retriever_config(directory: str | Path, preset: str | None = None) -> RetrieverConfig:
-    """How a model prompts and thinks.
-
-    Args:
-        directory: a Hugging Face directory, with laser_config.json where laser_jax exported it.
-        preset: for a model that the authors of LaSER released, which has no such file: `official`
-            prompts as their evaluator does, `official-bare` reads the text alone, as their quick
-            start does. Both think K = 3 steps and append no EOS.
+    """How the model of a Hugging Face directory prompts and thinks, by its laser_config.json; or by
+    a preset, for a model that the authors of LaSER released, which has no such file: `official`
+    prompts as their evaluator does, `official-bare` reads the text alone, as their quick start
+    does. Both think K = 3 steps and append no EOS.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -54,11 +47,11 @@ def read_retriever_config(directory: str | Path, preset: str | None = None) -> R
     require_preset(preset)
     if preset is None:
         return load_retriever_config(directory)
-    if (Path(directory) / RETRIEVER_CONFIG_FILE).exists():
-        raise ConfigError(
-            f"{directory} has a {RETRIEVER_CONFIG_FILE}, which says how the model was trained: "
-            f"leave the preset {preset!r} away, or remove that file"
-        )
+    require(
+        not (Path(directory) / RETRIEVER_CONFIG_FILE).exists(),
+        f"{directory} has a {RETRIEVER_CONFIG_FILE}, which says how the model was trained: leave "
+        f"the preset {preset!r} away, or remove that file",
+    )
     prompt, limit = _PRESETS[preset]
     config = RetrieverConfig(read_backbone_config(directory), num_thinking_steps=3, prompt=prompt)
     room = config.backbone.max_position_embeddings - prompt.explicit_max_length
@@ -67,17 +60,13 @@ def read_retriever_config(directory: str | Path, preset: str | None = None) -> R
 
 def require_preset(preset: str | None) -> None:
     """Raises a ConfigError that lists the presets where there is none of this name."""
-    if preset not in (None, *_PRESETS):
-        raise ConfigError(f"preset is one of {', '.join(_PRESETS)}, not {preset!r}")
+    known = f"preset is one of {', '.join(_PRESETS)}, not {preset!r}"
+    require(preset in (None, *_PRESETS), known)
 
 
 def with_max_length(config: RetrieverConfig, tokens: int) -> RetrieverConfig:
     """The config with `tokens` as the limit of queries and of documents; the explicit view keeps
-    its room for the reasoning.
-
-    Raises:
-        ConfigError: the model has fewer positions.
-    """
+    its room for the reasoning. Raises a ConfigError where the model has fewer positions."""
     prompt, backbone = config.prompt, config.backbone
     explicit = tokens + max(prompt.explicit_max_length - prompt.query_max_length, 0)
     most = max(config.num_thinking_steps, config.documents_at)
@@ -119,14 +108,11 @@ class SplitConfig:
 
 def local_mesh(split: SplitConfig, count: int | None = None) -> Mesh | None:
     """A mesh for `LatentRetriever.from_pretrained` over the first `count` devices of this process,
-    by default all of them; None where that is a single one.
-
-    Raises:
-        ConfigError: there are fewer, or the split does not divide their number.
-    """
+    by default all of them; None where that is a single one. Raises a ConfigError where there are
+    fewer, or the split does not divide their number."""
     devices = jax.local_devices()
-    if count is not None and count > len(devices):
-        raise ConfigError(f"devices is {count}, and this process has {len(devices)}")
+    fault = f"devices is {count}, and this process has {len(devices)}"
+    require(count is None or count <= len(devices), fault)
     if len(devices[:count]) == 1 and split == SplitConfig():
         return None
     return make_mesh(MeshConfig(-1, split.fsdp, split.tensor), devices[:count])
@@ -149,8 +135,7 @@ class BatchOptions:
     """Widths of batches are multiples of it: fewer of them mean less compilation, more padding."""
 
     def __post_init__(self) -> None:
-        counts = ("max_length", "batch_size", "length_multiple")
-        require_in("[1, inf)", self, "", *counts)
+        require_in("[1, inf)", self, "", "max_length", "batch_size", "length_multiple")
 
 
 @dataclass(frozen=True, kw_only=True)

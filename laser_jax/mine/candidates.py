@@ -84,11 +84,8 @@ def rank_by_run(
 ) -> list[Ranking]:
     """Takes the rankings of a TREC run. Rows have no ids: a row's query is the one with its text
     (`same_text`) in the queries.jsonl beside the corpus. A positive has the score of the ranked
-    document with its text, if there is one.
-
-    Raises:
-        FileNotFoundError, DataError: the run or queries.jsonl cannot be read, or no id or no query
-            matches; the log counts those that do not.
+    document with its text, if there is one. Raises a FileNotFoundError or DataError where the run
+    or queries.jsonl cannot be read, or no id or no query matches; the log counts those that do not.
     """
     run = read_trec_run(path)
     queries = read_queries(corpus)

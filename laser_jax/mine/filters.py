@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -35,17 +35,14 @@ class Rules:
     max_overlap: float | None = 0.8
     """The largest share of its runs of three words that a negative has in common with a positive,
     or of the positive's if those are fewer. null: no bound."""
-    pick: Literal["best", "random"] = "best"
-    """Of what is left the best ranked, or a draw."""
-    seed: int = 0
-    """Of the draw."""
+    seed: int | None = None
+    """Draws among what is left. null: the best ranked."""
 
     def __post_init__(self) -> None:
         require_in("[1, inf)", self, "", "negatives", "ranks")
         require(self.ranks[0] <= self.ranks[1], f"ranks must ascend, got {self.ranks}")
         require_in("(0, 1]", self, "", "max_share", "max_overlap")
         require_in("[0, inf)", self, "", "seed")
-        require(self.pick == "random" or self.seed == 0, "a seed is of use only with pick random")
 
 
 @functools.lru_cache(65_536)
@@ -108,6 +105,6 @@ def negatives_of(
         seen.add(form)
         by_filter[taken_by] += 1
     places = np.arange(len(left))
-    if rules.pick == "random":
+    if rules.seed is not None:
         places = np.random.default_rng((rules.seed, row)).permutation(places)
     return dict(left[i] for i in sorted(places[: rules.negatives].tolist())), by_filter

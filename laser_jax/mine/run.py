@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,18 +15,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from laser_jax.command_line import parse_command_line
+from laser_jax.command_line import program
 from laser_jax.data.schema import TEACHER_SCORES, TrainingRow, parse_row, same_text
-from laser_jax.evaluate.beir import json_object, read_corpus
+from laser_jax.evaluate.beir import read_corpus
 from laser_jax.files.claim import Claim, OutputError
-from laser_jax.files.durable import checksum, write_atomically
-from laser_jax.files.reading import DataError, json_lines
-from laser_jax.files.terminal import fail
+from laser_jax.files.durable import checksum, json_text, write_atomically
+from laser_jax.files.reading import DataError, json_lines, parse_json
 from laser_jax.mine.candidates import Ranking, rank_by_bm25, rank_by_model, rank_by_run
 from laser_jax.mine.filters import Rules, negatives_of
 from laser_jax.models.directory import model_directory
 from laser_jax.search.matching import count_ids
-from laser_jax.settings import as_dict, changes
+from laser_jax.settings import Change, as_dict, changes
 
 _log = logging.getLogger(__name__)
 
@@ -56,12 +55,13 @@ class _Row(NamedTuple):
 
 
 def _read_rows(path: str) -> list[_Row]:
-    known, rows = defaultdict[str, list[str]](list), []
+    of_query, rows = defaultdict[str, list[str]](list), []
     for where, line in json_lines(path):
-        record = json_object(line, where)
+        record = parse_json(line, where)
         row = parse_row(record, where)
-        known[same_text(row.query)] += row.positive_passages
-        rows.append(_Row(where, record, row, known[same_text(row.query)]))
+        known = of_query[same_text(row.query)]
+        known += row.positive_passages
+        rows.append(_Row(where, record, row, known))
     if not rows:
         raise DataError(f"{path}: holds no rows")
     return rows
@@ -74,9 +74,7 @@ def _read_documents(directory: str) -> dict[str, str]:
     for count in count_ids("blank documents, left out", found, found.keys() - texts):
         _log.info("%s", count)
     if len(texts) < 2:
-        raise DataError(
-            f"{directory}: documents with text: {len(texts)}; a negative wants a second"
-        )
+        raise DataError(f"{directory}: documents with text: {len(texts)}; two at least are wanted")
     return texts
 
 
@@ -145,12 +143,11 @@ def mine(options: MineOptions) -> dict[str, Any]:
     files = [Path(options.input), Path(options.corpus, "corpus.jsonl"), *files]
     made = as_dict(options) | {"output": output.name, "checksum": checksum(files)}
     name = f"{output.name}.report.json"
-    with Claim(
-        output.parent,
-        name,
-        lambda old: changes(old["made"], made, source=name),
-        file=output.name,
-    ) as claim:
+
+    def changed(old: dict[str, Any]) -> list[Change]:
+        return changes(old["made"], made, source=name)
+
+    with Claim(output.parent, name, changed, file=output.name) as claim:
         if output.exists() and claim.recorded is None:
             raise OutputError(f"{output} is there without its {name}: choose another --output")
         if output.exists() and claim.recorded:
@@ -161,16 +158,11 @@ def mine(options: MineOptions) -> dict[str, Any]:
         if not report["negatives"]:
             by = report["candidates_by_filter"]
             raise DataError(f"{options.input}: no row gets a negative; candidates by filter: {by}")
-        claim.record(json.dumps({"made": made, **report}, indent=1, ensure_ascii=False) + "\n")
+        claim.record(json_text({"made": made, **report}))
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         write_atomically(output, "".join(lines))
     _log.info("%s", {key: value for key, value in report.items() if key != "too_few"})
     return report
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    try:
-        mine(parse_command_line(MineOptions, "python -m laser_jax.mine", arguments))
-    except (ValueError, OSError, ImportError) as error:
-        fail(error)
+main = program("mine", MineOptions, mine)

@@ -7,13 +7,11 @@ recognised by its config and not repeated.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +22,13 @@ import optax
 from flax import linen as nn
 from tqdm import tqdm
 
-from laser_jax.command_line import parse_command_line
+from laser_jax.command_line import program
 from laser_jax.config import ConfigError, ModelConfig, OptimizerConfig, PromptConfig, as_dict
 from laser_jax.data.prompts import query_content
 from laser_jax.data.tokenization import PromptTokenizer
 from laser_jax.evaluate.beir import read_beir
 from laser_jax.files.claim import Claim
-from laser_jax.files.terminal import configure_logging, fail
+from laser_jax.files.durable import json_text
 from laser_jax.hf.directory import HFError, read_backbone_config
 from laser_jax.hf.reading import find_params, load_params
 from laser_jax.modeling.backbone import Backbone, Variables, apply
@@ -46,7 +44,8 @@ from laser_jax.train.model import build_backbone, save_model, starting_model
 from laser_jax.train.state import learning_rate_schedule, make_optimizer
 
 REPORT = "pretrain.json"
-
+_FINITE_EVERY = 20
+"""Steps between two looks at the loss."""
 _log = logging.getLogger(__name__)
 
 
@@ -71,24 +70,22 @@ class PretrainConfig:
     """How often the plain texts and the documents' reasonings stand in an epoch, beside one copy of
     the queries' reasonings."""
     seed: int = 0
-    log_every: int = 20
 
     def __post_init__(self) -> None:
         require(self.model.adapter is None, "model.adapter: a causal-LM run trains all weights")
-        counts = ("steps", "batch_size", "log_every", "text_repeats")
-        require_in("[1, inf)", self, "", *counts)
+        require_in("[1, inf)", self, "", "steps", "batch_size", "text_repeats")
         require_in("[2, inf)", self, "", "row_length")
         require_in("[0, 4294967296)", self, "", "seed")
 
 
-class PretrainingError(RuntimeError):
+class PretrainingError(ValueError):
     """A run that cannot go on."""
 
 
 def _predictions(
     backbone: Backbone, params: Any, rows: LanguageRows
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Logits [B, T-1, V], targets [B, T-1] and which targets count."""
+    """Logits [B, T-1, V], targets [B, T-1] and [B, T-1] which of them count."""
     logits_BTV = apply(Backbone.__call__, backbone, {"params": params}, rows.ids_BT)[:, :-1]
     return logits_BTV, rows.ids_BT[:, 1:], rows.predict_BT[:, 1:]
 
@@ -127,19 +124,11 @@ def exact_match(
     return float(np.concatenate(parts).mean())
 
 
-def _changed(report: dict[str, Any], config: PretrainConfig) -> list[Change]:
-    float(report["loss"])  # not there, or no number: the report is damaged
-    # the same directory may be spelled otherwise, or have been moved
-    return changes(report["config"], config, source=REPORT, changeable=("output",))
-
-
 def _is_finished(config: PretrainConfig, report: dict[str, Any]) -> bool:
     """Whether the output directory of this report still holds its weights."""
     if not math.isfinite(loss := float(report["loss"])):
-        raise ConfigError(
-            f"{config.output} holds a backbone whose loss is {loss}. Choose another --output, or "
-            "delete that directory"
-        )
+        mend = "Choose another --output, or delete that directory"
+        raise ConfigError(f"{config.output} holds a backbone whose loss is {loss}. {mend}")
     try:
         find_params(Path(config.output), read_backbone_config(config.output))
     except (HFError, FileNotFoundError) as error:
@@ -157,17 +146,12 @@ def _require_finite(step: int, loss: float, config: PretrainConfig) -> None:
         )
 
 
-def _texts_of(
-    config: PretrainConfig, texts: Sequence[str], reasonings: Sequence[WrittenReasoning]
-) -> list[str]:
-    """All that a tokenizer can be learned from."""
-    found = list(texts)
+def _texts_of(reasonings: Sequence[WrittenReasoning], prompt: PromptConfig) -> Iterator[str]:
+    """What a tokenizer can be learned from, beside the plain texts."""
     for item in reasonings:
-        text = item.text
-        if item.instruction is not None:
-            text = query_content(text, item.instruction, config.prompt)
-        found += (text, item.reasoning)
-    return found
+        asked = item.instruction
+        yield item.text if asked is None else query_content(item.text, asked, prompt)
+        yield item.reasoning
 
 
 def _training_rows(
@@ -195,11 +179,10 @@ def _held_out_rows(config: PretrainConfig, prompts: PromptTokenizer) -> Language
     unseen = [
         WrittenReasoning(q.text, q.reasoning, q.instruction or "") for q in queries if q.reasoning
     ]
-    if not unseen:
-        raise ConfigError(
-            f"eval: no {config.eval_split} query in {config.eval} carries a reasoning; leave "
-            "eval out"
-        )
+    fault = (
+        f"eval: no {config.eval_split} query in {config.eval} carries a reasoning; leave eval out"
+    )
+    require(bool(unseen), fault)
     return reasoning_rows(unseen, prompts, config.row_length)
 
 
@@ -232,7 +215,7 @@ def _take_steps(
     progress = tqdm(range(1, config.steps + 1), desc="pretrain", unit="step", mininterval=1.0)
     for step in progress:
         params, opt_state, loss = step_fn(params, opt_state, next(batches))
-        if step % config.log_every == 0:
+        if step % _FINITE_EVERY == 0:
             _require_finite(step, float(loss), config)
             progress.set_postfix(loss=f"{float(loss):.3f}", lr=f"{np.asarray(schedule(step)):.1e}")
     # no loss has shown yet what the last update has made
@@ -249,11 +232,19 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
             input; the message names it.
         PretrainingError: the loss is not finite; nothing is written then.
     """
-    with Claim(config.output, REPORT, partial(_changed, config=config)) as claim:
+
+    def changed(report: dict[str, Any]) -> list[Change]:
+        float(report["loss"])  # not there, or no number: the report is damaged
+        stored = dict(report["config"])
+        stored.pop("log_every", None)  # of earlier releases
+        # the same directory may be spelled otherwise, or have been moved
+        return changes(stored, config, source=REPORT, changeable=("output",))
+
+    with Claim(config.output, REPORT, changed) as claim:
         if claim.recorded is not None and _is_finished(config, claim.recorded):
             return claim.recorded
         report = _pretrain(config)
-        claim.record(json.dumps(report, indent=2) + "\n")
+        claim.record(json_text(report))
     return report
 
 
@@ -261,7 +252,7 @@ def _pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Trains, writes the backbone and returns the report."""
     texts, reasonings = read_language_rows(config.texts)
     directory, tokenizer, sizes = starting_model(
-        config.model, lambda: _texts_of(config, texts, reasonings)
+        config.model, lambda: [*texts, *_texts_of(reasonings, config.prompt)]
     )
     sizes.require_positions(config.row_length, "row_length takes", "lower row_length")
     backbone, attention = build_backbone(config.model, sizes, jax.default_backend())
@@ -290,15 +281,9 @@ def _pretrain(config: PretrainConfig) -> dict[str, Any]:
             f"greedy decoding writes {report['written_right']:.1%} of the {len(held_out.ids_BT)} "
             f"{config.eval_split} reasonings without a mistake"
         )
-    output = Path(config.output)
-    save_model(output, jax.device_get(variables), backbone, config.model, tokenizer)
+    host = jax.device_get(variables)
+    save_model(Path(config.output), host, backbone, config.model, tokenizer)
     return report
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    try:
-        configure_logging()
-        pretrain(parse_command_line(PretrainConfig, "python -m laser_jax.pretrain", arguments))
-    except (ValueError, OSError, PretrainingError) as error:
-        fail(error)
+main = program("pretrain", PretrainConfig, pretrain)

@@ -42,13 +42,8 @@ class LanguageRows:
 
 def read_language_rows(path: str | Path) -> tuple[list[str], list[WrittenReasoning]]:
     """Reads {"text"}, {"prompt", "query", "reasoning" or "reasoning_query"} and
-    {"document", "reasoning"} lines.
-
-    A LaSER training row also gives its passages as plain texts.
-
-    Raises:
-        FileNotFoundError, DataError: names file and line.
-    """
+    {"document", "reasoning"} lines; a LaSER training row also gives its passages as plain texts.
+    Raises a FileNotFoundError, or a DataError that names file and line."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; JSONL texts are wanted")
@@ -95,10 +90,7 @@ def pack_texts(
     texts: Sequence[str], prompts: PromptTokenizer, length: int, repeats: int
 ) -> LanguageRows:
     """Plain texts, each ended by EOS, end to end in rows of `length` tokens; all are predicted.
-
-    Args:
-        repeats: how often the texts stand in the rows, every time in another order.
-    """
+    They stand there `repeats` times, every time in another order."""
     ids = [[*prompts.text_ids(text), prompts.eos_id] for text in texts]
     rng = np.random.default_rng(0)
     stream = [i for _ in range(repeats) for t in rng.permutation(len(ids)) for i in ids[t]]
@@ -114,10 +106,7 @@ def reasoning_rows(
     reasonings: Sequence[WrittenReasoning], prompts: PromptTokenizer, length: int
 ) -> LanguageRows:
     """One [prompt; reasoning; EOS] a row of `length` tokens; reasoning and EOS are predicted.
-
-    Raises:
-        DataError: when one does not fit; gives the length that would.
-    """
+    Raises a DataError, with the length that would do, where one does not fit."""
     inputs = [_input(item, prompts) for item in reasonings]
     longest = max((len(ids) for ids, _ in inputs), default=0)
     if longest > length:
@@ -139,5 +128,4 @@ def _input(item: WrittenReasoning, prompts: PromptTokenizer) -> tuple[list[int],
         tokens = prompts.explicit(item.text, item.instruction, item.reasoning)
         return tokens.ids, tokens.query_length
     prompt = prompts.document(item.text)
-    written = prompts.text_ids(item.reasoning)
-    return [*prompt, *written, prompts.eos_id], len(prompt)
+    return [*prompt, *prompts.text_ids(item.reasoning), prompts.eos_id], len(prompt)

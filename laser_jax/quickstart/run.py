@@ -14,19 +14,16 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laser_jax.command_line import parse_command_line
-from laser_jax.config import ConfigError
+from laser_jax.command_line import program
 from laser_jax.evaluate.retrieval import format_table
 from laser_jax.files.claim import Claim
-from laser_jax.files.durable import write_atomically
-from laser_jax.files.terminal import fail
+from laser_jax.files.durable import json_text, write_json
 from laser_jax.quickstart.world import WorldConfig, build_world, write_world
-from laser_jax.settings import Change, as_dict, changes
+from laser_jax.settings import Change, as_dict, changes, require
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 COLUMNS = ("nDCG@10", "Hit@1")
@@ -60,21 +57,17 @@ def _run(module: str, *arguments: str) -> None:
 
 
 def quickstart(options: QuickstartOptions) -> dict[str, dict[str, float]]:
-    """Runs all stages. Returns, and writes to `table.json`, the table: a row a method.
-
-    Raises:
-        ConfigError: the configs/ folder of the repository is not beside the package.
-        OutputError: the output holds a quickstart with another seed, or other files, or another
-            process has it; nothing is touched then.
-    """
-    if not (CONFIGS / "quickstart.yaml").is_file():
-        raise ConfigError(f"{CONFIGS} has no quickstart.yaml: run this from a clone of laser_jax")
+    """Runs all stages. Returns, and writes to `table.json`, the table: a row a method. Raises a
+    ConfigError where the repository's configs/ are not beside the package, and an OutputError where
+    the output is another quickstart's or another process has it; nothing is touched then."""
+    fault = f"{CONFIGS} has no quickstart.yaml: run this from a clone of laser_jax"
+    require((CONFIGS / "quickstart.yaml").is_file(), fault)
 
     def changed(old: dict[str, Any]) -> list[Change]:
         return changes(old, options, source=RECORD, changeable=("output",))
 
     with Claim(options.output, RECORD, changed, alone=True) as claim:
-        claim.record(json.dumps(as_dict(options), indent=2) + "\n")
+        claim.record(json_text(as_dict(options)))
         return _run_stages(Path(options.output), str(options.seed))
 
 
@@ -109,7 +102,7 @@ def _run_stages(output: Path, seed: str) -> dict[str, dict[str, float]]:
         if name == "laser":
             table["explicit view (reads the reasoning)"] = scores["explicit"]
     table = {title: {c: row[c] for c in COLUMNS} for title, row in table.items()}
-    write_atomically(output / "table.json", json.dumps(table, indent=2) + "\n")
+    write_json(output / "table.json", table)
     print(f"\n{len(world.test)} queries on unseen compositions, {len(world.documents)} documents:")
     print(format_table(table))
     print(f"chance: Hit@1 {1 / len(world.documents):.4f}; {time.monotonic() - began:.0f} s in all")
@@ -120,11 +113,4 @@ def _run_stages(output: Path, seed: str) -> dict[str, dict[str, float]]:
     return table
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    try:
-        quickstart(
-            parse_command_line(QuickstartOptions, "python -m laser_jax.quickstart", arguments)
-        )
-    except (ValueError, OSError) as error:
-        fail(error)
+main = program("quickstart", QuickstartOptions, quickstart)

@@ -14,8 +14,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import os
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laser_jax.data.schema import FIELDS, TrainingRow
+from laser_jax.files.durable import folder_written_whole
 from laser_jax.settings import require, require_in
 
 INSTRUCTION = "Find the place that is reached"
@@ -172,25 +171,19 @@ class World:
     def facts(self) -> tuple[str, ...]:
         """What the backbone reads beside them: every road in every paraphrase."""
         return tuple(
-            template.format(
-                relation=self.relations[relation], start=self.places[start], end=self.places[end]
-            )
-            for relation, successor_P in enumerate(self.successors_RP.tolist())
-            for start, end in enumerate(successor_P)
+            template.format(relation=relation, start=start, end=self.places[end])
+            for relation, ends in zip(self.relations, self.successors_RP.tolist(), strict=True)
+            for start, end in zip(self.places, ends, strict=True)
             for template in _FACTS
         )
 
     def _queries(self, split: str, walks: Iterable[Walk]) -> tuple[Query, ...]:
-        return tuple(
-            Query(
-                f"{split}-{number:05d}",
-                self._question(walk),
-                self._reasoning(walk),
-                self.documents[walk.answer][0],
-                walk,
-            )
-            for number, walk in enumerate(walks)
-        )
+        queries = []
+        for number, walk in enumerate(walks):
+            text, reasoning = self._question(walk), self._reasoning(walk)
+            gold, _ = self.documents[walk.answer]
+            queries.append(Query(f"{split}-{number:05d}", text, reasoning, gold, walk))
+        return tuple(queries)
 
     def _question(self, walk: Walk) -> str:
         """Start and relations by name, neither bridge nor answer."""
@@ -208,13 +201,11 @@ class World:
 
 
 def build_roads(num_places: int, num_relations: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Random relations: permutations without fixed points, no two of which agree anywhere.
+    """Random relations: permutations without fixed points, no two of which agree anywhere. int64
+    `[R, P]`: where relation r leads from place p.
 
     Each is a perfect matching of places to the ends that no earlier relation took from them. That
     bipartite graph is regular, so there is a matching for up to P - 1 relations.
-
-    Returns:
-        int64 `[R, P]`: where relation r leads from place p.
     """
     free_PP = ~np.eye(num_places, dtype=bool)
     successors_RP = np.empty((num_relations, num_places), np.int64)
@@ -245,21 +236,14 @@ def enumerate_walks(successors_RP: NDArray[np.int64], hops: int) -> list[Walk]:
     """Every walk of `hops` hops that visits no place twice, ordered by start and relations."""
     num_relations, num_places = successors_RP.shape
     table = successors_RP.tolist()
-    walks = []
-    for start in range(num_places):
-        for relations in itertools.product(range(num_relations), repeat=hops):
-            places = (start, *_follow(table, start, relations))
-            if len(set(places)) == hops + 1:
-                walks.append(Walk(places, relations))
-    return walks
+    starts, ways = range(num_places), list(itertools.product(range(num_relations), repeat=hops))
+    walks = [_walk(table, start, relations) for start in starts for relations in ways]
+    return [walk for walk in walks if len(set(walk.places)) == hops + 1]
 
 
-def _follow(table: list[list[int]], start: int, relations: Iterable[int]) -> tuple[int, ...]:
-    places, place = [], start
-    for relation in relations:
-        place = table[relation][place]
-        places.append(place)
-    return tuple(places)
+def _walk(table: list[list[int]], start: int, relations: tuple[int, ...]) -> Walk:
+    places = itertools.accumulate(relations, lambda at, way: table[way][at], initial=start)
+    return Walk(tuple(places), relations)
 
 
 def _balanced_order(walks: Sequence[Walk], rng: np.random.Generator) -> list[Walk]:
@@ -286,15 +270,12 @@ def _describe(places: Sequence[str], rng: np.random.Generator) -> tuple[tuple[st
 def hard_negatives(
     walk: Walk, successors_RP: NDArray[np.int64], num_negatives: int, seed: int
 ) -> tuple[int, ...]:
-    """The places that a retriever which walks badly would return, never the answer.
-
-    First the bridges from the last to the first, then the start, then ends of the walks that
-    differ in one relation, in random order. Two relations never agree and each is one-to-one, so
-    such a walk cannot end at the answer.
-    """
+    """The places that a retriever which walks badly would return: the bridges from the last to the
+    first, then the start, then ends of the walks that differ in one relation, in random order. Two
+    relations never agree and each is one-to-one, so none of these ends at the answer."""
     table = successors_RP.tolist()
     wrong = [
-        _follow(table, walk.places[0], (*walk.relations[:i], r, *walk.relations[i + 1 :]))[-1]
+        _walk(table, walk.places[0], (*walk.relations[:i], r, *walk.relations[i + 1 :])).answer
         for i in range(len(walk.relations))
         for r in range(len(table))
         if r != walk.relations[i]
@@ -306,13 +287,11 @@ def hard_negatives(
 
 
 def build_world(config: WorldConfig) -> World:
-    """The world of `config`; equal configs give equal worlds.
+    """The world of `config`; equal configs give equal worlds. Raises a ConfigError where the split
+    leaves no training, dev or test walk.
 
     Dev and test walks come first in the balanced order, so they stay the same while `train_share`
     varies, as long as there are as many of them as are wanted.
-
-    Raises:
-        ConfigError: when the split leaves no training, dev or test walk.
     """
 
     def stream(number: int, *more: int) -> np.random.Generator:
@@ -391,43 +370,18 @@ def world_files(world: World) -> dict[str, str]:
 
 
 def write_world(world: World, directory: str | Path) -> None:
-    """Writes `world_files` under `directory`, which appears complete or not at all. A world
-    that was written there before is replaced.
-
-    Raises:
-        FileExistsError: when `directory` is a file or holds anything that is not part of a world;
-            nothing is touched then.
-    """
-    target = Path(directory).resolve()
-    files = world_files(world)
-    _refuse_foreign_files(target, set(files))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.parent / f".{target.name}.{os.getpid()}.new"
-    replaced = target.parent / f".{target.name}.{os.getpid()}.old"
-    try:
-        for name, content in files.items():
-            path = fresh / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content.encode())
-        if target.exists():
-            # A directory that is not empty cannot be replaced in one call.
-            os.replace(target, replaced)
-        os.replace(fresh, target)
-    except OSError:
-        if replaced.exists() and not target.exists():
-            os.replace(replaced, target)
-        raise
-    finally:
-        for leftover in (fresh, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _refuse_foreign_files(target: Path, own: set[str]) -> None:
-    if target.exists() and not target.is_dir():
-        raise FileExistsError(f"{target} is a file; a directory for the world is wanted")
+    """Writes `world_files` under `directory`, in place of a world that was written there before.
+    Raises a FileExistsError where that is a file or holds anything that is not part of a world;
+    nothing is touched then."""
+    target, files = Path(directory), world_files(world)
     found = {path.relative_to(target).as_posix() for path in target.rglob("*")}
-    if foreign := sorted(found - own - {"qrels"}):
+    others = sorted(found - files.keys() - {"qrels"})
+    if foreign := [name for name in others if not name.startswith(".")]:  # as of a killed process
         raise FileExistsError(
-            f"{target} holds {foreign[0]!r}, which is not part of a world, and writing one "
-            "replaces the whole directory; name a new directory"
+            f"{target} holds {foreign[0]!r}, which is not part of a world; name a new directory"
         )
+    with folder_written_whole(target) as folder:
+        for name, content in files.items():
+            path = folder / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content.encode())

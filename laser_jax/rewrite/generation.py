@@ -50,9 +50,10 @@ class Decoding:
 
     max_new_tokens: int = 512
     temperature: float = 0.0
-    """0 takes the likeliest token; otherwise tokens are drawn, their logits divided by this."""
+    """0 takes the likeliest token, always the same; otherwise tokens are drawn, their logits
+    divided by this."""
     top_p: float = 1.0
-    """Draws among the likeliest tokens that together reach this probability."""
+    """Draw among the likeliest tokens that together reach this probability."""
 
     def __post_init__(self) -> None:
         require_in("[1, inf)", self, "", "max_new_tokens")
@@ -73,9 +74,9 @@ class Written:
     rows: int
     """Prompts in its batch."""
     prefill_seconds: float
-    """Until the first token of every row of the batch."""
+    """Until the first token of every row of the batch; then decoding goes on until the last row is
+    finished."""
     decode_seconds: float
-    """From there until the last row of the batch was finished."""
 
     @property
     def tokens(self) -> int:
@@ -85,11 +86,8 @@ class Written:
 
 def stop_ids(directory: str | Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Every token that ends a text, as generation_config.json, config.json or the tokenizer says:
-    they differ where one names the end of a turn and another that of a document.
-
-    Raises:
-        HFError: a file is no JSON object, or its `eos_token_id` no token id or list of them.
-    """
+    they differ where one names the end of a turn and another that of a document. Raises an HFError
+    where a file is no JSON object, or its `eos_token_id` no token id or list of them."""
     found = {int(tokenizer.eos_token_id)} if tokenizer.eos_token_id is not None else set()  # type: ignore[arg-type]
     for name in (GENERATION_CONFIG_FILE, CONFIG_FILE):
         file = Path(directory) / name
@@ -128,6 +126,7 @@ class _Text(NamedTuple):
     ids_BW: jax.Array
 
 
+_Programs = tuple[jax.stages.Compiled, jax.stages.Compiled]
 _Block = tuple[jax.Array, _Text, Cache]
 """(slot, text, cache of the block) while a block is written."""
 
@@ -151,15 +150,9 @@ def _each(cache: Cache, keys: Callable[..., Any], values: Callable[..., Any], *m
 
 def _as_kept(cache: Cache, room: int = 0) -> Cache:
     """A cache as the backbone leaves it, with `room` empty slots behind its last position."""
-
-    def padded(a: jax.Array) -> jax.Array:
-        return jnp.pad(a, [*[(0, 0)] * (a.ndim - 3), (0, room), (0, 0), (0, 0)])
-
-    return _each(
-        cache,
-        lambda k: jnp.swapaxes(padded(k), -3, -2),
-        lambda v: jnp.moveaxis(padded(v), -3, -1),
-    )
+    spare = [(0, room), (0, 0), (0, 0)]
+    cache = jax.tree.map(lambda a: jnp.pad(a, [*[(0, 0)] * (a.ndim - 3), *spare]), cache)
+    return _each(cache, lambda k: jnp.swapaxes(k, -3, -2), lambda v: jnp.moveaxis(v, -3, -1))
 
 
 def _as_read(kept: Cache) -> Cache:
@@ -184,11 +177,6 @@ class TextGenerator:
 
     What a row says depends on its prompt and its seed alone, whatever stands beside it in the
     batch; as between any two shapes, float rounding may decide where two tokens are equally likely.
-
-    Attributes:
-        decoding, stop_ids: as given.
-        buckets: the shapes of the batches.
-        attention: the kernel that reads the prompts.
     """
 
     def __init__(
@@ -213,17 +201,10 @@ class TextGenerator:
         self.decoding, self.stop_ids = decoding, tuple(stop_ids)
         self.buckets = Buckets(batch_size, batch_tokens, length_multiple, _SHORT_BATCHES)
         self._variables = for_inference(variables)
-        self.attention, _ = choose_kernel("auto", jax.default_backend(), dtype, backbone.head_dim)
-        self._backbone = Backbone(
-            backbone,
-            dtype=dtype,
-            param_dtype=dtype,
-            scan_layers=is_stacked(self._variables),
-            attention=self.attention,
-        )
-        self._programs: dict[tuple[int, int], tuple[jax.stages.Compiled, jax.stages.Compiled]] = {}
-
-    # --- the two programs ----------------------------------------------------------------------
+        kernel, _ = choose_kernel("auto", jax.default_backend(), dtype, backbone.head_dim)
+        how = {"scan_layers": is_stacked(self._variables), "attention": kernel}
+        self._backbone = Backbone(backbone, dtype=dtype, param_dtype=dtype, **how)
+        self._programs: dict[tuple[int, int], _Programs] = {}
 
     def _next(
         self, variables: Variables, h_BD: jax.Array, seeds_B: jax.Array, place: Any
@@ -241,8 +222,7 @@ class TextGenerator:
         return prefix, self._next(variables, prefix.h_BD, seeds_B, 0)
 
     def _stops(self, token_B: jax.Array) -> jax.Array:
-        ids = jnp.asarray(self.stop_ids, jnp.int32)
-        return (token_B[:, None] == ids[None, :]).any(axis=1)
+        return (token_B[:, None] == jnp.asarray(self.stop_ids, jnp.int32)[None, :]).any(axis=1)
 
     def _write_token(
         self, variables: Variables, seeds_B: jax.Array, read: Prefix, state: _Block
@@ -259,19 +239,14 @@ class TextGenerator:
         return slot + 1, _Text(text.written + 1, token_B, stopped_B, ids_BW), suffix
 
     def _decode(
-        self,
-        variables: Variables,
-        prefix: Prefix,
-        token_B: jax.Array,
-        seeds_B: jax.Array,
-        limit: jax.Array,
+        self, variables: Variables, prefix: Prefix, token_B: jax.Array, seeds_B: jax.Array
     ) -> jax.Array:
         """All tokens [B, W], stop tokens included, `_NOT_WRITTEN` behind them; W is
-        `max_new_tokens`, of which the first `limit` are written."""
+        `max_new_tokens`."""
         W = self.decoding.max_new_tokens
 
         def unfinished(text: _Text) -> jax.Array:
-            return (text.written < limit) & ~text.stopped_B.all()
+            return (text.written < W) & ~text.stopped_B.all()
 
         def write_block(state: tuple[_Text, Prefix]) -> tuple[_Text, Prefix]:
             text, read = state
@@ -290,29 +265,22 @@ class TextGenerator:
         text, _ = jax.lax.while_loop(lambda s: unfinished(s[0]), write_block, (text, read))
         return text.ids_BW
 
-    def _programs_of(
-        self, rows: int, width: int
-    ) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+    def _programs_of(self, rows: int, width: int) -> _Programs:
         if (rows, width) not in self._programs:
             ids_BT = jax.ShapeDtypeStruct((rows, width), jnp.int32)
             lengths_B = jax.ShapeDtypeStruct((rows,), jnp.int32)
             seeds_B = jax.ShapeDtypeStruct((rows,), jnp.uint32)
-            limit = jax.ShapeDtypeStruct((), jnp.int32)
             prefill = jax.jit(self._prefill).lower(self._variables, ids_BT, lengths_B, seeds_B)
-            read = prefill.out_info
-            decode = jax.jit(self._decode).lower(self._variables, *read, seeds_B, limit)
+            decode = jax.jit(self._decode).lower(self._variables, *prefill.out_info, seeds_B)
             self._programs[rows, width] = prefill.compile(), decode.compile()
         return self._programs[rows, width]
-
-    # --- batches -------------------------------------------------------------------------------
 
     def warm_up(self, prompts: Sequence[Sequence[int]], *, progress: str | None = None) -> None:
         """Compiles what these prompts, or others of the same lengths, need: no later call with them
         compiles anything."""
         shapes = {self.buckets.shape([row for _, row in b]) for b in self._batches(prompts)}
-        for shape in tqdm(
-            sorted(shapes), progress, disable=None if progress else True, leave=False
-        ):
+        hidden = None if progress else True
+        for shape in tqdm(sorted(shapes), progress, disable=hidden, leave=False):
             self._programs_of(*shape)
 
     def _batches(
@@ -326,49 +294,33 @@ class TextGenerator:
         return self.buckets.batches([list(enumerate(prompts))])
 
     def write_batches(
-        self,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[int] | None = None,
-        *,
-        max_new_tokens: int | None = None,
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None = None
     ) -> Iterator[list[tuple[int, Written]]]:
         """What follows each prompt, a batch at a time, each row with its prompt's place.
 
         Args:
             prompts: token ids, unpadded.
             seeds: one a prompt, in 0..2^32-1, for drawn tokens; None takes the prompt's place.
-            max_new_tokens: stops earlier than `decoding` says.
 
         Raises:
-            ValueError: a prompt is empty or leaves no room, or a number is out of its range.
+            ValueError: a prompt is empty or leaves no room, or there are more or fewer seeds.
         """
-        most = self.decoding.max_new_tokens
-        limit = most if max_new_tokens is None else max_new_tokens
-        if not 1 <= limit <= most:
-            raise ValueError(f"max_new_tokens must lie in 1..{most}, got {limit}")
         seeds = range(len(prompts)) if seeds is None else seeds
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
         for batch in self._batches(prompts):
             places, rows = zip(*batch, strict=True)
-            written = self._write(rows, [seeds[place] for place in places], limit)
+            written = self._write(rows, [seeds[place] for place in places])
             yield list(zip(places, written, strict=True))
 
     def write(
-        self,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[int] | None = None,
-        *,
-        max_new_tokens: int | None = None,
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None = None
     ) -> list[Written]:
         """`write_batches`, in the order of the prompts."""
-        batches = self.write_batches(prompts, seeds, max_new_tokens=max_new_tokens)
-        written = sorted(chain(*batches), key=lambda pair: pair[0])
+        written = sorted(chain(*self.write_batches(prompts, seeds)), key=lambda pair: pair[0])
         return [text for _, text in written]
 
-    def _write(
-        self, rows: Sequence[Sequence[int]], seeds: Sequence[int], limit: int
-    ) -> list[Written]:
+    def _write(self, rows: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Written]:
         size, width = self.buckets.shape(rows)
         spare = size - len(rows)  # copies of the last row, which finish when it does
         ids_BT, lengths_B = right_pad([*rows, *[rows[-1]] * spare], 0, width)
@@ -377,7 +329,7 @@ class TextGenerator:
         began = time.perf_counter()
         read = jax.block_until_ready(prefill(self._variables, ids_BT, lengths_B, seeds_B))
         prefill_seconds = time.perf_counter() - began
-        ids_BW = np.asarray(decode(self._variables, *read, seeds_B, np.int32(limit)))
+        ids_BW = np.asarray(decode(self._variables, *read, seeds_B))
         seconds = (prefill_seconds, time.perf_counter() - began - prefill_seconds)
         written = []
         for row in ids_BW[: len(rows)].tolist():

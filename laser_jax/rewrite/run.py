@@ -1,6 +1,6 @@
 """Rewrites queries with a language model: the first half of rewrite-then-retrieve.
 
-    python -m laser_jax.rewrite --model DIR --queries BEIR_DIR|queries.jsonl --output rewrites.jsonl
+    python -m laser_jax.rewrite --model DIR --input BEIR_DIR|queries.jsonl --output rewrites.jsonl
 
 `python -m laser_jax.evaluate model --rewrites rewrites.jsonl` is the second half. Each batch of
 rewrites is on the disk before the next begins; the same command completes a file that was cut
@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,28 +23,22 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from laser_jax.command_line import parse_command_line
-from laser_jax.config import BackboneConfig, ConfigError, Dtype, PromptConfig
+from laser_jax.command_line import program
+from laser_jax.config import BackboneConfig, Dtype, PromptConfig
 from laser_jax.data.tokenization import PromptTokenizer, Tokenizer, load_tokenizer_for
 from laser_jax.evaluate.beir import EvalQuery, read_qrels, read_queries
 from laser_jax.evaluate.results import markdown_table
 from laser_jax.evaluate.retrieval import require_instructions
-from laser_jax.evaluate.rewrites import (
-    Rewrite,
-    WritingCost,
-    milliseconds_per_query,
-    read_rewrites,
-)
+from laser_jax.evaluate.rewrites import Rewrite, WritingCost, milliseconds_per_query, read_rewrites
 from laser_jax.files.claim import Claim, OutputError
 from laser_jax.files.durable import json_text
 from laser_jax.files.reading import DataError
-from laser_jax.files.terminal import fail
 from laser_jax.hf.directory import read_backbone_config
 from laser_jax.hf.reading import load_params
 from laser_jax.inference.options import BatchOptions
 from laser_jax.models.directory import model_directory
 from laser_jax.rewrite.generation import Decoding, TextGenerator, Written, stop_ids
-from laser_jax.settings import changes, require
+from laser_jax.settings import Change, changes, require
 from laser_jax.train.checkpoint import fingerprint
 
 REASONING_PROMPT = """{query}
@@ -63,11 +56,11 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewriteOptions(BatchOptions):
+class RewriteOptions(BatchOptions, Decoding):
     """Writes a reasoning for every query with a language model (a Hugging Face directory of a Qwen3
     or Llama 3.x with tokenizer) into a file that evaluate reads."""
 
-    queries: str
+    input: str
     """A BEIR directory, or a queries.jsonl."""
     output: str
     """The file to write, a JSON line a query; what it holds already is not written again. Beside it
@@ -84,11 +77,6 @@ class RewriteOptions(BatchOptions):
     max_length: int | None = 2048
     """Tokens of a prompt, whose query is shortened where it does not fit. None: what the model's
     positions leave room for."""
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    """0 takes the likeliest token, always the same; otherwise tokens are drawn."""
-    top_p: float = 1.0
-    """Draw among the likeliest tokens that together reach this probability."""
     seed: int = 0
     """Of the drawn tokens, together with the query's id: not with its place or its company."""
     compute_dtype: Dtype = "float32"
@@ -97,30 +85,24 @@ class RewriteOptions(BatchOptions):
     length_multiple: int = 128
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        BatchOptions.__post_init__(self)
+        Decoding.__post_init__(self)
         require("{query}" in self.prompt, f"prompt {self.prompt!r} has no {{query}} placeholder")
-        drawn = self.decoding.temperature > 0
-        require(drawn or self.seed == 0, "a seed is of use only with a temperature above 0")
-
-    @property
-    def decoding(self) -> Decoding:
-        return Decoding(self.max_new_tokens, self.temperature, self.top_p)
-
-
-# --- what is asked -----------------------------------------------------------------------------
+        fault = "a seed is of use only with a temperature above 0"
+        require(self.temperature > 0 or self.seed == 0, fault)
 
 
 def read_wanted(options: RewriteOptions) -> dict[str, EvalQuery]:
     """The queries to rewrite, with their instructions where the prompt has a place for one. Raises
     as `evaluate.beir`, and a ConfigError where options and queries do not go together."""
-    queries = read_queries(options.queries)
+    queries = read_queries(options.input)
     if options.split is not None:
-        if not Path(options.queries).is_dir():
-            raise ConfigError(f"--split wants a BEIR directory, and {options.queries} is none")
-        judged = read_qrels(options.queries, options.split)
+        fault = f"--split wants a BEIR directory, and {options.input} is none"
+        require(Path(options.input).is_dir(), fault)
+        judged = read_qrels(options.input, options.split)
         queries = {id_: query for id_, query in queries.items() if id_ in judged}
     if not queries:
-        raise DataError(f"{options.queries}: holds no query to rewrite")
+        raise DataError(f"{options.input}: holds no query to rewrite")
     require_instructions(queries.values(), options.prompt)
     return queries
 
@@ -134,18 +116,15 @@ def prompt_maker(
     what = f"max_new_tokens {written} and a prompt of a token take"
     backbone.require_positions(written + 1, what, "lower max_new_tokens")
     room = backbone.max_position_embeddings - written
-    if options.chat_template and not tokenizer.chat_template:
-        raise ConfigError(
-            "the tokenizer has no chat template, and base models often have none: set "
-            "--chat_template false"
-        )
-    suffix = options.thinking_suffix
-    if suffix is None:
-        suffix = EMPTY_THOUGHT if "<think>" in tokenizer.get_vocab() else ""
+    require(
+        not options.chat_template or bool(tokenizer.chat_template),
+        "the tokenizer has no chat template, as with many base models: set --chat_template false",
+    )
+    usual = EMPTY_THOUGHT if "<think>" in tokenizer.get_vocab() else ""
     prompt = PromptConfig(
         query_template=options.prompt,
         chat_template=options.chat_template,
-        thinking_suffix=suffix,
+        thinking_suffix=usual if options.thinking_suffix is None else options.thinking_suffix,
         query_max_length=min(options.max_length or room, room),
     )
     return PromptTokenizer(tokenizer, prompt)
@@ -156,21 +135,15 @@ def seed_of(seed: int, query_id: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {query_id}".encode()).digest()[:4], "little")
 
 
-# --- the file ----------------------------------------------------------------------------------
-
-
 def report_file(output: Path) -> Path:
     """Where the settings and times of `output` stand."""
     return output.with_name(f"{output.name}.report.json")
 
 
 def _held_rewrites(output: Path, claim: Claim, wanted: dict[str, EvalQuery]) -> dict[str, Rewrite]:
-    """What a claimed output holds, by query id.
-
-    Raises:
-        OutputError: nobody knows how it was written, or it is of other queries.
-        DataError: a line of it is damaged; the last one, cut short, is taken off instead.
-    """
+    """What a claimed output holds, by query id; a last line that was cut short is taken off. Raises
+    an OutputError where nobody knows how it was written or it is of other queries, and a DataError
+    where another line is damaged."""
     content = output.read_bytes() if output.exists() else b""
     if not content:
         return {}
@@ -184,10 +157,8 @@ def _held_rewrites(output: Path, claim: Claim, wanted: dict[str, EvalQuery]) -> 
     rewrites = read_rewrites(output)
     for id_, rewrite in rewrites.items():
         if id_ not in wanted or rewrite.query != wanted[id_].text or rewrite.cost is None:
-            raise OutputError(
-                f"{output} holds a rewrite of {id_!r} that is of none of these queries: choose "
-                "another --output"
-            )
+            fault = f"{output} holds a rewrite of {id_!r} that is of none of these queries"
+            raise OutputError(f"{fault}: choose another --output")
     return rewrites
 
 
@@ -208,9 +179,6 @@ def append(output: Path, rewrites: dict[str, Rewrite]) -> None:
             raise OSError(error.errno, error.strerror, str(output)) from error
 
 
-# --- the program -------------------------------------------------------------------------------
-
-
 def rewrite(options: RewriteOptions) -> dict[str, Any]:
     """Rewrites what the output lacks. Returns what NAME.report.json then holds.
 
@@ -221,8 +189,7 @@ def rewrite(options: RewriteOptions) -> dict[str, Any]:
     """
     queries = read_wanted(options)
     directory, output = model_directory(options.model), Path(options.output)
-    if not output.parent.is_dir():
-        raise ConfigError(f"the folder {output.parent} does not exist; make it first")
+    require(output.parent.is_dir(), f"the folder {output.parent} does not exist; make it first")
     backbone = read_backbone_config(directory)
     tokenizer = load_tokenizer_for(directory, backbone)
     maker = prompt_maker(options, tokenizer, backbone)
@@ -230,12 +197,11 @@ def rewrite(options: RewriteOptions) -> dict[str, Any]:
     params = load_params(directory, backbone, dtype=jnp.dtype(options.compute_dtype))
     stops = stop_ids(directory, tokenizer)
     settings = _settings(options, maker, stops, fingerprint(params))
-    with Claim(
-        output.parent,
-        report_file(output).name,
-        lambda old: changes(old["settings"], settings, source="settings"),
-        file=output.name,
-    ) as claim:
+
+    def changed(old: dict[str, Any]) -> list[Change]:
+        return changes(old["settings"], settings, source="settings")
+
+    with Claim(output.parent, report_file(output).name, changed, file=output.name) as claim:
         rewrites = _held_rewrites(output, claim, queries)
         before = len(rewrites)
         logger.info("%d queries, %d of them written before", len(queries), before)
@@ -246,7 +212,7 @@ def rewrite(options: RewriteOptions) -> dict[str, Any]:
             generator = TextGenerator(
                 {"params": params},
                 backbone,
-                options.decoding,
+                options,
                 stops,
                 dtype=jnp.dtype(options.compute_dtype),
                 batch_size=options.batch_size,
@@ -309,9 +275,8 @@ def _written(
 def _as_rewrite(
     query: EvalQuery, prompt_tokens: int, written: Written, tokenizer: Tokenizer
 ) -> Rewrite:
-    text = tokenizer.decode(
-        written.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
+    plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    text = tokenizer.decode(written.ids, **plain)
     seconds = written.prefill_seconds, written.decode_seconds
     cost = WritingCost(prompt_tokens, written.tokens, written.rows, *seconds)
     return Rewrite(str(text), query.text, written.finished, cost)
@@ -322,9 +287,9 @@ def _statistics(rewrites: dict[str, Rewrite]) -> dict[str, Any]:
     costs = [rewrite.cost for rewrite in rewrites.values() if rewrite.cost is not None]
     shares = milliseconds_per_query(rewrites)
     assert shares is not None
-    times = {"prefill": shares[:, 0], "decode": shares[:, 1], "in all": shares.sum(axis=1)}
-    waits = [1000 * (cost.prefill_seconds + cost.decode_seconds) for cost in costs]
-    times["until its batch was done"] = np.array(waits)
+    whole = shares.sum(axis=1)
+    times = {"prefill": shares[:, 0], "decode": shares[:, 1], "in all": whole}
+    times["until its batch was done"] = whole * [cost.rows for cost in costs]
     reading, writing = shares.sum(axis=0) / 1000
     return {
         "queries": len(rewrites),
@@ -344,7 +309,8 @@ def _spread(values: np.ndarray) -> dict[str, float]:
     return {"mean": float(values.mean()), "median": median, "p90": p90}
 
 
-def _print(report: dict[str, Any], options: RewriteOptions) -> None:
+def _run(options: RewriteOptions) -> None:
+    report = rewrite(options)
     print(
         f"{report['queries']} rewrites in {options.output}, {report['written_before']} of them "
         f"from before; {report['cut_by_max_new_tokens']} were cut by --max_new_tokens "
@@ -363,12 +329,9 @@ def _print(report: dict[str, Any], options: RewriteOptions) -> None:
     print(markdown_table(["milliseconds a query", "mean", "median", "p90"], rows))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    try:
-        options = parse_command_line(RewriteOptions, "python -m laser_jax.rewrite", arguments)
-        _print(rewrite(options), options)
-    except (ValueError, OSError, ImportError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from what is written")
+main = program(
+    "rewrite",
+    RewriteOptions,
+    _run,
+    stopped="stopped; the same command goes on from what is written",
+)

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -26,14 +26,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from laser_jax.inference.batch_encoder import NotFiniteError
 from laser_jax.inference.retriever import LatentRetriever, shortened
-from laser_jax.serve.batching import Batcher, QueueFullError
+from laser_jax.serve.batching import Batcher
 from laser_jax.serve.index import Index
 from laser_jax.serve.metrics import Metrics
 from laser_jax.serve.requests import (
     EmbeddingRequest,
     Limits,
     RequestError,
-    SearchRequest,
+    Texts,
     parse_embedding,
     parse_search,
     token_rows,
@@ -48,6 +48,7 @@ _PAGES = 8
 _OPEN = ("/health", "/ready")
 """What is answered without a key."""
 _log = logging.getLogger(__name__)
+_A = TypeVar("_A", bound=Texts)
 
 
 def _thread(name: str) -> ThreadPoolExecutor:
@@ -76,11 +77,6 @@ class Service:
     page: ThreadPoolExecutor = field(default_factory=lambda: _thread("page"))
     pages: int = 0
 
-    @property
-    def needs_instruction(self) -> bool:
-        """Whether the prompt of queries has a place for an instruction."""
-        return "{instruction}" in self.retriever.prompts.config.query_template
-
     def require_ready(self) -> None:
         """Raises a RequestError until everything is compiled, and while the server ends."""
         if not self.batcher.ready.is_set():
@@ -96,10 +92,8 @@ def make_app(service: Service) -> ASGIApp:
             try:
                 async with asyncio.timeout(service.timeout_s):
                     return await handler(service, request)
-            except (RequestError, QueueFullError, TimeoutError, ClientDisconnect):
-                raise
             except Exception as error:
-                return _fault(error)
+                return _failed(error)
 
         return bound
 
@@ -113,17 +107,8 @@ def make_app(service: Service) -> ASGIApp:
         Route("/metrics", route(_metrics)),
         Route("/", route(_page)),
     ]
-    handlers: Any = {
-        RequestError: _refused,
-        QueueFullError: _queue_full,
-        TimeoutError: _timed_out,
-        HTTPException: _no_route,
-        ClientDisconnect: _gone,
-    }
+    handlers: Any = {HTTPException: _no_route}
     return _Guard(Starlette(routes=routes, exception_handlers=handlers), service)
-
-
-# --- every request -----------------------------------------------------------------------------
 
 
 class _Guard:
@@ -144,9 +129,8 @@ class _Guard:
                 statuses.append(message["status"])
             await send(message)
 
-        path = scope["path"]
         known = ("/v1/embeddings", "/v1/search", "/v1/models", "/metrics", "/", *_OPEN)
-        label = path if path in known else "other"
+        label = scope["path"] if scope["path"] in known else "other"
         try:
             refusal = self._refusal(Request(scope))
             await (refusal or self._app)(scope, receive, counted)
@@ -205,20 +189,6 @@ def _json(values: Any, status: int = 200) -> Response:
     return Response(content, status, media_type="application/json")
 
 
-async def _refused(_: Request, error: RequestError) -> Response:
-    return _error(error)
-
-
-async def _queue_full(_: Request, error: QueueFullError) -> Response:
-    refusal = RequestError(str(error), status=429, code="queue_full", retry_after=error.retry_after)
-    return _error(refusal)
-
-
-async def _timed_out(_: Request, __: TimeoutError) -> Response:
-    text = "the request took longer than this server allows: send fewer texts, or try later"
-    return _error(RequestError(text, status=504, code="timeout"))
-
-
 async def _no_route(request: Request, error: HTTPException) -> Response:
     text = f"{request.method} {request.url.path:.80}: {error.detail}"
     response = _error(RequestError(text, status=error.status_code, code="not_found"))
@@ -226,16 +196,21 @@ async def _no_route(request: Request, error: HTTPException) -> Response:
     return response
 
 
-async def _gone(_: Request, __: ClientDisconnect) -> Response:
-    return Response(status_code=499)  # nobody reads it
-
-
-def _fault(error: Exception) -> Response:
-    """A fault of ours, or of the model."""
-    text = str(error)
-    if not isinstance(error, NotFiniteError):
-        _log.error("a request failed: %s", error, exc_info=error)
-        text = f"{type(error).__name__}; the server's log says more"
+def _failed(error: Exception) -> Response:
+    """The answer to a request that an error has ended."""
+    match error:
+        case RequestError():
+            return _error(error)
+        case ClientDisconnect():
+            return Response(status_code=499)  # nobody reads it
+        case TimeoutError():
+            text = "the request took longer than this server allows: send fewer texts, or try later"
+            return _error(RequestError(text, status=504, code="timeout"))
+        case NotFiniteError():
+            text = str(error)
+        case _:
+            _log.error("a request failed: %s", error, exc_info=error)
+            text = f"{type(error).__name__}; the server's log says more"
     return _error(RequestError(text, status=500, code="internal_error"))
 
 
@@ -253,20 +228,25 @@ async def _body(request: Request) -> bytes:
 # --- the routes --------------------------------------------------------------------------------
 
 
+async def _embedded(
+    service: Service, request: Request, parse: Callable[[bytes, Limits], _A]
+) -> tuple[_A, np.ndarray, int]:
+    """What a request asks for, the vectors [N, D] float32 of its texts, and their tokens."""
+    service.batcher.require_room(1)  # before the body is read
+    body = await _body(request)
+
+    def prepare() -> tuple[_A, list[list[int]]]:
+        asked = parse(body, service.limits)
+        return asked, token_rows(service.retriever.prompts, asked)
+
+    asked, rows = await asyncio.get_running_loop().run_in_executor(service.tokenise, prepare)
+    vectors_ND = await asyncio.wrap_future(service.batcher.submit(rows, asked.thinking_steps))
+    return asked, vectors_ND, sum(map(len, rows))
+
+
 async def _embeddings(service: Service, request: Request) -> Response:
     service.require_ready()
-    service.batcher.require_room(1)  # before the body is read
-    body, loop = await _body(request), asyncio.get_running_loop()
-
-    def prepare() -> tuple[EmbeddingRequest, list[list[int]]]:
-        asked = parse_embedding(body, service.limits, service.needs_instruction)
-        prompts = service.retriever.prompts
-        role, instruction = asked.input_type, asked.instruction
-        return asked, token_rows(prompts, asked.input, role, instruction, truncate=asked.truncate)
-
-    asked, rows = await loop.run_in_executor(service.tokenise, prepare)
-    vectors_ND = await asyncio.wrap_future(service.batcher.submit(rows, asked.thinking_steps))
-    tokens = sum(map(len, rows))
+    asked, vectors_ND, tokens = await _embedded(service, request, parse_embedding)
     return await asyncio.to_thread(_embedding_list, asked, vectors_ND, tokens)
 
 
@@ -274,7 +254,7 @@ def _embedding_list(asked: EmbeddingRequest, vectors_ND: np.ndarray, tokens: int
     if asked.dimensions < vectors_ND.shape[1]:
         vectors_ND = np.ascontiguousarray(shortened(vectors_ND, asked.dimensions))
     shown: list[Any] = list(vectors_ND)
-    if asked.encoding_format == "base64":
+    if asked.base64:
         shown = [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in vectors_ND]
     data = [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(shown)]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
@@ -286,39 +266,29 @@ async def _search(service: Service, request: Request) -> Response:
     if (index := service.index) is None:
         text = "this server has no corpus: start it with --corpus or --corpus_vectors"
         raise RequestError(text, status=404, code="no_corpus")
-    service.batcher.require_room(1)
-    body, loop = await _body(request), asyncio.get_running_loop()
-
-    def prepare() -> tuple[SearchRequest, list[list[int]]]:
-        asked = parse_search(body, service.limits, service.needs_instruction)
-        prompts, how = service.retriever.prompts, {"truncate": asked.truncate, "field": "query"}
-        return asked, token_rows(prompts, asked.queries, "query", asked.instruction, **how)
-
-    asked, rows = await loop.run_in_executor(service.tokenise, prepare)
-    queries_QD = await asyncio.wrap_future(service.batcher.submit(rows, asked.thinking_steps))
+    asked, queries_QD, _ = await _embedded(service, request, parse_search)
+    loop = asyncio.get_running_loop()
     found = await loop.run_in_executor(service.find, index.search, queries_QD, asked.k)
     results = [
-        {"index": place, "documents": [_document(index, id_, score) for id_, score in ranked]}
+        {
+            "index": place,
+            "documents": [
+                {"id": id_, "score": score, "text": index.texts.get(id_)} for id_, score in ranked
+            ],
+        }
         for place, ranked in enumerate(found)
     ]
     return _json({"object": "list", "data": results, "model": service.limits.name})
 
 
-def _document(index: Index, id_: str, score: float) -> dict[str, Any]:
-    return {"id": id_, "score": score, "text": index.texts.get(id_)}
-
-
 async def _models(service: Service, _: Request) -> Response:
-    name = service.limits.name
-    data = [_described(service, id_) for id_ in (name, f"{name}:query", f"{name}:document")]
+    data = [_described(service, id_) for id_ in service.limits.models]
     return _json({"object": "list", "data": data})
 
 
 async def _model(service: Service, request: Request) -> Response:
-    asked, name = request.path_params["name"], service.limits.name
-    if asked not in (name, f"{name}:query", f"{name}:document"):
-        text = f"there is no model {asked!r:.80}; this server has {name!r}"
-        raise RequestError(text, "model", status=404, code="model_not_found")
+    asked = request.path_params["name"]
+    service.limits.role_of(asked)
     return _json(_described(service, asked))
 
 
@@ -335,7 +305,7 @@ def _described(service: Service, id_: str) -> dict[str, Any]:
         "max_thinking_steps": limits.max_thinking_steps,
         "query_max_length": prompt.query_max_length,
         "document_max_length": prompt.document_max_length,
-        "needs_instruction": service.needs_instruction and limits.instruction is None,
+        "needs_instruction": limits.needs_instruction,
     }
 
 

@@ -23,23 +23,12 @@ from tqdm import tqdm
 
 from laser_jax.inference.batch_encoder import LatentEncoder, NotFiniteError
 from laser_jax.serve.metrics import Metrics
+from laser_jax.serve.requests import RequestError
 
 _BATCHES_PER_WINDOW = 4
 _LINGER = 0.1
 """Of the last batch's time: how long a batch that is not full waits for rows of other requests."""
 _log = logging.getLogger(__name__)
-
-
-class QueueFullError(Exception):
-    """No row more is taken now.
-
-    Attributes:
-        retry_after: seconds until those that wait will be done, at the present pace.
-    """
-
-    def __init__(self, retry_after: int) -> None:
-        super().__init__(f"too many texts are waiting; try again in {retry_after} s")
-        self.retry_after = retry_after
 
 
 class _Job:
@@ -52,7 +41,6 @@ class _Job:
         self.future: Future[np.ndarray] = Future()
 
     def take(self, place: int, vector_D: np.ndarray) -> None:
-        """The vector of one row."""
         self.vectors_ND[place] = vector_D
         self.left -= 1
         if self.left == 0 and self._is_wanted():
@@ -83,11 +71,8 @@ class _Batch:
 
 
 class Batcher:
-    """Embeds the rows of requests, batch by batch, in a thread of its own.
-
-    Attributes:
-        ready: set once everything is compiled.
-    """
+    """Embeds the rows of requests, batch by batch, in a thread of its own. `ready` is set once
+    everything is compiled."""
 
     def __init__(
         self,
@@ -120,9 +105,8 @@ class Batcher:
         """Compiles every program that rows of `shortest` to `longest` tokens can need."""
         buckets = self._encoder.buckets
         widths = sorted({width for _, width in buckets.shapes(shortest, longest)})
-        for Ks, width in tqdm(
-            [(Ks, w) for Ks in self._levels for w in widths], "compile", disable=None, leave=False
-        ):
+        programs = [(Ks, width) for Ks in self._levels for width in widths]
+        for Ks, width in tqdm(programs, "compile", disable=None, leave=False):
             if self._ending:
                 return
             self._encoder.warm_up(width, Ks, shortest=width)
@@ -145,10 +129,13 @@ class Batcher:
             self._thread.join()
 
     def require_room(self, count: int) -> None:
-        """Raises a QueueFullError where the queue cannot take so many rows."""
+        """Raises a RequestError where the queue cannot take so many rows."""
         waiting = len(self._pending)
         if waiting + count > self._most:
-            raise QueueFullError(max(math.ceil(waiting / self._pace) if self._pace else 1, 1))
+            # until those that wait will be done, at the present pace
+            wait = max(math.ceil(waiting / self._pace) if self._pace else 1, 1)
+            text = f"too many texts are waiting; try again in {wait} s"
+            raise RequestError(text, status=429, code="queue_full", retry_after=wait)
 
     def submit(self, rows: Sequence[Sequence[int]], K: int) -> Future[np.ndarray]:
         """Queues the rows of a request.
@@ -160,10 +147,7 @@ class Batcher:
         Returns:
             A future of [N, D] float32 unit rows. Cancelled, its rows that wait are dropped; it
             fails with a NotFiniteError where a vector of its own is not finite, and with what the
-            device raised. Other requests go on.
-
-        Raises:
-            QueueFullError: as `require_room`.
+            device raised. Other requests go on. Raises as `require_room`.
         """
         with self._changed:
             job = _Job(rows, K, self._encoder.config.backbone.hidden_size)
@@ -239,11 +223,10 @@ class Batcher:
         self._last_seconds = seconds = time.perf_counter() - batch.begun
         self._crowded = any(job is not batch.rows[0][0] for job, _ in batch.rows)
         self._pace = 0.9 * self._pace + 0.1 * count / seconds if self._pace else count / seconds
-        metrics = self._metrics
-        metrics.batch_seconds.observe(seconds)
-        metrics.fill.observe(count / size)
-        metrics.rows.inc(count)
-        metrics.tokens.inc(sum(len(_ids(row)) for row in batch.rows))
+        self._metrics.batch_seconds.observe(seconds)
+        self._metrics.fill.observe(count / size)
+        self._metrics.rows.inc(count)
+        self._metrics.tokens.inc(sum(len(_ids(row)) for row in batch.rows))
 
     def _failed(self, rows: list[_Row], error: Exception) -> None:
         _log.error("a batch of %d rows failed: %s", len(rows), error, exc_info=error)

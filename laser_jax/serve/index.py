@@ -40,11 +40,8 @@ class Index:
     def __init__(
         self, ids: Sequence[str], rows_CW: np.ndarray, code: Code, texts: Mapping[str, str]
     ) -> None:
-        """Places the rows, coded as `code`, on all devices of this process.
-
-        Raises:
-            DataError: there is no document, or a text is missing.
-        """
+        """Places the rows, coded as `code`, on all devices of this process. Raises a DataError
+        where there is no document, or a text is missing."""
         if not ids:
             raise DataError("the corpus holds no document to be searched")
         if texts and (missing := [id_ for id_ in ids if id_ not in texts]):
@@ -66,10 +63,10 @@ class Index:
         self._pieces: list[Any] = []
         for start in range(0, C, self._length):
             places = order_C[start : start + self._length]
-            piece = np.zeros((self._length, rows_CW.shape[1]), rows_CW.dtype)
-            piece[: len(places)] = rows_CW[places]
-            ranks = np.full(self._length, NO_RANK, np.int32)
-            ranks[: len(places)] = np.arange(start, start + len(places), dtype=np.int32)
+            spare = self._length - len(places)
+            ranks = np.arange(start, start + len(places), dtype=np.int32)
+            ranks = np.pad(ranks, (0, spare), constant_values=NO_RANK)
+            piece = np.pad(rows_CW[places], ((0, spare), (0, 0)))
             self._pieces.append((jax.device_put(piece, split), ranks))
 
     def warm_up(self) -> None:
@@ -78,19 +75,14 @@ class Index:
             self.search(np.zeros((count, self._width), np.float32), 1)
 
     def search(self, queries_QD: np.ndarray, k: int) -> list[list[tuple[str, float]]]:
-        """The first k <= `most` documents of each query, best first, with their cosines.
-
-        Args:
-            queries_QD: float32 unit rows.
-        """
+        """The first k <= `most` documents of each query, best first, with their cosines. Queries
+        are float32 unit rows."""
         found: list[list[tuple[str, float]]] = []
         for start in range(0, len(queries_QD), _QUERIES[-1]):
             block_QD = queries_QD[start : start + _QUERIES[-1]]
             size = next(size for size in _QUERIES if size >= len(block_QD))
-            filled_QD = np.zeros((size, block_QD.shape[1]), np.float32)
-            filled_QD[: len(block_QD)] = block_QD
             scores_Qk, ranks_Qk = exact_top_k(
-                filled_QD,
+                np.pad(block_QD, ((0, size - len(block_QD)), (0, 0))),
                 self._pieces,
                 self.most,
                 code=self._code,
@@ -98,20 +90,17 @@ class Index:
                 chunk=self._length,
                 query_block=size,
             )
-            for scores_k, ranks_k in zip(scores_Qk, ranks_Qk, strict=True):
-                pairs = zip(ranks_k[:k].tolist(), scores_k[:k].tolist(), strict=True)
+            for q in range(len(block_QD)):
+                pairs = zip(ranks_Qk[q, :k].tolist(), scores_Qk[q, :k].tolist(), strict=True)
                 found.append([(self.ids[rank], score) for rank, score in pairs])
-            del found[start + len(block_QD) :]
         return found
 
 
 def encode_index(retriever: LatentRetriever, corpus: BeirDataset) -> tuple[Index, np.ndarray]:
     """The index of a corpus that is embedded now, and its vectors [C, D] float32."""
-    texts = {document.id: document.text for document in corpus.documents}
-    stats = EncodingStats()
-    vectors_CD = retriever.encode_document(
-        list(texts.values()), show_progress_bar=True, stats=stats
-    )
+    texts, stats = {document.id: document.text for document in corpus.documents}, EncodingStats()
+    listed = list(texts.values())
+    vectors_CD = retriever.encode_document(listed, show_progress_bar=True, stats=stats)
     _log.info("%d documents, of which %d were shortened", stats.texts, stats.truncated)
     return Index(list(texts), vectors_CD, "float32", texts), vectors_CD
 
@@ -139,24 +128,19 @@ def read_index(
                 "vectors cannot be compared with the model's. Encode the corpus by this model, "
                 "in the same compute_dtype"
             )
-    ids: list[str] = []
-    shards = []
-    for shard_ids, rows in read_shards(directory, manifest):
-        ids += shard_ids
-        shards.append(rows)
+    shards = list(read_shards(directory, manifest))
     if not shards:
         raise DataError(f"{directory}: holds no vector")
-    rows_CW = np.concatenate(shards)
+    ids = [id_ for shard_ids, _ in shards for id_ in shard_ids]
+    rows_CW = np.concatenate([rows for _, rows in shards])
     texts = {} if corpus is None else {doc.id: doc.text for doc in corpus.documents}
     index = Index(ids, rows_CW, info.dtype, texts)
     if corpus is None:
         return index, None
     places = {id_: place for place, id_ in enumerate(ids)}
-    lacking = [id_ for id_ in texts if id_ not in places]
-    if lacking:
+    if lacking := [id_ for id_ in texts if id_ not in places]:
         raise DataError(
             f"{directory}: has no vector for {len(lacking)} of {len(texts)} documents of --corpus, "
             f"the first is {lacking[0]!r}: encode the corpus again"
         )
-    order = [places[id_] for id_ in texts]
-    return index, decode_vectors(rows_CW[order], info.dtype)
+    return index, decode_vectors(rows_CW[[places[id_] for id_ in texts]], info.dtype)

@@ -21,28 +21,19 @@ class Metrics:
         known: dict[str, Any] = {"registry": self._registry}
         labels = ("route", "status")
         self.requests = Counter("laser_requests", "Answered requests.", labels, **known)
-        self.seconds = Histogram(
-            "laser_request_seconds",
-            "From a request's headers to its answer.",
-            ("route",),
-            buckets=_SECONDS,
-            **known,
-        )
+        text = "From a request's headers to its answer."
+        timed: dict[str, Any] = known | {"buckets": _SECONDS}
+        self.seconds = Histogram("laser_request_seconds", text, ("route",), **timed)
         self.rows = Counter("laser_rows", "Embedded texts.", **known)
         self.tokens = Counter("laser_tokens", "Tokens of embedded texts, without padding.", **known)
         self.queued = Gauge("laser_queued_rows", "Texts that wait for a batch.", **known)
         self.fill = Histogram(
             "laser_batch_fill", "Rows of a batch that are texts.", buckets=_SHARES, **known
         )
-        self.batch_seconds = Histogram(
-            "laser_batch_seconds",
-            "From the start of a batch until its vectors are here.",
-            buckets=_SECONDS,
-            **known,
-        )
-        self.compilations = Counter(
-            "laser_compilations", "Programs that XLA compiled in this process.", **known
-        )
+        text = "From the start of a batch until its vectors are here."
+        self.batch_seconds = Histogram("laser_batch_seconds", text, **timed)
+        text = "Programs that XLA compiled in this process."
+        self.compilations = Counter("laser_compilations", text, **known)
         jax.monitoring.register_event_duration_secs_listener(self._compiled)
 
     def _compiled(self, event: str, duration_secs: float, **kwargs: str | int) -> None:

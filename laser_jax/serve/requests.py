@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import orjson
 
 from laser_jax.data.tokenization import PromptTokenizer, TokenizationError
+from laser_jax.settings import ConfigError, check
 
 InputType = Literal["query", "document"]
-_EMBEDDING_FIELDS = (
-    *("model", "input", "encoding_format", "dimensions", "user"),
-    *("thinking_steps", "input_type", "instruction", "truncate"),
-)
-_SEARCH_FIELDS = ("model", "query", "k", "thinking_steps", "instruction", "truncate")
+_SHARED = {
+    "model": str,
+    "thinking_steps": int | None,
+    "instruction": str | None,
+    "truncate": bool,
+}
+_EMBEDDING_FIELDS = _SHARED | {
+    "input": Any,
+    "input_type": InputType | None,
+    "dimensions": int | None,
+    "encoding_format": Literal["float", "base64"] | None,
+    "user": Any,
+}
+_SEARCH_FIELDS = _SHARED | {"query": Any, "k": int | None}
 
 
 class RequestError(Exception):
@@ -44,11 +55,9 @@ class RequestError(Exception):
     def body(self) -> dict[str, Any]:
         """The error in OpenAI's shape."""
         kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-        kind = kinds.get(self.status, "invalid_request_error")
-        if self.status >= 500:
-            kind = "server_error"
-        named = {"param": self.param, "code": self.code}
-        return {"error": {"message": self.message, "type": kind, **named}}
+        usual = "server_error" if self.status >= 500 else "invalid_request_error"
+        said = {"message": self.message, "type": kinds.get(self.status, usual)}
+        return {"error": {**said, "param": self.param, "code": self.code}}
 
 
 @dataclass(frozen=True)
@@ -67,48 +76,65 @@ class Limits:
     max_rows: int
     instruction: str | None
     """For queries that bring none."""
+    needs_instruction: bool
+    """Whether queries must bring one."""
     max_k: int = 1
     """Documents that a search may ask for."""
 
+    @property
+    def models(self) -> dict[str, InputType | None]:
+        """The names that a request may give, and the input type that each says."""
+        roles: tuple[InputType, ...] = ("query", "document")
+        return {self.name: None, **{f"{self.name}:{role}": role for role in roles}}
 
-@dataclass(frozen=True)
-class EmbeddingRequest:
-    """The body of `POST /v1/embeddings`."""
+    def role_of(self, model: str) -> InputType | None:
+        """The input type that a model's name says. Raises a RequestError on another model's."""
+        if model not in self.models:
+            text = f"there is no model {model!r:.80}; this server has {self.name!r}"
+            raise RequestError(text, "model", status=404, code="model_not_found")
+        return self.models[model]
 
-    model: str
-    """As the client wrote it."""
-    input: tuple[str | list[int], ...]
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """What is to be embedded."""
+
+    rows: list[str | list[int]]
     """Texts, or token ids of texts."""
-    input_type: InputType
+    field: str = "query"
+    """Where they stood, for messages."""
+    input_type: InputType = "query"
     instruction: str
     thinking_steps: int
-    dimensions: int
-    encoding_format: Literal["float", "base64"]
     truncate: bool
     """Shorten what does not fit, instead of refusing it."""
 
 
-@dataclass(frozen=True)
-class SearchRequest:
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingRequest(Texts):
+    """The body of `POST /v1/embeddings`."""
+
+    model: str
+    """As the client wrote it."""
+    dimensions: int
+    base64: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchRequest(Texts):
     """The body of `POST /v1/search`."""
 
-    queries: tuple[str, ...]
-    instruction: str
-    thinking_steps: int
     k: int
-    truncate: bool
 
 
-# --- parsing -----------------------------------------------------------------------------------
-
-
-def parse_embedding(body: bytes, limits: Limits, needs_instruction: bool) -> EmbeddingRequest:
-    """The request that a body holds. `needs_instruction` is whether the prompt of queries has a
-    place for one. Raises a RequestError."""
+def parse_embedding(body: bytes, limits: Limits) -> EmbeddingRequest:
+    """The request that a body holds. Raises a RequestError."""
     values = _object(body, _EMBEDDING_FIELDS)
-    model, role = _model(values, limits)
-    given = _choice(values, "input_type", ("query", "document"), role)
-    if given is None:
+    if "model" not in values:
+        raise RequestError(f"model must be a text: {limits.name!r}", "model", code="missing")
+    role = limits.role_of(values["model"])
+    input_type: InputType | None = values.get("input_type") or role
+    if input_type is None:
         raise RequestError(
             "input_type is missing: this model embeds queries and documents by different prompts. "
             f'Send "query" or "document", or ask for the model "{limits.name}:query" or '
@@ -116,127 +142,94 @@ def parse_embedding(body: bytes, limits: Limits, needs_instruction: bool) -> Emb
             "input_type",
             code="missing",
         )
-    if role not in (None, given):
-        raise RequestError(f"input_type is {given!r}, and the model's name says {role!r}")
-    texts = _input(values.get("input"), limits)
-    input_type: InputType = "query" if given == "query" else "document"
-    instruction = ""
-    if input_type == "query":
-        instruction = _instruction(values, limits, needs_instruction)
-    elif values.get("instruction") is not None:
+    if role not in (None, input_type):
+        raise RequestError(f"input_type is {input_type!r}, and the model's name says {role!r}")
+    if input_type == "document" and values.get("instruction") is not None:
         raise RequestError("documents are embedded without an instruction", "instruction")
-    base64 = _choice(values, "encoding_format", ("float", "base64"), "float") == "base64"
     return EmbeddingRequest(
-        model=model,
-        input=texts,
+        model=values["model"],
+        rows=_rows(values, "input", limits),
+        field="input",
         input_type=input_type,
-        instruction=instruction,
+        instruction=_instruction(values, limits) if input_type == "query" else "",
         thinking_steps=_steps(values, limits, input_type),
         dimensions=_integer(values, "dimensions", limits.dimension, limits.dimension),
-        encoding_format="base64" if base64 else "float",
-        truncate=_boolean(values, "truncate"),
+        base64=values.get("encoding_format") == "base64",
+        truncate=values.get("truncate", False),
     )
 
 
-def parse_search(body: bytes, limits: Limits, needs_instruction: bool) -> SearchRequest:
-    """The request that a body holds; as `parse_embedding`."""
+def parse_search(body: bytes, limits: Limits) -> SearchRequest:
+    """The request that a body holds. Raises a RequestError."""
     values = _object(body, _SEARCH_FIELDS)
     if "model" in values:
-        _model(values, limits)
+        limits.role_of(values["model"])
     query = values.get("query")
     if not isinstance(query, str | list):
         raise RequestError("query must be a text, or a list of texts", "query")
-    queries = _input([query] if isinstance(query, str) else query, limits, "query")
-    for place, text in enumerate(queries):
+    for place, text in enumerate([] if isinstance(query, str) else query):
         if not isinstance(text, str):
             raise RequestError(f"query[{place}] must be a text", "query")
     return SearchRequest(
-        queries=tuple(str(text) for text in queries),
-        instruction=_instruction(values, limits, needs_instruction),
+        rows=_rows(values, "query", limits),
+        instruction=_instruction(values, limits),
         thinking_steps=_steps(values, limits, "query"),
         k=_integer(values, "k", limits.max_k, min(10, limits.max_k)),
-        truncate=_boolean(values, "truncate"),
+        truncate=values.get("truncate", False),
     )
 
 
-def _object(body: bytes, known: tuple[str, ...]) -> dict[str, Any]:
+def _object(body: bytes, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON object of a body, whose known `fields` have values of their types."""
     try:
         values = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise RequestError(f"the body is no JSON: {error}", code="invalid_json") from error
     if not isinstance(values, dict):
         raise RequestError("the body must be a JSON object", code="invalid_json")
-    if unknown := sorted(values.keys() - set(known)):
-        named = ", ".join(known)
-        raise RequestError(
-            f"unknown field {unknown[0]!r:.80}; there are {named}", unknown[0][:80], code="unknown"
-        )
+    for name, value in values.items():
+        if name not in fields:
+            text = f"unknown field {name!r:.80}; there are {', '.join(fields)}"
+            raise RequestError(text, name[:80], code="unknown")
+        try:
+            check(fields, {name: value})
+        except ConfigError as error:
+            raise RequestError(str(error), name) from error
     return values
 
 
-def _model(values: dict[str, Any], limits: Limits) -> tuple[str, str | None]:
-    """The model's name as sent, and the input type that it says."""
-    name = values.get("model")
-    if not isinstance(name, str):
-        raise RequestError(f"model must be a text: {limits.name!r}", "model", code="missing")
-    base, _, role = name.rpartition(":")
-    if name == limits.name:
-        return name, None
-    if base == limits.name and role in ("query", "document"):
-        return name, role
-    raise RequestError(
-        f"there is no model {name!r:.80}; this server has {limits.name!r}",
-        "model",
-        status=404,
-        code="model_not_found",
-    )
-
-
-def _input(value: Any, limits: Limits, field: str = "input") -> tuple[str | list[int], ...]:
+def _rows(values: dict[str, Any], field: str, limits: Limits) -> list[str | list[int]]:
     """The rows of a field: a text, token ids, or a list of either."""
-    ids = isinstance(value, list) and bool(value) and _is_token_id(value[0])
-    rows = [value] if isinstance(value, str) or ids else value
+    value = values.get(field)
+    ids = isinstance(value, list) and bool(value) and type(value[0]) is int
+    rows: Any = [value] if isinstance(value, str) or ids else value
     if not isinstance(rows, list) or not rows:
-        raise RequestError(
-            f"{field} must be a text, a list of token ids, or a list of either that is not empty",
-            field,
-        )
+        wanted = "a text, a list of token ids, or a list of either that is not empty"
+        raise RequestError(f"{field} must be {wanted}", field)
     if len(rows) > limits.max_rows:
-        raise RequestError(
-            f"{field} has {len(rows)} rows, and a request may have {limits.max_rows}: send them in "
-            "several requests",
-            field,
-            code="too_many_rows",
-        )
+        text = f"{field} has {len(rows)} rows, and a request may have {limits.max_rows}"
+        mend = "send them in several requests"
+        raise RequestError(f"{text}: {mend}", field, code="too_many_rows")
     for place, row in enumerate(rows):
-        if isinstance(row, str) and row.strip():
-            continue
-        if isinstance(row, list) and row and all(map(_is_token_id, row)):
-            continue
-        empty = "is empty" if row in ([], None) or isinstance(row, str) else ""
-        problem = empty or "must be a text or a list of token ids"
-        raise RequestError(f"{field}[{place}] {problem}", field)
-    return tuple(rows)
+        if row is None or row == [] or (isinstance(row, str) and not row.strip()):
+            raise RequestError(f"{field}[{place}] is empty", field)
+        ids = row if isinstance(row, list) else []
+        if not isinstance(row, str | list) or any(type(id_) is not int for id_ in ids):
+            wanted = "must be a text or a list of token ids"
+            raise RequestError(f"{field}[{place}] {wanted}", field)
+    return rows
 
 
-def _is_token_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _instruction(values: dict[str, Any], limits: Limits, needed: bool) -> str:
+def _instruction(values: dict[str, Any], limits: Limits) -> str:
     instruction = values.get("instruction")
-    if instruction is None:
-        instruction = limits.instruction
-    if instruction is None and needed:
+    if instruction is None and limits.needs_instruction:
         raise RequestError(
             "instruction is missing: this model's queries are prompted with the task in words; "
             'send it, or "" for none (a server can be started with --instruction)',
             "instruction",
             code="missing",
         )
-    if not isinstance(instruction or "", str):
-        raise RequestError("instruction must be a text", "instruction")
-    return instruction or ""
+    return (limits.instruction or "") if instruction is None else instruction
 
 
 def _steps(values: dict[str, Any], limits: Limits, input_type: InputType) -> int:
@@ -246,70 +239,39 @@ def _steps(values: dict[str, Any], limits: Limits, input_type: InputType) -> int
 
 def _integer(values: dict[str, Any], name: str, most: int, default: int) -> int:
     value = values.get(name)
-    if value is None:
-        return default
-    if not _is_token_id(value) or not 1 <= value <= most:
+    if value is not None and not 1 <= value <= most:
         raise RequestError(f"{name} must be a whole number in 1..{most}, got {value!r:.40}", name)
-    return value
+    return default if value is None else value
 
 
-def _boolean(values: dict[str, Any], name: str) -> bool:
-    value = values.get(name, False)
-    if not isinstance(value, bool):
-        raise RequestError(f"{name} must be true or false, got {value!r:.40}", name)
-    return value
-
-
-def _choice(
-    values: dict[str, Any], name: str, choices: tuple[str, ...], default: str | None
-) -> str | None:
-    value = values.get(name)
-    if value is None:
-        return default
-    if value not in choices:
-        listed = " or ".join(map(repr, choices))
-        raise RequestError(f"{name} must be {listed}, got {value!r:.40}", name)
-    return value
-
-
-# --- to tokens ---------------------------------------------------------------------------------
-
-
-def token_rows(
-    prompts: PromptTokenizer,
-    texts: tuple[str | list[int], ...],
-    input_type: InputType,
-    instruction: str,
-    *,
-    truncate: bool,
-    field: str = "input",
-) -> list[list[int]]:
+def token_rows(prompts: PromptTokenizer, asked: Texts) -> list[list[int]]:
     """The prompts of a request's texts, as token ids. Token ids are read as the text that they
     stand for. Raises a RequestError, which names the row, on one that does not fit."""
-    vocabulary = len(prompts.tokenizer)
+    vocabulary, field = len(prompts.tokenizer), asked.field
     rows = []
-    for place, text in enumerate(texts):
-        if not isinstance(text, str):
-            beyond = next((id_ for id_ in text if not 0 <= id_ < vocabulary), None)
-            if beyond is not None:
-                raise RequestError(
-                    f"{field}[{place}] holds the token id {beyond}, and this model's are "
-                    f"0..{vocabulary - 1}: were they made by another tokenizer? Send texts",
-                    field,
-                )
-            text = str(prompts.tokenizer.decode(text, clean_up_tokenization_spaces=False))
-        try:
-            if input_type == "query":
-                tokens = prompts.query_prompt(text, instruction)
-            else:
-                tokens = prompts.document_prompt(text)
-        except TokenizationError as error:
-            raise RequestError(f"{field}[{place}]: {error}", field) from error
-        if tokens.truncated and not truncate:
-            limit: int = getattr(prompts.config, f"{input_type}_max_length")
+    for place, row in enumerate(asked.rows):
+        where, ids = f"{field}[{place}]", row if isinstance(row, list) else []
+        if beyond := [id_ for id_ in ids if not 0 <= id_ < vocabulary]:
             raise RequestError(
-                f"{field}[{place}] takes {tokens.whole_length} tokens with its prompt, and a "
-                f'{input_type} may have {limit}: shorten it, or send "truncate": true',
+                f"{where} holds the token id {beyond[0]}, and this model's are 0..{vocabulary - 1}"
+                ": were they made by another tokenizer? Send texts",
+                field,
+            )
+        text = row
+        if not isinstance(row, str):
+            text = prompts.tokenizer.decode(row, clean_up_tokenization_spaces=False)
+        try:
+            if asked.input_type == "query":
+                tokens = prompts.query_prompt(str(text), asked.instruction)
+            else:
+                tokens = prompts.document_prompt(str(text))
+        except TokenizationError as error:
+            raise RequestError(f"{where}: {error}", field) from error
+        if tokens.truncated and not asked.truncate:
+            limit: int = getattr(prompts.config, f"{asked.input_type}_max_length")
+            raise RequestError(
+                f"{where} takes {tokens.whole_length} tokens with its prompt, and a "
+                f'{asked.input_type} may have {limit}: shorten it, or send "truncate": true',
                 field,
                 code="context_length_exceeded",
             )

@@ -13,7 +13,7 @@ import math
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,13 +23,12 @@ import numpy as np
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from laser_jax.command_line import parse_command_line
+from laser_jax.command_line import program
 from laser_jax.config import ConfigError
 from laser_jax.encode_corpus.encoding import identity
 from laser_jax.evaluate.beir import BeirDataset
 from laser_jax.files.durable import Digest
 from laser_jax.files.reading import decode
-from laser_jax.files.terminal import fail
 from laser_jax.inference.options import EncoderOptions, require_positions
 from laser_jax.inference.retriever import LatentRetriever
 from laser_jax.serve.app import Service, make_app
@@ -45,6 +44,8 @@ _CONNECTIONS = 512
 """At a time; beyond them a request is answered with 503."""
 _SILENT_SECONDS = 30
 """How long a connection may stay open without a request."""
+_WAITING = 4
+"""How many of the largest requests may wait; beyond them a client is told when to come again."""
 _log = logging.getLogger(__name__)
 
 
@@ -67,9 +68,7 @@ class ServeOptions(EncoderOptions):
     max_thinking_steps: int | None = None
     """The largest K that a request may ask for. None: the model's."""
     max_rows: int = 2048
-    """Texts of a request."""
-    max_queue_rows: int = 8192
-    """Texts that may wait; a request beyond them is told when to come again."""
+    """Texts of a request. Four times as many may wait for their turn."""
     timeout_s: float = 60.0
     """Seconds that a request may take."""
     api_key_file: str | None = None
@@ -78,14 +77,8 @@ class ServeOptions(EncoderOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         address_of(self.listen)
-        counts = ("max_thinking_steps", "max_rows", "max_queue_rows")
-        require_in("[1, inf)", self, "", *counts)
+        require_in("[1, inf)", self, "", "max_thinking_steps", "max_rows")
         require_in("(0, inf)", self, "", "timeout_s")
-        require(
-            self.max_rows <= self.max_queue_rows,
-            f"max_rows {self.max_rows} is more than max_queue_rows {self.max_queue_rows}: such a "
-            "request would never be taken",
-        )
 
 
 def address_of(text: str) -> tuple[str, int]:
@@ -101,11 +94,8 @@ def address_of(text: str) -> tuple[str, int]:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket at an address of this machine, or a name of one, of IPv4 or IPv6.
-
-    Raises:
-        OSError: host or port cannot be had; says how to mend it.
-    """
+    """A listening socket at an address of this machine, or a name of one, of IPv4 or IPv6. Raises
+    an OSError, which says how to mend it, where host or port cannot be had."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
@@ -126,16 +116,10 @@ def read_keys(path: str | Path) -> tuple[bytes, ...]:
     return keys
 
 
-# --- loading -----------------------------------------------------------------------------------
-
-
 def load(options: ServeOptions, *, local_only: bool) -> tuple[Service, Callable[[], None]]:
     """The service, its model and corpus read, and the function that makes it ready: compiles, reads
-    or embeds the corpus, and starts the batches.
-
-    Raises:
-        FileNotFoundError, ValueError: a file or an option cannot be used; names it.
-    """
+    or embeds the corpus, and starts the batches. Raises a FileNotFoundError or ValueError that
+    names the file or option that cannot be used."""
     keys = read_keys(options.api_key_file) if options.api_key_file is not None else ()
     corpus = load_corpus(options.corpus) if options.corpus is not None else None
     seen = Digest()
@@ -148,7 +132,7 @@ def load(options: ServeOptions, *, local_only: bool) -> tuple[Service, Callable[
     require_positions(config, "query_max_length", most)
     require_positions(config, "document_max_length", most)
     prompts.require_room([options.instruction or ""], explicit=False)
-    metrics = Metrics()
+    metrics, wanted = Metrics(), "{instruction}" in prompts.config.query_template
     limits = Limits(
         name=options.name or Path(options.model).resolve().name,
         dimension=config.backbone.hidden_size,
@@ -157,14 +141,13 @@ def load(options: ServeOptions, *, local_only: bool) -> tuple[Service, Callable[
         max_thinking_steps=most,
         max_rows=options.max_rows,
         instruction=options.instruction,
+        needs_instruction=wanted and options.instruction is None,
     )
+    room = _WAITING * options.max_rows
     service = Service(
         retriever=retriever,
         batcher=Batcher(
-            retriever.encoder,
-            (of_documents, own, most),
-            max_queue_rows=options.max_queue_rows,
-            metrics=metrics,
+            retriever.encoder, (of_documents, own, most), max_queue_rows=room, metrics=metrics
         ),
         limits=limits,
         metrics=metrics,
@@ -201,14 +184,9 @@ def _make_ready(
     service.site = Site(inspector, service.limits.name, about, options.instruction)
     limits = retriever.prompts.config
     longest = max(limits.query_max_length, limits.document_max_length)
-    shortest = min(
-        len(retriever.prompts.document("")), len(retriever.prompts.query("", "")), longest
-    )
-    service.batcher.warm_up(shortest, longest)
+    empty = (retriever.prompts.document(""), retriever.prompts.query("", ""))
+    service.batcher.warm_up(min(*map(len, empty), longest), longest)
     service.batcher.start()
-
-
-# --- the server --------------------------------------------------------------------------------
 
 
 class _Protocol(H11Protocol):
@@ -232,11 +210,8 @@ class _Protocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Answers while the service is made ready, and ends with what it has begun.
-
-    Attributes:
-        failure: why the service could not be made ready.
-    """
+    """Answers while the service is made ready, and ends with what it has begun. `failure` is why
+    the service could not be made ready."""
 
     def __init__(self, service: Service, make_ready: Callable[[], None]) -> None:
         config = uvicorn.Config(
@@ -303,9 +278,4 @@ def serve(options: ServeOptions) -> None:
     _log.info("ended")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    try:
-        serve(parse_command_line(ServeOptions, "python -m laser_jax.serve", arguments))
-    except (ValueError, OSError, ImportError) as error:
-        fail(error)
+main = program("serve", ServeOptions, serve)

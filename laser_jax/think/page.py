@@ -93,12 +93,11 @@ def _template() -> jinja2.Template:
 def _share(probability: float) -> str:
     """0.934 as `93 %` and 0.0134 as `1.3 %`; never `0 %` or `100 %` for what is neither."""
     percent = 100 * probability
+    number = f"{percent:.0f}" if 9.95 <= percent <= 99 else f"{percent:.1f}"
     if 0 < percent < 0.1:
         number = "<0.1"
     elif 99.9 < percent < 100:
         number = ">99.9"
-    else:
-        number = f"{percent:.0f}" if 9.95 <= percent <= 99 else f"{percent:.1f}"
     return f"{number}\N{NO-BREAK SPACE}%"
 
 
@@ -137,9 +136,8 @@ def rank_chart(documents: Sequence[RankedDocument], top: int) -> Chart:
 
     def line(document: RankedDocument) -> Line:
         ranks, last = document.rank_K, document.rank_K[-1]
-        points = [
-            (x, rows[r - 1] if r <= top else bottom) for x, r in zip(columns, ranks, strict=True)
-        ]
+        heights = [rows[rank - 1] if rank <= top else bottom for rank in ranks]
+        points = list(zip(columns, heights, strict=True))
         path = "".join(
             f"M{x:.1f} {y:.1f}L{next_x:.1f} {next_y:.1f}"
             for (x, y), (next_x, next_y) in pairwise(points)
@@ -163,15 +161,9 @@ def render_page(
     form: Form | None = None,
     error: str | None = None,
 ) -> str:
-    """The page.
-
-    Args:
-        model: its directory.
-        corpus: a sentence about the corpus.
-        thought: None before a query was asked.
-        form: None for a page that stands alone.
-        error: shown in the place of a thought.
-    """
+    """The page. `model` is its directory, `corpus` a sentence about the corpus; there is no thought
+    before a query was asked, no form on a page that stands alone, and an error takes the place of a
+    thought."""
     values: dict[str, Any] = {"model": model, "corpus": corpus, "thought": thought}
     values |= {"form": form, "error": error, "row_height": _ROW_HEIGHT}
     if thought is not None:

@@ -7,16 +7,15 @@ terminal, or as a page (`--html FILE`). `laser_jax.serve` has the page with a fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from laser_jax.command_line import parse_command_line
+from laser_jax.command_line import program
 from laser_jax.config import ConfigError
 from laser_jax.evaluate.beir import BeirDataset
 from laser_jax.files.durable import write_atomically
 from laser_jax.files.reading import DataError, read_json
-from laser_jax.files.terminal import fail, printable
+from laser_jax.files.terminal import printable
 from laser_jax.settings import require_in
 from laser_jax.think.page import render_page
 from laser_jax.think.thought import Inspector, Thought, load_corpus
@@ -41,15 +40,13 @@ class ThinkOptions:
     """K; by default the model's."""
     ignore_identical_ids: bool = True
     """BEIR's rule: a query is not given the document that has its own id."""
-    top: int = 5
-    """How many tokens a step shows."""
-    top_documents: int = 10
-    """How many documents a step shows."""
+    top: tuple[int, int] = (5, 10)
+    """How many tokens and how many documents a step shows."""
     html: str | None = None
     """Write a page to this file instead."""
 
     def __post_init__(self) -> None:
-        require_in("[1, inf)", self, "", "top", "top_documents", "num_thinking_steps")
+        require_in("[1, inf)", self, "", "top", "num_thinking_steps")
         for name in ("text", "instruction", "reasoning"):
             try:
                 (getattr(self, name) or "").encode()
@@ -60,12 +57,8 @@ class ThinkOptions:
 
 def find_corpus(options: ThinkOptions) -> tuple[BeirDataset | None, str]:
     """The corpus - of the option, or `data.eval` of the training run beside the model - and a
-    sentence about it, or about why there is none.
-
-    Raises:
-        ConfigError: the run's config.json is not what laser_jax.train writes.
-        FileNotFoundError, DataError: as `load_corpus`.
-    """
+    sentence about it, or about why there is none. Raises as `load_corpus`, and a ConfigError where
+    the run's config.json is not what laser_jax.train writes."""
     directory, missing = options.corpus, "No corpus; --corpus DIR shows how its ranking moves."
     run = Path(options.model).parent / "config.json"
     if directory is None and run.is_file():
@@ -110,13 +103,11 @@ def describe(thought: Thought) -> str:
         for ranked in sorted(thought.documents, key=lambda ranked: ranked.rank_K[k]):
             rank, was = ranked.rank_K[k], ranked.rank_K[max(k - 1, 0)]
             if rank > thought.top_documents:
-                continue
-            relevant = " (relevant)" if ranked.relevant else ""
+                break
+            named = f"{ranked.document.id}{' (relevant)' if ranked.relevant else ''}"
             move = "" if was == rank else f"  (was {was})"
-            lines.append(
-                f"  {rank:>3}. {ranked.cosine_K[k]:+.3f}  {ranked.document.id}{relevant}: "
-                f"{ranked.document.text[:60]}{move}"
-            )
+            text = f"{named}: {ranked.document.text[:60]}{move}"
+            lines.append(f"  {rank:>3}. {ranked.cosine_K[k]:+.3f}  {text}")
     return "\n".join(lines)
 
 
@@ -125,8 +116,8 @@ def show(options: ThinkOptions) -> None:
     if options.html is not None and not Path(options.html).parent.is_dir():  # now, not at the end
         raise FileNotFoundError(f"the folder of --html {options.html} does not exist")
     corpus, about = find_corpus(options)
-    top = {"top_tokens": options.top, "top_documents": options.top_documents}
-    inspector = Inspector.load(options.model, corpus, **top)
+    tokens, documents = options.top
+    inspector = Inspector.load(options.model, corpus, top_tokens=tokens, top_documents=documents)
     thought = inspector.think(
         options.text,
         instruction=options.instruction,
@@ -142,10 +133,4 @@ def show(options: ThinkOptions) -> None:
     print(printable(f"{given}\n{describe(thought)}"))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    try:
-        options = parse_command_line(ThinkOptions, "python -m laser_jax.think", arguments)
-        show(options)
-    except (ValueError, OSError, ImportError) as error:
-        fail(error)
+main = program("think", ThinkOptions, show)

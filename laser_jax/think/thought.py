@@ -19,12 +19,7 @@ from laser_jax.batch import Tokens
 from laser_jax.config import Pooling, appended_thoughts
 from laser_jax.data.buckets import Buckets
 from laser_jax.data.prompts import PromptTokens
-from laser_jax.data.tokenization import (
-    ExplicitTokens,
-    PromptTokenizer,
-    load_tokenizer,
-    right_pad,
-)
+from laser_jax.data.tokenization import ExplicitTokens, PromptTokenizer, load_tokenizer, right_pad
 from laser_jax.encoder import backbone_for, load_pretrained
 from laser_jax.evaluate.beir import (
     BeirDataset,
@@ -40,7 +35,6 @@ from laser_jax.inference.batch_encoder import LatentEncoder, NotFiniteError
 from laser_jax.inference.retriever import LatentRetriever
 from laser_jax.losses import normalize, pool
 from laser_jax.modeling.backbone import Variables
-from laser_jax.search.matching import IdCount
 from laser_jax.thinking import TopTokens, top_tokens
 from laser_jax.views import explicit_view, latent_view
 
@@ -126,10 +120,8 @@ def load_corpus(directory: str | Path, *, ignore_identical_ids: bool = True) -> 
     for path in sorted((directory / "qrels").glob("*.tsv")):
         for query, grades in read_qrels_file(path).items():
             qrels.setdefault(query, {}).update(grades)
-    counts: tuple[IdCount, ...] = ()
-    if queries:
-        judged = qrels or {query: {} for query in queries}
-        counts = judged_split(directory, documents, queries, judged).unmatched
+    judged = qrels or {query: {} for query in queries}
+    counts = judged_split(directory, documents, queries, judged).unmatched if queries else ()
     return BeirDataset(documents, queries, qrels, counts, ignore_identical_ids)
 
 
@@ -138,8 +130,8 @@ def rank_documents(
     documents: Sequence[Document],
     top: int,
     *,
-    relevant: frozenset[str] = frozenset(),
-    excluded: frozenset[str] = frozenset(),
+    relevant: Collection[str] = (),
+    excluded: Collection[str] = (),
 ) -> tuple[RankedDocument, ...]:
     """The documents that `Thought.documents` holds, from their cosines after each step; equal ones
     rank in the corpus's order. `relevant` and `excluded` are ids; excluded ones take no rank."""
@@ -165,12 +157,8 @@ class Inspector:
     """A model and a corpus, loaded and embedded once, to be asked about many queries.
 
     Documents are embedded with the model's own K, as in an index that is built once; a query is
-    looked at after each of its steps.
-
-    Attributes:
-        config: the model's.
-        corpus: as given.
-        instruction: for queries that bring none: that of the corpus's first query with one, or "".
+    looked at after each of its steps. `instruction` is for queries that bring none: that of the
+    corpus's first query with one, or "".
     """
 
     def __init__(
@@ -183,22 +171,18 @@ class Inspector:
         top_documents: int,
         variables: Variables | None = None,
     ) -> None:
-        """Takes what is loaded; `load` loads it.
+        """Takes what is loaded; `load` loads it. Raises a ValueError where the vocabulary has fewer
+        than `top_tokens`.
 
         Args:
             vectors_CD: float32 embeddings of the corpus's documents, in its order.
             top_tokens, top_documents: how many a step shows.
             variables: the weights, where they are not to be those of the retriever's encoder.
-
-        Raises:
-            ValueError: `top_tokens` are more than the vocabulary has.
         """
         self.config = retriever.encoder.config
-        vocabulary = self.config.backbone.vocab_size
-        if top_tokens > vocabulary:
-            raise ValueError(
-                f"top must be at most {vocabulary}, the model's vocabulary, got {top_tokens}"
-            )
+        most = self.config.backbone.vocab_size
+        if top_tokens > most:
+            raise ValueError(f"{top_tokens} tokens a step; the model's vocabulary has {most}")
         self._prompts = retriever.prompts
         self.corpus, self._vectors_CD = corpus, vectors_CD
         queries = [] if corpus is None else corpus.queries.values()
@@ -206,26 +190,19 @@ class Inspector:
         self.instruction = next(given, "")
         self._excluded = {} if corpus is None else corpus.exclusions()
         self._top_tokens, self._top_documents = top_tokens, top_documents
-        if variables is None:
-            variables = retriever.encoder.variables
-        self._backbone = backbone_for(self.config, variables)
-        self._variables = variables
+        self._variables = retriever.encoder.variables if variables is None else variables
+        self._backbone = backbone_for(self.config, self._variables)
         self._width = Buckets().width  # the encoder's own
         # A `partial` for each shape: its program goes when it does.
-        self._program = lru_cache(PROGRAMS)(
-            lambda function, *widths, **fixed: jax.jit(partial(function, **fixed))
-        )
+        made = lru_cache(PROGRAMS)
+        self._program = made(lambda function, *_, **fixed: jax.jit(partial(function, **fixed)))
 
     @classmethod
     def load(
         cls, model: str | Path, corpus: BeirDataset | None, *, top_tokens: int, top_documents: int
     ) -> Inspector:
-        """Loads the model, a directory that laser_jax.train exported, and embeds the corpus.
-
-        Raises:
-            FileNotFoundError, ValueError: model or tokenizer are not what they should be, or
-                `top_tokens` are more than there are.
-        """
+        """Loads the model, a directory that laser_jax.train exported, and embeds the corpus. Raises
+        as `LatentRetriever.from_pretrained` and on too many `top_tokens`."""
         variables, config = load_pretrained(model)
         prompts = PromptTokenizer(load_tokenizer(model), config.prompt)
         retriever = LatentRetriever(LatentEncoder(variables, config), prompts)
@@ -239,19 +216,18 @@ class Inspector:
         self, variables: Variables, ids_BT: jax.Array, lengths_B: jax.Array, *, steps: int
     ) -> tuple[jax.Array, jax.Array, TopTokens]:
         """Unit states and unit prefix embeddings, each [B, K, D], and what every state says."""
-        hidden_BKD = latent_view(
-            self._backbone, variables, Tokens(ids_BT, lengths_B), steps, self.config.pooling
-        )
+        tokens, pooling = Tokens(ids_BT, lengths_B), self.config.pooling
+        hidden_BKD = latent_view(self._backbone, variables, tokens, steps, pooling)
         prefixes_BKD = jnp.stack([pool(hidden_BKD[:, :k]) for k in range(1, steps + 1)], axis=1)
-        tokens = top_tokens(self._backbone, variables, hidden_BKD, self._top_tokens)
-        return normalize(hidden_BKD), prefixes_BKD, tokens
+        said = top_tokens(self._backbone, variables, hidden_BKD, self._top_tokens)
+        return normalize(hidden_BKD), prefixes_BKD, said
 
     def _segment_states(
         self, variables: Variables, ids_BT: jax.Array, lengths_B: jax.Array, ends_BM: jax.Array
     ) -> jax.Array:
         """Unit states [B, M, D] of the explicit view at the positions `ends_BM`."""
-        view = explicit_view(self._backbone, variables, Tokens(ids_BT, lengths_B), ends_BM)
-        return normalize(view.keyframes_BKD)
+        tokens = Tokens(ids_BT, lengths_B)
+        return normalize(explicit_view(self._backbone, variables, tokens, ends_BM).keyframes_BKD)
 
     def known(self, text: str) -> EvalQuery:
         """The corpus's query with this text, or one with an empty id, and an instruction."""
@@ -270,13 +246,8 @@ class Inspector:
     ) -> Thought:
         """Thinks about a query and looks at every step.
 
-        A query with the text of one of the corpus's takes its instruction and reasoning where none
-        is given, and its judged and excluded documents.
-
-        Args:
-            instruction: the task; None for that of `known`.
-            reasoning: the written chain of thought; None or blank for the query's own.
-            num_thinking_steps: K; None for the model's.
+        A query with the text of one of the corpus's takes its instruction where that is None, its
+        reasoning where that is None or blank, and its judged and excluded documents.
 
         Raises:
             NotFiniteError: a state is not finite.
@@ -286,8 +257,7 @@ class Inspector:
         if not query.strip():
             raise ValueError("the query is empty; write what is to be found")
         known = self.known(query)
-        if instruction is None:
-            instruction = known.instruction or ""
+        instruction = (known.instruction or "") if instruction is None else instruction
         if reasoning is None or not reasoning.strip():
             reasoning = known.reasoning or ""
         K = self.config.num_thinking_steps if num_thinking_steps is None else num_thinking_steps
@@ -299,7 +269,16 @@ class Inspector:
         if reasoning.strip():
             explicit = self._prompts.explicit(query, instruction, reasoning)
             segments, reasoning_cut = self._segments(explicit, states_KD), explicit.truncated
-        excluded = self._excluded.get(known.id, ())
+        excluded, documents = self._excluded.get(known.id, ()), ()
+        if self.corpus is not None:
+            grades = self.corpus.qrels.get(known.id, {}).items()
+            documents = rank_documents(
+                prefixes_KD @ self._vectors_CD.T,
+                self.corpus.documents,
+                self._top_documents,
+                relevant=[id_ for id_, grade in grades if grade > 0],
+                excluded=excluded,
+            )
         return Thought(
             query=query,
             instruction=instruction,
@@ -307,34 +286,25 @@ class Inspector:
             pooling=self.config.pooling,
             steps=self._steps(tokens),
             segments=segments,
-            documents=self._rank(known, excluded, prefixes_KD),
+            documents=documents,
             top_documents=self._top_documents,
             corpus_size=len(self._vectors_CD),
-            notices=self._notices(
-                prompt, reasoning_cut, known.id if known.id in excluded else None
-            ),
+            notices=self._notices(prompt, reasoning_cut, known.id, known.id in excluded),
         )
 
     def _notices(
-        self, prompt: PromptTokens, reasoning_cut: bool, own: str | None
+        self, prompt: PromptTokens, reasoning_cut: bool, id_: str, is_own: bool
     ) -> tuple[str, ...]:
-        limits, notices = self.config.prompt, []
-        if prompt.truncated:
-            notices.append(
-                f"The query was cut: it takes {prompt.whole_length} tokens, and "
-                f"prompt.query_max_length is {limits.query_max_length}."
-            )
-        if own is not None:
-            notices.append(
-                f"Document {own!r} has the query's own id and is left out (BEIR's rule; "
-                "ignore_identical_ids false keeps it)."
-            )
-        if reasoning_cut:
-            notices.append(
-                "The written chain of thought was cut: with the query it takes more than "
-                f"prompt.explicit_max_length, {limits.explicit_max_length} tokens."
-            )
-        return tuple(notices)
+        limits = self.config.prompt
+        notices = {
+            f"The query was cut: it takes {prompt.whole_length} tokens, and "
+            f"prompt.query_max_length is {limits.query_max_length}.": prompt.truncated,
+            f"Document {id_!r} has the query's own id and is left out (BEIR's rule; "
+            "ignore_identical_ids false keeps it).": is_own,
+            "The written chain of thought was cut: with the query it takes more than "
+            f"prompt.explicit_max_length, {limits.explicit_max_length} tokens.": reasoning_cut,
+        }
+        return tuple(text for text, holds in notices.items() if holds)
 
     def _thoughts(self, ids: list[int], K: int) -> tuple[np.ndarray, np.ndarray, TopTokens]:
         """What `_latent_steps` gives for one row: [K, D] twice and tokens [1, K, n]. No step sees
@@ -351,14 +321,13 @@ class Inspector:
         return states[0], prefixes[0], tokens
 
     def _steps(self, tokens: TopTokens) -> tuple[Step, ...]:
-        def said(ids_n: np.ndarray, probabilities_n: np.ndarray) -> tuple[Token, ...]:
-            return tuple(
-                Token(str(self._prompts.tokenizer.decode([id_])), float(p))
-                for id_, p in zip(ids_n, probabilities_n, strict=True)
-            )
-
+        decode = self._prompts.tokenizer.decode
         rows = (tokens.ids_BKn[0], tokens.probabilities_BKn[0], tokens.entropy_BK[0])
-        return tuple(Step(said(ids, p), float(h)) for ids, p, h in zip(*rows, strict=True))
+        steps = []
+        for ids_n, probabilities_n, entropy in zip(*rows, strict=True):
+            said = zip(ids_n, probabilities_n.tolist(), strict=True)
+            steps.append(Step(tuple(Token(str(decode([i])), p) for i, p in said), float(entropy)))
+        return tuple(steps)
 
     def _segments(self, explicit: ExplicitTokens, states_KD: np.ndarray) -> tuple[Segment, ...]:
         last = len(explicit.ids) - 1
@@ -373,18 +342,4 @@ class Inspector:
         return tuple(
             Segment(str(decode(explicit.ids[start : end + 1])), tuple(cosine_K.tolist()))
             for start, end, cosine_K in zip(starts, ends, cosine_MK, strict=True)
-        )
-
-    def _rank(
-        self, known: EvalQuery, excluded: Collection[str], prefixes_KD: np.ndarray
-    ) -> tuple[RankedDocument, ...]:
-        if self.corpus is None:
-            return ()
-        grades = self.corpus.qrels.get(known.id, {})
-        return rank_documents(
-            prefixes_KD @ self._vectors_CD.T,
-            self.corpus.documents,
-            self._top_documents,
-            relevant=frozenset(id_ for id_, grade in grades.items() if grade > 0),
-            excluded=frozenset(excluded),
         )
