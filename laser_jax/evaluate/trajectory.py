@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from laser_jax.batch import Tokens
+from laser_jax.batch import Array, Tokens
 from laser_jax.config import RetrieverConfig
 from laser_jax.data.tokenization import right_pad
 from laser_jax.encoder import backbone_for
@@ -26,12 +26,12 @@ from laser_jax.views import latent_view
 class Trajectories(NamedTuple):
     """A reading of every state of every query."""
 
-    first_QK: np.ndarray
+    first_QK: Array
     """int32, the index of the document nearest to the state alone, which is not pooled with those
     before it; as the trajectory loss compares them."""
-    token_QK: np.ndarray
+    token_QK: Array
     """int32, the likeliest next token."""
-    entropy_QK: np.ndarray
+    entropy_QK: Array
     """float32, of the next-token distribution, in nats."""
 
 
@@ -63,6 +63,6 @@ def read_trajectories(
     return jax.tree.map(lambda *arrays: np.concatenate(arrays)[: len(rows)], *parts)
 
 
-def shares(found_QK: np.ndarray, wanted_QH: np.ndarray) -> np.ndarray:
+def shares(found_QK: Array, wanted_QH: np.ndarray) -> np.ndarray:
     """How often step k holds thing h: [K, H] float64, the share of queries where they are equal."""
     return (found_QK[:, :, None] == wanted_QH[:, None, :]).mean(axis=0)

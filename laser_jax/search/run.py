@@ -105,7 +105,7 @@ def _stored_corpus(directory: str, manifest: Manifest, doc_ids: Sequence[str]) -
             order = np.argsort(ranks)
             yield rows[order], ranks[order]
 
-    return StoredCorpus(read, [doc_ids[i] for i in order_C.tolist()], manifest.info.dtype)
+    return StoredCorpus(read, [doc_ids[int(i)] for i in order_C], manifest.info.dtype)
 
 
 def _excluded(

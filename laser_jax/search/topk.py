@@ -103,7 +103,8 @@ def _add_chunk(
         k = best_1Qk.shape[2]
         new = _top_of_chunk(scores_Qm, ranks_m, k)
         both = zip((best_1Qk[0], ranks_1Qk[0]), new, strict=True)
-        best_Qk, ranks_Qk = _first_k(*(jnp.concatenate(of, axis=1) for of in both), k)
+        scores_Qn, ranks_Qn = (jnp.concatenate(of, axis=1) for of in both)
+        best_Qk, ranks_Qk = _first_k(scores_Qn, ranks_Qn, k)
         return best_Qk[None], ranks_Qk[None]
 
     split, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
@@ -119,7 +120,8 @@ def _merge_devices(
     _, Q, k = best_PQk.shape
     whole = NamedSharding(mesh, PartitionSpec())
     lists = jax.lax.with_sharding_constraint((best_PQk, ranks_PQk), whole)
-    return _first_k(*(x_PQk.transpose(1, 0, 2).reshape(Q, -1) for x_PQk in lists), k)
+    scores_Qn, ranks_Qn = (x_PQk.transpose(1, 0, 2).reshape(Q, -1) for x_PQk in lists)
+    return _first_k(scores_Qn, ranks_Qn, k)
 
 
 # --- on the host -------------------------------------------------------------------------------
@@ -338,7 +340,7 @@ def search_chunks(
     run: Run = {}
     rankings = zip(query_ids, scores_Qk.tolist(), ranks_Qk.tolist(), strict=True)
     for query, scores_k, ranks_k in rankings:
-        ranked = [(ranked_ids[r], s) for r, s in zip(ranks_k, scores_k, strict=True)]
+        ranked = [(ranked_ids[int(r)], s) for r, s in zip(ranks_k, scores_k, strict=True)]
         run[query] = dict([(d, s) for d, s in ranked if d not in removed[query]][:k])
     return run
 
@@ -379,5 +381,5 @@ def search(
         for ranks_M in np.array_split(np.arange(len(order_C), dtype=np.int32), pieces):
             yield doc_embeddings[order_C[ranks_M]], ranks_M
 
-    corpus = StoredCorpus(read, [doc_ids[i] for i in order_C.tolist()])
+    corpus = StoredCorpus(read, [doc_ids[int(i)] for i in order_C])
     return search_chunks(query_embeddings, corpus, query_ids, k, excluded, **settings)
