@@ -138,8 +138,8 @@ def rank_given(options: argparse.Namespace, row: str) -> None:
             if not (model / file.name).exists():
                 (model / file.name).symlink_to(file.resolve())
         config, _ = parse_train_command(train_command(options, "laser", 1))
-        K, pooling = config.objective.num_thinking_steps, config.objective.pooling
-        own = RetrieverConfig(read_backbone_config(model), K, pooling, config.prompt)
+        K, backbone = config.objective.num_thinking_steps, read_backbone_config(model)
+        own = RetrieverConfig(backbone, num_thinking_steps=K, prompt=config.prompt)
         save_retriever_config(own, model)
         rank(options, model, model.parent, row)
         return

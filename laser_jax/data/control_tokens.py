@@ -113,6 +113,6 @@ def _renamed(model: dict[str, Any], aliases: Mapping[str, str]) -> dict[str, Any
         merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
         hidden = aliases.keys()
         changed["merges"] = [m for m in merges if not hidden & {*m, "".join(m)}]
-    if unknown in aliases:
+    if unknown is not None and unknown in aliases:
         changed["unk_token"] = aliases[unknown]
     return {**model, **changed}

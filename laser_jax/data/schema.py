@@ -57,7 +57,7 @@ def parse_row(record: Any, where: str) -> TrainingRow:
             wanted = "a list of strings" if kind is list else "a string"
             got = type(value).__name__
             raise DataError(f"{where}: '{name}' must be {wanted}, got {got}{way_out}")
-        if kind is list:
+        if isinstance(value, list):
             _require_passages(value, name, where)
         else:
             require_unicode(value, f"{where}: '{name}'")

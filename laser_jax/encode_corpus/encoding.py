@@ -234,7 +234,8 @@ class ShardEncoder:
         return shard
 
     def _vectors(self, documents: list[Located], stats: EncodingStats) -> np.ndarray:
-        texts, K = [located.item.text for located in documents], self._info.num_thinking_steps
+        texts = [located.item.text for located in documents]
+        K = self._plan.settings.info.num_thinking_steps
         if self._config.texts == "documents":
             return self.retriever.encode_document(texts, num_thinking_steps=K, stats=stats)
         instructions = [query_instruction(d, self._config.instruction) for d in documents]
