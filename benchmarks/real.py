@@ -314,7 +314,7 @@ def summarise(
 
 
 def _macro(key: str) -> measure.Cell:
-    return lambda row: "" if row[key] is None else f"{row[key]['macro']:.3f}"
+    return lambda row: f"{row[key]['macro']:.3f}" if row.get(key) else ""
 
 
 def _told(d: Mapping[str, float] | None) -> str:
@@ -324,7 +324,7 @@ def _told(d: Mapping[str, float] | None) -> str:
 def _by_set(row: measure.Row) -> str:
     """Every set's mean, and in how far it is the contrastive row's."""
     return ", ".join(
-        f"{name} {value:.3f} {_told(row['less_contrastive_by_set'][name])}".rstrip()
+        f"{name} {value:.3f} {_told(row.get('less_contrastive_by_set', {}).get(name))}".rstrip()
         for name, value in row["scores"].items()
         if name != "macro"
     )

@@ -51,7 +51,7 @@ def pool(hidden_BKD: jax.Array, counted_BK: jax.Array | None = None) -> jax.Arra
     """normalize(mean over the steps, or over those that are counted), [B, D] unit rows (LaSER
     equation 6)."""
     where = None if counted_BK is None else counted_BK[:, :, None]
-    return normalize(hidden_BKD.mean(axis=1, where=where))
+    return normalize(jnp.mean(hidden_BKD, axis=1, where=where))
 
 
 def _scores(states: jax.Array, documents_CD: jax.Array) -> jax.Array:

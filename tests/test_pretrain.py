@@ -251,7 +251,7 @@ def test_every_setting_of_the_model_counts(config, report, tmp_path, monkeypatch
         trained.append(backbone)
         return loss(backbone, *args)
 
-    monkeypatch.setattr(model_module, "resolve_directory", hub.__getitem__)
+    monkeypatch.setattr(model_module, "model_directory", hub.__getitem__)
     monkeypatch.setattr(program, "_loss", recorded)
     asked = {"remat": "full", "attention": "xla"}
     model = ModelConfig(path="mine/tiny", param_dtype="bfloat16", **asked)

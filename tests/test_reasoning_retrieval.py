@@ -80,7 +80,7 @@ def write(directory: Path, rows: list[TrainingRow], cuts: list[int], features: A
         examples = [example_of(row, f"rows.jsonl:{start + i}") for i, row in enumerate(rows)]
         path = shard_path(directory, shard, len(cuts) + 1)
         assert write_shard(path, features, examples[start:stop]) > 0 or start == stop
-    write_description(directory, features, list(np.diff(bounds).tolist()), 1)
+    write_description(directory, list(np.diff(bounds).tolist()), 1)
 
 
 def test_our_shards_hold_what_tfds_prepares(rows_file, tmp_path) -> None:

@@ -113,7 +113,7 @@ def write_tfds(path: Path, records: list[dict[str, Any]]) -> Path:
     name = "reasoning_retrieval-train.array_record-0000{}-of-00002"
     write_tf_examples(path / name.format(0), records[:4])
     write_tf_examples(path / name.format(1), records[4:])
-    write_description(path, text_features(), [4, 3], 1)
+    write_description(path, [4, 3], 1)
     return path
 
 
