@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from benchmarks import baselines, measure
-from benchmarks.ablation import CONFIGS, ROWS, train_once
+from benchmarks.ablation import ROWS, train_once
 from benchmarks.ablation_table import STEPS, commits_told, trained_by
 from benchmarks.measure import BenchmarkError, Report
 from laser_jax.command_line import parse_train_command
@@ -348,7 +348,7 @@ COLUMNS = {
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2", help="the backbone: default smollm2")
     text = "the recipe; FILE_first.yaml beside it is laid over it for the first stage"
-    parser.add_argument("--config", type=Path, default=CONFIGS / "smollm2.yaml", help=text)
+    parser.add_argument("--config", type=Path, default=Path("configs/smollm2.yaml"), help=text)
     parser.add_argument("--sets", type=Path, nargs="+", required=True, help="BEIR directories")
     measure.add_numbers(
         parser,

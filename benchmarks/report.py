@@ -194,14 +194,13 @@ COMPARISONS = (
 
 
 def quality_tables(results: Sequence[Result]) -> Iterator[str]:
-    """The newest measurement of each kind of quality, some columns of it."""
-    for name, chosen in QUALITY_COLUMNS.items():
-        of_kind = [result.report for result in results if result.report["benchmark"] == name]
-        if of_kind:
-            newest = max(of_kind, key=lambda report: report["environment"]["date"])
+    """Some columns of every measurement of quality."""
+    for result in results:
+        name = result.report["benchmark"]
+        if chosen := QUALITY_COLUMNS.get(name):
             columns = importlib.import_module(f"benchmarks.{name}").PROGRAM.columns
-            lines = [[columns[column](row) for column in chosen] for row in newest["rows"]]
-            yield markdown_table(chosen, lines)
+            lines = [[columns[column](row) for column in chosen] for row in result.report["rows"]]
+            yield f"{result.name}:\n\n{markdown_table(chosen, lines)}"
 
 
 # --- the page ----------------------------------------------------------------------------------

@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.real import pooled
 from laser_jax import LatentRetriever
+from laser_jax.evaluate.model import ModelOptions, evaluate_model
 from laser_jax.import_gguf import file as gguf_file
 from laser_jax.models import directory
 from laser_jax.models.directory import model_directory, shipped_adapter
 
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 TEXTS = ["The man turned on the faucet. What happened as a result?", "Water flowed."]
 
 
@@ -71,3 +74,24 @@ def test_the_shipped_adapter_is_small_and_says_what_it_is() -> None:
     assert sum(files.values()) < 10 * 2**20
     card = shipped_adapter("smollm2-laser")[0].parent.joinpath("README.md").read_text()
     assert re.search(r"^license: apache-2.0$", card, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("name", "published"), [("ecare", 0.446), ("copa_sse", 0.377)])
+def test_the_published_scores_are_reproduced(
+    name: str, published: float, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    data = EXAMPLES / name
+    if not data.is_dir():
+        data = pooled(request.getfixturevalue("shared_data") / name, "dev", 1000, tmp_path)
+    options = ModelOptions(
+        model="smollm2-laser",
+        data=str(data),
+        split="dev",
+        output=str(tmp_path / "scores"),
+        eval_thinking_steps=(3,),
+        metrics=("nDCG@10",),
+        length_multiple=16,
+    )
+    # the adapter was ranked in float32, and is kept in bfloat16
+    found = evaluate_model(options)[""]
+    assert found.scores["latent K=3"]["nDCG@10"] == pytest.approx(published, abs=0.003)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks import baselines, real
+from benchmarks.ablation import CONFIGS
 from benchmarks.measure import BenchmarkError
 from laser_jax.command_line import parse_train_command
 from laser_jax.hf.reading import load_adapter
@@ -189,10 +190,10 @@ def test_rows_go_on_from_a_first_stage_that_is_trained_already(command: list[str
 
 
 def test_the_adapter_that_comes_with_it_fits_the_recipe_and_smollm2(smollm2_file: Path) -> None:
-    recipe = real.CONFIGS / "smollm2.yaml"
+    recipe = CONFIGS / "smollm2.yaml"
     config, _ = parse_train_command(["--config", str(recipe)])
     backbone = read_gguf_config(open_gguf(smollm2_file))
-    adapter = real.CONFIGS.parent / "benchmarks" / "adapters" / "smollm2-first"
+    adapter = CONFIGS.parent / "benchmarks" / "adapters" / "smollm2-first"
     tree, settings = load_adapter(adapter, backbone)
     assert settings == config.lora
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(tree))
