@@ -36,7 +36,6 @@ QUALITY_COLUMNS = {
     "ablation": ("row", "K", "nDCG@10", "LaSER less this, nDCG@10"),
     "real": ("row", "K", "nDCG@10, macro", "less contrastive", "less itself at K = 1"),
 }
-"""Benchmark -> what the page shows of it."""
 DRAWN = ("laser", "laser_K1", "laser_K3", "laser_K6", "gircse", "without_explicit_view")
 """The rows of an ablation's figure."""
 

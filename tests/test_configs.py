@@ -68,8 +68,16 @@ def test_there_is_a_config_for_every_kind_of_machine() -> None:
 
 def test_there_is_an_overlay_for_every_ablation_and_baseline() -> None:
     assert names("ablation") == [
-        *("contrastive", "gircse", "teacher", "without_colearning", "without_explicit_view"),
-        *("without_latent_view", "without_output", "without_trajectory"),
+        "contrastive",
+        "documents_once",
+        "gircse",
+        "sampled_K",
+        "teacher",
+        "without_colearning",
+        "without_explicit_view",
+        "without_latent_view",
+        "without_output",
+        "without_trajectory",
     ]
 
 
