@@ -66,6 +66,7 @@ def _weights_absent() -> str | None:
 LONGEST = (
     *("test_faults", "test_gradients", "test_golden", "test_train", "test_benchmarks", "test_step"),
     *("test_processes", "test_encode_corpus", "test_ablation", "test_evaluate", "test_thinking"),
+    *("test_models", "test_real"),
 )
 
 
