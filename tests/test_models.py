@@ -16,6 +16,7 @@ from laser_jax.import_gguf import file as gguf_file
 from laser_jax.models import directory
 from laser_jax.models.directory import model_directory, shipped_adapter
 from laser_jax.search.topk import search
+from laser_jax.think import run as think
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 TEXTS = ["The man turned on the faucet. What happened as a result?", "Water flowed."]
@@ -44,6 +45,11 @@ def test_the_shipped_model_is_its_adapter_over_its_backbone(
 
     monkeypatch.setattr(directory, "import_gguf", lambda _: pytest.fail("made again"))
     assert model_directory("smollm2-laser").parent == model_directory("smollm2").parent
+
+
+def test_a_thought_is_shown_by_the_models_name(capsys: pytest.CaptureFixture[str]) -> None:
+    think.main(["--model", "smollm2-laser", "--text", TEXTS[0]])
+    assert "faucet" in capsys.readouterr().out
 
 
 def test_a_directory_wins_over_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

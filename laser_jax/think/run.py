@@ -61,7 +61,7 @@ def find_corpus(options: ThinkOptions) -> tuple[BeirDataset | None, str]:
     the run's config.json is not what laser_jax.train writes."""
     directory, missing = options.corpus, "No corpus; --corpus DIR shows how its ranking moves."
     run = Path(options.model).parent / "config.json"
-    if directory is None and run.is_file():
+    if directory is None and Path(options.model).is_dir() and run.is_file():
         directory = _evaluation_set(run)
         if directory and not Path(directory).is_dir():
             missing = f"No corpus: the run's own, {directory}, is not there; --corpus names one."

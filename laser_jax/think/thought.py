@@ -35,6 +35,7 @@ from laser_jax.inference.batch_encoder import LatentEncoder, NotFiniteError
 from laser_jax.inference.retriever import LatentRetriever
 from laser_jax.losses import normalize, pool
 from laser_jax.modeling.backbone import Variables
+from laser_jax.models.directory import model_directory
 from laser_jax.thinking import TopTokens, top_tokens
 from laser_jax.views import explicit_view, latent_view
 
@@ -201,10 +202,11 @@ class Inspector:
     def load(
         cls, model: str | Path, corpus: BeirDataset | None, *, top_tokens: int, top_documents: int
     ) -> Inspector:
-        """Loads the model, a directory that laser_jax.train exported, and embeds the corpus. Raises
-        as `LatentRetriever.from_pretrained` and on too many `top_tokens`."""
-        variables, config = load_pretrained(model)
-        prompts = PromptTokenizer(load_tokenizer(model), config.prompt)
+        """Loads the model, by its directory or name, and embeds the corpus. Raises as
+        `LatentRetriever.from_pretrained` and on too many `top_tokens`."""
+        directory = model_directory(model)
+        variables, config = load_pretrained(directory)
+        prompts = PromptTokenizer(load_tokenizer(directory), config.prompt)
         retriever = LatentRetriever(LatentEncoder(variables, config), prompts)
         texts = [document.text for document in corpus.documents] if corpus else []
         vectors_CD = retriever.encode_document(texts, show_progress_bar=True)
