@@ -93,6 +93,8 @@ class DataConfig:
     """Which split of the directory `train`, where it holds several: short for `train/SPLIT`."""
     mixture: tuple[MixtureSource, ...] = ()
     """Several such sources with weights, instead of `train`."""
+    homogeneous_batches: bool = False
+    """Rows of a batch come from one source of the mixture, so that its negatives do too."""
     eval: str | None = None
     """A BEIR directory: corpus.jsonl, queries.jsonl, qrels/<split>.tsv."""
     eval_split: str = "test"

@@ -130,7 +130,7 @@ def test_packs_hold_every_micro_batch_of_every_device(prompts, shards: int, part
                 for device in range(shards)
                 for part in range(parts)
             )
-            assert fullest <= places < fullest + max(fullest / 8, 8)
+            assert fullest <= places < fullest + max(fullest / 4, 8)
     [shared] = batches_of(prompts, 1, data=data)
     assert shared.query.packed is None  # it is read within the explicit input
     part = batches_of(prompts, 1, data=data, part=np.array([0, 2]))[0]
@@ -499,6 +499,25 @@ def test_a_source_keeps_its_order_in_a_mixture_and_two_equal_ones_differ() -> No
     assert by_source[0] != by_source[1]
 
 
+@pytest.mark.parametrize("window", [1, 3])
+def test_homogeneous_batches_have_one_source_each_and_keep_its_share_and_order(
+    prompts, window
+) -> None:
+    half = (MixtureSource("a", 0.5), MixtureSource("b", 0.5))
+    data = replace(DATA, train="", mixture=half, bucket_window=window)
+    one_source = replace(data, homogeneous_batches=True)
+    batches = batches_of(prompts, 30, sources_of(data), one_source)
+    sources = [{int(row >= 3) for row in batch.rows_B} for batch in batches]
+    assert all(len(found) == 1 for found in sources)
+    assert Counter(min(found) for found in sources) == {0: 15, 1: 15}
+    mixed = queries_of(batches_of(prompts, 30, sources_of(data), data))
+    drawn = queries_of(batches)
+    for first, last in ((0, 3), (3, 7)):
+        one, other = ([r for r in rows if first <= r < last] for rows in (drawn, mixed))
+        assert Counter(one) == Counter(other)
+        assert window > 1 or one == other
+
+
 def test_rows_of_a_mixture_are_described_by_file_and_line(prompts) -> None:
     sources = [RowsSource(ROWS[:3], "a.jsonl"), RowsSource(ROWS[3:], "b.jsonl")]
     data = replace(DATA, train="", mixture=(MixtureSource("a", 0.5), MixtureSource("b", 0.5)))
@@ -548,6 +567,14 @@ VARIANTS = {
     "plain": DATA,
     "random, mixture, bucketed": replace(
         DATA, train="", mixture=MIXTURE, selection="random", bucket_window=4
+    ),
+    "batches of one source": replace(
+        DATA,
+        train="",
+        mixture=MIXTURE,
+        selection="random",
+        homogeneous_batches=True,
+        bucket_window=2,
     ),
 }
 

@@ -132,12 +132,12 @@ class Sample(NamedTuple):
 
 
 class SampleOrder:
-    """The endless sequence of samples of a mixture, by index. Of any first s samples, every source
-    has given its share by weight, up to rounding. A source goes through all of its rows before it
-    repeats one, each time in another order."""
+    """The endless sequence of samples of a mixture, by index: `block` samples of one source, then
+    of another. Of any first blocks, every source has given its share by weight, up to rounding. A
+    source goes through all of its rows before it repeats one, each time in another order."""
 
-    def __init__(self, lengths: Sequence[int], weights: Sequence[float], seed: int):
-        self._lengths = lengths
+    def __init__(self, lengths: Sequence[int], weights: Sequence[float], seed: int, block: int = 1):
+        self._lengths, self._block = lengths, block
         exact = [Fraction(weight) for weight in weights]
         # of what the sources before leave
         self._shares = [weight / sum(exact[i:]) for i, weight in enumerate(exact)]
@@ -147,12 +147,13 @@ class SampleOrder:
         ]
 
     def __getitem__(self, index: int) -> Sample:
-        source, place = self._source(index)
+        source, blocks = self._source(index // self._block)
+        place = blocks * self._block + index % self._block
         row: Any = self._rows[source][place]
         return Sample(source, int(row), place // self._lengths[source])
 
     def _source(self, index: int) -> tuple[int, int]:
-        """The source of sample `index`, and how many samples it gave before."""
+        """The source of block `index`, and how many blocks it gave before."""
         for source, share in enumerate(self._shares):
             before = index * share.numerator // share.denominator
             if (index + 1) * share.numerator // share.denominator > before:
@@ -216,7 +217,8 @@ class _BatchBuilder:
         lengths = [len(source) for source in sources]
         self._starts = np.cumsum([0, *lengths])
         weights = [source.weight for source in config.data.sources]
-        self._order = SampleOrder(lengths, weights, config.train.seed)
+        block = self._size * self._data.bucket_window if self._data.homogeneous_batches else 1
+        self._order = SampleOrder(lengths, weights, config.train.seed, block)
         self._lock = threading.Lock()
         self._plan = functools.lru_cache(4)(self._make_plan)
         # Epochs repeat, and a window is read once for its lengths and once for its batches.
@@ -340,12 +342,12 @@ class _BatchBuilder:
         return Tokens(ids_BT[part], lengths_B[part], packed)
 
     def _packed(self, lengths_B: np.ndarray, width: int) -> PackShape:
-        """Room for the fullest pack of any micro-batch, in steps of an eighth of an octave."""
+        """Room for the fullest pack of any micro-batch, in steps of a quarter of an octave."""
         shards, parts = self._shards, self._config.train.num_micro_batches
         # micro-batch i has queries i, i + parts, ...; a device has its own neighbouring ones
         by_pack = lengths_B.reshape(shards, self._size // (shards * parts), parts, -1)
         fullest = int(by_pack.sum(axis=(1, 3)).max())
-        step = max(1 << (fullest.bit_length() - 4), 8)
+        step = max(1 << (fullest.bit_length() - 3), 8)
         most = width * len(lengths_B) // (shards * parts)
         return PackShape(shards, min(-(-fullest // step) * step, most), parts)
 
