@@ -17,14 +17,14 @@ import contextlib
 import json
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks import baselines, measure
+from benchmarks import baselines, measure, thoughts
 from benchmarks.ablation import ROWS, train_once
 from benchmarks.ablation_table import STEPS, commits_told, trained_by
 from benchmarks.measure import BenchmarkError, Report
@@ -35,7 +35,7 @@ from laser_jax.evaluate.metrics import evaluate_run
 from laser_jax.evaluate.model import ModelOptions, evaluate_model
 from laser_jax.evaluate.results import PER_QUERY_FILE, RESULTS_FILE, read_per_query, write_results
 from laser_jax.evaluate.retrieval import CONTROL, EXPLICIT, REWRITE, latent
-from laser_jax.files.durable import write_atomically
+from laser_jax.files.durable import write_atomically, write_json
 from laser_jax.hf.directory import read_backbone_config
 from laser_jax.models.directory import model_directory
 from laser_jax.train.run import TrainingError
@@ -45,6 +45,7 @@ FIRST, UNTRAINED = "first", "untrained"
 GIVEN = {UNTRAINED: "SmolLM2 untrained", **baselines.BASELINES}
 """Rows that nobody trains here."""
 METRICS = ("nDCG@10", "Recall@100")
+THOUGHTS_FILE = "thoughts.json"
 RESAMPLES = 10_000
 
 Scores = dict[str, dict[str, dict[str, float]]]
@@ -125,6 +126,9 @@ def rank(options: argparse.Namespace, model: Path, output: Path, name: str) -> N
                 length_multiple=options.length_multiple,
             )
         )
+        if (K := load_retriever_config(model).num_thinking_steps) > 1:
+            said = thoughts.shares(model, read_beir(data, options.split), K)
+            write_json(target / THOUGHTS_FILE, said)
         jax.clear_caches()
 
 
@@ -307,7 +311,18 @@ def summarise(
         "less_contrastive": less("contrastive"),
         "less_contrastive_by_set": {name: less("contrastive", sets=[name]) for name in names},
         "less_own_K1": less(row, latent(1)) if K > 1 else None,
+        "thoughts": said_by(options, runs[row].values()) if K > 1 else [],
     }
+
+
+def said_by(options: argparse.Namespace, runs: Iterable[Path]) -> list[dict[str, float]]:
+    """`thoughts.shares` of every step, the mean over sets and seeds."""
+    files = [r / options.split / d.name / THOUGHTS_FILE for r in runs for d in options.sets]
+    found = [json.loads(file.read_text()) for file in files if file.is_file()]
+    return [
+        {kind: float(np.mean([step[kind] for step in steps])) for kind in thoughts.KINDS}
+        for steps in zip(*found, strict=True)
+    ]
 
 
 # --- the program -------------------------------------------------------------------------------
@@ -375,5 +390,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 PROGRAM = measure.Program("real", __doc__, fill, COLUMNS, add_flags, repeats=None)
 
+
+def main(arguments: Sequence[str]) -> None:
+    """The command line."""
+    cells = [
+        [row["title"], str(k), *(f"{100 * step[kind]:.1f} %" for kind in thoughts.KINDS)]
+        for row in PROGRAM.main(arguments).rows
+        for k, step in enumerate(row["thoughts"], start=1)
+    ]
+    print(f"\nWhose words a thought's {thoughts.TOP} likeliest tokens are:\n")
+    print(measure.markdown_table(["row", "step", *thoughts.KINDS], cells))
+
+
 if __name__ == "__main__":
-    PROGRAM.main(sys.argv[1:])
+    main(sys.argv[1:])

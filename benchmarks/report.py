@@ -65,7 +65,7 @@ def read_results(folder: Path) -> list[Result]:
     """
     files = sorted([*folder.rglob("*.json"), *folder.rglob("*.json.gz")])
     if not files:
-        raise ResultsError(f"{folder} holds no JSON file: run `python -m benchmarks.all` first")
+        raise ResultsError(f"{folder} holds no JSON file: run `python -m benchmarks.all cpu` first")
     results = []
     for file in files:
         try:
@@ -242,8 +242,8 @@ This repository was written where none of them was at hand: it trains small mode
 and measures speed on random weights of the real shapes. [reproduce.md](reproduce.md) has every
 command from the hub to a BRIGHT table, with the hours to expect.
 
-The CPU's timings are measured again, on an idle machine, by `python -m benchmarks.all`, those of a
-GPU by `python -m benchmarks.gpu --output FILE`, which belongs into `benchmarks/results`."""
+The timings are measured again by `python -m benchmarks.all cpu --output FILE`, on an idle machine,
+and by `python -m benchmarks.all gpu --output FILE`; the file belongs into `benchmarks/results`."""
 
 
 def page(results: Sequence[Result]) -> str:

@@ -113,8 +113,7 @@ class DataConfig:
     length_multiple: int = 32
     """Batches are padded to a multiple of this, which bounds the number of compiled shapes."""
     bucket_window: int = 1
-    """Batches whose rows are sorted together by length before they are cut, so that rows of like
-    length meet; their order is shuffled again. 1 leaves the rows in shuffled order."""
+    """Batches whose rows are sorted together by length before they are cut. 1: none are."""
     pack: bool = False
     """Read rows without their padding (`modeling.packing`), all but attention."""
     threads: int = 2
@@ -383,9 +382,8 @@ class MeshConfig:
 
     data: int = -1
     fsdp: int | Literal["auto"] = "auto"
-    """Splits parameters and batch. `auto` splits over as few devices as hold the training state in
-    half of their memory; 1 where their memory is not known (CPU). With `data` given it takes what
-    that leaves."""
+    """Splits parameters and batch. `auto`: over as few devices as hold the training state in half
+    of their memory (on a CPU 1), or with `data` given over what that leaves."""
     tensor: int = 1
     """Splits heads, feed-forward and vocabulary."""
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from benchmarks import baselines, real
+from benchmarks import baselines, real, thoughts
 from benchmarks.ablation import CONFIGS
 from benchmarks.measure import BenchmarkError
 from laser_jax.command_line import parse_train_command
+from laser_jax.evaluate.beir import BeirDataset, Document, EvalQuery
 from laser_jax.hf.reading import load_adapter
 from laser_jax.import_gguf.file import open_gguf, read_gguf_config
 
@@ -94,6 +96,10 @@ def test_every_row_goes_on_from_the_first_stage_and_is_ranked_on_every_set(
         assert row["by_steps"][str(row["K"])] == scores
         assert row["explicit"]
     laser, contrastive = rows["laser"], rows["contrastive"]
+    assert [len(row["thoughts"]) for row in rows.values()] == [0, 2, 0]
+    for step in laser["thoughts"]:
+        of_own = step["query"], step["document"], step["rationale"]
+        assert sum(of_own) >= 1 - step[thoughts.OTHER] - step[thoughts.NO_WORD] - 1e-9
     assert contrastive["less_contrastive"] is None is contrastive["less_own_K1"]
     difference = laser["scores"]["macro"] - contrastive["scores"]["macro"]
     assert laser["less_contrastive"]["difference"] == pytest.approx(difference)
@@ -108,6 +114,44 @@ def test_every_row_goes_on_from_the_first_stage_and_is_ranked_on_every_set(
     monkeypatch.setattr(real, "evaluate_model", lambda options: pytest.fail("ranked again"))
     real.PROGRAM.main([*command, "--output", str(tmp_path / "again.json")])
     assert json.loads((tmp_path / "again.json").read_text())["rows"] == report["rows"]
+
+
+def test_the_words_of_thoughts_are_counted_by_whose_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Says:
+        @classmethod
+        def load(cls, model: Path, corpus: None, **_: int) -> Says:
+            return cls()
+
+        def think(self, query: str, *, instruction: str | None, num_thinking_steps: int) -> Any:
+            tokens = [SimpleNamespace(text=t) for t in (" Ulm", " Dan", " town", " zebra", " the")]
+            return SimpleNamespace(steps=[SimpleNamespace(tokens=tokens)] * num_thinking_steps)
+
+    monkeypatch.setattr(thoughts, "Inspector", Says)
+    texts = ("Ulm lies on the Danube.", "Gera lies on the Elster.")
+    queries = [EvalQuery("q0", "Where is Ulm?", "", "Ulm is a town.")]
+    queries += [EvalQuery("q1", "Where is Gera?", "", "Gera is a city.")]
+    dataset = BeirDataset(
+        [Document(f"d{i}", text) for i, text in enumerate(texts)],
+        {query.id: query for query in queries},
+        {"q0": {"d0": 1, "d1": 0}, "q1": {"d1": 1}},
+    )
+    first, second = thoughts.shares("any", dataset, 2)
+    # Ulm, Danube, town and no word are Ulm's; all of them are another's to Gera
+    assert (
+        first
+        == second
+        == {
+            "query": 0.1,
+            "document": 0.1,
+            "another's document": 0.2,
+            "rationale": 0.1,
+            "another's rationale": 0.2,
+            thoughts.OTHER: 0.5,
+            thoughts.NO_WORD: 0.2,
+        }
+    )
 
 
 def test_what_nobody_trains_is_ranked_beside_the_rows(command: list[str], tmp_path: Path) -> None:
