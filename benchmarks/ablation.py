@@ -28,6 +28,7 @@ import numpy as np
 from benchmarks import ablation_table, measure
 from benchmarks.ablation_table import METRICS, PROBE_FILE, STEPS
 from benchmarks.measure import BenchmarkError, Report
+from benchmarks.thoughts import read_trajectories, shares
 from laser_jax.command_line import parse_command_line, parse_train_command
 from laser_jax.config import ConfigError, as_dict, load_retriever_config
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
@@ -35,7 +36,6 @@ from laser_jax.encoder import load_pretrained
 from laser_jax.evaluate.beir import read_beir
 from laser_jax.evaluate.model import ModelOptions, evaluate_model
 from laser_jax.evaluate.results import RESULTS_FILE
-from laser_jax.evaluate.trajectory import read_trajectories, shares
 from laser_jax.files.durable import write_atomically
 from laser_jax.inference.batch_encoder import LatentEncoder
 from laser_jax.pretrain.run import PretrainConfig, pretrain

@@ -127,7 +127,7 @@ def rank(options: argparse.Namespace, model: Path, output: Path, name: str) -> N
             )
         )
         if (K := load_retriever_config(model).num_thinking_steps) > 1:
-            said = thoughts.shares(model, read_beir(data, options.split), K)
+            said = thoughts.words(model, read_beir(data, options.split), K)
             write_json(target / THOUGHTS_FILE, said)
         jax.clear_caches()
 
@@ -316,7 +316,7 @@ def summarise(
 
 
 def said_by(options: argparse.Namespace, runs: Iterable[Path]) -> list[dict[str, float]]:
-    """`thoughts.shares` of every step, the mean over sets and seeds."""
+    """`thoughts.words` of every step, the mean over sets and seeds."""
     files = [r / options.split / d.name / THOUGHTS_FILE for r in runs for d in options.sets]
     found = [json.loads(file.read_text()) for file in files if file.is_file()]
     return [

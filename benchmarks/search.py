@@ -8,13 +8,8 @@ scores that are those of the documents that it names, and the same scores.
 
 ours, from the host     `exact_top_k`, the corpus streaming to the device in every search
 ours, on the device     `exact_top_k` over chunks that lie there
-NumPy                   matmul and argpartition
 PyTorch                 matmul and topk, on the device of JAX
 FAISS                   IndexFlatIP, on the CPU
-
-On a GPU, a search as large as all of BRIGHT:
-
-    python -m benchmarks.search --shapes 1384x1146880x1024 --chunk 163840 --without NumPy
 """
 
 from __future__ import annotations
@@ -50,17 +45,6 @@ def unit_rows(seed: int, rows: int, width: int) -> np.ndarray:
     return drawn
 
 
-def numpy_search(queries_QD: np.ndarray, corpus_CD: np.ndarray, k: int) -> Search:
-    def run() -> Found:
-        scores_QC = queries_QD @ corpus_CD.T
-        rows_Qk = np.argpartition(scores_QC, -k, axis=1)[:, -k:]
-        scores_Qk = np.take_along_axis(scores_QC, rows_Qk, axis=1)
-        order_Qk = np.argsort(-scores_Qk, axis=1)
-        return np.take_along_axis(scores_Qk, order_Qk, 1), np.take_along_axis(rows_Qk, order_Qk, 1)
-
-    return run
-
-
 def torch_search(queries_QD: np.ndarray, corpus_CD: np.ndarray, k: int) -> Search:
     import torch
 
@@ -84,7 +68,6 @@ def faiss_search(queries_QD: np.ndarray, corpus_CD: np.ndarray, k: int) -> Searc
 
 
 OTHERS: dict[str, Callable[[np.ndarray, np.ndarray, int], Search]] = {
-    "NumPy": numpy_search,
     "PyTorch": torch_search,
     "FAISS": faiss_search,
 }

@@ -1,5 +1,5 @@
-"""What latent thoughts say: whether the likeliest tokens of each step are words of the query, of
-the relevant documents, of the written rationale, or of none.
+"""What latent thoughts hold, step by step: the document that a state ranks first by itself, what it
+would say next, and whose words that is: the query's, the relevant documents', the rationale's.
 
 Words are compared as BM25 compares them: by stems, without stop words. A token is a word's where
 the one begins with the other and both have three letters or more. What stands in the query counts
@@ -9,21 +9,33 @@ as the query's alone. The document and the rationale of another query are the co
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from laser_jax.batch import Array, Tokens
+from laser_jax.config import RetrieverConfig
+from laser_jax.data.tokenization import right_pad
+from laser_jax.encoder import backbone_for
 from laser_jax.evaluate.beir import BeirDataset
+from laser_jax.losses import normalize
 from laser_jax.mine.bm25 import tokenize
+from laser_jax.modeling.backbone import Variables
 from laser_jax.think.thought import Inspector
+from laser_jax.thinking import top_tokens
+from laser_jax.views import latent_view
 
 TEXTS = ("query", "document", "another's document", "rationale", "another's rationale")
 OTHER, NO_WORD = "none of its own", "no word"
 KINDS = (*TEXTS, OTHER, NO_WORD)
-TOP = 5
-"""Tokens of a step."""
+TOP = 5  # tokens of a step
 
 
-def shares(model: str | Path, dataset: BeirDataset, steps: int) -> list[dict[str, float]]:
+def words(model: str | Path, dataset: BeirDataset, steps: int) -> list[dict[str, float]]:
     """For each step the share of its likeliest tokens, of all queries, that are each text's. Those
     of `TEXTS` overlap."""
     inspector = Inspector.load(model, None, top_tokens=TOP, top_documents=1)
@@ -36,13 +48,12 @@ def shares(model: str | Path, dataset: BeirDataset, steps: int) -> list[dict[str
                 own = kinds & {"query", "document", "rationale"}
                 count.update({"query"} if "query" in own else kinds)
                 count.update([] if own else [OTHER if pieces else NO_WORD])
-    total = TOP * len(dataset.queries)
-    return [{kind: count[kind] / total for kind in KINDS} for count in counts]
+    return [{k: count[k] / (TOP * len(dataset.queries)) for k in KINDS} for count in counts]
 
 
 def _among(piece: str, stems: set[str]) -> bool:
     long = [stem for stem in stems if len(stem) > 2]
-    return len(piece) > 2 and any(s.startswith(piece) or piece.startswith(s) for s in long)
+    return len(piece) > 2 and any(piece.startswith(s) or s.startswith(piece) for s in long)
 
 
 def _stems(dataset: BeirDataset) -> Iterator[tuple[tuple[str, str | None], dict[str, set[str]]]]:
@@ -60,3 +71,47 @@ def _stems(dataset: BeirDataset) -> Iterator[tuple[tuple[str, str | None], dict[
         others = (found[i], found[i - 1], reasons[i], reasons[i - 1])
         own = (asked[i], *(other - asked[i] for other in others))
         yield (query.text, query.instruction), dict(zip(TEXTS, own, strict=True))
+
+
+class Trajectories(NamedTuple):
+    """A reading of every state of Q queries."""
+
+    first_QK: Array
+    """int32, the document nearest to the state alone, as the trajectory loss compares them."""
+    token_QK: Array
+    """int32, the likeliest next token."""
+    entropy_QK: Array
+    """float32, of the next-token distribution, in nats."""
+
+
+def read_trajectories(
+    variables: Variables,
+    config: RetrieverConfig,
+    rows: Sequence[Sequence[int]],
+    documents_CD: np.ndarray,
+    *,
+    batch_size: int = 64,
+) -> Trajectories:
+    """Reads every state of queries, rows of token ids, at the model's own K; `documents_CD` are
+    float32 unit rows."""
+    backbone = backbone_for(config, variables)
+    # queries are repeated to fill the last batch
+    ids_QT, lengths_Q = right_pad([*rows, *[rows[-1]] * (-len(rows) % batch_size)], 0, 8)
+
+    @jax.jit
+    def read(variables: Variables, tokens: Tokens) -> Trajectories:
+        K, pooling = config.num_thinking_steps, config.pooling
+        hidden_BKD = latent_view(backbone, variables, tokens, K, pooling)
+        scores_BKC = jnp.einsum("bkd,cd->bkc", normalize(hidden_BKD), documents_CD)
+        said = top_tokens(backbone, variables, hidden_BKD, 1)
+        return Trajectories(scores_BKC.argmax(-1), said.ids_BKn[..., 0], said.entropy_BK)
+
+    variables, count = jax.device_put(variables), len(ids_QT) // batch_size
+    batches = zip(np.split(ids_QT, count), np.split(lengths_Q, count), strict=True)
+    parts = [jax.device_get(read(variables, Tokens(*batch))) for batch in batches]
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays)[: len(rows)], *parts)
+
+
+def shares(found_QK: Array, wanted_QH: np.ndarray) -> np.ndarray:
+    """[K, H] float64, the share of queries of which step k holds thing h."""
+    return (found_QK[:, :, None] == wanted_QH[:, None, :]).mean(axis=0)

@@ -38,8 +38,9 @@ class PromptConfig:
     thinking_suffix: str = "<think>\n\n</think>\n\n"
     """Appended after the generation prompt (only with `chat_template`)."""
     allow_special_tokens: bool = False
-    """Whether `<|im_end|>`, `<think>` and the like become control tokens where they stand in a
-    text, as in the released code. Otherwise only those of the templates do."""
+    """`<|im_end|>` and the like are control tokens in texts too, as in the released code."""
+    add_special_tokens: bool = True
+    """Put tokens around prompts that the tokenizer itself puts there, such as BOS."""
     append_eos: bool = False
     """End queries and documents with EOS."""
     append_eos_to_reasoning: bool = True
@@ -312,9 +313,8 @@ class TrainConfig:
     micro_batch_size: int | None = None
     """Queries whose activations are held at once, over all devices. None: the whole batch."""
     accumulation: Literal["gradcache", "plain"] = "gradcache"
-    """How micro-batches become one step: `gradcache` contrasts every query with the documents of
-    the whole batch, at the price of a second forward pass; `plain` only with those of its own
-    micro-batch, which is another, weaker loss."""
+    """`gradcache` contrasts every query with the documents of the whole batch, at the price of a
+    second forward pass; `plain` with those of its micro-batch alone: another, weaker loss."""
     epochs: float = 1.0
     steps: int | None = None
     """Overrides `epochs`."""

@@ -18,12 +18,12 @@ from benchmarks import ablation, ablation_table
 from benchmarks.ablation import ROWS, Seed, probe, run_missing, train_command
 from benchmarks.ablation_table import Result, over_seeds, paired_difference, summarise
 from benchmarks.measure import BenchmarkError
+from benchmarks.thoughts import read_trajectories
 from laser_jax.batch import Tokens
 from laser_jax.command_line import parse_train_command
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
 from laser_jax.encoder import backbone_for, load_pretrained
 from laser_jax.evaluate.retrieval import EXPLICIT, latent
-from laser_jax.evaluate.trajectory import read_trajectories
 from laser_jax.thinking import top_tokens
 from laser_jax.views import latent_view
 

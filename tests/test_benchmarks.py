@@ -181,15 +181,15 @@ def test_search_times_what_finds_the_same_documents(tmp_path: Path) -> None:
     faiss = ["FAISS"] if importlib.util.find_spec("faiss") else []
     torch = ["PyTorch"] if PYTORCH else []
     ours = ["ours, from the host", "ours, on the device"]
-    assert names_of(rows) == [*ours, "NumPy", *torch, *faiss]
+    assert names_of(rows) == [*ours, *torch, *faiss]
     assert names_of(run(search.PROGRAM, tmp_path, "--without", *search.OTHERS)) == ours
 
 
 def test_a_search_that_finds_something_else_is_not_timed() -> None:
     queries_QD, corpus_CD = search.unit_rows(1, 3, 8), search.unit_rows(2, 50, 8)
-    right = search.numpy_search(queries_QD, corpus_CD, 4)()
     brute_QC = queries_QD @ corpus_CD.T
-    np.testing.assert_array_equal(right[1], np.argsort(-brute_QC, axis=1)[:, :4])
+    best = np.argsort(-brute_QC, axis=1)[:, :4]
+    right = (np.take_along_axis(brute_QC, best, axis=1), best)
     search.require_found("other", right, right, queries_QD, corpus_CD)
     worse = np.argsort(-brute_QC, axis=1)[:, 1:5]
     lower = (np.take_along_axis(brute_QC, worse, axis=1), worse)

@@ -38,7 +38,7 @@ ORDER: tuple[str, ...] = (
     *("search.vectors", "search.run"),
     *("evaluate.metrics", "evaluate.significance", "evaluate.oracle"),
     *("evaluate.results", "evaluate.plots"),
-    *("evaluate.trajectory", "evaluate.beir", "evaluate.bright", "evaluate.retrieval"),
+    *("evaluate.beir", "evaluate.bright", "evaluate.retrieval"),
     *("evaluate.rewrites", "evaluate.mteb", "evaluate.compare"),
     *("evaluate.model", "evaluate.scored_run", "evaluate.run"),
     *("encode_corpus.documents", "encode_corpus.plan", "encode_corpus.directory"),

@@ -137,7 +137,7 @@ def test_the_words_of_thoughts_are_counted_by_whose_they_are(
         {query.id: query for query in queries},
         {"q0": {"d0": 1, "d1": 0}, "q1": {"d1": 1}},
     )
-    first, second = thoughts.shares("any", dataset, 2)
+    first, second = thoughts.words("any", dataset, 2)
     # Ulm, Danube, town and no word are Ulm's; all of them are another's to Gera
     assert (
         first

@@ -487,7 +487,9 @@ def test_presets_make_the_tokens_of_the_released_code(released) -> None:
 
 
 def test_a_preset_that_cannot_be_is_refused(model, released, retriever) -> None:
-    with pytest.raises(ValueError, match="preset is one of official, official-bare, not 'laser'"):
+    with pytest.raises(
+        ValueError, match="preset is one of official, official-bare, gircse, not 'laser'"
+    ):
         LatentRetriever.from_pretrained("no/where", preset="laser")
     with pytest.raises(ValueError, match="a config or the preset 'official', not both"):
         LatentRetriever.from_pretrained(

@@ -182,7 +182,8 @@ class Prompts:
     def _whole(self, text: str) -> tuple[list[int], int]:
         """The ids of a finished prompt and how many the tokenizer itself put at the end."""
         bos = self._texts.control(self.tokenizer.bos_token or "")
-        encoding = self._texts.encode(text, whole=not (bos and text.startswith(bos)))
+        whole = self.config.add_special_tokens and not (bos and text.startswith(bos))
+        encoding = self._texts.encode(text, whole=whole)
         special = encoding.special_tokens_mask
         return encoding.ids, special[::-1].index(0) if 0 in special else 0
 

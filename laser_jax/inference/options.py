@@ -13,6 +13,7 @@ from laser_jax.config import (
     RETRIEVER_CONFIG_FILE,
     Dtype,
     MeshConfig,
+    Pooling,
     PromptConfig,
     RetrieverConfig,
     appended_thoughts,
@@ -24,21 +25,28 @@ from laser_jax.settings import require, require_in
 from laser_jax.sharding import make_mesh
 
 LimitKey = Literal["query_max_length", "document_max_length"]
-Preset = Literal["official", "official-bare"]
+Preset = Literal["official", "official-bare", "gircse"]
 
 # The prompt of configs/official.yaml.
 _OFFICIAL = PromptConfig(allow_special_tokens=True, segmentation="token", truncation="sequence")
 _BARE = replace(_OFFICIAL, query_template="{query}", chat_template=False)
-_PRESETS = {"official": (_OFFICIAL, 8192), "official-bare": (_BARE, 512)}
-"""The prompt, and the most tokens of a query and of a document, of the released evaluator and of
-the released quick start."""
+_GIRCSE = replace(
+    _BARE, query_template="Instruct: {instruction}\nQuery:{query}", add_special_tokens=False
+)
+_PRESETS: dict[str, tuple[PromptConfig, int, Pooling]] = {
+    "official": (_OFFICIAL, 8192, "prompt_and_thoughts"),
+    "official-bare": (_BARE, 512, "prompt_and_thoughts"),
+    "gircse": (_GIRCSE, 512, "thoughts"),
+}
+"""The prompt, the most tokens of a query and of a document, and the states that are pooled."""
 
 
 def read_retriever_config(directory: str | Path, preset: str | None = None) -> RetrieverConfig:
     """How the model of a Hugging Face directory prompts and thinks, by its laser_config.json; or by
-    a preset, for a model that the authors of LaSER released, which has no such file: `official`
-    prompts as their evaluator does, `official-bare` reads the text alone, as their quick start
-    does. Both think K = 3 steps and append no EOS.
+    a preset, for a released model, which has no such file: `official` prompts as the evaluator of
+    LaSER's authors does, `official-bare` reads the text alone, as their quick start does, and
+    `gircse` is for the adapters of GIRCSE (arXiv 2509.24291) over their backbones. All think K = 3
+    steps and append no EOS.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -52,8 +60,8 @@ def read_retriever_config(directory: str | Path, preset: str | None = None) -> R
         f"{directory} has a {RETRIEVER_CONFIG_FILE}, which says how the model was trained: leave "
         f"the preset {preset!r} away, or remove that file",
     )
-    prompt, limit = _PRESETS[preset]
-    config = RetrieverConfig(read_backbone_config(directory), num_thinking_steps=3, prompt=prompt)
+    prompt, limit, pooling = _PRESETS[preset]
+    config = RetrieverConfig(read_backbone_config(directory), pooling=pooling, prompt=prompt)
     room = config.backbone.max_position_embeddings - prompt.explicit_max_length
     return with_max_length(config, max(min(limit, room), prompt.query_max_length))
 
@@ -143,8 +151,7 @@ class EncoderOptions(BatchOptions):
     """A retriever and how it is run. The programs that run one inherit these flags."""
 
     preset: Preset | None = None
-    """For a model that the authors released, which has no laser_config.json: `official` prompts as
-    their evaluator does, `official-bare` reads the text alone."""
+    """For a released model, which has no laser_config.json: see `read_retriever_config`."""
     adapter: str | None = None
     """A directory with a PEFT LoRA adapter, merged into the model."""
     num_thinking_steps: int | None = None

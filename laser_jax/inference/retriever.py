@@ -132,8 +132,8 @@ class LatentRetriever:
             model: a directory as `laser_jax.train` exports it (config.json, safetensors, tokenizer
                 files and laser_config.json), or `organisation/name` on the Hugging Face hub.
             config: for a model without laser_config.json: how to prompt and to think.
-            preset: instead of `config`, for a model that the authors of LaSER released: `official`
-                or `official-bare`, see `read_retriever_config`.
+            preset: instead of `config`, for a released model: `official`, `official-bare` or
+                `gircse`, see `read_retriever_config`.
             adapter: a directory with a PEFT LoRA adapter, merged into the weights.
             dtype: computes in another dtype than the model's own; float32 is the fastest on CPU.
             mesh: devices that share every batch, and the weights along `fsdp` and `tensor`. All
