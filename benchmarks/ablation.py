@@ -275,7 +275,7 @@ def probe(seed: Seed, row: str, split: str) -> dict[str, Any] | None:
         read = read_trajectories(variables, config, rows, vectors_CD)
         found[name] = {
             "documents": shares(read.first_QK, order[place_QH]).tolist(),
-            "tokens": shares(read.token_QK, np.array(names)[place_QH]).tolist(),
+            "tokens": shares(read.tokens_QKn[..., 0], np.array(names)[place_QH]).tolist(),
             "entropy": read.entropy_QK.mean(axis=0, dtype=np.float64).tolist(),
         }
     return found

@@ -126,8 +126,8 @@ def rank(options: argparse.Namespace, model: Path, output: Path, name: str) -> N
                 length_multiple=options.length_multiple,
             )
         )
-        if (K := load_retriever_config(model).num_thinking_steps) > 1:
-            said = thoughts.words(model, read_beir(data, options.split), K)
+        if load_retriever_config(model).num_thinking_steps > 1:
+            said = thoughts.words(model, read_beir(data, options.split))
             write_json(target / THOUGHTS_FILE, said)
         jax.clear_caches()
 

@@ -262,7 +262,7 @@ def test_the_probe_finds_what_a_direct_reading_of_one_query_finds(
     documents_CD = np.random.default_rng(0).standard_normal((5, 16)).astype(np.float32)
     documents_CD /= np.linalg.norm(documents_CD, axis=1, keepdims=True)
     read = read_trajectories(variables, config, rows, documents_CD, batch_size=4)
-    assert read.first_QK.shape == read.token_QK.shape == read.entropy_QK.shape == (2, 3)
+    assert read.first_QK.shape == read.entropy_QK.shape == (2, 3)
     backbone, variables = backbone_for(config, variables), jax.device_put(variables)
     for q, row in enumerate(rows):
         ids, length = np.array([row], np.int32), np.array([len(row)], np.int32)
@@ -270,7 +270,7 @@ def test_the_probe_finds_what_a_direct_reading_of_one_query_finds(
         units_KD = hidden_KD / np.linalg.norm(hidden_KD, axis=1, keepdims=True)
         assert read.first_QK[q].tolist() == (units_KD @ documents_CD.T).argmax(axis=1).tolist()
         said = top_tokens(backbone, variables, hidden_KD[None], 1)
-        assert read.token_QK[q].tolist() == said.ids_BKn[0, :, 0].tolist()
+        assert read.tokens_QKn[q].tolist() == said.ids_BKn[0].tolist()
         np.testing.assert_allclose(read.entropy_QK[q], said.entropy_BK[0], rtol=1e-5)
 
 

@@ -32,14 +32,20 @@ def in_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
 
 
+@pytest.fixture(scope="module")
+def shipped(cache: Path) -> LatentRetriever:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        return LatentRetriever.from_pretrained("smollm2-laser", length_multiple=8)
+
+
 def test_the_shipped_model_is_its_adapter_over_its_backbone(
-    monkeypatch: pytest.MonkeyPatch,
+    shipped: LatentRetriever, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = LatentRetriever.from_pretrained("smollm2-laser")
     adapter = shipped_adapter("smollm2-laser")[0].parent
-    config = made.encoder.config
+    config = shipped.encoder.config
     apart = LatentRetriever.from_pretrained("smollm2", config=config, adapter=adapter)
-    np.testing.assert_allclose(made.encode_query(TEXTS), apart.encode_query(TEXTS), atol=1e-5)
+    np.testing.assert_allclose(shipped.encode_query(TEXTS), apart.encode_query(TEXTS), atol=1e-5)
     with pytest.raises(ValueError, match="is merged into"):
         LatentRetriever.from_pretrained("smollm2-laser", adapter=adapter)
 
@@ -86,16 +92,19 @@ def test_the_shipped_adapter_is_small_and_says_what_it_is() -> None:
 
 @pytest.mark.parametrize(("name", "published"), [("ecare", 0.446), ("copa_sse", 0.377)])
 def test_the_published_scores_are_reproduced(
-    name: str, published: float, request: pytest.FixtureRequest, tmp_path: Path
+    name: str,
+    published: float,
+    shipped: LatentRetriever,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
 ) -> None:
     data = EXAMPLES / name
     if not data.is_dir():
         data = pooled(request.getfixturevalue("shared_data") / name, "dev", 1000, tmp_path)
     dataset = read_beir(data, "dev")
-    retriever = LatentRetriever.from_pretrained("smollm2-laser", length_multiple=8)
     run = search(
-        retriever.encode_query([query.text for query in dataset.queries.values()]),
-        retriever.encode_document([document.text for document in dataset.documents]),
+        shipped.encode_query([query.text for query in dataset.queries.values()]),
+        shipped.encode_document([document.text for document in dataset.documents]),
         list(dataset.queries),
         [document.id for document in dataset.documents],
         10,

@@ -16,6 +16,7 @@ from benchmarks import baselines, real, thoughts
 from benchmarks.ablation import CONFIGS
 from benchmarks.measure import BenchmarkError
 from laser_jax.command_line import parse_train_command
+from laser_jax.config import RetrieverConfig, ScratchConfig
 from laser_jax.evaluate.beir import BeirDataset, Document, EvalQuery
 from laser_jax.hf.reading import load_adapter
 from laser_jax.import_gguf.file import open_gguf, read_gguf_config
@@ -119,16 +120,15 @@ def test_every_row_goes_on_from_the_first_stage_and_is_ranked_on_every_set(
 def test_the_words_of_thoughts_are_counted_by_whose_they_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Says:
-        @classmethod
-        def load(cls, model: Path, corpus: None, **_: int) -> Says:
-            return cls()
-
-        def think(self, query: str, *, instruction: str | None, num_thinking_steps: int) -> Any:
-            tokens = [SimpleNamespace(text=t) for t in (" Ulm", " Dan", " town", " zebra", " the")]
-            return SimpleNamespace(steps=[SimpleNamespace(tokens=tokens)] * num_thinking_steps)
-
-    monkeypatch.setattr(thoughts, "Inspector", Says)
+    says = (" Ulm", " Dan", " town", " zebra", " the")
+    tokenizer = SimpleNamespace(decode=lambda ids: says[ids[0]])
+    prompts = SimpleNamespace(query=lambda *_: [1], tokenizer=tokenizer)
+    config = RetrieverConfig(ScratchConfig().backbone(300), num_thinking_steps=2)
+    said = thoughts.Trajectories(np.zeros(0), np.tile(np.arange(5), (2, 2, 1)), np.zeros(0))
+    monkeypatch.setattr(thoughts, "load_pretrained", lambda _: ({}, config))
+    monkeypatch.setattr(thoughts, "load_tokenizer", lambda _: tokenizer)
+    monkeypatch.setattr(thoughts, "PromptTokenizer", lambda *_: prompts)
+    monkeypatch.setattr(thoughts, "read_trajectories", lambda *_, top: said)
     texts = ("Ulm lies on the Danube.", "Gera lies on the Elster.")
     queries = [EvalQuery("q0", "Where is Ulm?", "", "Ulm is a town.")]
     queries += [EvalQuery("q1", "Where is Gera?", "", "Gera is a city.")]
@@ -137,7 +137,7 @@ def test_the_words_of_thoughts_are_counted_by_whose_they_are(
         {query.id: query for query in queries},
         {"q0": {"d0": 1, "d1": 0}, "q1": {"d1": 1}},
     )
-    first, second = thoughts.words("any", dataset, 2)
+    first, second = thoughts.words(Path("any"), dataset)
     # Ulm, Danube, town and no word are Ulm's; all of them are another's to Gera
     assert (
         first
