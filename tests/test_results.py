@@ -132,7 +132,7 @@ def test_a_comparison_takes_the_newest_run_that_has_something_to_compare() -> No
 def test_a_file_is_shown_whole_and_so_is_one_of_a_program_that_is_gone() -> None:
     part = {"part": "one", "state": "done", "seconds_taken": 3.0, "report": latency()}
     broken = {"part": "two", "state": "failed", "seconds_taken": 1.0, "message": "x\nout of luck"}
-    whole = latency(benchmark="gpu", command="python -m benchmarks.gpu", rows=[part, broken])
+    whole = latency(benchmark="all", command="python -m benchmarks.all gpu", rows=[part, broken])
     [inner] = inner_results("gpu", whole)
     assert inner.name == "gpu-0-encode_latency"
     text = shown(inner) + shown(Result("gpu", whole))
