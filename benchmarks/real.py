@@ -129,7 +129,6 @@ def rank(options: argparse.Namespace, model: Path, output: Path, name: str) -> N
         if load_retriever_config(model).num_thinking_steps > 1:
             said = thoughts.words(model, read_beir(data, options.split))
             write_json(target / THOUGHTS_FILE, said)
-        jax.clear_caches()
 
 
 def rank_given(options: argparse.Namespace, row: str) -> None:
