@@ -60,7 +60,7 @@ def release(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0.0, 0.1)
-    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(str(tmp_path / "adapter"))
     return model
 
 
