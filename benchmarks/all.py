@@ -116,13 +116,13 @@ def fill(options: argparse.Namespace, report: Report) -> None:
     """Runs the parts, and writes what is known after each.
 
     Raises:
-        BenchmarkError: there is no file to write it to.
+        BenchmarkError: there is no file to write it to, or no part.
     """
-    if options.output is None:
-        raise BenchmarkError("--output FILE is wanted: what is known is written after every part")
     minutes, at_once = LIMITS[options.machine]
     ends, at_once = time.monotonic() + 60 * (options.minutes or minutes), options.at_once or at_once
     parts = [p for p in PARTS[options.machine] if p.name in (options.parts or [p.name])]
+    if options.output is None or not parts:
+        raise BenchmarkError(f"wanted: --output FILE, and --parts of {options.machine} if of any")
     report.rows = [{"part": part.name, "state": NOT_BEGUN} for part in parts]
     report.write(options.output)
     writing, stopped = threading.Lock(), threading.Event()
