@@ -239,7 +239,9 @@ def test_the_program_writes_the_run_of_a_search(
     }
     for query, ranking in run.items():
         assert ranking == pytest.approx(wanted[query], abs=1e-6)
-    assert "7 queries, 140 documents" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "7 queries, 140 documents" in said.out
+    assert "queries thought at K = 5, documents at K = 3" in said.err
 
 
 def test_ties_go_by_id_across_shards(tmp_path: Path, queries: Path) -> None:

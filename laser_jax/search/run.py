@@ -89,6 +89,8 @@ def _require_comparable(options: SearchOptions, corpus: Manifest, queries: Manif
                 f"{key} of {options.query_vectors} is {of_queries!r}, that of "
                 f"{options.corpus_vectors} {of_corpus!r}: their vectors cannot be compared"
             )
+    Ks = (queries.info.num_thinking_steps, corpus.info.num_thinking_steps)
+    _log.info("queries thought at K = %d, documents at K = %d", *Ks)
 
 
 def _stored_corpus(directory: str, manifest: Manifest, doc_ids: Sequence[str]) -> StoredCorpus:
