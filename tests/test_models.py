@@ -36,7 +36,7 @@ def in_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def shipped(cache: Path) -> LatentRetriever:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
-        return LatentRetriever.from_pretrained("smollm2-laser", length_multiple=8)
+        return LatentRetriever.from_pretrained("smollm2-laser", length_multiple=16)
 
 
 def test_the_shipped_model_is_its_adapter_over_its_backbone(
@@ -90,7 +90,7 @@ def test_the_shipped_adapter_is_small_and_says_what_it_is() -> None:
     assert re.search(r"^license: apache-2.0$", card, re.MULTILINE)
 
 
-@pytest.mark.parametrize(("name", "published"), [("ecare", 0.490), ("copa_sse", 0.404)])
+@pytest.mark.parametrize(("name", "published"), [("ecare", 0.662), ("copa_sse", 0.618)])
 def test_the_published_scores_are_reproduced(
     name: str,
     published: float,
@@ -100,8 +100,8 @@ def test_the_published_scores_are_reproduced(
 ) -> None:
     data = EXAMPLES / name
     if not data.is_dir():
-        data = pooled(request.getfixturevalue("shared_data") / name, "dev", 1000, tmp_path)
-    dataset = read_beir(data, "dev")
+        data = request.getfixturevalue("shared_data") / name
+    dataset = read_beir(pooled(data, "dev", 100, tmp_path), "dev")
     run = search(
         shipped.encode_query([query.text for query in dataset.queries.values()]),
         shipped.encode_document([document.text for document in dataset.documents]),

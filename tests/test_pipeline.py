@@ -596,13 +596,13 @@ def test_threads_and_the_first_batch_change_nothing(prompts, data) -> None:
         assert [digest(b) for b in batches] == expected[first:]
 
 
-@pytest.mark.parametrize("num_processes", [1, 2, 8])
+@pytest.mark.parametrize("num_processes", [2, 8])
 @pytest.mark.parametrize("data", VARIANTS.values(), ids=VARIANTS)
 def test_processes_together_make_the_same_batches(prompts, data, num_processes) -> None:
     sources, settings = sources_of(data), {"batch_size": 8}
-    expected = batches_of(prompts, 6, sources, data, **settings)
+    expected = batches_of(prompts, 3, sources, data, **settings)
     parts = np.arange(8).reshape(num_processes, -1)
-    of_processes = [batches_of(prompts, 6, sources, data, **settings, part=p) for p in parts]
+    of_processes = [batches_of(prompts, 3, sources, data, **settings, part=p) for p in parts]
     for whole, *local in zip(expected, *of_processes, strict=True):
         joined = jax.tree.map(lambda *arrays: np.concatenate(arrays), *local)
         assert digest(joined) == digest(whole)
