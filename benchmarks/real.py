@@ -65,6 +65,7 @@ def train_command(options: argparse.Namespace, row: str, seed: int) -> list[str]
     else:
         begun = options.first_adapter or folder / FIRST / "adapter"
         adapter = ["--model.adapter", str(begun)]
+        adapter += ["--model.adapter_share", str(options.adapter_share)]
         command, steps = command + ROWS[row].arguments(folder) + adapter, options.steps
     return [
         *command,
@@ -309,6 +310,7 @@ def summarise(
         "by_steps": {str(k): means(latent(k), scores) for k in STEPS},
         "less_contrastive": less("contrastive"),
         "less_contrastive_by_set": {name: less("contrastive", sets=[name]) for name in names},
+        "less_first": less(FIRST),
         "less_own_K1": less(row, latent(1)) if K > 1 else None,
         "thoughts": said_by(options, runs[row].values()) if K > 1 else [],
     }
@@ -351,6 +353,7 @@ COLUMNS = {
     "nDCG@10, macro": _macro("scores"),
     "Recall@100": _macro(METRICS[1]),
     "less contrastive": lambda row: _told(row["less_contrastive"]),
+    "less first stage": lambda row: _told(row["less_first"]),
     "less itself at K = 1": lambda row: _told(row["less_own_K1"]),
     "given the rationale": _macro("explicit"),
     "given another's": _macro("control"),
@@ -375,6 +378,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     text = "a first stage that is trained, instead of one for every seed"
     parser.add_argument("--first_adapter", type=Path, help=text)
+    text = "of the first stage's adapter in what every row exports (model.adapter_share)"
+    parser.add_argument("--adapter_share", type=float, default=0.0, help=text)
     choices = [*ROWS, *GIVEN]
     text = "default: all that are trained, in this order"
     parser.add_argument("--rows", nargs="+", choices=choices, help=text)

@@ -32,17 +32,8 @@ IN_PROCESS = "LatentRetriever, one call"
 MIXED = 8
 """The largest K of mixed requests."""
 _WORDS = (
-    "river",
-    "town",
-    "hill",
-    "where",
-    "people",
-    "trade",
-    "salt",
-    "and",
-    "wool",
-    "with",
-    "ships",
+    *("river", "town", "hill", "where", "people"),
+    *("trade", "salt", "and", "wool", "with", "ships"),
 )
 
 

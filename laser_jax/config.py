@@ -241,6 +241,8 @@ class ModelConfig:
     adapter: str | None = None
     """A directory with a PEFT adapter over `path` that training goes on from; its settings are
     those of `lora`. None begins with new adapters."""
+    adapter_share: float = 0.0
+    """Of what is exported: the part that is `adapter` as it was, against forgetting."""
     scratch: ScratchConfig | None = None
     backbone: BackboneName | None = None
     """Which of the paper's backbones `path` must be; `--dry_run` then needs no file of it."""
@@ -261,13 +263,11 @@ class ModelConfig:
             "exactly one of model.path (a Hugging Face directory) and model.scratch is wanted",
         )
         require(
-            self.adapter is None or self.path is not None,
-            "model.adapter stands over model.path; model.scratch has no adapter to go on from",
+            self.scratch is None or (self.adapter is None and self.backbone is None),
+            "model.adapter and model.backbone go with model.path; model.scratch has neither",
         )
-        require(
-            self.backbone is None or self.scratch is None,
-            "model.backbone says what model.path is; model.scratch has sizes of its own",
-        )
+        require_in("[0, 1]", self, "model.", "adapter_share")
+        require(bool(self.adapter) or not self.adapter_share, "model.adapter_share: of no adapter")
 
     def require_named_backbone(self, found: BackboneConfig) -> None:
         """Raises a ConfigError where the model at `path` is not the one that `backbone` names. The

@@ -128,7 +128,7 @@ def test_a_missing_key_is_named() -> None:
         (lambda: TrainConfig(profile_steps=(3, 2)), r"train.profile_steps \[3, 2\]"),
         (
             lambda: ModelConfig(scratch=ScratchConfig(), backbone="qwen3-8b"),
-            "model.backbone says what model.path is",
+            "model.adapter and model.backbone go with model.path",
         ),
         (lambda: MeshConfig(fsdp="auto", tensor=-1), r"mesh axes .*\(-1, 1, -1\)"),
         (lambda: MeshConfig(fsdp=0), r"mesh axes .*\(-1, 0, 1\)"),

@@ -90,7 +90,7 @@ def test_the_shipped_adapter_is_small_and_says_what_it_is() -> None:
     assert re.search(r"^license: apache-2.0$", card, re.MULTILINE)
 
 
-@pytest.mark.parametrize(("name", "published"), [("ecare", 0.662), ("copa_sse", 0.618)])
+@pytest.mark.parametrize(("name", "published"), [("ecare", 0.672), ("copa_sse", 0.619)])
 def test_the_published_scores_are_reproduced(
     name: str,
     published: float,

@@ -229,9 +229,11 @@ def test_seeds_that_differ_widen_the_interval_and_other_queries_are_refused() ->
 
 def test_rows_go_on_from_a_first_stage_that_is_trained_already(command: list[str]) -> None:
     begun = str(Path(real.__file__).parent / "adapters" / "smollm2-first")
-    options = real.PROGRAM.options([*command, "--first_adapter", begun])
+    share = ("--adapter_share", "0.5")
+    options = real.PROGRAM.options([*command, "--first_adapter", begun, *share])
     flags = real.train_command(options, "laser", 1)
     assert flags[flags.index("--model.adapter") + 1] == begun
+    assert flags[flags.index("--model.adapter_share") + 1] == "0.5"
 
 
 def test_the_adapter_that_comes_with_it_fits_the_recipe_and_smollm2(smollm2_file: Path) -> None:

@@ -14,9 +14,11 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -29,11 +31,12 @@ import laser_jax.train.loop as loop
 import laser_jax.train.run as program
 import laser_jax.train.selection as selection
 import laser_jax.train.setup as setup
-from laser_jax.command_line import parse_command_line
+from laser_jax.command_line import parse_command_line, parse_train_command
 from laser_jax.config import Config, MeshConfig, RetrieverConfig
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, right_pad
 from laser_jax.encoder import load_pretrained
 from laser_jax.files.claim import OutputError
+from laser_jax.hf.directory import read_backbone_config
 from laser_jax.hf.reading import load_adapter
 from laser_jax.inference.batch_encoder import LatentEncoder
 from laser_jax.sharding import make_mesh
@@ -283,13 +286,15 @@ def test_the_adapter_and_the_merged_model_are_of_the_same_weights(lora: Finished
 
 
 def test_training_goes_on_from_an_adapter(
-    full: Finished, run, arguments, tmp_path: Path, capsys
+    full: Finished, run, arguments, tmp_path: Path, capsys, caplog
 ) -> None:
     base = ("--model.scratch", "null", "--model.path", str(full.output / "model"), *LORA)
     run(tmp_path / "first", *base, *NO_TABLE, "--train.steps", "1")
     begun = str(tmp_path / "first" / "adapter")
     still = ("--optimizer.learning_rate", "0", "--train.steps", "1")
-    run(tmp_path / "still", *base, *NO_TABLE, *still, "--model.adapter", begun)
+    part = ("--model.adapter", begun, "--model.adapter_share", "0.25")
+    run(tmp_path / "still", *base, *NO_TABLE, *still, *part)
+    assert "exported and evaluated: 0.25 of model.adapter, 0.75 of what was" in caplog.text
     first, still_there = (
         load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
         for name in ("first", "still")
@@ -299,7 +304,21 @@ def test_training_goes_on_from_an_adapter(
     for key, value in first.items():
         np.testing.assert_array_equal(value, still_there[key])
 
+    config, _ = parse_train_command(arguments(tmp_path / "run", *base, *still, *part))
+    backbone = read_backbone_config(full.output / "model")
+    layout = SimpleNamespace(backbone=SimpleNamespace(config=backbone))
+    tree, _ = load_adapter(begun, backbone)
+    count, further = (
+        jnp.zeros((), jnp.int32),
+        jax.tree.map(lambda value: jnp.asarray(value + 1), tree),
+    )
+    state = TrainState(count, count, further, None, ())
+    mixed = export.mixed_with_start(cast(Any, SimpleNamespace(config=config, layout=layout)), state)
+    for value, was in zip(*map(jax.tree.leaves, (mixed.trained, tree)), strict=True):
+        np.testing.assert_allclose(value, was + 0.75, rtol=1e-6)
+
     for flags, why in (
+        (("--model.adapter_share", "0.25"), "model.adapter_share: of no adapter"),
         (
             ("--lora.rank", "3", "--model.adapter", begun),
             f"model.adapter {begun} has other settings than lora:\n  rank was 3, is 2",

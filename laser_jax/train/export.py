@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
+
+import jax
 
 from laser_jax.evaluate.retrieval import format_table, retrieval_runs, score_runs
 from laser_jax.files.durable import write_atomically
@@ -13,7 +15,7 @@ from laser_jax.files.terminal import printable
 from laser_jax.hf.writing import save_adapter
 from laser_jax.step import TrainState
 from laser_jax.train.checkpoint import DamagedCheckpointError
-from laser_jax.train.model import save_model
+from laser_jax.train.model import load_starting_adapter, save_model
 from laser_jax.train.processes import is_first
 from laser_jax.train.selection import best_steps
 from laser_jax.train.setup import Run
@@ -43,6 +45,21 @@ def best_state(run: Run, state: TrainState) -> TrainState:
         _log.info("the best step on %s is %d: exported and evaluated", split, step)
         break
     return state
+
+
+def mixed_with_start(run: Run, state: TrainState) -> TrainState:
+    """The state with `model.adapter_share` of the adapter that training began with (Wortsman et
+    al., Robust fine-tuning of zero-shot models, 2022)."""
+    config, share = run.config, run.config.model.adapter_share
+    if share == 0 or config.lora is None:
+        return state
+    backbone = run.layout.backbone.config
+    begun = load_starting_adapter(config.model, config.lora, backbone, state.trained)
+    mixed = jax.tree.map(lambda a, b: share * a + (1 - share) * b, begun, state.trained)
+    _log.info(
+        "exported and evaluated: %g of model.adapter, %g of what was trained", share, 1 - share
+    )
+    return replace(state, trained=mixed)
 
 
 def export_model(run: Run, state: TrainState) -> None:

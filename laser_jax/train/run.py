@@ -20,7 +20,7 @@ from laser_jax.command_line import parse_train_command
 from laser_jax.config import Config
 from laser_jax.files.terminal import configure_logging, fail
 from laser_jax.train.dry_run import dry_run
-from laser_jax.train.export import best_state, export_model, write_results
+from laser_jax.train.export import best_state, export_model, mixed_with_start, write_results
 from laser_jax.train.loop import TrainingError, take_steps
 from laser_jax.train.processes import is_first, join_processes
 from laser_jax.train.setup import set_up
@@ -56,6 +56,7 @@ def train(config: Config) -> dict[str, Any]:
             with stop.interrupting():
                 if config.train.export == "best":
                     state = best_state(run, state)
+                state = mixed_with_start(run, state)
                 export_model(run, state)
                 return write_results(run, state, last, seconds)
         except StopRequested as request:

@@ -107,10 +107,11 @@ def set_up(config: Config, stack: ExitStack) -> tuple[Run, TrainState]:
 
     batches_from(0)  # looks at every row, before anything is written
     state, teacher_variables = _new_state(config, inputs, layout)
+    begun = state.trained if config.model.adapter_share else None
     origin = {
         "config": as_dict(config),
         "code": code_version(),
-        "inputs": _fingerprints(config, inputs, teacher_variables),
+        "inputs": _fingerprints(config, inputs, teacher_variables, begun),
     }
     checkpoints = Checkpoints(
         claim.directory / "checkpoints",
@@ -207,10 +208,11 @@ def _new_state(
 
 
 def _fingerprints(
-    config: Config, inputs: Inputs, teacher_variables: Variables | None
+    config: Config, inputs: Inputs, teacher_variables: Variables | None, begun: Any
 ) -> dict[str, Any]:
     """What a resumed run must find as it was, and neither its config nor its state holds. Another
-    split may be ranked, but no other texts or judgements under the same name."""
+    split may be ranked, but no other texts or judgements under the same name. `begun` is the
+    adapter where a part of it is exported."""
     teacher = None if teacher_variables is None else fingerprint(teacher_variables)
     ranked = inputs.ranked(config.data).items()
     return {
@@ -220,6 +222,7 @@ def _fingerprints(
         "fingerprints of the training rows": [s.facts.fingerprint for s in inputs.sources],
         "prompt_checksum": inputs.prompts.checksum(),
         "weights of objective.teacher": teacher,
+        "weights of model.adapter": None if begun is None else fingerprint(begun),
     }
 
 
