@@ -5,7 +5,8 @@
 Clients send a text a request, each its next one when it has its answer, and all of them the same
 texts: documents, of 2 to 400 words in equal parts of their logarithm, drawn by a fixed seed. The
 retriever embeds them in one call in this process. With `mixed` the K of requests goes 1, 2, ..., 8.
-The server is a process of its own on the same machine, so that clients take time from it.
+The server is a process of its own on the same machine, so that clients take time from it. So is the
+peer of `--peer`, which must know a model `model:document` and is compared with ours at K = 1.
 """
 
 from __future__ import annotations
@@ -75,9 +76,9 @@ def serving(options: argparse.Namespace) -> Iterator[str]:
 
 
 async def ask(
-    url: str, texts: list[str], clients: int, mixed: bool, seconds: list[float]
+    url: str, texts: list[str], clients: int, most: int | None, seconds: list[float]
 ) -> np.ndarray:
-    """The vectors of all texts, by so many clients at a time; `seconds` is given each request's."""
+    """The vectors of all texts, by so many clients at once, at K = 1 to `most`, or the model's."""
     found: list[Any] = [None] * len(texts)
     places = iter(range(len(texts)))
 
@@ -85,8 +86,8 @@ async def ask(
         for place in places:
             body: dict[str, Any] = {"model": "model:document", "input": texts[place]}
             body |= {"truncate": True, "encoding_format": "float"}
-            if mixed:
-                body["thinking_steps"] = 1 + place % MIXED
+            if most is not None:
+                body["thinking_steps"] = 1 + place % most
             began = time.perf_counter()
             answer = await client.post(f"{url}/v1/embeddings", json=body)
             answer.raise_for_status()
@@ -112,11 +113,14 @@ def fill(options: argparse.Namespace, report: Report) -> None:
         IN_PROCESS: lambda: retriever.encode_document(texts, stats=EncodingStats())
     }
     with serving(options) as url:
+        asked = [("", url, None), (f", K = 1 to {MIXED}", url, MIXED)]
+        if options.peer is not None:
+            asked += [(", K = 1", url, 1), (" of the peer", options.peer, None)]
         for clients in options.clients:
-            for mixed in (False, True):
-                name = f"{clients} clients{f', K = 1 to {MIXED}' if mixed else ''}"
+            for what, where, most in asked:
+                name = f"{clients} clients{what}"
                 waits[name] = []
-                told = (url, texts, clients, mixed, waits[name])
+                told = (where, texts, clients, most, waits[name])
                 contenders[name] = lambda told=told: asyncio.run(ask(*told))
         ours = contenders[IN_PROCESS]()
         theirs = contenders[f"{options.clients[0]} clients"]()
@@ -147,6 +151,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a directory with laser_config.json")
     parser.add_argument("--dtype", default="float32", help="to compute in; default float32")
     measure.add_numbers(parser, {"texts": (256, "how many"), "max_length": (256, "tokens")})
+    parser.add_argument("--peer", metavar="URL", help="of another server, before /v1/embeddings")
     clients = [1, 8, 64]
     parser.add_argument("--clients", type=measure.positive, nargs="+", default=clients)
 

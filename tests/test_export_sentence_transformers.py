@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -256,6 +257,13 @@ from sentence_transformers import SentenceTransformer
 model = SentenceTransformer(sys.argv[1], trust_remote_code=True, device="cpu")
 np.save(sys.argv[2], model.encode_query(["Where is Ulm?"], prompt="Find the town"))
 """
+
+
+def test_the_module_imports_every_file_that_comes_with_it(qwen3: Path) -> None:
+    """As transformers 4 copies those of a directory alone which the module itself imports."""
+    code = (qwen3 / "laser_retriever.py").read_text()
+    imported = re.findall(r"^from \.(\w+) import", code, flags=re.MULTILINE)
+    assert {path.stem for path in qwen3.glob("*.py")} == {"laser_retriever", *imported}
 
 
 def test_it_runs_where_laser_jax_is_not(

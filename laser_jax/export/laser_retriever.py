@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
+from laser_jax.data.control_tokens import TextTokenizer  # transformers 4 copies what stands here
 from laser_jax.data.prompts import Prompts
 
 # Releases of transformers differ in the name.
@@ -48,7 +49,7 @@ class LaserRetriever(torch.nn.Module):
     forward_kwargs = frozenset({"num_thinking_steps"})
     save_in_root = True
 
-    def __init__(self, model: Any, tokenizer: Any, *files: dict[str, Any]) -> None:
+    def __init__(self, model: Any, tokenizer: TextTokenizer, *files: dict[str, Any]) -> None:
         """Raises a ValueError where the tokenizer makes other prompts than in training."""
         super().__init__()
         self.model, self.tokenizer, self.files = model, tokenizer, files
