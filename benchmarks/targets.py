@@ -86,7 +86,7 @@ TARGETS: Sequence[Target] = (
     Target(
         f"train adapters, 64 queries a step, {LARGE} (stretch: 100)",
         "train_step",
-        {"backbone": LARGE, "full": False, "contender": ("fast", "gradcache / 8", "gradcache / 4")}
+        {"backbone": LARGE, "full": False, "contender": ("fast", "remat full", "gradcache / 2")}
         | vars(gpu_shape(64)),
         60,
         "queries_per_second",

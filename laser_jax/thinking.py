@@ -15,14 +15,7 @@ from flax import struct
 
 from laser_jax.config import Pooling, appended_thoughts, pools_prompt
 from laser_jax.modeling.attention import accumulation_dtype, merge_groups, split_groups
-from laser_jax.modeling.backbone import (
-    REMAT_POLICIES,
-    Backbone,
-    Cache,
-    Variables,
-    apply,
-    empty_suffix,
-)
+from laser_jax.modeling.backbone import Backbone, Cache, Variables, apply, empty_suffix
 
 
 @struct.dataclass
@@ -81,11 +74,10 @@ def think(
         h_BD, suffix = apply(Backbone.think, backbone, variables, token_BD, *past)
         return (h_BD, suffix), h_BD
 
-    if backbone.remat != "none":
-        policy = REMAT_POLICIES[backbone.remat]
-        step = jax.checkpoint(step, policy=policy, prevent_cse=False)
     carry = (merge_groups([prefix.h_BD for prefix in prefixes]), empty_suffix(caches, generated))
-    _, h_KBD = jax.lax.scan(step, carry, jnp.arange(generated))
+    # The paper's two thoughts stand one behind the other: a loop would add the gradients of all
+    # prompts' keys and values up in its carry, from zeros on.
+    _, h_KBD = jax.lax.scan(step, carry, jnp.arange(generated), unroll=generated <= 2)
     sizes = [prefix.lengths_B.shape[0] for prefix in prefixes]
     thoughts = split_groups(jnp.swapaxes(h_KBD, 0, 1).astype(wide), sizes)
     if not pools_prompt(pooling):

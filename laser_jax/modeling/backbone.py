@@ -30,7 +30,7 @@ from laser_jax.modeling.attention import (
     exact_matmuls,
     thinking_attention,
 )
-from laser_jax.modeling.kernels import matmul, paired
+from laser_jax.modeling.kernels import laid_out, matmul, paired
 from laser_jax.modeling.lora import Projection
 from laser_jax.modeling.packing import Packing, Rows
 from laser_jax.modeling.rope import Rope, apply_rope, rope_at, rope_from_zero
@@ -122,7 +122,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(c.rms_norm_eps, "head_dim", self.param_dtype)
 
     def _heads(self, x: jax.Array, axis: str) -> jax.Array:
-        heads = x.reshape(*x.shape[:2], -1, self.config.head_dim)
+        heads = laid_out(x.reshape(*x.shape[:2], -1, self.config.head_dim))
         return constrain(heads, "batch", None, axis, None)
 
     def _queries(self, x: jax.Array, rope: Rope) -> jax.Array:

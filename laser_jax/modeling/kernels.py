@@ -204,6 +204,12 @@ def _platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def laid_out(x: jax.Array) -> jax.Array:
+    """x. On a TPU it is this that XLA brings into another layout; else it would be what a norm
+    makes of it, float32, at twice the bytes."""
+    return jax.lax.optimization_barrier(x) if _platform() == "tpu" else x
+
+
 def paired(x: jax.Array) -> jax.Array:
     """A single row [1, ..., I] twice, anything else as it is. XLA's CPU compiler multiplies one row
     of bfloat16 up to fifteen times slower than two; the caller drops the second result."""
