@@ -87,12 +87,12 @@ class Setup:
 
 
 def base_config(options: argparse.Namespace) -> Config:
-    """The settings of `fast`. Of `model` the step takes kernel and remat; its backbone is made
-    apart."""
+    """The settings of `fast`. Of `model` the step takes kernel and remat alone."""
     shape, dtype = train_shape(options), options.dtype
     kernel = workload.kernel_for(SHAPES[options.backbone], dtype)
+    told = {"dtype": dtype, "param_dtype": dtype, "remat": options.every_remat}
     return Config(
-        ModelConfig(scratch=ScratchConfig(), dtype=dtype, param_dtype=dtype, attention=kernel),
+        ModelConfig(scratch=ScratchConfig(), attention=kernel, **told),
         DataConfig(group_size=shape.documents_per_query),
         lora=None if options.full else LoraConfig(rank=64, alpha=32),
         objective=ObjectiveConfig(num_thinking_steps=shape.thinking_steps, views="fast"),
@@ -130,7 +130,6 @@ def variants(base: Config, options: argparse.Namespace) -> dict[str, Config]:
         BenchmarkError: there is no contender of a name, or the queries do not divide into its
             micro-batches.
     """
-
     queries = base.train.batch_size
     made: dict[str, tuple[str, dict[str, Any]]] = {
         "fast": ("train", {}),
@@ -307,6 +306,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=positive, nargs="*", default=default, help=text)
     remats = ("dots", "full")
     parser.add_argument("--remat", choices=remats, nargs="*", default=[*remats])
+    parser.add_argument("--every_remat", choices=remats, default="none", help="of all contenders")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of ours these")
     parser.add_argument("--profile", action="store_true", help="the kernels of ours, by kind")
 
