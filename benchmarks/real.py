@@ -353,7 +353,7 @@ COLUMNS = {
     "nDCG@10, macro": _macro("scores"),
     "Recall@100": _macro(METRICS[1]),
     "less contrastive": lambda row: _told(row["less_contrastive"]),
-    "less first stage": lambda row: _told(row["less_first"]),
+    "less first stage": lambda row: _told(row.get("less_first")),
     "less itself at K = 1": lambda row: _told(row["less_own_K1"]),
     "given the rationale": _macro("explicit"),
     "given another's": _macro("control"),
