@@ -52,7 +52,8 @@ class LaserRetriever(torch.nn.Module):
     def __init__(self, model: Any, tokenizer: TextTokenizer, *files: dict[str, Any]) -> None:
         """Raises a ValueError where the tokenizer makes other prompts than in training."""
         super().__init__()
-        self.model, self.tokenizer, self.files = model, tokenizer, files
+        self.model, self.files = model, files
+        self.tokenizer: Any = tokenizer
         config = files[1]
         self.num_thinking_steps: int = config["num_thinking_steps"]
         self.document_thinking_steps: int | None = config.get("document_thinking_steps")
