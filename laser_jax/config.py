@@ -267,7 +267,7 @@ class ModelConfig:
             "model.adapter and model.backbone go with model.path; model.scratch has neither",
         )
         require_in("[0, 1]", self, "model.", "adapter_share")
-        require(bool(self.adapter) or not self.adapter_share, "model.adapter_share: of no adapter")
+        require(bool(self.adapter) or not self.adapter_share, "adapter_share wants model.adapter")
 
     def require_named_backbone(self, found: BackboneConfig) -> None:
         """Raises a ConfigError where the model at `path` is not the one that `backbone` names. The

@@ -318,7 +318,7 @@ def test_training_goes_on_from_an_adapter(
         np.testing.assert_allclose(value, was + 0.75, rtol=1e-6)
 
     for flags, why in (
-        (("--model.adapter_share", "0.25"), "model.adapter_share: of no adapter"),
+        (("--model.adapter_share", "0.25"), "adapter_share wants model.adapter"),
         (
             ("--lora.rank", "3", "--model.adapter", begun),
             f"model.adapter {begun} has other settings than lora:\n  rank was 3, is 2",
