@@ -182,9 +182,29 @@ def test_in_bfloat16_company_moves_a_vector_by_no_more_than_its_rounding(base) -
 
 
 def test_another_batch_size_gives_the_same_vectors(base, alone) -> None:
-    many = encoder(base).with_batch_size(5)
+    many = encoder(base).with_shapes(batch_size=5)
     assert many.buckets.batch_size == 5
     np.testing.assert_allclose(many.encode_tokens(ROWS, [3])[0], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fixed", "per_token", "expected"),
+    [(1.0, 0.125, 8), (0.0, 0.5, 0), (3.0, 0.0, 5 * 16), (-1.0, 0.25, 0)],
+)
+def test_what_a_batch_takes_beside_its_tokens_is_told_in_tokens(
+    base, monkeypatch: pytest.MonkeyPatch, fixed: float, per_token: float, expected: int
+) -> None:
+    made = encoder(base).with_shapes(batch_size=5, short_batches=(1,), batch_tokens=1024)
+    now = [0.0]
+
+    def start(rows: list[list[int]], Ks: tuple[int, ...]) -> None:
+        assert Ks == (1, 2)
+        now[0] += fixed + per_token * len(rows) * 16
+
+    monkeypatch.setattr(made, "start", start)
+    monkeypatch.setattr("laser_jax.inference.batch_encoder.time.perf_counter", lambda: now[0])
+    assert made.overhead(16, (1, 2)) == expected
+    assert made.with_shapes(short_batches=()).overhead(16, (1, 2)) == 0
 
 
 # --- a mesh ------------------------------------------------------------------------------------

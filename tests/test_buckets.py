@@ -79,17 +79,47 @@ def test_a_size_below_one_is_refused(name) -> None:
         Buckets(short_batches=(0,))
 
 
+def least(buckets: Buckets, lengths: list[int], overhead: int) -> int:
+    """What the cheapest batches cost, by trying all: `lengths` are in descending order."""
+    if not lengths:
+        return 0
+    costs = []
+    for count in range(1, min(len(lengths), buckets.sizes(buckets.width(lengths[0]))[-1]) + 1):
+        size, width = buckets.shape([[0] * length for length in lengths[:count]])
+        costs.append(size * width + overhead + least(buckets, lengths[count:], overhead))
+    return min(costs)
+
+
+@pytest.mark.parametrize("overhead", [0, 20, 100, 5000])
+def test_rows_are_cut_into_the_batches_that_cost_least(overhead: int) -> None:
+    buckets = Buckets(batch_size=6, batch_tokens=200, length_multiple=8, short_batches=(1, 3))
+    rng = np.random.default_rng(0)
+    for count in range(11):
+        lengths = sorted(rng.integers(1, 60, count).tolist(), reverse=True)
+        places = rng.permutation(count).tolist()
+        rows = [(place, [0] * length) for place, length in zip(places, lengths, strict=True)]
+        batches = list(buckets.cut(rng.permutation(np.array(rows, object)).tolist(), overhead))
+        cost = 0
+        for batch in batches:
+            size, width = buckets.shape([row for _, row in batch])
+            cost += size * width + overhead
+        assert cost == least(buckets, lengths, overhead)
+        cut = [row for batch in batches for row in batch]
+        assert [len(row) for _, row in cut] == lengths
+        assert sorted(place for place, _ in cut) == list(range(count))
+
+
 @pytest.mark.parametrize(
-    ("count", "sizes"),
+    ("count", "overhead", "sizes"),
     [
-        *((1, [1]), (3, [1, 1, 1]), (4, [4]), (9, [8, 1]), (31, [8, 8, 8, 7])),
-        *((32, [32]), (64, [64]), (70, [64, 6]), (66, [64, 1, 1])),
+        *((1, 0, [1]), (7, 0, [1] * 7), (9, 50, [8, 1]), (9, 2000, [9])),
+        *((31, 50, [8, 8, 8, 7]), (31, 500, [31])),
+        *((64, 0, [64]), (66, 0, [64, 1, 1]), (66, 200, [64, 2])),
     ],
 )
-def test_a_batch_that_is_cut_is_half_full_where_it_can_be(count: int, sizes: list[int]) -> None:
+def test_a_batch_that_costs_much_beside_its_tokens_is_seldom_cut(
+    count: int, overhead: int, sizes: list[int]
+) -> None:
     rows = [(place, [0] * (1 + place % 30)) for place in range(count)]
-    batches = list(Buckets(short_batches=(1, 8)).cut(rows))
+    batches = Buckets(short_batches=(1, 8)).cut(rows, overhead)
     assert [len(batch) for batch in batches] == sizes
-    lengths = [len(row) for batch in batches for _, row in batch]
-    assert lengths == sorted(lengths, reverse=True)
-    assert sorted(place for batch in batches for place, _ in batch) == list(range(count))

@@ -112,6 +112,19 @@ def test_rows_keep_their_fields_and_get_negatives_with_their_sources(data: Path)
     assert rows[0].negative_passages == tuple(tower["negative_passages"])
 
 
+def test_random_negatives_come_from_the_whole_corpus_and_are_no_positives(data: Path) -> None:
+    output = run(data, "random", "--max_overlap", "null")
+    tower, sea = lines_of(output)
+    assert set(negatives(output)) == {"river", "near", "sparrow", "kiel", "moon"}
+    assert set(negatives(output, 1)) >= {"moon", "river", "sparrow", "question"}
+    assert "kiel" not in negatives(output, 1)
+    assert [tower["positive_scores"], sea["positive_scores"]] == [[None], [None, None]]
+    assert report_of(output)["rows_with_a_negative_above_a_positive"] == 0
+    few = run(data, "random", "--max_overlap", "null", "--ranks", "[1, 4]", output="few.jsonl")
+    assert set(negatives(few, 1)) < set(negatives(output, 1))
+    assert set(negatives(few)) != set(negatives(few, 1))  # rows draw for themselves
+
+
 def test_the_report_counts_what_happened_to_every_candidate_and_names_poor_rows(
     data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

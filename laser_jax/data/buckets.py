@@ -60,17 +60,23 @@ class Buckets:
             widths.append(self.width(widths[-1] + 1))
         return [(size, width) for width in widths for size in self.sizes(width)]
 
-    def cut(self, rows: Iterable[IndexedRow]) -> Iterator[list[IndexedRow]]:
-        """Cuts rows that are all there into batches of which at least half is filled, where the
-        sizes allow it: the longest rows first."""
+    def cut(self, rows: Iterable[IndexedRow], overhead: int = 0) -> Iterator[list[IndexedRow]]:
+        """Cuts rows that are all there into the batches that cost least together, the longest rows
+        first. A batch costs its tokens, padding included, and `overhead` tokens beside them."""
         left = sorted(rows, key=lambda row: len(row[1]), reverse=True)
-        while left:
-            sizes = self.sizes(self.width(len(left[0][1])))
-            size = next((size for size in sizes if size >= len(left)), sizes[-1])
-            if 2 * len(left) < size:
-                size = max((size for size in sizes if size <= len(left)), default=size)
-            yield left[:size]
-            left = left[size:]
+        # of the rows from each place on: what they cost, and how many the first batch may have
+        costs, takes = [0] * (len(left) + 1), [0] * len(left)
+        for place in reversed(range(len(left))):
+            width = self.width(len(left[place][1]))
+            costs[place], negative = min(
+                (size * width + overhead + costs[min(place + size, len(left))], -size)
+                for size in self.sizes(width)
+            )
+            takes[place] = -negative
+        place = 0
+        while place < len(left):
+            yield left[place : place + takes[place]]
+            place += takes[place]
 
     def batches(self, blocks: Iterable[Sequence[IndexedRow]]) -> Iterator[list[IndexedRow]]:
         """Cuts rows that arrive in blocks into batches, the longest row of a block first. What a

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
@@ -135,10 +136,10 @@ class LatentEncoder:
         other.variables = {}
         return other
 
-    def with_batch_size(self, batch_size: int) -> LatentEncoder:
-        """The same encoder with another number of rows, which is another set of shapes."""
+    def with_shapes(self, **changes: Any) -> LatentEncoder:
+        """The same encoder with other fields of `buckets`, which is another set of shapes."""
         other = copy.copy(self)
-        other.buckets = dataclasses.replace(self.buckets, batch_size=batch_size)
+        other.buckets = dataclasses.replace(self.buckets, **changes)
         return other
 
     def _placed(self, variables: Variables) -> Variables:
@@ -174,6 +175,23 @@ class LatentEncoder:
         shapes = self.buckets.shapes(shortest, longest)
         for shape in tqdm(shapes, progress, disable=None if progress else True, leave=False):
             self._program(*shape, tuple(num_thinking_steps))
+
+    def overhead(self, width: int, Ks: tuple[int, ...]) -> int:
+        """What a batch of this width takes beyond its tokens, in tokens of the same time: by the
+        seconds of its smallest and its largest number of rows. 0 where there is but one."""
+        sizes, seconds = self.buckets.sizes(width), []
+        for size in (sizes[0], sizes[-1]):
+            rows, times = [[0] * width] * size, []
+            for _ in range(2):
+                begun = time.perf_counter()
+                jax.block_until_ready(self.start(rows, Ks))
+                times.append(time.perf_counter() - begun)
+            seconds.append(min(times))
+        fewer, more = seconds
+        tokens = (sizes[-1] - sizes[0]) * width
+        if fewer >= more:  # a batch costs the same however large it is
+            return sizes[-1] * width if tokens else 0
+        return max(round(fewer / (more - fewer) * tokens) - sizes[0] * width, 0)
 
     def start(self, rows: Sequence[Sequence[int]], Ks: tuple[int, ...]) -> jax.Array:
         """Begins one batch, as `buckets` cut it: its embeddings at every K, [S, B, D] float32 and

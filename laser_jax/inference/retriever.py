@@ -344,7 +344,7 @@ class LatentRetriever:
 
         encoder = self.encoder
         if request.batch_size is not None:
-            encoder = encoder.with_batch_size(request.batch_size)
+            encoder = encoder.with_shapes(batch_size=request.batch_size)
         vectors = encoder.encode_blocks(
             _ahead(tokenise_block, _blocks(listed, encoder.buckets.batch_size)),
             len(listed),

@@ -21,13 +21,15 @@ from laser_jax.evaluate.beir import read_corpus
 from laser_jax.files.claim import Claim, OutputError
 from laser_jax.files.durable import checksum, json_text, write_atomically
 from laser_jax.files.reading import DataError, json_lines, parse_json
-from laser_jax.mine.candidates import Ranking, rank_by_bm25, rank_by_model, rank_by_run
+from laser_jax.mine import candidates as ranked
+from laser_jax.mine.candidates import Ranking
 from laser_jax.mine.filters import Rules, negatives_of
 from laser_jax.models.directory import model_directory
 from laser_jax.search.matching import count_ids
 from laser_jax.settings import Change, as_dict, changes
 
 _log = logging.getLogger(__name__)
+_BY_NAME = {"bm25": ranked.rank_by_bm25, "random": ranked.rank_at_random}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +42,8 @@ class MineOptions(Rules):
     corpus: str
     """A BEIR directory, of which corpus.jsonl is read."""
     candidates: str
-    """Who ranks the corpus: `bm25`, a model (a directory or a name on the hub), or a TREC run of
-    queries in queries.jsonl beside it."""
+    """Who ranks the corpus: `bm25`, `random`, a model (a directory or a name on the hub), or a TREC
+    run of queries in queries.jsonl beside it."""
     output: str
     """The .jsonl to write. Beside it stands NAME.report.json with the settings and counts."""
 
@@ -81,13 +83,13 @@ def _read_documents(directory: str) -> dict[str, str]:
 def _retriever(options: MineOptions) -> tuple[list[Path], Callable[..., list[Ranking]]]:
     """Who ranks, as a function of rows, documents and depth, and the files that it is made of."""
     who = options.candidates
-    if who == "bm25":
-        return [], rank_by_bm25
+    if who in _BY_NAME:
+        return [], _BY_NAME[who]
     if Path(who).is_file():
-        return [Path(who)], partial(rank_by_run, Path(who), options.corpus)
+        return [Path(who)], partial(ranked.rank_by_run, Path(who), options.corpus)
     directory = model_directory(who)
     files = sorted(path for path in directory.iterdir() if path.is_file())
-    return files, partial(rank_by_model, directory)
+    return files, partial(ranked.rank_by_model, directory)
 
 
 def _median(scores: list[float]) -> float | None:

@@ -1,9 +1,9 @@
 """Rows of many requests become batches: one thread owns the device, and requests wait for futures.
 
 While the device works, arriving rows queue up; whatever waits when it is free is cut into batches
-of like length, as everywhere (`data.buckets`). Rows of different K share a batch: a shorter thought
-is the beginning of a longer one, so the batch thinks as long as its longest row, and each row takes
-the embedding after its own K.
+of like length, few where a batch costs much and many where padding does (`data.buckets`). Rows of
+different K share a batch: a shorter thought is the beginning of a longer one, so the batch thinks
+as long as its longest row, and each row takes the embedding after its own K.
 """
 
 from __future__ import annotations
@@ -96,13 +96,15 @@ class Batcher:
         self._pending: deque[_Row] = deque()
         self._changed = threading.Condition()
         self._ending = False
+        self._overhead = 0  # of a batch, in tokens
         self._pace = 0.0  # rows per second, of the latest batches
         self._last_seconds = 0.0
         self._crowded = False  # the last batch held rows of several requests
         self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
 
     def warm_up(self, shortest: int, longest: int) -> None:
-        """Compiles every program that rows of `shortest` to `longest` tokens can need."""
+        """Compiles every program that rows of `shortest` to `longest` tokens can need, and measures
+        what a batch costs beside its tokens."""
         buckets = self._encoder.buckets
         widths = sorted({width for _, width in buckets.shapes(shortest, longest)})
         programs = [(Ks, width) for Ks in self._levels for width in widths]
@@ -110,6 +112,8 @@ class Batcher:
             if self._ending:
                 return
             self._encoder.warm_up(width, Ks, shortest=width)
+        self._overhead = self._encoder.overhead(widths[0], self._levels[0])
+        _log.info("a batch takes as long as %d tokens, beside its own", self._overhead)
 
     def start(self) -> None:
         """Begins to take rows off the queue."""
@@ -171,7 +175,8 @@ class Batcher:
             window = self._window(linger=running is None)
             if window is None:
                 return
-            for batch in self._encoder.buckets.cut(enumerate(map(_ids, window))):
+            rows = enumerate(map(_ids, window))
+            for batch in self._encoder.buckets.cut(rows, self._overhead):
                 begun = self._begin([window[place] for place, _ in batch])
                 if running is not None:
                     self._finish(running)

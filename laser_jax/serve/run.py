@@ -46,6 +46,8 @@ _SILENT_SECONDS = 30
 """How long a connection may stay open without a request."""
 _WAITING = 4
 """How many of the largest requests may wait; beyond them a client is told when to come again."""
+_SHORT_BATCHES = (1, 8, 32)
+"""Beside full ones: what waits is seldom a full batch of one length."""
 _log = logging.getLogger(__name__)
 
 
@@ -147,7 +149,10 @@ def load(options: ServeOptions, *, local_only: bool) -> tuple[Service, Callable[
     service = Service(
         retriever=retriever,
         batcher=Batcher(
-            retriever.encoder, (of_documents, own, most), max_queue_rows=room, metrics=metrics
+            retriever.encoder.with_shapes(short_batches=_SHORT_BATCHES),
+            (of_documents, own, most),
+            max_queue_rows=room,
+            metrics=metrics,
         ),
         limits=limits,
         metrics=metrics,
