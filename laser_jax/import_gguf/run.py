@@ -7,17 +7,15 @@ The directory holds config.json, weights and tokenizer as transformers and laser
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import ml_dtypes
 
-from laser_jax.command_line import parse_command_line
+from laser_jax.command_line import program
 from laser_jax.config import BackboneConfig, ConfigError, Dtype
 from laser_jax.data.tokenization import special_token_ids
 from laser_jax.data.tokenizer_files import save_tokenizer
-from laser_jax.files.terminal import fail
 from laser_jax.hf.writing import save_weights
 from laser_jax.import_gguf.file import (
     PACKAGED,
@@ -71,16 +69,12 @@ def import_gguf(options: ImportOptions) -> tuple[BackboneConfig, dict[str, int |
     return backbone, tokens
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    try:
-        program, places = "python -m laser_jax.import_gguf", ("file", "output")
-        options = parse_command_line(ImportOptions, program, arguments, places)
-        backbone, _ = import_gguf(options)
-        print(
-            f"{options.output}: {backbone.family}, {backbone.num_layers} layers of "
-            f"{backbone.hidden_size}, {backbone.vocab_size:,} tokens, weights in "
-            f"{options.store_dtype}"
-        )
-    except (ValueError, OSError, ImportError) as error:
-        fail(error)
+def _import(options: ImportOptions) -> None:
+    backbone, _ = import_gguf(options)
+    print(
+        f"{options.output}: {backbone.family}, {backbone.num_layers} layers of "
+        f"{backbone.hidden_size}, {backbone.vocab_size:,} tokens, weights in {options.store_dtype}"
+    )
+
+
+main = program("import_gguf", ImportOptions, _import, ("file", "output"))

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from laser_jax.command_line import parse_command_line
+from laser_jax.command_line import program
 from laser_jax.config import ConfigError, PromptConfig, from_dict
 from laser_jax.data.pipeline import tokenization_settings
 from laser_jax.data.reasoning_retrieval import (
@@ -44,7 +44,7 @@ from laser_jax.data.tokenization import PromptTokenizer, TokenizationError, load
 from laser_jax.files.claim import WORK_FOLDER, Claim, sweep
 from laser_jax.files.durable import json_text, read_state, write_json, written_whole
 from laser_jax.files.reading import read_yaml
-from laser_jax.files.terminal import fail, printable
+from laser_jax.files.terminal import printable
 from laser_jax.prepare.report import Tally, format_report, measure_padding, report_of, tally_of
 from laser_jax.settings import Change, changes, require, require_in
 
@@ -269,12 +269,9 @@ def _write_in_worker(config: PrepareConfig, shard: int) -> Tally:
     return _in_worker(config).write(shard, lambda rows: None)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    try:
-        config = parse_command_line(PrepareConfig, "python -m laser_jax.prepare", arguments)
-        report = prepare(config)
-    except (ValueError, OSError, ImportError) as error:
-        fail(error)
-    print(printable(format_report(report)))
+def _report(config: PrepareConfig) -> None:
+    print(printable(format_report(prepare(config))))
     print(f"data.train: {config.output}")
+
+
+main = program("prepare", PrepareConfig, _report)

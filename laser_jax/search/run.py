@@ -12,9 +12,8 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from laser_jax.command_line import parse_command_line
+from laser_jax.command_line import program
 from laser_jax.files.reading import DataError
-from laser_jax.files.terminal import fail
 from laser_jax.search.codes import decode_vectors
 from laser_jax.search.matching import exclusions, identical_count, unmatched
 from laser_jax.search.topk import Chunk, StoredCorpus, device_mesh, search_chunks
@@ -128,14 +127,12 @@ def _excluded(
     return exclusions(excluded, identical if options.ignore_identical_ids else ())
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    try:
-        options = parse_command_line(SearchOptions, "python -m laser_jax.search", arguments)
-        if not Path(options.output).parent.is_dir():  # now, not after the search
-            raise FileNotFoundError(f"the folder of --output {options.output} does not exist")
-        run = search_directories(options)
-        write_trec_run(run, options.output, "laser_jax")
-    except (ValueError, OSError, ImportError) as error:
-        fail(error)
+def _write(options: SearchOptions) -> None:
+    if not Path(options.output).parent.is_dir():  # now, not after the search
+        raise FileNotFoundError(f"the folder of --output {options.output} does not exist")
+    run = search_directories(options)
+    write_trec_run(run, options.output, "laser_jax")
     print(f"{options.output}: {len(run)} queries, {sum(map(len, run.values()))} documents")
+
+
+main = program("search", SearchOptions, _write)
