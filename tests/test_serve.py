@@ -147,6 +147,15 @@ def test_token_ids_are_the_text_that_they_stand_for(
     np.testing.assert_allclose(one[0], wanted[0], atol=1e-5)
 
 
+def test_token_ids_of_blanks_are_refused_as_a_blank_text_is(
+    server: Running, retriever: LatentRetriever
+) -> None:
+    blank = retriever.prompts.text_ids(" \n ")
+    for sent in (blank, [blank]):
+        error = server.embed(input=sent, input_type="document").json()["error"]
+        assert (error["param"], error["message"]) == ("input", "input[0] is empty")
+
+
 def test_what_does_not_fit_is_refused_unless_it_may_be_cut(
     server: Running, retriever: LatentRetriever
 ) -> None:
@@ -167,17 +176,18 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({}, 400, "input_type", 'or ask for the model "model:query"'),
     ({"model": 3}, 400, "model", "model must be a text"),
     ({"model": "gpt"}, 404, "model", "there is no model 'gpt'"),
-    ({"model": "model:query", "input_type": "document"}, 400, None, "the model's name says"),
+    ({"model": "model:query", "input_type": "document"}, 400, "input_type", "name says 'query'"),
     ({"input_type": "passage"}, 400, "input_type", "query or document"),
     ({"input_type": "query"}, 400, "instruction", "instruction is missing"),
     ({"input_type": "query", "instruction": 3}, 400, "instruction", "must be a text"),
-    ({"input_type": "query", "instruction": "w " * 99}, 400, "input", "no room for the text"),
+    ({"input_type": "query", "instruction": "w " * 99}, 400, "instruction", "no room for"),
     ({"input_type": "document", "instruction": "x"}, 400, "instruction", "without an instr"),
     ({"input": [], "input_type": "document"}, 400, "input", "that is not empty"),
     ({"input": None, "input_type": "document"}, 400, "input", "input must be"),
     ({"input": {"a": 1}, "input_type": "document"}, 400, "input", "input must be"),
     ({"input": ["a", " "], "input_type": "document"}, 400, "input", "input[1] is empty"),
     ({"input": ["a", []], "input_type": "document"}, 400, "input", "input[1] is empty"),
+    ({"input": ["a", None], "input_type": "document"}, 400, "input", "input[1] must be a text"),
     ({"input": ["a", 3], "input_type": "document"}, 400, "input", "input[1] must be a text"),
     ({"input": [3, "a"], "input_type": "document"}, 400, "input", "input[0] must be a text"),
     ({"input": [True], "input_type": "document"}, 400, "input", "input[0] must be a text"),
@@ -330,22 +340,26 @@ def test_search_ranks_as_the_vectors_do_and_brings_the_texts(
 
 
 @pytest.mark.parametrize(
-    ("body", "message"),
+    ("body", "param", "message"),
     [
-        ({}, "query must be a text"),
-        ({"query": [["a"]]}, "query[0]"),
-        ({"query": [[3]]}, "query[0] must be a text"),
-        ({"query": "x", "k": 4, "instruction": ""}, "1..3"),
-        ({"query": "x", "input_type": "query"}, "unknown field 'input_type'"),
-        ({"query": "long " * 100, "instruction": ""}, "query[0] takes"),
+        ({}, "query", "query must be a text"),
+        ({"query": [["a"]]}, "query", "query[0]"),
+        ({"query": [[3]]}, "query", "query[0] must be a text"),
+        ({"query": ["x", " "], "instruction": ""}, "query", "query[1] is empty"),
+        ({"query": "x", "k": 4, "instruction": ""}, "k", "1..3"),
+        ({"query": "x", "input_type": "query"}, "input_type", "unknown field 'input_type'"),
+        ({"query": "long " * 100, "instruction": ""}, "query", "query[0] takes"),
+        ({"query": "x", "instruction": "w " * 99}, "instruction", "no room for the text"),
     ],
 )
 def test_a_search_that_cannot_be_is_named(
-    server: Running, body: dict[str, Any], message: str
+    server: Running, body: dict[str, Any], param: str, message: str
 ) -> None:
     response = server.client.post("/v1/search", json=body)
     assert response.status_code == 400
-    assert message in response.json()["error"]["message"]
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert message in error["message"]
 
 
 def test_stored_vectors_are_searched_and_those_of_another_model_are_refused(

@@ -195,10 +195,8 @@ def _evaluate(
     read = {"documents": (document_rows, sum(document.truncated for document in documents))}
     read |= {f"queries, {name}": (of.rows, of.shortened) for name, of in inputs.items()}
     for what, (rows, cut) in read.items():
-        tokens, share = (
-            sum(map(len, rows)) / len(rows),
-            f"{cut:,} shortened ({cut / len(rows):.2%})",
-        )
+        tokens = sum(map(len, rows)) / len(rows)
+        share = f"{cut:,} shortened ({cut / len(rows):.2%})"
         logger.info("%s %s: %.1f tokens each, %s", f"{len(rows):,}", what, tokens, share)
     runs = rank_corpus(
         retriever.encoder,
