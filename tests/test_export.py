@@ -25,6 +25,8 @@ from laser_jax.config import (
     save_retriever_config,
 )
 from laser_jax.encoder import load_pretrained
+from laser_jax.evaluate.significance import paired_bootstrap
+from laser_jax.export.card import model_card
 from laser_jax.export.run import ExportOptions, export, main
 from laser_jax.files.claim import OutputError
 from laser_jax.hf.writing import save_adapter, save_params
@@ -202,6 +204,9 @@ EVALUATION = {
 }
 
 
+PER_QUERY = {run: [0.0, 0.25, 0.25, 0.25, 0.5 + by] for run, by in (("1", 0), ("3", 0.625))}
+
+
 def card(output: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The front matter and the sections."""
     text = (output / "README.md").read_text()
@@ -221,6 +226,9 @@ def run(model: Path, tmp_path: Path) -> Path:
     files = {"config": RUN, "results": RESULTS, "evaluation/results": EVALUATION}
     for name, values in files.items():
         (tmp_path / "run" / f"{name}.json").write_text(json.dumps(values))
+    rows = [f"q{q}\tlatent K={k}\t{v}" for k, of in PER_QUERY.items() for q, v in enumerate(of)]
+    lines = "\n".join(["query_id\trun\tnDCG@10", *rows])
+    (tmp_path / "run" / "evaluation" / "per_query.tsv").write_text(lines + "\n")
     return tmp_path / "run"
 
 
@@ -246,7 +254,53 @@ def test_the_card_says_what_the_run_says(run: Path, tmp_path: Path) -> None:
     assert "After step 120" in sections["Scores"]
     assert "+0.0500 to +0.2000" in sections["Scores"]
     assert sections["Licence"].count("unknown: fill in") == 1
-    assert "2603.01425" in sections["Citation"]
+    for known in ("Jin and Zhang and Li", "Internalizing Explicit Reasoning", "2603.01425"):
+        assert known in sections["Citation"]
+
+
+def test_every_score_of_an_evaluation_has_its_interval(run: Path, tmp_path: Path) -> None:
+    options = ExportOptions(str(run / "model"), "hf", str(tmp_path / "out"))
+    export(options)
+    _, sections = card(tmp_path / "out")
+    for k, mean in (("1", "0.2500"), ("3", "0.3750")):
+        interval = paired_bootstrap(PER_QUERY[k], [0.0] * 5)
+        assert f"{mean} [{interval.low:.4f}, {interval.high:.4f}]" in sections["Scores"]
+    assert "95% interval over queries" in sections["Scores"]
+    (run / "evaluation" / "per_query.tsv").unlink()
+    export(replace(options, output=str(tmp_path / "without")))
+    _, sections = card(tmp_path / "without")
+    assert "|  0.3750 |" in sections["Scores"]
+
+
+def test_the_licence_of_the_data_is_the_one_that_is_given(run: Path, tmp_path: Path) -> None:
+    options = ExportOptions(
+        str(run / "model"), "hf", str(tmp_path / "out"), data_licence="cc-by-4.0"
+    )
+    export(options)
+    _, sections = card(tmp_path / "out")
+    assert "Of the training data: cc-by-4.0." in sections["Licence"]
+    with pytest.raises(OutputError, match=r"data_licence was 'cc-by-4\.0', is None"):
+        export(replace(options, data_licence=None))
+
+
+@pytest.mark.parametrize(
+    ("base", "licence"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M", "apache-2.0"),
+        ("Qwen/Qwen2.5-7B-Instruct", "apache-2.0"),
+        ("mistralai/Mistral-7B-v0.3", "apache-2.0"),
+        ("meta-llama/Llama-3.2-1B", "llama3.2"),
+        ("Qwen/Qwen2.5-3B", None),
+        ("Qwen/Qwen2.5-72B", None),
+    ],
+)
+def test_the_licence_of_the_base_is_known_by_its_name(
+    run: Path, base: str, licence: str | None
+) -> None:
+    (run / "config.json").write_text(json.dumps({"model": {"path": base}}))
+    config = load_retriever_config(run / "model")
+    text = model_card(run / "model", config, "hf", "mine", None)
+    assert yaml.safe_load(text.split("---\n")[1]).get("license") == licence
 
 
 def test_the_card_of_a_model_without_a_run_says_what_is_missing(
