@@ -76,8 +76,11 @@ def export(options: ExportOptions) -> None:
         print(output)
         if hub is not None:
             _log.info("uploading %s to %s", output, options.push)
-            hub.create_repo(options.push, exist_ok=True)
-            hub.upload_folder(repo_id=options.push, folder_path=output, ignore_patterns=[".*"])
+            try:
+                hub.create_repo(options.push, exist_ok=True)
+                hub.upload_folder(repo_id=options.push, folder_path=output, ignore_patterns=[".*"])
+            except RuntimeError as error:  # of a large file, whose cause alone says what is wrong
+                raise OSError(f"{error} {error.__cause__ or ''}") from error
             print(f"{hub.endpoint}/{options.push}")
 
 
