@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -27,13 +27,17 @@ import pytest
 
 from laser_jax.config import ConfigError, load_retriever_config, save_retriever_config
 from laser_jax.encode_corpus.run import main as encode_main
+from laser_jax.evaluate.beir import Document
 from laser_jax.files.reading import DataError
 from laser_jax.inference.batch_encoder import LatentEncoder, NotFiniteError
 from laser_jax.inference.retriever import EncodingStats, LatentRetriever
+from laser_jax.search.vectors import read_manifest
 from laser_jax.serve.batching import Batcher
+from laser_jax.serve.index import read_index
 from laser_jax.serve.metrics import Metrics
 from laser_jax.serve.requests import RequestError
 from laser_jax.serve.run import ServeOptions, Server, address_of, bind, load, main
+from laser_jax.think.thought import load_corpus
 
 SIZES: dict[str, Any] = {"max_length": 64, "batch_size": 8, "length_multiple": 32}
 
@@ -362,14 +366,59 @@ def test_a_search_that_cannot_be_is_named(
     assert message in error["message"]
 
 
-def test_stored_vectors_are_searched_and_those_of_another_model_are_refused(
-    thinking_model: Path, tmp_path: Path, write_model: Callable[..., None]
-) -> None:
-    corpus = thinking_model.parent / "corpus"
-    stored = tmp_path / "vectors"
+@pytest.fixture(scope="module")
+def encoded(thinking_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The vectors of the model's corpus, as float16."""
+    stored = tmp_path_factory.mktemp("encoded") / "vectors"
     flags = [f for k, v in SIZES.items() for f in (f"--{k}", str(v))]
-    where = ["--input", str(corpus), "--output", str(stored), "--store_dtype", "float16"]
+    corpus = str(thinking_model.parent / "corpus")
+    where = ["--input", corpus, "--output", str(stored), "--store_dtype", "float16"]
     encode_main(["--model", str(thinking_model), *where, *flags])
+    return stored
+
+
+def test_stored_vectors_come_with_the_texts_of_the_corpus(
+    thinking_model: Path, encoded: Path, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Batcher, "warm_up", lambda *_: None)
+    corpus = thinking_model.parent / "corpus"
+    given: dict[str, Any] = {"corpus": str(corpus), "corpus_vectors": str(encoded)}
+    body = {"query": "Where is Ulm?", "k": 3, "instruction": ""}
+    with running(ServeOptions(model=str(thinking_model), **given, **SIZES)) as both:
+        found, wanted = (
+            {document["id"]: document for document in answer.json()["data"][0]["documents"]}
+            for answer in (of.client.post("/v1/search", json=body) for of in (both, server))
+        )
+        assert both.service.site is not None
+        vectors_CD = both.service.site.inspector._vectors_CD
+    assert {id_: of["text"] for id_, of in found.items()} == {
+        document.id: document.text for document in load_corpus(corpus).documents
+    }
+    for id_, document in found.items():
+        assert document["score"] == pytest.approx(wanted[id_]["score"], abs=2e-3)  # of float16
+    texts = [document.text for document in load_corpus(corpus).documents]
+    in_order = server.service.retriever.encode_document(texts, stats=EncodingStats())
+    np.testing.assert_allclose(vectors_CD, in_order, atol=2e-3)  # the page ranks by them
+
+
+def test_a_corpus_and_vectors_that_do_not_match_are_refused_in_both_directions(
+    thinking_model: Path, encoded: Path
+) -> None:
+    info = read_manifest(encoded, "documents").info
+    identity = (info.model_hash, info.prompt_hash, None)
+    corpus = load_corpus(thinking_model.parent / "corpus")
+    more = replace(corpus, documents=[*corpus.documents, Document("new", "Bonn")])
+    with pytest.raises(DataError, match=r"no vector for 1 of 4 documents of --corpus.* 'new'"):
+        read_index(encoded, identity, more)
+    fewer = replace(corpus, documents=[d for d in corpus.documents if d.id != "kiel"])
+    with pytest.raises(DataError, match=r"1 of 3 ids of --corpus_vectors, the first is 'kiel'"):
+        read_index(encoded, identity, fewer)
+
+
+def test_stored_vectors_are_searched_and_those_of_another_model_are_refused(
+    thinking_model: Path, encoded: Path, tmp_path: Path, write_model: Callable[..., None]
+) -> None:
+    stored = shutil.copytree(encoded, tmp_path / "vectors")
     told: dict[str, Any] = {"corpus_vectors": str(stored), **SIZES}
     with running(ServeOptions(model=str(thinking_model), instruction="", **told)) as server:
         ranked = server.client.post("/v1/search", json={"query": "Ulm", "k": 3}).json()["data"]
@@ -499,6 +548,44 @@ def test_the_queue_is_bounded_and_cancelled_rows_are_dropped(
     np.testing.assert_allclose(vectors[0], retriever.encode_document("Ulm"), atol=1e-5)
 
 
+class _OnDevice:
+    """Vectors that are waited for as those of a device are: as an array."""
+
+    def __init__(self, vectors_SBD: np.ndarray, events: list[str]) -> None:
+        self._vectors_SBD, self._events = vectors_SBD, events
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        self._events.append("end")
+        return self._vectors_SBD
+
+
+@pytest.mark.parametrize(
+    ("waiting", "wanted"),
+    [(8, ["begin 8", "begin 8", "end", "end"]), (7, ["begin 8", "end", "begin 7", "end"])],
+)
+def test_a_second_batch_is_begun_behind_the_first_only_if_it_is_full(
+    retriever: LatentRetriever, monkeypatch: pytest.MonkeyPatch, waiting: int, wanted: list[str]
+) -> None:
+    batcher = Batcher(retriever.encoder, (3,), max_queue_rows=16, metrics=Metrics())
+    row = retriever.prompts.document("Ulm")
+    events: list[str] = []
+    later: list[Future[np.ndarray]] = []
+
+    def start(self: LatentEncoder, rows: Any, Ks: tuple[int, ...]) -> Any:
+        events.append(f"begin {len(rows)}")
+        if not later:  # while the first batch runs
+            later.append(batcher.submit([row] * waiting, 3))
+        width = self.config.backbone.hidden_size
+        return _OnDevice(np.ones((len(Ks), 8, width), np.float32), events)
+
+    monkeypatch.setattr(LatentEncoder, "start", start)
+    batcher.submit([row] * 8, 3)
+    batcher.start()
+    batcher.stop()
+    assert later[0].result(timeout=0).shape[0] == waiting
+    assert events == wanted
+
+
 def test_what_waits_at_the_end_is_still_embedded(
     batcher: Batcher, retriever: LatentRetriever
 ) -> None:
@@ -525,8 +612,6 @@ def test_a_full_queue_tells_when_to_come_again(
 def test_a_request_ends_when_its_time_is_over(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from concurrent.futures import Future
-
     never: list[Future[np.ndarray]] = []
 
     def forever(*_: Any) -> Future[np.ndarray]:
