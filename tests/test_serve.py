@@ -24,6 +24,7 @@ import httpx2
 import numpy as np
 import openai
 import pytest
+from langchain_openai import OpenAIEmbeddings
 
 from laser_jax.config import ConfigError, load_retriever_config, save_retriever_config
 from laser_jax.encode_corpus.run import main as encode_main
@@ -284,6 +285,24 @@ def test_documents_are_embedded_at_the_models_own_k_of_them(
         np.testing.assert_allclose(got, wanted, atol=1e-5)
         said = own.client.get("/v1/models").json()["data"][0]
         assert (said["thinking_steps"], said["document_thinking_steps"]) == (3, 1)
+
+
+def test_langchain_embeds_documents_and_queries_by_the_models_name(
+    server: Running, retriever: LatentRetriever
+) -> None:
+    told: Any = {"base_url": f"{server.url}/v1", "api_key": "any", "max_retries": 0}
+    documents = OpenAIEmbeddings(
+        model="model:document", check_embedding_ctx_length=False, chunk_size=2, **told
+    )
+    texts = ["Ulm lies on the Danube.", "Kiel", "A harbour"]
+    got = np.array(documents.embed_documents(texts), np.float32)
+    np.testing.assert_allclose(got, retriever.encode_document(texts), atol=1e-5)
+    more = {"extra_body": {"instruction": "Find", "thinking_steps": 2}}
+    queries = OpenAIEmbeddings(
+        model="model:query", check_embedding_ctx_length=False, model_kwargs=more, **told
+    )
+    wanted = retriever.encode_query("Ulm", instruction="Find", num_thinking_steps=2)
+    np.testing.assert_allclose(queries.embed_query("Ulm"), wanted, atol=1e-5)
 
 
 def test_openai_s_own_client_gets_vectors_and_its_own_errors(
