@@ -119,6 +119,7 @@ def test_an_export_names_what_transformers_4_and_5_both_know(tokenizer, tmp_path
     assert values["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert values["additional_special_tokens"] == ["<|im_start|>"]
     assert values["clean_up_tokenization_spaces"] is False
+    assert values["model_input_names"] == ["input_ids", "attention_mask"]
     assert "extra_special_tokens" not in values
 
 

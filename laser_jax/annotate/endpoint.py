@@ -59,11 +59,11 @@ class Endpoint:
                 something else than a chat completion, goes on failing, asks for more than ten
                 minutes of patience, or rejects (400, 413, 422) the first prompt that it decides on.
         """
-        fault, messages = "", [{"role": "user", "content": prompt}]
+        fault, asked = "", {"messages": [{"role": "user", "content": prompt}], "stream": False}
         for attempt in range(_ATTEMPTS):
             began, body, asked_for = time.monotonic(), self._body, None
             try:
-                response = await self.client.post(self._url, json=body | {"messages": messages})
+                response = await self.client.post(self._url, json=body | asked)
             except httpx2.RequestError as error:
                 fault = f"{type(error).__name__} {error}"
             else:

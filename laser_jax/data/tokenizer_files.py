@@ -63,4 +63,5 @@ def save_tokenizer(tokenizer: Any, directory: str | Path) -> None:
     if isinstance(config.get("extra_special_tokens"), list):  # 4.x wants a dict there
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     config.setdefault("clean_up_tokenization_spaces", False)  # 4.x would decode to other texts
+    config.setdefault("model_input_names", ["input_ids", "attention_mask"])  # 4.x adds types
     write_json(file, config)
