@@ -156,12 +156,10 @@ def _candidates(directory: Path, pattern: str) -> list[Path]:
 def _description(file: Path, way_out: str, listed: str | None = None) -> dict[str, Any]:
     """The JSON object in a file that describes rows; `listed` is a key that must hold a list."""
     try:
-        values = reading.read_json(file)
+        values = reading.read_object(file)
     except DataError as error:
         fault = str(error).removeprefix(f"{file}: ")
         raise DataError(f"{file} is damaged: {fault}; {way_out}") from error
-    if not isinstance(values, dict):
-        raise DataError(f"{file} is damaged: an object is wanted; {way_out}")
     if listed is not None and not isinstance(values.get(listed), list):
         raise DataError(f"{file} is damaged: it has no list {listed!r}; {way_out}")
     return values

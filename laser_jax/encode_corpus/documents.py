@@ -14,12 +14,11 @@ from laser_jax.evaluate.beir import (
     Document,
     EvalQuery,
     Fields,
-    json_object,
     parquet_rows,
     parse_document,
     parse_query,
 )
-from laser_jax.files.reading import DataError, is_blank, open_lines, raw_lines
+from laser_jax.files.reading import DataError, is_blank, json_object, open_lines, raw_lines
 from laser_jax.files.splits import one_split, split_of
 from laser_jax.search.vectors import Role
 

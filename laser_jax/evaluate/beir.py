@@ -18,8 +18,8 @@ from laser_jax.files.reading import (
     DataError,
     import_pyarrow,
     json_lines,
+    json_object,
     parse_integer,
-    parse_json,
     text_lines,
 )
 from laser_jax.search.matching import IdCount, count_ids, exclusions, identical_count, unmatched
@@ -99,14 +99,6 @@ class BeirDataset:
     def _identical(self) -> list[str]:
         documents = {document.id for document in self.documents}
         return [query for query in self.queries if query in documents]
-
-
-def json_object(row: Any, where: str) -> dict[str, Any]:
-    """The JSON object of a line, or of its value; a DataError where it holds something else."""
-    row = parse_json(row, where) if isinstance(row, bytes) else row
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: wanted a JSON object, got {type(row).__name__}")
-    return row
 
 
 def parquet_rows(

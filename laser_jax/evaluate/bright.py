@@ -24,13 +24,12 @@ from laser_jax.evaluate.beir import (
     Document,
     EvalQuery,
     id_field,
-    json_object,
     judged_split,
     parquet_rows,
     text_field,
     unique,
 )
-from laser_jax.files.reading import DataError, json_lines, parse_json
+from laser_jax.files.reading import DataError, json_lines, json_object, parse_json
 from laser_jax.search.trec import id_list
 
 # The domains in the order of BRIGHT's tables, each with its task in words. The words are those of

@@ -104,6 +104,19 @@ def read_json(path: Path) -> Any:
     return parse_json(path.read_bytes(), path, unique=True)
 
 
+def json_object(value: Any, where: str | Path) -> dict[str, Any]:
+    """The JSON object of a line, or of its value; a DataError where it holds something else."""
+    value = parse_json(value, where) if isinstance(value, bytes) else value
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: wanted a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file of settings holds. Raises as `read_json` and `json_object`."""
+    return json_object(read_json(path), path)
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):

@@ -24,7 +24,7 @@ import numpy as np
 
 from laser_jax.config import ConfigError, as_dict, from_dict
 from laser_jax.files.durable import write_atomically, written_whole
-from laser_jax.files.reading import DataError, import_pyarrow, parse_json, read_json
+from laser_jax.files.reading import DataError, import_pyarrow, parse_json, read_object
 from laser_jax.search.repeated_ids import RepeatedIds
 from laser_jax.search.trec import document_id_fault
 from laser_jax.settings import require_in
@@ -192,10 +192,10 @@ def read_manifest(directory: str | Path, role: Role | None = None) -> Manifest:
             f"{path} is missing: {directory} is no finished directory of vectors"
         )
     try:
-        values = read_json(path)
+        values = read_object(path)
     except DataError as error:
         raise DataError(f"{error}. {_WAY_OUT}") from error
-    if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:
+    if values.pop("format", None) != _FORMAT:
         raise DataError(f"{path}: no manifest of vectors: 'format' must be {_FORMAT!r}")
     if (version := values.pop("version", None)) != _VERSION:
         raise DataError(f"{path}: version {version}, this program reads {_VERSION}")
