@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from laser_jax.evaluate.beir import Document, EvalQuery
+from laser_jax.data.documents import Document, EvalQuery
 from laser_jax.evaluate.bright import (
     DOMAINS,
     INSTRUCTIONS,

@@ -23,7 +23,7 @@ ORDER: tuple[str, ...] = (
     *("modeling.kernels", "modeling.lora", "modeling.attention", "modeling.rope"),
     *("modeling.packing", "modeling.backbone", "thinking", "views", "step"),
     *("hf.directory", "hf.layout", "hf.adapters", "hf.reading", "hf.writing", "encoder"),
-    *("data.buckets", "data.tokenizer_files", "data.schema"),
+    *("data.buckets", "data.tokenizer_files", "data.schema", "data.documents"),
     *(
         "data.control_tokens",
         "data.prompts",

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from laser_jax.evaluate.beir import BeirDataset, Document, EvalQuery, read_queries
+from laser_jax.data.documents import Document, EvalQuery
+from laser_jax.evaluate.beir import BeirDataset, read_queries
 from laser_jax.evaluate.bright import INSTRUCTIONS
 from laser_jax.evaluate.metrics import (
     changed_documents,

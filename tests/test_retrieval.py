@@ -14,8 +14,9 @@ import pytest
 from flax import linen as nn
 
 from laser_jax.config import ConfigError, PromptConfig, RetrieverConfig, ScratchConfig
+from laser_jax.data.documents import Document, EvalQuery
 from laser_jax.data.tokenization import PromptTokenizer, train_tokenizer
-from laser_jax.evaluate.beir import BeirDataset, Document, EvalQuery
+from laser_jax.evaluate.beir import BeirDataset
 from laser_jax.evaluate.retrieval import (
     REWRITE,
     REWRITE_AS_QUERY,

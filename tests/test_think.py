@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import pytest
 
+from laser_jax.data.documents import Document
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
 from laser_jax.encoder import load_pretrained
-from laser_jax.evaluate.beir import Document
 from laser_jax.files.reading import DataError
 from laser_jax.inference.batch_encoder import LatentEncoder
 from laser_jax.think.run import describe, main

@@ -19,18 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from laser_jax.evaluate.beir import (
-    BeirDataset,
-    Document,
-    EvalQuery,
-    id_field,
-    judged_split,
+from laser_jax.data.documents import Document, EvalQuery, id_field, id_list, unique
+from laser_jax.evaluate.beir import BeirDataset, judged_split
+from laser_jax.files.reading import (
+    DataError,
+    json_lines,
+    json_object,
     parquet_rows,
+    parse_json,
     text_field,
-    unique,
 )
-from laser_jax.files.reading import DataError, json_lines, json_object, parse_json
-from laser_jax.search.trec import id_list
 
 # The domains in the order of BRIGHT's tables, each with its task in words. The words are those of
 # the table in LaSER's released evaluator (github.com/ignorejjj/LaSER at d490a81,

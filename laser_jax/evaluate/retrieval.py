@@ -9,9 +9,10 @@ from functools import partial
 import numpy as np
 
 from laser_jax.config import RetrieverConfig, pools_prompt
+from laser_jax.data.documents import EvalQuery
 from laser_jax.data.prompts import PromptTokens
 from laser_jax.data.tokenization import ExplicitTokens, PromptTokenizer
-from laser_jax.evaluate.beir import BeirDataset, EvalQuery
+from laser_jax.evaluate.beir import BeirDataset
 from laser_jax.evaluate.metrics import evaluate_run, mean
 from laser_jax.evaluate.results import markdown_table
 from laser_jax.files.reading import DataError

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from laser_jax.evaluate.beir import EvalQuery
+from laser_jax.data.documents import EvalQuery
 from laser_jax.files.reading import DataError, json_lines, json_object
 from laser_jax.settings import kinds_of
 

@@ -11,12 +11,13 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import yaml
 
+_ROWS_PER_READ = 1024
 LONGEST_LINE = 64 << 20
 """Bytes. A longer line is no row of data: a small .gz can hold one that unfolds to gigabytes."""
 
@@ -183,6 +184,49 @@ def import_pyarrow(path: str | Path) -> Any:
         fault = f"reading and writing Parquet and Arrow needs pyarrow: {way_out}"
         raise ImportError(f"{path}: {fault}") from error
     return pyarrow
+
+
+def parquet_rows(
+    path: Path, columns: Collection[str], needed: Sequence[str], start: int = 0, hint: str = ""
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (number from 1, row) behind row `start`, with those of `columns` that the file has, in
+    memory that does not grow with it. Raises a DataError where one of the columns `needed` is
+    missing (then with the `hint`) or the file is damaged, and as `import_pyarrow`."""
+    pyarrow, number = import_pyarrow(path), start
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if missing := [name for name in needed if name not in names]:
+                there = f"the columns are {sorted(names)}{hint}"
+                raise DataError(f"{path}: no column {missing[0]!r}; {there}")
+            first, left, group = 0, start, file.metadata.row_group
+            while first < file.num_row_groups and left >= group(first).num_rows:
+                left -= group(first).num_rows
+                first += 1
+            groups = range(first, file.num_row_groups)
+            given = [name for name in names if name in columns]
+            for batch in file.iter_batches(_ROWS_PER_READ, groups, given):
+                for row in batch.slice(min(left, batch.num_rows)).to_pylist():
+                    number += 1
+                    yield number, row
+                left = max(left - batch.num_rows, 0)
+    except (pyarrow.ArrowException, OSError) as error:
+        fault = f"cannot be read after row {number}, not a whole Parquet file"
+        raise DataError(f"{path}: {fault}: {error}") from error
+
+
+def text_field(row: dict[str, Any], key: str, where: str) -> str:
+    """The string `row[key]`, or a DataError where it is missing, no string or not Unicode (a lone
+    surrogate)."""
+    if key not in row:
+        raise DataError(f"{where}: no field {key!r}; the fields are {sorted(row)}")
+    if not isinstance(row[key], str):
+        raise DataError(f"{where}: field {key!r} must be a string, got {row[key]!r}")
+    try:
+        row[key].encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: field {key!r} is no Unicode text: {error}") from error
+    return row[key]
 
 
 def parse_integer(text: str) -> int | None:

@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from laser_jax.command_line import program
 from laser_jax.config import BackboneConfig, Dtype, PromptConfig
+from laser_jax.data.documents import EvalQuery
 from laser_jax.data.tokenization import PromptTokenizer, Tokenizer, load_tokenizer_for
-from laser_jax.evaluate.beir import EvalQuery, read_qrels, read_queries
+from laser_jax.evaluate.beir import read_qrels, read_queries
 from laser_jax.evaluate.results import markdown_table
 from laser_jax.evaluate.retrieval import require_instructions
 from laser_jax.evaluate.rewrites import Rewrite, WritingCost, milliseconds_per_query, read_rewrites

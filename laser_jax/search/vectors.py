@@ -23,10 +23,10 @@ from typing import Any, Literal
 import numpy as np
 
 from laser_jax.config import ConfigError, as_dict, from_dict
+from laser_jax.data.documents import document_id_fault
 from laser_jax.files.durable import write_atomically, written_whole
 from laser_jax.files.reading import DataError, import_pyarrow, parse_json, read_object
 from laser_jax.search.repeated_ids import RepeatedIds
-from laser_jax.search.trec import document_id_fault
 from laser_jax.settings import require_in
 
 _FORMAT, _VERSION = "laser_jax vectors", 1

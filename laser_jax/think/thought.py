@@ -18,13 +18,12 @@ import numpy as np
 from laser_jax.batch import Tokens
 from laser_jax.config import Pooling, appended_thoughts
 from laser_jax.data.buckets import Buckets
+from laser_jax.data.documents import Document, EvalQuery
 from laser_jax.data.prompts import PromptTokens
 from laser_jax.data.tokenization import ExplicitTokens, PromptTokenizer, load_tokenizer, right_pad
 from laser_jax.encoder import backbone_for, load_pretrained
 from laser_jax.evaluate.beir import (
     BeirDataset,
-    Document,
-    EvalQuery,
     judged_split,
     read_corpus,
     read_qrels_file,
