@@ -330,7 +330,10 @@ def test_html_writes_a_page_that_stands_alone(thinking_model: Path, tmp_path: Pa
         (["--text", "x", "--top", "[0,1]"], r"top must be at least 1, got \(0, 1\)"),
         (["--text", "x", "--top", "[1,0]"], r"top must be at least 1, got \(1, 0\)"),
         (["--text", "x", "--top", "[1000,1]"], r"1000 tokens a step; the model's vocabulary has"),
-        (["--text", "bad \udcff bytes"], r"text is no Unicode text, give it in UTF-8: .*\\udcff"),
+        (
+            ["--text", "bad \udcff bytes"],
+            r"text is no Unicode text: its character 4 is half a .*\\udcff",
+        ),
         (["--text", "x", "--instruction", "\udcff"], "instruction is no Unicode text"),
         (["--text", "x", "--reasoning", "\udcff"], "reasoning is no Unicode text"),
         (["--text", "x", "--corpus", "/nowhere"], "/nowhere"),

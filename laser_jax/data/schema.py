@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from laser_jax.files.reading import DataError
+from laser_jax.files.reading import DataError, require_unicode
 
 _INSTRUCTIONS = 32
 _MAY_BE_EMPTY = {
@@ -92,19 +92,6 @@ def _require_passages(passages: list[Any], name: str, where: str) -> None:
         require_unicode(text, f"{where}: item {i} of '{name}'")
         if not text.strip():
             raise DataError(f"{where}: item {i} of '{name}' is empty; leave it out")
-
-
-def require_unicode(text: str, what: str) -> None:
-    """Raises a DataError, which names `what` it is, where the text holds half a surrogate pair:
-    JSON can spell one, and no tokenizer takes it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{what} is no Unicode text: its character {error.start} is half a surrogate pair, "
-            f"{text[error.start]!r}; take it out, or replace it by "
-            'text.encode(errors="replace").decode()'
-        ) from error
 
 
 def same_text(text: str) -> str:

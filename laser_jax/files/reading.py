@@ -215,6 +215,19 @@ def parquet_rows(
         raise DataError(f"{path}: {fault}: {error}") from error
 
 
+def require_unicode(text: str, what: str) -> None:
+    """Raises a DataError, which names `what` it is, where the text holds half a surrogate pair:
+    JSON can spell one, and no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{what} is no Unicode text: its character {error.start} is half a surrogate pair, "
+            f"{text[error.start]!r}; take it out, or replace it by "
+            'text.encode(errors="replace").decode()'
+        ) from error
+
+
 def text_field(row: dict[str, Any], key: str, where: str) -> str:
     """The string `row[key]`, or a DataError where it is missing, no string or not Unicode (a lone
     surrogate)."""
@@ -222,10 +235,7 @@ def text_field(row: dict[str, Any], key: str, where: str) -> str:
         raise DataError(f"{where}: no field {key!r}; the fields are {sorted(row)}")
     if not isinstance(row[key], str):
         raise DataError(f"{where}: field {key!r} must be a string, got {row[key]!r}")
-    try:
-        row[key].encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: field {key!r} is no Unicode text: {error}") from error
+    require_unicode(row[key], f"{where}: field {key!r}")
     return row[key]
 
 

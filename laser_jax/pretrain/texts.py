@@ -10,9 +10,9 @@ from typing import Any
 import flax.struct
 import numpy as np
 
-from laser_jax.data.schema import FIELDS, DataError, require_unicode
+from laser_jax.data.schema import FIELDS
 from laser_jax.data.tokenization import PromptTokenizer
-from laser_jax.files.reading import json_lines, parse_json
+from laser_jax.files.reading import DataError, json_lines, parse_json, require_unicode
 
 _TEXTS = {*FIELDS, "text", "document", "reasoning"}
 
