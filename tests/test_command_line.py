@@ -33,7 +33,8 @@ from laser_jax.config import (
     as_dict,
     from_dict,
 )
-from laser_jax.evaluate.run import COMMANDS as EVALUATIONS
+from laser_jax.evaluate.run import PURPOSES as EVALUATIONS
+from laser_jax.evaluate.run import main as evaluate
 from laser_jax.pretrain.run import PretrainConfig
 from laser_jax.settings import group_of, keys_of, kinds_of
 
@@ -358,7 +359,8 @@ def test_progress_goes_to_stderr_with_time_and_process(capsys) -> None:
 
 
 def test_laser_lists_its_commands_and_refuses_others(capsys) -> None:
-    main(["--help"])
+    with pytest.raises(SystemExit):
+        main(["--help"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:]] == list(COMMANDS)
     assert all(len(line.split()) > 3 for line in lines[2:])
@@ -393,4 +395,13 @@ def test_laser_runs_a_program_as_python_does(monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["search", "--help"])
     assert caught.value.code == 0
-    assert "usage: python -m laser_jax.search" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith("usage: laser search [")
+
+
+def test_an_interrupted_evaluation_ends_in_one_line(monkeypatch) -> None:
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib, "import_module", interrupted)
+    with pytest.raises(SystemExit, match=r"^stopped$"):
+        evaluate(["run"])
