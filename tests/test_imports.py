@@ -17,7 +17,7 @@ PACKAGE = REPOSITORY / "laser_jax"
 
 # A module may import modules that stand before it, inside a room too. Nobody imports `__main__`.
 ORDER: tuple[str, ...] = (
-    *("files.durable", "files.reading", "files.terminal", "files.splits"),
+    *("files.durable", "files.terminal", "files.reading", "files.splits"),
     *("settings", "files.claim", "model_sizes", "config", "command_line"),
     *("sharding", "losses", "alignment", "batch"),
     *("modeling.kernels", "modeling.lora", "modeling.attention", "modeling.rope"),

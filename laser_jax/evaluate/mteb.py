@@ -31,12 +31,13 @@ from laser_jax.evaluate.results import markdown_table, model_name
 from laser_jax.evaluate.retrieval import EvaluationOptions, load_retriever
 from laser_jax.files.claim import Claim
 from laser_jax.files.durable import checksum, json_text
+from laser_jax.files.terminal import extra
 from laser_jax.inference.options import read_retriever_config
 from laser_jax.inference.retriever import LatentRetriever
 from laser_jax.models.directory import model_directory
 from laser_jax.settings import require
 
-try:
+with extra("mteb", "evaluation by mteb"):
     import mteb
     from mteb.abstasks import AbsTask, AbsTaskRetrieval
     from mteb.abstasks.task_metadata import TaskMetadata
@@ -44,8 +45,6 @@ try:
     from mteb.models.abs_encoder import AbsEncoder
     from mteb.models.model_meta import ScoringFunction
     from mteb.types import PromptType
-except ImportError as error:
-    raise ImportError(f"evaluation by mteb needs pip install laser-jax[mteb]: {error}") from error
 
 SCORES_FILE = "scores.json"
 logger = logging.getLogger(__name__)
@@ -220,11 +219,9 @@ def evaluate_task(
     output: str | Path,
     *,
     batch_size: int = 64,
-    predictions: str | Path | None = None,
 ) -> list[TaskScore]:
     """Runs a task, and where a task of BRIGHT excludes documents also without exclusions: a score
-    each split and subset. Results that are in mteb's cache `output` are not computed again; its
-    files of rankings go to the folder `predictions`."""
+    each split and subset. Results that are in mteb's cache `output` are not computed again."""
 
     def run(model: MtebRetriever) -> dict[tuple[str, str], float]:
         result = mteb.evaluate(
@@ -233,7 +230,6 @@ def evaluate_task(
             cache=mteb.ResultCache(output),
             overwrite_strategy="only-missing",
             encode_kwargs={"batch_size": batch_size, "show_progress_bar": True},
-            prediction_folder=predictions,
             show_progress_bar=False,
             co2_tracker=False,
         )

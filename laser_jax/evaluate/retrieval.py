@@ -206,7 +206,6 @@ def retrieval_runs(
     dataset: BeirDataset,
     num_thinking_steps: Sequence[int],
     *,
-    nothing_excluded: bool = False,
     progress: bool = False,
 ) -> dict[str, Run]:
     """Ranks the corpus for every query by the latent view at every K and, where there is one, the
@@ -215,9 +214,7 @@ def retrieval_runs(
     own K. Raises a DataError on a query without an instruction."""
     inputs = query_inputs(prompts, dataset, encoder.config, num_thinking_steps)
     documents = [prompts.document(document.text) for document in dataset.documents]
-    return rank_corpus(
-        encoder, documents, dataset, inputs, nothing_excluded=nothing_excluded, progress=progress
-    )
+    return rank_corpus(encoder, documents, dataset, inputs, progress=progress)
 
 
 def _embed(

@@ -1,7 +1,7 @@
 """Whether two runs differ by more than chance over the same queries.
 
 The tests take values of one metric for the same queries in the same order, [Q], and raise a
-ValueError where there are none, lengths differ or resamples are below 1.
+ValueError where there are none or lengths differ.
 
 Letters: Q queries, R resamples, P p-values.
 """
@@ -20,34 +20,25 @@ _NUMBERS_AT_A_TIME = 4_000_000
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean difference and the interval that holds it with the confidence asked for."""
+    """A mean difference and the interval that holds it with the confidence `CONFIDENCE`."""
 
     difference: float
     low: float
     high: float
 
 
-def _differences(a: Sequence[float], b: Sequence[float], resamples: int) -> np.ndarray:
+def _differences(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
     if len(a) != len(b) or len(a) == 0:
         wanted = "a paired test wants the same queries, at least one"
         raise ValueError(f"{wanted}: got {len(a)} and {len(b)} values")
-    if resamples < 1:
-        raise ValueError(f"the number of resamples must be at least 1, got {resamples}")
     return np.asarray(a, np.float64) - np.asarray(b, np.float64)
 
 
-def paired_bootstrap(
-    a: Sequence[float],
-    b: Sequence[float],
-    *,
-    resamples: int = RESAMPLES,
-    confidence: float = CONFIDENCE,
-    seed: int = 0,
-) -> Interval:
+def paired_bootstrap(a: Sequence[float], b: Sequence[float]) -> Interval:
     """The percentile interval of mean(a - b) when the queries are drawn again with replacement
     (Efron and Tibshirani 1993, section 13.3). All comparisons over one set of queries see the same
-    draws, which depend on `seed` and the number of queries alone."""
-    difference_Q = _differences(a, b, resamples)
+    draws, which depend on the number of queries alone."""
+    difference_Q = _differences(a, b)
     mean = float(difference_Q.mean())
     if len(difference_Q) == 1:  # every draw is this query, and scipy wants two
         return Interval(mean, mean, mean)
@@ -56,25 +47,23 @@ def paired_bootstrap(
     low, high = stats.bootstrap(
         (difference_Q,),
         np.mean,
-        n_resamples=resamples,
+        n_resamples=RESAMPLES,
         batch=max(1, _NUMBERS_AT_A_TIME // len(difference_Q)),
-        confidence_level=confidence,
+        confidence_level=CONFIDENCE,
         method="percentile",
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(0),
     ).confidence_interval
     return Interval(mean, float(low), float(high))
 
 
-def permutation_p_value(
-    a: Sequence[float], b: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0
-) -> float:
+def permutation_p_value(a: Sequence[float], b: Sequence[float]) -> float:
     """The two-sided p-value of mean(a - b) when a and b are swapped by chance, query by query
     (Fisher's randomisation test; Smucker, Allan and Carterette 2007 for its use on rankings).
 
     p = (1 + the number of random swaps with a difference as large) / (1 + R), never 0. Where there
     are at most R ways to swap, each is taken once, and p is exact.
     """
-    difference_Q = _differences(a, b, resamples)
+    difference_Q = _differences(a, b)
     if len(difference_Q) == 1:  # both ways to swap it have the same size, and scipy wants two
         return 1.0
     from scipy import stats
@@ -83,10 +72,10 @@ def permutation_p_value(
         (difference_Q,),  # a swap turns the sign of a query's difference
         lambda d_RQ, axis: np.abs(d_RQ.mean(axis=axis)),
         permutation_type="samples",
-        n_resamples=resamples,
+        n_resamples=RESAMPLES,
         batch=max(1, _NUMBERS_AT_A_TIME // len(difference_Q)),
         alternative="greater",
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(0),
     )
     return float(result.pvalue)
 

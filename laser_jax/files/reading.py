@@ -17,6 +17,8 @@ from typing import Any, BinaryIO, cast
 
 import yaml
 
+from laser_jax.files.terminal import extra
+
 _ROWS_PER_READ = 1024
 LONGEST_LINE = 64 << 20
 """Bytes. A longer line is no row of data: a small .gz can hold one that unfolds to gigabytes."""
@@ -176,13 +178,9 @@ def read_yaml(path: Path) -> Any:
 def import_pyarrow(path: str | Path) -> Any:
     """The module, for a Parquet or Arrow file or directory. Raises an ImportError that names the
     extra."""
-    try:
+    with extra("parquet", f"{path}: reading and writing Parquet and Arrow"):
         import pyarrow
         import pyarrow.parquet
-    except ImportError as error:
-        way_out = "pip install laser-jax[parquet]"
-        fault = f"reading and writing Parquet and Arrow needs pyarrow: {way_out}"
-        raise ImportError(f"{path}: {fault}") from error
     return pyarrow
 
 
