@@ -415,10 +415,7 @@ def tokenization_settings(prompts: PromptTokenizer) -> dict[str, Any]:
     fingerprint = [{k: v for k, v in model.items() if k not in ("truncation", "padding")}]
     fingerprint += [tokenizer.chat_template, tokenizer.bos_token, prompts.eos_id, prompts.pad_id]
     digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
-    prompt = as_dict(prompts.config)
-    if prompt["allow_special_tokens"]:  # what is stored elsewhere may be older than the setting
-        del prompt["allow_special_tokens"]
-    return {"prompt": prompt, "tokenizer": digest}
+    return {"prompt": as_dict(prompts.config), "tokenizer": digest}
 
 
 def padding_share(batch: Batch) -> float:

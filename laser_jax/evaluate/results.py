@@ -66,8 +66,6 @@ class Evaluation:
     """The K of all documents; None where they were read at each run's own."""
     pools_prompt: bool = True
     """Whether the latent view at K = 1 reads the query by itself."""
-    bad_lines: int = 0
-    """Lines of the data that an older version left out."""
     confidence: float = CONFIDENCE
     """Of the intervals, with `resamples` and `seed`."""
     resamples: int = RESAMPLES
@@ -78,7 +76,7 @@ class Evaluation:
     """Run -> time to write the text that a query is read with, where the file of rewrites says."""
     shortened: dict[str, int] = field(default_factory=dict)
     """`documents`, or `queries` and how they were read -> how many did not fit into the model's
-    limits and lost their ends. Older versions did not say so, nor the next two."""
+    limits and lost their ends."""
     steps_oracle: StepsOracle | None = None
     """In the first metric; None where the latent view was evaluated at a single K."""
     id_counts: list[IdCount] = field(default_factory=list)

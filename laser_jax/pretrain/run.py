@@ -235,10 +235,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
 
     def changed(report: dict[str, Any]) -> list[Change]:
         float(report["loss"])  # not there, or no number: the report is damaged
-        stored = dict(report["config"])
-        stored.pop("log_every", None)  # of earlier releases
         # the same directory may be spelled otherwise, or have been moved
-        return changes(stored, config, source=REPORT, changeable=("output",))
+        return changes(report["config"], config, source=REPORT, changeable=("output",))
 
     with Claim(config.output, REPORT, changed) as claim:
         if claim.recorded is not None and _is_finished(config, claim.recorded):

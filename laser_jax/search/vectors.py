@@ -199,11 +199,6 @@ def read_manifest(directory: str | Path, role: Role | None = None) -> Manifest:
         raise DataError(f"{path}: no manifest of vectors: 'format' must be {_FORMAT!r}")
     if (version := values.pop("version", None)) != _VERSION:
         raise DataError(f"{path}: version {version}, this program reads {_VERSION}")
-    if "role" not in values:
-        raise DataError(
-            f"{path}: does not say whether its vectors are of documents or of queries, as older "
-            'versions did not. Add the line "role": "documents", or "role": "queries", to it'
-        )
     count, entries = values.pop("count", None), values.pop("shards", None)
     if not isinstance(entries, list):
         raise DataError(f"{path}: 'shards' must be a list of objects")
@@ -274,7 +269,6 @@ def read_shard(
     table = _read_table(directory, shard, ["id", "vector"], check=True)
     ids, column = table["id"].to_pylist(), table["vector"].combine_chunks()
     stored = parse_json((table.schema.metadata or {}).get(_SCHEMA_KEY, b"{}"), path)
-    stored.setdefault("role", info.role)  # older shards have none; their manifest has
     for key, value in as_dict(info).items():
         if (found := stored.get(key)) != value:
             raise DataError(f"{path}: {key} is {found!r}, and {MANIFEST_FILE} says {value!r}")
