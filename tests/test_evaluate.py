@@ -335,7 +335,7 @@ def test_the_best_k_of_each_query_stands_beside_the_best_for_all(evaluated: Path
     assert found.oracle.fixed == pytest.approx(values_KQ.mean(axis=1).max())
     assert found.control is None  # a query has one relevant document here
     table = model_table(evaluation)
-    assert f"the best K for all is {found.fixed_steps}; the best of each query" in table
+    assert f"the best K for all is {found.fixed_K}; the best of each query" in table
     assert "| best of each query |" in table
     assert "| share of queries |" in table
 

@@ -255,7 +255,7 @@ class _BatchBuilder:
             batch = replace(batch, counted_BK=np.tile(np.arange(K) < drawn, (len(part), 1)))
         return self._with_explicit(batch, rows, drawn) if rows[0].explicit else batch
 
-    def _with_explicit(self, batch: Batch, rows: Sequence[_Drawn], steps: int) -> Batch:
+    def _with_explicit(self, batch: Batch, rows: Sequence[_Drawn], K: int) -> Batch:
         objective, query = self._config.objective, batch.query
         ids, ends = zip(*(row.explicit for row in rows if row.explicit), strict=True)
         if self._config.views == "fast" and objective.teacher is None:
@@ -269,11 +269,11 @@ class _BatchBuilder:
             query = replace(query, packed=None)  # it is not read by itself
         keyframes_BK = np.stack(
             [
-                keyframe_positions(ends[b].tolist(), len(ids[b]) - 1, steps, objective.keyframes)
+                keyframe_positions(ends[b].tolist(), len(ids[b]) - 1, K, objective.keyframes)
                 for b in self._part
             ]
         )
-        beyond = objective.num_thinking_steps - steps  # which are not counted: any position serves
+        beyond = objective.num_thinking_steps - K  # which are not counted: any position serves
         keyframes_BK = np.pad(keyframes_BK, ((0, 0), (0, beyond)), "edge")
         explicit = self._pad(ids, None, self._part)
         return replace(batch, query=query, explicit=explicit, keyframes_BK=keyframes_BK)

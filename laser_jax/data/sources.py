@@ -448,7 +448,7 @@ class PreparedSource(ArrayRecordSource):
 
     @functools.cached_property
     def facts(self) -> Facts:
-        """Of the files as they were prepared; a DataError names one that was changed since."""
+        """The facts of the files as prepared; a DataError names one that was changed since."""
         if changed := changed_shards(self.files, self._known.get("checksums")):
             raise DataError(
                 f"{changed[0]} is not as it was prepared: cut short, changed, or another shard's; "

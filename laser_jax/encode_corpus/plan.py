@@ -49,7 +49,7 @@ class PlannedShard:
     begin: Place
     count: int
     sha256: str
-    """Of their ids and texts."""
+    """The hash of their ids and texts."""
 
 
 @dataclass(frozen=True)

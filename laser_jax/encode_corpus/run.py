@@ -47,7 +47,7 @@ class Progress:
     terminal, a line for each shard in a log."""
 
     def __init__(self, done: int, left: int):
-        """Of this run's documents so many were there before, and are left."""
+        """So many of this run's documents were there before, and are left."""
         self._bar = tqdm(total=done + left, initial=done, desc="encode", unit="doc", disable=None)
         self._done, self._left = done, left
         self._began = time.monotonic()

@@ -67,7 +67,7 @@ class Evaluation:
     pools_prompt: bool = True
     """Whether the latent view at K = 1 reads the query by itself."""
     confidence: float = CONFIDENCE
-    """Of the intervals, with `resamples` and `seed`."""
+    """How the intervals were drawn, with `resamples` and `seed`."""
     resamples: int = RESAMPLES
     seed: int = 0
     milliseconds_per_query: dict[str, float] = field(default_factory=dict)

@@ -28,7 +28,7 @@ class WritingCost:
     rows: int
     """Queries in its batch."""
     prefill_seconds: float
-    """Of the whole batch, as `decode_seconds`."""
+    """The whole batch's, as `decode_seconds`."""
     decode_seconds: float
 
 

@@ -274,9 +274,9 @@ def _pretrain(config: PretrainConfig) -> dict[str, Any]:
     }
     variables = {"params": params}
     if held_out is not None:
-        report["written_right"] = exact_match(backbone, variables, held_out, config.batch_size)
+        report["exact_match"] = exact_match(backbone, variables, held_out, config.batch_size)
         print(
-            f"greedy decoding writes {report['written_right']:.1%} of the {len(held_out.ids_BT)} "
+            f"greedy decoding writes {report['exact_match']:.1%} of the {len(held_out.ids_BT)} "
             f"{config.eval_split} reasonings without a mistake"
         )
     host = jax.device_get(variables)

@@ -27,7 +27,7 @@ from laser_jax.settings import Change, as_dict, changes, require
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 COLUMNS = ("nDCG@10", "Hit@1")
-LOG = logging.getLogger("laser_jax")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class QuickstartOptions:
 
     output: str = "runs/world"
     seed: int = 0
-    """Of the world, the backbone and the training."""
+    """The seed of the world, the backbone and the training."""
 
 
 RECORD = "quickstart.json"
@@ -50,7 +50,7 @@ METHODS: dict[str, tuple[str, str | None]] = {
 
 def _run(module: str, *arguments: str) -> None:
     command = [sys.executable, "-m", module, *arguments]
-    LOG.info("$ python -m %s %s", module, shlex.join(arguments))
+    _log.info("$ python -m %s %s", module, shlex.join(arguments))
     done = subprocess.run(command, check=False)
     if done.returncode:
         sys.exit(done.returncode)
@@ -75,7 +75,7 @@ def _run_stages(output: Path, seed: str) -> dict[str, dict[str, float]]:
     began, data = time.monotonic(), output / "data"
     world = build_world(WorldConfig(num_places=20, seed=int(seed)))
     write_world(world, data)
-    LOG.info(
+    _log.info(
         f"{data}: {len(world.places)} places, {len(world.relations)} ways between them; "
         f"{len(world.train)} training queries, {len(world.test)} test queries on unseen "
         f"compositions\n  {world.train[0].query}\n"

@@ -53,7 +53,7 @@ them in detail.
 our words: the essential problem, helpful information step by step, a draft of the answer."""
 
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +79,9 @@ class RewriteOptions(BatchOptions, Decoding):
     """Tokens of a prompt, whose query is shortened where it does not fit. None: what the model's
     positions leave room for."""
     seed: int = 0
-    """Of the drawn tokens, together with the query's id: not with its place or its company."""
+    """Draws the tokens, together with the query's id: not with its place or its company."""
     compute_dtype: Dtype = "float32"
-    """Of weights and computation: float32 is fastest on CPU, bfloat16 on GPU and TPU."""
+    """The dtype of weights and computation: float32 is fastest on CPU, bfloat16 on GPU and TPU."""
     batch_size: int = 8
     length_multiple: int = 128
 
@@ -205,7 +205,7 @@ def rewrite(options: RewriteOptions) -> dict[str, Any]:
     with Claim(output.parent, report_file(output).name, changed, file=output.name) as claim:
         rewrites = _held_rewrites(output, claim, queries)
         before = len(rewrites)
-        logger.info("%d queries, %d of them written before", len(queries), before)
+        _log.info("%d queries, %d of them written before", len(queries), before)
         if claim.recorded is None:
             claim.record(json_text({"settings": settings}))
         left = {id_: prompts[id_].ids for id_ in queries if id_ not in rewrites}
@@ -270,7 +270,7 @@ def _written(
             bar.set_postfix_str(rate)
             bar.update(len(batch))
             if bar.disable:  # no terminal
-                logger.info("%d of %d queries, %s", before, total, rate)
+                _log.info("%d of %d queries, %s", before, total, rate)
 
 
 def _as_rewrite(
@@ -284,7 +284,7 @@ def _as_rewrite(
 
 
 def _statistics(rewrites: dict[str, Rewrite]) -> dict[str, Any]:
-    """Of all rewrites in the file, whichever process wrote them."""
+    """Statistics of all rewrites in the file, whichever process wrote them."""
     costs = [rewrite.cost for rewrite in rewrites.values() if rewrite.cost is not None]
     shares = milliseconds_per_query(rewrites)
     assert shares is not None

@@ -43,9 +43,9 @@ class VectorsInfo:
     """What all vectors of a directory have in common."""
 
     model_hash: str
-    """Of the weights and config that made the vectors."""
+    """A hash of the weights and config that made the vectors."""
     prompt_hash: str
-    """Of the prompt settings and chat template."""
+    """A hash of the prompt settings and chat template."""
     num_thinking_steps: int
     dtype: Literal["float32", "float16", "int8"]
     dimension: int
@@ -64,7 +64,7 @@ class Shard:
     count: int
     sha256: str
     tokens: int | None = None
-    """Of its texts, as the model read them; None where they were not counted."""
+    """Tokens of its texts, as the model read them; None where they were not counted."""
     truncated: int | None = None
     """Texts that were shortened."""
 

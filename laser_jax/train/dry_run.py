@@ -41,7 +41,7 @@ from laser_jax.train.throughput import GIB, device_bytes, peak_flops, step_flops
 
 BATCHES_LOOKED_AT = 64
 Widths = tuple[int, ...]
-"""Of a padded batch: its queries, documents and, where they are read, explicit inputs."""
+"""Widths of a padded batch: of queries, documents and, where they are read, explicit inputs."""
 
 
 @dataclass(frozen=True)
