@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from laser_jax.command_line import program
-from laser_jax.evaluate.retrieval import format_table
+from laser_jax.evaluate.retrieval import format_table, latent
 from laser_jax.files.claim import Claim
 from laser_jax.files.durable import json_text, write_json
 from laser_jax.quickstart.world import WorldConfig, build_world, write_world
@@ -98,7 +98,7 @@ def _run_stages(output: Path, seed: str) -> dict[str, dict[str, float]]:
         )
         scores = json.loads((output / name / "results.json").read_text())["scores"]
         run = json.loads((output / name / "config.json").read_text())
-        table[title] = scores[f"latent K={run['objective']['num_thinking_steps']}"]
+        table[title] = scores[latent(run["objective"]["num_thinking_steps"])]
         if name == "laser":
             table["explicit view (reads the reasoning)"] = scores["explicit"]
     table = {title: {c: row[c] for c in COLUMNS} for title, row in table.items()}

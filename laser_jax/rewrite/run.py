@@ -52,14 +52,13 @@ them in detail.
 """The demands of the prompt with which BRIGHT (arXiv 2407.12883) has its queries reasoned about, in
 our words: the essential problem, helpful information step by step, a draft of the answer."""
 
-EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewriteOptions(BatchOptions, Decoding):
-    """Writes a reasoning for every query with a language model (a Hugging Face directory of a Qwen3
-    or Llama 3.x with tokenizer) into a file that evaluate reads."""
+    """Writes a reasoning for every query with a language model (a Hugging Face directory, with its
+    tokenizer, of any family of `BackboneConfig`) into a file that evaluate reads."""
 
     input: str
     """A BEIR directory, or a queries.jsonl."""
@@ -121,7 +120,7 @@ def prompt_maker(
         not options.chat_template or bool(tokenizer.chat_template),
         "the tokenizer has no chat template, as with many base models: set --chat_template false",
     )
-    usual = EMPTY_THOUGHT if "<think>" in tokenizer.get_vocab() else ""
+    usual = PromptConfig.thinking_suffix if "<think>" in tokenizer.get_vocab() else ""
     prompt = PromptConfig(
         query_template=options.prompt,
         chat_template=options.chat_template,
