@@ -479,13 +479,13 @@ def load_retriever_config(directory: str | Path) -> RetrieverConfig:
             f"{path} is missing: {directory} is no export of laser_jax.train. For a model of the "
             'LaSER authors pass preset="official", otherwise pass a RetrieverConfig of your own'
         )
-    from laser_jax.files.reading import DataError, read_json  # which imports yaml
+    from laser_jax.files.reading import DataError, read_object  # which imports yaml
 
     try:
-        values = read_json(path)
+        values = read_object(path)
     except DataError as error:
         raise ConfigError(str(error)) from error
-    if isinstance(values, dict) and "prompt" not in values:
+    if "prompt" not in values:
         raise ConfigError(
             f"{path}: the prompt settings are missing, and other prompts than those of training "
             'give worse vectors without a sign. Add "prompt": {...} with the fields of '

@@ -379,11 +379,10 @@ def declared(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[type]]:
         sys.exit()
 
     monkeypatch.setattr(command_line, "_parse", note)
+    words = {"evaluate": list(EVALUATIONS), "encode_corpus": ["", "--verify"]}
     for room in COMMANDS.values():
         module = importlib.import_module(f"laser_jax.{room}.run")
-        for word in {"evaluate": list(EVALUATIONS), "encode_corpus": ["", "--verify"]}.get(
-            room, [""]
-        ):
+        for word in words.get(room, [""]):
             program = f"{room} {word}" if room == "evaluate" else room
             with pytest.raises(SystemExit):
                 module.main([word] if word else [])

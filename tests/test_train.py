@@ -806,7 +806,7 @@ def without(key: str) -> str:
     ("line", "named"),
     [
         ("{", "not valid JSON"),
-        ("[]", "an object is wanted"),
+        ("[]", "wanted a JSON object, got list"),
         (without("reasoning_query"), "field 'reasoning_query' is missing"),
         (without("positive_passages"), "field 'positive_passages' is missing"),
         (json.dumps(training_row(1) | {"query": 3}), "'query' must be a string, got int"),

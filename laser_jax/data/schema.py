@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from laser_jax.files.reading import DataError, require_unicode
+from laser_jax.files.reading import DataError, json_object, require_unicode
 
 _INSTRUCTIONS = 32
 _MAY_BE_EMPTY = {
@@ -46,8 +46,7 @@ def parse_row(record: Any, where: str) -> TrainingRow:
     """The training row of a JSON object, which stands at `where` (file and line); fields further
     than `teacher_scores` are ignored. Raises a DataError where a field is missing, has the wrong
     type, is blank where it must not be, or is no valid Unicode."""
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: an object is wanted, got {type(record).__name__}")
+    record = json_object(record, where)
     values: dict[str, Any] = {}
     for name in FIELDS:
         way_out, kind = _MAY_BE_EMPTY.get(name, ""), list if name in _STRING_LISTS else str

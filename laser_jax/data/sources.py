@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 import functools
-import hashlib
 import itertools
 import mmap
 import threading
@@ -26,6 +25,7 @@ import numpy as np
 from laser_jax.config import DataConfig
 from laser_jax.data.schema import FIELDS, TEACHER_SCORES, Facts, TrainingRow, facts_of, parse_row
 from laser_jax.files import reading
+from laser_jax.files.durable import checksum_of
 from laser_jax.files.reading import DataError, import_pyarrow, parse_json
 from laser_jax.files.splits import one_split, split_of
 
@@ -470,9 +470,3 @@ def changed_shards(files: Iterable[Path], checksums: dict[str, str] | None) -> l
     if checksums is None:
         return []
     return [f for f in files if not f.is_file() or checksums.get(f.name) != checksum_of(f)]
-
-
-def checksum_of(file: Path) -> str:
-    """The sha256 of a file's bytes."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

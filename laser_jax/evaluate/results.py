@@ -21,7 +21,7 @@ from laser_jax.evaluate.oracle import StepsOracle
 from laser_jax.evaluate.significance import CONFIDENCE, RESAMPLES
 from laser_jax.files.claim import Claim, OutputError
 from laser_jax.files.durable import folder_written_whole, write_atomically, write_json
-from laser_jax.files.reading import DataError, parse_number, read_json, text_lines
+from laser_jax.files.reading import DataError, parse_number, read_object, text_lines
 from laser_jax.search.matching import IdCount
 from laser_jax.search.trec import Run, write_trec_run
 
@@ -160,7 +160,7 @@ def read_evaluation(directory: str | Path) -> Evaluation:
         wanted = "a directory that python -m laser_jax.evaluate model wrote"
         raise FileNotFoundError(f"{path} is missing: wanted {wanted}")
     try:
-        return from_dict(Evaluation, read_json(path), source=str(path))
+        return from_dict(Evaluation, read_object(path), source=str(path))
     except (ConfigError, DataError) as error:
         raise DataError(f"{path}: no results of laser_jax.evaluate: {error}") from error
 

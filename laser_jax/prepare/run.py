@@ -33,16 +33,10 @@ from laser_jax.data.reasoning_retrieval import (
     write_shard,
 )
 from laser_jax.data.schema import DataError
-from laser_jax.data.sources import (
-    PREPARED_FILE,
-    changed_shards,
-    checksum_of,
-    open_source,
-    open_unchecked,
-)
+from laser_jax.data.sources import PREPARED_FILE, changed_shards, open_source, open_unchecked
 from laser_jax.data.tokenization import PromptTokenizer, TokenizationError, load_tokenizer
 from laser_jax.files.claim import WORK_FOLDER, Claim, sweep
-from laser_jax.files.durable import json_text, read_state, write_json, written_whole
+from laser_jax.files.durable import checksum_of, json_text, read_state, write_json, written_whole
 from laser_jax.files.reading import read_yaml
 from laser_jax.files.terminal import printable
 from laser_jax.prepare.report import ShardStats, format_report, measure_padding, report_of, stats_of

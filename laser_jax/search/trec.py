@@ -15,7 +15,13 @@ import numpy as np
 
 from laser_jax.data.documents import document_id_fault, excluded_ids, query_id_fault
 from laser_jax.files.durable import written_whole
-from laser_jax.files.reading import DataError, parse_json, parse_number, text_lines
+from laser_jax.files.reading import (
+    DataError,
+    json_object,
+    parse_number,
+    text_field,
+    text_lines,
+)
 
 Run = dict[str, dict[str, float]]
 """Query id -> document id -> score."""
@@ -109,10 +115,8 @@ def read_excluded(path: str | Path) -> dict[str, tuple[str, ...]]:
         if not line.strip():
             continue
         if path.suffix == ".jsonl":
-            row = parse_json(line.encode(), where)
-            if not isinstance(row, dict) or not isinstance(row.get("_id"), str):
-                raise DataError(f"{where}: wanted an object with a string '_id', got {line!r}")
-            query, documents = row["_id"], excluded_ids(row, where)
+            row = json_object(line.encode(), where)
+            query, documents = text_field(row, "_id", where), excluded_ids(row, where)
         else:
             query, *documents = line.rstrip("\r\n").split("\t")
             if len(documents) != 1:

@@ -24,7 +24,7 @@ import numpy as np
 
 from laser_jax.config import ConfigError, as_dict, from_dict
 from laser_jax.data.documents import document_id_fault
-from laser_jax.files.durable import write_atomically, written_whole
+from laser_jax.files.durable import checksum_of, write_atomically, written_whole
 from laser_jax.files.reading import DataError, import_pyarrow, parse_json, read_object
 from laser_jax.search.repeated_ids import RepeatedIds
 from laser_jax.settings import require_in
@@ -233,8 +233,7 @@ def shard_of(values: Any, where: str) -> Shard:
 def is_intact(directory: str | Path, shard: Shard) -> bool:
     """Whether the shard's file is there and has the bytes that it was written with."""
     try:
-        with (Path(directory) / shard.file).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
+        return checksum_of(Path(directory) / shard.file) == shard.sha256
     except FileNotFoundError:
         return False
 
