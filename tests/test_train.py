@@ -1014,4 +1014,4 @@ def test_a_missing_extra_ends_with_one_line(arguments, tmp_path, monkeypatch, ca
         arguments(tmp_path / "run", "--data.train", f"{tmp_path}/rows.parquet"), capsys
     )
     assert "rows.parquet: reading and writing Parquet and Arrow needs pyarrow" in message
-    assert "pip install laser-jax[parquet]" in message
+    assert "pip install 'laser-jax[parquet]'" in message

@@ -50,7 +50,7 @@ def extra(name: str, what: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        way_out = f"pip install laser-jax[{name}]"
+        way_out = f"pip install 'laser-jax[{name}]'"
         raise ImportError(f"{what} needs {error.name or error}: {way_out}") from error
 
 
