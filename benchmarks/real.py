@@ -287,11 +287,8 @@ def summarise(
         if not shared or (other == row and run is None):
             return None
         theirs, their_run = read(other), run or scored_run(other, runs[other][shared[0]])[1]
-        chosen = {
-            s: ({n: scores[s][n] for n in sets}, scored, {n: theirs[s][n] for n in sets}, their_run)
-            for s in shared
-        }
-        return macro_difference(chosen)
+        both = {s: [{n: of[s][n] for n in sets} for of in (scores, theirs)] for s in shared}
+        return macro_difference({s: (a, scored, b, their_run) for s, (a, b) in both.items()})
 
     scores = read(row)
     K, scored = scored_run(row, next(iter(runs[row].values())))
@@ -311,6 +308,7 @@ def summarise(
         "less_contrastive": less("contrastive"),
         "less_contrastive_by_set": {name: less("contrastive", sets=[name]) for name in names},
         "less_first": less(FIRST),
+        "less_infonce": less("without_explicit_view"),
         "less_own_K1": less(row, latent(1)) if K > 1 else None,
         "thoughts": said_by(options, runs[row].values()) if K > 1 else [],
     }
@@ -354,6 +352,7 @@ COLUMNS = {
     "Recall@100": _macro(METRICS[1]),
     "less contrastive": lambda row: _told(row["less_contrastive"]),
     "less first stage": lambda row: _told(row.get("less_first")),
+    "less InfoNCE alone": lambda row: _told(row.get("less_infonce")),
     "less itself at K = 1": lambda row: _told(row["less_own_K1"]),
     "given the rationale": _macro("explicit"),
     "given another's": _macro("control"),

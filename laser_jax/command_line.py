@@ -162,8 +162,7 @@ def program(
     *,
     stopped: str = "stopped",
 ) -> Callable[..., None]:
-    """The `main` of a room: gives the settings of the command line to `run`, and ends as
-    `ended_in_a_line`."""
+    """The `main` of a room: `run` is given the settings, and ends as `ended_in_a_line` says."""
 
     def main(arguments: Sequence[str] | None = None) -> None:
         """The command line."""

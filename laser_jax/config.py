@@ -208,11 +208,10 @@ class ObjectiveConfig:
         temperatures = (n for n in vars(self) if n.endswith("temperature"))
         require_in("(0, inf)", self, "objective.", *temperatures)
         require_in("[0, inf)", self, "objective.", "distillation_warmup_steps", "dimension_weights")
-        require(
-            self.method == "laser"
-            or not (self.document_thinking_steps or self.sample_thinking_steps),
-            "objective.document_thinking_steps and sample_thinking_steps want method: laser",
-        )
+        of_laser = ("document_thinking_steps", "sample_thinking_steps", "weights.teacher")
+        given = (self.document_thinking_steps, self.sample_thinking_steps, self.weights.teacher)
+        fault = f"objective: {', '.join(of_laser)} want method: laser"
+        require(self.method == "laser" or not any(given), fault)
         require(
             len(self.dimension_weights) in (0, len(self.dimensions)),
             f"objective.dimension_weights has {len(self.dimension_weights)} numbers, and "
@@ -229,7 +228,7 @@ class ObjectiveConfig:
 
     @property
     def need_teacher_scores(self) -> bool:
-        return self.method == "laser" and self.weights.teacher > 0
+        return self.weights.teacher > 0
 
 
 @dataclass(frozen=True)

@@ -150,11 +150,7 @@ class ScratchConfig:
         """The backbone over a tokenizer of `vocab_size` tokens."""
         sizes: dict[str, Any] = vars(self) | {"vocab_size": vocab_size}
         return BackboneConfig(
-            **sizes,
-            rms_norm_eps=1e-6,
-            rope_theta=1e4,
-            rope_scaling=None,
-            tie_word_embeddings=True,
+            **sizes, rms_norm_eps=1e-6, rope_theta=1e4, rope_scaling=None, tie_word_embeddings=True
         )
 
 

@@ -402,7 +402,7 @@ def test_a_killed_run_goes_on_from_what_was_answered(
         if number == 3:
             hangs.set()
             ends.wait()
-        return said(f"On {prompt.splitlines()[3]}")
+        return said(f"On {prompt.splitlines()[-2]}")
 
     stub = serve(reply)
     asked = options(towns, stub)
@@ -418,14 +418,14 @@ def test_a_killed_run_goes_on_from_what_was_answered(
     output = towns.parent / "out"
     journal = (output / "answers.jsonl").read_text().splitlines()
     assert [json.loads(line)["text"] for line in journal] == [
-        f"On Query: Where is {town}?" for town in TOWNS[:3]
+        f"On Where is {town}?" for town in TOWNS[:3]
     ]
     assert not (output / "train.jsonl").exists()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert f'{output}/train.jsonl: {{"all": 6, "annotated": 6}}' in done.stdout
     assert len(stub.bodies) == 4 + 3
     assert [r["reasoning_query"] for r in results(output)] == [
-        f"On Query: Where is {town}?" for town in TOWNS
+        f"On Where is {town}?" for town in TOWNS
     ]
 
 
@@ -511,7 +511,7 @@ def test_a_dry_run_prints_answers_and_writes_nothing(towns: Path, serve, capsys)
     assert len(stub.bodies) == 2
     assert f"--- {towns}:2 " in out
     assert '"marks": ["refusal", "cut"]' in out
-    assert "Query: Where is Kiel?" in out
+    assert "Where is Kiel?" in out
     assert "I'm sorry, \\x1b[2J I can't." in out
     assert sorted(towns.parent.iterdir()) == [towns]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from laser_jax.config import (
     save_retriever_config,
 )
 from laser_jax.encoder import load_pretrained
+from laser_jax.evaluate.significance import paired_bootstrap
+from laser_jax.export.card import model_card
 from laser_jax.export.run import ExportOptions, export, main
 from laser_jax.files.claim import OutputError
 from laser_jax.hf.writing import save_adapter, save_params
@@ -202,6 +205,9 @@ EVALUATION = {
 }
 
 
+PER_QUERY = {run: [0.0, 0.25, 0.25, 0.25, 0.5 + by] for run, by in (("1", 0), ("3", 0.625))}
+
+
 def card(output: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The front matter and the sections."""
     text = (output / "README.md").read_text()
@@ -221,6 +227,9 @@ def run(model: Path, tmp_path: Path) -> Path:
     files = {"config": RUN, "results": RESULTS, "evaluation/results": EVALUATION}
     for name, values in files.items():
         (tmp_path / "run" / f"{name}.json").write_text(json.dumps(values))
+    rows = [f"q{q}\tlatent K={k}\t{v}" for k, of in PER_QUERY.items() for q, v in enumerate(of)]
+    lines = "\n".join(["query_id\trun\tnDCG@10", *rows])
+    (tmp_path / "run" / "evaluation" / "per_query.tsv").write_text(lines + "\n")
     return tmp_path / "run"
 
 
@@ -246,7 +255,53 @@ def test_the_card_says_what_the_run_says(run: Path, tmp_path: Path) -> None:
     assert "After step 120" in sections["Scores"]
     assert "+0.0500 to +0.2000" in sections["Scores"]
     assert sections["Licence"].count("unknown: fill in") == 1
-    assert "2603.01425" in sections["Citation"]
+    for known in ("Jin and Zhang and Li", "Internalizing Explicit Reasoning", "2603.01425"):
+        assert known in sections["Citation"]
+
+
+def test_every_score_of_an_evaluation_has_its_interval(run: Path, tmp_path: Path) -> None:
+    options = ExportOptions(str(run / "model"), "hf", str(tmp_path / "out"))
+    export(options)
+    _, sections = card(tmp_path / "out")
+    for k, mean in (("1", "0.2500"), ("3", "0.3750")):
+        interval = paired_bootstrap(PER_QUERY[k], [0.0] * 5)
+        assert f"{mean} [{interval.low:.4f}, {interval.high:.4f}]" in sections["Scores"]
+    assert "95% interval over queries" in sections["Scores"]
+    (run / "evaluation" / "per_query.tsv").unlink()
+    export(replace(options, output=str(tmp_path / "without")))
+    _, sections = card(tmp_path / "without")
+    assert "|  0.3750 |" in sections["Scores"]
+
+
+def test_the_licence_of_the_data_is_the_one_that_is_given(run: Path, tmp_path: Path) -> None:
+    options = ExportOptions(
+        str(run / "model"), "hf", str(tmp_path / "out"), data_licence="cc-by-4.0"
+    )
+    export(options)
+    _, sections = card(tmp_path / "out")
+    assert "Of the training data: cc-by-4.0." in sections["Licence"]
+    with pytest.raises(OutputError, match=r"data_licence was 'cc-by-4\.0', is None"):
+        export(replace(options, data_licence=None))
+
+
+@pytest.mark.parametrize(
+    ("base", "licence"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M", "apache-2.0"),
+        ("Qwen/Qwen2.5-7B-Instruct", "apache-2.0"),
+        ("mistralai/Mistral-7B-v0.3", "apache-2.0"),
+        ("meta-llama/Llama-3.2-1B", "llama3.2"),
+        ("Qwen/Qwen2.5-3B", None),
+        ("Qwen/Qwen2.5-72B", None),
+    ],
+)
+def test_the_licence_of_the_base_is_known_by_its_name(
+    run: Path, base: str, licence: str | None
+) -> None:
+    (run / "config.json").write_text(json.dumps({"model": {"path": base}}))
+    config = load_retriever_config(run / "model")
+    text = model_card(run / "model", config, "hf", "mine", None)
+    assert yaml.safe_load(text.split("---\n")[1]).get("license") == licence
 
 
 def test_the_card_of_a_model_without_a_run_says_what_is_missing(
@@ -282,17 +337,25 @@ def test_a_damaged_file_of_the_run_is_named(run: Path, tmp_path: Path, content: 
 
 
 class Hub(ThreadingHTTPServer):
-    """A stand-in for the Hugging Face hub: repositories, and files that are sent within a commit.
+    """A stand-in for the Hugging Face hub: repositories, and files that are sent within a commit
+    or, where they are large, by LFS before it.
 
     Attributes:
         files: repository -> path -> bytes.
         asked: method, path and authorization of every request.
+        large: paths that go by LFS.
+        stored, verified: what has come by LFS, by its sha256, and what the client made sure of.
+        refused: requests with this in their path are answered with 403.
     """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Answers)
         self.files: dict[str, dict[str, bytes]] = {}
         self.asked: list[tuple[str, str, str | None]] = []
+        self.large: set[str] = set()
+        self.stored: dict[str, bytes] = {}
+        self.verified: set[str] = set()
+        self.refused = "?"
 
     @property
     def address(self) -> str:
@@ -311,31 +374,58 @@ class _Answers(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer(self.rfile.read(int(self.headers.get("Content-Length", 0))))
 
+    do_PUT = do_POST
+
     def _answer(self, body: bytes) -> None:
         self.server.asked.append((self.command, self.path, self.headers.get("Authorization")))
         repository = "/".join(self.path.split("/")[3:5])
-        if self.path == "/api/repos/create":
+        if self.server.refused in self.path:
+            self._say({"error": "this token may not write"}, 403)
+        elif self.path == "/api/repos/create":
             values = json.loads(body)
             repository = f"{values['organization']}/{values['name']}"
             self.server.files.setdefault(repository, {})
             self._say({"url": f"{self.server.address}/{repository}"})
         elif "/preupload/" in self.path:
             asked = json.loads(body)["files"]
-            regular = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
-            self._say({"files": [{"path": file["path"], **regular} for file in asked]})
+            modes = {True: "lfs", False: "regular"}
+            answers = [
+                {"path": file["path"], "uploadMode": modes[file["path"] in self.server.large]}
+                for file in asked
+            ]
+            self._say({"files": [{**of, "shouldIgnore": False, "oid": None} for of in answers]})
+        elif self.path.endswith("/info/lfs/objects/batch"):
+            self._say({"objects": [self._wanted(**file) for file in json.loads(body)["objects"]]})
+        elif self.path.startswith("/upload/"):
+            self.server.stored[self.path.removeprefix("/upload/")] = body
+            self._say({})
+        elif self.path == "/verify":
+            asked = json.loads(body)
+            assert len(self.server.stored[asked["oid"]]) == asked["size"]
+            self.server.verified.add(asked["oid"])
+            self._say({})
         elif "/commit/" in self.path:
+            files = self.server.files[repository]
             for line in map(json.loads, body.splitlines()):
+                value = line["value"]
                 if line["key"] == "file":
-                    content = base64.b64decode(line["value"]["content"])
-                    self.server.files[repository][line["value"]["path"]] = content
+                    files[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    files[value["path"]] = self.server.stored[value["oid"]]
             url = f"{self.server.address}/{repository}/commit/{'0' * 40}"
             self._say({"commitUrl": url, "commitOid": "0" * 40, "success": True})
         else:
             self._say({"id": repository, "siblings": [], "sha": "0" * 40})
 
-    def _say(self, values: Any) -> None:
+    def _wanted(self, oid: str, size: int) -> dict[str, Any]:
+        """What LFS is to do with an object."""
+        hrefs = {"upload": f"upload/{oid}", "verify": "verify"}
+        actions = {name: {"href": f"{self.server.address}/{at}"} for name, at in hrefs.items()}
+        return {"oid": oid, "size": size, "actions": actions}
+
+    def _say(self, values: Any, status: int = 200) -> None:
         content = json.dumps(values).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -355,10 +445,11 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         server.shutdown()
 
 
+@pytest.mark.parametrize("to", ["hf", "sentence-transformers"])
 def test_push_uploads_what_was_written(
-    model: Path, tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str], to: str
 ) -> None:
-    arguments = [str(model), "--to", "hf", str(tmp_path / "out"), "--push", "org/mine"]
+    arguments = [str(model), "--to", to, str(tmp_path / "out"), "--push", "org/mine"]
     main(arguments)
     sent = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert hub.files["org/mine"] == {n: v for n, v in sent.items() if not n.startswith(".")}
@@ -370,6 +461,36 @@ def test_push_uploads_what_was_written(
     (tmp_path / "out" / "README.md").write_text("filled in by hand")
     main(arguments)  # what is there already is sent as it is
     assert hub.files["org/mine"]["README.md"] == b"filled in by hand"
+
+
+BY_LFS = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's
+
+
+@BY_LFS
+def test_weights_go_by_lfs_before_the_commit_names_them(
+    model: Path, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    hub.large = {"model.safetensors"}
+    export(ExportOptions(str(model), "hf", str(tmp_path / "out"), push="org/mine"))
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    oid = hashlib.sha256(weights).hexdigest()
+    assert hub.files["org/mine"]["model.safetensors"] == weights
+    assert hub.verified == {oid}
+    assert ("PUT", f"/upload/{oid}", None) in hub.asked  # the store behind it gets no token
+
+
+@BY_LFS
+@pytest.mark.parametrize("refused", ["/preupload/", "/upload/"])
+def test_what_the_hub_refuses_is_named_without_a_traceback(
+    model: Path, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    hub.large, hub.refused = {"model.safetensors"}, refused
+    with pytest.raises(SystemExit, match=r"(?s)403 Forbidden.*this token may not write"):
+        main([str(model), "--to", "hf", str(tmp_path / "out"), "--push", "org/mine"])
+    assert (tmp_path / "out" / "README.md").is_file()  # the next push sends it as it is
+    assert hub.files == {"org/mine": {}}
 
 
 def test_without_a_token_nothing_is_written_or_sent(

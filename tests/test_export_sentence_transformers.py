@@ -322,7 +322,7 @@ def test_mteb_scores_it_as_our_evaluator_does(pair, tmp_path: Path) -> None:
 
     retriever, directory = pair
     model = load(directory, prompts={"query": TASK})
-    mteb.evaluate(
+    result = mteb.evaluate(
         model,
         Tiny(),
         cache=None,
@@ -330,6 +330,7 @@ def test_mteb_scores_it_as_our_evaluator_does(pair, tmp_path: Path) -> None:
         show_progress_bar=False,
         co2_tracker=False,
     )
+    (scores,) = result.task_results[0].scores["test"]
     (file,) = tmp_path.rglob("*_predictions.json")
     rankings = json.loads(file.read_text())["default"]["test"]
     data = BeirDataset(
@@ -340,6 +341,7 @@ def test_mteb_scores_it_as_our_evaluator_does(pair, tmp_path: Path) -> None:
     run = retrieval_runs(retriever.encoder, retriever.prompts, data, [3])[latent(3)]
     mine, other = (mean(evaluate_run(r, qrels, ["nDCG@10"]))["nDCG@10"] for r in (run, rankings))
     assert mine == pytest.approx(other, abs=1e-6)
+    assert scores["ndcg_at_10"] == pytest.approx(mine, abs=1e-5)  # it rounds to five digits
     assert 0 < mine < 1
 
 

@@ -125,6 +125,27 @@ def test_random_negatives_come_from_the_whole_corpus_and_are_no_positives(data: 
     assert set(negatives(few)) != set(negatives(few, 1))  # rows draw for themselves
 
 
+def test_rows_with_too_few_are_filled_from_the_corpus_when_that_is_asked_for(data: Path) -> None:
+    poor = run(data, "bm25", "--max_share", "null")
+    filled = run(data, "bm25", "--max_share", "null", "--fill", "true", output="filled.jsonl")
+    assert report_of(filled)["too_few"] == report_of(poor)["too_few"]  # of what was mined
+    before, after = lines_of(poor), lines_of(filled)
+    assert report_of(filled)["drawn_negatives"] == sum(
+        len(b["negative_passages"]) - len(a["negative_passages"])
+        for a, b in zip(before, after, strict=True)
+    )
+    for old, new, lacked in zip(before, after, ({"kiel", "moon"}, {"moon"}), strict=True):
+        count = len(old["negative_passages"])
+        assert new["negative_passages"][:count] == old["negative_passages"]
+        drawn = new["negative_sources"][count:]
+        assert {source["who"] for source in drawn} == {"random"}
+        assert lacked <= {source["id"] for source in drawn}
+        texts = new["negative_passages"]
+        assert len(set(texts)) == len(texts)
+        assert not set(texts) & set(new["positive_passages"])
+    assert run(data, "bm25", "--max_share", "null", "--fill", "true", output="filled.jsonl")
+
+
 def test_the_report_counts_what_happened_to_every_candidate_and_names_poor_rows(
     data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from laser_jax.data.schema import DataError, TrainingRow, facts_of, parse_row
+from laser_jax.inference.retriever import LatentRetriever
 
 ROW: dict[str, Any] = {
     "query": "q",
@@ -17,6 +19,22 @@ ROW: dict[str, Any] = {
     "negative_passages": [],
 }
 EXPECTED = TrainingRow("q", "a\n\nb", "find", ("p1", "p2"), ())
+
+
+def test_the_page_s_program_gives_rows_the_scores_of_a_retriever(
+    thinking_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "data.md").read_text()
+    program = page.split("```python\n# score.py")[1].partition("\n")[2].split("```")[0]
+    program = program.replace("runs/large/model", str(thinking_model))
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROW) + "\n")
+    files = [str(tmp_path / name) for name in ("rows.jsonl", "scored.jsonl")]
+    monkeypatch.setattr("sys.argv", ["score.py", *files])
+    exec(program, {})
+    row = parse_row(json.loads((tmp_path / "scored.jsonl").read_text()), "scored.jsonl:1")
+    retriever = LatentRetriever.from_pretrained(thinking_model)
+    query = retriever.encode_query("q", instruction="find")
+    assert row.teacher_scores == pytest.approx(retriever.encode_document(["p1", "p2"]) @ query)
 
 
 def test_a_record_becomes_a_row_and_further_fields_are_ignored() -> None:

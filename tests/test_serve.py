@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -24,16 +24,21 @@ import httpx2
 import numpy as np
 import openai
 import pytest
+from langchain_openai import OpenAIEmbeddings
 
 from laser_jax.config import ConfigError, load_retriever_config, save_retriever_config
 from laser_jax.encode_corpus.run import main as encode_main
+from laser_jax.evaluate.beir import Document
 from laser_jax.files.reading import DataError
 from laser_jax.inference.batch_encoder import LatentEncoder, NotFiniteError
 from laser_jax.inference.retriever import EncodingStats, LatentRetriever
+from laser_jax.search.vectors import read_manifest
 from laser_jax.serve.batching import Batcher
+from laser_jax.serve.index import read_index
 from laser_jax.serve.metrics import Metrics
 from laser_jax.serve.requests import RequestError
 from laser_jax.serve.run import ServeOptions, Server, address_of, bind, load, main
+from laser_jax.think.thought import load_corpus
 
 SIZES: dict[str, Any] = {"max_length": 64, "batch_size": 8, "length_multiple": 32}
 
@@ -147,6 +152,15 @@ def test_token_ids_are_the_text_that_they_stand_for(
     np.testing.assert_allclose(one[0], wanted[0], atol=1e-5)
 
 
+def test_token_ids_of_blanks_are_refused_as_a_blank_text_is(
+    server: Running, retriever: LatentRetriever
+) -> None:
+    blank = retriever.prompts.text_ids(" \n ")
+    for sent in (blank, [blank]):
+        error = server.embed(input=sent, input_type="document").json()["error"]
+        assert (error["param"], error["message"]) == ("input", "input[0] is empty")
+
+
 def test_what_does_not_fit_is_refused_unless_it_may_be_cut(
     server: Running, retriever: LatentRetriever
 ) -> None:
@@ -167,17 +181,18 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({}, 400, "input_type", 'or ask for the model "model:query"'),
     ({"model": 3}, 400, "model", "model must be a text"),
     ({"model": "gpt"}, 404, "model", "there is no model 'gpt'"),
-    ({"model": "model:query", "input_type": "document"}, 400, None, "the model's name says"),
+    ({"model": "model:query", "input_type": "document"}, 400, "input_type", "name says 'query'"),
     ({"input_type": "passage"}, 400, "input_type", "query or document"),
     ({"input_type": "query"}, 400, "instruction", "instruction is missing"),
     ({"input_type": "query", "instruction": 3}, 400, "instruction", "must be a text"),
-    ({"input_type": "query", "instruction": "w " * 99}, 400, "input", "no room for the text"),
+    ({"input_type": "query", "instruction": "w " * 99}, 400, "instruction", "no room for"),
     ({"input_type": "document", "instruction": "x"}, 400, "instruction", "without an instr"),
     ({"input": [], "input_type": "document"}, 400, "input", "that is not empty"),
     ({"input": None, "input_type": "document"}, 400, "input", "input must be"),
     ({"input": {"a": 1}, "input_type": "document"}, 400, "input", "input must be"),
     ({"input": ["a", " "], "input_type": "document"}, 400, "input", "input[1] is empty"),
     ({"input": ["a", []], "input_type": "document"}, 400, "input", "input[1] is empty"),
+    ({"input": ["a", None], "input_type": "document"}, 400, "input", "input[1] must be a text"),
     ({"input": ["a", 3], "input_type": "document"}, 400, "input", "input[1] must be a text"),
     ({"input": [3, "a"], "input_type": "document"}, 400, "input", "input[0] must be a text"),
     ({"input": [True], "input_type": "document"}, 400, "input", "input[0] must be a text"),
@@ -272,6 +287,24 @@ def test_documents_are_embedded_at_the_models_own_k_of_them(
         assert (said["thinking_steps"], said["document_thinking_steps"]) == (3, 1)
 
 
+def test_langchain_embeds_documents_and_queries_by_the_models_name(
+    server: Running, retriever: LatentRetriever
+) -> None:
+    told: Any = {"base_url": f"{server.url}/v1", "api_key": "any", "max_retries": 0}
+    documents = OpenAIEmbeddings(
+        model="model:document", check_embedding_ctx_length=False, chunk_size=2, **told
+    )
+    texts = ["Ulm lies on the Danube.", "Kiel", "A harbour"]
+    got = np.array(documents.embed_documents(texts), np.float32)
+    np.testing.assert_allclose(got, retriever.encode_document(texts), atol=1e-5)
+    more = {"extra_body": {"instruction": "Find", "thinking_steps": 2}}
+    queries = OpenAIEmbeddings(
+        model="model:query", check_embedding_ctx_length=False, model_kwargs=more, **told
+    )
+    wanted = retriever.encode_query("Ulm", instruction="Find", num_thinking_steps=2)
+    np.testing.assert_allclose(queries.embed_query("Ulm"), wanted, atol=1e-5)
+
+
 def test_openai_s_own_client_gets_vectors_and_its_own_errors(
     server: Running, retriever: LatentRetriever
 ) -> None:
@@ -330,32 +363,81 @@ def test_search_ranks_as_the_vectors_do_and_brings_the_texts(
 
 
 @pytest.mark.parametrize(
-    ("body", "message"),
+    ("body", "param", "message"),
     [
-        ({}, "query must be a text"),
-        ({"query": [["a"]]}, "query[0]"),
-        ({"query": [[3]]}, "query[0] must be a text"),
-        ({"query": "x", "k": 4, "instruction": ""}, "1..3"),
-        ({"query": "x", "input_type": "query"}, "unknown field 'input_type'"),
-        ({"query": "long " * 100, "instruction": ""}, "query[0] takes"),
+        ({}, "query", "query must be a text"),
+        ({"query": [["a"]]}, "query", "query[0]"),
+        ({"query": [[3]]}, "query", "query[0] must be a text"),
+        ({"query": ["x", " "], "instruction": ""}, "query", "query[1] is empty"),
+        ({"query": "x", "k": 4, "instruction": ""}, "k", "1..3"),
+        ({"query": "x", "input_type": "query"}, "input_type", "unknown field 'input_type'"),
+        ({"query": "long " * 100, "instruction": ""}, "query", "query[0] takes"),
+        ({"query": "x", "instruction": "w " * 99}, "instruction", "no room for the text"),
     ],
 )
 def test_a_search_that_cannot_be_is_named(
-    server: Running, body: dict[str, Any], message: str
+    server: Running, body: dict[str, Any], param: str, message: str
 ) -> None:
     response = server.client.post("/v1/search", json=body)
     assert response.status_code == 400
-    assert message in response.json()["error"]["message"]
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert message in error["message"]
+
+
+@pytest.fixture(scope="module")
+def encoded(thinking_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The vectors of the model's corpus, as float16."""
+    stored = tmp_path_factory.mktemp("encoded") / "vectors"
+    flags = [f for k, v in SIZES.items() for f in (f"--{k}", str(v))]
+    corpus = str(thinking_model.parent / "corpus")
+    where = ["--input", corpus, "--output", str(stored), "--store_dtype", "float16"]
+    encode_main(["--model", str(thinking_model), *where, *flags])
+    return stored
+
+
+def test_stored_vectors_come_with_the_texts_of_the_corpus(
+    thinking_model: Path, encoded: Path, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Batcher, "warm_up", lambda *_: None)
+    corpus = thinking_model.parent / "corpus"
+    given: dict[str, Any] = {"corpus": str(corpus), "corpus_vectors": str(encoded)}
+    body = {"query": "Where is Ulm?", "k": 3, "instruction": ""}
+    with running(ServeOptions(model=str(thinking_model), **given, **SIZES)) as both:
+        found, wanted = (
+            {document["id"]: document for document in answer.json()["data"][0]["documents"]}
+            for answer in (of.client.post("/v1/search", json=body) for of in (both, server))
+        )
+        assert both.service.site is not None
+        vectors_CD = both.service.site.inspector._vectors_CD
+    assert {id_: of["text"] for id_, of in found.items()} == {
+        document.id: document.text for document in load_corpus(corpus).documents
+    }
+    for id_, document in found.items():
+        assert document["score"] == pytest.approx(wanted[id_]["score"], abs=2e-3)  # of float16
+    texts = [document.text for document in load_corpus(corpus).documents]
+    in_order = server.service.retriever.encode_document(texts, stats=EncodingStats())
+    np.testing.assert_allclose(vectors_CD, in_order, atol=2e-3)  # the page ranks by them
+
+
+def test_a_corpus_and_vectors_that_do_not_match_are_refused_in_both_directions(
+    thinking_model: Path, encoded: Path
+) -> None:
+    info = read_manifest(encoded, "documents").info
+    identity = (info.model_hash, info.prompt_hash, None)
+    corpus = load_corpus(thinking_model.parent / "corpus")
+    more = replace(corpus, documents=[*corpus.documents, Document("new", "Bonn")])
+    with pytest.raises(DataError, match=r"no vector for 1 of 4 documents of --corpus.* 'new'"):
+        read_index(encoded, identity, more)
+    fewer = replace(corpus, documents=[d for d in corpus.documents if d.id != "kiel"])
+    with pytest.raises(DataError, match=r"1 of 3 ids of --corpus_vectors, the first is 'kiel'"):
+        read_index(encoded, identity, fewer)
 
 
 def test_stored_vectors_are_searched_and_those_of_another_model_are_refused(
-    thinking_model: Path, tmp_path: Path, write_model: Callable[..., None]
+    thinking_model: Path, encoded: Path, tmp_path: Path, write_model: Callable[..., None]
 ) -> None:
-    corpus = thinking_model.parent / "corpus"
-    stored = tmp_path / "vectors"
-    flags = [f for k, v in SIZES.items() for f in (f"--{k}", str(v))]
-    where = ["--input", str(corpus), "--output", str(stored), "--store_dtype", "float16"]
-    encode_main(["--model", str(thinking_model), *where, *flags])
+    stored = shutil.copytree(encoded, tmp_path / "vectors")
     told: dict[str, Any] = {"corpus_vectors": str(stored), **SIZES}
     with running(ServeOptions(model=str(thinking_model), instruction="", **told)) as server:
         ranked = server.client.post("/v1/search", json={"query": "Ulm", "k": 3}).json()["data"]
@@ -485,6 +567,44 @@ def test_the_queue_is_bounded_and_cancelled_rows_are_dropped(
     np.testing.assert_allclose(vectors[0], retriever.encode_document("Ulm"), atol=1e-5)
 
 
+class _OnDevice:
+    """Vectors that are waited for as those of a device are: as an array."""
+
+    def __init__(self, vectors_SBD: np.ndarray, events: list[str]) -> None:
+        self._vectors_SBD, self._events = vectors_SBD, events
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        self._events.append("end")
+        return self._vectors_SBD
+
+
+@pytest.mark.parametrize(
+    ("waiting", "wanted"),
+    [(8, ["begin 8", "begin 8", "end", "end"]), (7, ["begin 8", "end", "begin 7", "end"])],
+)
+def test_a_second_batch_is_begun_behind_the_first_only_if_it_is_full(
+    retriever: LatentRetriever, monkeypatch: pytest.MonkeyPatch, waiting: int, wanted: list[str]
+) -> None:
+    batcher = Batcher(retriever.encoder, (3,), max_queue_rows=16, metrics=Metrics())
+    row = retriever.prompts.document("Ulm")
+    events: list[str] = []
+    later: list[Future[np.ndarray]] = []
+
+    def start(self: LatentEncoder, rows: Any, Ks: tuple[int, ...]) -> Any:
+        events.append(f"begin {len(rows)}")
+        if not later:  # while the first batch runs
+            later.append(batcher.submit([row] * waiting, 3))
+        width = self.config.backbone.hidden_size
+        return _OnDevice(np.ones((len(Ks), 8, width), np.float32), events)
+
+    monkeypatch.setattr(LatentEncoder, "start", start)
+    batcher.submit([row] * 8, 3)
+    batcher.start()
+    batcher.stop()
+    assert later[0].result(timeout=0).shape[0] == waiting
+    assert events == wanted
+
+
 def test_what_waits_at_the_end_is_still_embedded(
     batcher: Batcher, retriever: LatentRetriever
 ) -> None:
@@ -511,8 +631,6 @@ def test_a_full_queue_tells_when_to_come_again(
 def test_a_request_ends_when_its_time_is_over(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from concurrent.futures import Future
-
     never: list[Future[np.ndarray]] = []
 
     def forever(*_: Any) -> Future[np.ndarray]:

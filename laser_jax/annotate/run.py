@@ -31,16 +31,17 @@ from laser_jax.files.reading import json_lines, parse_json
 from laser_jax.files.terminal import printable
 from laser_jax.settings import build, changes, require, require_in
 
-REASONING_PROMPT = """A search engine will look for documents with the query below.
-
-Task: {instruction}
-Query: {query}
-
-Reason step by step about what a document must hold to be of use here: what the query is really \
-about; which facts, concepts or methods bear on it, and why; how a document that helps would put \
-it. You see no documents: quote none, and do not stop at an answer to the query. Write plain text, \
-a short paragraph for each step with an empty line between them, and nothing before or after."""
-"""Ours, not that of the paper. Training cuts a reasoning into segments at the empty lines."""
+REASONING_PROMPT = """Instruction:
+Given a question, your mission is to follow the instructions below:
+1. Identify the essential problem.
+2. Think step by step to reason and describe what information could be relevant and helpful to \
+address the questions in detail.
+3. Draft an answer with as many thoughts as you have.
+The given question:
+[Begin of Question]
+{query}
+[End of Question]"""
+"""The paper's (its Table 1)."""
 
 OUTPUT_FILE, JOURNAL_FILE = "train.jsonl", "answers.jsonl"
 RECORD_FILE, REPORT_FILE = "annotate.json", "report.json"

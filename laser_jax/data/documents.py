@@ -1,7 +1,5 @@
-"""Documents and queries, and the rows of files that become one.
-
-Their ids are those that may stand in a TREC run, wherever they are read.
-"""
+"""Documents and queries, and the rows of files that become one. Their ids are such as may stand in
+a TREC run."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -195,10 +196,8 @@ def _evaluate(
     read = {"documents": (document_rows, sum(document.truncated for document in documents))}
     read |= {f"queries, {name}": (of.rows, of.shortened) for name, of in inputs.items()}
     for what, (rows, cut) in read.items():
-        tokens, share = (
-            sum(map(len, rows)) / len(rows),
-            f"{cut:,} shortened ({cut / len(rows):.2%})",
-        )
+        tokens = sum(map(len, rows)) / len(rows)
+        share = f"{cut:,} shortened ({cut / len(rows):.2%})"
         _log.info("%s %s: %.1f tokens each, %s", f"{len(rows):,}", what, tokens, share)
     runs = rank_corpus(
         retriever.encoder,
@@ -307,9 +306,13 @@ def _plot(evaluation: Evaluation, inputs: Mapping[str, QueryInputs], stem: Path)
 # --- tables ------------------------------------------------------------------------------------
 
 
-def model_table(evaluation: Evaluation) -> str:
-    """The scores of every run, the differences in the first metric, and the counts of ids."""
+def model_table(
+    evaluation: Evaluation, per_query: Mapping[str, QueryScores] = MappingProxyType({})
+) -> str:
+    """The scores of every run, with their intervals where the values `per_query` are given, the
+    differences in the first metric, and the counts of ids."""
     query_alone = latent(1) if evaluation.pools_prompt else None
+    interval = f"{evaluation.confidence:.0%} interval"
 
     def title(run: str) -> str:
         return f"{run} (query alone)" if run == query_alone else run
@@ -320,7 +323,7 @@ def model_table(evaluation: Evaluation) -> str:
     }
     times = {what: by_run for what, by_run in times.items() if by_run}
     rows = [
-        [title(run), *(f"{scores[m]:.4f}" for m in evaluation.metrics)]
+        [title(run), *(_score(m, scores, per_query.get(run, {})) for m in evaluation.metrics)]
         + [f"{by_run[run]:.2f}" if run in by_run else "" for by_run in times.values()]
         for run, scores in evaluation.scores.items()
     ]
@@ -332,21 +335,30 @@ def model_table(evaluation: Evaluation) -> str:
         f"{evaluation.documents} documents; the model's own K is {evaluation.num_thinking_steps}"
         + of_documents,
         markdown_table(["run", *evaluation.metrics, *times], rows),
+        *([f"In brackets: {interval} over queries."] if per_query else []),
     ]
     differences = []
     for d in evaluation.differences:
         if d.metric == evaluation.metrics[0]:
-            interval = f"{d.low:+.4f} to {d.high:+.4f}"
             pair = f"{title(d.run)} less {title(d.against)}"
-            differences.append([pair, f"{d.difference:+.4f}", interval])
-    header = ["difference", evaluation.metrics[0], f"{evaluation.confidence:.0%} interval"]
+            differences.append([pair, f"{d.difference:+.4f}", f"{d.low:+.4f} to {d.high:+.4f}"])
     if differences:
+        header = ["difference", evaluation.metrics[0], interval]
         parts.append(markdown_table(header, differences))
     if evaluation.steps_oracle is not None:
-        parts.append(_oracle_tables(evaluation.steps_oracle, header[-1]))
+        parts.append(_oracle_tables(evaluation.steps_oracle, interval))
     if evaluation.id_counts:
         parts.append("\n".join(map(str, evaluation.id_counts)))
     return "\n\n".join(parts)
+
+
+def _score(metric: str, means: Mapping[str, float], queries: QueryScores) -> str:
+    """A mean, and its interval where the values of its queries are given."""
+    values = [of[metric] for of in queries.values()]
+    if not values:
+        return f"{means[metric]:.4f}"
+    found = paired_bootstrap(values, [0.0] * len(values))
+    return f"{means[metric]:.4f} [{found.low:.4f}, {found.high:.4f}]"
 
 
 def _oracle_tables(found: StepsOracle, interval: str) -> str:

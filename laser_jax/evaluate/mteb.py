@@ -214,11 +214,7 @@ def find_tasks(name: str) -> list[AbsTask]:
 
 
 def evaluate_task(
-    model: MtebRetriever,
-    task: AbsTask,
-    output: str | Path,
-    *,
-    batch_size: int = 64,
+    model: MtebRetriever, task: AbsTask, output: str | Path, *, batch_size: int = 64
 ) -> list[TaskScore]:
     """Runs a task, and where a task of BRIGHT excludes documents also without exclusions: a score
     each split and subset. Results that are in mteb's cache `output` are not computed again."""

@@ -10,13 +10,18 @@ import yaml
 
 from laser_jax.config import ConfigError, RetrieverConfig, as_dict
 from laser_jax.evaluate.model import model_table
-from laser_jax.evaluate.results import RESULTS_FILE, read_evaluation
+from laser_jax.evaluate.results import PER_QUERY_FILE, RESULTS_FILE, read_evaluation, read_per_query
 from laser_jax.evaluate.retrieval import format_table
 from laser_jax.files.reading import read_json
 
 UNKNOWN = "**unknown: fill in**"
-_LICENCES = {"qwen3-": "apache-2.0", "llama-3.2-": "llama3.2", "llama-3.1-": "llama3.1"}
-"""Of the backbones of the paper, by what their names begin with."""
+_QWEN_2_5 = tuple(f"qwen2.5-{size}b" for size in ("0.5", "1.5", "7", "14", "32"))  # 3, 72: own ones
+_LICENCES = {
+    "apache-2.0": ("qwen3-", *_QWEN_2_5, "smollm2-", "mistral-7b-"),
+    "llama3.2": ("llama-3.2-",),
+    "llama3.1": ("llama-3.1-",),
+}
+"""Licence -> what the names of base models under it begin with."""
 _LAID_DOWN = {
     "Data": {"data": ("train", "split", "mixture", "eval", "eval_split")},
     "Recipe": dict.fromkeys(("objective", "lora", "optimizer"), ())
@@ -45,12 +50,14 @@ weights = list(np.load("weights.npz").values())
 vectors = jax.jit(encode.call)(weights, input_ids, attention_mask)  # [B, T] int32 to [B, D]
 """
 _USE = {"sentence-transformers": _OURS + _THEIRS, "hf": _OURS, "stablehlo": _JAX}
-_CITATION = "@misc{laser, title={LaSER}, eprint={2603.01425}, archivePrefix={arXiv}}\n"
+_CITATION = Path(__file__).with_name("citation.bib")
 
 
-def model_card(model: Path, config: RetrieverConfig, target: str, name: str) -> str:
+def model_card(
+    model: Path, config: RetrieverConfig, target: str, name: str, data_licence: str | None
+) -> str:
     """The card of the model in a directory, exported to a `target` and called `name`. Raises a
-    ConfigError or DataError where config.json or a results.json beside the directory is damaged."""
+    ConfigError or DataError where config.json or a file of results beside it is damaged."""
     run, results = (_read_object(model.parent / file) for file in ("config.json", RESULTS_FILE))
     base, licence = _base(run.get("model") or {})
     front = {
@@ -69,8 +76,9 @@ def model_card(model: Path, config: RetrieverConfig, target: str, name: str) -> 
         + _block("yaml", _yaml(settings)),
         **{title: _laid_down(run, groups) for title, groups in _LAID_DOWN.items()},
         "Scores": "\n\n".join(_scores(model.parent, results)) or UNKNOWN,
-        "Licence": f"Of the base model, {base}: {licence or UNKNOWN}. Of the data: {UNKNOWN}.",
-        "Citation": _block("bibtex", _CITATION),
+        "Licence": f"Of the base model, {base}: {licence or UNKNOWN}. Of the training data: "
+        f"{data_licence or UNKNOWN}.",
+        "Citation": _block("bibtex", _CITATION.read_text()),
     }
     about = (
         f"A dense retriever (LaSER, by laser_jax) that thinks {config.num_thinking_steps} latent "
@@ -98,7 +106,7 @@ def _base(model: dict[str, Any]) -> tuple[str, str | None]:
         return "none (trained from scratch)", None
     name = _shown(str(model.get("path") or UNKNOWN))
     known = str(model.get("backbone") or Path(name).name).lower()
-    return name, next((kind for start, kind in _LICENCES.items() if known.startswith(start)), None)
+    return name, next((kind for kind, of in _LICENCES.items() if known.startswith(of)), None)
 
 
 def _laid_down(run: dict[str, Any], groups: dict[str, tuple[str, ...]]) -> str:
@@ -111,14 +119,16 @@ def _laid_down(run: dict[str, Any], groups: dict[str, tuple[str, ...]]) -> str:
 
 
 def _scores(run: Path, results: dict[str, Any]) -> Iterator[str]:
-    """The table of the training run, a row a K, and every evaluation in its directory, with the
-    intervals of its differences."""
+    """The table of the training run, a row a K, and every evaluation in its directory, with
+    intervals."""
     if results.get("scores") and "metrics" in results:
         step = results.get("exported_step", "?")
         table = format_table(results["scores"])
         yield f"After step {step} of one training, without intervals:\n\n{table}"
     for file in sorted(run.glob(f"*/{RESULTS_FILE}")):
-        yield model_table(read_evaluation(file.parent))
+        values = file.with_name(PER_QUERY_FILE)
+        per_query = read_per_query(values) if values.is_file() else {}
+        yield model_table(read_evaluation(file.parent), per_query)
 
 
 def _yaml(value: Any) -> str:

@@ -39,6 +39,8 @@ class ExportOptions:
     """The directory to write; it must not exist, or be empty."""
     adapter: str | None = None
     """A directory with a PEFT LoRA adapter, merged into the model."""
+    data_licence: str | None = None
+    """Of the training rows, for the card: a name such as cc-by-4.0, or a sentence."""
     push: str | None = None
     """ORGANISATION/NAME on the Hugging Face hub, where the export is uploaded too. An export that
     is there already, made by the same command, is uploaded as it is."""
@@ -56,8 +58,9 @@ def export(options: ExportOptions) -> None:
     directory = model_directory(options.model).resolve()
     config = load_retriever_config(directory)
     asked = {"model": str(directory), "to": options.to, "adapter": options.adapter}
+    asked["data_licence"] = licence = options.data_licence
     output = Path(options.output)
-    card = model_card(directory, config, options.to, options.push or output.name)
+    card = model_card(directory, config, options.to, options.push or output.name, licence)
     with Claim(
         output, _RECORD, lambda old: changes(old, asked, source=_RECORD), alone=True
     ) as claim:
@@ -73,8 +76,11 @@ def export(options: ExportOptions) -> None:
         print(output)
         if hub is not None:
             _log.info("uploading %s to %s", output, options.push)
-            hub.create_repo(options.push, exist_ok=True)
-            hub.upload_folder(repo_id=options.push, folder_path=output, ignore_patterns=[".*"])
+            try:
+                hub.create_repo(options.push, exist_ok=True)
+                hub.upload_folder(repo_id=options.push, folder_path=output, ignore_patterns=[".*"])
+            except RuntimeError as error:  # of a large file, whose cause alone says what is wrong
+                raise OSError(f"{error} {error.__cause__ or ''}") from error
             print(f"{hub.endpoint}/{options.push}")
 
 

@@ -18,11 +18,7 @@ from laser_jax.config import AttentionKernel, ConfigError, Dtype, RetrieverConfi
 from laser_jax.data.buckets import IndexedRow
 from laser_jax.data.prompts import PromptTokens
 from laser_jax.data.schema import as_strings
-from laser_jax.data.tokenization import (
-    PromptTokenizer,
-    load_tokenizer,
-    require_embedded_tokens,
-)
+from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, require_embedded_tokens
 from laser_jax.encoder import backbone_for, load_pretrained
 from laser_jax.files.durable import Digest
 from laser_jax.inference.batch_encoder import LatentEncoder

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -73,12 +73,16 @@ def rank_at_random(
 
 
 def rank_by_model(
-    model: Path, rows: Sequence[TrainingRow], documents: Mapping[str, str], depth: int
+    model: Path,
+    how: Mapping[str, Any],
+    rows: Sequence[TrainingRow],
+    documents: Mapping[str, str],
+    depth: int,
 ) -> list[Ranking]:
     """Ranks by a model's latent view, with each row's own instruction, on all devices of this
-    process. A positive that the corpus lacks is embedded like a document. Raises as
-    `LatentRetriever.from_pretrained` and `encode_query`."""
-    retriever = LatentRetriever.from_pretrained(model, mesh=local_mesh(SplitConfig()))
+    process. A positive that the corpus lacks is embedded like a document. `how` it is loaded, and
+    what is raised, are `LatentRetriever.from_pretrained`'s and `encode_query`'s."""
+    retriever = LatentRetriever.from_pretrained(model, mesh=local_mesh(SplitConfig()), **how)
     texts, stats = list(documents.values()), EncodingStats()
     texts += dict.fromkeys(t for row in rows for t in row.positive_passages).keys() - set(texts)
     vectors = retriever.encode_document(texts, show_progress_bar=True, stats=stats)

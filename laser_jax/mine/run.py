@@ -21,6 +21,7 @@ from laser_jax.evaluate.beir import read_corpus
 from laser_jax.files.claim import Claim, OutputError
 from laser_jax.files.durable import checksum, json_text, write_atomically
 from laser_jax.files.reading import DataError, json_lines, parse_json
+from laser_jax.inference.options import Preset
 from laser_jax.mine import candidates as ranked
 from laser_jax.mine.candidates import Ranking
 from laser_jax.mine.filters import Rules, negatives_of
@@ -44,6 +45,12 @@ class MineOptions(Rules):
     candidates: str
     """Who ranks the corpus: `bm25`, `random`, a model (a directory or a name on the hub), or a TREC
     run of queries in queries.jsonl beside it."""
+    preset: Preset | None = None
+    """For a released model, which has no laser_config.json."""
+    adapter: str | None = None
+    """A directory with a PEFT LoRA adapter, merged into the model."""
+    fill: bool = False
+    """Give rows with too few negatives others, drawn from the whole corpus."""
     output: str
     """The .jsonl to write. Beside it stands NAME.report.json with the settings and counts."""
 
@@ -87,9 +94,11 @@ def _retriever(options: MineOptions) -> tuple[list[Path], Callable[..., list[Ran
         return [], _BY_NAME[who]
     if Path(who).is_file():
         return [Path(who)], partial(ranked.rank_by_run, Path(who), options.corpus)
-    directory = model_directory(who)
-    files = sorted(path for path in directory.iterdir() if path.is_file())
-    return files, partial(ranked.rank_by_model, directory)
+    directory, adapter = model_directory(who), options.adapter
+    of_both = [directory, *([Path(adapter)] if adapter else [])]
+    files = [path for at in of_both for path in sorted(at.iterdir()) if path.is_file()]
+    loading = {"preset": options.preset, "adapter": adapter}
+    return files, partial(ranked.rank_by_model, directory, loading)
 
 
 def _median(scores: list[float]) -> float | None:
@@ -133,6 +142,22 @@ def _mine(
     return records, report
 
 
+def _fill(
+    records: list[dict[str, Any]], rows: list[_Row], documents: dict[str, str], options: MineOptions
+) -> int:
+    """Adds drawn documents to the records with too few negatives. Returns how many."""
+    draws, count = ranked.rank_at_random([at.row for at in rows], documents, Rules.ranks[1]), 0
+    for r, (record, at, draw) in enumerate(zip(records, rows, draws, strict=True)):
+        found: list[str] = record["negative_passages"]
+        if missing := options.negatives - len(found):
+            rules, known = Rules(negatives=missing, max_overlap=options.max_overlap), at.known
+            more, _ = negatives_of(draw, documents, at.row.query, [*known, *found], rules, r)
+            found += more
+            record["negative_sources"] += [{"who": "random", **of} for of in more.values()]
+            count += len(more)
+    return count
+
+
 def mine(options: MineOptions) -> dict[str, Any]:
     """Writes the rows and the report, unless the same command has. Returns the report.
 
@@ -160,6 +185,8 @@ def mine(options: MineOptions) -> dict[str, Any]:
         if not report["negatives"]:
             by = report["candidates_by_filter"]
             raise DataError(f"{options.input}: no row gets a negative; candidates by filter: {by}")
+        if options.fill:
+            report["drawn_negatives"] = _fill(records, rows, documents, options)
         claim.record(json_text({"made": made, **report}))
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         write_atomically(output, "".join(lines))

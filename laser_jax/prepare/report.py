@@ -71,9 +71,8 @@ class ShardStats:
         self.query_hashes.append(_hash(same_text(row.query)))
         self.row_hashes.append(_hash(json.dumps(example_of(row, ""))))
         negatives = set(map(same_text, row.negative_passages))
-        self.positives_among_own_negatives += sum(
-            same_text(text) in negatives for text in row.positive_passages
-        )
+        found = (same_text(text) in negatives for text in row.positive_passages)
+        self.positives_among_own_negatives += sum(found)
 
 
 def _hash(text: str) -> int:

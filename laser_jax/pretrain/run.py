@@ -179,10 +179,8 @@ def _held_out_rows(config: PretrainConfig, prompts: PromptTokenizer) -> Language
     unseen = [
         WrittenReasoning(q.text, q.reasoning, q.instruction or "") for q in queries if q.reasoning
     ]
-    fault = (
-        f"eval: no {config.eval_split} query in {config.eval} carries a reasoning; leave eval out"
-    )
-    require(bool(unseen), fault)
+    where = f"eval: no {config.eval_split} query in {config.eval}"
+    require(bool(unseen), f"{where} carries a reasoning; leave eval out")
     return reasoning_rows(unseen, prompts, config.row_length)
 
 

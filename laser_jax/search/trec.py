@@ -15,13 +15,7 @@ import numpy as np
 
 from laser_jax.data.documents import document_id_fault, excluded_ids, query_id_fault
 from laser_jax.files.durable import written_whole
-from laser_jax.files.reading import (
-    DataError,
-    json_object,
-    parse_number,
-    text_field,
-    text_lines,
-)
+from laser_jax.files.reading import DataError, json_object, parse_number, text_field, text_lines
 
 Run = dict[str, dict[str, float]]
 """Query id -> document id -> score."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from http import HTTPStatus
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -51,10 +52,6 @@ _log = logging.getLogger(__name__)
 _A = TypeVar("_A", bound=Texts)
 
 
-def _thread(name: str) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, name)
-
-
 @dataclass
 class Service:
     """What the routes work with."""
@@ -72,9 +69,9 @@ class Service:
     index: Index | None = None
     """Both are set before `batcher.ready`."""
     site: Site | None = None
-    tokenise: ThreadPoolExecutor = field(default_factory=lambda: _thread("tokenise"))
-    find: ThreadPoolExecutor = field(default_factory=lambda: _thread("search"))
-    page: ThreadPoolExecutor = field(default_factory=lambda: _thread("page"))
+    tokenise: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "tokenise"))
+    find: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "search"))
+    page: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "page"))
     pages: int = 0
 
     def require_ready(self) -> None:

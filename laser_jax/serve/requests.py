@@ -12,12 +12,7 @@ from laser_jax.data.tokenization import PromptTokenizer, TokenizationError
 from laser_jax.settings import ConfigError, check
 
 InputType = Literal["query", "document"]
-_SHARED = {
-    "model": str,
-    "thinking_steps": int | None,
-    "instruction": str | None,
-    "truncate": bool,
-}
+_SHARED = {"model": str, "thinking_steps": int | None, "instruction": str | None, "truncate": bool}
 _EMBEDDING_FIELDS = _SHARED | {
     "input": Any,
     "input_type": InputType | None,
@@ -143,7 +138,8 @@ def parse_embedding(body: bytes, limits: Limits) -> EmbeddingRequest:
             code="missing",
         )
     if role not in (None, input_type):
-        raise RequestError(f"input_type is {input_type!r}, and the model's name says {role!r}")
+        text = f"input_type is {input_type!r}, and the model's name says {role!r}"
+        raise RequestError(text, "input_type")
     if input_type == "document" and values.get("instruction") is not None:
         raise RequestError("documents are embedded without an instruction", "instruction")
     return EmbeddingRequest(
@@ -211,8 +207,6 @@ def _rows(values: dict[str, Any], field: str, limits: Limits) -> list[str | list
         mend = "send them in several requests"
         raise RequestError(f"{text}: {mend}", field, code="too_many_rows")
     for place, row in enumerate(rows):
-        if row is None or row == [] or (isinstance(row, str) and not row.strip()):
-            raise RequestError(f"{field}[{place}] is empty", field)
         ids = row if isinstance(row, list) else []
         if not isinstance(row, str | list) or any(type(id_) is not int for id_ in ids):
             wanted = "must be a text or a list of token ids"
@@ -260,13 +254,16 @@ def token_rows(prompts: PromptTokenizer, asked: Texts) -> list[list[int]]:
         text = row
         if not isinstance(row, str):
             text = prompts.tokenizer.decode(row, clean_up_tokenization_spaces=False)
+        if not str(text).strip():
+            raise RequestError(f"{where} is empty", field)
         try:
             if asked.input_type == "query":
                 tokens = prompts.query_prompt(str(text), asked.instruction)
             else:
                 tokens = prompts.document_prompt(str(text))
         except TokenizationError as error:
-            raise RequestError(f"{where}: {error}", field) from error
+            at_fault = "instruction" if asked.instruction else field  # it left no room for the text
+            raise RequestError(f"{where}: {error}", at_fault) from error
         if tokens.truncated and not asked.truncate:
             limit: int = getattr(prompts.config, f"{asked.input_type}_max_length")
             raise RequestError(

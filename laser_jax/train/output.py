@@ -44,9 +44,8 @@ def claimed(config: Config) -> Iterator[Claim]:
     `Claim`; where process 0 is refused, the others are too."""
     # rounding too; with `plain` it is another loss
     rounding = ("train.micro_batch_size",) if config.train.accumulation == "gradcache" else ()
-    changed = partial(
-        changes, settings=config, source="config", changeable=(*CHANGEABLE, *rounding)
-    )
+    changeable = (*CHANGEABLE, *rounding)
+    changed = partial(changes, settings=config, source="config", changeable=changeable)
     claim = Claim(config.output, "config.json", changed)
     error: OutputError | OSError | None = None
     with ExitStack() as stack:
