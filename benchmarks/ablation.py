@@ -319,10 +319,10 @@ def fill(options: argparse.Namespace, report: Report) -> None:
     written = {}
     for seed in seeds:
         if (file := seed.backbone / "pretrain.json").is_file():
-            written[seed.number] = json.loads(file.read_text()).get("written_right")
+            written[seed.number] = json.loads(file.read_text()).get("exact_match")
     report.settings |= {
         "world": as_dict(TINY_WORLD if options.quick else WORLD),
-        "written_right": written,
+        "exact_match": written,
         "not_run": {
             row: missing
             for row, runs in done.items()

@@ -1,8 +1,8 @@
 """LaSER in JAX: dense retrieval with an LLM that thinks before it embeds.
 
 `LatentRetriever` makes vectors of texts; `encode` and `load_pretrained` are what a user's own
-pipeline needs. The programs are
-`python -m laser_jax.train`, `.pretrain`, `.think` and `.quickstart`.
+pipeline needs. `laser --help` lists the programs, each of which
+`python -m laser_jax.ROOM` starts too.
 """
 
 from typing import TYPE_CHECKING, Any

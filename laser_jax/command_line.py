@@ -16,6 +16,7 @@ import runpy
 import sys
 import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -53,23 +54,48 @@ COMMANDS = {room.removesuffix("_corpus").replace("_", "-"): room for room in _RO
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """`laser COMMAND ...`, which runs `python -m laser_jax.ROOM ...` in this process."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    if not given or given[0] in ("-h", "--help"):
-        print(_commands())
-        return
-    command, *rest = given
-    if command not in COMMANDS:
-        sys.exit(f"error: laser has no command {command!r}\n{_commands()}")
+    rooms = {c: importlib.import_module(f"laser_jax.{room}") for c, room in COMMANDS.items()}
+    purposes = {command: (room.__doc__ or "").strip() for command, room in rooms.items()}
+    command, rest = chosen("laser", purposes, arguments)
     sys.argv = [f"laser {command}", *rest]
-    runpy.run_module(f"laser_jax.{COMMANDS[command]}", run_name="__main__", alter_sys=True)
+    runpy.run_module(f"laser_jax.{COMMANDS[command]}", run_name="__main__")
 
 
-def _commands() -> str:
-    lines = ["usage: laser COMMAND [--help | options]", ""]
-    for command, room in COMMANDS.items():
-        purpose = importlib.import_module(f"laser_jax.{room}").__doc__ or ""
-        lines.append(f"  {command:<12} {purpose.strip()}")
-    return "\n".join(lines)
+def chosen(
+    program: str, purposes: Mapping[str, str], arguments: Sequence[str] | None
+) -> tuple[str, list[str]]:
+    """The command of `program` that the first argument names, and the arguments behind it. None, or
+    `--help`, prints what each is for and ends the process; so does another word, as an error."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    lines = [f"  {command:<12} {purpose}" for command, purpose in purposes.items()]
+    usage = "\n".join([f"usage: {program} COMMAND [--help | options]", "", *lines])
+    if not given or given[0] in ("-h", "--help"):
+        print(usage)
+        sys.exit()
+    command, *rest = given
+    if command not in purposes:
+        named = command.removeprefix("--").partition("=")[0]
+        hint = f"; write {program} {named} ..." if named in purposes else ""
+        sys.exit(f"error: {program} has no command {command!r}{hint}\n{usage}")
+    return command, rest
+
+
+def program_of(room: str) -> str:
+    """How the program of a room was begun: `laser COMMAND`, or `python -m laser_jax.ROOM`."""
+    begun = sys.argv[0]
+    return begun if begun.startswith("laser ") else f"python -m laser_jax.{room}"
+
+
+@contextmanager
+def ended_in_a_line(stopped: str = "stopped") -> Iterator[None]:
+    """What a program refuses, and an interrupt (with the message `stopped`), end the process with
+    status 1 and a message instead of a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        sys.exit(stopped)
 
 
 # --- settings ----------------------------------------------------------------------------------
@@ -136,24 +162,19 @@ def program(
     *,
     stopped: str = "stopped",
 ) -> Callable[..., None]:
-    """The `main` of a room: gives the settings of the command line to `run`. What that refuses, and
-    an interrupt (with the message `stopped`), end the process with status 1."""
+    """The `main` of a room: `run` is given the settings, and ends as `ended_in_a_line` says."""
 
     def main(arguments: Sequence[str] | None = None) -> None:
         """The command line."""
-        try:
-            run(parse_command_line(cls, f"python -m laser_jax.{room}", arguments, positional))
-        except (ValueError, OSError, ImportError) as error:
-            fail(error)
-        except KeyboardInterrupt:
-            sys.exit(stopped)
+        with ended_in_a_line(stopped):
+            run(parse_command_line(cls, program_of(room), arguments, positional))
 
     return main
 
 
 def parse_train_command(arguments: Sequence[str] | None) -> tuple[Config, Invocation]:
-    """The command line of `python -m laser_jax.train`; errors as those of `parse_command_line`."""
-    config, invocation = _parse([Config, Invocation], "python -m laser_jax.train", arguments)
+    """The command line of `laser train`; errors as those of `parse_command_line`."""
+    config, invocation = _parse([Config, Invocation], program_of("train"), arguments)
     configure_logging(invocation.process[0] or 0)
     return config, invocation
 

@@ -148,7 +148,7 @@ class LossWeights:
     output: float = 10.0
     trajectory: float = 0.1
     teacher: float = 0.0
-    """Of the rows' own `teacher_scores`."""
+    """The weight of the rows' own `teacher_scores`."""
 
     def __post_init__(self) -> None:
         require_in("[0, inf)", self, "objective.weights.", *vars(self))
@@ -194,7 +194,7 @@ class ObjectiveConfig:
     dimensions: tuple[int, ...] = ()
     """Matryoshka (arXiv 2205.13147): every term of the loss is also taken of the first so many."""
     dimension_weights: tuple[float, ...] = ()
-    """Of the losses at `dimensions`, beside 1 for the full width's. Empty: 1 each."""
+    """Weights of the losses at `dimensions`, beside 1 for the full width's. Empty: 1 each."""
     views: Literal["auto", "fast", "parity"] = "auto"
     """`fast` reads query and reasoning in one pass, and queries and documents think as one batch;
     `parity` makes a pass for each. `auto` is `fast` where that is the same (`Config.views`)."""
@@ -241,7 +241,7 @@ class ModelConfig:
     """A directory with a PEFT adapter over `path` that training goes on from; its settings are
     those of `lora`. None begins with new adapters."""
     adapter_share: float = 0.0
-    """Of what is exported: the part that is `adapter` as it was, against forgetting."""
+    """The part of what is exported that is `adapter` as it was, against forgetting."""
     scratch: ScratchConfig | None = None
     backbone: BackboneName | None = None
     """Which of the paper's backbones `path` must be; `--dry_run` then needs no file of it."""
@@ -478,13 +478,13 @@ def load_retriever_config(directory: str | Path) -> RetrieverConfig:
             f"{path} is missing: {directory} is no export of laser_jax.train. For a model of the "
             'LaSER authors pass preset="official", otherwise pass a RetrieverConfig of your own'
         )
-    from laser_jax.files.reading import DataError, read_json  # which imports yaml
+    from laser_jax.files.reading import DataError, read_object  # which imports yaml
 
     try:
-        values = read_json(path)
+        values = read_object(path)
     except DataError as error:
         raise ConfigError(str(error)) from error
-    if isinstance(values, dict) and "prompt" not in values:
+    if "prompt" not in values:
         raise ConfigError(
             f"{path}: the prompt settings are missing, and other prompts than those of training "
             'give worse vectors without a sign. Add "prompt": {...} with the fields of '

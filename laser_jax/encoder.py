@@ -25,7 +25,7 @@ def load_pretrained(
     adapter: str | Path | None = None,
     seen: Digest | None = None,
 ) -> tuple[Variables, RetrieverConfig]:
-    """Loads an exported model, or any Hugging Face directory of the two families.
+    """Loads an exported model, or a Hugging Face directory of any family of `BackboneConfig`.
 
     Args:
         directory: holds config.json, safetensors and, when laser_jax exported it,

@@ -52,7 +52,7 @@ class FrozenTeacher:
 
     backbone: Backbone
     num_thinking_steps: int
-    """Of its own documents' embeddings."""
+    """The K of its own documents' embeddings."""
 
 
 def read_views(

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from laser_jax.data.documents import Document, EvalQuery
 from laser_jax.evaluate.beir import (
     BeirDataset,
-    Document,
-    EvalQuery,
     read_beir,
     read_corpus,
     read_qrels,

@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from laser_jax.evaluate.beir import Document, EvalQuery
+from laser_jax.data.documents import Document, EvalQuery
 from laser_jax.evaluate.bright import (
     DOMAINS,
     INSTRUCTIONS,
@@ -214,7 +214,7 @@ def test_a_copy_without_any_domain_in_both_folders_says_so(copy: Path) -> None:
 def test_a_missing_shard_is_an_error(tmp_path: Path) -> None:
     copy = write_copy(tmp_path, write_shards, ".parquet")
     (copy / "documents" / "biology-00001-of-00002.parquet").unlink()
-    with pytest.raises(DataError, match=r"all of its shards, found biology-00000-of-00002\.par"):
+    with pytest.raises(DataError, match=r"biology-00001-of-00002\.parquet is missing"):
         BrightCopy(copy).read("biology")
 
 

@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,12 @@ from laser_jax.config import (
     as_dict,
     from_dict,
 )
-from laser_jax.evaluate.run import COMMANDS as EVALUATIONS
+from laser_jax.evaluate.run import PURPOSES as EVALUATIONS
+from laser_jax.evaluate.run import main as evaluate
 from laser_jax.pretrain.run import PretrainConfig
 from laser_jax.settings import group_of, keys_of, kinds_of
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 NEEDED = ("--model.path", "model", "--data.train", "train.jsonl")
 
 
@@ -358,7 +360,8 @@ def test_progress_goes_to_stderr_with_time_and_process(capsys) -> None:
 
 
 def test_laser_lists_its_commands_and_refuses_others(capsys) -> None:
-    main(["--help"])
+    with pytest.raises(SystemExit):
+        main(["--help"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:]] == list(COMMANDS)
     assert all(len(line.split()) > 3 for line in lines[2:])
@@ -366,26 +369,59 @@ def test_laser_lists_its_commands_and_refuses_others(capsys) -> None:
         main(["fly"])
 
 
-def test_all_programs_together_have_at_most_200_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By name: two programs that mean the same by a flag share it."""
-    declared: list[type] = []
+@pytest.fixture
+def declared(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[type]]:
+    """Program -> the classes of its settings."""
+    found: dict[str, list[type]] = {}
 
     def note(classes: Sequence[type], *_: Any) -> None:
-        declared.extend(classes)
+        found.setdefault(program, []).extend(classes)
         sys.exit()
 
     monkeypatch.setattr(command_line, "_parse", note)
     words = {"evaluate": list(EVALUATIONS), "encode_corpus": ["", "--verify"]}
     for room in COMMANDS.values():
-        program = importlib.import_module(f"laser_jax.{room}.run")
+        module = importlib.import_module(f"laser_jax.{room}.run")
         for word in words.get(room, [""]):
+            program = f"{room} {word}" if room == "evaluate" else room
             with pytest.raises(SystemExit):
-                program.main([word] if word else [])
-    assert len(declared) >= len(COMMANDS) + len(EVALUATIONS)
+                module.main([word] if word else [])
+    return found
+
+
+def test_all_programs_together_have_at_most_200_flags(declared) -> None:
+    """By name: two programs that mean the same by a flag share it."""
+    assert len(declared) == len(COMMANDS) - 1 + len(EVALUATIONS)
     flags = {"config", "print_config"}
-    for cls in declared:  # a group is a heading, unless it may be null
+    for cls in (cls for classes in declared.values() for cls in classes):
+        # a group is a heading, unless it may be null
         flags |= {key for key, kind in keys_of(kinds_of(cls)) if group_of(kind) is not kind}
     assert len(flags) <= 200, sorted(flags)
+
+
+def told_commands(page: Path) -> Iterator[tuple[str, list[str]]]:
+    """(program, its flags) of the command lines on a page. A flag may stand in the brackets of what
+    can be left out; values, which are often placeholders, are not looked at."""
+    text = re.sub(r"\\\n\s*", " ", page.read_text())
+    commands = re.findall(r"(?:\blaser |-m laser_jax[. ])([a-z][\w-]*)((?: [^\n`|;&#]*)?)", text)
+    for command, rest in commands:
+        room = COMMANDS.get(command, command)
+        if room in COMMANDS.values():
+            word = f" {rest.split()[0]}" if room == "evaluate" and rest.strip() else ""
+            yield room + word, re.findall(r"(?:^|[ \[])--([a-z][\w.]*)", rest)
+
+
+def test_the_flags_of_every_command_line_in_the_documentation_are_there(declared) -> None:
+    pages = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+    told = [(page.name, *command) for page in pages for command in told_commands(page)]
+    assert len(told) > 60
+    assert sum(len(flags) for *_, flags in told) > 150
+    unknown = []
+    for page, program, flags in told:
+        known = {"config", "print_config", "help"}
+        known |= {key for cls in declared.get(program, ()) for key, _ in keys_of(kinds_of(cls))}
+        unknown += [f"{page}: {program} --{flag}" for flag in flags if flag not in known]
+    assert unknown == []
 
 
 def test_laser_runs_a_program_as_python_does(monkeypatch, capsys) -> None:
@@ -393,4 +429,13 @@ def test_laser_runs_a_program_as_python_does(monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["search", "--help"])
     assert caught.value.code == 0
-    assert "usage: python -m laser_jax.search" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith("usage: laser search [")
+
+
+def test_an_interrupted_evaluation_ends_in_one_line(monkeypatch) -> None:
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib, "import_module", interrupted)
+    with pytest.raises(SystemExit, match=r"^stopped$"):
+        evaluate(["run"])

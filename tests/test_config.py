@@ -275,7 +275,7 @@ def test_an_absent_or_broken_laser_config_is_named(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"laser_config\.json: not (valid JSON|UTF-8)"):
             load_retriever_config(tmp_path)
     (tmp_path / "laser_config.json").write_text("[]")
-    with pytest.raises(ConfigError, match="keys and values are wanted"):
+    with pytest.raises(ConfigError, match="wanted a JSON object"):
         load_retriever_config(tmp_path)
 
 

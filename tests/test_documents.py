@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from laser_jax.data.documents import Document, EvalQuery
 from laser_jax.encode_corpus.documents import Corpus, Fields, Located, Place
-from laser_jax.evaluate.beir import Document, EvalQuery
 from laser_jax.files.reading import DataError
 
 pa = pytest.importorskip("pyarrow")

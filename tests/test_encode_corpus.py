@@ -488,15 +488,7 @@ def encodes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ShardEncoder, "__init__", lambda *_: pytest.fail("a shard was made again"))
 
 
-def without_tokens(path: Path) -> None:
-    """As an older version wrote it."""
-    values = json.loads(path.read_text())
-    for shard in values["shards"]:
-        del shard["tokens"], shard["truncated"]
-    path.write_text(json.dumps(values))
-
-
-@pytest.mark.parametrize("damage", [*DAMAGES, without_last_shard, without_tokens])
+@pytest.mark.parametrize("damage", [*DAMAGES, without_last_shard])
 @pytest.mark.usefixtures("encodes_nothing")
 def test_a_lost_manifest_is_made_again_of_the_shards(
     model: Path, corpus: Path, finished: Path, copy: Path, damage: Any

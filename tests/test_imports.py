@@ -17,13 +17,13 @@ PACKAGE = REPOSITORY / "laser_jax"
 
 # A module may import modules that stand before it, inside a room too. Nobody imports `__main__`.
 ORDER: tuple[str, ...] = (
-    *("files.durable", "files.reading", "files.terminal", "files.splits"),
+    *("files.durable", "files.terminal", "files.reading", "files.splits"),
     *("settings", "files.claim", "model_sizes", "config", "command_line"),
     *("sharding", "losses", "alignment", "batch"),
     *("modeling.kernels", "modeling.lora", "modeling.attention", "modeling.rope"),
     *("modeling.packing", "modeling.backbone", "thinking", "views", "step"),
     *("hf.directory", "hf.layout", "hf.adapters", "hf.reading", "hf.writing", "encoder"),
-    *("data.buckets", "data.tokenizer_files", "data.schema"),
+    *("data.buckets", "data.tokenizer_files", "data.schema", "data.documents"),
     *(
         "data.control_tokens",
         "data.prompts",
@@ -60,8 +60,8 @@ ORDER: tuple[str, ...] = (
 )
 
 # The budgets of the house, without exemptions. That of the package is a ratchet on its way to
-# 15,500: lowered whenever a room gets smaller. Four new rooms (serve, export, annotate, mine) have
-# raised it once, from 20,180.
+# 15,500: lowered whenever a room gets smaller. It was raised too: from 15,500 to 21,230, later from
+# 20,180 to 23,440 (serve, export, annotate, mine) and to 23,580, before it came down again.
 METHOD = ("losses", "alignment", "batch", "thinking", "views", "step", "modeling")
 METHOD_LINES = 1_150
 """Of code: one person reads the method in an afternoon."""
@@ -78,6 +78,11 @@ CONFINED: dict[str, frozenset[str]] = {
     "httpx2": frozenset({"annotate/endpoint.py"}),
     "orbax": frozenset({"train/checkpoint.py"}),
     "faiss": frozenset(),
+    "fcntl": frozenset(),
+    "filelock": frozenset({"files/durable.py", "files/claim.py", "models/directory.py"}),
+    "huggingface_hub": frozenset({"hf/directory.py", "export/run.py"}),
+    "pyarrow": frozenset({"files/reading.py"}),
+    "scipy": frozenset({"evaluate/significance.py"}),
     "jinja2": frozenset({"think/page.py"}),
     "matplotlib": frozenset({"evaluate/plots.py"}),
     "mteb": frozenset({"evaluate/mteb.py"}),

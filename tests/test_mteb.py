@@ -6,13 +6,15 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from laser_jax.evaluate.beir import BeirDataset, Document, EvalQuery, read_queries
+from laser_jax.data.documents import Document, EvalQuery
+from laser_jax.evaluate.beir import BeirDataset, read_queries
 from laser_jax.evaluate.bright import INSTRUCTIONS
 from laser_jax.evaluate.metrics import (
     changed_documents,
@@ -146,13 +148,14 @@ def assert_same_ranking(run: Run, theirs: Run, depth: int) -> None:
 
 
 def test_mteb_ranks_and_scores_as_our_own_evaluator(
-    retriever: LatentRetriever, scifact: SlicedScifact, tmp_path: Path
+    retriever: LatentRetriever, scifact: SlicedScifact, tmp_path: Path, monkeypatch
 ) -> None:
-    scores = {}
+    scores, evaluate = {}, mteb.evaluate
     for steps in (1, STEPS):
         model = MtebRetriever(retriever, name=NAME, num_thinking_steps=steps)
         folder = tmp_path / f"predictions {steps}"
-        (score,) = evaluate_task(model, scifact, tmp_path, batch_size=16, predictions=folder)
+        monkeypatch.setattr(mteb, "evaluate", partial(evaluate, prediction_folder=folder))
+        (score,) = evaluate_task(model, scifact, tmp_path, batch_size=16)
         (file,) = folder.rglob("*_predictions.json")
         theirs = json.loads(file.read_text())["default"]["test"]
         dataset = scifact.as_ours()

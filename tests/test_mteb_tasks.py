@@ -14,7 +14,7 @@ from test_bright import write_json_lines
 
 from laser_jax.evaluate.bright import INSTRUCTIONS, BrightCopy
 from laser_jax.evaluate.metrics import evaluate_run, mean
-from laser_jax.evaluate.retrieval import latent, retrieval_runs, unrestricted
+from laser_jax.evaluate.retrieval import latent, query_inputs, rank_corpus, unrestricted
 from laser_jax.evaluate.run import main
 from laser_jax.files.claim import Claim
 from laser_jax.inference.retriever import LatentRetriever
@@ -86,7 +86,9 @@ def our_scores(copy: Path, retriever: LatentRetriever, domain: str, steps: int) 
     """nDCG@10 with exclusions and without."""
     dataset = BrightCopy(copy).read(domain)
     encoder, prompts = retriever.encoder, retriever.prompts
-    runs = retrieval_runs(encoder, prompts, dataset, [steps], nothing_excluded=True)
+    rows = [prompts.document(document.text) for document in dataset.documents]
+    inputs = query_inputs(prompts, dataset, encoder.config, [steps])
+    runs = rank_corpus(encoder, rows, dataset, inputs, nothing_excluded=True)
     names = (latent(steps), unrestricted(latent(steps)))
     return [mean(evaluate_run(runs[name], dataset.qrels))["nDCG@10"] for name in names]
 

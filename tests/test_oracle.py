@@ -52,8 +52,8 @@ def test_the_oracle_equals_a_loop_over_queries() -> None:
     chosen = [max(KS, key=lambda K: (values[K][q], -K)) for q in range(QUERIES)]
     best = [values[K][q] for q, K in enumerate(chosen)]
     found = oracle_of(runs, qrels)
-    assert (found.metric, found.fixed_steps) == (METRIC, fixed)
-    assert found.mean_steps == pytest.approx(np.mean(chosen))
+    assert (found.metric, found.fixed_K) == (METRIC, fixed)
+    assert found.mean_K == pytest.approx(np.mean(chosen))
     assert found.shares == pytest.approx({str(K): chosen.count(K) / QUERIES for K in KS})
     assert found.oracle.fixed == pytest.approx(means[fixed])
     assert found.oracle.chosen == pytest.approx(np.mean(best))
@@ -89,7 +89,7 @@ def test_each_half_is_judged_without_the_documents_of_the_other() -> None:
 def test_equals_take_the_smallest_k_and_one_relevant_document_has_no_halves() -> None:
     runs = {K: {"q": ranked("a", "x"), "r": ranked("x")} for K in KS}
     found = oracle_of(runs, {"q": {"a": 1}, "r": {"b": 1}})
-    assert (found.fixed_steps, found.mean_steps) == (1, 1)
+    assert (found.fixed_K, found.mean_K) == (1, 1)
     assert found.shares == {"1": 1, "2": 0, "4": 0}
     assert (found.oracle.difference, found.oracle.fixed) == (0, 0.5)
     assert found.control is None

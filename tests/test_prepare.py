@@ -318,7 +318,7 @@ def test_a_run_that_was_killed_before_its_first_file_goes_on(config, left) -> No
     assert not list(output.glob(".*"))
 
 
-def test_a_damaged_tally_of_a_stopped_run_is_made_again(config, monkeypatch) -> None:
+def test_damaged_statistics_of_a_stopped_run_is_made_again(config, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("laser_jax.prepare.run.write_description", lambda *_: 1 / 0)  # stopped there
         with pytest.raises(ZeroDivisionError):

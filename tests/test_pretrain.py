@@ -89,9 +89,9 @@ def report(config: PretrainConfig) -> dict[str, Any]:
 # --- a run -------------------------------------------------------------------------------------
 
 
-def test_the_loss_falls_until_the_reasoning_is_written_right(report) -> None:
+def test_the_loss_falls_until_the_reasoning_is_exact_match(report) -> None:
     assert report["loss"] < 0.2 * math.log(SCRATCH.vocab_size)
-    assert report["written_right"] == 1.0
+    assert report["exact_match"] == 1.0
 
 
 def test_the_backbone_is_a_hugging_face_directory_with_tokenizer(config, report) -> None:

@@ -14,13 +14,16 @@ import pytest
 from flax import linen as nn
 
 from laser_jax.config import ConfigError, PromptConfig, RetrieverConfig, ScratchConfig
+from laser_jax.data.documents import Document, EvalQuery
 from laser_jax.data.tokenization import PromptTokenizer, train_tokenizer
-from laser_jax.evaluate.beir import BeirDataset, Document, EvalQuery
+from laser_jax.evaluate.beir import BeirDataset
 from laser_jax.evaluate.retrieval import (
     REWRITE,
     REWRITE_AS_QUERY,
     REWRITES,
     format_table,
+    query_inputs,
+    rank_corpus,
     require_instructions,
     retrieval_runs,
     rewrite_inputs,
@@ -166,7 +169,9 @@ def test_a_query_that_is_a_document_is_not_its_own_answer(encoder, prompts) -> N
     """As in ArguAna, where the query's own text is in the corpus, under the query's id."""
     query = EvalQuery("d1", TEXTS[1], instruction="", reasoning="North.", excluded_ids=("d3",))
     dataset = BeirDataset(DOCUMENTS, {"q0": QUERIES[0], "d1": query}, {"d1": {"d2": 1}})
-    runs = retrieval_runs(encoder, prompts, dataset, [1, 2], nothing_excluded=True)
+    rows = [prompts.document(document.text) for document in DOCUMENTS]
+    inputs = query_inputs(prompts, dataset, encoder.config, [1, 2])
+    runs = rank_corpus(encoder, rows, dataset, inputs, nothing_excluded=True)
     assert len(runs) == 6
     for name, run in runs.items():
         assert set(run["d1"]) == {"d0", "d2"} | ({"d3"} if "nothing excluded" in name else set())

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from laser_jax.evaluate.beir import EvalQuery
+from laser_jax.data.documents import EvalQuery
 from laser_jax.evaluate.rewrites import (
     Rewrite,
     WritingCost,

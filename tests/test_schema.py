@@ -110,5 +110,5 @@ def test_scores_are_part_of_the_rows_fingerprint() -> None:
 
 
 def test_a_record_that_is_no_object_is_refused() -> None:
-    with pytest.raises(DataError, match=r"t\.jsonl:1: an object is wanted, got list"):
+    with pytest.raises(DataError, match=r"t\.jsonl:1: wanted a JSON object, got list"):
         parse_row([1], "t.jsonl:1")

@@ -9,7 +9,8 @@ import pytest
 
 import laser_jax.train.selection as selection
 from laser_jax.config import TrainConfig
-from laser_jax.evaluate.beir import BeirDataset, Document, EvalQuery
+from laser_jax.data.documents import Document, EvalQuery
+from laser_jax.evaluate.beir import BeirDataset
 from laser_jax.train.selection import (
     best_steps,
     fingerprint_of,

@@ -31,9 +31,9 @@ def test_the_interval_has_the_width_of_the_normal_one() -> None:
 
 def test_blocks_of_any_size_give_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(significance, "RESAMPLES", 500)
-    whole = paired_bootstrap(A, B), permutation_p_value(A, B, resamples=500)
+    whole = paired_bootstrap(A, B), permutation_p_value(A, B)
     monkeypatch.setattr(significance, "_NUMBERS_AT_A_TIME", 7 * len(A))
-    parts = paired_bootstrap(A, B), permutation_p_value(A, B, resamples=500)
+    parts = paired_bootstrap(A, B), permutation_p_value(A, B)
     assert parts == whole
 
 
@@ -72,21 +72,21 @@ def test_the_p_value_is_that_of_all_swaps() -> None:
     differences = np.subtract(a, b)
     sums = [abs(np.dot(signs, differences)) for signs in product((-1, 1), repeat=10)]
     exact = np.mean([s >= abs(differences.sum()) * (1 - 1e-12) for s in sums])
-    assert permutation_p_value(a, b, resamples=20_000) == pytest.approx(exact, abs=0.01)
-    assert permutation_p_value(b, a, resamples=20_000) == pytest.approx(exact, abs=0.01)
+    assert permutation_p_value(a, b) == pytest.approx(exact, abs=0.01)
+    assert permutation_p_value(b, a) == pytest.approx(exact, abs=0.01)
 
 
-def test_equal_runs_differ_with_probability_one_and_no_p_value_is_zero() -> None:
+def test_equal_runs_differ_with_probability_one_and_no_p_value_is_zero(monkeypatch) -> None:
     assert permutation_p_value(A, A) == 1
-    assert permutation_p_value(np.add(A, 1).tolist(), A, resamples=99) == 1 / 100
+    monkeypatch.setattr(significance, "RESAMPLES", 99)
+    assert permutation_p_value(np.add(A, 1).tolist(), A) == 1 / 100
 
 
-def test_p_values_are_false_alarms_as_often_as_they_say() -> None:
+def test_p_values_are_false_alarms_as_often_as_they_say(monkeypatch) -> None:
+    monkeypatch.setattr(significance, "RESAMPLES", 99)
     rng = np.random.default_rng(3)
     p_values = [
-        permutation_p_value(
-            rng.normal(size=20).tolist(), rng.normal(size=20).tolist(), resamples=99
-        )
+        permutation_p_value(rng.normal(size=20).tolist(), rng.normal(size=20).tolist())
         for _ in range(300)
     ]
     assert np.mean(np.array(p_values) <= 0.1) == pytest.approx(0.1, abs=0.05)

@@ -12,7 +12,7 @@ from urllib.parse import urlencode
 
 import pytest
 
-from laser_jax.evaluate.beir import Document
+from laser_jax.data.documents import Document
 from laser_jax.think.page import SHADES, Form, heat, moves, rank_chart, render_page
 from laser_jax.think.site import (
     Site,

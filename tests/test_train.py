@@ -806,7 +806,7 @@ def without(key: str) -> str:
     ("line", "named"),
     [
         ("{", "not valid JSON"),
-        ("[]", "an object is wanted"),
+        ("[]", "wanted a JSON object, got list"),
         (without("reasoning_query"), "field 'reasoning_query' is missing"),
         (without("positive_passages"), "field 'positive_passages' is missing"),
         (json.dumps(training_row(1) | {"query": 3}), "'query' must be a string, got int"),
@@ -969,16 +969,14 @@ def test_other_weights_of_the_teacher_are_refused_on_resume(
     tensors["model.norm.weight"][0] += 1
     save_file(tensors, teacher / "model.safetensors", {"format": "pt"})
     message = refusal(arguments(tmp_path / "run", *flags), capsys)
-    assert (
-        "checkpoints was trained on other inputs:\n  weights of objective.teacher: was" in message
-    )
+    assert "checkpoints was trained on other inputs:\n  weights of objective.teacher was" in message
 
 
 @pytest.mark.parametrize(
     ("rows", "named"),
     [
-        (slice(8), "number of training rows: was 10, is 8"),
-        (slice(None, None, -1), "fingerprints of the training rows: was ["),
+        (slice(8), "number of training rows was 10, is 8"),
+        (slice(None, None, -1), "fingerprints of the training rows.0 was"),
     ],
 )
 def test_other_training_rows_are_refused_on_resume(
@@ -994,10 +992,6 @@ def test_other_training_rows_are_refused_on_resume(
     assert "checkpoints was trained on other inputs:\n  " in message
     assert named in message
     assert "Bring back those that the run began with, or choose another output" in message
-
-
-def test_what_a_checkpoint_of_an_older_release_does_not_hold_is_not_compared(tmp_path) -> None:
-    setup.require_same_inputs({"samples": 8}, {"weights of objective.teacher": "1"}, tmp_path)
 
 
 def test_the_output_of_another_config_is_refused_and_kept(full, arguments, capsys) -> None:
@@ -1020,4 +1014,4 @@ def test_a_missing_extra_ends_with_one_line(arguments, tmp_path, monkeypatch, ca
         arguments(tmp_path / "run", "--data.train", f"{tmp_path}/rows.parquet"), capsys
     )
     assert "rows.parquet: reading and writing Parquet and Arrow needs pyarrow" in message
-    assert "pip install laser-jax[parquet]" in message
+    assert "pip install 'laser-jax[parquet]'" in message

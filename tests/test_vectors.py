@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from laser_jax.files.reading import DataError
-from laser_jax.search import vectors
 from laser_jax.search.codes import encode_vectors
 from laser_jax.search.run import main
 from laser_jax.search.topk import search
@@ -280,23 +279,7 @@ def test_queries_are_not_searched_as_a_corpus_nor_documents_for(
     assert not output.exists()
 
 
-def test_a_manifest_of_an_older_version_is_told_its_role_by_hand(
-    corpus: Path, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patched:  # shards and manifest as they were written before roles
-        known = vectors.as_dict
-        patched.setattr(
-            vectors, "as_dict", lambda v: {k: x for k, x in known(v).items() if k != "role"}
-        )
-        write_directory(tmp_path / "old", DOCUMENT_IDS, DOCUMENTS, shards=2)
-    with pytest.raises(SystemExit, match=r'older versions did not. Add the line "role": "docume'):
-        main(options(tmp_path / "old", queries, tmp_path / "run.trec"))
-    path = tmp_path / "old" / "manifest.json"
-    path.write_text(json.dumps({"role": "documents"} | json.loads(path.read_text())))
-    main(options(tmp_path / "old", queries, tmp_path / "run.trec"))
-    main(options(corpus, queries, tmp_path / "new.trec"))
-    assert (tmp_path / "run.trec").read_text() == (tmp_path / "new.trec").read_text()
-    # a shard that says its role must have that of the manifest
+def test_a_shard_must_have_the_role_of_the_manifest(corpus: Path) -> None:
     path = corpus / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"role": "queries"}))
     assert [fault.split(": ")[1] for fault in verify(corpus)] == [

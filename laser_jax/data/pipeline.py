@@ -256,7 +256,7 @@ class _BatchBuilder:
             batch = replace(batch, counted_BK=np.tile(np.arange(K) < drawn, (len(part), 1)))
         return self._with_explicit(batch, rows, drawn) if rows[0].explicit else batch
 
-    def _with_explicit(self, batch: Batch, rows: Sequence[_Drawn], steps: int) -> Batch:
+    def _with_explicit(self, batch: Batch, rows: Sequence[_Drawn], K: int) -> Batch:
         objective, query = self._config.objective, batch.query
         ids, ends = zip(*(row.explicit for row in rows if row.explicit), strict=True)
         if self._config.views == "fast" and objective.teacher is None:
@@ -270,11 +270,11 @@ class _BatchBuilder:
             query = replace(query, packed=None)  # it is not read by itself
         keyframes_BK = np.stack(
             [
-                keyframe_positions(ends[b].tolist(), len(ids[b]) - 1, steps, objective.keyframes)
+                keyframe_positions(ends[b].tolist(), len(ids[b]) - 1, K, objective.keyframes)
                 for b in self._part
             ]
         )
-        beyond = objective.num_thinking_steps - steps  # which are not counted: any position serves
+        beyond = objective.num_thinking_steps - K  # which are not counted: any position serves
         keyframes_BK = np.pad(keyframes_BK, ((0, 0), (0, beyond)), "edge")
         explicit = self._pad(ids, None, self._part)
         return replace(batch, query=query, explicit=explicit, keyframes_BK=keyframes_BK)
@@ -416,10 +416,7 @@ def tokenization_settings(prompts: PromptTokenizer) -> dict[str, Any]:
     fingerprint = [{k: v for k, v in model.items() if k not in ("truncation", "padding")}]
     fingerprint += [tokenizer.chat_template, tokenizer.bos_token, prompts.eos_id, prompts.pad_id]
     digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
-    prompt = as_dict(prompts.config)
-    if prompt["allow_special_tokens"]:  # what is stored elsewhere may be older than the setting
-        del prompt["allow_special_tokens"]
-    return {"prompt": prompt, "tokenizer": digest}
+    return {"prompt": as_dict(prompts.config), "tokenizer": digest}
 
 
 def padding_share(batch: Batch) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from laser_jax.files.reading import DataError
+from laser_jax.files.reading import DataError, json_object, require_unicode
 
 _INSTRUCTIONS = 32
 _MAY_BE_EMPTY = {
@@ -46,8 +46,7 @@ def parse_row(record: Any, where: str) -> TrainingRow:
     """The training row of a JSON object, which stands at `where` (file and line); fields further
     than `teacher_scores` are ignored. Raises a DataError where a field is missing, has the wrong
     type, is blank where it must not be, or is no valid Unicode."""
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: an object is wanted, got {type(record).__name__}")
+    record = json_object(record, where)
     values: dict[str, Any] = {}
     for name in FIELDS:
         way_out, kind = _MAY_BE_EMPTY.get(name, ""), list if name in _STRING_LISTS else str
@@ -92,19 +91,6 @@ def _require_passages(passages: list[Any], name: str, where: str) -> None:
         require_unicode(text, f"{where}: item {i} of '{name}'")
         if not text.strip():
             raise DataError(f"{where}: item {i} of '{name}' is empty; leave it out")
-
-
-def require_unicode(text: str, what: str) -> None:
-    """Raises a DataError, which names `what` it is, where the text holds half a surrogate pair:
-    JSON can spell one, and no tokenizer takes it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{what} is no Unicode text: its character {error.start} is half a surrogate pair, "
-            f"{text[error.start]!r}; take it out, or replace it by "
-            'text.encode(errors="replace").decode()'
-        ) from error
 
 
 def same_text(text: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 import functools
-import hashlib
 import itertools
 import mmap
 import threading
@@ -26,6 +25,7 @@ import numpy as np
 from laser_jax.config import DataConfig
 from laser_jax.data.schema import FIELDS, TEACHER_SCORES, Facts, TrainingRow, facts_of, parse_row
 from laser_jax.files import reading
+from laser_jax.files.durable import checksum_of
 from laser_jax.files.reading import DataError, import_pyarrow, parse_json
 from laser_jax.files.splits import one_split, split_of
 
@@ -156,12 +156,10 @@ def _candidates(directory: Path, pattern: str) -> list[Path]:
 def _description(file: Path, way_out: str, listed: str | None = None) -> dict[str, Any]:
     """The JSON object in a file that describes rows; `listed` is a key that must hold a list."""
     try:
-        values = reading.read_json(file)
+        values = reading.read_object(file)
     except DataError as error:
         fault = str(error).removeprefix(f"{file}: ")
         raise DataError(f"{file} is damaged: {fault}; {way_out}") from error
-    if not isinstance(values, dict):
-        raise DataError(f"{file} is damaged: an object is wanted; {way_out}")
     if listed is not None and not isinstance(values.get(listed), list):
         raise DataError(f"{file} is damaged: it has no list {listed!r}; {way_out}")
     return values
@@ -450,7 +448,7 @@ class PreparedSource(ArrayRecordSource):
 
     @functools.cached_property
     def facts(self) -> Facts:
-        """Of the files as they were prepared; a DataError names one that was changed since."""
+        """The facts of the files as prepared; a DataError names one that was changed since."""
         if changed := changed_shards(self.files, self._known.get("checksums")):
             raise DataError(
                 f"{changed[0]} is not as it was prepared: cut short, changed, or another shard's; "
@@ -472,9 +470,3 @@ def changed_shards(files: Iterable[Path], checksums: dict[str, str] | None) -> l
     if checksums is None:
         return []
     return [f for f in files if not f.is_file() or checksums.get(f.name) != checksum_of(f)]
-
-
-def checksum_of(file: Path) -> str:
-    """The sha256 of a file's bytes."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

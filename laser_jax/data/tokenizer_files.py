@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from laser_jax.files.durable import write_json
+from laser_jax.files.reading import DataError, read_object
 
 
 class TokenizationError(ValueError):
@@ -20,10 +21,10 @@ def tokenizer_config(directory: Path) -> dict[str, Any]:
     for name in ("config.json", "tokenizer_config.json"):
         file = directory / name
         try:
-            values = json.loads(file.read_bytes()) if file.is_file() else {}
-            code = values.get("auto_map") or {}
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise TokenizationError(f"{file}: not a JSON object: {error}") from error
+            values = read_object(file) if file.is_file() else {}
+        except DataError as error:
+            raise TokenizationError(str(error)) from error
+        code = values.get("auto_map") or {}
         if code and (not isinstance(code, dict) or "AutoTokenizer" in code):
             raise TokenizationError(
                 f"{file}: auto_map names a tokenizer of the model's own code, {code!r}, and "

@@ -157,12 +157,9 @@ class CorpusDirectory:
         return True
 
     def _open_again_if_damaged(self, plan: Plan) -> None:
-        """Takes off a manifest that is damaged, or of an older version which did not count tokens,
-        so that it is made again of the shards."""
+        """Takes off a manifest that is damaged, so that it is made again of the shards."""
         try:
             fault = fault_of_manifest(self.path, plan)
-            if any(shard.tokens is None for shard in read_manifest(self.path).shards):
-                fault = f"{self.path / MANIFEST_FILE} does not count tokens"
         except DataError as error:
             fault = str(error)
         if fault is not None:

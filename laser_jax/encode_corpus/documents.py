@@ -9,17 +9,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from laser_jax.evaluate.beir import (
+from laser_jax.data.documents import (
     BEIR_FIELDS,
     Document,
     EvalQuery,
     Fields,
-    json_object,
-    parquet_rows,
     parse_document,
     parse_query,
 )
-from laser_jax.files.reading import DataError, is_blank, open_lines, raw_lines
+from laser_jax.files.reading import (
+    DataError,
+    is_blank,
+    json_object,
+    open_lines,
+    parquet_rows,
+    raw_lines,
+)
 from laser_jax.files.splits import one_split, split_of
 from laser_jax.search.vectors import Role
 

@@ -17,6 +17,7 @@ from typing import Any
 from laser_jax.encode_corpus.directory import CorpusDirectory
 from laser_jax.encode_corpus.encoding import CorpusConfig, RayConfig, ShardEncoder
 from laser_jax.encode_corpus.plan import read_plan
+from laser_jax.files.terminal import extra
 from laser_jax.search.vectors import Shard
 
 _OBJECT_STORE_BYTES = 100 * 2**20
@@ -61,11 +62,9 @@ def encode_on_ray(
         ValueError, OSError: what a worker raised over a shard.
         ImportError: Ray is not installed.
     """
-    try:
+    with extra("ray", "--ray.workers"):
         import ray
         from ray.exceptions import RayActorError, RayTaskError
-    except ImportError as error:
-        raise ImportError("--ray.workers needs Ray: pip install laser-jax[ray]") from error
     _start(ray, wanted)
     try:
         for shard in _encoded(ray, config, wanted, missing):

@@ -17,8 +17,8 @@ from typing import Any
 from tqdm import tqdm
 
 from laser_jax.config import as_dict, from_dict
+from laser_jax.data.documents import EvalQuery
 from laser_jax.encode_corpus.documents import Corpus, Fields, Located, Place
-from laser_jax.evaluate.beir import EvalQuery
 from laser_jax.files.durable import read_state
 from laser_jax.files.reading import DataError
 from laser_jax.search.repeated_ids import RepeatedIds
@@ -49,7 +49,7 @@ class PlannedShard:
     begin: Place
     count: int
     sha256: str
-    """Of their ids and texts."""
+    """The hash of their ids and texts."""
 
 
 @dataclass(frozen=True)

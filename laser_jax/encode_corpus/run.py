@@ -22,11 +22,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from laser_jax.command_line import parse_command_line
+from laser_jax.command_line import program
 from laser_jax.encode_corpus.directory import CorpusDirectory, fault_of_manifest
 from laser_jax.encode_corpus.encoding import CorpusConfig, ShardEncoder, open_corpus, settings_of
 from laser_jax.encode_corpus.plan import PLAN_FILE, Plan, read_plan
-from laser_jax.files.terminal import fail, printable
+from laser_jax.files.terminal import configure_logging, printable
 from laser_jax.inference.retriever import EncodingStats
 from laser_jax.search.vectors import Shard, is_intact, verify
 
@@ -47,7 +47,7 @@ class Progress:
     terminal, a line for each shard in a log."""
 
     def __init__(self, done: int, left: int):
-        """Of this run's documents so many were there before, and are left."""
+        """So many of this run's documents were there before, and are left."""
         self._bar = tqdm(total=done + left, initial=done, desc="encode", unit="doc", disable=None)
         self._done, self._left = done, left
         self._began = time.monotonic()
@@ -158,7 +158,13 @@ def _print_end(directory: CorpusDirectory, plan: Plan, numbers: Sequence[int]) -
         print(f"{directory.path}: {left:,} shards of {len(plan.shards):,} are still to come")
 
 
-def _verify(directory: Path) -> None:
+def _encode_part(config: CorpusConfig) -> None:
+    configure_logging(config.part_of(1).start)
+    encode_corpus(config)
+
+
+def _verify(options: VerifyOptions) -> None:
+    directory = Path(options.verify)
     faults = verify(directory)
     if (directory / PLAN_FILE).is_file():
         fault = fault_of_manifest(directory, read_plan(directory))
@@ -170,14 +176,12 @@ def _verify(directory: Path) -> None:
     print(f"{directory}: every shard is as it was written")
 
 
+_encode_main = program("encode_corpus", CorpusConfig, _encode_part)
+_verify_main = program("encode_corpus", VerifyOptions, _verify)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: `--verify` checks a directory, otherwise one is written."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    program = "python -m laser_jax.encode_corpus"
-    try:
-        if any(argument.split("=")[0] == "--verify" for argument in given):
-            _verify(Path(parse_command_line(VerifyOptions, program, given).verify))
-        else:
-            encode_corpus(parse_command_line(CorpusConfig, program, given))
-    except (ValueError, OSError, ImportError) as error:
-        fail(error)
+    verifies = any(argument.split("=")[0] == "--verify" for argument in given)
+    (_verify_main if verifies else _encode_main)(given)

@@ -1,4 +1,4 @@
-"""BEIR directories, their rows as Parquet too, and judgements in the forms of BEIR and TREC.
+"""BEIR directories, and judgements in the forms of BEIR and TREC.
 
 A BEIR directory holds `corpus.jsonl` (`_id`, `title`, `text`), `queries.jsonl` (`_id`, `text`) and
 `qrels/<split>.tsv` (a header, then query id, document id, grade). Queries may carry three fields
@@ -8,63 +8,20 @@ more: `instruction`, `reasoning` (a chain of thought) and BRIGHT's `excluded_ids
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
+from laser_jax.data.documents import D, Document, EvalQuery, parse_document, parse_query, unique
 from laser_jax.evaluate.metrics import Qrels
-from laser_jax.files.reading import (
-    DataError,
-    import_pyarrow,
-    json_lines,
-    parse_integer,
-    parse_json,
-    text_lines,
-)
+from laser_jax.files.reading import DataError, json_lines, json_object, parse_integer, text_lines
 from laser_jax.search.matching import IdCount, count_ids, exclusions, identical_count, unmatched
-from laser_jax.search.trec import document_id_fault, excluded_ids, query_id_fault
 
-_ROWS_PER_READ = 1024
 # The forms of a judgement. trec_eval's is parsed from both ends, as BRIGHT's ids hold blanks.
 _TREC = re.compile(r"\s*(\S+)\s+\S+\s+(\S.*?)\s+(\S+)\s*", re.ASCII), "'qid iter docid grade'"
 _BETWEEN_TABS = re.compile(r"([^\t]*)\t([^\t]*)\t([^\t]*?)[\r\n]*")
 _BEIR = _BETWEEN_TABS, "query-id, corpus-id and score between tabs"
-
-
-@dataclass(frozen=True)
-class Fields:
-    """The names of a document's fields, or columns. The title's may be absent."""
-
-    id: str = "_id"
-    text: str = "text"
-    title: str = "title"
-
-
-BEIR_FIELDS = Fields()
-
-
-@dataclass(frozen=True)
-class Document:
-    """A document: its title, a blank and its text, or the text alone where there is no title."""
-
-    id: str
-    text: str
-
-
-@dataclass(frozen=True)
-class EvalQuery:
-    """A query with the fields that only some datasets have."""
-
-    id: str
-    text: str
-    instruction: str | None = None
-    reasoning: str | None = None
-    excluded_ids: tuple[str, ...] = ()
-    """Documents to be removed from the ranking before it is cut (BRIGHT)."""
-
-
-D = TypeVar("D", Document, EvalQuery)
 
 
 @dataclass(frozen=True)
@@ -101,43 +58,6 @@ class BeirDataset:
         return [query for query in self.queries if query in documents]
 
 
-def json_object(row: Any, where: str) -> dict[str, Any]:
-    """The JSON object of a line, or of its value; a DataError where it holds something else."""
-    row = parse_json(row, where) if isinstance(row, bytes) else row
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: wanted a JSON object, got {type(row).__name__}")
-    return row
-
-
-def parquet_rows(
-    path: Path, columns: Collection[str], needed: Sequence[str], start: int = 0, hint: str = ""
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (number from 1, row) behind row `start`, with those of `columns` that the file has, in
-    memory that does not grow with it. Raises a DataError where one of the columns `needed` is
-    missing (then with the `hint`) or the file is damaged, and as `import_pyarrow`."""
-    pyarrow, number = import_pyarrow(path), start
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if missing := [name for name in needed if name not in names]:
-                there = f"the columns are {sorted(names)}{hint}"
-                raise DataError(f"{path}: no column {missing[0]!r}; {there}")
-            first, left, group = 0, start, file.metadata.row_group
-            while first < file.num_row_groups and left >= group(first).num_rows:
-                left -= group(first).num_rows
-                first += 1
-            groups = range(first, file.num_row_groups)
-            given = [name for name in names if name in columns]
-            for batch in file.iter_batches(_ROWS_PER_READ, groups, given):
-                for row in batch.slice(min(left, batch.num_rows)).to_pylist():
-                    number += 1
-                    yield number, row
-                left = max(left - batch.num_rows, 0)
-    except (pyarrow.ArrowException, OSError) as error:
-        fault = f"cannot be read after row {number}, not a whole Parquet file"
-        raise DataError(f"{path}: {fault}: {error}") from error
-
-
 def _read_json_lines(
     path: Path, parse: Callable[[dict[str, Any], str], D], kind: str
 ) -> dict[str, D]:
@@ -147,61 +67,6 @@ def _read_json_lines(
         raise FileNotFoundError(f"{path} is missing: a BEIR directory holds {wanted}")
     rows = ((where, parse(json_object(line, where), where)) for where, line in json_lines(path))
     return unique(rows, kind)
-
-
-def text_field(row: dict[str, Any], key: str, where: str) -> str:
-    """The string `row[key]`, or a DataError where it is missing, no string or not Unicode (a lone
-    surrogate)."""
-    if key not in row:
-        raise DataError(f"{where}: no field {key!r}; the fields are {sorted(row)}")
-    if not isinstance(row[key], str):
-        raise DataError(f"{where}: field {key!r} must be a string, got {row[key]!r}")
-    try:
-        row[key].encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: field {key!r} is no Unicode text: {error}") from error
-    return row[key]
-
-
-def _optional_text(row: dict[str, Any], key: str, where: str) -> str | None:
-    return None if row.get(key) is None else text_field(row, key, where)
-
-
-def parse_document(row: dict[str, Any], where: str, fields: Fields = BEIR_FIELDS) -> Document:
-    """A row as a document, or a DataError that begins with `where`."""
-    id_, text = id_field(row, fields.id, where, "document"), text_field(row, fields.text, where)
-    title = _optional_text(row, fields.title, where)
-    return Document(id_, f"{title} {text}" if title else text)
-
-
-def id_field(row: dict[str, Any], key: str, where: str, kind: Literal["document", "query"]) -> str:
-    """The id `row[key]`, or a DataError where it is none that may stand in a TREC run."""
-    id_ = text_field(row, key, where)
-    if fault := (document_id_fault if kind == "document" else query_id_fault)(id_):
-        raise DataError(f"{where}: {kind} id {id_!r} {fault}")
-    return id_
-
-
-def parse_query(row: dict[str, Any], where: str) -> EvalQuery:
-    """A row as a query, or a DataError that begins with `where`."""
-    return EvalQuery(
-        id=id_field(row, "_id", where, "query"),
-        text=text_field(row, "text", where),
-        instruction=_optional_text(row, "instruction", where),
-        reasoning=_optional_text(row, "reasoning", where),
-        excluded_ids=excluded_ids(row, where),
-    )
-
-
-def unique(rows: Iterable[tuple[str, D]], kind: str) -> dict[str, D]:
-    """Documents or queries by their id, in their order, from ("file:line", document or query); a
-    DataError where the id of one, a `kind`, stands twice."""
-    by_id: dict[str, D] = {}
-    for where, row in rows:
-        if row.id in by_id:
-            raise DataError(f"{where}: {kind} id {row.id!r} stands here a second time")
-        by_id[row.id] = row
-    return by_id
 
 
 def read_corpus(directory: str | Path) -> list[Document]:

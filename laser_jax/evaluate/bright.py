@@ -19,19 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from laser_jax.evaluate.beir import (
-    BeirDataset,
-    Document,
-    EvalQuery,
-    id_field,
+from laser_jax.data.documents import Document, EvalQuery, id_field, id_list, unique
+from laser_jax.evaluate.beir import BeirDataset, judged_split
+from laser_jax.files.reading import (
+    DataError,
+    json_lines,
     json_object,
-    judged_split,
     parquet_rows,
+    parse_json,
     text_field,
-    unique,
 )
-from laser_jax.files.reading import DataError, json_lines, parse_json
-from laser_jax.search.trec import id_list
+from laser_jax.files.splits import one_split
 
 # The domains in the order of BRIGHT's tables, each with its task in words. The words are those of
 # the table in LaSER's released evaluator (github.com/ignorejjj/LaSER at d490a81,
@@ -58,7 +56,7 @@ EXAMPLES = "examples"
 ALL = "all"
 
 _FILE = re.compile(
-    rf"({'|'.join(DOMAINS)})(?:-(\d+)-of-(\d+)\.parquet|\.parquet|\.jsonl|\.jsonl\.gz|\.json)"
+    rf"({'|'.join(DOMAINS)})(?:-\d+-of-\d+\.parquet|\.parquet|\.jsonl|\.jsonl\.gz|\.json)"
 )
 _NO_EXCLUSION = "N/A"
 
@@ -169,19 +167,14 @@ def _matches(folder: Path) -> dict[Path, re.Match[str]]:
 def _files(folder: Path, domain: str) -> list[Path]:
     """A domain's file, or all of its shards in their order."""
     matches = _matches(folder)
-    files = {file: match for file, match in matches.items() if match[1] == domain}
+    files = [file for file, match in matches.items() if match[1] == domain]
     if not files:
         present = ", ".join(_in_order({match[1] for match in matches.values()})) or "none"
         raise FileNotFoundError(f"{folder} holds no file of {domain}; domains present: {present}")
-    shards = {int(match[2]): file for file, match in files.items() if match[2]}
-    if len(shards) == len(files):
-        of = {int(match[3]) for match in files.values()}
-        if sorted(shards) == list(range(len(shards))) and of == {len(shards)}:
-            return [shards[number] for number in sorted(shards)]
-    elif len(files) == 1:
-        return list(files)
-    found = ", ".join(file.name for file in files)
-    raise DataError(f"{folder}: wanted one file of {domain} or all of its shards, found {found}")
+    if len(files) > 1 and not all("-of-" in file.name for file in files):
+        found = ", ".join(file.name for file in files)
+        raise DataError(f"{folder}: wanted one file of {domain} or its shards, found {found}")
+    return one_split(folder, files)
 
 
 def _read(

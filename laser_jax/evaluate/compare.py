@@ -38,7 +38,7 @@ PLOT_STEM = "latency_quality"
 BETTER, WORSE = "▲", "▼"
 ALPHA = 0.05
 """The chance of a single false mark in a table, or more."""
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Cell:
     difference: float | None = None
     """From the baseline; None in the baseline's row and where the baseline has no result."""
     p_value: float | None = None
-    """Of the difference, corrected (Holm) for all cells of the table that are tested."""
+    """The difference's, corrected (Holm) for all cells of the table that are tested."""
     mark: str = ""
 
 
@@ -259,7 +259,7 @@ def _write_report(evaluated: Evaluated, comparison: Comparison, output: Path) ->
     untimed = [e.directory for e in evaluated.values() if not e.evaluation.milliseconds_per_query]
     if untimed:
         without = "not in the plot, as evaluated without --measure_time true"
-        logger.warning("%s: %s", without, ", ".join(untimed))
+        _log.warning("%s: %s", without, ", ".join(untimed))
     write_atomically(output / "report.md", format_comparison(comparison) + "\n")
     write_json(output / "report.json", asdict(comparison))
 

@@ -66,7 +66,7 @@ from laser_jax.search.matching import unmatched
 from laser_jax.settings import require, require_in
 
 DOMAINS_FILE = "domains.md"
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +78,11 @@ class ModelOptions(EvaluationOptions):
     data: str
     """A BEIR directory, or a local copy of BRIGHT."""
     split: str = "test"
-    """Of a BEIR directory."""
+    """The split of a BEIR directory."""
     domains: str = ALL
-    """Of BRIGHT: names with commas between, or `all` that the copy holds."""
+    """BRIGHT's domains: names with commas between, or `all` that the copy holds."""
     long_documents: bool = False
-    """Of BRIGHT: search whole web pages instead of passages."""
+    """Search BRIGHT's whole web pages instead of its passages."""
     rewrites: str | None = None
     """For a BEIR directory: a file that laser_jax.rewrite wrote, which adds rewrite-then-retrieve.
     Of BRIGHT: the folder of rewritten queries to take, such as `gpt4_reason`."""
@@ -113,7 +113,7 @@ class _Data:
     name: str
     split: str
     rewrites: dict[str, Rewrite] | None = None
-    """Of its queries."""
+    """The rewritten queries, by id."""
 
 
 def _as_asked(dataset: BeirDataset, options: ModelOptions) -> BeirDataset:
@@ -169,7 +169,7 @@ def evaluate_model(options: ModelOptions) -> dict[str, Evaluation]:
         evaluations = {}
         for name, read in reading.items():
             if bright:
-                logger.info("%s, %d of %d", name, len(evaluations) + 1, len(reading))
+                _log.info("%s, %d of %d", name, len(evaluations) + 1, len(reading))
             evaluations[name] = _evaluate(read(), retriever, output / name, options)
         if bright:
             write_atomically(output / DOMAINS_FILE, domain_table(evaluations) + "\n")
@@ -198,7 +198,7 @@ def _evaluate(
     for what, (rows, cut) in read.items():
         tokens = sum(map(len, rows)) / len(rows)
         share = f"{cut:,} shortened ({cut / len(rows):.2%})"
-        logger.info("%s %s: %.1f tokens each, %s", f"{len(rows):,}", what, tokens, share)
+        _log.info("%s %s: %.1f tokens each, %s", f"{len(rows):,}", what, tokens, share)
     runs = rank_corpus(
         retriever.encoder,
         document_rows,
@@ -242,9 +242,9 @@ def _query_inputs(
     dataset, config, prompts = data.dataset, retriever.encoder.config, retriever.prompts
     inputs = query_inputs(prompts, dataset, config, options.eval_thinking_steps, control=True)
     if fault := explicit_view_fault(dataset, config):
-        logger.warning("no explicit view: %s", fault)
+        _log.warning("no explicit view: %s", fault)
     elif CONTROL not in inputs:
-        logger.warning("no control: it wants a second query, whose reasoning the first would read")
+        _log.warning("no control: it wants a second query, whose reasoning the first would read")
     if data.rewrites is not None:
         texts = {id_: rewrite.text for id_, rewrite in data.rewrites.items()}
         inputs |= rewrite_inputs(prompts, dataset, config, texts)
@@ -373,8 +373,8 @@ def _oracle_tables(found: StepsOracle, interval: str) -> str:
     header = ["K", "queries", found.metric, "difference", interval]
     shares = ["share of queries", *(f"{share:.1%}" for share in found.shares.values())]
     said = (
-        f"the best K for all is {found.fixed_steps}; the best of each query is on average "
-        f"{found.mean_steps:.2f}"
+        f"the best K for all is {found.fixed_K}; the best of each query is on average "
+        f"{found.mean_K:.2f}"
     )
     tables = markdown_table(header, rows), markdown_table(["best K", *found.shares], [shares])
     return "\n\n".join([said, *tables])
@@ -410,4 +410,4 @@ def main(program: str, arguments: Sequence[str]) -> None:
     evaluations = evaluate_model(options)
     one = evaluations.get("")
     print(model_table(one) if one else domain_table(evaluations))
-    logger.info("written to %s", options.output)
+    _log.info("written to %s", options.output)

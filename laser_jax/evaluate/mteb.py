@@ -31,12 +31,13 @@ from laser_jax.evaluate.results import markdown_table, model_name
 from laser_jax.evaluate.retrieval import EvaluationOptions, load_retriever
 from laser_jax.files.claim import Claim
 from laser_jax.files.durable import checksum, json_text
+from laser_jax.files.terminal import extra
 from laser_jax.inference.options import read_retriever_config
 from laser_jax.inference.retriever import LatentRetriever
 from laser_jax.models.directory import model_directory
 from laser_jax.settings import require
 
-try:
+with extra("mteb", "evaluation by mteb"):
     import mteb
     from mteb.abstasks import AbsTask, AbsTaskRetrieval
     from mteb.abstasks.task_metadata import TaskMetadata
@@ -44,11 +45,9 @@ try:
     from mteb.models.abs_encoder import AbsEncoder
     from mteb.models.model_meta import ScoringFunction
     from mteb.types import PromptType
-except ImportError as error:
-    raise ImportError(f"evaluation by mteb needs pip install laser-jax[mteb]: {error}") from error
 
 SCORES_FILE = "scores.json"
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 # Tasks of BRIGHT(v1.1), such as BrightEarthScienceRetrieval, in lower case -> domain.
 _BRIGHT_TASKS = {f"bright{domain.replace('_', '')}retrieval": domain for domain in INSTRUCTIONS}
@@ -92,7 +91,7 @@ class MtebRetriever(AbsEncoder):
             settings["num_thinking_steps"] = num_thinking_steps
         if instruction is not None:
             settings["instruction"] = instruction
-        self.retriever, self._steps, self._instruction = retriever, num_thinking_steps, instruction
+        self.retriever, self._K, self._instruction = retriever, num_thinking_steps, instruction
         self._last_documents: dict[tuple[int, int], np.ndarray] = {}
         self.mteb_model_meta: ModelMeta = ModelMeta.create_empty(
             {
@@ -136,11 +135,11 @@ class MtebRetriever(AbsEncoder):
                 wanted = 'batches whose "text" is a list of strings, as of mteb\'s DataLoader'
                 raise ValueError(f"wanted {wanted}, {got}")
             texts += as_strings("text", batch["text"])
-        options: dict[str, Any] = {"batch_size": batch_size, "num_thinking_steps": self._steps}
+        options: dict[str, Any] = {"batch_size": batch_size, "num_thinking_steps": self._K}
         options["show_progress_bar"] = show_progress_bar
         if prompt_type == PromptType.document:
             own = self.retriever.encoder.config.document_thinking_steps
-            return self._documents(texts, options | {"num_thinking_steps": own or self._steps})
+            return self._documents(texts, options | {"num_thinking_steps": own or self._K})
         instruction = self.instruction_of(task_metadata, hf_subset)
         return self.retriever.encode_query(texts, instruction=instruction, **options)
 
@@ -215,16 +214,10 @@ def find_tasks(name: str) -> list[AbsTask]:
 
 
 def evaluate_task(
-    model: MtebRetriever,
-    task: AbsTask,
-    output: str | Path,
-    *,
-    batch_size: int = 64,
-    predictions: str | Path | None = None,
+    model: MtebRetriever, task: AbsTask, output: str | Path, *, batch_size: int = 64
 ) -> list[TaskScore]:
     """Runs a task, and where a task of BRIGHT excludes documents also without exclusions: a score
-    each split and subset. Results that are in mteb's cache `output` are not computed again; its
-    files of rankings go to the folder `predictions`."""
+    each split and subset. Results that are in mteb's cache `output` are not computed again."""
 
     def run(model: MtebRetriever) -> dict[tuple[str, str], float]:
         result = mteb.evaluate(
@@ -233,7 +226,6 @@ def evaluate_task(
             cache=mteb.ResultCache(output),
             overwrite_strategy="only-missing",
             encode_kwargs={"batch_size": batch_size, "show_progress_bar": True},
-            prediction_folder=predictions,
             show_progress_bar=False,
             co2_tracker=False,
         )
@@ -313,7 +305,7 @@ def evaluate(options: MtebOptions) -> dict[str, list[TaskScore]]:
         scores: dict[str, list[TaskScore]] = {name: [] for name in tasks}
         for name, named in tasks.items():
             for number, task in enumerate(named, start=1):
-                logger.info("%s, %d of %d", task.metadata.name, number, len(named))
+                _log.info("%s, %d of %d", task.metadata.name, number, len(named))
                 batch = options.batch_size
                 scores[name] += evaluate_task(model, task, claim.directory, batch_size=batch)
         found = {name: [asdict(score) for score in named] for name, named in scores.items()}
@@ -326,13 +318,13 @@ def _load(options: MtebOptions) -> MtebRetriever:
     own = read_retriever_config(directory, options.preset)
     dtype = options.compute_dtype if options.compute_dtype != own.dtype else None
     asked = {"preset": options.preset, "dtype": dtype, "max_length": options.max_length}
-    steps = options.num_thinking_steps
+    K = options.num_thinking_steps
     name = options.name or Path(model_name(options.model)).name
     return MtebRetriever(
-        load_retriever(replace(options, num_thinking_steps=None), steps or 1),
+        load_retriever(replace(options, num_thinking_steps=None), K or 1),
         name=name if "/" in name else f"laser_jax/{name}",
         revision=model_revision(directory, *filter(None, [options.adapter])),
-        num_thinking_steps=steps,
+        num_thinking_steps=K,
         instruction=options.instruction,
         experiment={key: value for key, value in asked.items() if value is not None},
     )
@@ -362,4 +354,4 @@ def main(program: str, arguments: Sequence[str]) -> None:
     """The command line."""
     options = parse_command_line(MtebOptions, program, arguments)
     print(score_table(evaluate(options)))
-    logger.info("written to %s", options.output)
+    _log.info("written to %s", options.output)

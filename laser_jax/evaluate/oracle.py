@@ -35,10 +35,10 @@ class StepsOracle:
     """The best K of each query. Of equals it is the smallest K, for one query and for all."""
 
     metric: str
-    fixed_steps: int
+    fixed_K: int
     """The K with the highest mean."""
-    mean_steps: float
-    """Of the queries' best K."""
+    mean_K: float
+    """The mean of the queries' best K."""
     shares: dict[str, float]
     """K -> share of the queries whose best it is."""
     oracle: Choice
@@ -62,8 +62,8 @@ def steps_oracle(runs: Mapping[int, Run], qrels: Qrels, metric: str) -> StepsOra
     best_Q, fixed = values_KQ.argmax(axis=0), int(values_KQ.mean(axis=1).argmax())
     return StepsOracle(
         metric=metric,
-        fixed_steps=int(Ks[fixed]),
-        mean_steps=float(Ks[best_Q].mean()),
+        fixed_K=int(Ks[fixed]),
+        mean_K=float(Ks[best_Q].mean()),
         shares={str(K): float((best_Q == place).mean()) for place, K in enumerate(Ks)},
         oracle=_choice(_picked(values_KQ, best_Q), values_KQ[fixed]),
         control=_control(runs, qrels, metric),

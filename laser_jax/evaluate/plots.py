@@ -13,7 +13,7 @@ from typing import Any
 
 from laser_jax.files.durable import written_whole
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -21,7 +21,7 @@ def can_draw() -> bool:
     """Whether matplotlib is there. Where it is not, says so once and names the extra."""
     found = importlib.util.find_spec("matplotlib") is not None
     if not found:
-        logger.warning("no plot, which wants matplotlib: pip install laser-jax[bench]")
+        _log.warning("no plot, which wants matplotlib: pip install laser-jax[bench]")
     return found
 
 

@@ -21,7 +21,7 @@ from laser_jax.evaluate.oracle import StepsOracle
 from laser_jax.evaluate.significance import CONFIDENCE, RESAMPLES
 from laser_jax.files.claim import Claim, OutputError
 from laser_jax.files.durable import folder_written_whole, write_atomically, write_json
-from laser_jax.files.reading import DataError, parse_number, read_json, text_lines
+from laser_jax.files.reading import DataError, parse_number, read_object, text_lines
 from laser_jax.search.matching import IdCount
 from laser_jax.search.trec import Run, write_trec_run
 
@@ -66,10 +66,8 @@ class Evaluation:
     """The K of all documents; None where they were read at each run's own."""
     pools_prompt: bool = True
     """Whether the latent view at K = 1 reads the query by itself."""
-    bad_lines: int = 0
-    """Lines of the data that an older version left out."""
     confidence: float = CONFIDENCE
-    """Of the intervals, with `resamples` and `seed`."""
+    """How the intervals were drawn, with `resamples` and `seed`."""
     resamples: int = RESAMPLES
     seed: int = 0
     milliseconds_per_query: dict[str, float] = field(default_factory=dict)
@@ -78,7 +76,7 @@ class Evaluation:
     """Run -> time to write the text that a query is read with, where the file of rewrites says."""
     shortened: dict[str, int] = field(default_factory=dict)
     """`documents`, or `queries` and how they were read -> how many did not fit into the model's
-    limits and lost their ends. Older versions did not say so, nor the next two."""
+    limits and lost their ends."""
     steps_oracle: StepsOracle | None = None
     """In the first metric; None where the latent view was evaluated at a single K."""
     id_counts: list[IdCount] = field(default_factory=list)
@@ -162,7 +160,7 @@ def read_evaluation(directory: str | Path) -> Evaluation:
         wanted = "a directory that python -m laser_jax.evaluate model wrote"
         raise FileNotFoundError(f"{path} is missing: wanted {wanted}")
     try:
-        return from_dict(Evaluation, read_json(path), source=str(path))
+        return from_dict(Evaluation, read_object(path), source=str(path))
     except (ConfigError, DataError) as error:
         raise DataError(f"{path}: no results of laser_jax.evaluate: {error}") from error
 

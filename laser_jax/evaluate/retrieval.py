@@ -9,9 +9,10 @@ from functools import partial
 import numpy as np
 
 from laser_jax.config import RetrieverConfig, pools_prompt
+from laser_jax.data.documents import EvalQuery
 from laser_jax.data.prompts import PromptTokens
 from laser_jax.data.tokenization import ExplicitTokens, PromptTokenizer
-from laser_jax.evaluate.beir import BeirDataset, EvalQuery
+from laser_jax.evaluate.beir import BeirDataset
 from laser_jax.evaluate.metrics import evaluate_run, mean
 from laser_jax.evaluate.results import markdown_table
 from laser_jax.files.reading import DataError
@@ -205,7 +206,6 @@ def retrieval_runs(
     dataset: BeirDataset,
     num_thinking_steps: Sequence[int],
     *,
-    nothing_excluded: bool = False,
     progress: bool = False,
 ) -> dict[str, Run]:
     """Ranks the corpus for every query by the latent view at every K and, where there is one, the
@@ -214,9 +214,7 @@ def retrieval_runs(
     own K. Raises a DataError on a query without an instruction."""
     inputs = query_inputs(prompts, dataset, encoder.config, num_thinking_steps)
     documents = [prompts.document(document.text) for document in dataset.documents]
-    return rank_corpus(
-        encoder, documents, dataset, inputs, nothing_excluded=nothing_excluded, progress=progress
-    )
+    return rank_corpus(encoder, documents, dataset, inputs, progress=progress)
 
 
 def _embed(

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from laser_jax.evaluate.beir import EvalQuery, json_object
-from laser_jax.files.reading import DataError, json_lines
+from laser_jax.data.documents import EvalQuery
+from laser_jax.files.reading import DataError, json_lines, json_object
 from laser_jax.settings import kinds_of
 
 
@@ -28,7 +28,7 @@ class WritingCost:
     rows: int
     """Queries in its batch."""
     prefill_seconds: float
-    """Of the whole batch, as `decode_seconds`."""
+    """The whole batch's, as `decode_seconds`."""
     decode_seconds: float
 
 

@@ -20,7 +20,7 @@ _NUMBERS_AT_A_TIME = 4_000_000
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean difference and the interval that holds it with the confidence asked for."""
+    """A mean difference and the interval that holds it with the confidence `CONFIDENCE`."""
 
     difference: float
     low: float
@@ -56,9 +56,7 @@ def paired_bootstrap(a: Sequence[float], b: Sequence[float]) -> Interval:
     return Interval(mean, float(low), float(high))
 
 
-def permutation_p_value(
-    a: Sequence[float], b: Sequence[float], *, resamples: int = RESAMPLES
-) -> float:
+def permutation_p_value(a: Sequence[float], b: Sequence[float]) -> float:
     """The two-sided p-value of mean(a - b) when a and b are swapped by chance, query by query
     (Fisher's randomisation test; Smucker, Allan and Carterette 2007 for its use on rankings).
 
@@ -74,7 +72,7 @@ def permutation_p_value(
         (difference_Q,),  # a swap turns the sign of a query's difference
         lambda d_RQ, axis: np.abs(d_RQ.mean(axis=axis)),
         permutation_type="samples",
-        n_resamples=resamples,
+        n_resamples=RESAMPLES,
         batch=max(1, _NUMBERS_AT_A_TIME // len(difference_Q)),
         alternative="greater",
         rng=np.random.default_rng(0),

@@ -158,13 +158,17 @@ def read_state_lines(path: Path, parse: Callable[[Any], T]) -> list[T]:
     return found
 
 
+def checksum_of(path: Path) -> str:
+    """The sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def checksum(paths: Iterable[Path]) -> str:
     """The sha256 of the names and the bytes of some files, in their order."""
     digest = hashlib.sha256()
     for path in paths:
-        with path.open("rb") as file:
-            digest.update(f"{path.name}:".encode())
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(f"{path.name}:".encode() + bytes.fromhex(checksum_of(path)))
     return digest.hexdigest()
 
 

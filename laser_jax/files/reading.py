@@ -11,12 +11,15 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import yaml
 
+from laser_jax.files.terminal import extra
+
+_ROWS_PER_READ = 1024
 LONGEST_LINE = 64 << 20
 """Bytes. A longer line is no row of data: a small .gz can hold one that unfolds to gigabytes."""
 
@@ -104,6 +107,19 @@ def read_json(path: Path) -> Any:
     return parse_json(path.read_bytes(), path, unique=True)
 
 
+def json_object(value: Any, where: str | Path) -> dict[str, Any]:
+    """The JSON object of a line, or of its value; a DataError where it holds something else."""
+    value = parse_json(value, where) if isinstance(value, bytes) else value
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: wanted a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file of settings holds. Raises as `read_json` and `json_object`."""
+    return json_object(read_json(path), path)
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
@@ -162,14 +178,63 @@ def read_yaml(path: Path) -> Any:
 def import_pyarrow(path: str | Path) -> Any:
     """The module, for a Parquet or Arrow file or directory. Raises an ImportError that names the
     extra."""
-    try:
+    with extra("parquet", f"{path}: reading and writing Parquet and Arrow"):
         import pyarrow
         import pyarrow.parquet
-    except ImportError as error:
-        way_out = "pip install laser-jax[parquet]"
-        fault = f"reading and writing Parquet and Arrow needs pyarrow: {way_out}"
-        raise ImportError(f"{path}: {fault}") from error
     return pyarrow
+
+
+def parquet_rows(
+    path: Path, columns: Collection[str], needed: Sequence[str], start: int = 0, hint: str = ""
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (number from 1, row) behind row `start`, with those of `columns` that the file has, in
+    memory that does not grow with it. Raises a DataError where one of the columns `needed` is
+    missing (then with the `hint`) or the file is damaged, and as `import_pyarrow`."""
+    pyarrow, number = import_pyarrow(path), start
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if missing := [name for name in needed if name not in names]:
+                there = f"the columns are {sorted(names)}{hint}"
+                raise DataError(f"{path}: no column {missing[0]!r}; {there}")
+            first, left, group = 0, start, file.metadata.row_group
+            while first < file.num_row_groups and left >= group(first).num_rows:
+                left -= group(first).num_rows
+                first += 1
+            groups = range(first, file.num_row_groups)
+            given = [name for name in names if name in columns]
+            for batch in file.iter_batches(_ROWS_PER_READ, groups, given):
+                for row in batch.slice(min(left, batch.num_rows)).to_pylist():
+                    number += 1
+                    yield number, row
+                left = max(left - batch.num_rows, 0)
+    except (pyarrow.ArrowException, OSError) as error:
+        fault = f"cannot be read after row {number}, not a whole Parquet file"
+        raise DataError(f"{path}: {fault}: {error}") from error
+
+
+def require_unicode(text: str, what: str) -> None:
+    """Raises a DataError, which names `what` it is, where the text holds half a surrogate pair:
+    JSON can spell one, and no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{what} is no Unicode text: its character {error.start} is half a surrogate pair, "
+            f"{text[error.start]!r}; take it out, or replace it by "
+            'text.encode(errors="replace").decode()'
+        ) from error
+
+
+def text_field(row: dict[str, Any], key: str, where: str) -> str:
+    """The string `row[key]`, or a DataError where it is missing, no string or not Unicode (a lone
+    surrogate)."""
+    if key not in row:
+        raise DataError(f"{where}: no field {key!r}; the fields are {sorted(row)}")
+    if not isinstance(row[key], str):
+        raise DataError(f"{where}: field {key!r} must be a string, got {row[key]!r}")
+    require_unicode(row[key], f"{where}: field {key!r}")
+    return row[key]
 
 
 def parse_integer(text: str) -> int | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from tqdm import tqdm
@@ -39,6 +41,17 @@ def configure_logging(process_index: int = 0) -> None:
     kept = [h for h in root.handlers if type(h) not in (logging.StreamHandler, _OnStderr)]
     root.handlers = [*kept, handler]
     logging.getLogger("laser_jax").setLevel(logging.INFO)
+
+
+@contextmanager
+def extra(name: str, what: str) -> Iterator[None]:
+    """Around imports of what an extra of the package brings: an ImportError says that `what` needs
+    it, and how it is installed."""
+    try:
+        yield
+    except ImportError as error:
+        way_out = f"pip install 'laser-jax[{name}]'"
+        raise ImportError(f"{what} needs {error.name or error}: {way_out}") from error
 
 
 def fail(error: object) -> NoReturn:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from laser_jax.config import BackboneConfig, ConfigError, Family, RopeScaling
-from laser_jax.files.reading import DataError, read_json
+from laser_jax.files import reading
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -217,7 +217,7 @@ def typed(values: dict[str, Any], key: str, kind: str, file: Path) -> Any:
 def read_object(file: Path) -> dict[str, Any]:
     """The keys that are not null."""
     try:
-        items = read_json(file).items()
-    except (DataError, AttributeError) as error:
-        raise HFError(f"{file}: not a JSON object: {error}") from error
-    return {key: value for key, value in items if value is not None}
+        values = reading.read_object(file)
+    except reading.DataError as error:
+        raise HFError(str(error)) from error
+    return {key: value for key, value in values.items() if value is not None}

@@ -33,8 +33,9 @@ class Slot(NamedTuple):
         """This tensor's part of its leaf, in numpy a view."""
         return leaf if self.row is None else leaf[self.row]
 
-    def turned(self, value: np.ndarray) -> np.ndarray:
-        """From the tree's axes to Hugging Face's, or back; a view."""
+    def transposed(self, value: np.ndarray) -> np.ndarray:
+        """From the tree's axes to Hugging Face's, or back: of a kernel or an adapter the transpose,
+        of any other tensor the same; a view."""
         return value.T if self.order < 0 else value
 
     @property

@@ -136,7 +136,7 @@ def _read_shards(slot: Slot, tensor: Stored, leaf: Any) -> jax.Array:
         key = str(index)  # slices have no hash
         if key not in pieces:
             value = tensor.read(*index[:: slot.order])
-            pieces[key] = np.ascontiguousarray(slot.turned(value), leaf.dtype)
+            pieces[key] = np.ascontiguousarray(slot.transposed(value), leaf.dtype)
         return pieces[key]
 
     # Waiting bounds the host copies that are on their way.
@@ -241,5 +241,5 @@ def _read(stored: dict[Slot, Stored], dtype: DTypeLike, seen: Digest | None = No
     leaves = {path: np.empty(shape, dtype) for path, shape in leaf_shapes(stored).items()}
     for slot, tensor in stored.items():
         value = tensor.read() if seen is None else seen.add(slot.name, tensor.read())
-        slot.of(leaves[slot.path])[...] = slot.turned(value)
+        slot.of(leaves[slot.path])[...] = slot.transposed(value)
     return unflatten_dict(leaves)

@@ -77,7 +77,7 @@ def save_params(
             a, b = (_gathered(part, adapters) for part in parts)
             digest.update(rounded_bytes(a) + rounded_bytes(b))
             value = merged_kernel(value, a, b, lora.scale)
-        return slot.turned(value)
+        return slot.transposed(value)
 
     def all_merged() -> list[str]:
         return [*merged, *([] if lora is None else [digest.hexdigest()])]
@@ -153,7 +153,7 @@ def save_adapter(
     """
     slots = [s._replace(name=f"base_model.model.{s.name}") for s in lora_slots(backbone, lora)]
     leaves = checked_leaves(lora_tree, slots, "lora")
-    tensors = (slot.turned(_gathered(slot, leaves)) for slot in slots)
+    tensors = (slot.transposed(_gathered(slot, leaves)) for slot in slots)
     with _staged(Path(directory), tensors) as stage:
         if stage is not None:
             _write_json(stage / ADAPTER_CONFIG_FILE, peft_settings(lora, base_model))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import numpy as np
 
 from laser_jax.config import BackboneConfig, ConfigError, RopeScaling
+from laser_jax.files.terminal import extra
 from laser_jax.hf.directory import HFError, check_supported
 from laser_jax.hf.layout import param_slots
 from laser_jax.hf.reading import Stored, fitting
@@ -161,11 +162,8 @@ def open_gguf(path: str | Path) -> GGUFFile:
     if not path.is_file():
         names = " or ".join(PACKAGED)
         raise FileNotFoundError(f"{path}: no such file; a model in llama.cpp's GGUF, or {names}")
-    try:
+    with extra("gguf", "reading GGUF"):
         import gguf.constants  # noqa: F401  (needed below; said at once)
-    except ImportError as error:
-        way_out = "pip install 'laser-jax[gguf]'"
-        raise ImportError(f"reading GGUF takes the extra `gguf`: {way_out}") from error
     with path.open("rb") as file:
         magic, version = file.read(4), file.read(4)
         if magic != b"GGUF":

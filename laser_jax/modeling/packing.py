@@ -28,7 +28,7 @@ class Packing:
 
     @classmethod
     def of(cls, lengths_B: jax.Array, T: int, shape: PackShape) -> Packing:
-        """Of rows of these lengths. Their sum is at most N in every pack, and N at most b T."""
+        """Packs rows of these lengths. Their sum is at most N in every pack, and N at most b T."""
         lengths_Pb1 = lengths_B.reshape(shape.packs, -1, 1)
         starts_Pb1 = jnp.cumsum(lengths_Pb1, axis=1) - lengths_Pb1
         steps_T = jnp.arange(T)[None, None, :]
@@ -64,9 +64,9 @@ class Rows:
     """How a sequence lies in memory while it is read: padded, or packed."""
 
     rope_T: Rope
-    """Of positions from 0 on."""
+    """The angles of positions from 0 on."""
     rope: Rope
-    """Of the tokens as they lie."""
+    """The angles of the tokens as they lie."""
     packing: Packing | None
 
     @classmethod

@@ -29,7 +29,7 @@ _MOST_BATCHES = 256
 
 
 @dataclass
-class Tally:
+class ShardStats:
     """Counts over rows, which add up over shards. Keys of the inner counters are lengths."""
 
     rows: int = 0
@@ -43,7 +43,7 @@ class Tally:
     row_hashes: list[int] = field(default_factory=list)
     positives_among_own_negatives: int = 0
     sha256: str = ""
-    """Of the shard's file."""
+    """The checksum of the shard's file."""
 
     def count(self, what: str, length: int, truncated: bool = False) -> None:
         self.lengths.setdefault(what, Counter())[length] += 1
@@ -79,32 +79,32 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def tally_of(values: dict[str, Any]) -> Tally:
-    """The tally that was written as JSON, whose keys are texts. Raises a ValueError, KeyError or
-    TypeError on anything else."""
-    tally = Tally(**values)
-    tally.lengths = {
+def stats_of(values: dict[str, Any]) -> ShardStats:
+    """The statistics that were written as JSON, whose keys are texts. Raises a ValueError,
+    KeyError or TypeError on anything else."""
+    stats = ShardStats(**values)
+    stats.lengths = {
         what: Counter({int(length): n for length, n in dict(counts).items()})
-        for what, counts in dict(tally.lengths).items()
+        for what, counts in dict(stats.lengths).items()
     }
-    return tally
+    return stats
 
 
-def report_of(tallies: Sequence[Tally]) -> dict[str, Any]:
+def report_of(found: Sequence[ShardStats]) -> dict[str, Any]:
     """What `report.json` holds, of all shards together."""
     lengths: dict[str, Counter[int]] = {}
     truncated: Counter[str] = Counter()
-    for tally in tallies:
-        truncated.update(tally.truncated)
-        for what, counts in tally.lengths.items():
+    for stats in found:
+        truncated.update(stats.truncated)
+        for what, counts in stats.lengths.items():
             lengths.setdefault(what, Counter()).update(counts)
-    rejected = [entry for tally in tallies for entry in tally.rejected]
+    rejected = [entry for stats in found for entry in stats.rejected]
     reasons = Counter(re.sub(r"\d+", "N", why) for _, why in rejected)
     counted = {what: counts for what, counts in lengths.items() if what != "segments"}
     return {
-        "rows": sum(tally.rows for tally in tallies),
-        "written": sum(tally.written for tally in tallies),
-        "shards": len(tallies),
+        "rows": sum(stats.rows for stats in found),
+        "written": sum(stats.written for stats in found),
+        "shards": len(found),
         "rejected": {
             "rows": len(rejected),
             "reasons": dict(reasons.most_common()),
@@ -116,9 +116,9 @@ def report_of(tallies: Sequence[Tally]) -> dict[str, Any]:
         },
         "segments_per_reasoning": _percentiles(lengths["segments"]),
         "duplicates": {
-            "queries": _repeated([tally.query_hashes for tally in tallies]),
-            "rows": _repeated([tally.row_hashes for tally in tallies]),
-            "positives_among_own_negatives": sum(t.positives_among_own_negatives for t in tallies),
+            "queries": _repeated([stats.query_hashes for stats in found]),
+            "rows": _repeated([stats.row_hashes for stats in found]),
+            "positives_among_own_negatives": sum(t.positives_among_own_negatives for t in found),
         },
     }
 

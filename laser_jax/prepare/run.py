@@ -33,22 +33,16 @@ from laser_jax.data.reasoning_retrieval import (
     write_shard,
 )
 from laser_jax.data.schema import DataError
-from laser_jax.data.sources import (
-    PREPARED_FILE,
-    changed_shards,
-    checksum_of,
-    open_source,
-    open_unchecked,
-)
+from laser_jax.data.sources import PREPARED_FILE, changed_shards, open_source, open_unchecked
 from laser_jax.data.tokenization import PromptTokenizer, TokenizationError, load_tokenizer
 from laser_jax.files.claim import WORK_FOLDER, Claim, sweep
-from laser_jax.files.durable import json_text, read_state, write_json, written_whole
+from laser_jax.files.durable import checksum_of, json_text, read_state, write_json, written_whole
 from laser_jax.files.reading import read_yaml
 from laser_jax.files.terminal import printable
-from laser_jax.prepare.report import Tally, format_report, measure_padding, report_of, tally_of
+from laser_jax.prepare.report import ShardStats, format_report, measure_padding, report_of, stats_of
 from laser_jax.settings import Change, changes, require, require_in
 
-LOG = logging.getLogger("laser_jax")
+_log = logging.getLogger(__name__)
 
 REPORT_FILE = "report.json"
 _ROWS_PER_SHARD = 50_000
@@ -82,7 +76,7 @@ class PrepareConfig:
         require_in("[0, inf)", self, "", "workers")
 
     def prompt(self) -> PromptConfig:
-        """Of `train_config`. Raises a ConfigError that names the file and the key."""
+        """The prompt of `train_config`. Raises a ConfigError that names the file and the key."""
         if self.train_config is None:
             return PromptConfig()
         values = read_yaml(Path(self.train_config))
@@ -137,40 +131,40 @@ class Preparation:
         rows = len(self.source)
         return range(shard * rows // self.num_shards, (shard + 1) * rows // self.num_shards)
 
-    def _tally_file(self, shard: int) -> Path:
+    def _stats_file(self, shard: int) -> Path:
         return self.output / WORK_FOLDER / f"{shard:05d}.json"
 
-    def tally(self, shard: int) -> Tally | None:
-        """The tally of a shard that is there as it was written; None where it is to be written."""
-        tally, path = read_state(self._tally_file(shard), tally_of), self.shards[shard]
-        return None if tally is None or changed_shards([path], {path.name: tally.sha256}) else tally
+    def stats(self, shard: int) -> ShardStats | None:
+        """The statistics of a shard that is there as it was written; None where it is to be."""
+        stats, path = read_state(self._stats_file(shard), stats_of), self.shards[shard]
+        return None if stats is None or changed_shards([path], {path.name: stats.sha256}) else stats
 
-    def write(self, shard: int, advance: Callable[[int], Any]) -> Tally:
-        """Writes the shard and its tally; both appear whole or not at all."""
-        tally = Tally()
+    def write(self, shard: int, advance: Callable[[int], Any]) -> ShardStats:
+        """Writes the shard and its statistics; both appear whole or not at all."""
+        stats = ShardStats()
         with written_whole(self.shards[shard]) as part:
-            tally.bytes = write_shard(part, text_features(), self._examples(shard, tally, advance))
-            tally.sha256 = checksum_of(part)
-            write_json(self._tally_file(shard), vars(tally))
-        return tally
+            stats.bytes = write_shard(part, text_features(), self._examples(shard, stats, advance))
+            stats.sha256 = checksum_of(part)
+            write_json(self._stats_file(shard), vars(stats))
+        return stats
 
     def _examples(
-        self, shard: int, tally: Tally, advance: Callable[[int], Any]
+        self, shard: int, stats: ShardStats, advance: Callable[[int], Any]
     ) -> Iterator[dict[str, Any]]:
         for index in self.rows_of(shard):
             advance(1)
-            tally.rows += 1
+            stats.rows += 1
             where = self.source.where(index)
             try:
                 row = self.source[index]
-                tally.count_row(row, self.prompt, self.prompts)
+                stats.count_row(row, self.prompt, self.prompts)
             except (DataError, TokenizationError) as error:
                 why = str(error).removeprefix(where).lstrip(": ")
                 if self.config.on_bad_row == "stop":
                     raise DataError(f"{where}: {why}") from error
-                tally.rejected.append((where, why))
+                stats.rejected.append((where, why))
                 continue
-            tally.written += 1
+            stats.written += 1
             yield example_of(row, origin(self.source, index))
 
 
@@ -199,7 +193,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
             report["padding"] = measure_padding(source, prompts, config.padding)
             write_json(output / REPORT_FILE, report)
         elif finished:
-            LOG.info("%s is prepared already: nothing to do", config.output)
+            _log.info("%s is prepared already: nothing to do", config.output)
     return report
 
 
@@ -213,32 +207,32 @@ def _prepare(preparation: Preparation, made: dict[str, Any], claim: Claim) -> di
         (output / name).unlink(missing_ok=True)
     claim.record(json_text(made))
     (output / WORK_FOLDER).mkdir(exist_ok=True)
-    tallies = _write_shards(preparation)
-    if not any(tally.written for tally in tallies):
+    found = _write_shards(preparation)
+    if not any(stats.written for stats in found):
         # without its record a claim leaves no trace, so the same command can have a better input
         for file in (*preparation.shards, output / PREPARED_FILE):
             file.unlink()
-        raise DataError(f"{config.input}: every row was rejected, such as {tallies[0].rejected[0]}")
-    paths = zip(preparation.shards, tallies, strict=True)
-    claim.record(json_text(made | {"checksums": {p.name: tally.sha256 for p, tally in paths}}))
-    written, num_bytes = [t.written for t in tallies], sum(t.bytes for t in tallies)
+        raise DataError(f"{config.input}: every row was rejected, such as {found[0].rejected[0]}")
+    paths = zip(preparation.shards, found, strict=True)
+    claim.record(json_text(made | {"checksums": {p.name: stats.sha256 for p, stats in paths}}))
+    written, num_bytes = [t.written for t in found], sum(t.bytes for t in found)
     write_description(output, written, num_bytes)
-    report = report_of(tallies)
+    report = report_of(found)
     write_json(output / REPORT_FILE, report)
     sweep(output)
     return report
 
 
-def _write_shards(preparation: Preparation) -> list[Tally]:
-    """Writes the shards that are missing or damaged. Returns the tallies of all."""
+def _write_shards(preparation: Preparation) -> list[ShardStats]:
+    """Writes the shards that are missing or damaged. Returns the statistics of all."""
     shards = range(preparation.num_shards)
-    there = {shard: preparation.tally(shard) for shard in shards}
+    there = {shard: preparation.stats(shard) for shard in shards}
     missing = [shard for shard in shards if there[shard] is None]
     rows = {shard: len(preparation.rows_of(shard)) for shard in shards}
     total = sum(rows.values())
     done = total - sum(rows[shard] for shard in missing)
     if done:
-        LOG.info("%d of %d shards are there already", len(shards) - len(missing), len(shards))
+        _log.info("%d of %d shards are there already", len(shards) - len(missing), len(shards))
     with tqdm(total=total, initial=done, desc="prepare", unit="row", disable=None) as progress:
         if preparation.config.workers:
             for shard, there[shard] in _by_workers(preparation.config, missing):
@@ -246,11 +240,11 @@ def _write_shards(preparation: Preparation) -> list[Tally]:
         else:
             for shard in missing:
                 there[shard] = preparation.write(shard, progress.update)
-    return [tally for tally in there.values() if tally is not None]
+    return [stats for stats in there.values() if stats is not None]
 
 
-def _by_workers(config: PrepareConfig, shards: Sequence[int]) -> Iterator[tuple[int, Tally]]:
-    """Writes the shards in processes; yields each with its tally."""
+def _by_workers(config: PrepareConfig, shards: Sequence[int]) -> Iterator[tuple[int, ShardStats]]:
+    """Writes the shards in processes; yields each with its statistics."""
     try:
         write = functools.partial(_write_in_worker, config)
         with ProcessPoolExecutor(config.workers, multiprocessing.get_context("spawn")) as pool:
@@ -265,7 +259,7 @@ def _by_workers(config: PrepareConfig, shards: Sequence[int]) -> Iterator[tuple[
 _in_worker = functools.cache(Preparation)
 
 
-def _write_in_worker(config: PrepareConfig, shard: int) -> Tally:
+def _write_in_worker(config: PrepareConfig, shard: int) -> ShardStats:
     return _in_worker(config).write(shard, lambda rows: None)
 
 

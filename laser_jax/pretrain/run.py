@@ -233,10 +233,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
 
     def changed(report: dict[str, Any]) -> list[Change]:
         float(report["loss"])  # not there, or no number: the report is damaged
-        stored = dict(report["config"])
-        stored.pop("log_every", None)  # of earlier releases
         # the same directory may be spelled otherwise, or have been moved
-        return changes(stored, config, source=REPORT, changeable=("output",))
+        return changes(report["config"], config, source=REPORT, changeable=("output",))
 
     with Claim(config.output, REPORT, changed) as claim:
         if claim.recorded is not None and _is_finished(config, claim.recorded):
@@ -274,9 +272,9 @@ def _pretrain(config: PretrainConfig) -> dict[str, Any]:
     }
     variables = {"params": params}
     if held_out is not None:
-        report["written_right"] = exact_match(backbone, variables, held_out, config.batch_size)
+        report["exact_match"] = exact_match(backbone, variables, held_out, config.batch_size)
         print(
-            f"greedy decoding writes {report['written_right']:.1%} of the {len(held_out.ids_BT)} "
+            f"greedy decoding writes {report['exact_match']:.1%} of the {len(held_out.ids_BT)} "
             f"{config.eval_split} reasonings without a mistake"
         )
     host = jax.device_get(variables)

@@ -10,9 +10,9 @@ from typing import Any
 import flax.struct
 import numpy as np
 
-from laser_jax.data.schema import FIELDS, DataError, require_unicode
+from laser_jax.data.schema import FIELDS
 from laser_jax.data.tokenization import PromptTokenizer
-from laser_jax.files.reading import json_lines, parse_json
+from laser_jax.files.reading import DataError, json_lines, json_object, require_unicode
 
 _TEXTS = {*FIELDS, "text", "document", "reasoning"}
 
@@ -50,10 +50,9 @@ def read_language_rows(path: str | Path) -> tuple[list[str], list[WrittenReasoni
     texts: dict[str, None] = {}
     reasonings: list[WrittenReasoning] = []
     for where, line in json_lines(path):
-        row = parse_json(line, where)
-        if isinstance(row, dict):
-            for key in _TEXTS & row.keys():
-                _require_unicode_in(row[key], f"{where}: {key}")
+        row = json_object(line, where)
+        for key in _TEXTS & row.keys():
+            _require_unicode_in(row[key], f"{where}: {key}")
         match row:
             case {"text": str(text)}:
                 texts[text] = None

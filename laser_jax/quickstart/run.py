@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from laser_jax.command_line import program
-from laser_jax.evaluate.retrieval import format_table
+from laser_jax.evaluate.retrieval import format_table, latent
 from laser_jax.files.claim import Claim
 from laser_jax.files.durable import json_text, write_json
 from laser_jax.quickstart.world import WorldConfig, build_world, write_world
@@ -27,7 +27,7 @@ from laser_jax.settings import Change, as_dict, changes, require
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 COLUMNS = ("nDCG@10", "Hit@1")
-LOG = logging.getLogger("laser_jax")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class QuickstartOptions:
 
     output: str = "runs/world"
     seed: int = 0
-    """Of the world, the backbone and the training."""
+    """The seed of the world, the backbone and the training."""
 
 
 RECORD = "quickstart.json"
@@ -50,7 +50,7 @@ METHODS: dict[str, tuple[str, str | None]] = {
 
 def _run(module: str, *arguments: str) -> None:
     command = [sys.executable, "-m", module, *arguments]
-    LOG.info("$ python -m %s %s", module, shlex.join(arguments))
+    _log.info("$ python -m %s %s", module, shlex.join(arguments))
     done = subprocess.run(command, check=False)
     if done.returncode:
         sys.exit(done.returncode)
@@ -75,7 +75,7 @@ def _run_stages(output: Path, seed: str) -> dict[str, dict[str, float]]:
     began, data = time.monotonic(), output / "data"
     world = build_world(WorldConfig(num_places=20, seed=int(seed)))
     write_world(world, data)
-    LOG.info(
+    _log.info(
         f"{data}: {len(world.places)} places, {len(world.relations)} ways between them; "
         f"{len(world.train)} training queries, {len(world.test)} test queries on unseen "
         f"compositions\n  {world.train[0].query}\n"
@@ -98,7 +98,7 @@ def _run_stages(output: Path, seed: str) -> dict[str, dict[str, float]]:
         )
         scores = json.loads((output / name / "results.json").read_text())["scores"]
         run = json.loads((output / name / "config.json").read_text())
-        table[title] = scores[f"latent K={run['objective']['num_thinking_steps']}"]
+        table[title] = scores[latent(run["objective"]["num_thinking_steps"])]
         if name == "laser":
             table["explicit view (reads the reasoning)"] = scores["explicit"]
     table = {title: {c: row[c] for c in COLUMNS} for title, row in table.items()}

@@ -26,8 +26,7 @@ from laser_jax.batch import Tokens
 from laser_jax.config import BackboneConfig
 from laser_jax.data.buckets import Buckets
 from laser_jax.data.tokenization import Tokenizer, right_pad
-from laser_jax.files.reading import DataError, read_json
-from laser_jax.hf.directory import CONFIG_FILE, HFError
+from laser_jax.hf.directory import CONFIG_FILE, HFError, read_object
 from laser_jax.inference.batch_encoder import for_inference
 from laser_jax.modeling.attention import KeyValues, choose_kernel
 from laser_jax.modeling.backbone import Backbone, Cache, Variables, apply, empty_suffix, is_stacked
@@ -91,10 +90,7 @@ def stop_ids(directory: str | Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     found = {int(tokenizer.eos_token_id)} if tokenizer.eos_token_id is not None else set()  # type: ignore[arg-type]
     for name in (GENERATION_CONFIG_FILE, CONFIG_FILE):
         file = Path(directory) / name
-        try:
-            named = read_json(file).get("eos_token_id") if file.is_file() else None
-        except (DataError, AttributeError) as error:
-            raise HFError(f"{file}: not a JSON object: {error}") from error
+        named = read_object(file).get("eos_token_id") if file.is_file() else None
         ids = named if isinstance(named, list) else [] if named is None else [named]
         if not all(type(id_) is int and id_ >= 0 for id_ in ids):
             raise HFError(f"{file}: eos_token_id must be a token id or a list, got {named!r}")

@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from laser_jax.command_line import program
 from laser_jax.config import BackboneConfig, Dtype, PromptConfig
+from laser_jax.data.documents import EvalQuery
 from laser_jax.data.tokenization import PromptTokenizer, Tokenizer, load_tokenizer_for
-from laser_jax.evaluate.beir import EvalQuery, read_qrels, read_queries
+from laser_jax.evaluate.beir import read_qrels, read_queries
 from laser_jax.evaluate.results import markdown_table
 from laser_jax.evaluate.retrieval import require_instructions
 from laser_jax.evaluate.rewrites import Rewrite, WritingCost, milliseconds_per_query, read_rewrites
@@ -51,14 +52,13 @@ them in detail.
 """The demands of the prompt with which BRIGHT (arXiv 2407.12883) has its queries reasoned about, in
 our words: the essential problem, helpful information step by step, a draft of the answer."""
 
-EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewriteOptions(BatchOptions, Decoding):
-    """Writes a reasoning for every query with a language model (a Hugging Face directory of a Qwen3
-    or Llama 3.x with tokenizer) into a file that evaluate reads."""
+    """Writes a reasoning for every query with a language model (a Hugging Face directory, with its
+    tokenizer, of any family of `BackboneConfig`) into a file that evaluate reads."""
 
     input: str
     """A BEIR directory, or a queries.jsonl."""
@@ -78,9 +78,9 @@ class RewriteOptions(BatchOptions, Decoding):
     """Tokens of a prompt, whose query is shortened where it does not fit. None: what the model's
     positions leave room for."""
     seed: int = 0
-    """Of the drawn tokens, together with the query's id: not with its place or its company."""
+    """Draws the tokens, together with the query's id: not with its place or its company."""
     compute_dtype: Dtype = "float32"
-    """Of weights and computation: float32 is fastest on CPU, bfloat16 on GPU and TPU."""
+    """The dtype of weights and computation: float32 is fastest on CPU, bfloat16 on GPU and TPU."""
     batch_size: int = 8
     length_multiple: int = 128
 
@@ -120,7 +120,7 @@ def prompt_maker(
         not options.chat_template or bool(tokenizer.chat_template),
         "the tokenizer has no chat template, as with many base models: set --chat_template false",
     )
-    usual = EMPTY_THOUGHT if "<think>" in tokenizer.get_vocab() else ""
+    usual = PromptConfig.thinking_suffix if "<think>" in tokenizer.get_vocab() else ""
     prompt = PromptConfig(
         query_template=options.prompt,
         chat_template=options.chat_template,
@@ -204,7 +204,7 @@ def rewrite(options: RewriteOptions) -> dict[str, Any]:
     with Claim(output.parent, report_file(output).name, changed, file=output.name) as claim:
         rewrites = _held_rewrites(output, claim, queries)
         before = len(rewrites)
-        logger.info("%d queries, %d of them written before", len(queries), before)
+        _log.info("%d queries, %d of them written before", len(queries), before)
         if claim.recorded is None:
             claim.record(json_text({"settings": settings}))
         left = {id_: prompts[id_].ids for id_ in queries if id_ not in rewrites}
@@ -269,7 +269,7 @@ def _written(
             bar.set_postfix_str(rate)
             bar.update(len(batch))
             if bar.disable:  # no terminal
-                logger.info("%d of %d queries, %s", before, total, rate)
+                _log.info("%d of %d queries, %s", before, total, rate)
 
 
 def _as_rewrite(
@@ -283,7 +283,7 @@ def _as_rewrite(
 
 
 def _statistics(rewrites: dict[str, Rewrite]) -> dict[str, Any]:
-    """Of all rewrites in the file, whichever process wrote them."""
+    """Statistics of all rewrites in the file, whichever process wrote them."""
     costs = [rewrite.cost for rewrite in rewrites.values() if rewrite.cost is not None]
     shares = milliseconds_per_query(rewrites)
     assert shares is not None

@@ -13,11 +13,12 @@ import numpy as np
 from tqdm import tqdm
 
 from laser_jax.command_line import program
+from laser_jax.data.documents import query_id_fault
 from laser_jax.files.reading import DataError
 from laser_jax.search.codes import decode_vectors
 from laser_jax.search.matching import exclusions, identical_count, unmatched
 from laser_jax.search.topk import Chunk, StoredCorpus, device_mesh, search_chunks
-from laser_jax.search.trec import Run, query_id_fault, read_excluded, trec_order, write_trec_run
+from laser_jax.search.trec import Run, read_excluded, trec_order, write_trec_run
 from laser_jax.search.vectors import Manifest, read_ids, read_manifest, read_shards
 from laser_jax.settings import require_in
 

@@ -10,12 +10,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from laser_jax.data.documents import document_id_fault, excluded_ids, query_id_fault
 from laser_jax.files.durable import written_whole
-from laser_jax.files.reading import DataError, parse_json, parse_number, text_lines
+from laser_jax.files.reading import DataError, json_object, parse_number, text_field, text_lines
 
 Run = dict[str, dict[str, float]]
 """Query id -> document id -> score."""
@@ -40,23 +40,6 @@ def trec_order(doc_ids: Sequence[str]) -> np.ndarray:
     """The permutation [C] int64 that puts documents in descending order of their ids. On documents
     in this order ties go to the lower index, also where the tie straddles the cut."""
     return np.array(sorted(range(len(doc_ids)), key=doc_ids.__getitem__, reverse=True), np.int64)
-
-
-def query_id_fault(query: str) -> str | None:
-    """Why an id cannot stand in a TREC run; None when it can."""
-    return None if re.fullmatch(r"\S+", query, re.ASCII) else "is empty or holds blanks"
-
-
-def document_id_fault(document: str) -> str | None:
-    """Why an id cannot stand in a TREC run or a table of judgements; None when it can. Blanks
-    inside are allowed (BRIGHT has them); tabs separate columns."""
-    if not document:
-        return "is empty"
-    if re.search(r"[\t\r\n]", document):
-        return "holds a tab or a line break"
-    if re.fullmatch(r"\S(.*\S)?", document, re.ASCII) is None:
-        return "begins or ends with a blank"
-    return None
 
 
 def read_trec_run(path: str | Path) -> Run:
@@ -126,10 +109,8 @@ def read_excluded(path: str | Path) -> dict[str, tuple[str, ...]]:
         if not line.strip():
             continue
         if path.suffix == ".jsonl":
-            row = parse_json(line.encode(), where)
-            if not isinstance(row, dict) or not isinstance(row.get("_id"), str):
-                raise DataError(f"{where}: wanted an object with a string '_id', got {line!r}")
-            query, documents = row["_id"], excluded_ids(row, where)
+            row = json_object(line.encode(), where)
+            query, documents = text_field(row, "_id", where), excluded_ids(row, where)
         else:
             query, *documents = line.rstrip("\r\n").split("\t")
             if len(documents) != 1:
@@ -138,16 +119,3 @@ def read_excluded(path: str | Path) -> dict[str, tuple[str, ...]]:
                 )
         excluded[query] = (*excluded.get(query, ()), *documents)
     return excluded
-
-
-def id_list(row: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
-    """The ids `row[key]`, or a DataError where it is no list of strings."""
-    ids = row.get(key)
-    if not isinstance(ids, list) or not all(isinstance(id_, str) for id_ in ids):
-        raise DataError(f"{where}: field {key!r} must be a list of strings, got {ids!r}")
-    return tuple(ids)
-
-
-def excluded_ids(row: dict[str, Any], where: str) -> tuple[str, ...]:
-    """The field `excluded_ids` of a row of queries; () where there is none."""
-    return () if row.get("excluded_ids") is None else id_list(row, "excluded_ids", where)

@@ -23,10 +23,10 @@ from typing import Any, Literal
 import numpy as np
 
 from laser_jax.config import ConfigError, as_dict, from_dict
-from laser_jax.files.durable import write_atomically, written_whole
-from laser_jax.files.reading import DataError, import_pyarrow, parse_json, read_json
+from laser_jax.data.documents import document_id_fault
+from laser_jax.files.durable import checksum_of, write_atomically, written_whole
+from laser_jax.files.reading import DataError, import_pyarrow, parse_json, read_object
 from laser_jax.search.repeated_ids import RepeatedIds
-from laser_jax.search.trec import document_id_fault
 from laser_jax.settings import require_in
 
 _FORMAT, _VERSION = "laser_jax vectors", 1
@@ -43,9 +43,9 @@ class VectorsInfo:
     """What all vectors of a directory have in common."""
 
     model_hash: str
-    """Of the weights and config that made the vectors."""
+    """A hash of the weights and config that made the vectors."""
     prompt_hash: str
-    """Of the prompt settings and chat template."""
+    """A hash of the prompt settings and chat template."""
     num_thinking_steps: int
     dtype: Literal["float32", "float16", "int8"]
     dimension: int
@@ -64,7 +64,7 @@ class Shard:
     count: int
     sha256: str
     tokens: int | None = None
-    """Of its texts, as the model read them; None where they were not counted."""
+    """Tokens of its texts, as the model read them; None where they were not counted."""
     truncated: int | None = None
     """Texts that were shortened."""
 
@@ -192,18 +192,13 @@ def read_manifest(directory: str | Path, role: Role | None = None) -> Manifest:
             f"{path} is missing: {directory} is no finished directory of vectors"
         )
     try:
-        values = read_json(path)
+        values = read_object(path)
     except DataError as error:
         raise DataError(f"{error}. {_WAY_OUT}") from error
-    if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:
+    if values.pop("format", None) != _FORMAT:
         raise DataError(f"{path}: no manifest of vectors: 'format' must be {_FORMAT!r}")
     if (version := values.pop("version", None)) != _VERSION:
         raise DataError(f"{path}: version {version}, this program reads {_VERSION}")
-    if "role" not in values:
-        raise DataError(
-            f"{path}: does not say whether its vectors are of documents or of queries, as older "
-            'versions did not. Add the line "role": "documents", or "role": "queries", to it'
-        )
     count, entries = values.pop("count", None), values.pop("shards", None)
     if not isinstance(entries, list):
         raise DataError(f"{path}: 'shards' must be a list of objects")
@@ -238,8 +233,7 @@ def shard_of(values: Any, where: str) -> Shard:
 def is_intact(directory: str | Path, shard: Shard) -> bool:
     """Whether the shard's file is there and has the bytes that it was written with."""
     try:
-        with (Path(directory) / shard.file).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
+        return checksum_of(Path(directory) / shard.file) == shard.sha256
     except FileNotFoundError:
         return False
 
@@ -274,7 +268,6 @@ def read_shard(
     table = _read_table(directory, shard, ["id", "vector"], check=True)
     ids, column = table["id"].to_pylist(), table["vector"].combine_chunks()
     stored = parse_json((table.schema.metadata or {}).get(_SCHEMA_KEY, b"{}"), path)
-    stored.setdefault("role", info.role)  # older shards have none; their manifest has
     for key, value in as_dict(info).items():
         if (found := stored.get(key)) != value:
             raise DataError(f"{path}: {key} is {found!r}, and {MANIFEST_FILE} says {value!r}")

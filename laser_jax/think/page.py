@@ -28,7 +28,7 @@ class Form:
 
     query: str = ""
     instruction: str = ""
-    steps: str = ""
+    num_thinking_steps: str = ""
     reasoning: str = ""
     largest_steps: int = 1
     examples: Sequence[tuple[str, str]] = ()
@@ -121,8 +121,8 @@ def heat(segments: Sequence[Segment]) -> list[list[Cell]]:
 
 def moves(document: RankedDocument, top: int) -> list[Move]:
     """The document's ranks with their changes, a step each."""
-    steps = pairwise([document.rank_K[0], *document.rank_K])
-    return [Move(rank, was - rank, rank <= top) for was, rank in steps]
+    ranks = pairwise([document.rank_K[0], *document.rank_K])
+    return [Move(rank, was - rank, rank <= top) for was, rank in ranks]
 
 
 def rank_chart(documents: Sequence[RankedDocument], top: int) -> Chart:

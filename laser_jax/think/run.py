@@ -14,7 +14,7 @@ from laser_jax.command_line import program
 from laser_jax.config import ConfigError
 from laser_jax.evaluate.beir import BeirDataset
 from laser_jax.files.durable import write_atomically
-from laser_jax.files.reading import DataError, read_json
+from laser_jax.files.reading import DataError, read_object, require_unicode
 from laser_jax.files.terminal import printable
 from laser_jax.settings import require_in
 from laser_jax.think.page import render_page
@@ -48,11 +48,7 @@ class ThinkOptions:
     def __post_init__(self) -> None:
         require_in("[1, inf)", self, "", "top", "num_thinking_steps")
         for name in ("text", "instruction", "reasoning"):
-            try:
-                (getattr(self, name) or "").encode()
-            except UnicodeEncodeError as error:  # a byte of the command line that is no UTF-8
-                message = f"{name} is no Unicode text, give it in UTF-8: {error}"
-                raise ConfigError(message) from error
+            require_unicode(getattr(self, name) or "", name)  # the command line may be no UTF-8
 
 
 def find_corpus(options: ThinkOptions) -> tuple[BeirDataset | None, str]:
@@ -77,10 +73,10 @@ def _evaluation_set(run: Path) -> str | None:
     """`data.eval` in the config.json of a run; None where it has none."""
     mend = "mend it, or name the corpus with --corpus DIR, then it is not read"
     try:
-        config = read_json(run)
+        config = read_object(run)
     except DataError as error:
         raise ConfigError(f"{error}; {mend}") from error
-    data = config.get("data", {}) if isinstance(config, dict) else None
+    data = config.get("data", {})
     directory = data.get("eval") if isinstance(data, dict) else data
     if not isinstance(data, dict) or not isinstance(directory, str | None):
         raise ConfigError(

@@ -42,7 +42,7 @@ class Site:
         return Form(
             query=known.text,
             instruction=fields.get("instruction", instruction or ""),
-            steps=fields.get("steps", str(inspector.config.num_thinking_steps)),
+            num_thinking_steps=fields.get("steps", str(inspector.config.num_thinking_steps)),
             reasoning=fields.get("reasoning") or known.reasoning or "",
             largest_steps=LARGEST_STEPS,
             examples=[(q.text, "/?" + urlencode({"query": q.text})) for q in shown],
@@ -60,7 +60,7 @@ def answer(site: Site, query: str) -> tuple[HTTPStatus, str]:
     known: dict[str, Any] = {"model": site.model, "corpus": site.corpus, "form": form}
     if not fields:
         return HTTPStatus.OK, render_page(**known)
-    K = form.steps
+    K = form.num_thinking_steps
     try:
         if not (K.isascii() and K.isdigit() and 1 <= int(K) <= LARGEST_STEPS):
             raise ValueError(f"K must be a whole number from 1 to {LARGEST_STEPS}, got {K!r}")

@@ -18,13 +18,12 @@ import numpy as np
 from laser_jax.batch import Tokens
 from laser_jax.config import Pooling, appended_thoughts
 from laser_jax.data.buckets import Buckets
+from laser_jax.data.documents import Document, EvalQuery
 from laser_jax.data.prompts import PromptTokens
 from laser_jax.data.tokenization import ExplicitTokens, PromptTokenizer, load_tokenizer, right_pad
 from laser_jax.encoder import backbone_for, load_pretrained
 from laser_jax.evaluate.beir import (
     BeirDataset,
-    Document,
-    EvalQuery,
     judged_split,
     read_corpus,
     read_qrels_file,
@@ -58,7 +57,7 @@ class Step:
     tokens: tuple[Token, ...]
     """The likeliest, in falling order."""
     entropy: float
-    """Of the whole distribution, in nats."""
+    """The entropy of the whole distribution, in nats."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Segment:
 
     text: str
     cosine_K: tuple[float, ...]
-    """Of the state of each step with the state at the segment's last token."""
+    """The cosine of each step's state with the state at the segment's last token."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class RankedDocument:
     relevant: bool
     """Judged relevant to the query, with a grade above 0."""
     cosine_K: tuple[float, ...]
-    """Of the query's embedding after k steps with the document's."""
+    """The cosine of the query's embedding after k steps with the document's."""
     rank_K: tuple[int, ...]
     """Among the whole corpus, from 1."""
 
@@ -215,12 +214,12 @@ class Inspector:
         return cls(retriever, corpus, vectors_CD, variables=jax.device_put(variables), **shown)
 
     def _latent_steps(
-        self, variables: Variables, ids_BT: jax.Array, lengths_B: jax.Array, *, steps: int
+        self, variables: Variables, ids_BT: jax.Array, lengths_B: jax.Array, *, K: int
     ) -> tuple[jax.Array, jax.Array, TopTokens]:
         """Unit states and unit prefix embeddings, each [B, K, D], and what every state says."""
         tokens, pooling = Tokens(ids_BT, lengths_B), self.config.pooling
-        hidden_BKD = latent_view(self._backbone, variables, tokens, steps, pooling)
-        prefixes_BKD = jnp.stack([pool(hidden_BKD[:, :k]) for k in range(1, steps + 1)], axis=1)
+        hidden_BKD = latent_view(self._backbone, variables, tokens, K, pooling)
+        prefixes_BKD = jnp.stack([pool(hidden_BKD[:, :k]) for k in range(1, K + 1)], axis=1)
         said = top_tokens(self._backbone, variables, hidden_BKD, self._top_tokens)
         return normalize(hidden_BKD), prefixes_BKD, said
 
@@ -316,8 +315,8 @@ class Inspector:
             f"the query's {len(ids)} tokens and {K} thinking steps take",
             "take fewer steps, or shorten the query",
         )
-        width, steps = self._width(len(ids)), 1 << (K - 1).bit_length()
-        program = self._program(self._latent_steps, width, steps=steps)
+        width, compiled_K = self._width(len(ids)), 1 << (K - 1).bit_length()
+        program = self._program(self._latent_steps, width, K=compiled_K)
         found = program(self._variables, *right_pad([ids], self._prompts.pad_id, width))
         states, prefixes, tokens = jax.tree.map(lambda array: array[:, :K], jax.device_get(found))
         return states[0], prefixes[0], tokens

@@ -12,7 +12,7 @@ from types import FrameType
 
 
 def leave_on_signals() -> None:
-    """Until `training.stop` takes the signals over, and after it gave them back."""
+    """Until `train.stop` takes the signals over, and after it gave them back."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
 

@@ -77,7 +77,7 @@ def _checksum(x: jax.Array, multiplier: int) -> jax.Array:
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        """Never: `training.stop` asks jax, whose protocol counts one caller's calls."""
+        """Never: `train.stop` asks jax, whose protocol counts one caller's calls."""
         return False
 
 

@@ -6,6 +6,7 @@ Nothing is loaded, drawn or written. Of the model only `config.json` is read, or
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import Counter
@@ -39,9 +40,10 @@ from laser_jax.train.layout import (
 )
 from laser_jax.train.throughput import GIB, device_bytes, peak_flops, step_flops
 
+_log = logging.getLogger(__name__)
 BATCHES_LOOKED_AT = 64
 Widths = tuple[int, ...]
-"""Of a padded batch: its queries, documents and, where they are read, explicit inputs."""
+"""Widths of a padded batch: of queries, documents and, where they are read, explicit inputs."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,13 @@ def dry_run(config: Config, invocation: Invocation) -> dict[str, Any]:
     )
     found = _described(config, layout, expected, devices)
     found["widest"] = shape_of(batch)
-    print(f"compiling   {found['widest']}", flush=True)
+    _log.info("compiling %s", found["widest"])
     found |= _compile(config, layout, batch)
     if "does_not_fit" in found:
         print(f"memory      does not fit: {found['does_not_fit']}")
         return found
     sizes = [_gib(found[f"{part}_bytes"]) for part in ("peak", "argument", "temporary")]
-    print(f"compiled    in {found['compile_seconds']:.0f} s")
+    print(f"compiled    {found['widest']} in {found['compile_seconds']:.0f} s")
     print("memory      {} a device at most: {} arguments, {} temporaries".format(*sizes))
     if (room := device_bytes(devices[0])) is not None:
         found["device_bytes"] = room

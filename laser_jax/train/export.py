@@ -103,11 +103,11 @@ def write_results(run: Run, state: TrainState, last: int, seconds: float) -> dic
 
 def _rank_test(run: Run, state: TrainState) -> dict[str, dict[str, float]]:
     """The scores of the test split, by view and K; {} without one."""
-    test, data, steps = run.inputs.test, run.config.data, run.config.train.eval_thinking_steps
+    test, data, Ks = run.inputs.test, run.config.data, run.config.train.eval_thinking_steps
     if test is None:
         return {}
     encoder = run.encoder.of(state.variables)
-    runs = retrieval_runs(encoder, run.inputs.prompts, test, steps, progress=is_first())
+    runs = retrieval_runs(encoder, run.inputs.prompts, test, Ks, progress=is_first())
     scores = score_runs(runs, test)
     if is_first():
         title = f"{data.eval} ({data.eval_split}, {len(test.queries)} queries)"

@@ -69,7 +69,7 @@ class Layout:
 
 
 def device_state_bytes(state: TrainState) -> int:
-    """Of the parts of the state and the gradient that lie on one device."""
+    """The size of the parts of the state and the gradient that lie on one device."""
     arrays = jax.tree.leaves((state, state.trained))
     return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in arrays)
 

@@ -26,7 +26,7 @@ from laser_jax.train.throughput import Meter
 _log = logging.getLogger(__name__)
 
 
-class TrainingError(RuntimeError):
+class TrainingError(ValueError):
     """A run that cannot go on."""
 
 

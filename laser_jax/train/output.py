@@ -86,7 +86,7 @@ def code_version() -> dict[str, str]:
 
 def logged_lines(path: Path, start: int) -> list[dict[str, Any]]:
     """The lines that a run which resumes at step `start` finds in its log, in process 0; elsewhere
-    none. Damaged ones are as in `files.read_state_lines`."""
+    none. Damaged ones are as in `files.durable.read_state_lines`."""
     if jax.process_index() > 0:
         return []
     lines = read_state_lines(path, lambda line: {**line, "step": int(line["step"])})

@@ -16,12 +16,13 @@ from typing import Any
 
 import jax
 
-from laser_jax.command_line import parse_train_command
+from laser_jax.command_line import ended_in_a_line, parse_train_command
 from laser_jax.config import Config
-from laser_jax.files.terminal import configure_logging, fail
+from laser_jax.files.terminal import configure_logging
 from laser_jax.train.dry_run import dry_run
 from laser_jax.train.export import best_state, export_model, mixed_with_start, write_results
-from laser_jax.train.loop import TrainingError, take_steps
+from laser_jax.train.loop import TrainingError as TrainingError
+from laser_jax.train.loop import take_steps
 from laser_jax.train.processes import is_first, join_processes
 from laser_jax.train.setup import set_up
 from laser_jax.train.stop import StopRequested, StopSignal
@@ -66,7 +67,7 @@ def train(config: Config) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    try:
+    with ended_in_a_line():
         config, invocation = parse_train_command(arguments)
         if invocation.dry_run:
             dry_run(config, invocation)
@@ -76,5 +77,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not is_first():
             logging.getLogger("laser_jax").setLevel(logging.WARNING)
         train(config)
-    except (ValueError, OSError, ImportError, TrainingError) as error:
-        fail(error)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from laser_jax.config import Config, RetrieverConfig, TrainConfig
 from laser_jax.data.tokenization import PromptTokenizer
 from laser_jax.evaluate.beir import BeirDataset
-from laser_jax.evaluate.retrieval import METRICS, retrieval_runs, score_runs
+from laser_jax.evaluate.retrieval import METRICS, latent, retrieval_runs, score_runs
 from laser_jax.inference.batch_encoder import LatentEncoder
 from laser_jax.modeling.backbone import Variables
 
@@ -57,7 +57,7 @@ def score_dev(
 ) -> dict[str, float]:
     """The metrics of the latent view at the trained K. All processes take part and get the same."""
     own = encoder.config.num_thinking_steps
-    name = f"latent K={own}"
+    name = latent(own)
     runs = retrieval_runs(encoder, prompts, dev, [own])
     return score_runs({name: runs[name]}, dev, METRICS)[name]
 

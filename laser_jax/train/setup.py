@@ -25,7 +25,7 @@ from laser_jax.evaluate.retrieval import require_instructions
 from laser_jax.files.claim import Claim
 from laser_jax.hf.reading import load_sharded_params
 from laser_jax.modeling.backbone import Variables
-from laser_jax.settings import listed
+from laser_jax.settings import changes, listed
 from laser_jax.step import TrainState
 from laser_jax.train.checkpoint import CheckpointError, Checkpoints, fingerprint
 from laser_jax.train.layout import (
@@ -244,15 +244,11 @@ def _restored(
 def require_same_inputs(
     meta: dict[str, Any], fingerprints: dict[str, Any], directory: Path
 ) -> None:
-    """Raises a CheckpointError where a checkpoint was trained on other inputs. What a checkpoint of
-    an older release does not hold is not compared."""
-    stored = meta.get("inputs", {})
-    changed = [
-        f"{name}: was {stored[name]}, is {value}"
-        for name, value in fingerprints.items()
-        if name in stored and stored[name] != value
-    ]
-    if changed:
+    """Raises a CheckpointError where a checkpoint was trained on other inputs. A split that only
+    one of the two ranks is not compared."""
+    both = meta["inputs"].keys() & fingerprints.keys()
+    stored, found = ({name: of[name] for name in both} for of in (meta["inputs"], fingerprints))
+    if changed := changes(stored, found, source="inputs"):
         raise CheckpointError(
             f"{directory} was trained on other inputs:\n  {listed(changed)}\n"
             "Bring back those that the run began with, or choose another output"
@@ -264,11 +260,6 @@ def _open_logs(
 ) -> tuple[StepLog, StepLog]:
     """The logs of steps and of rankings of a run that begins after step `start`. The scores are
     those of the checkpoint's `meta`, never what `evaluations.jsonl` holds."""
-    if config.train.eval_every is not None and meta and "evaluations" not in meta:
-        _log.warning(
-            f"the checkpoint of step {start} is an older release's, without the scores on "
-            f"{config.data.dev_split}: the best step is chosen among those that are ranked now"
-        )
     path = Path(config.output) / "metrics.jsonl"
     lines = {line["step"]: line for line in logged_lines(path, start)}
     if last := meta.get("metrics"):

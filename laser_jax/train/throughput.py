@@ -54,7 +54,7 @@ def device_bytes(device: Device) -> int | None:
 
 
 def peak_flops(config: Config, device: Device) -> float | None:
-    """Of one device, in FLOP/s; None where it is not known. Data sheets are for 2-byte dtypes."""
+    """A device's peak, in FLOP/s; None where it is not known. Data sheets are for 2-byte dtypes."""
     if config.train.peak_tflops is not None:
         return config.train.peak_tflops * 1e12
     known = known_device(device)
