@@ -46,8 +46,7 @@ _SILENT_SECONDS = 30
 """How long a connection may stay open without a request."""
 _WAITING = 4
 """How many of the largest requests may wait; beyond them a client is told when to come again."""
-_SHORT_BATCHES = (1, 8, 32)
-"""Beside full ones: what waits is seldom a full batch of one length."""
+_SHORT_BATCHES = (1, 8, 32)  # what waits is seldom a full batch of one length
 _log = logging.getLogger(__name__)
 
 
