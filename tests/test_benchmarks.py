@@ -200,7 +200,7 @@ def test_a_search_that_finds_something_else_is_not_timed() -> None:
 
 
 def test_the_server_is_timed_beside_its_retriever(thinking_model: Path, tmp_path: Path) -> None:
-    flags = ("--model", str(thinking_model), "--clients", "2", "--max_length", "64")
+    flags = ("--model", str(thinking_model), "--clients", "2", "--max_length", "32")
     rows = run(serve.PROGRAM, tmp_path, *flags)
     names = ["LatentRetriever, one call", "2 clients", "2 clients, K = 1 to 8"]
     assert [row["contender"] for row in rows] == names

@@ -18,7 +18,7 @@ import httpx2
 import pytest
 
 CLIENTS = 8
-REQUESTS = int(os.environ.get("LASER_REQUESTS", "600"))
+REQUESTS = int(os.environ.get("LASER_REQUESTS", "400"))
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="reads /proc (Linux)")
 
 
@@ -42,7 +42,7 @@ def bodies() -> list[tuple[str, dict[str, Any], int]]:
     document = {"model": "model:document"}
     return [
         ("embeddings", {**document, "input": "Ulm lies on the Danube."}, 200),
-        ("embeddings", {**document, "input": ["a", "b " * 15, "c"], "thinking_steps": 5}, 200),
+        ("embeddings", {**document, "input": ["a", "b " * 15, "c"], "thinking_steps": 3}, 200),
         ("embeddings", {**document, "input": "x", "encoding_format": "base64"}, 200),
         ("embeddings", {**document, "input": "x", "dimensions": 4, "thinking_steps": 1}, 200),
         ("embeddings", {"model": "model:query", "input": "Where?", "instruction": "Find it"}, 200),
@@ -93,8 +93,8 @@ def test_many_requests_leave_memory_threads_and_descriptors_as_they_were(
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, "-m", "laser_jax.serve", "--model", str(thinking_model)]
-    command += ["--listen", url.rpartition(":")[2], "--max_thinking_steps", "5"]
-    command += ["--max_length", "64", "--batch_size", "8"]
+    command += ["--listen", url.rpartition(":")[2], "--max_length", "64"]
+    command += ["--batch_size", "8"]
     command += ["--corpus", str(thinking_model.parent / "corpus")]
     server = subprocess.Popen(command, env=one_device)
     try:
@@ -116,8 +116,7 @@ def test_many_requests_leave_memory_threads_and_descriptors_as_they_were(
         server.terminate()
         server.wait()
     print(f"{REQUESTS} requests: {idle} -> {before} -> {after}")
-    assert (
-        after.threads <= idle.threads + 2 * CLIENTS
-    )  # at most a worker for each request at a time
+    # at most a worker for each request that is answered at a time
+    assert after.threads <= idle.threads + 2 * CLIENTS
     assert after.descriptors <= before.descriptors
     assert after.mebibytes < before.mebibytes + 20

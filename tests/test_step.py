@@ -247,11 +247,8 @@ def test_eight_devices_give_the_losses_of_one(runs) -> None:
     ("shape", "settings"),
     [
         (ALONE, {}),
-        (DATA, {}),
         ((2, 2, 2), {}),
-        (ALONE, {"remat": "full"}),
-        ((2, 1, 1), {"micro_batch_size": 4}),
-        ((2, 1, 1), {"micro_batch_size": 2}),
+        ((2, 1, 1), {"micro_batch_size": 4, "remat": "full"}),
     ],
 )
 def test_without_padding_it_is_the_same_step(shape: Shape, settings: dict[str, Any]) -> None:
@@ -508,14 +505,14 @@ def terms_at(rows: Batch, query_K: int, document_K: int) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     ("document_K", "ways"),
-    [(1, ("parity, gradcache", "fast, packed")), (3, ("parity", "fast, gradcache"))],
+    [(1, ("parity, gradcache", "fast, packed")), (3, ("parity",))],
 )
 def test_documents_think_as_long_as_they_are_told(document_K: int, ways: Sequence[str]) -> None:
     objective = dataclasses.replace(OBJECTIVE, document_thinking_steps=document_K)
     assert_alike_in_every_way(objective, batch(), terms_at(batch(), K, document_K), ways)
 
 
-@pytest.mark.parametrize(("drawn_K", "document_K"), [(1, None), (2, None), (3, None), (2, 1)])
+@pytest.mark.parametrize(("drawn_K", "document_K"), [(1, None), (2, 1)])
 def test_a_step_at_a_drawn_k_is_a_step_at_that_k(drawn_K: int, document_K: int | None) -> None:
     """Though all of them think as long as the longest, in one program."""
     rows, most = batch(), 3
