@@ -297,7 +297,7 @@ def test_an_absent_model_without_a_name_is_named() -> None:
     importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed: this is no error"
 )
 def test_a_tpu_slice_wants_libtpu() -> None:
-    with pytest.raises(ConfigError, match=r"--dry_run v5e:4x4: .*pip install laser-jax\[tpu\]"):
+    with pytest.raises(ConfigError, match=r"--dry_run v5e:4x4: .*pip install 'laser-jax\[tpu\]'"):
         devices_to_compile_for("v5e:4x4")
 
 

@@ -407,7 +407,7 @@ def test_without_matplotlib_there_is_no_plot_and_the_extra_is_named(
     main(arguments(model, evaluated.parent / "towns", tmp_path / "out"))
     can_draw.cache_clear()
     assert not list((tmp_path / "out").glob("*.svg"))
-    assert caplog.text.count("pip install laser-jax[bench]") == 1
+    assert caplog.text.count("pip install 'laser-jax[bench]'") == 1
 
 
 def test_a_single_query_has_no_control(

@@ -352,7 +352,7 @@ def test_a_run_of_another_corpus_is_refused(data: Path, ranked: Any, wanted: str
 def test_a_missing_library_is_named_with_its_extra(data: Path, monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "bm25s", None)
     monkeypatch.delitem(sys.modules, "laser_jax.mine.bm25", raising=False)
-    with pytest.raises(SystemExit, match=r"needs bm25s: pip install laser-jax\[mine\]"):
+    with pytest.raises(SystemExit, match=r"needs bm25s: pip install 'laser-jax\[mine\]'"):
         run(data)
 
 

@@ -216,5 +216,5 @@ def test_without_mteb_the_extra_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "mteb", None)
     monkeypatch.delitem(sys.modules, "laser_jax.evaluate.mteb", raising=False)
-    with pytest.raises(SystemExit, match=r"error: .*pip install laser-jax\[mteb\]"):
+    with pytest.raises(SystemExit, match=r"error: .*pip install 'laser-jax\[mteb\]'"):
         main(["mteb", "--model", str(model), "--output", str(tmp_path), "--tasks", "FollowIR"])

@@ -342,8 +342,8 @@ def test_a_resumed_training_goes_on_with_its_run_of_wandb(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("config", "package"),
     [
-        (TrainConfig(tensorboard=True), r"tensorboardX: pip install laser-jax\[tensorboard\]"),
-        (TrainConfig(wandb="mine"), r"wandb: pip install laser-jax\[wandb\]"),
+        (TrainConfig(tensorboard=True), r"tensorboardX: pip install 'laser-jax\[tensorboard\]'"),
+        (TrainConfig(wandb="mine"), r"wandb: pip install 'laser-jax\[wandb\]'"),
     ],
 )
 def test_an_absent_package_is_named_with_its_extra(

@@ -505,5 +505,5 @@ def test_a_damaged_record_is_named(tmp_path) -> None:
 def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch, name) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(ImportError, match=r"pip install laser-jax\[parquet\]"):
+    with pytest.raises(ImportError, match=r"pip install 'laser-jax\[parquet\]'"):
         open_source(tmp_path / name)

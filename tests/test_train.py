@@ -637,7 +637,7 @@ def test_other_judgements_under_a_splits_name_are_noticed(best_again, data: Path
         before = qrels.read_text()
         qrels.write_text(before.replace("q0\td0", "q0\td1"))
         try:
-            with pytest.raises(CheckpointError, match=rf"fingerprint of data\.eval's {split}: was"):
+            with pytest.raises(CheckpointError, match=rf"fingerprint of data\.eval's {split} was"):
                 best_again()
         finally:
             qrels.write_text(before)
@@ -847,7 +847,7 @@ def test_an_absent_tensorboard_is_named_before_anything_is_written(
         lambda name: None if name == "tensorboardX" else find_spec(name),
     )
     message = refusal(arguments(tmp_path / "run", "--train.tensorboard", "true"), capsys)
-    assert "pip install laser-jax[tensorboard]" in message
+    assert "pip install 'laser-jax[tensorboard]'" in message
     assert list(tmp_path.iterdir()) == []
 
 

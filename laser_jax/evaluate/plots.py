@@ -21,7 +21,7 @@ def can_draw() -> bool:
     """Whether matplotlib is there. Where it is not, says so once and names the extra."""
     found = importlib.util.find_spec("matplotlib") is not None
     if not found:
-        _log.warning("no plot, which wants matplotlib: pip install laser-jax[bench]")
+        _log.warning("no plot, which wants matplotlib: pip install 'laser-jax[bench]'")
     return found
 
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-try:
+from laser_jax.files.terminal import extra
+
+with extra("mine", "BM25"):
     import bm25s
     from Stemmer import Stemmer
-except ImportError as error:
-    raise ImportError(f"BM25 needs {error.name}: pip install laser-jax[mine]") from error
 
 _K1, _B = 0.9, 0.4
 

@@ -165,7 +165,7 @@ def devices_to_compile_for(topology: str) -> Sequence[Device]:
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"--dry_run {topology}: {error}. Names are such as v5e:4x4, v6e:2x4, v4:2x2x2 and "
-            "v5p:2x2x2, in chips of TPUs; `pip install laser-jax[tpu]` brings their compiler. For "
+            "v5p:2x2x2, of TPU chips; `pip install 'laser-jax[tpu]'` brings their compiler. For "
             "GPUs give --dry_run alone, on a machine that has one"
         ) from error
 

@@ -130,7 +130,7 @@ def require_boards(config: TrainConfig) -> None:
         (config.wandb, "wandb", "wandb"),
     ):
         if wanted and importlib.util.find_spec(package) is None:
-            raise ConfigError(f"train.{extra} wants {package}: pip install laser-jax[{extra}]")
+            raise ConfigError(f"train.{extra} wants {package}: pip install 'laser-jax[{extra}]'")
 
 
 def open_boards(config: Config, start: int, stack: ExitStack) -> list[Board]:
