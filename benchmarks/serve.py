@@ -125,7 +125,7 @@ def fill(options: argparse.Namespace, report: Report) -> None:
         ours = contenders[IN_PROCESS]()
         theirs = contenders[f"{options.clients[0]} clients"]()
         worst = float(np.abs(np.asarray(ours) - np.asarray(theirs)).max())
-        if worst > 1e-4 and options.dtype == "float32":
+        if worst > 1e-3 and options.dtype == "float32":  # a thought amplifies rounding
             raise BenchmarkError(f"the server's vectors differ from the retriever's by {worst:.1e}")
         times = measure.time_alternating(contenders, repeats=options.repeats)
     for name in contenders:
