@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -37,7 +38,7 @@ from laser_jax.serve.batching import Batcher
 from laser_jax.serve.index import read_index
 from laser_jax.serve.metrics import Metrics
 from laser_jax.serve.requests import RequestError
-from laser_jax.serve.run import ServeOptions, Server, address_of, bind, load, main
+from laser_jax.serve.run import ServeOptions, Server, _Protocol, address_of, bind, load, main
 from laser_jax.think.thought import load_corpus
 
 SIZES: dict[str, Any] = {"max_length": 64, "batch_size": 8, "length_multiple": 32}
@@ -838,6 +839,24 @@ def _answers(client: httpx2.Client) -> bool:
         return client.get("/ready").status_code == 200
     except httpx2.TransportError:
         return False
+
+
+def test_a_connection_that_ended_is_not_kept(server: Running) -> None:
+    """Nor by the timer that would have ended it: many short connections filled the memory."""
+
+    def kept() -> int:
+        gc.collect()
+        return sum(type(each) is _Protocol for each in gc.get_objects())
+
+    before, address = kept(), server.socket.getsockname()
+    for _ in range(20):
+        with socket.create_connection(address) as client:
+            client.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\n")
+    for _ in range(100):
+        if kept() <= before:
+            break
+        time.sleep(0.05)
+    assert kept() <= before
 
 
 def test_a_warm_up_that_fails_ends_the_server(

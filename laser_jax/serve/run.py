@@ -145,14 +145,10 @@ def load(options: ServeOptions, *, local_only: bool) -> tuple[Service, Callable[
         needs_instruction=wanted and options.instruction is None,
     )
     room = _WAITING * options.max_rows
+    encoder = retriever.encoder.with_shapes(short_batches=_SHORT_BATCHES)
     service = Service(
         retriever=retriever,
-        batcher=Batcher(
-            retriever.encoder.with_shapes(short_batches=_SHORT_BATCHES),
-            (of_documents, own, most),
-            max_queue_rows=room,
-            metrics=metrics,
-        ),
+        batcher=Batcher(encoder, (of_documents, own, most), max_queue_rows=room, metrics=metrics),
         limits=limits,
         metrics=metrics,
         timeout_s=options.timeout_s,
@@ -200,17 +196,19 @@ class _Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore
         super().connection_made(transport)
-        self.loop.call_later(_SILENT_SECONDS, self._look)
+        self._timer = self.loop.call_later(_SILENT_SECONDS, self._look)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._timer.cancel()  # it would keep the connection in memory
+        super().connection_lost(exc)
 
     def _look(self) -> None:
-        if self.transport.is_closing():
-            return
-        answering = self.cycle is not None and not self.cycle.response_complete
-        if not answering and self.cycle is self._seen:
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and self.cycle is self._seen:
             self.transport.close()
             return
         self._seen = self.cycle
-        self.loop.call_later(_SILENT_SECONDS, self._look)
+        self._timer = self.loop.call_later(_SILENT_SECONDS, self._look)
 
 
 class Server(uvicorn.Server):
