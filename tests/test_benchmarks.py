@@ -97,7 +97,7 @@ def names_of(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def test_train_step_times_every_contender_that_agrees(tmp_path: Path, capsys) -> None:
-    only = ["fast", "gradcache / 2", "plain / 2"]  # that parity is fast, other tests say
+    only = ["fast", "gradcache / 2"]  # of the others other tests say what they compute
     rows = run(train_step.PROGRAM, tmp_path, "--only", *only)
     assert names_of(rows) == [*only, *PYTORCH]
     found = {row["contender"]: row for row in rows}
@@ -105,7 +105,6 @@ def test_train_step_times_every_contender_that_agrees(tmp_path: Path, capsys) ->
     assert found["fast"]["ratio"]["maximum"] == 1.0
     assert found["fast"]["matmul_flops"] < found["gradcache / 2"]["matmul_flops"]
     losses = {name: row["first_step"]["loss"] for name, row in found.items()}
-    assert abs(losses.pop("plain / 2") / losses["fast"] - 1) > 1e-2  # fewer negatives
     np.testing.assert_allclose(list(losses.values()), losses["fast"], rtol=1e-4)
     printed = capsys.readouterr().out
     assert printed.startswith("    python -m benchmarks.train_step --quick")
