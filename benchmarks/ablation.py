@@ -41,7 +41,8 @@ from laser_jax.inference.batch_encoder import LatentEncoder
 from laser_jax.pretrain.run import PretrainConfig, pretrain
 from laser_jax.quickstart.world import SEPARATOR, World, WorldConfig, build_world, write_world
 from laser_jax.settings import changes, listed
-from laser_jax.train.run import TrainingError, train
+from laser_jax.train.loop import TrainingError
+from laser_jax.train.run import train
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LM_ALONE = "backbone"

@@ -38,7 +38,7 @@ from laser_jax.evaluate.retrieval import CONTROL, EXPLICIT, REWRITE, latent
 from laser_jax.files.durable import write_atomically, write_json
 from laser_jax.hf.directory import read_backbone_config
 from laser_jax.models.directory import model_directory
-from laser_jax.train.run import TrainingError
+from laser_jax.train.loop import TrainingError
 
 FIRST, UNTRAINED = "first", "untrained"
 """The contrastive stage that all rows begin with, and the backbone as it comes, in the recipe."""

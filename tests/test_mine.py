@@ -208,6 +208,25 @@ def test_a_model_ranks_the_corpus_as_the_retriever_does(data: Path, thinking_mod
     np.testing.assert_allclose(of_sea, scores[-2:], atol=1e-5)  # the second is in no corpus
 
 
+def test_a_model_is_loaded_with_its_preset_and_adapter_and_nothing_else_takes_them(
+    data: Path, thinking_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "adapter").mkdir()
+    load, told = LatentRetriever.from_pretrained, {}
+
+    def loading(model: Path, *, mesh: Any, **how: Any) -> LatentRetriever:
+        told.update(how)
+        return load(model, mesh=mesh)
+
+    monkeypatch.setattr(LatentRetriever, "from_pretrained", loading)
+    more = ["--preset", "official", "--adapter", str(tmp_path / "adapter")]
+    run(data, str(thinking_model), "--max_share", "null", *more)
+    assert told == {"preset": "official", "adapter": str(tmp_path / "adapter")}
+    for who in ("bm25", "random"):
+        with pytest.raises(SystemExit, match=f"are for a model, and candidates is '{who}'"):
+            run(data, who, *more, output=f"{who}.jsonl")
+
+
 def test_a_run_is_followed_by_the_text_of_its_queries(
     data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -180,6 +180,8 @@ class LatentEncoder:
         """What a batch of this width takes beyond its tokens, in tokens of the same time: by the
         seconds of its smallest and its largest number of rows. 0 where there is but one."""
         sizes, seconds = self.buckets.sizes(width), []
+        if len(sizes) == 1:
+            return 0
         for size in (sizes[0], sizes[-1]):
             rows, times = [[0] * width] * size, []
             for _ in range(2):
@@ -190,7 +192,7 @@ class LatentEncoder:
         fewer, more = seconds
         tokens = (sizes[-1] - sizes[0]) * width
         if fewer >= more:  # a batch costs the same however large it is
-            return sizes[-1] * width if tokens else 0
+            return sizes[-1] * width
         return max(round(fewer / (more - fewer) * tokens) - sizes[0] * width, 0)
 
     def start(self, rows: Sequence[Sequence[int]], Ks: tuple[int, ...]) -> jax.Array:

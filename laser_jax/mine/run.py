@@ -27,7 +27,7 @@ from laser_jax.mine.candidates import Ranking
 from laser_jax.mine.filters import Rules, negatives_of
 from laser_jax.models.directory import model_directory
 from laser_jax.search.matching import count_ids
-from laser_jax.settings import Change, as_dict, changes
+from laser_jax.settings import Change, as_dict, changes, require
 
 _log = logging.getLogger(__name__)
 _BY_NAME = {"bm25": ranked.rank_by_bm25, "random": ranked.rank_at_random}
@@ -89,11 +89,12 @@ def _read_documents(directory: str) -> dict[str, str]:
 
 def _retriever(options: MineOptions) -> tuple[list[Path], Callable[..., list[Ranking]]]:
     """Who ranks, as a function of rows, documents and depth, and the files that it is made of."""
-    who = options.candidates
-    if who in _BY_NAME:
-        return [], _BY_NAME[who]
-    if Path(who).is_file():
-        return [Path(who)], partial(ranked.rank_by_run, Path(who), options.corpus)
+    who, by_name = options.candidates, _BY_NAME.get(options.candidates)
+    if by_name or Path(who).is_file():
+        fault = f"preset and adapter are for a model, and candidates is {who!r}"
+        require(not (options.preset or options.adapter), fault)
+        by_run = partial(ranked.rank_by_run, Path(who), options.corpus)
+        return ([], by_name) if by_name else ([Path(who)], by_run)
     directory, adapter = model_directory(who), options.adapter
     of_both = [directory, *([Path(adapter)] if adapter else [])]
     files = [path for at in of_both for path in sorted(at.iterdir()) if path.is_file()]

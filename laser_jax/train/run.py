@@ -21,7 +21,6 @@ from laser_jax.config import Config
 from laser_jax.files.terminal import configure_logging
 from laser_jax.train.dry_run import dry_run
 from laser_jax.train.export import best_state, export_model, mixed_with_start, write_results
-from laser_jax.train.loop import TrainingError as TrainingError
 from laser_jax.train.loop import take_steps
 from laser_jax.train.processes import is_first, join_processes
 from laser_jax.train.setup import set_up
