@@ -90,11 +90,11 @@ ROWS = {
     **_without("output", "output distillation"),
     **_without("colearning", "co-learning", frozen_teacher=True),
     "documents_once": TrainedRow("LaSER, documents at K = 1", "documents_once.yaml"),
+    "documents_once_K3": TrainedRow("K = 3, documents at K = 1", "documents_once.yaml", K=3),
     "sampled_K": TrainedRow("LaSER, K drawn every step", "sampled_K.yaml"),
     **{f"laser_K{K}": TrainedRow(f"LaSER trained at K = {K}", K=K) for K in (1, 3, 6)},
 }
 QUICK_ROWS = ("laser", "gircse", "explicit")
-
 
 WORLD = WorldConfig(num_places=20)
 """The quickstart's."""
@@ -108,7 +108,6 @@ TINY = (
 )
 SHORT = ("--train.steps", "2", "--train.batch_size", "8")
 TINY_TRAIN = (*SHORT, "--objective.num_thinking_steps", "3", "--lora.rank", "2")
-
 
 RECIPE = ("--config", str(CONFIGS / "world_pretrain.yaml"))
 TRAINING = ("--config", str(CONFIGS / "quickstart.yaml"))
