@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from rows_in_memory import RowsSource
 
 from laser_jax.alignment import keyframe_positions
 from laser_jax.batch import Batch
@@ -37,7 +38,7 @@ from laser_jax.data.pipeline import (
     training_batches,
 )
 from laser_jax.data.schema import DataError, TrainingRow
-from laser_jax.data.sources import RowsSource, describe_row
+from laser_jax.data.sources import describe_row
 from laser_jax.data.tokenization import (
     ExplicitTokens,
     PromptTokenizer,
