@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import importlib.util
 import json
 import os
 import shutil
@@ -840,12 +839,7 @@ def test_a_row_without_negatives_is_named(arguments, tmp_path, capsys) -> None:
 def test_an_absent_tensorboard_is_named_before_anything_is_written(
     arguments, tmp_path, monkeypatch, capsys
 ) -> None:
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name: None if name == "tensorboardX" else find_spec(name),
-    )
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
     message = refusal(arguments(tmp_path / "run", "--train.tensorboard", "true"), capsys)
     assert "pip install 'laser-jax[tensorboard]'" in message
     assert list(tmp_path.iterdir()) == []
