@@ -265,7 +265,6 @@ def _write_report(evaluated: Evaluated, comparison: Comparison, output: Path) ->
 
 
 def main(program: str, arguments: Sequence[str]) -> None:
-    """The command line: directories and options."""
     options = parse_command_line(CompareOptions, f"{program} DIR...", arguments, "directories")
     usage = f"{program} DIR... [options], where each DIR is one that python -m laser_jax.evaluate"
     require(bool(options.directories), f"no directories to compare: {usage} model wrote")
