@@ -38,8 +38,8 @@ SIGNS = ("turned", "entropy", "top probability")
 
 
 def reader(model: str, K: int):
-    """A function from queries to their signs [3, Q, K - 1]. The first state has turned by infinity,
-    as there is none before it."""
+    """A function from queries to their signs [3, Q, K - 1]; how far the first state turned is nan,
+    by which no rule stops."""
     directory = str(model_directory(model))
     variables, config = load_pretrained(directory)
     prompts = PromptTokenizer(load_tokenizer(directory), config.prompt)
@@ -50,7 +50,7 @@ def reader(model: str, K: int):
         hidden_BKD = latent_view(backbone, variables, rows, K, config.pooling)
         pooled_BKD = jnp.stack([pool(hidden_BKD[:, : k + 1]) for k in range(K)], axis=1)
         turned = 1 - (pooled_BKD[:, 1:] * pooled_BKD[:, :-1]).sum(axis=-1)
-        turned = jnp.pad(turned, ((0, 0), (1, 0)), constant_values=jnp.inf)
+        turned = jnp.pad(turned, ((0, 0), (1, 0)), constant_values=jnp.nan)
         said = top_tokens(backbone, variables, hidden_BKD, 1)
         return jnp.stack([turned, said.entropy_BK, said.probabilities_BKn[..., 0]])[:, :, :-1]
 

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -488,6 +489,31 @@ def test_texts_that_do_not_fit_are_counted_and_said(
 
 
 # --- a model as its authors released it ----------------------------------------------------------
+
+
+def test_the_example_asks_finished_rankings_whether_to_stop_sooner(
+    evaluated: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "towns"
+    shutil.copytree(evaluated.parent / "towns", data)
+    shutil.copy(data / "qrels" / "test.tsv", data / "qrels" / "dev.tsv")
+    for split in ("dev", "test"):
+        shutil.copytree(evaluated, tmp_path / split / "towns")
+    example = runpy.run_path("examples/stop_thinking.py")
+    example["main"](str(model), tmp_path, [data])
+    printed = capsys.readouterr().out
+    scores = json.loads((evaluated / "results.json").read_text())["scores"]
+    means = [scores[latent(k)]["nDCG@10"] for k in (1, 2, 3)]
+    for k, mean in enumerate(means, start=1):
+        assert f"K = {k}: dev {mean:.4f}, test {mean:.4f}\n" in printed
+    rules = re.findall(r"a threshold: dev (\S+), test (\S+) at", printed)
+    assert len(rules) == 6
+    for dev, test in rules:
+        assert dev == test  # the same judgements
+        assert float(dev) >= means[-1] - 1e-4  # a rule may always go to the end
+    signs_QS = np.array([[3.0, 1.0], [1.0, 0.0], [3.0, 3.0]])
+    assert example["stops"](signs_QS, 2.0, True).tolist() == [1, 0, 2]
+    assert example["stops"](signs_QS, 2.0, False).tolist() == [0, 2, 0]
 
 
 @pytest.fixture(scope="module")
