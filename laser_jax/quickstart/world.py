@@ -86,20 +86,19 @@ class WorldConfig:
     num_negatives: int = 6
     """Hard negatives of a training query: start and bridges, then places one wrong hop away. Fewer
     where a small world has no more of them."""
-    lm_hops: int | None = None
-    """The longest walk whose reasoning the language model reads. None: training's walks too."""
+    num_lm_walks: int | None = None
+    """How many of training's walks the language model reads the reasoning of, beside all shorter
+    ones: the last. None: all."""
     num_train_queries: int | None = None
-    """How many of training's walks are labelled for the retriever. None: all."""
+    """How many of training's walks are labelled for the retriever: the first. None: all."""
     documents_per_place: int = 1
     """Descriptions of each place. All of them answer; a training query is labelled with one."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         require_in("[1, inf)", self, "world.", "hops", "num_dev_queries", "num_test_queries")
-        require_in(
-            "[1, inf)", self, "world.", "lm_hops", "num_train_queries", "documents_per_place"
-        )
-        require_in("[0, inf)", self, "world.", "seed")
+        require_in("[1, inf)", self, "world.", "num_train_queries", "documents_per_place")
+        require_in("[0, inf)", self, "world.", "seed", "num_lm_walks")
         require_in("(0, 1)", self, "world.", "train_share")
         require_in(f"[2, {len(RELATION_NAMES)}]", self, "world.", "num_relations")
         # a walk visits no place twice, and no two relations agree
@@ -150,7 +149,7 @@ class World:
     dev_walks: tuple[Walk, ...]
     test_walks: tuple[Walk, ...]
     lm_walks: tuple[Walk, ...]
-    """All walks shorter than `hops`, then those of training; up to `lm_hops`."""
+    """All walks shorter than `hops`, then those of training that it may read."""
 
     @functools.cached_property
     def train(self) -> tuple[TrainingRow, ...]:
@@ -337,9 +336,8 @@ def build_world(config: WorldConfig) -> World:
     )
     num_eval = num_test + num_dev
     composed = tuple(walks[num_eval : num_eval + num_train])
+    num_read = num_train if config.num_lm_walks is None else min(config.num_lm_walks, num_train)
     shorter = (enumerate_walks(successors_RP, hops) for hops in range(1, config.hops))
-    lm_walks = (*itertools.chain(*shorter), *composed)
-    lm_hops = config.hops if config.lm_hops is None else config.lm_hops
     return World(
         config=config,
         places=places,
@@ -349,7 +347,7 @@ def build_world(config: WorldConfig) -> World:
         train_walks=composed[: config.num_train_queries],
         dev_walks=tuple(walks[num_test:num_eval]),
         test_walks=tuple(walks[:num_test]),
-        lm_walks=tuple(walk for walk in lm_walks if len(walk.relations) <= lm_hops),
+        lm_walks=(*itertools.chain(*shorter), *composed[len(composed) - num_read :]),
     )
 
 
