@@ -121,9 +121,8 @@ class Seed:
     number: int
     folder: Path
     quick: bool = False
-    """A tiny world and model, in seconds."""
+    """A tiny model, in seconds."""
     config: WorldConfig = WORLD
-    """What the world is like where it is not tiny."""
 
     @property
     def data(self) -> Path:
@@ -138,7 +137,7 @@ class Seed:
     @property
     def world(self) -> World:
         """The generated world; equal for equal seeds."""
-        return build_world(replace(TINY_WORLD if self.quick else self.config, seed=self.number))
+        return build_world(replace(self.config, seed=self.number))
 
     def finished(self, row: str, split: str) -> bool:
         """Whether the row is trained and evaluated."""
@@ -147,10 +146,6 @@ class Seed:
 
 
 # --- training --------------------------------------------------------------------------------
-
-
-def _announce(module: str, arguments: Sequence[str]) -> None:
-    print(f"\n$ python -m {module} {shlex.join(arguments)}", flush=True)
 
 
 def make_backbone(seed: Seed) -> None:
@@ -162,7 +157,7 @@ def make_backbone(seed: Seed) -> None:
         *("--texts", str(seed.data / "lm.jsonl"), "--eval", str(seed.data), "--eval_split", "dev"),
         *("--output", str(seed.backbone), "--seed", str(seed.number)),
     ]
-    _announce("laser_jax.pretrain", arguments)
+    print(f"\n$ python -m laser_jax.pretrain {shlex.join(arguments)}", flush=True)
     pretrain(parse_command_line(PretrainConfig, "python -m laser_jax.pretrain", arguments))
 
 
@@ -193,7 +188,7 @@ def train_once(arguments: Sequence[str]) -> None:
                 "Choose another --work, or delete that directory"
             )
         return
-    _announce("laser_jax.train", arguments)
+    print(f"\n$ python -m laser_jax.train {shlex.join(arguments)}", flush=True)
     train(config)
     jax.clear_caches()  # no later row has the same programs
 
@@ -305,13 +300,12 @@ def fill(options: argparse.Namespace, report: Report) -> None:
             asked.add("explicit")
         rows = [row for row in ROWS if row in asked]  # a teacher before its pupil
         numbers = range(options.first_seed, options.first_seed + options.seeds)
-        config = WORLD
+        name, world = "quick" if options.quick else "default", WORLD
         if options.world is not None:
-            config = from_dict(WorldConfig, read_yaml(options.world), source=str(options.world))
-        name = options.world.stem if options.world else "default"
-        folder = options.work / ("quick" if options.quick else name)
-        given = (options.quick, config)
-        seeds = [Seed(number, folder / f"seed-{number}", *given) for number in numbers]
+            name = options.world.stem
+            world = from_dict(WorldConfig, read_yaml(options.world), source=str(options.world))
+        given = (options.quick, TINY_WORLD if options.quick else world)
+        seeds = [Seed(n, options.work / name / f"seed-{n}", *given) for n in numbers]
         if not options.finished_only:
             with contextlib.redirect_stdout(sys.stderr):  # stdout is for the tables
                 run_missing(seeds, rows, options.split)
@@ -330,7 +324,7 @@ def fill(options: argparse.Namespace, report: Report) -> None:
         if (file := seed.backbone / "pretrain.json").is_file():
             written[seed.number] = json.loads(file.read_text()).get("exact_match")
     report.settings |= {
-        "world": as_dict(TINY_WORLD if options.quick else config),
+        "world": as_dict(seeds[0].config),
         "exact_match": written,
         "not_run": {
             row: missing
@@ -354,7 +348,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command line."""
     report = PROGRAM.main(arguments)
     for title, table in ablation_table.further_tables(report.rows).items():
         print(f"\n{title}:\n\n{table}")
