@@ -165,7 +165,6 @@ def program(
     """The `main` of a room: `run` is given the settings, and ends as `ended_in_a_line` says."""
 
     def main(arguments: Sequence[str] | None = None) -> None:
-        """The command line."""
         with ended_in_a_line(stopped):
             run(parse_command_line(cls, program_of(room), arguments, positional))
 

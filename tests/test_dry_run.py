@@ -163,7 +163,7 @@ def test_batches_are_counted_where_rows_and_tokenizer_are_there(
 ) -> None:
     there = config(str(rows), model=ModelConfig(path=str(directory)))
     found = dry_run(there, HERE)
-    tokens, pairs, buckets, widths = 0.0, 0.0, Counter(), []
+    tokens, pairs, padding, buckets, widths = 0.0, 0.0, 0.0, Counter(), []
     prompts = PromptTokenizer(load_tokenizer(directory), PROMPT)
     batches = training_batches(open_sources(there.data), prompts, there)
     for batch, _ in zip(batches, range(3), strict=False):  # 20 rows are 3 batches
@@ -171,11 +171,13 @@ def test_batches_are_counted_where_rows_and_tokenizer_are_there(
         lengths = [*batch.documents.lengths_B, *batch.explicit.lengths_B]
         tokens += sum(map(int, lengths)) / 3
         pairs += sum(int(n) * (int(n) + 1) / 2 for n in lengths) / 3
+        padding += (1 - sum(lengths) / (batch.documents.size + batch.explicit.size)) / 3
         shape = [part.ids_BT.shape[1] for part in (batch.query, batch.documents, batch.explicit)]
         widths.append(shape)
         buckets["queries {}, documents {}, explicit {}".format(*shape)] += 1
     assert found["buckets"] == buckets
     assert found["tokens_per_step"] == round(tokens)
+    assert found["padding_share"] == pytest.approx(padding, rel=1e-5)
     widest = [max(width) for width in zip(*widths, strict=True)]
     assert found["widest"] == "queries 8 x {}, documents 16 x {}, explicit 8 x {}".format(*widest)
     backbone = read_backbone_config(directory)

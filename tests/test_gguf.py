@@ -27,6 +27,7 @@ from safetensors.numpy import load_file
 
 from laser_jax.config import BackboneConfig, ConfigError, RopeScaling
 from laser_jax.data.tokenization import load_tokenizer_for, train_tokenizer
+from laser_jax.files.claim import OutputError
 from laser_jax.hf.directory import HFError, read_backbone_config
 from laser_jax.hf.reading import load_params
 from laser_jax.hf.writing import save_weights
@@ -330,15 +331,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no layers": ({"{arch}.block_count": None}, "llama.block_count is missing; int wanted"),
     "too many layers": ({"{arch}.block_count": 10**9}, "1000000000 layers, and 20 tensors"),
     "another depth": ({"{arch}.block_count": 3}, "missing: model.layers.2.self_attn.q_proj"),
-    "text": ({"{arch}.embedding_length": "8"}, "llama.embedding_length is '8'; int wanted"),
+    "text": (
+        {"{arch}.embedding_length": "8"},
+        "embedding_length = '8' has the wrong type; int wanted",
+    ),
     "heads a layer": (
         {"{arch}.attention.head_count_kv": [2, 2]},
-        r"head_count_kv is '\[2, 2\]'; int wanted",
+        r"head_count_kv = \[2, 2\] has the wrong type; int wanted",
     ),
     "no heads": ({"{arch}.attention.head_count": 0}, "num_heads must lie in"),
     "odd heads": ({"{arch}.attention.head_count": 3}, "must be a multiple of num_kv_heads"),
     "eps": ({"{arch}.attention.layer_norm_rms_epsilon": 0.0}, "epsilon = 0.0, and it must be pos"),
-    "theta": ({"{arch}.rope.freq_base": float("nan")}, "freq_base is 'nan'; float wanted"),
+    "theta": ({"{arch}.rope.freq_base": float("nan")}, "freq_base = nan, and it must be finite"),
     "no tokens": ({"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens is missing; list"),
     "numbers": ({"tokenizer.ggml.tokens": [1, 2]}, "list of 1 and others; a list of str wanted"),
     "parts": ({"split.count": 3}, "one of several parts; join them"),
@@ -509,7 +513,7 @@ def test_what_is_there_already_is_kept(tmp_path: Path, small_file: bytes) -> Non
     imported(file, output)
     before = (output / "config.json").stat().st_mtime_ns
     for taken in (output, file):
-        with pytest.raises(ConfigError, match="is there already; name a directory that is new"):
+        with pytest.raises(OutputError, match=r"name a directory that is new|is no directory"):
             imported(file, taken)
     assert (output / "config.json").stat().st_mtime_ns == before
     assert file.read_bytes() == small_file

@@ -184,10 +184,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"eos_token_id": _TOKENS},
         rf"eos_token_id = {_TOKENS} is none of",
     ),
-    "EOS in words": ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'; int wanted"),
+    "EOS in words": (
+        {"eos_token_id": "</s>"},
+        "eos_token_id = '</s>' has the wrong type; int wanted",
+    ),
     "BOS without id": ({"add_bos_token": True, "bos_token_id": None}, "add_bos_token, and token"),
     "EOS unused": ({"add_eos_token": True, "eos_token_id": _TOKENS - 1}, "names none that is used"),
-    "BOS in words": ({"add_bos_token": "yes"}, "add_bos_token is 'yes'; bool wanted"),
+    "BOS in words": (
+        {"add_bos_token": "yes"},
+        "add_bos_token = 'yes' has the wrong type; bool wanted",
+    ),
 }
 
 

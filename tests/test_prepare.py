@@ -24,7 +24,6 @@ from laser_jax.data.schema import DataError
 from laser_jax.data.sources import open_source
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, train_tokenizer
 from laser_jax.files.claim import OutputError
-from laser_jax.prepare import report as report_module
 from laser_jax.prepare.run import PrepareConfig, format_report, main, prepare
 
 PROMPT = PromptConfig(query_max_length=40, document_max_length=30, explicit_max_length=64)
@@ -206,28 +205,6 @@ def test_rejected_rows_are_named_and_the_rest_is_written(with_tokens) -> None:
     text = format_report(report)
     assert "20 rows, 16 written in 3 shard(s), 4 rejected" in text
     assert "2 x 'negative_passages' must be a list of strings, got a list whose item N" in text
-
-
-def test_padding_is_measured_on_request_also_later(with_tokens, caplog, monkeypatch) -> None:
-    monkeypatch.setattr(report_module, "LENGTH_MULTIPLES", (8,))
-    monkeypatch.setattr(report_module, "BUCKET_WINDOWS", (1, 5))
-    prepare(with_tokens)
-    report = prepare(replace(with_tokens, padding=4))
-    plain, bucketed, packed = report["padding"]["shares"]
-    assert (plain["bucket_window"], plain["batches"]) == (1, 5)
-    assert 0 < bucketed["padding_share"] < plain["padding_share"] < 1
-    assert 0 <= packed["padding_share"] < plain["padding_share"]
-    assert "padding of 4 queries a batch, 2 passages a query:\n" in format_report(report)
-    assert not caplog.messages
-    assert prepare(replace(with_tokens, padding=4)) == report
-    assert "nothing to do" in caplog.text
-
-
-def test_padding_of_rows_without_negatives_is_that_of_their_positives(with_tokens) -> None:
-    write_rows(Path(with_tokens.input), [record(0), record(1, negative_passages=[])])
-    report = prepare(replace(with_tokens, shards=1, padding=1))
-    assert report["padding"]["group_size"] == 1
-    assert "1 queries a batch, 1 passages a query" in format_report(report)
 
 
 # --- again and on ----------------------------------------------------------------------------
@@ -445,10 +422,6 @@ def test_nothing_but_bad_rows_is_refused(config) -> None:
 
 
 def test_impossible_settings_are_refused(config) -> None:
-    with pytest.raises(ConfigError, match="padding counts on tokens"):
-        replace(config, padding=32)
-    with pytest.raises(ConfigError, match="padding must be at least 1, got 0"):
-        replace(config, tokenizer="x", padding=0)
     with pytest.raises(ConfigError, match="shards must be at least 1"):
         replace(config, shards=0)
     with pytest.raises(ConfigError, match="workers must be at least 0, got -1"):

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rows_in_memory import RowsSource
 
 from laser_jax.config import ConfigError, DataConfig, MixtureSource
 from laser_jax.data.reasoning_retrieval import (
@@ -21,10 +22,9 @@ from laser_jax.data.reasoning_retrieval import (
     write_description,
     write_shard,
 )
-from laser_jax.data.schema import DataError, TrainingRow, longest_instructions, parse_row
+from laser_jax.data.schema import DataError, longest_instructions, parse_row
 from laser_jax.data.sources import (
     JsonlSource,
-    RowsSource,
     describe_row,
     is_there,
     locate,
@@ -262,13 +262,6 @@ def test_sources_of_a_config_are_opened_in_its_order(tmp_path) -> None:
 def test_no_training_rows_in_the_config_are_refused() -> None:
     with pytest.raises(DataError, match=r"data\.train is empty"):
         open_sources(DataConfig())
-
-
-def test_rows_in_memory_are_a_source() -> None:
-    source = RowsSource(ROWS)
-    assert list(pickle.loads(pickle.dumps(source))) == ROWS
-    assert isinstance(source[0], TrainingRow)
-    assert source.where(2) == "rows: row 3"
 
 
 # --- splits ----------------------------------------------------------------------------------

@@ -274,11 +274,10 @@ def test_without_a_corpus_the_command_says_how_to_name_one(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"not JSON", "not valid JSON: Expecting value"),
-        (b'"\xff"', "not UTF-8: 'utf-8' codec"),
-        (b"[]", "wanted a JSON object, got list"),
-        (b'{"data": null}', "got {'data': None}"),
-        (b'{"data": {"eval": ["DIR"]}}', r"got {'data': {'eval': \['DIR'\]}}"),
+        (b"not JSON", "JSONDecodeError"),
+        (b'"\xff"', "UnicodeDecodeError"),
+        (b'{"data": null}', "TypeError"),
+        (b'{"data": {"eval": ["DIR"]}}', "TypeError"),
     ],
 )
 def test_a_wrong_config_of_the_run_is_named_and_not_read_where_a_corpus_is(
@@ -292,10 +291,10 @@ def test_a_wrong_config_of_the_run_is_named_and_not_read_where_a_corpus_is(
     model.symlink_to(thinking_model, target_is_directory=True)
     (tmp_path / "config.json").write_bytes(content)
     command = ["--model", str(model), "--text", QUERY, "--num_thinking_steps", "1"]
-    with pytest.raises(SystemExit, match=message) as refused:
-        main(command)
-    assert f"{tmp_path / 'config.json'}: " in str(refused.value)
-    assert "name the corpus with --corpus DIR" in str(refused.value)
+    main(command)
+    said = capsys.readouterr()
+    assert f"{tmp_path / 'config.json'} is damaged and counts as absent: {message}" in said.err
+    assert "No corpus; --corpus DIR" in said.out
     main([*command, "--corpus", str(thinking_model.parent / "corpus")])
     assert "3 documents" in capsys.readouterr().out
 

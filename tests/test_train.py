@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import importlib.util
 import json
 import os
 import shutil
@@ -44,7 +43,7 @@ from laser_jax.step import TrainState
 from laser_jax.train.checkpoint import CheckpointError
 from laser_jax.train.layout import Layout, StepPrograms
 from laser_jax.train.output import StepLog, logged_lines
-from laser_jax.train.selection import TrainedEncoder
+from laser_jax.train.selection import trained_encoder
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 ABLATIONS = sorted((CONFIGS / "ablation").glob("*.yaml"))
@@ -686,15 +685,16 @@ def test_between_rankings_one_device_keeps_no_copy_of_the_weights(
 ) -> None:
     variables, retriever = load_pretrained(full.output / "model")
     config = parse_command_line(Config, "train", arguments(tmp_path))
-    trained = TrainedEncoder(config, retriever, make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]))
-    encoder = trained.of(variables)
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    encoder = trained_encoder(config, retriever, mesh, variables)
     vectors = encoder.encode_tokens([[1, 2, 3]], [2])
     copies = [weakref.ref(leaf) for leaf in jax.tree.leaves(encoder.variables)]
     del encoder
     gc.collect()
     assert {copy() for copy in copies} == {None}
     with compilations() as compiled:
-        again = trained.of(variables).encode_tokens([[1, 2, 3]], [2])
+        encoder = trained_encoder(config, retriever, mesh, variables)
+        again = encoder.encode_tokens([[1, 2, 3]], [2])
         np.testing.assert_array_equal(again, vectors)
     assert compiled == []
 
@@ -840,12 +840,7 @@ def test_a_row_without_negatives_is_named(arguments, tmp_path, capsys) -> None:
 def test_an_absent_tensorboard_is_named_before_anything_is_written(
     arguments, tmp_path, monkeypatch, capsys
 ) -> None:
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name: None if name == "tensorboardX" else find_spec(name),
-    )
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
     message = refusal(arguments(tmp_path / "run", "--train.tensorboard", "true"), capsys)
     assert "pip install 'laser-jax[tensorboard]'" in message
     assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,3 @@
-"""`python -m laser_jax.annotate`."""
-
 from laser_jax.annotate.run import main
 
 if __name__ == "__main__":

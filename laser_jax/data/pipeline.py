@@ -417,11 +417,3 @@ def tokenization_settings(prompts: PromptTokenizer) -> dict[str, Any]:
     fingerprint += [tokenizer.chat_template, tokenizer.bos_token, prompts.eos_id, prompts.pad_id]
     digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
     return {"prompt": as_dict(prompts.config), "tokenizer": digest}
-
-
-def padding_share(batch: Batch) -> float:
-    """Share of padding among the tokens of the documents and of the explicit inputs (the queries
-    where there are none)."""
-    parts = (batch.documents, batch.query if batch.explicit is None else batch.explicit)
-    real = sum(int(tokens.lengths_B.sum()) for tokens in parts)
-    return 1 - real / sum(tokens.size for tokens in parts)

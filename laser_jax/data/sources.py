@@ -46,8 +46,8 @@ class Source(ABC):
 
     path: Path
     """As given to `open_source`."""
-    files: Sequence[Path] = ()
-    """In the order in which they are read; none where the rows are in memory."""
+    files: Sequence[Path]
+    """In the order in which they are read."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -198,26 +198,6 @@ def rows_of_same_query(sources: Sequence[Source]) -> dict[int, np.ndarray]:
 
 
 # --- kinds of sources ------------------------------------------------------------------------
-
-
-class RowsSource(Source):
-    """Training rows that are in memory."""
-
-    def __init__(self, rows: Sequence[TrainingRow], path: str | Path = "rows"):
-        self.path = Path(path)
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def where(self, index: int) -> str:
-        return f"{self.path}: row {index + 1}"
-
-    def __getitem__(self, index: int) -> TrainingRow:
-        return self._rows[index]
-
-    def __reduce__(self) -> Any:
-        return RowsSource, (self._rows, self.path)
 
 
 class JsonlSource(Source):

@@ -1,5 +1,3 @@
-"""`python -m laser_jax.encode_corpus`."""
-
 from laser_jax.encode_corpus.run import main
 
 if __name__ == "__main__":

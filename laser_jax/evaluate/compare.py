@@ -29,7 +29,8 @@ from laser_jax.evaluate.results import (
 )
 from laser_jax.evaluate.retrieval import CONTROL, EXPLICIT, REWRITES, latent
 from laser_jax.evaluate.significance import holm, permutation_p_value
-from laser_jax.files.durable import write_atomically, write_json
+from laser_jax.files.claim import Claim
+from laser_jax.files.durable import json_text, write_atomically
 from laser_jax.files.reading import DataError
 from laser_jax.files.terminal import printable
 from laser_jax.settings import require
@@ -252,20 +253,19 @@ def _series(evaluated: Evaluated, metric: str) -> dict[str, list[LatencyPoint]]:
 
 def _write_report(evaluated: Evaluated, comparison: Comparison, output: Path) -> None:
     """Writes report.md, report.json and, where there are times, the plot."""
-    output.mkdir(parents=True, exist_ok=True)
     series = _series(evaluated, comparison.metric)
-    if series and can_draw():
-        plot_latency_quality(series, comparison.metric, output / PLOT_STEM)
+    with Claim(output, "report.json", lambda report: []) as claim:
+        if series and can_draw():
+            plot_latency_quality(series, comparison.metric, output / PLOT_STEM)
+        write_atomically(output / "report.md", format_comparison(comparison) + "\n")
+        claim.record(json_text(asdict(comparison)))
     untimed = [e.directory for e in evaluated.values() if not e.evaluation.milliseconds_per_query]
     if untimed:
         without = "not in the plot, as evaluated without --measure_time true"
         _log.warning("%s: %s", without, ", ".join(untimed))
-    write_atomically(output / "report.md", format_comparison(comparison) + "\n")
-    write_json(output / "report.json", asdict(comparison))
 
 
 def main(program: str, arguments: Sequence[str]) -> None:
-    """The command line: directories and options."""
     options = parse_command_line(CompareOptions, f"{program} DIR...", arguments, "directories")
     usage = f"{program} DIR... [options], where each DIR is one that python -m laser_jax.evaluate"
     require(bool(options.directories), f"no directories to compare: {usage} model wrote")

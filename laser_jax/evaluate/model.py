@@ -405,7 +405,6 @@ def domain_table(evaluations: Mapping[str, Evaluation]) -> str:
 
 
 def main(program: str, arguments: Sequence[str]) -> None:
-    """The command line."""
     options = parse_command_line(ModelOptions, program, arguments)
     evaluations = evaluate_model(options)
     one = evaluations.get("")

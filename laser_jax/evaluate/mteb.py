@@ -351,7 +351,6 @@ def score_table(scores: Mapping[str, Sequence[TaskScore]]) -> str:
 
 
 def main(program: str, arguments: Sequence[str]) -> None:
-    """The command line."""
     options = parse_command_line(MtebOptions, program, arguments)
     print(score_table(evaluate(options)))
     _log.info("written to %s", options.output)

@@ -41,19 +41,6 @@ def _drawn(stem: Path) -> Iterator[Any]:
         figure.savefig(part, format="svg", metadata={"Date": None})
 
 
-def _log_axis(axes: Any, values: Sequence[float]) -> None:
-    """Makes the horizontal axis logarithmic, with plain numbers: more of them within a decade
-    where the values span few."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    span = max(values) / min(values)
-    numbered = (1,) if span > 300 else (1, 2, 5) if span > 10 else range(1, 10)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=numbered))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
-
-
 def plot_quality_by_steps(
     curves: Mapping[str, Mapping[int, float]], levels: Mapping[str, float], metric: str, stem: Path
 ) -> None:
@@ -87,6 +74,8 @@ def plot_latency_quality(
 ) -> None:
     """Draws a metric against the time of a query to `stem`.svg. The points of a series are joined
     in the order given; a point alone is a square, which the legend names."""
+    from matplotlib.ticker import LogFormatter
+
     with _drawn(stem) as axes:
         for name, points in series.items():
             times, qualities = ([p.milliseconds for p in points], [p.quality for p in points])
@@ -97,7 +86,9 @@ def plot_latency_quality(
             for point, *place in zip(points, times, qualities, strict=True):
                 offset = {"textcoords": "offset points", "xytext": (4, 4)}
                 axes.annotate(point.label, place, fontsize=7, **offset)
-        _log_axis(axes, [point.milliseconds for points in series.values() for point in points])
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(LogFormatter())  # plain numbers, more where they span little
+        axes.xaxis.set_minor_formatter(LogFormatter())
         axes.set_xlabel("milliseconds a query")
         axes.set_ylabel(metric)
         axes.legend()

@@ -17,7 +17,6 @@ PURPOSES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
     program = program_of("evaluate")
     command, rest = chosen(program, PURPOSES, arguments)
     with ended_in_a_line():

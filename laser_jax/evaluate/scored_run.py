@@ -131,7 +131,6 @@ def _p_mrr(
 
 
 def main(program: str, arguments: Sequence[str]) -> None:
-    """The command line."""
     result = score_run(parse_command_line(RunOptions, program, arguments))
     for what, count in result["counts"].items():
         print(f"{what}: {count}")

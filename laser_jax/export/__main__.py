@@ -1,5 +1,3 @@
-"""`python -m laser_jax.export`."""
-
 from laser_jax.export.run import main
 
 if __name__ == "__main__":

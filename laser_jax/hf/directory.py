@@ -209,7 +209,7 @@ def typed(values: dict[str, Any], key: str, kind: str, file: Path) -> Any:
     if kind == "float" and type(value) is int:
         value = float(value)
     if type(value).__name__ != kind:
-        found = "is missing" if value is None else f"= {value!r} has the wrong type"
+        found = "is missing" if value is None else f"= {value!r:.80} has the wrong type"
         raise HFError(f"{file}: {key} {found}; {kind} wanted")
     return value
 

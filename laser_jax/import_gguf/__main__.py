@@ -1,5 +1,3 @@
-"""`python -m laser_jax.import_gguf`."""
-
 from laser_jax.import_gguf.run import main
 
 if __name__ == "__main__":

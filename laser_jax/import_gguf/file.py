@@ -20,7 +20,7 @@ import numpy as np
 
 from laser_jax.config import BackboneConfig, ConfigError, RopeScaling
 from laser_jax.files.terminal import extra
-from laser_jax.hf.directory import HFError, check_supported
+from laser_jax.hf.directory import HFError, check_supported, typed
 from laser_jax.hf.layout import param_slots
 from laser_jax.hf.reading import Stored, fitting
 from laser_jax.modeling.rope import inverse_frequencies
@@ -116,12 +116,9 @@ class GGUFFile(NamedTuple):
     def value(self, key: str, kind: type, default: Any = None) -> Any:
         """The metadata under `key`, a finite number where it is a float. Raises an HFError where it
         is missing and has no default, or is of another type."""
-        value = self.metadata.get(key, default)
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind or (kind is float and not math.isfinite(value)):
-            found = "is missing" if value is None else f"is {str(value)[:80]!r}"
-            raise HFError(f"{self.path}: the metadata key {key} {found}; {kind.__name__} wanted")
+        value = typed({key: self.metadata.get(key, default)}, key, kind.__name__, self.path)
+        if kind is float and not math.isfinite(value):
+            raise HFError(f"{self.path}: {key} = {value}, and it must be finite")
         return value
 
     def values(self, key: str, kind: type, default: Any = None) -> list[Any]:
@@ -129,7 +126,7 @@ class GGUFFile(NamedTuple):
         values = self.value(key, list, default)
         if values and type(values[0]) is not kind:
             found = f"is a list of {values[0]!r} and others; a list of {kind.__name__} wanted"
-            raise HFError(f"{self.path}: the metadata key {key} {found}")
+            raise HFError(f"{self.path}: {key} {found}")
         return values
 
 

@@ -6,16 +6,18 @@ The directory holds config.json, weights and tokenizer as transformers and laser
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import ml_dtypes
 
 from laser_jax.command_line import program
-from laser_jax.config import BackboneConfig, ConfigError, Dtype
+from laser_jax.config import BackboneConfig, Dtype
 from laser_jax.data.tokenization import special_token_ids
 from laser_jax.data.tokenizer_files import save_tokenizer
+from laser_jax.files.claim import Claim, OutputError
+from laser_jax.files.durable import folder_written_whole
+from laser_jax.hf.directory import CONFIG_FILE
 from laser_jax.hf.writing import save_weights
 from laser_jax.import_gguf.file import (
     PACKAGED,
@@ -46,26 +48,24 @@ def import_gguf(options: ImportOptions) -> tuple[BackboneConfig, dict[str, int |
 
     Raises:
         FileNotFoundError, ImportError: the file, or a package, is not there.
-        ConfigError: the output directory holds something.
+        OutputError: the output directory holds something, or another process writes there.
         HFError, TokenizationError: the file cannot become a backbone; names what is wrong.
         OSError: the directory cannot be written.
     """
-    output = Path(options.output).resolve()
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise ConfigError(f"{output} is there already; name a directory that is new or empty")
-    is_packaged = options.file in PACKAGED and not Path(options.file).is_file()
-    file = open_gguf(packaged_file(options.file) if is_packaged else options.file)
-    backbone = read_gguf_config(file)
-    tokenizer = read_gguf_tokenizer(file)
-    tokens = special_token_ids(tokenizer)
-    weights = gguf_weights(file, backbone)
-    dtype = getattr(ml_dtypes, options.store_dtype, options.store_dtype)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as stage:
-        made = Path(stage) / output.name
-        save_weights(made, backbone, weights, dtype, tokens)
-        save_tokenizer(tokenizer, made)
-        made.replace(output)
+    output = Path(options.output)
+    with Claim(output, CONFIG_FILE, lambda config: [], alone=True) as claim:
+        if claim.recorded is not None:
+            raise OutputError(f"{output} holds a model; name a directory that is new or empty")
+        is_packaged = options.file in PACKAGED and not Path(options.file).is_file()
+        file = open_gguf(packaged_file(options.file) if is_packaged else options.file)
+        backbone = read_gguf_config(file)
+        tokenizer = read_gguf_tokenizer(file)
+        tokens = special_token_ids(tokenizer)
+        weights = gguf_weights(file, backbone)
+        dtype = getattr(ml_dtypes, options.store_dtype, options.store_dtype)
+        with folder_written_whole(output, last=CONFIG_FILE) as made:
+            save_weights(made, backbone, weights, dtype, tokens)
+            save_tokenizer(tokenizer, made)
     return backbone, tokens
 
 

@@ -130,12 +130,6 @@ class LatentEncoder:
         other.variables = self._placed(variables)
         return other
 
-    def without_variables(self) -> LatentEncoder:
-        """The compiled programs alone, to be kept while `with_variables` is not needed."""
-        other = copy.copy(self)
-        other.variables = {}
-        return other
-
     def with_shapes(self, **changes: Any) -> LatentEncoder:
         """The same encoder with other fields of `buckets`, which is another set of shapes."""
         other = copy.copy(self)

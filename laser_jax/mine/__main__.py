@@ -1,5 +1,3 @@
-"""`python -m laser_jax.mine`."""
-
 from laser_jax.mine.run import main
 
 if __name__ == "__main__":

@@ -1,5 +1,3 @@
-"""`python -m laser_jax.prepare`."""
-
 from laser_jax.prepare.run import main
 
 if __name__ == "__main__":

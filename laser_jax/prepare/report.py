@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from laser_jax.config import Config, DataConfig, ModelConfig, PromptConfig, TrainConfig
-from laser_jax.data.pipeline import padding_share, settled_reasoning, training_batches
+from laser_jax.config import PromptConfig
+from laser_jax.data.pipeline import settled_reasoning
 from laser_jax.data.reasoning_retrieval import example_of
 from laser_jax.data.schema import TrainingRow, same_text
-from laser_jax.data.sources import Source
 from laser_jax.data.tokenization import PromptTokenizer
 
 _SHOWN = 10
 """Rejected rows that the report names."""
-LENGTH_MULTIPLES, BUCKET_WINDOWS = (32, 128), (1, 8, 32)
-_MOST_BATCHES = 256
-"""That are drawn for each pair of settings of padding; one epoch is enough."""
 
 
 @dataclass
@@ -135,36 +129,6 @@ def _repeated(hashes: Sequence[list[int]]) -> int:
     return len(joined) - len(np.unique(joined))
 
 
-def measure_padding(source: Source, prompts: PromptTokenizer, batch_size: int) -> dict[str, Any]:
-    """The share of padding in batches of so many rows, for every length multiple and bucket window.
-    A query has a negative beside its positive passage, where every row has one."""
-    group_size = 2 if source.facts.row_without_negatives is None else 1
-    plain = Config(
-        ModelConfig(path="unread"),
-        DataConfig(train=str(source.path), group_size=group_size, selection="random"),
-        prompt=prompts.config,
-        train=TrainConfig(batch_size=batch_size),
-    )
-    number = min(_MOST_BATCHES, math.ceil(len(source) / batch_size))
-    shares = []
-    ways = [(*way, False) for way in itertools.product(LENGTH_MULTIPLES, BUCKET_WINDOWS)]
-    for way in [*ways, (max(LENGTH_MULTIPLES), 1, True)]:
-        varied = dict(zip(("length_multiple", "bucket_window", "pack"), way, strict=True))
-        config = replace(plain, data=replace(plain.data, **varied))
-        padding, tokens, shapes = 0.0, 0, set()
-        for batch in itertools.islice(training_batches([source], prompts, config), number):
-            assert batch.explicit is not None
-            read = (batch.documents, batch.explicit)
-            size = sum(part.size for part in read)
-            padding += padding_share(batch) * size
-            tokens += size
-            shapes.add(tuple((part.ids_BT.shape, part.packed) for part in read))
-        share = round(padding / tokens, 4)
-        found = {"batches": number, "padding_share": share, "shapes": len(shapes)}
-        shares.append(varied | found)
-    return {"batch_size": batch_size, "group_size": group_size, "shares": shares}
-
-
 def format_report(report: dict[str, Any]) -> str:
     """The report as the text that the program prints."""
     rejected = report["rejected"]
@@ -187,15 +151,4 @@ def format_report(report: dict[str, Any]) -> str:
         f"duplicates: {duplicates['queries']:,} queries, {duplicates['rows']:,} rows, "
         f"{duplicates['positives_among_own_negatives']:,} positives among their own negatives"
     )
-    if "batch_size" in (padding := report.get("padding", {})):  # older reports have other keys
-        lines.append(
-            f"padding of {padding['batch_size']} queries a batch, {padding['group_size']} "
-            "passages a query:"
-        )
-        lines += [
-            f"  {'data.pack, ' if share.get('pack') else ''}"
-            "data.length_multiple {length_multiple}, data.bucket_window {bucket_window}: "
-            "{padding_share:.1%} ({batches} batches of {shapes} shapes)".format(**share)
-            for share in padding["shares"]
-        ]
     return "\n".join(lines)

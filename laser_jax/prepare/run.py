@@ -33,14 +33,14 @@ from laser_jax.data.reasoning_retrieval import (
     write_shard,
 )
 from laser_jax.data.schema import DataError
-from laser_jax.data.sources import PREPARED_FILE, changed_shards, open_source, open_unchecked
+from laser_jax.data.sources import PREPARED_FILE, changed_shards, open_unchecked
 from laser_jax.data.tokenization import PromptTokenizer, TokenizationError, load_tokenizer
 from laser_jax.files.claim import WORK_FOLDER, Claim, sweep
 from laser_jax.files.durable import checksum_of, json_text, read_state, write_json, written_whole
 from laser_jax.files.reading import read_yaml
 from laser_jax.files.terminal import printable
-from laser_jax.prepare.report import ShardStats, format_report, measure_padding, report_of, stats_of
-from laser_jax.settings import Change, changes, require, require_in
+from laser_jax.prepare.report import ShardStats, format_report, report_of, stats_of
+from laser_jax.settings import Change, changes, require_in
 
 _log = logging.getLogger(__name__)
 
@@ -66,13 +66,9 @@ class PrepareConfig:
     """A row that is no training row: `stop` before anything is written, or leave it out."""
     workers: int = 0
     """Processes that write shards; 0 writes them in this one."""
-    padding: int | None = None
-    """Queries of a training batch: the report then has the share of padding in such batches."""
 
     def __post_init__(self) -> None:
-        counted = self.padding is None or self.tokenizer is not None
-        require(counted, "padding counts on tokens: give the directory of a --tokenizer")
-        require_in("[1, inf)", self, "", "shards", "padding")
+        require_in("[1, inf)", self, "", "shards")
         require_in("[0, inf)", self, "", "workers")
 
     def prompt(self) -> PromptConfig:
@@ -186,15 +182,9 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         known, finished = claim.recorded or {}, None
         if not changed_shards(preparation.shards, known.get("checksums", {})):
             finished = read_state(output / REPORT_FILE, dict)
-        report = finished or _prepare(preparation, made, claim)
-        prompts, padding = preparation.prompts, report.get("padding", {})
-        if config.padding and prompts and padding.get("batch_size") != config.padding:
-            source = open_source(output)
-            report["padding"] = measure_padding(source, prompts, config.padding)
-            write_json(output / REPORT_FILE, report)
-        elif finished:
+        if finished:
             _log.info("%s is prepared already: nothing to do", config.output)
-    return report
+        return finished or _prepare(preparation, made, claim)
 
 
 def _prepare(preparation: Preparation, made: dict[str, Any], claim: Claim) -> dict[str, Any]:

@@ -1,5 +1,3 @@
-"""`python -m laser_jax.pretrain`."""
-
 from laser_jax.pretrain.run import main
 
 if __name__ == "__main__":

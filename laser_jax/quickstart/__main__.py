@@ -1,5 +1,3 @@
-"""`python -m laser_jax.quickstart`."""
-
 from laser_jax.quickstart.run import main
 
 if __name__ == "__main__":

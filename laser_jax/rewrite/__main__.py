@@ -1,5 +1,3 @@
-"""`python -m laser_jax.rewrite`."""
-
 from laser_jax.rewrite.run import main
 
 if __name__ == "__main__":

@@ -1,5 +1,3 @@
-"""`python -m laser_jax.search`."""
-
 from laser_jax.search.run import main
 
 if __name__ == "__main__":

@@ -1,13 +1,8 @@
-"""`python -m laser_jax.serve`."""
+from laser_jax.command_line import ended_in_a_line
+from laser_jax.files.terminal import extra
 
-from laser_jax.files.terminal import fail
-
-try:
+with ended_in_a_line(), extra("serve", "the server"):
     from laser_jax.serve.run import main
-except ModuleNotFoundError as error:
-    if error.name not in ("starlette", "uvicorn", "prometheus_client", "orjson"):
-        raise
-    fail(f'{error}: the server wants the extra of that name: pip install "laser-jax[serve]"')
 
 if __name__ == "__main__":
     main()

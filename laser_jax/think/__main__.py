@@ -1,5 +1,3 @@
-"""`python -m laser_jax.think`."""
-
 from laser_jax.think.run import main
 
 if __name__ == "__main__":

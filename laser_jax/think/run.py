@@ -7,14 +7,15 @@ terminal, or as a page (`--html FILE`). `laser_jax.serve` has the page with a fo
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from laser_jax.command_line import program
-from laser_jax.config import ConfigError
 from laser_jax.evaluate.beir import BeirDataset
-from laser_jax.files.durable import write_atomically
-from laser_jax.files.reading import DataError, read_object, require_unicode
+from laser_jax.files.durable import read_state, write_atomically
+from laser_jax.files.reading import require_unicode
 from laser_jax.files.terminal import printable
 from laser_jax.settings import require_in
 from laser_jax.think.page import render_page
@@ -53,12 +54,10 @@ class ThinkOptions:
 
 def find_corpus(options: ThinkOptions) -> tuple[BeirDataset | None, str]:
     """The corpus - of the option, or `data.eval` of the training run beside the model - and a
-    sentence about it, or about why there is none. Raises as `load_corpus`, and a ConfigError where
-    the run's config.json is not what laser_jax.train writes."""
+    sentence about it, or about why there is none. Raises as `load_corpus`."""
     directory, missing = options.corpus, "No corpus; --corpus DIR shows how its ranking moves."
-    run = Path(options.model).parent / "config.json"
-    if directory is None and Path(options.model).is_dir() and run.is_file():
-        directory = _evaluation_set(run)
+    if directory is None and Path(options.model).is_dir():
+        directory = read_state(Path(options.model).parent / "config.json", _evaluation_set)
         if directory and not Path(directory).is_dir():
             missing = f"No corpus: the run's own, {directory}, is not there; --corpus names one."
             directory = None
@@ -69,21 +68,10 @@ def find_corpus(options: ThinkOptions) -> tuple[BeirDataset | None, str]:
     return corpus, "; ".join(about) + "."
 
 
-def _evaluation_set(run: Path) -> str | None:
-    """`data.eval` in the config.json of a run; None where it has none."""
-    mend = "mend it, or name the corpus with --corpus DIR, then it is not read"
-    try:
-        config = read_object(run)
-    except DataError as error:
-        raise ConfigError(f"{error}; {mend}") from error
-    data = config.get("data", {})
-    directory = data.get("eval") if isinstance(data, dict) else data
-    if not isinstance(data, dict) or not isinstance(directory, str | None):
-        raise ConfigError(
-            f'{run}: expected {{"data": {{"eval": "DIR"}}}} as laser_jax.train writes it, got '
-            f"{str(config)[:80]}; {mend}"
-        )
-    return directory
+def _evaluation_set(config: dict[str, Any]) -> str | None:
+    """`data.eval` of a run; None where it has none."""
+    directory = config["data"]["eval"] if "data" in config else None
+    return None if directory is None else os.fspath(directory)
 
 
 def describe(thought: Thought) -> str:

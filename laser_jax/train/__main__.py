@@ -1,5 +1,3 @@
-"""`python -m laser_jax.train`."""
-
 from laser_jax.train.before_imports import leave_on_signals
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ class Expected:
     """How many batches have which widths; without rows to look at, one of the widest possible."""
     tokens: float  # of a step, on average
     token_pairs: float
+    padding_share: float
     source: str  # where this is known from
 
     @property
@@ -114,6 +115,7 @@ def _described(
         "attention": layout.attention,
         "buckets": expected.counts,
         "tokens_per_step": round(expected.tokens),
+        "padding_share": expected.padding_share,
         "flops_per_step": flops,
         "state_bytes": device_state_bytes(layout.abstract),
     }
@@ -124,6 +126,7 @@ def _described(
     for widths, count in islice(expected.counts.items(), 12):
         print(f"              {count} x {widths}")
     print(f"tokens      {expected.tokens:,.0f} a step without padding, {expected.source}")
+    print(f"padding     {expected.padding_share:.1%} of the places in its arrays")
     if flops is not None:
         print(f"FLOPs       {flops:.3e} a step by formula (docs/scale.md)", end="")
         print(f", {flops / peak / len(devices):.2f} s at the devices' peak" if peak else "")
@@ -209,7 +212,7 @@ def _expected(config: Config) -> tuple[Expected, int | None]:
 
 def _counted(config: Config, batches: Sequence[Batch], source: str) -> Expected:
     buckets: Counter[Widths] = Counter()
-    tokens = pairs = 0.0
+    tokens = pairs = padding = 0.0
     objective = replace(config.objective, views=config.views)
     for batch in batches:
         parts = filter(None, (batch.query, batch.documents, batch.explicit))
@@ -217,7 +220,8 @@ def _counted(config: Config, batches: Sequence[Batch], source: str) -> Expected:
         found = reading(batch, objective)
         tokens += float(found["tokens"]) / len(batches)
         pairs += float(found["token_pairs"]) / len(batches)
-    return Expected(buckets, tokens, pairs, source)
+        padding += float(found["padding_share"]) / len(batches)
+    return Expected(buckets, tokens, pairs, padding, source)
 
 
 def _full_batch(config: Config, widths: Widths) -> Batch:

@@ -106,7 +106,7 @@ def _rank_test(run: Run, state: TrainState) -> dict[str, dict[str, float]]:
     test, data, Ks = run.inputs.test, run.config.data, run.config.train.eval_thinking_steps
     if test is None:
         return {}
-    encoder = run.encoder.of(state.variables)
+    encoder = run.encoder(state.variables)
     runs = retrieval_runs(encoder, run.inputs.prompts, test, Ks, progress=is_first())
     scores = score_runs(runs, test)
     if is_first():

@@ -186,7 +186,7 @@ def _rank_dev(run: Run, state: TrainState, stop: StopSignal) -> float:
     assert run.inputs.dev is not None
     began, step = time.monotonic(), int(state.step)
     with stop.interrupting():
-        scores = score_dev(run.encoder.of(state.variables), run.inputs.prompts, run.inputs.dev)
+        scores = score_dev(run.encoder(state.variables), run.inputs.prompts, run.inputs.dev)
     run.evaluations.write({"step": step} | scores)
     shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
     with tqdm.external_write_mode():

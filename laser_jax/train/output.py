@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import secrets
 import subprocess
@@ -17,9 +16,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from laser_jax.config import Config, ConfigError, TrainConfig, as_dict
+from laser_jax.config import Config, TrainConfig, as_dict
 from laser_jax.files.claim import Claim, OutputError
 from laser_jax.files.durable import json_text, read_state, read_state_lines, write_atomically
+from laser_jax.files.terminal import extra
 from laser_jax.settings import changes
 
 # What a resumed run may change. The rest decides on what is trained or on which model is exported.
@@ -124,13 +124,14 @@ Board = Callable[[str, dict[str, Any]], None]
 
 
 def require_boards(config: TrainConfig) -> None:
-    """Raises a ConfigError where a package that draws the metrics is not installed."""
-    for wanted, package, extra in (
-        (config.tensorboard, "tensorboardX", "tensorboard"),
-        (config.wandb, "wandb", "wandb"),
-    ):
-        if wanted and importlib.util.find_spec(package) is None:
-            raise ConfigError(f"train.{extra} wants {package}: pip install 'laser-jax[{extra}]'")
+    """Raises an ImportError, which names the extra, where a package that draws the metrics is not
+    installed."""
+    with extra("tensorboard", "train.tensorboard"):
+        if config.tensorboard:
+            import tensorboardX  # noqa: F401
+    with extra("wandb", "train.wandb"):
+        if config.wandb:
+            import wandb  # noqa: F401  # pyright: ignore[reportMissingImports]
 
 
 def open_boards(config: Config, start: int, stack: ExitStack) -> list[Board]:

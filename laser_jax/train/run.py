@@ -65,7 +65,6 @@ def train(config: Config) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
     with ended_in_a_line():
         config, invocation = parse_train_command(arguments)
         if invocation.dry_run:

@@ -24,27 +24,19 @@ BATCH_SIZE = 64
 """Rows at most; long ones come in smaller batches, by their tokens."""
 
 
-class TrainedEncoder:
-    """The model as it is being trained, as an encoder. Its programs are kept, so that nothing is
-    compiled again, and its weights are not: on one device they are a copy."""
-
-    def __init__(self, config: Config, retriever: RetrieverConfig, mesh: Mesh):
-        self._config, self._retriever, self._mesh = config, retriever, mesh
-        self._programs: LatentEncoder | None = None
-
-    def of(self, variables: Variables) -> LatentEncoder:
-        if self._programs is not None:
-            return self._programs.with_variables(variables)
-        encoder = LatentEncoder(
-            variables,
-            self._retriever,
-            batch_size=BATCH_SIZE,
-            length_multiple=self._config.data.length_multiple,
-            # one device alone runs faster over separate layers, which the encoder then makes
-            mesh=self._mesh if self._mesh.size > 1 else None,
-        )
-        self._programs = encoder.without_variables()
-        return encoder
+def trained_encoder(
+    config: Config, retriever: RetrieverConfig, mesh: Mesh, variables: Variables
+) -> LatentEncoder:
+    """The model as it is being trained, as an encoder. One is made for every ranking, since on a
+    single device its weights are a copy; the programs of the first serve all of them."""
+    return LatentEncoder(
+        variables,
+        retriever,
+        batch_size=BATCH_SIZE,
+        length_multiple=config.data.length_multiple,
+        # one device alone runs faster over separate layers, which the encoder then makes
+        mesh=mesh if mesh.size > 1 else None,
+    )
 
 
 def is_evaluated(step: int, steps: int, train: TrainConfig) -> bool:

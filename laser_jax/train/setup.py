@@ -24,6 +24,7 @@ from laser_jax.evaluate.beir import BeirDataset, read_beir
 from laser_jax.evaluate.retrieval import require_instructions
 from laser_jax.files.claim import Claim
 from laser_jax.hf.reading import load_sharded_params
+from laser_jax.inference.batch_encoder import LatentEncoder
 from laser_jax.modeling.backbone import Variables
 from laser_jax.settings import changes, listed
 from laser_jax.step import TrainState
@@ -46,7 +47,7 @@ from laser_jax.train.output import (
     require_boards,
 )
 from laser_jax.train.processes import is_first, local_rows
-from laser_jax.train.selection import TrainedEncoder, fingerprint_of
+from laser_jax.train.selection import fingerprint_of, trained_encoder
 from laser_jax.train.state import init_state
 
 _log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ class Run:
     origin: dict[str, Any]  # in every checkpoint: config, code and fingerprints
     log: StepLog
     evaluations: StepLog
-    encoder: TrainedEncoder
+    encoder: Callable[[Variables], LatentEncoder]
     batches_from: Callable[[int], Iterable[Batch]]  # this process's rows of those after a step
 
 
@@ -130,6 +131,7 @@ def set_up(config: Config, stack: ExitStack) -> tuple[Run, TrainState]:
         f"{layout.platform} device(s), mesh {describe_mesh(layout.mesh)}"
     )
     stack.enter_context(jax.set_mesh(layout.mesh))
+    adapted = replace(layout.retriever, lora=config.lora)
     run = Run(
         config=config,
         output=claim.directory,
@@ -142,7 +144,7 @@ def set_up(config: Config, stack: ExitStack) -> tuple[Run, TrainState]:
         origin=origin,
         log=log,
         evaluations=evaluations,
-        encoder=TrainedEncoder(config, replace(layout.retriever, lora=config.lora), layout.mesh),
+        encoder=partial(trained_encoder, config, adapted, layout.mesh),
         batches_from=batches_from,
     )
     return run, state
