@@ -37,10 +37,11 @@ from laser_jax.evaluate.beir import read_beir
 from laser_jax.evaluate.model import ModelOptions, evaluate_model
 from laser_jax.evaluate.results import RESULTS_FILE
 from laser_jax.files.durable import write_atomically
+from laser_jax.files.reading import read_yaml
 from laser_jax.inference.batch_encoder import LatentEncoder
 from laser_jax.pretrain.run import PretrainConfig, pretrain
 from laser_jax.quickstart.world import SEPARATOR, World, WorldConfig, build_world, write_world
-from laser_jax.settings import changes, listed
+from laser_jax.settings import changes, from_dict, listed
 from laser_jax.train.loop import TrainingError
 from laser_jax.train.run import train
 
@@ -120,7 +121,8 @@ class Seed:
     number: int
     folder: Path
     quick: bool = False
-    """A tiny world and model, in seconds."""
+    """A tiny model, in seconds."""
+    config: WorldConfig = WORLD
 
     @property
     def data(self) -> Path:
@@ -135,7 +137,7 @@ class Seed:
     @property
     def world(self) -> World:
         """The generated world; equal for equal seeds."""
-        return build_world(replace(TINY_WORLD if self.quick else WORLD, seed=self.number))
+        return build_world(replace(self.config, seed=self.number))
 
     def finished(self, row: str, split: str) -> bool:
         """Whether the row is trained and evaluated."""
@@ -144,10 +146,6 @@ class Seed:
 
 
 # --- training --------------------------------------------------------------------------------
-
-
-def _announce(module: str, arguments: Sequence[str]) -> None:
-    print(f"\n$ python -m {module} {shlex.join(arguments)}", flush=True)
 
 
 def make_backbone(seed: Seed) -> None:
@@ -159,7 +157,7 @@ def make_backbone(seed: Seed) -> None:
         *("--texts", str(seed.data / "lm.jsonl"), "--eval", str(seed.data), "--eval_split", "dev"),
         *("--output", str(seed.backbone), "--seed", str(seed.number)),
     ]
-    _announce("laser_jax.pretrain", arguments)
+    print(f"\n$ python -m laser_jax.pretrain {shlex.join(arguments)}", flush=True)
     pretrain(parse_command_line(PretrainConfig, "python -m laser_jax.pretrain", arguments))
 
 
@@ -190,7 +188,7 @@ def train_once(arguments: Sequence[str]) -> None:
                 "Choose another --work, or delete that directory"
             )
         return
-    _announce("laser_jax.train", arguments)
+    print(f"\n$ python -m laser_jax.train {shlex.join(arguments)}", flush=True)
     train(config)
     jax.clear_caches()  # no later row has the same programs
 
@@ -265,6 +263,7 @@ def probe(seed: Seed, row: str, split: str) -> dict[str, Any] | None:
     place_QH = np.array([walks[query] for query in asked])
     document_of = {document.id: c for c, document in enumerate(dataset.documents)}
     order = np.array([document_of[id_] for id_, _ in world.documents])
+    place_C = np.argsort(order) % len(world.places)
     rows = [prompts.query(q.text, q.instruction or "") for q in dataset.queries.values()]
     documents = [prompts.document(document.text) for document in dataset.documents]
     found = {}
@@ -274,7 +273,7 @@ def probe(seed: Seed, row: str, split: str) -> dict[str, Any] | None:
         vectors_CD = encoder.encode_tokens(documents, [config.documents_at])[0]
         read = read_trajectories(variables, config, rows, vectors_CD)
         found[name] = {
-            "documents": shares(read.first_QK, order[place_QH]).tolist(),
+            "documents": shares(place_C[read.first_QK], place_QH).tolist(),
             "tokens": shares(read.tokens_QKn[..., 0], np.array(names)[place_QH]).tolist(),
             "entropy": read.entropy_QK.mean(axis=0, dtype=np.float64).tolist(),
         }
@@ -301,8 +300,12 @@ def fill(options: argparse.Namespace, report: Report) -> None:
             asked.add("explicit")
         rows = [row for row in ROWS if row in asked]  # a teacher before its pupil
         numbers = range(options.first_seed, options.first_seed + options.seeds)
-        folder = options.work / ("quick" if options.quick else "default")
-        seeds = [Seed(number, folder / f"seed-{number}", options.quick) for number in numbers]
+        name, world = "quick" if options.quick else "default", WORLD
+        if options.world is not None:
+            name = options.world.stem
+            world = from_dict(WorldConfig, read_yaml(options.world), source=str(options.world))
+        given = (options.quick, TINY_WORLD if options.quick else world)
+        seeds = [Seed(n, options.work / name / f"seed-{n}", *given) for n in numbers]
         if not options.finished_only:
             with contextlib.redirect_stdout(sys.stderr):  # stdout is for the tables
                 run_missing(seeds, rows, options.split)
@@ -321,7 +324,7 @@ def fill(options: argparse.Namespace, report: Report) -> None:
         if (file := seed.backbone / "pretrain.json").is_file():
             written[seed.number] = json.loads(file.read_text()).get("exact_match")
     report.settings |= {
-        "world": as_dict(TINY_WORLD if options.quick else WORLD),
+        "world": as_dict(seeds[0].config),
         "exact_match": written,
         "not_run": {
             row: missing
@@ -336,6 +339,7 @@ def fill(options: argparse.Namespace, report: Report) -> None:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     measure.add_numbers(parser, {"seeds": (3, "how many"), "first_seed": (1, "the first")})
+    parser.add_argument("--world", type=Path, help="YAML of WorldConfig; default: the quickstart's")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), help="default: all of the world")
     parser.add_argument("--split", choices=("dev", "test"), default="test", help="default test")
     parser.add_argument("--work", type=Path, default=Path("runs/ablation"), help="holds the runs")
@@ -344,7 +348,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command line."""
     report = PROGRAM.main(arguments)
     for title, table in ablation_table.further_tables(report.rows).items():
         print(f"\n{title}:\n\n{table}")

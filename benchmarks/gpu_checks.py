@@ -245,7 +245,6 @@ COLUMNS = {
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command line."""
     report = PROGRAM.main(arguments)
     sys.exit(0 if all(r["passed"] for r in report.rows) else 1)
 

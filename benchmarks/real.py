@@ -395,7 +395,6 @@ PROGRAM = measure.Program("real", __doc__, fill, COLUMNS, add_flags, repeats=Non
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command line."""
     cells = [
         [row["title"], str(k), *(f"{100 * step[kind]:.1f} %" for kind in thoughts.KINDS)]
         for row in PROGRAM.main(arguments).rows

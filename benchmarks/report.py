@@ -303,7 +303,6 @@ def shown(result: Result) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command line."""
     parser = measure.empty_parser("report", __doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"default {RESULTS}")
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default {OUTPUT}")

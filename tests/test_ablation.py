@@ -278,7 +278,7 @@ def test_two_places_with_one_first_token_are_refused(
     report: dict[str, Any], work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ablation, "_name_token", lambda prompts, name: 7)
-    seed = Seed(1, work / "quick" / "seed-1", quick=True)
+    seed = Seed(1, work / "quick" / "seed-1", True, ablation.TINY_WORLD)
     with pytest.raises(BenchmarkError, match="two places begin with the same token"):
         probe(seed, "laser", "test")
 
@@ -286,8 +286,8 @@ def test_two_places_with_one_first_token_are_refused(
 def test_a_walk_of_another_world_is_refused(
     report: dict[str, Any], work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seed = Seed(1, work / "quick" / "seed-1", quick=True)
-    other = Seed(2, seed.folder, quick=True).world
+    seed = Seed(1, work / "quick" / "seed-1", True, ablation.TINY_WORLD)
+    other = Seed(2, seed.folder, True, ablation.TINY_WORLD).world
     monkeypatch.setattr(ablation, "build_world", lambda config: other)
     with pytest.raises(BenchmarkError, match="holds the world of another version"):
         probe(seed, "laser", "test")

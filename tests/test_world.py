@@ -6,6 +6,7 @@ import collections
 import itertools
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from laser_jax.quickstart.world import (
 
 QUERY = re.compile(r"From (\w+), take (.+)\.")
 TINY = WorldConfig(num_places=8, num_relations=3, num_dev_queries=10, num_test_queries=20)
+HARD = replace(TINY, num_lm_walks=6, num_train_queries=12, documents_per_place=3)
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +146,26 @@ def test_all_shorter_walks_and_all_train_walks_are_lm_reasonings(world: World) -
     assert {(row.query, row.reasoning_query) for row in world.train} < written
 
 
+def test_a_hard_world_spells_few_walks_out_and_labels_few_with_one_of_several_documents() -> None:
+    world, easy = build_world(HARD), build_world(TINY)
+    assert len(world.train) == HARD.num_train_queries < len(easy.train)
+    assert world.train_walks == easy.train_walks[: len(world.train)]
+    unread = set(easy.lm_walks) - set(world.lm_walks)
+    assert (len(world.lm_walks), unread) == (len(world.lm), set(easy.train_walks[:-6]))
+    assert (world.dev_walks, world.documents[:8]) == (easy.dev_walks, easy.documents)
+    assert len(world.documents) == len({id_ for id_, _ in world.documents}) == 24
+    labels = collections.Counter()
+    for row, walk in zip(world.train, world.train_walks, strict=True):
+        texts = [text for _, text in world.described(walk.answer)]
+        assert all(names_in(text) == {world.places[walk.answer]} for text in texts)
+        assert not set(texts) & set(row.negative_passages)
+        labels[texts.index(*row.positive_passages)] += 1
+    assert set(labels) == {0, 1, 2}
+    for query in (*world.dev, *world.test):
+        name = world.places[query.walk.answer].lower()
+        assert query.gold == (name, f"{name}-2", f"{name}-3")
+
+
 # --- what the texts say ----------------------------------------------------------------------
 
 
@@ -151,7 +173,7 @@ def test_the_gold_document_follows_from_the_roads(world: World) -> None:
     text_of = dict(world.documents)
     for query in (*world.dev, *world.test):
         *bridges, answer = walk_by_table(world, query.text)
-        assert query.gold == answer.lower()
+        assert query.gold == (answer.lower(),)
         assert [world.places[place] for place in query.walk.places[1:]] == [*bridges, answer]
     for row in world.train:
         answer = walk_by_table(world, row.query)[-1]
@@ -251,8 +273,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_files_are_beir_and_laser_rows(tmp_path: Path) -> None:
-    world = build_world(TINY)
+@pytest.mark.parametrize("config", [TINY, HARD], ids=["as it was", "hard"])
+def test_files_are_beir_and_laser_rows(tmp_path: Path, config: WorldConfig) -> None:
+    world = build_world(config)
     write_world(world, tmp_path / "world")
     corpus = read_jsonl(tmp_path / "world/corpus.jsonl")
     assert [(row["_id"], row["text"]) for row in corpus] == list(world.documents)
@@ -263,7 +286,8 @@ def test_files_are_beir_and_laser_rows(tmp_path: Path) -> None:
     for split, expected in (("dev", world.dev), ("test", world.test)):
         header, *lines = (tmp_path / f"world/qrels/{split}.tsv").read_text().splitlines()
         assert header == "query-id\tcorpus-id\tscore"
-        assert [line.split("\t") for line in lines] == [[q.query_id, q.gold, "1"] for q in expected]
+        labels = [[q.query_id, id_, "1"] for q in expected for id_ in q.gold]
+        assert [line.split("\t") for line in lines] == labels
         for query in expected:
             assert queries[query.query_id] == {
                 "_id": query.query_id,
@@ -290,7 +314,8 @@ def test_files_are_beir_and_laser_rows(tmp_path: Path) -> None:
     ]
     assert [row for row in lm if "document" in row] == [
         {"document": text, "reasoning": f" {name}.{SEPARATOR}"}
-        for name, (_, text) in zip(world.places, world.documents, strict=True)
+        for place, name in enumerate(world.places)
+        for _, text in world.described(place)
     ]
     assert all(len({"text", "query", "document"} & set(row)) == 1 for row in lm)
 

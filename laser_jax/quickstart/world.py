@@ -67,7 +67,8 @@ _SIGHTS = (
     *("wind mills", "great library"),
 )
 # Each kind of choice draws from a stream of its own: a change of one leaves the others as they are.
-_NAME_STREAM, _ROAD_STREAM, _DESCRIPTION_STREAM, _SPLIT_STREAM, _NEGATIVE_STREAM = range(5)
+_NAME_STREAM, _ROAD_STREAM, _DESCRIPTION_STREAM = range(3)
+_SPLIT_STREAM, _NEGATIVE_STREAM, _LABEL_STREAM = range(3, 6)
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,19 @@ class WorldConfig:
     num_negatives: int = 6
     """Hard negatives of a training query: start and bridges, then places one wrong hop away. Fewer
     where a small world has no more of them."""
+    num_lm_walks: int | None = None
+    """How many of training's walks the language model reads the reasoning of, beside all shorter
+    ones: the last. None: all."""
+    num_train_queries: int | None = None
+    """How many of training's walks are labelled for the retriever: the first. None: all."""
+    documents_per_place: int = 1
+    """Descriptions of each place. All of them answer; a training query is labelled with one."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         require_in("[1, inf)", self, "world.", "hops", "num_dev_queries", "num_test_queries")
-        require_in("[0, inf)", self, "world.", "seed")
+        require_in("[1, inf)", self, "world.", "num_train_queries", "documents_per_place")
+        require_in("[0, inf)", self, "world.", "seed", "num_lm_walks")
         require_in("(0, 1)", self, "world.", "train_share")
         require_in(f"[2, {len(RELATION_NAMES)}]", self, "world.", "num_relations")
         # a walk visits no place twice, and no two relations agree
@@ -114,12 +123,12 @@ class Walk:
 
 @dataclass(frozen=True)
 class Query:
-    """A question, its chain of thought and the id of the document that answers it."""
+    """A question, its chain of thought and the ids of the documents that answer it."""
 
     query_id: str
     text: str
     reasoning: str
-    gold: str
+    gold: tuple[str, ...]
     walk: Walk
 
 
@@ -133,13 +142,14 @@ class World:
     successors_RP: NDArray[np.int64]
     """`[R, P]`, read-only: relation r leads from place p to place `successors_RP[r, p]`."""
     documents: tuple[tuple[str, str], ...]
-    """(id, text) of each place, in the order of `places`; the id is the lower-case name."""
+    """(id, text): a description of each place, in the order of `places`; then another of each, and
+    so on. The first one's id is the lower-case name."""
     train_walks: tuple[Walk, ...]
     """Those of length `hops` that training may spell out."""
     dev_walks: tuple[Walk, ...]
     test_walks: tuple[Walk, ...]
     lm_walks: tuple[Walk, ...]
-    """All walks shorter than `hops`, then those of training."""
+    """All walks shorter than `hops`, then those of training that it may read."""
 
     @functools.cached_property
     def train(self) -> tuple[TrainingRow, ...]:
@@ -148,8 +158,10 @@ class World:
         rows = []
         for walk in self.train_walks:
             wrong = hard_negatives(walk, self.successors_RP, number, seed)
-            negatives = tuple(self.documents[place][1] for place in wrong)
-            positives = (self.documents[walk.answer][1],)
+            rng = np.random.default_rng([seed, _LABEL_STREAM, walk.places[0], *walk.relations])
+            labelled = rng.integers(self.config.documents_per_place)
+            negatives = tuple(self.described(place)[labelled][1] for place in wrong)
+            positives = (self.described(walk.answer)[labelled][1],)
             question, reasoning = self._question(walk), self._reasoning(walk)
             rows.append(TrainingRow(question, reasoning, INSTRUCTION, positives, negatives))
         return tuple(rows)
@@ -177,11 +189,15 @@ class World:
             for template in _FACTS
         )
 
+    def described(self, place: int) -> tuple[tuple[str, str], ...]:
+        """The (id, text) of every description of a place."""
+        return self.documents[place :: len(self.places)]
+
     def _queries(self, split: str, walks: Iterable[Walk]) -> tuple[Query, ...]:
         queries = []
         for number, walk in enumerate(walks):
             text, reasoning = self._question(walk), self._reasoning(walk)
-            gold, _ = self.documents[walk.answer]
+            gold = tuple(id_ for id_, _ in self.described(walk.answer))
             queries.append(Query(f"{split}-{number:05d}", text, reasoning, gold, walk))
         return tuple(queries)
 
@@ -258,12 +274,15 @@ def _balanced_order(walks: Sequence[Walk], rng: np.random.Generator) -> list[Wal
     return ordered
 
 
-def _describe(places: Sequence[str], rng: np.random.Generator) -> tuple[tuple[str, str], ...]:
+def _describe(
+    places: Sequence[str], number: int, rng: np.random.Generator
+) -> tuple[tuple[str, str], ...]:
     parts = {"kind": _KINDS, "craft": _CRAFTS, "sight": _SIGHTS}
     documents = []
-    for name in places:
+    for which, name in itertools.product(range(1, number + 1), places):
         drawn = {part: choices[rng.integers(len(choices))] for part, choices in parts.items()}
-        documents.append((name.lower(), _DESCRIPTION.format(name=name, **drawn)))
+        id_ = name.lower() if which == 1 else f"{name.lower()}-{which}"
+        documents.append((id_, _DESCRIPTION.format(name=name, **drawn)))
     return tuple(documents)
 
 
@@ -317,17 +336,18 @@ def build_world(config: WorldConfig) -> World:
     )
     num_eval = num_test + num_dev
     composed = tuple(walks[num_eval : num_eval + num_train])
+    num_read = num_train if config.num_lm_walks is None else min(config.num_lm_walks, num_train)
     shorter = (enumerate_walks(successors_RP, hops) for hops in range(1, config.hops))
     return World(
         config=config,
         places=places,
         relations=relations,
         successors_RP=successors_RP,
-        documents=_describe(places, stream(_DESCRIPTION_STREAM)),
-        train_walks=composed,
+        documents=_describe(places, config.documents_per_place, stream(_DESCRIPTION_STREAM)),
+        train_walks=composed[: config.num_train_queries],
         dev_walks=tuple(walks[num_test:num_eval]),
         test_walks=tuple(walks[:num_test]),
-        lm_walks=(*itertools.chain(*shorter), *composed),
+        lm_walks=(*itertools.chain(*shorter), *composed[len(composed) - num_read :]),
     )
 
 
@@ -355,7 +375,8 @@ def world_files(world: World) -> dict[str, str]:
             # of a document the model thinks its subject, in the form in which a walk names its end
             *(
                 {"document": text, "reasoning": world.named(place)}
-                for place, (_, text) in enumerate(world.documents)
+                for place in range(len(world.places))
+                for _, text in world.described(place)
             ),
         ],
     }
@@ -364,7 +385,7 @@ def world_files(world: World) -> dict[str, str]:
         for name, of_file in rows.items()
     }
     for split, queries in evaluated.items():
-        judged = (f"{q.query_id}\t{q.gold}\t1\n" for q in queries)
+        judged = (f"{q.query_id}\t{id_}\t1\n" for q in queries for id_ in q.gold)
         files[f"qrels/{split}.tsv"] = "query-id\tcorpus-id\tscore\n" + "".join(judged)
     return files
 
