@@ -58,9 +58,6 @@ class Batch:
     contrast_BC: Array
     """bool, True where document c is contrasted with query b. False at a positive of any row of the
     batch with this query's text, unless c is the query's designated positive b G."""
-    counted_BK: Array | None = None
-    """bool, which of the K thinking steps are pooled: those of the number that was drawn for this
-    batch (`ObjectiveConfig.sample_thinking_steps`). None: all."""
     teacher_scores_BG: Array | None = None
     """float32, what another teacher gives each query's own passages; NaN in rows without. None
     where the objective does not ask for it."""

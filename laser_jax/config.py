@@ -179,8 +179,6 @@ class ObjectiveConfig:
     """K, the number of hidden states that are pooled. 1 is a last-token retriever."""
     document_thinking_steps: int | None = None
     """K of documents. None: the queries'. At 1 they cost as much as a plain retriever's."""
-    sample_thinking_steps: bool = False
-    """Draw K of every batch from 1 to `num_thinking_steps`: one model for each of them."""
     weights: LossWeights = field(default_factory=LossWeights)
     temperature: float = 0.02
     output_temperature: float = 0.02
@@ -208,8 +206,8 @@ class ObjectiveConfig:
         temperatures = (n for n in vars(self) if n.endswith("temperature"))
         require_in("(0, inf)", self, "objective.", *temperatures)
         require_in("[0, inf)", self, "objective.", "distillation_warmup_steps", "dimension_weights")
-        of_laser = ("document_thinking_steps", "sample_thinking_steps", "weights.teacher")
-        given = (self.document_thinking_steps, self.sample_thinking_steps, self.weights.teacher)
+        of_laser = ("document_thinking_steps", "weights.teacher")
+        given = (self.document_thinking_steps, self.weights.teacher)
         fault = f"objective: {', '.join(of_laser)} want method: laser"
         require(self.method == "laser" or not any(given), fault)
         require(

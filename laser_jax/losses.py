@@ -37,8 +37,7 @@ class Views:
     teacher_document_hidden_CKD: jax.Array | None
     """A frozen teacher's own."""
     teacher_scores_BG: jax.Array | None = None
-    counted_BK: jax.Array | None = None
-    """Both as in `Batch`."""
+    """As in `Batch`."""
 
 
 def normalize(x: jax.Array) -> jax.Array:
@@ -47,11 +46,9 @@ def normalize(x: jax.Array) -> jax.Array:
     return jax.lax.rsqrt(jnp.maximum((x * x).sum(axis=-1, keepdims=True), 1e-24)) * x
 
 
-def pool(hidden_BKD: jax.Array, counted_BK: jax.Array | None = None) -> jax.Array:
-    """normalize(mean over the steps, or over those that are counted), [B, D] unit rows (LaSER
-    equation 6)."""
-    where = None if counted_BK is None else counted_BK[:, :, None]
-    return normalize(jnp.mean(hidden_BKD, axis=1, where=where))
+def pool(hidden_BKD: jax.Array) -> jax.Array:
+    """normalize(mean over the steps), [B, D] unit rows (LaSER equation 6)."""
+    return normalize(jnp.mean(hidden_BKD, axis=1))
 
 
 def _scores(states: jax.Array, documents_CD: jax.Array) -> jax.Array:
@@ -121,7 +118,7 @@ def laser_loss(
         "loss" and the unweighted terms "latent", "explicit", "output", "trajectory" and "teacher";
         those of the explicit view are absent without one, and the last without scores.
     """
-    scores_BC = _scores(pool(views.hidden_BKD, views.counted_BK), documents_CD)
+    scores_BC = _scores(pool(views.hidden_BKD), documents_CD)
     terms = {"latent": info_nce(scores_BC, positives_B, contrast_BC, objective.temperature)}
     if (explicit := views.explicit) is not None:
         teacher_BC = _scores(normalize(explicit.final_BD), teacher_documents_CD)
@@ -134,7 +131,7 @@ def laser_loss(
             objective.trajectory_temperature,
         )
         terms["output"] = output_B.mean()
-        terms["trajectory"] = trajectory_BK.mean(where=views.counted_BK)
+        terms["trajectory"] = trajectory_BK.mean()
     if views.teacher_scores_BG is not None:
         terms["teacher"] = teacher_kl(views.teacher_scores_BG, scores_BC, positives_B, objective)
     weights = dataclasses.asdict(objective.weights)

@@ -92,7 +92,7 @@ def read_views(
         alone = [think(*model, [rows], k, pooling) for rows, k in zip(prefixes, Ks, strict=True)]
         [hidden_BKD], [document_hidden_CKD] = alone
     hidden = (hidden_BKD, document_hidden_CKD, view, teacher_document_hidden_CKD)
-    return Views(*hidden, batch.teacher_scores_BG, batch.counted_BK)
+    return Views(*hidden, batch.teacher_scores_BG)
 
 
 def loss_terms(
@@ -131,10 +131,7 @@ def _loss_terms(
         return gircse_loss(
             views.hidden_BKD, document_hidden_CKD, positives_B, contrast_BC, objective.temperature
         )
-    counted_CK = None if objective.document_thinking_steps else views.counted_BK
-    if counted_CK is not None:
-        counted_CK = jnp.repeat(counted_CK, C // B, axis=0)
-    documents_CD = constrain(pool(views.document_hidden_CKD, counted_CK), None, None)
+    documents_CD = constrain(pool(views.document_hidden_CKD), None, None)
     teacher_documents_CD = documents_CD
     if views.teacher_document_hidden_CKD is not None:
         teacher_documents_CD = constrain(pool(views.teacher_document_hidden_CKD), None, None)
@@ -281,8 +278,6 @@ def make_train_step(
             "documents": batch.contrast_BC.shape[1] // pools,
             "masked_negatives": (~batch.contrast_BC).sum(),
         }
-        if batch.counted_BK is not None:
-            metrics["thinking_steps"] = batch.counted_BK.sum(axis=1).mean()
         return new, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
     return train_step

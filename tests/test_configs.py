@@ -71,7 +71,6 @@ def test_there_is_an_overlay_for_every_ablation_and_baseline() -> None:
         "contrastive",
         "documents_once",
         "gircse",
-        "sampled_K",
         "teacher",
         "without_colearning",
         "without_explicit_view",

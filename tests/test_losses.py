@@ -54,7 +54,6 @@ def loss(
     arrays: dict[str, Any],
     contrast_BC: jax.Array = EVERYTHING,
     teacher_scores_BG: jax.Array | None = None,
-    counted_BK: jax.Array | None = None,
     **changes: Any,
 ) -> dict[str, jax.Array]:
     fixed = {
@@ -68,7 +67,7 @@ def loss(
     explicit = None if final_BD is None else ExplicitView(final_BD, keyframes_BKD)
     hidden_BKD = given.pop("hidden_BKD")
     hidden_CKD = jnp.zeros((C, K, D))
-    views = Views(hidden_BKD, hidden_CKD, explicit, None, teacher_scores_BG, counted_BK)
+    views = Views(hidden_BKD, hidden_CKD, explicit, None, teacher_scores_BG)
     return laser_loss(views, **(given | fixed | changes))
 
 
@@ -279,21 +278,6 @@ def test_pooling_normalises_the_mean_of_raw_states() -> None:
     hidden_BKD = draw(B, K, D, seed=10) * jnp.array([1.0, 10.0, 0.1, 3.0])[None, :, None]
     mean_BD = np.asarray(hidden_BKD, np.float64).mean(axis=1)
     np.testing.assert_allclose(pool(hidden_BKD), np_unit(mean_BD), atol=1e-6)
-
-
-def test_steps_that_do_not_count_are_as_good_as_absent() -> None:
-    """In every term, and no gradient reaches them."""
-    for k in range(1, K + 1):
-        shorter = inputs()
-        for name in ("hidden_BKD", "keyframes_BKD"):
-            shorter[name] = shorter[name][:, :k]
-        counted_BK = jnp.tile(jnp.arange(K) < k, (B, 1))
-        wanted, found = loss(shorter), loss(inputs(), counted_BK=counted_BK)
-        for name, value in wanted.items():
-            np.testing.assert_allclose(found[name], value, rtol=1e-6, err_msg=name)
-        gradient = jax.grad(lambda a, counted=counted_BK: loss(a, counted_BK=counted)["loss"])
-        for name in ("hidden_BKD", "keyframes_BKD"):
-            assert not gradient(inputs())[name][:, k:].any()
 
 
 def test_a_zero_vector_stays_zero_and_has_a_finite_gradient() -> None:

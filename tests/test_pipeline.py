@@ -34,7 +34,6 @@ from laser_jax.data.pipeline import (
     SampleOrder,
     contrast,
     draw_example,
-    thinking_steps,
     training_batches,
 )
 from laser_jax.data.schema import DataError, TrainingRow
@@ -203,60 +202,6 @@ def test_a_row_that_leaves_no_room_is_named_when_it_is_drawn() -> None:
 def test_a_source_too_many_is_refused(prompts) -> None:
     with pytest.raises(ValueError, match="2 sources, and the config has 1"):
         training_batches([SOURCE, SOURCE], prompts, config_of())
-
-
-# --- a drawn K -------------------------------------------------------------------------------
-
-
-SAMPLED: dict[str, Any] = {"num_thinking_steps": 4, "sample_thinking_steps": True}
-
-
-def drawn_steps(batch: Batch) -> int:
-    """K of a batch, the same for all rows, whose steps are counted from the first on."""
-    assert batch.counted_BK is not None
-    [K] = set(batch.counted_BK.sum(axis=1).tolist())
-    assert batch.counted_BK.dtype == bool
-    assert batch.counted_BK[:, :K].all()
-    return K
-
-
-def test_every_k_is_drawn_about_as_often_as_the_others_and_by_the_seed() -> None:
-    config = config_of(**SAMPLED)
-    drawn = [thinking_steps(config, index) for index in range(2000)]
-    counts = np.bincount(drawn, minlength=5)
-    assert counts[0] == 0
-    assert len(counts) == 5
-    assert 430 < min(counts[1:]) < max(counts[1:]) < 570
-    other = config_of(seed=6, **SAMPLED)
-    assert [thinking_steps(other, index) for index in range(20)] != drawn[:20]
-    assert {thinking_steps(config_of(num_thinking_steps=4), index) for index in range(20)} == {4}
-
-
-def test_a_resumed_run_draws_the_same_k_and_keyframes(prompts) -> None:
-    whole = batches_of(prompts, 6, **SAMPLED)
-    assert len({drawn_steps(batch) for batch in whole}) > 1
-    for batch, again in zip(
-        whole[3:], batches_of(prompts, 3, first_batch=3, **SAMPLED), strict=True
-    ):
-        assert digest(batch) == digest(again)
-    [part] = batches_of(prompts, 1, part=np.array([1]), **SAMPLED)
-    assert drawn_steps(part) == drawn_steps(whole[0])
-
-
-def test_the_keyframes_are_those_of_the_drawn_k(prompts) -> None:
-    for place, batch in enumerate(batches_of(prompts, 6, **SAMPLED)):
-        K = drawn_steps(batch)
-        [fixed] = batches_of(prompts, 1, first_batch=place, num_thinking_steps=K)
-        assert fixed.counted_BK is None
-        np.testing.assert_array_equal(batch.keyframes_BK[:, :K], fixed.keyframes_BK)
-        assert batch.keyframes_BK.shape == (3, 4)
-        assert_equal(batch.replace(keyframes_BK=0, counted_BK=None), fixed.replace(keyframes_BK=0))
-
-
-def test_without_an_explicit_view_k_is_drawn_too(prompts) -> None:
-    [batch] = batches_of(prompts, 1, **SAMPLED, **LATENT_ALONE)
-    assert batch.explicit is None
-    assert 1 <= drawn_steps(batch) <= 4
 
 
 # --- what a batch holds ----------------------------------------------------------------------

@@ -512,32 +512,6 @@ def test_documents_think_as_long_as_they_are_told(document_K: int, ways: Sequenc
     assert_alike_in_every_way(objective, batch(), terms_at(batch(), K, document_K), ways)
 
 
-@pytest.mark.parametrize(("drawn_K", "document_K"), [(1, None), (2, 1)])
-def test_a_step_at_a_drawn_k_is_a_step_at_that_k(drawn_K: int, document_K: int | None) -> None:
-    """Though all of them think as long as the longest, in one program."""
-    rows, most = batch(), 3
-    taught_BK = rows.keyframes_BK[:, [0, 1, 1][:drawn_K]]
-    beyond = np.zeros((B, most - drawn_K), np.int32)  # any positions: they do not count
-    sampled = dataclasses.replace(
-        rows,
-        keyframes_BK=np.concatenate([taught_BK, beyond], axis=1),
-        counted_BK=np.tile(np.arange(most) < drawn_K, (B, 1)),
-    )
-    fixed = dataclasses.replace(rows, keyframes_BK=taught_BK)
-    objective = dataclasses.replace(
-        OBJECTIVE, num_thinking_steps=most, document_thinking_steps=document_K, dimensions=(4,)
-    )
-    at_K = dataclasses.replace(objective, num_thinking_steps=drawn_K, views="fast")
-    gradient, terms = found(at_K, fixed)
-    for way in (whole_batch, WAYS["fast, gradcache"][2])[: 1 if document_K else 2]:
-        ours = dataclasses.replace(objective, views="fast", sample_thinking_steps=True)
-        got, same = found(ours, sampled, way)
-        for name, value in terms.items():
-            np.testing.assert_allclose(same[name], value, rtol=1e-6, atol=1e-6, err_msg=name)
-        for one, other in zip(*map(jax.tree.leaves, (got, gradient)), strict=True):
-            np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
-
-
 def test_documents_at_one_step_do_not_think() -> None:
     """No loop but the queries' is in the program, and that one has a row a query."""
     backbone, variables = drawn(0)

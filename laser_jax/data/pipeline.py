@@ -188,15 +188,6 @@ class _Drawn:
         return -(-len(first) // multiple), max(map(len, self.documents))
 
 
-def thinking_steps(config: Config, index: int) -> int:
-    """K of batch `index`: the objective's, or one up to it that is drawn by seed and index."""
-    most = config.objective.num_thinking_steps
-    if not config.objective.sample_thinking_steps:
-        return most
-    rng = np.random.default_rng((config.train.seed, index, *b"thinking steps"))
-    return int(rng.integers(1, most, endpoint=True))
-
-
 class _BatchBuilder:
     """Makes batch i; the arguments are those of `training_batches`, and `rows_of_same_query` where
     false negatives are masked. Threads may share it."""
@@ -251,13 +242,11 @@ class _BatchBuilder:
         if self._config.objective.need_teacher_scores:
             scores = [rows[b].example.teacher_scores for b in part]
             batch = replace(batch, teacher_scores_BG=np.array(scores, np.float32))
-        K, drawn = self._config.objective.num_thinking_steps, thinking_steps(self._config, index)
-        if self._config.objective.sample_thinking_steps:
-            batch = replace(batch, counted_BK=np.tile(np.arange(K) < drawn, (len(part), 1)))
-        return self._with_explicit(batch, rows, drawn) if rows[0].explicit else batch
+        return self._with_explicit(batch, rows) if rows[0].explicit else batch
 
-    def _with_explicit(self, batch: Batch, rows: Sequence[_Drawn], K: int) -> Batch:
+    def _with_explicit(self, batch: Batch, rows: Sequence[_Drawn]) -> Batch:
         objective, query = self._config.objective, batch.query
+        K, rule = objective.num_thinking_steps, objective.keyframes
         ids, ends = zip(*(row.explicit for row in rows if row.explicit), strict=True)
         if self._config.views == "fast" and objective.teacher is None:
             for row, tokens in zip(rows, ids, strict=True):
@@ -269,13 +258,8 @@ class _BatchBuilder:
                     )
             query = replace(query, packed=None)  # it is not read by itself
         keyframes_BK = np.stack(
-            [
-                keyframe_positions(ends[b].tolist(), len(ids[b]) - 1, K, objective.keyframes)
-                for b in self._part
-            ]
+            [keyframe_positions(ends[b].tolist(), len(ids[b]) - 1, K, rule) for b in self._part]
         )
-        beyond = objective.num_thinking_steps - K  # which are not counted: any position serves
-        keyframes_BK = np.pad(keyframes_BK, ((0, 0), (0, beyond)), "edge")
         explicit = self._pad(ids, None, self._part)
         return replace(batch, query=query, explicit=explicit, keyframes_BK=keyframes_BK)
 

@@ -239,7 +239,6 @@ def _full_batch(config: Config, widths: Widths) -> Batch:
         explicit=tokens(B, *explicit) if explicit else None,
         keyframes_BK=np.zeros((B, K), np.int32) if explicit else None,
         contrast_BC=np.ones((B, C), np.bool_),
-        counted_BK=np.ones((B, K), np.bool_) if config.objective.sample_thinking_steps else None,
         teacher_scores_BG=np.zeros((B, C // B), np.float32) if taught else None,
     )
 
