@@ -91,10 +91,10 @@ ROWS = {
     **_without("colearning", "co-learning", frozen_teacher=True),
     "documents_once": TrainedRow("LaSER, documents at K = 1", "documents_once.yaml"),
     "sampled_K": TrainedRow("LaSER, K drawn every step", "sampled_K.yaml"),
+    "latent_rl": TrainedRow("latent RL", "latent_rl.yaml"),
     **{f"laser_K{K}": TrainedRow(f"LaSER trained at K = {K}", K=K) for K in (1, 3, 6)},
 }
 QUICK_ROWS = ("laser", "gircse", "explicit")
-
 
 WORLD = WorldConfig(num_places=20)
 """The quickstart's."""

@@ -239,9 +239,8 @@ def judge(
     through the drawn thoughts, with one), "reward" and "groups_without_spread"."""
     embeddings_BRD = normalize(rollouts.hidden_BRKD.mean(axis=2))
     scores_BRC = _scores(embeddings_BRD, documents_CD)
-    pool = (positives_B, contrast_BC)
-    log_p_BR = positive_log_p(scores_BRC, *pool, objective.temperature)
-    rank_BR = positive_rank(scores_BRC, *pool)
+    log_p_BR = positive_log_p(scores_BRC, positives_B, contrast_BC, objective.temperature)
+    rank_BR = positive_rank(scores_BRC, positives_B, contrast_BC)
     reward_BR = {
         "reciprocal_rank": 1.0 / rank_BR,
         "ndcg": 1.0 / jnp.log2(1.0 + rank_BR),

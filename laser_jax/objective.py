@@ -135,7 +135,7 @@ class ObjectiveConfig:
             "objective.method: latent_rl wants objective.num_thinking_steps of at least 2: the "
             "first state is the prompt's own, and nothing is drawn for it",
         )
-        names = ("sample_thinking_steps", "distillation_warmup_steps", "dimensions", "teacher")
+        names = ("sample_thinking_steps", "dimensions", "teacher")
         unread = {name: getattr(self, name) for name in names}
         for name in ("explicit", "output", "trajectory", "teacher"):
             unread[f"weights.{name}"] = getattr(self.weights, name)

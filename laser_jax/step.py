@@ -330,8 +330,7 @@ def _reinforced(
     draws = Draws(*(terms.pop(name) for name in Draws.__dataclass_fields__))
     if updates > 1:
         replayed = replace(batch, keys_B=None, draws=draws)
-        again = jax.lax.scan(lambda state, _: update(state, replayed), new, length=updates - 1)
-        new, further = again
+        new, further = jax.lax.scan(lambda s, _: update(s, replayed), new, length=updates - 1)
         terms |= {"clipped": further["clipped"][-1]}
         terms |= {"finite": terms["finite"] & further["finite"].all()}
     return new, terms
