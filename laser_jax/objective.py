@@ -120,9 +120,8 @@ class ObjectiveConfig:
         if self.method == "latent_rl":
             self._require_what_a_policy_reads()
         else:
-            require(
-                self.policy == PolicyConfig(), "objective.policy wants objective.method: latent_rl"
-            )
+            unset = self.policy == PolicyConfig()
+            require(unset, "objective.policy wants objective.method: latent_rl")
         require(
             len(self.dimension_weights) in (0, len(self.dimensions)),
             f"objective.dimension_weights has {len(self.dimension_weights)} numbers, and "

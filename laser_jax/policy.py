@@ -43,6 +43,7 @@ def read_rollouts(
         return jnp.moveaxis(x.reshape(len(x), B, R, *x.shape[2:]), 0, 2)
 
     if batch.draws is None:
+        assert batch.keys_B is not None
         keys_BRS = jax.vmap(partial(jax.random.split, num=(R, K - 1)))(batch.keys_B)
         say, given = _drawing(model, policy), by_thought(keys_BRS)
         document_K = objective.document_thinking_steps or K
@@ -53,8 +54,7 @@ def read_rollouts(
     reference, reference_KQD = None, None
     if policy.kl:
         reference = (backbone.clone(lora=None), {"params": variables["params"]})
-        same = (_replaying(reference), tokens_SQn)
-        reference_KQD, _ = _think(reference, batch.query, R, *same)
+        reference_KQD, _ = _think(reference, batch.query, R, _replaying(reference), tokens_SQn)
     measure = partial(_measure, model, reference, policy.temperature)
     before = jax.tree.map(lambda states: states[:-1], (states_KQD, reference_KQD))
     log_p_BRS, entropy_BRS, kl_BRS = jax.tree.map(
@@ -74,8 +74,9 @@ def read_rollouts(
 def rollout_terms(rollouts: Rollouts, contrast_BC: jax.Array, objective: ObjectiveConfig) -> Terms:
     """The loss and its terms. Where the draws are new they are judged against the whole pool, and
     the terms hold the fields of `Draws` too; replayed ones were, and have no contrastive loss."""
-    if rollouts.document_hidden_CKD is None:
+    if rollouts.replayed is not None:
         return policy_loss(rollouts, rollouts.replayed, objective.policy)
+    assert rollouts.document_hidden_CKD is not None
     B, C = contrast_BC.shape
     documents_CD = constrain(pool(rollouts.document_hidden_CKD), None, None)
     positives_B = jnp.arange(B) * (C // B)

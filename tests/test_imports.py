@@ -63,7 +63,7 @@ ORDER: tuple[str, ...] = (
 # 15,500: lowered whenever a room gets smaller. It was raised too: from 15,500 to 21,230, later from
 # 20,180 to 23,440 (serve, export, annotate, mine) and to 23,580, before it came down again.
 METHOD = ("losses", "alignment", "batch", "thinking", "views", "policy", "step", "modeling")
-METHOD_LINES = 1_347
+METHOD_LINES = 1_348
 """Of code: one person reads the method in an afternoon."""
 PACKAGE_LINES, BENCHMARK_LINES = 22_317, 4_500
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 500, 60, 8

@@ -103,7 +103,7 @@ def gradient_of(
     objective: ObjectiveConfig, rows: Batch, model: tuple[Backbone, Variables], way: Any
 ) -> tuple[Any, dict[str, Any]]:
     backbone, variables = model
-    count = np.zeros((), np.int32)
+    count: Any = np.zeros((), np.int32)
     frozen = variables["params"] if "lora" in variables else None
     trained = variables["lora" if "lora" in variables else "params"]
     read = functools.partial(read_rollouts, backbone, objective=objective)
@@ -132,7 +132,8 @@ def reread(
     ids_BRT[:, :, :width] = rows.query.ids_BT[:, None]
     for b, length in enumerate(rows.query.lengths_B):
         ids_BRT[b, :, length : length + S] = tokens_BRS[b]
-    logits = backbone.apply(variables, ids_BRT.reshape(B * R, -1)).reshape(B, R, width + S, V)
+    logits: Any = backbone.apply(variables, ids_BRT.reshape(B * R, -1))
+    logits = logits.reshape(B, R, width + S, V)
     at = (rows.query.lengths_B[:, None] - 1 + np.arange(S))[:, None, :, None]
     return jax.nn.log_softmax(jnp.take_along_axis(logits, at, axis=2) / POLICY.temperature)
 
@@ -218,9 +219,9 @@ def test_the_kl_is_exact_and_to_the_backbone_without_adapters() -> None:
     log_q = reread(drawn(0)[0], {"params": variables["params"]}, rows, tokens_BRS)
     wanted = (np.exp(log_p) * (log_p - log_q)).sum(axis=3)
     assert wanted.min() > 1e-4
-    np.testing.assert_allclose(found.kl_BRS, wanted, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(found.kl_BRS), wanted, rtol=1e-3, atol=1e-5)
     terms = rollout_terms(found, rows.contrast_BC, objective)
-    free = rollout_terms(found.replace(kl_BRS=None), rows.contrast_BC, objective)
+    free = rollout_terms(dataclasses.replace(found, kl_BRS=None), rows.contrast_BC, objective)
     np.testing.assert_allclose(terms["loss"] - free["loss"], 0.5 * terms["kl"], atol=1e-6)
 
 
