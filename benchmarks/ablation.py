@@ -93,6 +93,7 @@ ROWS = {
     "documents_once": TrainedRow("LaSER, documents at K = 1", "documents_once.yaml"),
     "documents_once_K3": TrainedRow("K = 3, documents at K = 1", "documents_once.yaml", K=3),
     "sampled_K": TrainedRow("LaSER, K drawn every step", "sampled_K.yaml"),
+    "latent_rl": TrainedRow("latent RL", "latent_rl.yaml"),
     **{f"laser_K{K}": TrainedRow(f"LaSER trained at K = {K}", K=K) for K in (1, 3, 6)},
 }
 QUICK_ROWS = ("laser", "gircse", "explicit")

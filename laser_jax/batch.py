@@ -43,6 +43,19 @@ class Tokens:
 
 
 @flax.struct.dataclass
+class Draws:
+    """The thoughts that were drawn for R rollouts of each query, and what came of them: S thoughts
+    a rollout, n tokens a thought."""
+
+    tokens_BRSn: Array
+    """int32."""
+    log_p_BRS: Array
+    """float32, of the policy that drew them."""
+    advantage_BR: Array
+    """float32, of a rollout over those beside it."""
+
+
+@flax.struct.dataclass
 class Batch:
     """What one optimizer step reads."""
 
@@ -64,5 +77,9 @@ class Batch:
     teacher_scores_BG: Array | None = None
     """float32, what another teacher gives each query's own passages; NaN in rows without. None
     where the objective does not ask for it."""
+    keys_B: Array | None = None
+    """Random keys to draw each query's thoughts by (`policy`); a step makes them."""
+    draws: Draws | None = None
+    """Thoughts to replay instead."""
     rows_B: Array | None = None
     """int32, each query's row in the concatenation of the sources (see `describe_row`)."""

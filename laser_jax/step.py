@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from laser_jax.batch import Batch
+from laser_jax.batch import Batch, Draws
 from laser_jax.config import Config, ObjectiveConfig
 from laser_jax.losses import Terms, Views, gircse_loss, laser_loss, pool
 from laser_jax.modeling.backbone import Backbone, Variables
+from laser_jax.policy import query_keys, read_rollouts, rollout_terms
 from laser_jax.sharding import constrain
 from laser_jax.thinking import think
 from laser_jax.views import explicit_view, latent_view, read_both_views, read_prompts
@@ -188,9 +189,10 @@ def reading(batch: Batch, objective: ObjectiveConfig) -> Terms:
 
 # --- the gradient, one function a way --------------------------------------------------------
 
-Read = Callable[[Variables, Batch], Views]
-Score = Callable[[Views, jax.Array], Terms]
-"""From the views of a batch and its `contrast_BC` to the loss and its terms."""
+Read = Callable[[Variables, Batch], Any]
+"""From a batch to its `Views`, or to the `Rollouts` of its queries."""
+Score = Callable[[Any, jax.Array], Terms]
+"""From these and the batch's `contrast_BC` to the loss and its terms."""
 
 
 def _gradient(terms_of: Callable[[Variables], Terms], state: TrainState) -> tuple[Any, Terms]:
@@ -235,8 +237,10 @@ def plain(
         return jax.tree.map(jnp.add, total, grads), terms
 
     zeros = jax.tree.map(jnp.zeros_like, state.trained)
-    total, terms = jax.lax.scan(add, zeros, _micro_batches(batch, parts))
-    return jax.tree.map(lambda a: a / parts, total), jax.tree.map(lambda a: a.mean(axis=0), terms)
+    total, by_part = jax.lax.scan(add, zeros, _micro_batches(batch, parts))
+    B = len(batch.contrast_BC)
+    terms = {n: a.mean(axis=0) if a.ndim == 1 else _join(a, B) for n, a in by_part.items()}
+    return jax.tree.map(lambda a: a / parts, total), terms
 
 
 # --- the step --------------------------------------------------------------------------------
@@ -256,10 +260,11 @@ def make_train_step(
     that a query is contrasted with), `masked_negatives` in the whole batch, `tokens`,
     `token_pairs`, `padding_share`, `skipped_steps` and, where K is drawn, `thinking_steps`. Where
     the loss or a gradient is not finite, `finite` is 0 and nothing but the step counters changes.
+    Under `latent_rl` the schedule counts updates of the parameters, of which a step may take some.
     """
     warmup = config.objective.distillation_warmup_steps
     objective = replace(config.objective, views=config.views)
-    parts = config.train.num_micro_batches
+    parts, updates = config.train.num_micro_batches, objective.policy.updates
     in_parts = plain if config.train.accumulation == "plain" else gradcache
     way = whole_batch if parts == 1 else partial(in_parts, parts=parts)
     pools = parts if in_parts is plain else 1
@@ -270,14 +275,22 @@ def make_train_step(
         step = state.step.astype(jnp.float32)
         scale = jnp.minimum(1.0, (step + 1.0) / warmup) if warmup else jnp.ones(())
         batch = replace(batch, rows_B=None)
-        taught_by = {"teacher": teacher, "teacher_variables": teacher_variables}
-        read = partial(read_views, backbone, objective=objective, **taught_by)
-        score = partial(loss_terms, objective=objective, scale=scale)
-        grads, terms = way(read, score, state, batch)
-        new, seen = _updated(state, grads, terms["loss"], optimizer)
-        metrics = terms | reading(batch, objective) | seen
+        if objective.method == "latent_rl":
+            read = partial(read_rollouts, backbone, objective=objective)
+            score = partial(rollout_terms, objective=objective)
+            update = partial(_updated, optimizer, partial(way, read, score))
+            keys_B = query_keys(config.train.seed, state.step, len(batch.contrast_BC))
+            new, terms = _reinforced(update, state, replace(batch, keys_B=keys_B), updates)
+        else:
+            taught_by = {"teacher": teacher, "teacher_variables": teacher_variables}
+            read = partial(read_views, backbone, objective=objective, **taught_by)
+            score = partial(loss_terms, objective=objective, scale=scale)
+            new, terms = _updated(optimizer, partial(way, read, score), state, batch)
+        new = _settled(state, new, terms["finite"])
+        metrics = terms | reading(batch, objective)
         metrics |= {
-            "learning_rate": schedule(state.step - state.skipped),
+            "skipped_steps": new.skipped,
+            "learning_rate": schedule((state.step - state.skipped) * updates),
             "documents": batch.contrast_BC.shape[1] // pools,
             "masked_negatives": (~batch.contrast_BC).sum(),
         }
@@ -289,17 +302,45 @@ def make_train_step(
 
 
 def _updated(
-    state: TrainState, grads: Any, loss: jax.Array, optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformation,
+    gradient: Callable[[TrainState, Batch], tuple[Any, Terms]],
+    state: TrainState,
+    batch: Batch,
 ) -> tuple[TrainState, Terms]:
-    """The next state, and whether the loss and the gradient are finite: only then it learns."""
+    """The parameters and the optimizer's state after one update, whatever the gradient is; and the
+    terms, with its norm and whether it and the loss are finite."""
+    grads, terms = gradient(state, batch)
     grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    terms |= {"grad_norm": grad_norm}
+    terms |= {"finite": jnp.isfinite(terms["loss"]) & jnp.isfinite(grad_norm)}
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
+    trained = optax.apply_updates(state.trained, updates)
+    return replace(state, trained=trained, opt_state=opt_state), terms
+
+
+def _reinforced(
+    update: Callable[[TrainState, Batch], tuple[TrainState, Terms]],
+    state: TrainState,
+    batch: Batch,
+    updates: int,
+) -> tuple[TrainState, Terms]:
+    """Several updates on the draws of the first, whose terms are returned: but `clipped` is of the
+    last, and `finite` of all."""
+    new, terms = update(state, batch)
+    draws = Draws(*(terms.pop(name) for name in Draws.__dataclass_fields__))
+    if updates > 1:
+        replayed = replace(batch, keys_B=None, draws=draws)
+        new, further = jax.lax.scan(lambda s, _: update(s, replayed), new, length=updates - 1)
+        terms |= {"clipped": further["clipped"][-1]}
+        terms |= {"finite": terms["finite"] & further["finite"].all()}
+    return new, terms
+
+
+def _settled(old: TrainState, new: TrainState, finite: jax.Array) -> TrainState:
+    """The state after a step, which has learnt only where all of it is finite."""
     trained, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),
-        (optax.apply_updates(state.trained, updates), opt_state),
-        (state.trained, state.opt_state),
+        (new.trained, new.opt_state),
+        (old.trained, old.opt_state),
     )
-    skipped = state.skipped + ~finite
-    new = TrainState(state.step + 1, skipped, trained, state.frozen, opt_state)
-    return new, {"grad_norm": grad_norm, "finite": finite, "skipped_steps": skipped}
+    return TrainState(old.step + 1, old.skipped + ~finite, trained, old.frozen, opt_state)

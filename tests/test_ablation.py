@@ -164,6 +164,7 @@ def test_the_rows_are_the_papers() -> None:
     assert not weights["contrastive"].need_explicit_view
     assert weights["explicit"].latent == 0
     assert config_of("gircse").objective.method == "gircse"
+    assert config_of("latent_rl").objective.method == "latent_rl"
     assert config_of("without_colearning").objective.teacher == "w/seed-4/explicit/model"
     assert [config_of(f"laser_K{k}").objective.num_thinking_steps for k in (1, 3, 6)] == [1, 3, 6]
 

@@ -71,6 +71,7 @@ def test_there_is_an_overlay_for_every_ablation_and_baseline() -> None:
         "contrastive",
         "documents_once",
         "gircse",
+        "latent_rl",
         "sampled_K",
         "teacher",
         "without_colearning",

