@@ -90,6 +90,10 @@ ROWS = {
     **_without("trajectory", "trajectory"),
     **_without("output", "output distillation"),
     **_without("colearning", "co-learning", frozen_teacher=True),
+    **{
+        name: TrainedRow(name, f"{name}.yaml")
+        for name in ("segments", "keyframes_official", "keyframes_next", "segments_next", "segments_official")
+    },
     "documents_once": TrainedRow("LaSER, documents at K = 1", "documents_once.yaml"),
     "documents_once_K3": TrainedRow("K = 3, documents at K = 1", "documents_once.yaml", K=3),
     "sampled_K": TrainedRow("LaSER, K drawn every step", "sampled_K.yaml"),

@@ -33,6 +33,8 @@ def keyframe_segments(num_segments: int, num_thinking_steps: int, rule: Keyframe
     if M < 1 or K < 1:
         raise ValueError(f"keyframes need at least one segment and one step, got M={M}, K={K}")
     steps_K = np.arange(K)
+    if rule == "next":
+        return np.minimum(np.maximum((steps_K + 1) * M // K - 1, 0) + 1, M - 1)
     if rule == "paper":
         return np.maximum((steps_K + 1) * M // K - 1, 0)
     if M < K:

@@ -20,7 +20,7 @@ from laser_jax.settings import ConfigError, as_dict, from_dict, require, require
 RETRIEVER_CONFIG_FILE = "laser_config.json"
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-KeyframeRule = Literal["official", "paper"]
+KeyframeRule = Literal["official", "paper", "next"]
 Pooling = Literal["prompt_and_thoughts", "thoughts"]
 DevMetric = Literal["nDCG@10", "Recall@100", "Hit@1"]
 AttentionKernel = Literal["xla", "cudnn", "splash"]
@@ -147,6 +147,7 @@ class LossWeights:
     explicit: float = 1.0
     output: float = 10.0
     trajectory: float = 0.1
+    segments: float = 0.0
     teacher: float = 0.0
     """The weight of the rows' own `teacher_scores`."""
 

@@ -133,6 +133,12 @@ def laser_loss(
             contrast_BC[:, None, :],
             objective.trajectory_temperature,
         )
+        if objective.weights.segments:
+            segments_KBC = _scores(normalize(explicit.keyframes_BKD), teacher_documents_CD)
+            nce = jax.vmap(info_nce, (1, None, None, None))
+            terms["segments"] = nce(
+                segments_KBC, positives_B, contrast_BC, objective.temperature
+            ).mean()
         terms["output"] = output_B.mean()
         terms["trajectory"] = trajectory_BK.mean(where=views.counted_BK)
     if views.teacher_scores_BG is not None:
