@@ -65,12 +65,19 @@ class TrainedRow:
     """How it is scored."""
     frozen_teacher: bool = False
     """Learns from the finished row `explicit`."""
+    after: str | None = None
+    """A finished row, whose adapter it goes on from."""
+    steps: int | None = None
 
     def arguments(self, folder: Path) -> list[str]:
         """Flags that follow the recipe's, for the seed whose runs are in `folder`."""
         given = ["--config", str(CONFIGS / "ablation" / self.overlay)] if self.overlay else []
         if self.K is not None:
             given += ["--objective.num_thinking_steps", str(self.K)]
+        if self.after is not None:
+            given += ["--model.adapter", str(folder / self.after / "adapter")]
+        if self.steps is not None:
+            given += ["--train.steps", str(self.steps)]
         if self.frozen_teacher:
             given += ["--objective.teacher", str(folder / "explicit" / "model")]
         return given
@@ -94,6 +101,16 @@ ROWS = {
     "documents_once_K3": TrainedRow("K = 3, documents at K = 1", "documents_once.yaml", K=3),
     "sampled_K": TrainedRow("LaSER, K drawn every step", "sampled_K.yaml"),
     "latent_rl": TrainedRow("latent RL", "latent_rl.yaml"),
+    "rl_after_laser": TrainedRow("LaSER, then latent RL", "latent_rl.yaml", after="laser"),
+    "infonce_after_laser": TrainedRow(
+        "LaSER, then InfoNCE", "without_explicit_view.yaml", after="laser"
+    ),
+    "infonce_600_after_laser": TrainedRow(
+        "LaSER, then InfoNCE twice as long",
+        "without_explicit_view.yaml",
+        after="laser",
+        steps=600,
+    ),
     **{f"laser_K{K}": TrainedRow(f"LaSER trained at K = {K}", K=K) for K in (1, 3, 6)},
 }
 QUICK_ROWS = ("laser", "gircse", "explicit")
