@@ -36,6 +36,7 @@ QUALITY_COLUMNS = {
     "ablation": ("row", "K", "nDCG@10", "LaSER less this, nDCG@10"),
     "real": ("row", "K", "nDCG@10, macro", "less contrastive", "less itself at K = 1"),
 }
+UNSHOWN = ("laser_K1", "laser_K3", "laser_K6", "without_colearning", "without_latent_view")
 DRAWN = ("laser", "laser_K1", "laser_K3", "laser_K6", "gircse", "without_explicit_view")
 """The rows of an ablation's figure."""
 
@@ -193,12 +194,12 @@ COMPARISONS = (
 
 
 def quality_tables(results: Sequence[Result]) -> Iterator[str]:
-    """Some columns of every comparison of methods, those on dev splits and other K left out."""
+    """Some columns of every comparison of methods on test splits, without the rows `UNSHOWN`."""
     for result in filter(compares_methods, results):
         name = result.report["benchmark"]
         chosen, rows = QUALITY_COLUMNS[name], result.report["rows"]
         columns = importlib.import_module(f"benchmarks.{name}").PROGRAM.columns
-        rows = [row for row in rows if not row["row"].startswith("laser_K")]
+        rows = [row for row in rows if row["row"] not in UNSHOWN]
         lines = [[columns[column](row) for column in chosen] for row in rows]
         yield f"{result.name}:\n\n{markdown_table(chosen, lines)}"
 
@@ -233,14 +234,10 @@ QUALITY = """## Quality
 Small models trained from scratch in the embedded worlds, five seeds, mean ± spread
 ([ablation.md](ablation.md)); a pretrained model on real texts, one seed ([real.md](real.md))."""
 
-TAIL = """## What cannot be shown here
-
-The paper's tables (nDCG@10 on BRIGHT and BRIGHT(v1.1), FollowIR, BrowseComp-Plus) need its six
-backbones with their pretrained weights, 81,659 training rows and a node of GPUs or a TPU slice.
-[reproduce.md](reproduce.md) has every command from the hub to a BRIGHT table, and the hours.
-
-The timings are measured again by `python -m benchmarks.all cpu --output FILE`, on an idle machine,
-and by `python -m benchmarks.all gpu --output FILE`; the file belongs into `benchmarks/results`."""
+TAIL = """The paper's own tables (BRIGHT, FollowIR, BrowseComp-Plus) need its six backbones, 81,659
+training rows and a node of GPUs or a TPU slice: [reproduce.md](reproduce.md) has every command, and
+the hours. The timings are measured again by `python -m benchmarks.all cpu --output FILE` on an idle
+machine, and by `... gpu`; the file belongs into `benchmarks/results`."""
 
 
 def page(results: Sequence[Result]) -> str:
@@ -256,7 +253,8 @@ def page(results: Sequence[Result]) -> str:
 
 def compares_methods(result: Result) -> bool:
     on_dev = result.report["settings"].get("split") == "dev"
-    return not on_dev and any(row.get("row") == "contrastive" for row in result.report["rows"])
+    rows = {row.get("row") for row in result.report["rows"]}
+    return not on_dev and bool(rows & {"contrastive", "gircse"})
 
 
 def is_drawn(result: Result) -> bool:
