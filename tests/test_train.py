@@ -47,7 +47,7 @@ from laser_jax.train.selection import trained_encoder
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 ABLATIONS = sorted((CONFIGS / "ablation").glob("*.yaml"))
-TRAINING_CONFIGS = sorted(set(CONFIGS.glob("*.yaml")) - set(CONFIGS.glob("*pretrain*")))
+TRAINING_CONFIGS = sorted(set(CONFIGS.glob("*.yaml")) - set(CONFIGS.glob("world_*")))
 PLACES = ("Ulm", "Bonn", "Jena", "Kiel", "Trier", "Worms", "Essen", "Halle", "Mainz", "Fulda")
 QUERIES = [f"Which river flows through {place}?" for place in PLACES]
 REASONINGS = [

@@ -15,6 +15,7 @@ import pytest
 
 from laser_jax.config import ConfigError
 from laser_jax.data.sources import open_source
+from laser_jax.files.reading import read_yaml
 from laser_jax.quickstart.world import (
     INSTRUCTION,
     PLACE_NAMES,
@@ -28,6 +29,7 @@ from laser_jax.quickstart.world import (
     world_files,
     write_world,
 )
+from laser_jax.settings import from_dict
 
 QUERY = re.compile(r"From (\w+), take (.+)\.")
 TINY = WorldConfig(num_places=8, num_relations=3, num_dev_queries=10, num_test_queries=20)
@@ -164,6 +166,14 @@ def test_a_hard_world_spells_few_walks_out_and_labels_few_with_one_of_several_do
     for query in (*world.dev, *world.test):
         name = world.places[query.walk.answer].lower()
         assert query.gold == (name, f"{name}-2", f"{name}-3")
+
+
+def test_the_config_of_the_hard_world_is_one() -> None:
+    file = Path(__file__).parents[1] / "configs" / "world_hard.yaml"
+    config = from_dict(WorldConfig, read_yaml(file), source=str(file))
+    world = build_world(config)
+    assert (len(world.train), config.num_places) == (config.num_train_queries, 20)
+    assert len([walk for walk in world.lm_walks if len(walk.relations) == 3]) == config.num_lm_walks
 
 
 # --- what the texts say ----------------------------------------------------------------------
