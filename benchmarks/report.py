@@ -36,7 +36,8 @@ QUALITY_COLUMNS = {
     "ablation": ("row", "K", "nDCG@10", "LaSER less this, nDCG@10"),
     "real": ("row", "K", "nDCG@10, macro", "less contrastive", "less itself at K = 1"),
 }
-UNSHOWN = ("laser_K1", "laser_K3", "laser_K6", "without_colearning", "without_latent_view")
+UNSHOWN = ("laser_K1", "laser_K3", "laser_K6", "latent_rl", "without_colearning")
+UNSHOWN += ("without_latent_view",)
 DRAWN = ("laser", "laser_K1", "laser_K3", "laser_K6", "gircse", "without_explicit_view")
 """The rows of an ablation's figure."""
 
