@@ -232,7 +232,7 @@ were given up are in [benchmarks.md](benchmarks.md#goals-that-were-given-up)."""
 
 QUALITY = """## Quality
 
-Small models trained from scratch in the embedded worlds, five seeds, mean ± spread
+Small models trained from scratch in embedded worlds, two to five seeds, mean ± spread
 ([ablation.md](ablation.md)); a pretrained model on real texts, one seed ([real.md](real.md))."""
 
 TAIL = """The paper's own tables (BRIGHT, FollowIR, BrowseComp-Plus) need its six backbones, 81,659
