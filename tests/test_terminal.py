@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from laser_jax.files.terminal import configure_logging, fail, printable
+from laser_jax.files.terminal import configure_logging, extra, fail, printable
 
 PROGRAMS = Path(__file__).resolve().parents[1] / "laser_jax"
 
@@ -42,3 +42,12 @@ def test_progress_goes_to_stderr_with_the_time_and_the_process(capsys) -> None:
     out, err = capsys.readouterr()
     assert (out, err[:2]) == ("", "20")
     assert err.endswith(r" [3] step 1 of \x1b[2J" + "\n")
+
+
+def test_an_import_that_fails_within_laser_jax_is_no_missing_extra() -> None:
+    ours = pytest.raises(ImportError, match="cannot import name 'absent' from 'laser_jax")
+    with ours, extra("serve", "the server"):
+        from laser_jax.settings import absent  # noqa: F401  # pyright: ignore
+    missing = pytest.raises(ImportError, match="the server needs absent_package: pip install")
+    with missing, extra("serve", "the server"):
+        import absent_package  # noqa: F401  # pyright: ignore

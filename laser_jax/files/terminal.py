@@ -50,6 +50,8 @@ def extra(name: str, what: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
+        if f"{error.name}.".startswith("laser_jax."):
+            raise  # no package is absent
         way_out = f"pip install 'laser-jax[{name}]'"
         raise ImportError(f"{what} needs {error.name or error}: {way_out}") from error
 
