@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from benchmarks import ablation_table, measure
-from benchmarks.ablation_table import METRICS, PROBE_FILE, STEPS
+from benchmarks.ablation_table import COLUMNS, METRICS, PROBE_FILE, STEPS
 from benchmarks.measure import BenchmarkError, Report
 from benchmarks.thoughts import read_trajectories, shares
 from laser_jax.command_line import parse_command_line, parse_train_command
@@ -63,21 +63,27 @@ class TrainedRow:
     """Thinking steps in training, where the row changes them."""
     view: Literal["latent", "explicit"] = "latent"
     """How it is scored."""
-    frozen_teacher: bool = False
-    """Learns from the finished row `explicit`."""
+    learns_from: tuple[str, str] | None = None
+    """A setting, and what of a finished row of the same seed it names: `laser/adapter`."""
+    flags: tuple[str, ...] = ()
 
     def arguments(self, folder: Path) -> list[str]:
         """Flags that follow the recipe's, for the seed whose runs are in `folder`."""
         given = ["--config", str(CONFIGS / "ablation" / self.overlay)] if self.overlay else []
         if self.K is not None:
             given += ["--objective.num_thinking_steps", str(self.K)]
-        if self.frozen_teacher:
-            given += ["--objective.teacher", str(folder / "explicit" / "model")]
-        return given
+        if self.learns_from is not None:
+            given += [f"--{self.learns_from[0]}", str(folder / self.learns_from[1])]
+        return [*given, *self.flags]
 
 
 def _without(part: str, title: str, **changed: Any) -> dict[str, TrainedRow]:
     return {f"without_{part}": TrainedRow(f"without {title}", f"without_{part}.yaml", **changed)}
+
+
+def _after_laser(title: str, overlay: str, *flags: str) -> TrainedRow:
+    begun = ("model.adapter", "laser/adapter")
+    return TrainedRow(f"LaSER, then {title}", f"{overlay}.yaml", learns_from=begun, flags=flags)
 
 
 ROWS = {
@@ -89,9 +95,16 @@ ROWS = {
     **_without("latent_view", "latent view"),
     **_without("trajectory", "trajectory"),
     **_without("output", "output distillation"),
-    **_without("colearning", "co-learning", frozen_teacher=True),
+    **_without("colearning", "co-learning", learns_from=("objective.teacher", "explicit/model")),
     "documents_once": TrainedRow("LaSER, documents at K = 1", "documents_once.yaml"),
     "documents_once_K3": TrainedRow("K = 3, documents at K = 1", "documents_once.yaml", K=3),
+    "latent_rl": TrainedRow("latent RL", "latent_rl.yaml"),
+    "latent_rl_after_laser": _after_laser("latent RL", "latent_rl"),
+    "draws_after_laser": _after_laser("draws alone", "latent_rl", "--objective.policy.weight", "0"),
+    "infonce_after_laser": _after_laser("InfoNCE", "without_explicit_view"),
+    "infonce_600_after_laser": _after_laser(
+        "InfoNCE twice as long", "without_explicit_view", "--train.steps", "600"
+    ),
     **{f"laser_K{K}": TrainedRow(f"LaSER trained at K = {K}", K=K) for K in (1, 3, 6)},
 }
 QUICK_ROWS = ("laser", "gircse", "explicit")
@@ -295,8 +308,7 @@ def fill(options: argparse.Namespace, report: Report) -> None:
     """
     try:
         asked = set(options.rows or (QUICK_ROWS if options.quick else ROWS))
-        if "without_colearning" in asked:
-            asked.add("explicit")
+        asked |= {f[1].partition("/")[0] for row in asked if (f := ROWS[row].learns_from)}
         rows = [row for row in ROWS if row in asked]  # a teacher before its pupil
         numbers = range(options.first_seed, options.first_seed + options.seeds)
         name, world = "quick" if options.quick else "default", WORLD
@@ -310,30 +322,22 @@ def fill(options: argparse.Namespace, report: Report) -> None:
                 run_missing(seeds, rows, options.split)
         titles = {row: (ROWS[row].title, ROWS[row].view) for row in rows}
         done = {
-            row: {s.number: s.folder / row for s in seeds if s.finished(row, options.split)}
-            for row in rows
+            r: {s.number: s.folder / r for s in seeds if s.finished(r, options.split)} for r in rows
         }
         ablation_table.fill(report, titles, done, options.split)
     except (ValueError, OSError, TrainingError) as error:
         raise BenchmarkError(str(error)) from error
     if not report.rows:
         raise BenchmarkError(f"nothing is finished under {options.work}")
-    written = {}
-    for seed in seeds:
-        if (file := seed.backbone / "pretrain.json").is_file():
-            written[seed.number] = json.loads(file.read_text()).get("exact_match")
-    report.settings |= {
-        "world": as_dict(seeds[0].config),
-        "exact_match": written,
-        "not_run": {
-            row: missing
-            for row, runs in done.items()
-            if (missing := [number for number in numbers if number not in runs])
-        },
-    }
-    if report.settings["not_run"]:
-        missing = ablation_table.with_seeds(report.settings["not_run"])
-        report.notes.append(f"Not run: {missing}.")
+    files = {seed.number: seed.backbone / "pretrain.json" for seed in seeds}
+    texts = {number: file.read_text() for number, file in files.items() if file.is_file()}
+    written = {number: json.loads(text).get("exact_match") for number, text in texts.items()}
+    missing = {row: [n for n in numbers if n not in runs] for row, runs in done.items()}
+    missing = {row: seeds for row, seeds in missing.items() if seeds}
+    world = as_dict(seeds[0].config)
+    report.settings |= {"world": world, "exact_match": written, "not_run": missing}
+    if missing:
+        report.notes.append(f"Not run: {ablation_table.with_seeds(missing)}.")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -342,8 +346,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), help="default: all of the world")
     parser.add_argument("--split", choices=("dev", "test"), default="test", help="default test")
     parser.add_argument("--work", type=Path, default=Path("runs/ablation"), help="holds the runs")
-    text = "train nothing, report what is finished"
-    parser.add_argument("--finished_only", action="store_true", help=text)
+    parser.add_argument("--finished_only", action="store_true", help="report, and train nothing")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -352,9 +355,7 @@ def main(arguments: Sequence[str]) -> None:
         print(f"\n{title}:\n\n{table}")
 
 
-PROGRAM = measure.Program(
-    "ablation", __doc__, fill, ablation_table.COLUMNS, add_flags, repeats=None
-)
+PROGRAM = measure.Program("ablation", __doc__, fill, COLUMNS, add_flags, repeats=None)
 
 if __name__ == "__main__":
     main(sys.argv[1:])

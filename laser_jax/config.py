@@ -15,13 +15,18 @@ from laser_jax.model_sizes import BACKBONES, BackboneConfig, BackboneName, LoraC
 from laser_jax.model_sizes import PROJECTIONS as PROJECTIONS
 from laser_jax.model_sizes import Family as Family
 from laser_jax.model_sizes import RopeScaling as RopeScaling
+from laser_jax.objective import KeyframeRule as KeyframeRule
+from laser_jax.objective import LossWeights as LossWeights
+from laser_jax.objective import ObjectiveConfig as ObjectiveConfig
+from laser_jax.objective import PolicyConfig as PolicyConfig
+from laser_jax.objective import Pooling as Pooling
+from laser_jax.objective import appended_thoughts as appended_thoughts
+from laser_jax.objective import pools_prompt as pools_prompt
 from laser_jax.settings import ConfigError, as_dict, from_dict, require, require_in
 
 RETRIEVER_CONFIG_FILE = "laser_config.json"
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-KeyframeRule = Literal["official", "paper"]
-Pooling = Literal["prompt_and_thoughts", "thoughts"]
 DevMetric = Literal["nDCG@10", "Recall@100", "Hit@1"]
 AttentionKernel = Literal["xla", "cudnn", "splash"]
 Remat = Literal["none", "dots", "full"]
@@ -136,97 +141,6 @@ class DataConfig:
     def sources(self) -> tuple[MixtureSource, ...]:
         split = f"/{self.split}" if self.split else ""
         return self.mixture or (MixtureSource(f"{self.train}{split}"),)
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """L = latent L_latent + explicit L_explicit + output L_output + trajectory L_trajectory
-    (LaSER equation 14; the lambdas are 1, 10 and 0.1) + teacher L_teacher."""
-
-    latent: float = 1.0
-    explicit: float = 1.0
-    output: float = 10.0
-    trajectory: float = 0.1
-    teacher: float = 0.0
-    """The weight of the rows' own `teacher_scores`."""
-
-    def __post_init__(self) -> None:
-        require_in("[0, inf)", self, "objective.weights.", *vars(self))
-
-    @property
-    def need_explicit_view(self) -> bool:
-        return bool(self.explicit or self.output or self.trajectory)
-
-
-def pools_prompt(pooling: Pooling) -> bool:
-    """Whether the first of the K pooled states is the prompt's own, which reads the query by
-    itself. Where it is not (GIRCSE), K = 1 is a thought already, and there is no explicit view: a
-    reasoning read behind the query would have its own state left out."""
-    return pooling == "prompt_and_thoughts"
-
-
-def appended_thoughts(num_thinking_steps: int, pooling: Pooling) -> int:
-    """The soft tokens that stand behind a prompt when K states are pooled."""
-    return num_thinking_steps - pools_prompt(pooling)
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """What is trained. The defaults are the paper's; `configs/official.yaml` holds the code's."""
-
-    method: Literal["laser", "gircse"] = "laser"
-    num_thinking_steps: int = 3
-    """K, the number of hidden states that are pooled. 1 is a last-token retriever."""
-    document_thinking_steps: int | None = None
-    """K of documents. None: the queries'. At 1 they cost as much as a plain retriever's."""
-    weights: LossWeights = field(default_factory=LossWeights)
-    temperature: float = 0.02
-    output_temperature: float = 0.02
-    trajectory_temperature: float = 0.02
-    """The paper states 0.02, the released code uses 0.05."""
-    teacher_temperature: float = 1.0
-    """Divides `teacher_scores`, as `temperature` does the student's beside them."""
-    keyframes: KeyframeRule = "paper"
-    distillation_warmup_steps: int = 0
-    """The output and trajectory weights grow linearly from 0 over this many steps."""
-    dimensions: tuple[int, ...] = ()
-    """Matryoshka (arXiv 2205.13147): every term of the loss is also taken of the first so many."""
-    dimension_weights: tuple[float, ...] = ()
-    """Weights of the losses at `dimensions`, beside 1 for the full width's. Empty: 1 each."""
-    views: Literal["auto", "fast", "parity"] = "auto"
-    """`fast` reads query and reasoning in one pass, and queries and documents think as one batch;
-    `parity` makes a pass for each. `auto` is `fast` where that is the same (`Config.views`)."""
-    teacher: str | None = None
-    """A directory of a trained model that stays frozen and replaces the shared teacher (the
-    ablation without co-learning). None: the same weights teach and learn."""
-
-    def __post_init__(self) -> None:
-        steps = ("num_thinking_steps", "document_thinking_steps")
-        require_in("[1, inf)", self, "objective.", *steps, "dimensions")
-        temperatures = (n for n in vars(self) if n.endswith("temperature"))
-        require_in("(0, inf)", self, "objective.", *temperatures)
-        require_in("[0, inf)", self, "objective.", "distillation_warmup_steps", "dimension_weights")
-        of_laser = ("document_thinking_steps", "weights.teacher")
-        given = (self.document_thinking_steps, self.weights.teacher)
-        fault = f"objective: {', '.join(of_laser)} want method: laser"
-        require(self.method == "laser" or not any(given), fault)
-        require(
-            len(self.dimension_weights) in (0, len(self.dimensions)),
-            f"objective.dimension_weights has {len(self.dimension_weights)} numbers, and "
-            f"objective.dimensions {len(self.dimensions)}: give one each, or none",
-        )
-
-    @property
-    def pooling(self) -> Pooling:
-        return "thoughts" if self.method == "gircse" else "prompt_and_thoughts"
-
-    @property
-    def need_explicit_view(self) -> bool:
-        return self.method == "laser" and self.weights.need_explicit_view
-
-    @property
-    def need_teacher_scores(self) -> bool:
-        return self.weights.teacher > 0
 
 
 @dataclass(frozen=True)
@@ -417,6 +331,15 @@ class Config:
             "objective.views: fast wants the query's tokens to be a prefix of the explicit "
             "input's, which prompt.truncation: sequence and prompt.append_eos: true break; set "
             "objective.views: parity",
+        )
+        require(
+            self.objective.policy.kl == 0 or self.lora is not None,
+            "objective.policy.kl is the distance to the backbone without its adapters, and lora is "
+            "not set: give lora a rank, or set objective.policy.kl: 0",
+        )
+        require(
+            self.objective.method != "latent_rl" or self.train.accumulation == "gradcache",
+            "objective.method: latent_rl ranks in the pool; set train.accumulation: gradcache",
         )
 
     @property

@@ -51,12 +51,12 @@ def pool(hidden_BKD: jax.Array) -> jax.Array:
     return normalize(jnp.mean(hidden_BKD, axis=1))
 
 
-def _scores(states: jax.Array, documents_CD: jax.Array) -> jax.Array:
+def inner_products(states: jax.Array, documents_CD: jax.Array) -> jax.Array:
     """[..., C] inner products. A temperature of 0.02 turns TF32's error into 5 % of a logit."""
     return jnp.einsum("...d,cd->...c", states, documents_CD, precision="highest")
 
 
-def _log_softmax(scores: jax.Array, contrast: jax.Array, temperature: float) -> jax.Array:
+def log_softmax(scores: jax.Array, contrast: jax.Array, temperature: float) -> jax.Array:
     return jax.nn.log_softmax(jnp.where(contrast, scores / temperature, -jnp.inf), axis=-1)
 
 
@@ -65,7 +65,7 @@ def info_nce(
 ) -> jax.Array:
     """-log softmax(scores / temperature) at each query's positive, mean over queries
     (LaSER equation 7). Masked documents are left out of the softmax."""
-    log_p_BC = _log_softmax(scores_BC, contrast_BC, temperature)
+    log_p_BC = log_softmax(scores_BC, contrast_BC, temperature)
     return -jnp.take_along_axis(log_p_BC, positives_B[:, None], axis=1).mean()
 
 
@@ -74,8 +74,8 @@ def score_kl(
 ) -> jax.Array:
     """KL(softmax(teacher / t) || softmax(student / t)) over the last axis, [...], to be averaged
     (LaSER equations 9 and 12). No gradient flows into the teacher's scores."""
-    log_p = _log_softmax(jax.lax.stop_gradient(teacher), contrast, temperature)
-    log_q = _log_softmax(student, contrast, temperature)
+    log_p = log_softmax(jax.lax.stop_gradient(teacher), contrast, temperature)
+    log_q = log_softmax(student, contrast, temperature)
     # masked documents have p = 0 and log p = log q = -inf: keep the difference out of the sum
     difference = jnp.where(contrast, log_p, 0.0) - jnp.where(contrast, log_q, 0.0)
     return (jnp.exp(log_p) * difference).sum(axis=-1)
@@ -118,15 +118,15 @@ def laser_loss(
         "loss" and the unweighted terms "latent", "explicit", "output", "trajectory" and "teacher";
         those of the explicit view are absent without one, and the last without scores.
     """
-    scores_BC = _scores(pool(views.hidden_BKD), documents_CD)
+    scores_BC = inner_products(pool(views.hidden_BKD), documents_CD)
     terms = {"latent": info_nce(scores_BC, positives_B, contrast_BC, objective.temperature)}
     if (explicit := views.explicit) is not None:
-        teacher_BC = _scores(normalize(explicit.final_BD), teacher_documents_CD)
+        teacher_BC = inner_products(normalize(explicit.final_BD), teacher_documents_CD)
         terms["explicit"] = info_nce(teacher_BC, positives_B, contrast_BC, objective.temperature)
         output_B = score_kl(teacher_BC, scores_BC, contrast_BC, objective.output_temperature)
         trajectory_BK = score_kl(
-            _scores(normalize(explicit.keyframes_BKD), teacher_documents_CD),
-            _scores(normalize(views.hidden_BKD), documents_CD),
+            inner_products(normalize(explicit.keyframes_BKD), teacher_documents_CD),
+            inner_products(normalize(views.hidden_BKD), documents_CD),
             contrast_BC[:, None, :],
             objective.trajectory_temperature,
         )
@@ -157,7 +157,7 @@ def gircse_loss(
     K = query_hidden_BKD.shape[1]
     steps = []
     for k in range(1, K + 1):
-        scores_BC = _scores(pool(query_hidden_BKD[:, :k]), pool(document_hidden_CKD[:, :k]))
+        scores_BC = inner_products(pool(query_hidden_BKD[:, :k]), pool(document_hidden_CKD[:, :k]))
         steps.append(info_nce(scores_BC, positives_B, contrast_BC, temperature))
     losses_K = jnp.stack(steps)
     growth = jnp.diff(jnp.log(losses_K + 1e-8))

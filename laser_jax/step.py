@@ -17,7 +17,7 @@ import optax
 from flax import struct
 
 from laser_jax.batch import Batch
-from laser_jax.config import Config, ObjectiveConfig
+from laser_jax.config import Config, ObjectiveConfig, TrainConfig
 from laser_jax.losses import Terms, Views, gircse_loss, laser_loss, pool
 from laser_jax.modeling.backbone import Backbone, Variables
 from laser_jax.sharding import constrain
@@ -127,10 +127,8 @@ def _loss_terms(
     B, C = contrast_BC.shape
     positives_B = jnp.arange(B) * (C // B)
     if objective.method == "gircse":
-        document_hidden_CKD = constrain(views.document_hidden_CKD, None, None, None)
-        return gircse_loss(
-            views.hidden_BKD, document_hidden_CKD, positives_B, contrast_BC, objective.temperature
-        )
+        hidden = (views.hidden_BKD, constrain(views.document_hidden_CKD, None, None, None))
+        return gircse_loss(*hidden, positives_B, contrast_BC, objective.temperature)
     documents_CD = constrain(pool(views.document_hidden_CKD), None, None)
     teacher_documents_CD = documents_CD
     if views.teacher_document_hidden_CKD is not None:
@@ -167,11 +165,11 @@ def _micro_batches(batch: Batch, parts: int) -> Batch:
     return replace(rows, contrast_BC=own.reshape(parts, B // parts, C // parts))
 
 
-def reading(batch: Batch, objective: ObjectiveConfig) -> Terms:
+def reading(batch: Batch, config: Config) -> Terms:
     """How many tokens are read, with how many (position, position before it) pairs, and which share
     of the arrays is padding."""
     read = [batch.documents]
-    if objective.views == "parity" or batch.explicit is None or objective.teacher:
+    if config.views == "parity" or batch.explicit is None or config.objective.teacher:
         read.append(batch.query)
     if batch.explicit is not None:
         read.append(batch.explicit)
@@ -185,9 +183,17 @@ def reading(batch: Batch, objective: ObjectiveConfig) -> Terms:
 
 # --- the gradient, one function a way --------------------------------------------------------
 
-Read = Callable[[Variables, Batch], Views]
-Score = Callable[[Views, jax.Array], Terms]
-"""From the views of a batch and its `contrast_BC` to the loss and its terms."""
+Read = Callable[[Variables, Batch], Any]
+"""From a batch to all that its loss reads, such as `Views`."""
+Score = Callable[[Any, jax.Array], Terms]
+"""From that and the batch's `contrast_BC` to the loss and its terms."""
+
+
+def gradient_of(config: TrainConfig) -> Callable[..., tuple[Any, Terms]]:
+    """The way that a run's settings ask for: whole, or in micro-batches."""
+    parts = config.num_micro_batches
+    in_parts = plain if config.accumulation == "plain" else gradcache
+    return whole_batch if parts == 1 else partial(in_parts, parts=parts)
 
 
 def _gradient(terms_of: Callable[[Variables], Terms], state: TrainState) -> tuple[Any, Terms]:
@@ -238,6 +244,11 @@ def plain(
 
 # --- the step --------------------------------------------------------------------------------
 
+Outcome = tuple[TrainState, Terms]
+"""The state after a step, and its terms or metrics."""
+TrainStep = Callable[[TrainState, Batch, Variables | None], Outcome]
+"""The third are a frozen teacher's."""
+
 
 def make_train_step(
     backbone: Backbone,
@@ -245,56 +256,66 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     teacher: FrozenTeacher | None = None,
-) -> Callable[[TrainState, Batch, Variables | None], tuple[TrainState, Terms]]:
-    """The function (state, batch, frozen teacher's variables) -> (state, metrics). Jit it, donating
-    the state.
-
-    Metrics are float32 scalars: the loss terms, `grad_norm`, `learning_rate`, `documents` (the pool
-    that a query is contrasted with), `masked_negatives` in the whole batch, `tokens`,
-    `token_pairs`, `padding_share`, `skipped_steps` and, where K is drawn, `thinking_steps`. Where
-    the loss or a gradient is not finite, `finite` is 0 and nothing but the step counters changes.
-    """
+) -> TrainStep:
+    """The step of LaSER and GIRCSE. Jit it, donating the state. Its metrics are the loss terms and
+    those of `finish_step`."""
     warmup = config.objective.distillation_warmup_steps
     objective = replace(config.objective, views=config.views)
-    parts = config.train.num_micro_batches
-    in_parts = plain if config.train.accumulation == "plain" else gradcache
-    way = whole_batch if parts == 1 else partial(in_parts, parts=parts)
-    pools = parts if in_parts is plain else 1
+    gradient = gradient_of(config.train)
 
-    def train_step(
-        state: TrainState, batch: Batch, teacher_variables: Variables | None
-    ) -> tuple[TrainState, Terms]:
+    def learn(state: TrainState, batch: Batch, teacher_variables: Variables | None) -> Outcome:
         step = state.step.astype(jnp.float32)
         scale = jnp.minimum(1.0, (step + 1.0) / warmup) if warmup else jnp.ones(())
-        batch = replace(batch, rows_B=None)
         taught_by = {"teacher": teacher, "teacher_variables": teacher_variables}
         read = partial(read_views, backbone, objective=objective, **taught_by)
         score = partial(loss_terms, objective=objective, scale=scale)
-        grads, terms = way(read, score, state, batch)
-        new, seen = _updated(state, grads, terms["loss"], optimizer)
-        metrics = terms | reading(batch, objective) | seen
+        return update(optimizer, partial(gradient, read, score), state, batch)
+
+    return finish_step(learn, config, schedule)
+
+
+def update(
+    optimizer: optax.GradientTransformation,
+    gradient: Callable[[TrainState, Batch], tuple[Any, Terms]],
+    state: TrainState,
+    batch: Batch,
+) -> Outcome:
+    """The state with new parameters, whatever the gradient is, and the terms, with its norm and
+    whether it and the loss are finite. The counters stay."""
+    grads, terms = gradient(state, batch)
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(terms["loss"]) & jnp.isfinite(grad_norm)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
+    trained = optax.apply_updates(state.trained, updates)
+    new = replace(state, trained=trained, opt_state=opt_state)
+    return new, terms | {"grad_norm": grad_norm, "finite": finite}
+
+
+def finish_step(
+    learn: TrainStep, config: Config, schedule: optax.Schedule, updates: int = 1
+) -> TrainStep:
+    """The step around `learn`, which updates the parameters so often. Where its term `finite` is 0,
+    nothing but the step counters changes.
+
+    Metrics are float32 scalars: its terms, `learning_rate`, `documents` (the pool that a query is
+    contrasted with), `masked_negatives` in the whole batch, `tokens`, `token_pairs`,
+    `padding_share` and `skipped_steps`.
+    """
+    pools = config.train.num_micro_batches if config.train.accumulation == "plain" else 1
+
+    def train_step(state: TrainState, batch: Batch, teacher_variables: Variables | None) -> Outcome:
+        batch = replace(batch, rows_B=None)
+        learnt, terms = learn(state, batch, teacher_variables)
+        kept = jax.tree.map(partial(jnp.where, terms["finite"]), learnt, state)
+        skipped = state.skipped + ~terms["finite"]
+        metrics = terms | reading(batch, config)
         metrics |= {
-            "learning_rate": schedule(state.step - state.skipped),
+            "skipped_steps": skipped,
+            "learning_rate": schedule((state.step - state.skipped) * updates),
             "documents": batch.contrast_BC.shape[1] // pools,
             "masked_negatives": (~batch.contrast_BC).sum(),
         }
-        return new, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+        metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+        return replace(kept, step=state.step + 1, skipped=skipped), metrics
 
     return train_step
-
-
-def _updated(
-    state: TrainState, grads: Any, loss: jax.Array, optimizer: optax.GradientTransformation
-) -> tuple[TrainState, Terms]:
-    """The next state, and whether the loss and the gradient are finite: only then it learns."""
-    grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
-    trained, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old),
-        (optax.apply_updates(state.trained, updates), opt_state),
-        (state.trained, state.opt_state),
-    )
-    skipped = state.skipped + ~finite
-    new = TrainState(state.step + 1, skipped, trained, state.frozen, opt_state)
-    return new, {"grad_norm": grad_norm, "finite": finite, "skipped_steps": skipped}

@@ -6,7 +6,7 @@ only; each step writes one slot of a K-sized suffix cache, inside one `lax.scan`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -37,6 +37,37 @@ class TopTokens:
     """In nats."""
 
 
+NextInput = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
+"""From a state [B, D] and what is given for its thought to the embedding that is fed on, and what
+is kept of it."""
+
+
+def generate(
+    backbone: Backbone,
+    variables: Variables,
+    prefixes: Sequence[Prefix],
+    next_input: NextInput,
+    given: jax.Array,
+) -> tuple[jax.Array, Any]:
+    """The states behind thoughts, [thoughts, B, D] in the compute dtype, of the groups as one
+    batch, and what `next_input` kept. `given` has a row for each thought."""
+    caches = tuple(prefix.cache for prefix in prefixes)
+    lengths_B = merge_groups([prefix.lengths_B for prefix in prefixes])
+
+    def step(carry: tuple[jax.Array, Cache], at: tuple[jax.Array, Any]) -> tuple[Any, Any]:
+        (h_BD, suffix), (slot, own) = carry, at
+        token_BD, kept = next_input(h_BD, own)
+        past = (caches, suffix, lengths_B, slot)
+        h_BD, suffix = apply(Backbone.think, backbone, variables, token_BD, *past)
+        return (h_BD, suffix), (h_BD, kept)
+
+    carry = (merge_groups([prefix.h_BD for prefix in prefixes]), empty_suffix(caches, len(given)))
+    # The paper's two thoughts stand one behind the other: a loop would add the gradients of all
+    # prompts' keys and values up in its carry, from zeros on.
+    along = (jnp.arange(len(given)), given)
+    return jax.lax.scan(step, carry, along, unroll=len(given) <= 2)[1]
+
+
 def think(
     backbone: Backbone,
     variables: Variables,
@@ -64,20 +95,11 @@ def think(
     firsts = [prefix.h_BD[:, None].astype(wide) for prefix in prefixes]
     if generated == 0:
         return firsts
-    caches = tuple(prefix.cache for prefix in prefixes)
-    lengths_B = merge_groups([prefix.lengths_B for prefix in prefixes])
 
-    def step(carry: tuple[jax.Array, Cache], slot: jax.Array) -> tuple[Any, jax.Array]:
-        h_BD, suffix = carry
-        token_BD = apply(Backbone.soft_token, backbone, variables, h_BD)
-        past = (caches, suffix, lengths_B, slot)
-        h_BD, suffix = apply(Backbone.think, backbone, variables, token_BD, *past)
-        return (h_BD, suffix), h_BD
+    def soft_token(h_BD: jax.Array, _: jax.Array) -> tuple[jax.Array, None]:
+        return apply(Backbone.soft_token, backbone, variables, h_BD), None
 
-    carry = (merge_groups([prefix.h_BD for prefix in prefixes]), empty_suffix(caches, generated))
-    # The paper's two thoughts stand one behind the other: a loop would add the gradients of all
-    # prompts' keys and values up in its carry, from zeros on.
-    _, h_KBD = jax.lax.scan(step, carry, jnp.arange(generated), unroll=generated <= 2)
+    h_KBD, _ = generate(backbone, variables, prefixes, soft_token, jnp.arange(generated))
     sizes = [prefix.lengths_B.shape[0] for prefix in prefixes]
     thoughts = split_groups(jnp.swapaxes(h_KBD, 0, 1).astype(wide), sizes)
     if not pools_prompt(pooling):

@@ -150,7 +150,8 @@ def test_every_row_trains_the_same_backbone_data_and_steps() -> None:
     for row in ROWS:
         config = config_of(row)
         assert config.model.path == "w/seed-4/backbone"
-        assert (config.train.seed, config.train.steps, config.train.batch_size) == (4, 300, 32)
+        steps = 600 if row == "infonce_600_after_laser" else 300
+        assert (config.train.seed, config.train.steps, config.train.batch_size) == (4, steps, 32)
         assert (config.data.train, config.data.eval) == ("w/seed-4/data/train.jsonl", None)
         assert config.output == f"w/seed-4/{row}"
 
@@ -164,6 +165,11 @@ def test_the_rows_are_the_papers() -> None:
     assert not weights["contrastive"].need_explicit_view
     assert weights["explicit"].latent == 0
     assert config_of("gircse").objective.method == "gircse"
+    assert config_of("latent_rl").objective.method == "latent_rl"
+    assert config_of("latent_rl").model.adapter is None
+    for row in ("latent_rl", "draws", "infonce", "infonce_600"):
+        assert config_of(f"{row}_after_laser").model.adapter == "w/seed-4/laser/adapter"
+    assert config_of("draws_after_laser").objective.policy.weight == 0
     assert config_of("without_colearning").objective.teacher == "w/seed-4/explicit/model"
     assert [config_of(f"laser_K{k}").objective.num_thinking_steps for k in (1, 3, 6)] == [1, 3, 6]
 

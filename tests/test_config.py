@@ -26,6 +26,7 @@ from laser_jax.config import (
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    PolicyConfig,
     PromptConfig,
     RetrieverConfig,
     RopeScaling,
@@ -61,6 +62,11 @@ def test_a_missing_key_is_named() -> None:
 # --- impossible values -------------------------------------------------------------------------
 
 
+def reinforced(**changes: Any) -> ObjectiveConfig:
+    weights = LossWeights(explicit=0.0, output=0.0, trajectory=0.0)
+    return ObjectiveConfig(method="latent_rl", weights=weights, **changes)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -74,6 +80,42 @@ def test_a_missing_key_is_named() -> None:
             lambda: ObjectiveConfig(method="gircse", weights=LossWeights(teacher=1.0)),
             r"weights\.teacher want method: laser",
         ),
+        (
+            lambda: ObjectiveConfig(method="latent_rl"),
+            r"latent_rl reads neither .* set to 0, .*: objective.weights.explicit \(1.0\), ",
+        ),
+        (
+            lambda: reinforced(teacher="a_model", dimensions=(4,)),
+            r"objective.dimensions \(\(4,\)\), objective.teacher \(a_model\)",
+        ),
+        (lambda: reinforced(num_thinking_steps=1), "num_thinking_steps of at least 2"),
+        (
+            lambda: ObjectiveConfig(policy=PolicyConfig(draws=2)),
+            "objective.policy wants objective.method: latent_rl",
+        ),
+        (
+            lambda: Config(
+                ModelConfig(path="a"),
+                DataConfig(train="b"),
+                objective=reinforced(policy=PolicyConfig(kl=0.1)),
+            ),
+            "objective.policy.kl .* lora is not set: give lora a rank, or set",
+        ),
+        (
+            lambda: Config(
+                ModelConfig(path="a"),
+                DataConfig(train="b"),
+                objective=reinforced(),
+                train=TrainConfig(accumulation="plain"),
+            ),
+            r"latent_rl ranks in the pool; set train\.accumulation: gradcache",
+        ),
+        (lambda: PolicyConfig(weight=-1.0), "objective.policy.weight .* got -1.0"),
+        (lambda: PolicyConfig(rollouts=1), "objective.policy.rollouts must be at least 2, got 1"),
+        (lambda: PolicyConfig(draws=0), "objective.policy.draws .* got 0"),
+        (lambda: PolicyConfig(updates=0), "objective.policy.updates .* got 0"),
+        (lambda: PolicyConfig(clip=0.0), "objective.policy.clip must be a positive number"),
+        (lambda: PolicyConfig(kl=-1.0), "objective.policy.kl .* got -1.0"),
         (
             lambda: ObjectiveConfig(temperature=0.0),
             "objective.temperature must be a positive number, got 0.0",

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from laser_jax.command_line import parse_train_command
-from laser_jax.config import BACKBONES, PROJECTIONS, Config, as_dict
+from laser_jax.config import BACKBONES, PROJECTIONS, Config, ConfigError, as_dict
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RECIPES = ("paper", "official")
@@ -71,6 +71,7 @@ def test_there_is_an_overlay_for_every_ablation_and_baseline() -> None:
         "contrastive",
         "documents_once",
         "gircse",
+        "latent_rl",
         "teacher",
         "without_colearning",
         "without_explicit_view",
@@ -105,6 +106,10 @@ def test_an_overlay_changes_exactly_the_keys_it_names(recipe: str, overlay: str)
 @pytest.mark.parametrize("ablation", names("ablation"))
 def test_an_ablation_is_applied_over_backbone_machine_and_batch(ablation: str) -> None:
     layers = ("paper", "backbones/llama-3.1-8b", "hardware/h100", "batch/released")
+    if ablation == "latent_rl":
+        with pytest.raises(ConfigError, match=r"set train\.accumulation: gradcache"):
+            compose(*layers, f"ablation/{ablation}")
+        layers = layers[:-1]
     before, after = compose(*layers), compose(*layers, f"ablation/{ablation}")
     assert changed(before, after) == set_by(f"ablation/{ablation}")
 

@@ -27,6 +27,7 @@ from laser_jax.config import (
     MeshConfig,
     ModelConfig,
     ObjectiveConfig,
+    PolicyConfig,
     PromptConfig,
     RetrieverConfig,
     ScratchConfig,
@@ -218,6 +219,19 @@ def test_a_frozen_teacher_has_no_flops_by_formula(
     found = dry_run(config("absent.jsonl", objective=objective), HERE)
     assert found["flops_per_step"] is None
     assert "FLOPs" not in capsys.readouterr().out
+
+
+def test_a_step_that_reinforces_is_compiled_with_all_its_updates(capsys) -> None:
+    weights = LossWeights(explicit=0.0, output=0.0, trajectory=0.0)
+    policy = PolicyConfig(rollouts=2, kl=0.1, updates=2)
+    objective = ObjectiveConfig("latent_rl", K, weights=weights, policy=policy)
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
+    there = config("absent.jsonl", objective=objective, mesh=mesh, lora=LoraConfig(rank=2))
+    found = dry_run(there, HERE)
+    assert found["widest"] == "queries 8 x 48, documents 16 x 64"
+    assert found["temporary_bytes"] > 0
+    assert found["flops_per_step"] is None
+    assert "compiled    queries 8 x 48" in capsys.readouterr().out
 
 
 # --- the paper's models ------------------------------------------------------------------------

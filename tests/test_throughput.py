@@ -242,7 +242,7 @@ def test_a_step_reads_what_is_counted(config: Config, parts: list[str], monkeypa
     assert sorted(found.parts) == sorted(parts)
 
     lengths = np.concatenate([getattr(example, part).lengths_B for part in parts])
-    metrics = reading(jax.tree.map(jnp.asarray, example), objective)
+    metrics = reading(jax.tree.map(jnp.asarray, example), config)
     tokens, pairs = float(metrics["tokens"]), float(metrics["token_pairs"])
     assert tokens == lengths.sum()
     assert pairs == sum(n * (n + 1) / 2 for n in lengths)

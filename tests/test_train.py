@@ -716,6 +716,7 @@ def test_a_run_leaves_scalars_and_a_trace_where_it_is_asked_to(run, tmp_path) ->
 TERMS = {
     "contrastive": {"latent"},
     "gircse": {"contrastive", "penalty", "step_1", "step_2"},
+    "latent_rl": {"latent", "reward", "entropy", "groups_without_spread", "clipped"},
     "without_explicit_view": {"latent"},
 }
 FOUR_TERMS = {"latent", "explicit", "output", "trajectory"}

@@ -213,11 +213,10 @@ def _expected(config: Config) -> tuple[Expected, int | None]:
 def _counted(config: Config, batches: Sequence[Batch], source: str) -> Expected:
     buckets: Counter[Widths] = Counter()
     tokens = pairs = padding = 0.0
-    objective = replace(config.objective, views=config.views)
     for batch in batches:
         parts = filter(None, (batch.query, batch.documents, batch.explicit))
         buckets[tuple(part.ids_BT.shape[1] for part in parts)] += 1
-        found = reading(batch, objective)
+        found = reading(batch, config)
         tokens += float(found["tokens"]) / len(batches)
         pairs += float(found["token_pairs"]) / len(batches)
         padding += float(found["padding_share"]) / len(batches)

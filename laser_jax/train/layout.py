@@ -29,6 +29,7 @@ from laser_jax.config import (
 from laser_jax.inference.options import require_positions
 from laser_jax.losses import Terms
 from laser_jax.modeling.backbone import Backbone, Variables
+from laser_jax.reinforcement.step import make_reinforced_step
 from laser_jax.settings import require
 from laser_jax.sharding import Device, make_mesh
 from laser_jax.step import FrozenTeacher, TrainState, make_train_step
@@ -104,7 +105,8 @@ def lay_out(
     backbone, attention = build_backbone(
         config.model, backbone_config, devices[0].platform, config.lora
     )
-    optimizer = make_optimizer(config.optimizer, steps)
+    updates = steps * config.objective.policy.updates  # which the optimizer counts
+    optimizer = make_optimizer(config.optimizer, updates)
 
     def state_on(mesh: Mesh) -> TrainState:
         return abstract_state(backbone, optimizer, mesh, jnp.dtype(config.model.param_dtype))
@@ -118,7 +120,7 @@ def lay_out(
     )
     _require_divisible(config, mesh)
     teacher = _lay_out_teacher(config.objective.teacher, backbone_config, prompt_checksum, mesh)
-    schedule = learning_rate_schedule(config.optimizer, steps)
+    schedule = learning_rate_schedule(config.optimizer, updates)
     state = state_on(mesh)
     return Layout(mesh, backbone, attention, optimizer, schedule, state, retriever, *teacher)
 
@@ -242,6 +244,7 @@ class StepPrograms:
 
 def step_programs(config: Config, layout: Layout) -> StepPrograms:
     """The step of a run, to be compiled for every shape of a batch."""
-    with_optimizer = (layout.optimizer, layout.schedule, layout.teacher)
-    step = make_train_step(layout.backbone, config, *with_optimizer)
+    model = (layout.backbone, config, layout.optimizer, layout.schedule)
+    reinforced = config.objective.method == "latent_rl"
+    step = make_reinforced_step(*model) if reinforced else make_train_step(*model, layout.teacher)
     return StepPrograms(jit_train_step(step, layout.abstract, layout.mesh))

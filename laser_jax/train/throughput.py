@@ -116,8 +116,8 @@ def step_flops(
     """Forward and backward: the backward pass costs as much as the forward for the gradient of the
     activations, and as much again for that of the weights where they are trained. Adapters and what
     is computed twice to save memory are not counted. None beside a frozen teacher, which reads
-    without a backward pass."""
-    if config.objective.teacher is not None:
+    without a backward pass, and where thoughts are drawn and perhaps replayed."""
+    if config.objective.teacher is not None or config.objective.method == "latent_rl":
         return None
     forward = forward_flops(backbone, reading_of(config, tokens, token_pairs))
     return forward * (3 if config.lora is None else 2)

@@ -1,0 +1,1 @@
+"""Thoughts that are drawn, rewarded and reinforced: `objective.method: latent_rl`."""
