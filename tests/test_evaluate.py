@@ -126,41 +126,6 @@ def test_a_complete_mean_counts_judged_queries_that_the_run_lacks(files: Path) -
     assert result["queries"] == 3
 
 
-def test_p_mrr_is_scored_beside_the_rest(files: Path) -> None:
-    (files / "original.trec").write_text("q1 Q0 b 1 0.9 t\nq1 Q0 a file.txt 2 0.8 t\n")
-    (files / "original.txt").write_text("q1 0 b 1\nq1 0 a file.txt 1\nq2 0 b 0\n")
-    original = ["--original_run", str(files / "original.trec")]
-    result = score(files, *original, "--original_qrels", str(files / "original.txt"))
-    # "a file.txt" is relevant no more, and rose from 2 to 1
-    assert result["scores"]["p-MRR"] == pytest.approx(1 / 2 - 1)
-    with pytest.raises(SystemExit, match="wants both"):
-        score(files, *original)
-
-
-def test_p_mrr_reads_both_runs_alike(files: Path) -> None:
-    run = "q1 Q0 x 1 3 t\nq1 Q0 a 2 2 t\nq1 Q0 b 3 1 t\n"
-    (files / "run.trec").write_text(run)
-    (files / "original.trec").write_text(run)
-    (files / "original.txt").write_text("q1 0 b 1\nq1 0 a 1\nq3 0 a file.txt 1\n")
-    (files / "excluded.tsv").write_text("q1\tx\n")
-    original = ["--original_run", str(files / "original.trec")]
-    original += ["--original_qrels", str(files / "original.txt")]
-    excluded = ["--excluded", str(files / "excluded.tsv")]
-    assert score(files, *original, *excluded)["scores"]["p-MRR"] == 0
-    # an entry that --complete makes up is no ranking under the changed instruction
-    (files / "original.txt").write_text("q1 0 b 1\nq1 0 a 1\nq2 0 b 1\n")
-    (files / "original.trec").write_text(run + "q2 Q0 b 1 1 t\n")
-    with pytest.raises(SystemExit, match="the changed run lacks query 'q2'"):
-        score(files, *original, "--complete", "true")
-
-
-def test_p_mrr_wants_a_document_that_the_changed_instruction_rules_out(files: Path) -> None:
-    (files / "original.txt").write_text("q1 0 b 1\n")
-    original = ["--original_run", str(files / "run.trec")]
-    with pytest.raises(SystemExit, match=r"no document is relevant in .*original\.txt and irrel"):
-        score(files, *original, "--original_qrels", str(files / "original.txt"))
-
-
 def test_a_run_is_not_scored_over_an_older_result(files: Path) -> None:
     score(files)
     with pytest.raises(SystemExit, match="out holds an evaluation: choose another --output"):

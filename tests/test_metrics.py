@@ -11,10 +11,8 @@ import pytrec_eval
 from laser_jax.evaluate.beir import read_qrels, read_qrels_file
 from laser_jax.evaluate.metrics import (
     Qrels,
-    changed_documents,
     evaluate_run,
     mean,
-    p_mrr,
     without_excluded,
 )
 from laser_jax.search.trec import Run, rank_documents, read_trec_run
@@ -162,53 +160,6 @@ def test_excluded_documents_leave_the_run_before_it_is_cut() -> None:
     kept = without_excluded(run, {"q": ["a", "not retrieved"]})
     assert kept == {"q": {"b": 2.0}, "r": {"a": 1.0}}
     assert evaluate_run(kept, qrels, ["Hit@1"]) == {"q": {"Hit@1": 1.0}, "r": {"Hit@1": 1.0}}
-
-
-# --- p-MRR -------------------------------------------------------------------------------------
-
-
-def places(*documents: str) -> dict[str, float]:
-    return {document: -float(rank) for rank, document in enumerate(documents)}
-
-
-@pytest.mark.parametrize(
-    ("changed", "wanted"),
-    [
-        (("a", "b", "c", "d"), 0.0),  # nothing moved
-        (("b", "c", "d", "a"), 1 - 1 / 4),  # a fell from 1 to 4, as it should
-        (("c", "d"), 1 - 1 / 3),  # a is gone: it stands behind the last
-    ],
-)
-def test_p_mrr_of_one_document(changed: tuple[str, ...], wanted: float) -> None:
-    original = {"q": places("a", "b", "c", "d")}
-    assert p_mrr(original, {"q": places(*changed)}, {"q": ["a"]}) == {"q": pytest.approx(wanted)}
-
-
-def test_p_mrr_is_negative_where_documents_rise_and_a_mean_over_documents_then_queries() -> None:
-    original = {"q": places("a", "b", "c", "d"), "r": places("a", "b")}
-    changed = {"q": places("d", "a", "b", "c"), "r": places("a", "b")}
-    scores = p_mrr(original, changed, {"q": ["d", "a"], "r": ["a"]})
-    assert scores["q"] == pytest.approx(((1 / 4 - 1) + (1 - 1 / 2)) / 2)
-    assert mean({q: {"p-MRR": s} for q, s in scores.items()})["p-MRR"] == scores["q"] / 2
-
-
-def test_p_mrr_breaks_ties_as_trec_eval_does() -> None:
-    tied = {"q": {"a": 1.0, "b": 1.0}}  # b, then a
-    assert p_mrr(tied, {"q": places("a", "b")}, {"q": ["b"]}) == {"q": pytest.approx(1 / 2)}
-
-
-def test_documents_change_where_they_were_relevant_and_are_no_more() -> None:
-    original = {"q": {"a": 1, "b": 2, "c": 0}, "r": {"a": 1}, "s": {"a": 1}}
-    changed = {"q": {"a": 0, "b": 1, "c": 0}, "r": {"b": 1}, "s": {"a": 1}}
-    assert changed_documents(original, changed) == {"q": ["a"], "r": ["a"]}
-
-
-def test_p_mrr_names_what_it_lacks() -> None:
-    run = {"q": places("a")}
-    with pytest.raises(ValueError, match="the changed run lacks query 'r'"):
-        p_mrr(run | {"r": places("a")}, run, {"r": ["a"]})
-    with pytest.raises(ValueError, match="query 'q' has no document"):
-        p_mrr(run, run, {"q": []})
 
 
 def test_a_nan_score_is_refused() -> None:

@@ -17,10 +17,8 @@ from laser_jax.data.documents import Document, EvalQuery
 from laser_jax.evaluate.beir import BeirDataset, read_queries
 from laser_jax.evaluate.bright import INSTRUCTIONS
 from laser_jax.evaluate.metrics import (
-    changed_documents,
     evaluate_run,
     mean,
-    p_mrr,
     without_excluded,
 )
 from laser_jax.evaluate.retrieval import latent, retrieval_runs
@@ -322,29 +320,6 @@ def test_inputs_other_than_batches_of_texts_are_refused(retriever, inputs, messa
 # --- FollowIR ----------------------------------------------------------------------------------
 
 
-def test_p_mrr_is_mtebs_on_tied_runs() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(100):
-        documents = [f"d{n}" for n in range(rng.integers(2, 12))]
-        runs: list[Run] = []
-        for _ in range(2):
-            scores = rng.integers(0, 4, (3, len(documents))) / 4
-            runs.append(
-                {
-                    f"q{i}": {d: float(s) for d, s in zip(documents, row, strict=True)}
-                    for i, row in enumerate(scores)
-                }
-            )
-        changed = {f"q{i}": [*rng.choice(documents, 2, replace=False), "in no run"] for i in (0, 2)}
-        theirs = retrieval_metrics.calculate_pmrr(
-            {f"{query}-og": scores for query, scores in runs[0].items()},
-            {f"{query}-changed": scores for query, scores in runs[1].items()},
-            changed,
-        )
-        mine = mean({q: {"p-MRR": v} for q, v in p_mrr(*runs, changed).items()})
-        assert mine["p-MRR"] == pytest.approx(theirs, abs=1e-12)
-
-
 INSTRUCTIONS_OF = {
     "og": "Documents about any effect are relevant.",
     "changed": "Only documents about effects on mice are relevant, cells are not.",
@@ -403,11 +378,17 @@ class LocalFollowIR(mteb.abstasks.AbsTaskRetrieval):
         judged = self.dataset["default"]["test"]["relevant_docs"]
         return {q.split("-")[0]: grades for q, grades in judged.items() if q.endswith(kind)}
 
+    def changed_documents(self) -> dict[str, list[str]]:
+        """Of each query, those that the changed instruction makes irrelevant."""
+        original, changed = self.qrels("og"), self.qrels("changed")
+        return {q: [d for d in of if of[d] > changed[q][d]] for q, of in original.items()}
+
     def task_specific_scores(
         self, scores: Any, qrels: Any, results: Any, hf_split: str, hf_subset: str
     ) -> Any:
-        changed = changed_documents(self.qrels("og"), self.qrels("changed"))
-        return retrieval_metrics.evaluate_p_mrr_change(qrels, results, changed, self.k_values)
+        return retrieval_metrics.evaluate_p_mrr_change(
+            qrels, results, self.changed_documents(), self.k_values
+        )
 
 
 def test_followirs_p_mrr_is_that_of_our_own_runs(
@@ -428,9 +409,10 @@ def test_followirs_p_mrr_is_that_of_our_own_runs(
         dataset = BeirDataset(documents, queries, task.qrels(kind))
         run = our_runs(retriever, dataset, [STEPS])[latent(STEPS)]
         runs[kind] = without_excluded(run, {q: ["d10", "d11"] for q in run})
-    changed = changed_documents(task.qrels("og"), task.qrels("changed"))
+    changed = task.changed_documents()
     assert set(changed["q0"]) == {"d6", "d8", "d10"}
-    mine = mean({q: {"p-MRR": v} for q, v in p_mrr(runs["og"], runs["changed"], changed).items()})
+    named = [{f"{q}-{kind}": s for q, s in runs[kind].items()} for kind in ("og", "changed")]
     assert score.metric == "p-MRR"
-    assert score.score == pytest.approx(mine["p-MRR"], abs=1e-6)
+    expected = retrieval_metrics.calculate_pmrr(*named, changed)
+    assert score.score == pytest.approx(expected, abs=1e-6)
     assert score.score != 0

@@ -146,47 +146,6 @@ def without_excluded(run: Run, excluded: Mapping[str, Collection[str]]) -> Run:
     }
 
 
-def changed_documents(original: Qrels, changed: Qrels) -> dict[str, list[str]]:
-    """The documents that a changed instruction makes irrelevant: query id -> document ids. They are
-    relevant in `original` and not in `changed`. Queries without one are left out, as in FollowIR.
-    """
-    lost = {
-        query: [d for d, g in grades.items() if g >= 1 and changed.get(query, {}).get(d, 0) < 1]
-        for query, grades in original.items()
-    }
-    return {query: documents for query, documents in lost.items() if documents}
-
-
-def p_mrr(original: Run, changed: Run, documents: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Pairwise MRR of every query: whether documents fall that a changed instruction rules out.
-
-    For a document of rank R under the original instruction and R' under the changed one,
-
-        p-MRR = R'/R - 1 if R >= R' (it rose or stayed), else 1 - R/R'
-
-    which is FollowIR's equation 1 (arXiv 2403.15246) with MRR = 1 / rank; here the mean over a
-    query's `documents` (`changed_documents`). In (-1, 1); 0 when the instruction changes nothing,
-    positive when it is followed. A document that a run lacks stands behind its last one, as in
-    FollowIR's code and in mteb. Raises a ValueError when a run lacks a query, or a query has no
-    document.
-    """
-    scores = {}
-    for query, ids in documents.items():
-        for name, run in (("original", original), ("changed", changed)):
-            if query not in run:
-                raise ValueError(f"p-MRR: the {name} run lacks query {query!r}")
-        if not ids:
-            raise ValueError(f"p-MRR: query {query!r} has no document whose relevance changes")
-        before, after = rank_documents(original[query]), rank_documents(changed[query])
-        scores[query] = float(np.mean([_rank_change(before, after, d) for d in ids]))
-    return scores
-
-
-def _rank_change(before: list[str], after: list[str], document: str) -> float:
-    was, now = ([*ranking, document].index(document) + 1 for ranking in (before, after))
-    return now / was - 1 if was >= now else 1 - was / now
-
-
 def mean(per_query: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """The mean of every metric over the queries of `evaluate_run`. Raises a ValueError when there
     is none."""

@@ -19,9 +19,6 @@ from laser_jax.evaluate.results import QueryScores, new_directory, write_results
 from laser_jax.files.reading import DataError
 from laser_jax.search.matching import IdCount, exclusions, identical_count, unmatched
 from laser_jax.search.trec import Run, read_excluded, read_trec_run
-from laser_jax.settings import require
-
-P_MRR = "p-MRR"
 
 
 @dataclass(frozen=True)
@@ -43,15 +40,9 @@ class RunOptions:
     """NAME@CUTOFF with NAME one of nDCG, nDCG_exp, Recall, P, MRR, MAP, Hit."""
     complete: bool = False
     """Judged queries that the run lacks count as 0 (trec_eval -c); otherwise they are left out."""
-    original_run: str | None = None
-    """For p-MRR: the run under the original instructions; `run` is that under the changed ones."""
-    original_qrels: str | None = None
-    """For p-MRR: the judgements under the original instructions."""
 
     def __post_init__(self) -> None:
         metrics.deepest_cutoff(self.metrics)
-        both = (self.original_run is None) == (self.original_qrels is None)
-        require(both, "p-MRR wants both --original_run and --original_qrels")
 
 
 def score_run(options: RunOptions) -> dict[str, Any]:
@@ -86,12 +77,8 @@ def _scores_of(options: RunOptions) -> tuple[dict[str, Any], QueryScores]:
             f"no query of {options.run} is judged in {options.qrels}; their first queries are "
             f"{next(iter(run))!r} and {next(iter(qrels))!r}"
         )
-    scores = metrics.mean(per_query)
-    if changes := _p_mrr(run, qrels, removed, options):
-        scores |= metrics.mean(changes)
-        counts["queries with a changed document"] = len(changes)
     files = {key: getattr(options, key) for key in ("run", "qrels", "excluded")}
-    found = {"queries": len(per_query), "counts": counts, "scores": scores}
+    found = {"queries": len(per_query), "counts": counts, "scores": metrics.mean(per_query)}
     return files | found | {"id_counts": [asdict(count) for count in id_counts]}, per_query
 
 
@@ -111,23 +98,6 @@ def _removed(
         *identical_count(run, own, options.ignore_identical_ids),
     ]
     return exclusions(excluded, [*run, *qrels] if options.ignore_identical_ids else []), counts
-
-
-def _p_mrr(
-    run: Run, qrels: Qrels, removed: dict[str, Collection[str]], options: RunOptions
-) -> dict[str, dict[str, float]]:
-    """The p-MRR of every query with a document whose relevance changes; none where it is not
-    asked for."""
-    if options.original_run is None or options.original_qrels is None:
-        return {}
-    original = without_excluded(read_trec_run(options.original_run), removed)
-    changes = metrics.changed_documents(read_qrels_file(options.original_qrels), qrels)
-    if not changes:
-        raise DataError(
-            f"p-MRR: no document is relevant in {options.original_qrels} and irrelevant in "
-            f"{options.qrels}; it is measured on those that the changed instruction rules out"
-        )
-    return {query: {P_MRR: v} for query, v in metrics.p_mrr(original, run, changes).items()}
 
 
 def main(program: str, arguments: Sequence[str]) -> None:
