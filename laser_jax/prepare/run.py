@@ -11,10 +11,7 @@ import functools
 import hashlib
 import logging
 import math
-import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -64,12 +61,9 @@ class PrepareConfig:
     """Files to write. None: one for 50,000 rows."""
     on_bad_row: Literal["stop", "reject"] = "stop"
     """A row that is no training row: `stop` before anything is written, or leave it out."""
-    workers: int = 0
-    """Processes that write shards; 0 writes them in this one."""
 
     def __post_init__(self) -> None:
         require_in("[1, inf)", self, "", "shards")
-        require_in("[0, inf)", self, "", "workers")
 
     def prompt(self) -> PromptConfig:
         """The prompt of `train_config`. Raises a ConfigError that names the file and the key."""
@@ -81,8 +75,8 @@ class PrepareConfig:
 
 
 class Preparation:
-    """What every shard is written with. Worker processes make their own. Raises a DataError where
-    the input cannot be read; other errors name a setting that cannot work."""
+    """What every shard is written with. Raises a DataError where the input cannot be read; other
+    errors name a setting that cannot work."""
 
     def __init__(self, config: PrepareConfig):
         self.config = config
@@ -224,33 +218,9 @@ def _write_shards(preparation: Preparation) -> list[ShardStats]:
     if done:
         _log.info("%d of %d shards are there already", len(shards) - len(missing), len(shards))
     with tqdm(total=total, initial=done, desc="prepare", unit="row", disable=None) as progress:
-        if preparation.config.workers:
-            for shard, there[shard] in _by_workers(preparation.config, missing):
-                progress.update(rows[shard])
-        else:
-            for shard in missing:
-                there[shard] = preparation.write(shard, progress.update)
+        for shard in missing:
+            there[shard] = preparation.write(shard, progress.update)
     return [stats for stats in there.values() if stats is not None]
-
-
-def _by_workers(config: PrepareConfig, shards: Sequence[int]) -> Iterator[tuple[int, ShardStats]]:
-    """Writes the shards in processes; yields each with its statistics."""
-    try:
-        write = functools.partial(_write_in_worker, config)
-        with ProcessPoolExecutor(config.workers, multiprocessing.get_context("spawn")) as pool:
-            yield from zip(shards, pool.map(write, shards), strict=True)
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"{config.output}: a worker process was killed, perhaps for want of memory; the same "
-            "command goes on, with fewer --workers if need be"
-        ) from error
-
-
-_in_worker = functools.cache(Preparation)
-
-
-def _write_in_worker(config: PrepareConfig, shard: int) -> ShardStats:
-    return _in_worker(config).write(shard, lambda rows: None)
 
 
 def _report(config: PrepareConfig) -> None:
