@@ -117,9 +117,9 @@ def test_other_weights_run_in_the_same_programs(base, alone, compilations) -> No
     many = encoder(zeros)
     many.encode_tokens(ROWS, [3])
     with compilations() as compiled:
-        for other in (many.with_variables(base), encoder(base)):  # a new one too
-            np.testing.assert_allclose(other.encode_tokens(ROWS, [3])[0], alone, atol=1e-5)
+        vectors = encoder(base).encode_tokens(ROWS, [3])[0]
     assert compiled == []
+    np.testing.assert_allclose(vectors, alone, atol=1e-5)
     np.testing.assert_array_equal(many.encode_tokens(ROWS, [3]), 0.0)
 
 
@@ -235,7 +235,7 @@ def test_weights_on_a_mesh_stay_as_they_lie_and_others_run_in_the_same_programs(
     many = encoder(zeros, mesh=mesh)
     many.encode_tokens(ROWS, [3])
     with jax.transfer_guard_device_to_device("disallow"), compilations() as compiled:
-        other = many.with_variables(weights)
+        other = encoder(weights, mesh=mesh)
         vectors = other.encode_tokens(ROWS, [3])[0]
     assert compiled == []
     assert other.variables is weights

@@ -335,7 +335,7 @@ def test_a_text_may_take_all_positions_of_the_model(model) -> None:
 
 def test_the_first_text_whose_vector_is_not_finite_is_named(retriever) -> None:
     nothing = jax.tree.map(lambda a: a * np.nan, retriever.encoder.variables)
-    broken = LatentRetriever(retriever.encoder.with_variables(nothing), retriever.prompts)
+    broken = LatentRetriever(LatentEncoder(nothing, retriever.encoder.config), retriever.prompts)
     queries = functools.partial(broken.encode_query, instruction="")
     for run in (broken.encode_document, queries):
         for texts in ("Kiel", ["Kiel", "Ulm"]):

@@ -116,28 +116,18 @@ class LatentEncoder:
         self.buckets = Buckets(
             batch_size, batch_tokens, length_multiple, tuple(short_batches), share
         )
-        self.variables = self._placed(variables)
+        self.variables = variables if mesh is not None else for_inference(variables)
         self.attention, self.attention_reason = choose_kernel(
             attention, jax.default_backend(), config.dtype, config.backbone.head_dim
         )
         self._backbone = backbone_for(config, self.variables, self.attention)
         self._programs: dict[Any, jax.stages.Compiled] = {}
 
-    def with_variables(self, variables: Variables) -> LatentEncoder:
-        """The same encoder with other weights of the same shapes, dtypes and places: it shares the
-        compiled programs."""
-        other = copy.copy(self)
-        other.variables = self._placed(variables)
-        return other
-
     def with_shapes(self, **changes: Any) -> LatentEncoder:
         """The same encoder with other fields of `buckets`, which is another set of shapes."""
         other = copy.copy(self)
         other.buckets = dataclasses.replace(self.buckets, **changes)
         return other
-
-    def _placed(self, variables: Variables) -> Variables:
-        return variables if self.mesh is not None else for_inference(variables)
 
     def _program(self, rows: int, width: int, Ks: tuple[int, ...]) -> jax.stages.Compiled:
         """The program for batches of this shape."""
