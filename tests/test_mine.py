@@ -112,40 +112,6 @@ def test_rows_keep_their_fields_and_get_negatives_with_their_sources(data: Path)
     assert rows[0].negative_passages == tuple(tower["negative_passages"])
 
 
-def test_random_negatives_come_from_the_whole_corpus_and_are_no_positives(data: Path) -> None:
-    output = run(data, "random", "--max_overlap", "null")
-    tower, sea = lines_of(output)
-    assert set(negatives(output)) == {"river", "near", "sparrow", "kiel", "moon"}
-    assert set(negatives(output, 1)) >= {"moon", "river", "sparrow", "question"}
-    assert "kiel" not in negatives(output, 1)
-    assert [tower["positive_scores"], sea["positive_scores"]] == [[None], [None, None]]
-    assert report_of(output)["rows_with_a_negative_above_a_positive"] == 0
-    few = run(data, "random", "--max_overlap", "null", "--ranks", "[1, 4]", output="few.jsonl")
-    assert set(negatives(few, 1)) < set(negatives(output, 1))
-    assert set(negatives(few)) != set(negatives(few, 1))  # rows draw for themselves
-
-
-def test_rows_with_too_few_are_filled_from_the_corpus_when_that_is_asked_for(data: Path) -> None:
-    poor = run(data, "bm25", "--max_share", "null")
-    filled = run(data, "bm25", "--max_share", "null", "--fill", "true", output="filled.jsonl")
-    assert report_of(filled)["too_few"] == report_of(poor)["too_few"]  # of what was mined
-    before, after = lines_of(poor), lines_of(filled)
-    assert report_of(filled)["drawn_negatives"] == sum(
-        len(b["negative_passages"]) - len(a["negative_passages"])
-        for a, b in zip(before, after, strict=True)
-    )
-    for old, new, lacked in zip(before, after, ({"kiel", "moon"}, {"moon"}), strict=True):
-        count = len(old["negative_passages"])
-        assert new["negative_passages"][:count] == old["negative_passages"]
-        drawn = new["negative_sources"][count:]
-        assert {source["who"] for source in drawn} == {"random"}
-        assert lacked <= {source["id"] for source in drawn}
-        texts = new["negative_passages"]
-        assert len(set(texts)) == len(texts)
-        assert not set(texts) & set(new["positive_passages"])
-    assert run(data, "bm25", "--max_share", "null", "--fill", "true", output="filled.jsonl")
-
-
 def test_the_report_counts_what_happened_to_every_candidate_and_names_poor_rows(
     data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -222,9 +188,8 @@ def test_a_model_is_loaded_with_its_preset_and_adapter_and_nothing_else_takes_th
     more = ["--preset", "official", "--adapter", str(tmp_path / "adapter")]
     run(data, str(thinking_model), "--max_share", "null", *more)
     assert told == {"preset": "official", "adapter": str(tmp_path / "adapter")}
-    for who in ("bm25", "random"):
-        with pytest.raises(SystemExit, match=f"are for a model, and candidates is '{who}'"):
-            run(data, who, *more, output=f"{who}.jsonl")
+    with pytest.raises(SystemExit, match="are for a model, and candidates is 'bm25'"):
+        run(data, "bm25", *more, output="bm25.jsonl")
 
 
 def test_a_run_is_followed_by_the_text_of_its_queries(

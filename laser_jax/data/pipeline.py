@@ -100,7 +100,7 @@ def _no_negatives(where: str, row: TrainingRow, data: DataConfig) -> DataError:
     return DataError(
         f"{where} (query {row.query[:60]!r}) has no negative_passages, and data.group_size "
         f"{data.group_size} wants {data.group_size - 1}; set data.group_size: 1, or mine negatives "
-        "(laser mine --fill true)"
+        "(laser mine)"
     )
 
 

@@ -1,4 +1,4 @@
-"""Rankings of a corpus for training rows: by BM25, by a model, out of a TREC run, or at random.
+"""Rankings of a corpus for training rows: by BM25, by a model, or out of a TREC run.
 Documents are a dict of ids and texts. C documents, R rows, D model."""
 
 from __future__ import annotations
@@ -54,22 +54,6 @@ def rank_by_bm25(
         candidates = {ids[i]: float(scores_C[i]) for i in best}
         rankings.append(Ranking(candidates, [index.score(query, text) for text in positives]))
     return rankings
-
-
-def rank_at_random(
-    rows: Sequence[TrainingRow], documents: Mapping[str, str], depth: int
-) -> list[Ranking]:
-    """Draws documents of the whole corpus, what mined negatives are to be compared with. The draw
-    follows from a row's place and the ids. Positives stand above all, at infinity."""
-    ids, depth = sorted(documents), min(depth, len(documents))
-    draws = (np.random.default_rng(r).permutation(len(ids))[:depth] for r in range(len(rows)))
-    return [
-        Ranking(
-            {ids[i]: float(depth - n) for n, i in enumerate(drawn)},
-            [np.inf] * len(row.positive_passages),
-        )
-        for drawn, row in zip(draws, rows, strict=True)
-    ]
 
 
 def rank_by_model(

@@ -30,7 +30,6 @@ from laser_jax.search.matching import count_ids
 from laser_jax.settings import Change, as_dict, changes, require
 
 _log = logging.getLogger(__name__)
-_BY_NAME = {"bm25": ranked.rank_by_bm25, "random": ranked.rank_at_random}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +42,12 @@ class MineOptions(Rules):
     corpus: str
     """A BEIR directory, of which corpus.jsonl is read."""
     candidates: str
-    """Who ranks the corpus: `bm25`, `random`, a model (a directory or a name on the hub), or a TREC
-    run of queries in queries.jsonl beside it."""
+    """Who ranks the corpus: `bm25`, a model (a directory or a name on the hub), or a TREC run of
+    queries in queries.jsonl beside it."""
     preset: Preset | None = None
     """For a released model, which has no laser_config.json."""
     adapter: str | None = None
     """A directory with a PEFT LoRA adapter, merged into the model."""
-    fill: bool = False
-    """Give rows with too few negatives others, drawn from the whole corpus."""
     output: str
     """The .jsonl to write. Beside it stands NAME.report.json with the settings and counts."""
 
@@ -89,12 +86,12 @@ def _read_documents(directory: str) -> dict[str, str]:
 
 def _retriever(options: MineOptions) -> tuple[list[Path], Callable[..., list[Ranking]]]:
     """Who ranks, as a function of rows, documents and depth, and the files that it is made of."""
-    who, by_name = options.candidates, _BY_NAME.get(options.candidates)
-    if by_name or Path(who).is_file():
+    who = options.candidates
+    if who == "bm25" or Path(who).is_file():
         fault = f"preset and adapter are for a model, and candidates is {who!r}"
         require(not (options.preset or options.adapter), fault)
         by_run = partial(ranked.rank_by_run, Path(who), options.corpus)
-        return ([], by_name) if by_name else ([Path(who)], by_run)
+        return ([], ranked.rank_by_bm25) if who == "bm25" else ([Path(who)], by_run)
     directory, adapter = model_directory(who), options.adapter
     of_both = [directory, *([Path(adapter)] if adapter else [])]
     files = [path for at in of_both for path in sorted(at.iterdir()) if path.is_file()]
@@ -143,22 +140,6 @@ def _mine(
     return records, report
 
 
-def _fill(
-    records: list[dict[str, Any]], rows: list[_Row], documents: dict[str, str], options: MineOptions
-) -> int:
-    """Adds drawn documents to the records with too few negatives. Returns how many."""
-    draws, count = ranked.rank_at_random([at.row for at in rows], documents, Rules.ranks[1]), 0
-    for r, (record, at, draw) in enumerate(zip(records, rows, draws, strict=True)):
-        found: list[str] = record["negative_passages"]
-        if missing := options.negatives - len(found):
-            rules, known = Rules(negatives=missing, max_overlap=options.max_overlap), at.known
-            more, _ = negatives_of(draw, documents, at.row.query, [*known, *found], rules, r)
-            found += more
-            record["negative_sources"] += [{"who": "random", **of} for of in more.values()]
-            count += len(more)
-    return count
-
-
 def mine(options: MineOptions) -> dict[str, Any]:
     """Writes the rows and the report, unless the same command has. Returns the report.
 
@@ -186,8 +167,6 @@ def mine(options: MineOptions) -> dict[str, Any]:
         if not report["negatives"]:
             by = report["candidates_by_filter"]
             raise DataError(f"{options.input}: no row gets a negative; candidates by filter: {by}")
-        if options.fill:
-            report["drawn_negatives"] = _fill(records, rows, documents, options)
         claim.record(json_text({"made": made, **report}))
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         write_atomically(output, "".join(lines))
