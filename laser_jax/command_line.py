@@ -89,7 +89,10 @@ def program_of(room: str) -> str:
 @contextmanager
 def ended_in_a_line(stopped: str = "stopped") -> Iterator[None]:
     """What a program refuses, and an interrupt (with the message `stopped`), end the process with
-    status 1 and a message instead of a traceback."""
+    status 1 and a message instead of a traceback. Every program raises a ValueError at bad input,
+    settings that cannot work and an output that is another run's (OutputError), an OSError where a
+    file is missing or the disk is full, and an ImportError for an extra that is not installed; the
+    message names what is meant."""
     try:
         yield
     except (ValueError, OSError, ImportError) as error:

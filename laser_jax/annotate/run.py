@@ -153,13 +153,8 @@ def ask_all(
 
 
 def annotate(options: AnnotateOptions) -> dict[str, Any]:
-    """Asks for what is missing, then writes the rows. Returns the report, also in report.json.
-
-    Raises:
-        DataError, OSError, ConfigError: bad input; the message names it.
-        OutputError: the directory is of another model or prompt, or another process writes there.
-        EndpointError: the endpoint cannot be used. What it has answered is kept.
-    """
+    """Asks for what is missing, then writes the rows. Returns the report, also in report.json. What
+    was answered is kept where an EndpointError says that the endpoint cannot be used."""
     settings, output = options.settings(), Path(options.output)
     journal, target = output / JOURNAL_FILE, output / OUTPUT_FILE
     require(Path(options.input).resolve() != target.resolve(), "output would replace the input")

@@ -37,12 +37,9 @@ Tokenizer = PreTrainedTokenizerBase
 
 
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face directory. A missing pad token is replaced by EOS.
-
-    Raises:
-        FileNotFoundError: no such directory, or no tokenizer file in it.
-        TokenizationError: the files do not make a tokenizer, or it has neither pad nor EOS.
-    """
+    """The tokenizer of a Hugging Face directory. A missing pad token is replaced by EOS. Raises a
+    FileNotFoundError where no directory or no tokenizer file is there, and a TokenizationError
+    where the files do not make a tokenizer, or it has neither pad nor EOS."""
     directory = Path(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such directory; a tokenizer's is wanted")

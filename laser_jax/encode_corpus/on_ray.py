@@ -55,13 +55,9 @@ class Worker:
 def encode_on_ray(
     config: CorpusConfig, wanted: RayConfig, missing: Sequence[int], done: Callable[[Shard], object]
 ) -> None:
-    """Encodes the shards `missing`, and calls `done` for each as it is finished.
-
-    Raises:
-        RayError: too few resources, or a worker that died more often than `_RESTARTS`.
-        ValueError, OSError: what a worker raised over a shard.
-        ImportError: Ray is not installed.
-    """
+    """Encodes the shards `missing`, and calls `done` for each as it is finished. Raises a RayError
+    on too few resources, or a worker that died more often than `_RESTARTS`, and what a worker
+    raised over a shard."""
     with extra("ray", "--ray.workers"):
         import ray
         from ray.exceptions import RayActorError, RayTaskError

@@ -148,12 +148,7 @@ def _read_domain(copy: BrightCopy, domain: str, options: ModelOptions) -> _Data:
 def evaluate_model(options: ModelOptions) -> dict[str, Evaluation]:
     """Evaluates a model and writes the output: of a BEIR directory a directory, of BRIGHT one a
     domain in it, and the table of all. Gives the evaluation of every domain by its name, in
-    BRIGHT's order; of a BEIR directory the one, under "".
-
-    Raises:
-        ConfigError, DataError, HFError, TokenizationError, OutputError, FileNotFoundError: bad
-            input; the message names it.
-    """
+    BRIGHT's order; of a BEIR directory the one, under ""."""
     output = Path(options.output)
     bright = _is_bright(options)
     reading: dict[str, Callable[[], _Data]] = {"": cache(partial(_read_beir, options))}

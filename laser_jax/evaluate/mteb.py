@@ -3,13 +3,9 @@
     python -m laser_jax.evaluate mteb --model DIR --tasks "BRIGHT(v1.1)" --output DIR
 
 mteb loads the data, from the hub or its local cache, and scores. What is in the output directory is
-not computed again: it is a cache of mteb,
-
-    DIR/results/NAME/REVISION/TASK.json
-    DIR/results/NAME/REVISION/experiments/KEY_VALUE__.../TASK.json
-
-the second for whatever differs from the model as it was exported: another K, other limits, another
-instruction, exclusions left out.
+not computed again: it is a cache of mteb, with the results in DIR/results/NAME/REVISION, and under
+`experiments` there whatever differs from the model as it was exported: another K, other limits,
+another instruction, exclusions left out.
 """
 
 from __future__ import annotations
@@ -293,12 +289,8 @@ def task_names(tasks: str) -> list[str]:
 
 def evaluate(options: MtebOptions) -> dict[str, list[TaskScore]]:
     """Runs the tasks and writes the output directory, which it holds for the while: name as asked
-    for -> a score each task, split and subset.
-
-    Raises:
-        OutputError, ConfigError, ValueError, FileNotFoundError: bad input; the message names it.
-        OSError: data that can be had neither from the hub nor from its cache.
-    """
+    for -> a score each task, split and subset. Raises an OSError also on data that can be had
+    neither from the hub nor from its cache."""
     tasks = {name: find_tasks(name) for name in task_names(options.tasks)}
     with Claim(options.output, SCORES_FILE, lambda scores: []) as claim:  # any scores may be there
         model = _load(options)

@@ -114,11 +114,8 @@ def write_sentence_transformers(source: Source, folder: Path) -> None:
 def write_stablehlo(source: Source, folder: Path) -> None:
     """`encode` as one program for any number of rows and tokens (encode.bin; where the model has
     another K for documents, encode_documents.bin too), its weights in the order of its arguments
-    (weights.npz, bfloat16 as uint16), tokenizer and laser_config.json.
-
-    Raises:
-        ImportError: the extra `export` is not installed.
-    """
+    (weights.npz, bfloat16 as uint16), tokenizer and laser_config.json. Raises an ImportError where
+    the extra `export` is not installed."""
     config, dtype = source.config, jnp.dtype(source.config.dtype)
     params = source.variables["params"]
     if source.lora is not None:

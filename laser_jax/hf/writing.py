@@ -96,15 +96,13 @@ def save_weights(
     merged: Callable[[], Sequence[str]] = tuple,
 ) -> None:
     """Writes the same as `save_params` from weights that come one at a time, in the order of a
-    checkpoint's slots and in Hugging Face's layout. A file's weights are held until it is written.
+    checkpoint's slots and in Hugging Face's layout, and raises the same. A file's weights are held
+    until it is written.
 
     Args:
         tokens: `eos_token_id`, `bos_token_id` and `pad_token_id` for config.json, some or all.
         max_shard_bytes: above this the weights are split, with `model.safetensors.index.json`.
         merged: gives the checksums of the merged adapters; called when all weights have come.
-
-    Raises:
-        HFError, OSError: as `save_params`.
     """
     directory, dtype = Path(directory), np.dtype(dtype)
     slots = param_slots(backbone)

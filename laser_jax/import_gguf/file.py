@@ -147,14 +147,10 @@ def packaged_file(name: str) -> Path:
 
 
 def open_gguf(path: str | Path) -> GGUFFile:
-    """Reads all but the weights of a little-endian GGUF file of version 2 or 3.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ImportError: the extra `gguf` is not installed.
-        HFError: not such a file, a damaged or truncated one, one of several parts, or one of a
-            quantisation that the gguf package has no name for.
-    """
+    """Reads all but the weights of a little-endian GGUF file of version 2 or 3. Raises an HFError
+    at any other file, a damaged or truncated one, one of several parts, or one of a quantisation
+    that the gguf package has no name for; a FileNotFoundError; and an ImportError that names the
+    extra."""
     path = Path(path)
     if not path.is_file():
         names = " or ".join(PACKAGED)

@@ -44,14 +44,7 @@ class ImportOptions:
 
 def import_gguf(options: ImportOptions) -> tuple[BackboneConfig, dict[str, int | None]]:
     """Reads `options.file` and writes `options.output`, whole or not at all. Returns the sizes of
-    the backbone and its special tokens.
-
-    Raises:
-        FileNotFoundError, ImportError: the file, or a package, is not there.
-        OutputError: the output directory holds something, or another process writes there.
-        HFError, TokenizationError: the file cannot become a backbone; names what is wrong.
-        OSError: the directory cannot be written.
-    """
+    the backbone and its special tokens."""
     output = Path(options.output)
     with Claim(output, CONFIG_FILE, lambda config: [], alone=True) as claim:
         if claim.recorded is not None:

@@ -29,13 +29,9 @@ _WORD_RULES = {
 
 
 def read_gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
-    """The byte-level BPE tokenizer of the file, with its special tokens and chat template.
-
-    Raises:
-        HFError: a missing or ill-typed key.
-        TokenizationError: another kind of tokenizer, word rules that are not known here, or tokens
-            and merges that do not belong together.
-    """
+    """The byte-level BPE tokenizer of the file, with its special tokens and chat template. Raises
+    an HFError at a missing or ill-typed key, and a TokenizationError at another kind of tokenizer,
+    word rules that are not known here, or tokens and merges that do not belong together."""
     kind = file.value("tokenizer.ggml.model", str)
     rule = file.value("tokenizer.ggml.pre", str, "default")
     for key, value, known in (("model", kind, ["gpt2"]), ("pre", rule, [*_WORD_RULES])):

@@ -99,10 +99,8 @@ class LatentEncoder:
             batch_size, batch_tokens, length_multiple, short_batches: see `Buckets`. Numbers of rows
                 are rounded to what the mesh divides.
             mesh: splits the rows of every batch. All processes of it make the same calls.
-            attention: the kernel; `auto` takes the fastest that can run there.
-
-        Raises:
-            ConfigError: the kernel cannot run there.
+            attention: the kernel; `auto` takes the fastest that can run there. Another that cannot
+                is a ConfigError.
         """
         self.config = config
         self.mesh = mesh

@@ -46,12 +46,8 @@ def read_retriever_config(directory: str | Path, preset: str | None = None) -> R
     a preset, for a released model, which has no such file: `official` prompts as the evaluator of
     LaSER's authors does, `official-bare` reads the text alone, as their quick start does, and
     `gircse` is for the adapters of GIRCSE (arXiv 2509.24291) over their backbones. All think K = 3
-    steps and append no EOS.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ConfigError: a file is damaged, the preset is unknown, or the model says itself what it is.
-    """
+    steps and append no EOS. Raises a FileNotFoundError, and a ConfigError where a file is damaged,
+    the preset is unknown, or the model says itself what it is."""
     require_preset(preset)
     if preset is None:
         return load_retriever_config(directory)

@@ -273,10 +273,7 @@ class LatentRetriever:
         Args:
             longest: tokens of the longest prompt to be ready for; None takes the model's limits.
             num_thinking_steps: K; None takes the model's, of queries and of documents. Each K has
-                programs of its own.
-
-        Raises:
-            ValueError: either is below 1.
+                programs of its own. A ValueError refuses either below 1.
         """
         limits = self.prompts.config
         if longest is None:

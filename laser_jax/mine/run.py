@@ -141,12 +141,7 @@ def _mine(
 
 
 def mine(options: MineOptions) -> dict[str, Any]:
-    """Writes the rows and the report, unless the same command has. Returns the report.
-
-    Raises:
-        FileNotFoundError, ValueError, ImportError: bad input; names it.
-        OutputError, OSError: the output is made in another way or by another process; a full disk.
-    """
+    """Writes the rows and the report, unless the same command has. Returns the report."""
     output, rows = Path(options.output), _read_rows(options.input)
     documents, (files, rank) = _read_documents(options.corpus), _retriever(options)
     files = [Path(options.input), Path(options.corpus, "corpus.jsonl"), *files]

@@ -35,12 +35,8 @@ def model_directory(name: str | Path) -> Path:
 
     A directory of that name wins. `smollm2` and `smollm2-laser` are made on first use, in some ten
     seconds and 540 MB, under $XDG_CACHE_HOME or ~/.cache; any other name is the Hugging Face hub's.
-
-    Raises:
-        FileNotFoundError: it is nowhere, or the package that holds it is not installed.
-        ImportError: the extra `gguf` is not installed.
-        OSError: the cache cannot be written.
-    """
+    Raises a FileNotFoundError where it is nowhere or the package that holds it is not installed, an
+    ImportError that names the extra, and an OSError where the cache cannot be written."""
     backbone = SHIPPED.get(str(name), str(name))
     if Path(name).is_dir() or backbone not in PACKAGED:
         return resolve_directory(name)

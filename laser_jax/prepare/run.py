@@ -159,13 +159,7 @@ class Preparation:
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:
-    """Writes what is missing in the output directory. Returns the report, also in `report.json`.
-
-    Raises:
-        ConfigError, FileNotFoundError: a setting that cannot work.
-        DataError, TokenizationError: bad input.
-        OutputError: the output directory is of another preparation, or one is writing there.
-    """
+    """Writes what is missing in the output directory. Returns the report, also in `report.json`."""
     preparation = Preparation(config)
     output, made = preparation.output, preparation.settings()
 

@@ -223,13 +223,8 @@ def _take_steps(
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
-    """Runs the causal-LM stage. Returns what `pretrain.json` holds.
-
-    Raises:
-        ConfigError, DataError, HFError, TokenizationError, OutputError, FileNotFoundError: bad
-            input; the message names it.
-        PretrainingError: the loss is not finite; nothing is written then.
-    """
+    """Runs the causal-LM stage. Returns what `pretrain.json` holds. Raises a PretrainingError where
+    the loss is not finite; nothing is written then."""
 
     def changed(report: dict[str, Any]) -> list[Change]:
         float(report["loss"])  # not there, or no number: the report is damaged

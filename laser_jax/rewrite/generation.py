@@ -292,15 +292,9 @@ class TextGenerator:
     def write_batches(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None = None
     ) -> Iterator[list[tuple[int, Written]]]:
-        """What follows each prompt, a batch at a time, each row with its prompt's place.
-
-        Args:
-            prompts: token ids, unpadded.
-            seeds: one a prompt, in 0..2^32-1, for drawn tokens; None takes the prompt's place.
-
-        Raises:
-            ValueError: a prompt is empty or leaves no room, or there are more or fewer seeds.
-        """
+        """What follows each prompt of token ids, a batch at a time, each row with the prompt's
+        place. Drawn tokens take a seed a prompt, in 0..2^32-1; None takes the place. Raises a
+        ValueError where a prompt is empty or leaves no room, or there are more or fewer seeds."""
         seeds = range(len(prompts)) if seeds is None else seeds
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")

@@ -180,13 +180,7 @@ def append(output: Path, rewrites: dict[str, Rewrite]) -> None:
 
 
 def rewrite(options: RewriteOptions) -> dict[str, Any]:
-    """Rewrites what the output lacks. Returns what NAME.report.json then holds.
-
-    Raises:
-        ConfigError, DataError, HFError, TokenizationError, FileNotFoundError: bad input.
-        OutputError: the output was written with other settings, or another process has it.
-        OSError: a full disk. All messages name what is meant.
-    """
+    """Rewrites what the output lacks. Returns what NAME.report.json then holds."""
     queries = read_wanted(options)
     directory, output = model_directory(options.model), Path(options.output)
     require(output.parent.is_dir(), f"the folder {output.parent} does not exist; make it first")

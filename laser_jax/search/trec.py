@@ -72,13 +72,9 @@ def read_trec_run(path: str | Path) -> Run:
 
 def write_trec_run(run: Run, path: str | Path, tag: str) -> None:
     """Writes a TREC run in trec_eval's order, ranks from 1, scores with all their digits. A query
-    without documents leaves no line, so it is not in the run that is read back.
-
-    Raises:
-        ValueError: on a query id or tag with a blank, a document id that would not be read back
-            (`document_id_fault`) or a NaN score; nothing is written.
-        OSError: the file cannot be written; what stood there stays.
-    """
+    without documents leaves no line, so it is not in the run that is read back. Raises a ValueError
+    on a query id or tag with a blank, a document id that would not be read back
+    (`document_id_fault`) or a NaN score, and an OSError; what stood there stays."""
     for name in (*run, tag):
         if fault := query_id_fault(name):
             raise ValueError(f"{name!r} cannot stand in a TREC run: it {fault}")

@@ -113,10 +113,7 @@ def read_index(
 
     Args:
         identity: `model_hash` and `prompt_hash` of the model that is served, and its own K of
-            documents if it has one.
-
-    Raises:
-        FileNotFoundError, DataError: the directory cannot be used, or is of another model.
+            documents if it has one. A DataError says that the directory is of another model.
     """
     manifest = read_manifest(directory, "documents")
     info = manifest.info

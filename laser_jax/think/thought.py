@@ -248,13 +248,9 @@ class Inspector:
         """Thinks about a query and looks at every step.
 
         A query with the text of one of the corpus's takes its instruction where that is None, its
-        reasoning where that is None or blank, and its judged and excluded documents.
-
-        Raises:
-            NotFiniteError: a state is not finite.
-            ValueError: a blank query, a K below 1 or beyond the model's positions, or texts that
-                leave no room in the prompt.
-        """
+        reasoning where that is None or blank, and its judged and excluded documents. Raises a
+        NotFiniteError, and a ValueError on a blank query, a K below 1 or beyond the model's
+        positions, or texts that leave no room in the prompt."""
         if not query.strip():
             raise ValueError("the query is empty; write what is to be found")
         known = self.known(query)

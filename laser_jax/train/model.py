@@ -58,11 +58,7 @@ def load_starting_adapter(
     model: ModelConfig, lora: LoraConfig, backbone: BackboneConfig, like: Any
 ) -> Any:
     """The adapter in `model.adapter`, float32, laid out as the arrays of the collection `lora` are.
-
-    Raises:
-        ConfigError: its settings are not `lora`.
-        FileNotFoundError, HFError: as `load_adapter`; also where it is merged into the model.
-    """
+    Raises a ConfigError where its settings are not `lora`, and as `load_adapter`."""
     assert model.adapter is not None
     tree, found = load_adapter(model.adapter, backbone, base=model_directory(str(model.path)))
     wanted = replace(lora, targets=tuple(name for name in PROJECTIONS if name in lora.targets))

@@ -31,14 +31,8 @@ _log = logging.getLogger(__name__)
 
 def train(config: Config) -> dict[str, Any]:
     """Runs or resumes the training that `config` describes, in this process or in all that
-    `join_processes` has joined. Returns what `results.json` holds.
-
-    Raises:
-        ConfigError, DataError, HFError, TokenizationError, CheckpointError,
-        OutputError, FileNotFoundError: bad input; the message names it.
-        TrainingError: the loss is not finite.
-        SystemExit: a signal came; the same command goes on.
-    """
+    `join_processes` has joined. Returns what `results.json` holds. Raises a TrainingError where the
+    loss is not finite, and a SystemExit where a signal came; the same command goes on."""
     with StopSignal() as stop, ExitStack() as stack:
         try:
             with stop.interrupting():
