@@ -5,8 +5,6 @@ setting; what comes later wins. A flag of text is the text as it is written; oth
 setting that is yes or no may stand alone. `--print_config` shows the settings and ends.
 """
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import importlib

@@ -4,8 +4,6 @@ Everything that is read as settings passes through `from_dict`: YAML files, flag
 that travel with models, vectors and runs. Nothing in such a file can name code.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import functools

@@ -1,7 +1,5 @@
 """What an endpoint has answered, and what in it should not teach."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """An OpenAI-compatible endpoint: a prompt in, an answer out, with patience for its bad moments."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import logging

@@ -2,8 +2,6 @@
 --output DIR --base_url URL --model NAME` writes DIR/train.jsonl. Every answer is in
 DIR/answers.jsonl at once, so the same command goes on after an interruption."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

@@ -1,7 +1,5 @@
 """Token rows to batches of few shapes, so that few programs are compiled. No arrays in here."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 

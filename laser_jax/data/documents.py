@@ -1,8 +1,6 @@
 """Documents and queries, and the rows of files that become one. Their ids are such as may stand in
 a TREC run."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass

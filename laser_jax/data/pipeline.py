@@ -6,8 +6,6 @@ state, and every process can make its own part of the same batch.
 B queries, G documents a query, C = B G documents a batch, K thinking steps, T tokens.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

@@ -8,8 +8,6 @@
 `python -m laser_jax.prepare` writes the same features and files, shard by shard.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

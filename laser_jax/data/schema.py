@@ -1,7 +1,5 @@
 """The training rows of LaSER: their fields, what is refused, and what is known of many."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import unicodedata

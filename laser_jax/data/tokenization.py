@@ -4,8 +4,6 @@ The only file of a running laser_jax that imports `transformers`. Prompts are ma
 explicit input is `[query prompt ; chain of thought ; EOS]`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A directory's tokenizer_config.json, of which releases of transformers make different things."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

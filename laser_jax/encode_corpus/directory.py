@@ -11,8 +11,6 @@ its bytes have the record's checksum. A shard also tells of what it was made and
 so that lost records and a lost manifest are made again of the shards; a lost plan is not.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterable

@@ -1,13 +1,11 @@
 """The documents of a corpus, or its queries, one after the other from any place: JSON lines and
 Parquet, in memory that does not grow with the corpus."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 from laser_jax.data.documents import (
     BEIR_FIELDS,
@@ -130,7 +128,7 @@ class Corpus:
             self._open[1].close()
             self._open = None
 
-    def __enter__(self) -> Corpus:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -1,7 +1,5 @@
 """One shard after the other: documents in, a file of vectors out."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -10,7 +8,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import jax
 import numpy as np
@@ -202,7 +200,7 @@ class ShardEncoder:
         devices = encoder.mesh.size if encoder.mesh else 1
         self.device = f"{devices} x {jax.local_devices()[0].device_kind}"
 
-    def __enter__(self) -> ShardEncoder:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -5,8 +5,6 @@ Ray Data to move. An actor holds the model; where its process or machine dies, R
 and gives it the shard once more.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import socket

@@ -4,8 +4,6 @@
 there, so that all shards are cut from one corpus in one way.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -10,8 +10,6 @@ goes on where an earlier one was stopped, makes damaged shards again, and refuse
 prompt or corpus. See docs/corpus.md.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 import time

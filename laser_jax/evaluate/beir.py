@@ -5,8 +5,6 @@ A BEIR directory holds `corpus.jsonl` (`_id`, `title`, `text`), `queries.jsonl` 
 more: `instruction`, `reasoning` (a chain of thought) and BRIGHT's `excluded_ids`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass

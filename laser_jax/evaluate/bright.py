@@ -11,8 +11,6 @@ and in it a domain's file: `DOMAIN-00000-of-00001.parquet` (all shards), `DOMAIN
 ignored, `reasoning` too: it was written by people who knew the gold documents.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

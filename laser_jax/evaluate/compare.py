@@ -5,8 +5,6 @@ view, a column a data set and their average, as in the paper's tables. A cell is
 differs from the baseline's by more than chance, corrected for the number of cells.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

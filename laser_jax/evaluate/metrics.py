@@ -7,8 +7,6 @@ The queries that count are pytrec_eval's too: those that are in the run, if with
 have judgements. A judged query without any relevant document scores 0.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence

@@ -7,8 +7,6 @@ The query alone, the latent view at every K, and the explicit view with the give
 a control, with that of another query are compared; `--rewrites FILE` adds rewrite-then-retrieve.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence

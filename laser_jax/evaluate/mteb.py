@@ -8,15 +8,13 @@ not computed again: it is a cache of mteb, with the results in DIR/results/NAME/
 another instruction, exclusions left out.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 
@@ -101,7 +99,7 @@ class MtebRetriever(AbsEncoder):
             }
         )
 
-    def without_exclusions(self) -> MtebRetriever:
+    def without_exclusions(self) -> Self:
         """The same model, whose results mteb keeps apart as those without exclusions."""
         other = copy.copy(self)
         meta = self.mteb_model_meta

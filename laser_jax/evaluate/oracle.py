@@ -3,8 +3,6 @@
 Letters: Q queries, K numbers of thinking steps.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 

@@ -1,7 +1,5 @@
 """The plots, as SVG. matplotlib is the extra `bench`."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import logging

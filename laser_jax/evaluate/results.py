@@ -6,8 +6,6 @@ runs/*.trec             the rankings
 quality_by_steps.svg    the first metric against K
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """A trained model over a BEIR dataset: the latent view at several K, and the explicit view."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial

@@ -4,8 +4,6 @@ Every line holds `_id` and `rewrite`. `laser_jax.rewrite` adds the fields of `Wr
 `query` it read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

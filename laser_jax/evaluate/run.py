@@ -1,7 +1,5 @@
 """`laser evaluate run | model | mteb | compare`."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Sequence
 

@@ -3,8 +3,6 @@
 python -m laser_jax.evaluate run --run RUN[.gz] --qrels QRELS [--excluded FILE] [--metrics ...]
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass

@@ -6,8 +6,6 @@ ValueError where there are none or lengths differ.
 Letters: Q queries, R resamples, P p-values.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

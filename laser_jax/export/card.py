@@ -1,7 +1,5 @@
 """README.md of an export: what is known of the model from its files and from the run beside it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

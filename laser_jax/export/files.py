@@ -1,12 +1,10 @@
 """The files of an export: a Hugging Face directory, one of sentence-transformers, StableHLO."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +52,7 @@ class Source:
     lora: LoraConfig | None
 
     @classmethod
-    def read(cls, directory: Path, config: RetrieverConfig, adapter: str | None) -> Source:
+    def read(cls, directory: Path, config: RetrieverConfig, adapter: str | None) -> Self:
         """Raises as `LatentRetriever.from_pretrained`."""
         tokenizer = load_tokenizer(directory)
         require_matching(config, PromptTokenizer(tokenizer, config.prompt))

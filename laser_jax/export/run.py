@@ -1,7 +1,5 @@
 """Makes a trained model one that others load: `laser export MODEL --to FORMAT OUT`."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass
 from pathlib import Path

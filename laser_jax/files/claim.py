@@ -11,15 +11,13 @@ in which an earlier run has said how it was made, and refuses, key by key, what 
 another way. A block that ends without a record removes what was made for it.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 from filelock import lock_descriptor
 
@@ -78,7 +76,7 @@ class Claim:
         self._lock: TextIO | None = None
         self._made: list[Path] = []
 
-    def __enter__(self) -> Claim:
+    def __enter__(self) -> Self:
         """Takes the directory. Raises an OutputError where another process has it, it is none, or
         it holds a run with another config or (`alone`) other files; an OSError, which says what to
         do, where it cannot be made or the file system has no locks."""

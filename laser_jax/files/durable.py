@@ -1,8 +1,6 @@
 """Files that are seen either whole or not at all, their checksum, and the one reader of what
 programs keep in small files."""
 
-from __future__ import annotations
-
 import errno
 import glob
 import hashlib

@@ -5,8 +5,6 @@ put together have some within). Numbers are written in ASCII digits. A key that 
 settings file is refused, since one of its two values would be lost.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import re

@@ -1,7 +1,5 @@
 """Which files of a directory are of one split, by their names."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

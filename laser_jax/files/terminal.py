@@ -1,7 +1,5 @@
 """What programs say: texts of data are shown, not obeyed, and progress goes to stderr."""
 
-from __future__ import annotations
-
 import logging
 import re
 import sys

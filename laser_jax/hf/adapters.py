@@ -1,7 +1,5 @@
 """LoRA adapters: PEFT's settings and spellings, and merging into the weights."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

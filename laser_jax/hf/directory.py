@@ -1,7 +1,5 @@
 """A Hugging Face directory: where it is, what its files are called, and its config.json."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterable

@@ -4,8 +4,6 @@ Reading, writing and every check follow from `param_slots` and `lora_slots`. Hug
 linear layer as `[out, in]`, the tree as `[in, out]`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Weights and adapters in: safetensors files become parameter trees, one tensor at a time."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Weights and adapters out: parameter trees become a directory, whole or not at all."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

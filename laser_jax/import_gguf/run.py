@@ -4,8 +4,6 @@ The directory holds config.json, weights and tokenizer as transformers and laser
 `model.path` of a training config names it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -5,8 +5,6 @@ merges ("pre"). The rules below are those of the models' own tokenizer.json file
 llama.cpp does otherwise (it does not normalise Qwen's texts to NFC).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import tokenizers

@@ -3,8 +3,6 @@
 The programs are compiled ahead of time, one a shape; the batches come from `data.buckets`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses
@@ -12,7 +10,7 @@ import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +119,7 @@ class LatentEncoder:
         self._backbone = backbone_for(config, self.variables, self.attention)
         self._programs: dict[Any, jax.stages.Compiled] = {}
 
-    def with_shapes(self, **changes: Any) -> LatentEncoder:
+    def with_shapes(self, **changes: Any) -> Self:
         """The same encoder with other fields of `buckets`, which is another set of shapes."""
         other = copy.copy(self)
         other.buckets = dataclasses.replace(self.buckets, **changes)

@@ -1,7 +1,5 @@
 """What a program is told about the model that it runs, and presets for models of the authors."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal

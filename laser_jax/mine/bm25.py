@@ -1,7 +1,5 @@
 """BM25 as Lucene computes it, by the library bm25s: k1 = 0.9, b = 0.4."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence

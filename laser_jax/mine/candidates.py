@@ -1,8 +1,6 @@
 """Rankings of a corpus for training rows: by BM25, by a model, or out of a TREC run.
 Documents are a dict of ids and texts. C documents, R rows, D model."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path

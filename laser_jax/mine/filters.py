@@ -4,8 +4,6 @@ The score of a positive bounds those of the negatives (TopK-PercPos of NV-Retrie
 2407.15831): what scores almost as well may well be a positive that nobody has marked.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from collections import Counter

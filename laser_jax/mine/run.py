@@ -2,8 +2,6 @@
 `python -m laser_jax.mine --input train.jsonl --corpus DIR --candidates bm25 --output mined.jsonl`.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections import Counter, defaultdict

@@ -4,8 +4,6 @@ A package on PyPI holds SmolLM2-135M-Instruct (`import_gguf.file.PACKAGED`), and
 this file an adapter for it. What they make together is kept in the user's cache.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil

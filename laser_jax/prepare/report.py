@@ -1,7 +1,5 @@
 """What `laser_jax.prepare` counts over rows, and the report that it makes of the counts."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

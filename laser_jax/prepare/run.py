@@ -5,8 +5,6 @@ DIR, then a `data.train`, is a tfds dataset of ArrayRecord shards. They are writ
 time, and not by tfds, so that after an interruption the same command goes on with the rest.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import logging

@@ -5,8 +5,6 @@ directory with tokenizer, which `laser_jax.train` takes as `model.path`. A finis
 recognised by its config and not repeated.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import time

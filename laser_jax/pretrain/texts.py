@@ -1,7 +1,5 @@
 """Texts and written reasonings as rows of tokens for causal-LM training."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

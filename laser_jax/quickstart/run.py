@@ -6,8 +6,6 @@ compositions that none of them has seen. Every stage is a command that is printe
 itself; finished stages are not repeated.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import shlex

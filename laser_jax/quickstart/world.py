@@ -9,8 +9,6 @@ test queries combinations that no training text has spelled out, over facts that
 Everything follows from `WorldConfig`, its seed included. Plain text only: tokens come later.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import json

@@ -7,8 +7,6 @@ instead of the expected one. One device.
 Dimension letters: B batch, T tokens of a prompt, W written tokens, V vocabulary.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ rewrites is on the disk before the next begins; the same command completes a fil
 short.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

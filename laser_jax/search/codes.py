@@ -6,8 +6,6 @@ The rows are unit vectors, as `encode` gives them, and only directions matter. S
 no scale beside it: float16 and int8 rows are brought back to length 1 when they are read.
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal, TypeVar
 
 import jax

@@ -5,8 +5,6 @@ another way (a blank at its end, another case), nothing matches it, and the scor
 without any error. So every ranking counts such ids, and refuses a list of which none matches.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 

@@ -1,11 +1,10 @@
 """Which of any number of ids stand twice, in memory that does not grow with them."""
 
-from __future__ import annotations
-
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -26,7 +25,7 @@ class RepeatedIds:
         """`folder` holds the file; None takes the system's temporary folder."""
         self._file = tempfile.TemporaryFile(prefix="ids-", dir=folder)  # noqa: SIM115
 
-    def __enter__(self) -> RepeatedIds:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -1,8 +1,6 @@
 """Exact search over directories of vectors, shard by shard, on all devices of this machine:
 `python -m laser_jax.search --corpus_vectors DIR --query_vectors DIR --output RUN.trec`."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass

@@ -9,8 +9,6 @@ are merged once, at the end. The top k of the parts is taken inside `shard_map`,
 a sharded axis has been wrong (jax#19271) and slow (xla#25487).
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence

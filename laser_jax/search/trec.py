@@ -4,8 +4,6 @@ trec_eval orders the documents of a query by score, descending, and documents of
 descending. It stores scores as C floats, so two scores that agree in float32 are equal.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence

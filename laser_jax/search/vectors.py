@@ -9,8 +9,6 @@ A shard's rows are coded as in `laser_jax.search.codes`. The metadata of its sch
 tells that it is whole where the manifest is lost.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -1,7 +1,5 @@
 """The routes: bodies in, answers out. Whatever takes long runs in threads beside the event loop."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import hmac

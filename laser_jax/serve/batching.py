@@ -6,8 +6,6 @@ different K share a batch: a shorter thought is the beginning of a longer one, s
 as long as its longest row, and each row takes the embedding after its own K.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import threading

@@ -1,7 +1,5 @@
 """A corpus in memory: vectors and texts, and the search over them."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path

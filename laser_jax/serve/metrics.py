@@ -1,7 +1,5 @@
 """What `/metrics` tells Prometheus."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

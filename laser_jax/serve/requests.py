@@ -1,7 +1,5 @@
 """The bodies of requests: what a client may ask for, and what is wrong with what it sent."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal

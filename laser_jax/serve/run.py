@@ -4,8 +4,6 @@
 page that shows what the model thinks. Everything is compiled before `/ready` says so.
 """
 
-from __future__ import annotations
-
 import asyncio
 import ipaddress
 import logging

@@ -3,8 +3,6 @@
 jinja2 escapes every value that the template fills in; nothing here is marked as safe.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ the segments of a written chain of thought, and how the ranking of a small corpu
 terminal, or as a page (`--html FILE`). `laser_jax.serve` has the page with a form.
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from pathlib import Path

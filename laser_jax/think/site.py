@@ -4,8 +4,6 @@ The form is sent by GET, so that an address shows the same again, and there is n
 request could change. `laser_jax.serve` puts it on the net.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any

@@ -4,12 +4,11 @@ K thinking steps, M segments of a written chain of thought, C documents. How it 
 concern of this file.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -200,7 +199,7 @@ class Inspector:
     @classmethod
     def load(
         cls, model: str | Path, corpus: BeirDataset | None, *, top_tokens: int, top_documents: int
-    ) -> Inspector:
+    ) -> Self:
         """Loads the model, by its directory or name, and embeds the corpus. Raises as
         `LatentRetriever.from_pretrained` and on too many `top_tokens`."""
         directory = model_directory(model)

@@ -4,8 +4,6 @@ take. Nothing has begun then, so that the program leaves with 0, as it does late
 `laser_jax.train` imports this first, and it imports nothing that takes time.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 from types import FrameType

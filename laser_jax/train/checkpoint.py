@@ -5,8 +5,6 @@ base is refused. The arrays' own fingerprint is saved too: neither orbax nor the
 so when a file's bytes have changed, so what is restored is compared with what was saved.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -4,8 +4,6 @@ Nothing is loaded, drawn or written. Of the model only `config.json` is read, or
 `model.backbone`, nothing at all; of the training rows the first batches, where they are there.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import time

@@ -1,7 +1,5 @@
 """The end of a run: which step is exported, the files of the model, and the results."""
 
-from __future__ import annotations
-
 import json
 import logging
 from dataclasses import asdict, replace

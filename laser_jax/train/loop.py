@@ -1,7 +1,5 @@
 """The loop over optimizer steps: what is due after each of them, and when it ends."""
 
-from __future__ import annotations
-
 import logging
 import math
 import time

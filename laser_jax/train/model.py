@@ -1,7 +1,5 @@
 """The model that a training begins from, and the directory that it leaves."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path

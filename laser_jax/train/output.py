@@ -1,7 +1,5 @@
 """A run's output directory: who may have it, and its logs, for people and for TensorBoard."""
 
-from __future__ import annotations
-
 import json
 import secrets
 import subprocess

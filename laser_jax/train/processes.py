@@ -1,7 +1,5 @@
 """One run in several processes: how they find each other, and what each of them holds."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import jax

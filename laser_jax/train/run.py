@@ -5,8 +5,6 @@ The output directory holds `config.json`, `metrics.jsonl`, `checkpoints/`, and a
 `results.json`. The same command again resumes where a stopped run was saved.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 import time

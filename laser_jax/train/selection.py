@@ -4,8 +4,6 @@ What was decided follows from the scores alone. Every checkpoint holds those of 
 own, so that a resumed run decides the same; `evaluations.jsonl` is for people to read.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

@@ -5,14 +5,12 @@ the next collective. jax's own notifier sees to that: it takes SIGTERM over when
 `jax.distributed.initialize` is called, passes the notice on, and agrees on a step.
 """
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import jax
 from jax.experimental import multihost_utils
@@ -85,7 +83,7 @@ class StopSignal:
         elif self._interrupt:
             raise StopRequested(name)
 
-    def __enter__(self) -> StopSignal:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
