@@ -189,36 +189,23 @@ def test_stop_tokens_are_those_of_all_three_files(tmp_path: Path) -> None:
 # --- drawing -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "decoding",
-    [
-        Decoding(temperature=0.7),
-        Decoding(temperature=1.0, top_p=0.6),
-        Decoding(temperature=2.0, top_p=0.8),
-        Decoding(temperature=1.0, top_p=0.3),
-    ],
-    ids=str,
-)
-def test_tokens_are_drawn_as_often_as_they_should_be(decoding: Decoding) -> None:
+@pytest.mark.parametrize("temperature", [0.7, 2.0])
+def test_tokens_are_drawn_as_often_as_they_should_be(temperature: float) -> None:
     draws = 20_000
     logits = np.random.default_rng(3).normal(size=12) * 1.5
-    p = np.exp(logits / decoding.temperature)
-    order = np.argsort(-p)
-    p /= p.sum()
-    before = np.cumsum(p[order]) - p[order]
-    p[order[before >= decoding.top_p]] = 0
+    p = np.exp(logits / temperature)
     p /= p.sum()
 
     keys = jax.random.split(jax.random.key(0), draws)
     rows = jnp.tile(jnp.asarray(logits, jnp.float32), (draws, 1))
-    drawn = np.bincount(choose_tokens(rows, keys, decoding), minlength=12) / draws
-    assert (drawn[p == 0] == 0).all()
+    tokens = choose_tokens(rows, keys, Decoding(temperature=temperature))
+    drawn = np.bincount(tokens, minlength=12) / draws
     np.testing.assert_allclose(drawn, p, atol=4 * 0.5 / draws**0.5)
 
 
 @pytest.fixture(scope="module")
 def drawing(variables: Variables) -> TextGenerator:
-    return generator(variables, Decoding(40, temperature=1.5, top_p=0.95))
+    return generator(variables, Decoding(40, temperature=1.5))
 
 
 def test_a_drawn_text_depends_on_its_prompt_and_seed_alone(
@@ -294,8 +281,6 @@ def test_prompts_and_limits_that_cannot_be_are_refused(variables: Variables) -> 
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"temperature": -1.0}, "temperature must be at least 0"),
-        ({"temperature": 1.0, "top_p": 0.0}, "top_p must lie in"),
-        ({"top_p": 0.9}, "needs a temperature above 0"),
     ],
 )
 def test_decoding_that_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:

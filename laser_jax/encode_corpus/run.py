@@ -1,9 +1,5 @@
 """Encodes a corpus of any size into a directory of vectors, which `laser_jax.search` reads:
-
-    python -m laser_jax.encode_corpus --model DIR --input corpus.jsonl --output DIR
-    python -m laser_jax.encode_corpus ... --shard i/n          an array job's task i of n
-    python -m laser_jax.encode_corpus ... --ray.workers 8 --ray.gpus 1
-    python -m laser_jax.encode_corpus --verify DIR             status 1 if anything is wrong
+`python -m laser_jax.encode_corpus --model DIR --input corpus.jsonl --output DIR`.
 
 The input is read once and cut into shards; each is encoded and written by itself. The same command
 goes on where an earlier one was stopped, makes damaged shards again, and refuses another model, K,

@@ -49,15 +49,10 @@ class Decoding:
     temperature: float = 0.0
     """0 takes the likeliest token, always the same; otherwise tokens are drawn, their logits
     divided by this."""
-    top_p: float = 1.0
-    """Draw among the likeliest tokens that together reach this probability."""
 
     def __post_init__(self) -> None:
         require_in("[1, inf)", self, "", "max_new_tokens")
         require_in("[0, inf)", self, "", "temperature")
-        require_in("(0, 1]", self, "", "top_p")
-        fault = "top_p needs a temperature above 0: at 0 nothing is drawn"
-        require(self.temperature > 0 or self.top_p == 1, fault)
 
 
 @dataclass(frozen=True)
@@ -100,15 +95,8 @@ def choose_tokens(logits_BV: jax.Array, keys_B: jax.Array, decoding: Decoding) -
     """The next token of every row, [B] int32. A row is drawn by its own key alone."""
     if decoding.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = logits_BV / decoding.temperature
-    if decoding.top_p == 1:
-        return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
-    logits_BV, ids_BV = jax.lax.top_k(logits_BV, logits_BV.shape[-1])
-    p_BV = jax.nn.softmax(logits_BV, axis=-1)
-    likelier_BV = jnp.cumsum(p_BV, axis=-1) - p_BV  # 0 for the first, which always stays
-    logits_BV = jnp.where(likelier_BV < decoding.top_p, logits_BV, -jnp.inf)
-    place_B = jax.vmap(jax.random.categorical)(keys_B, logits_BV)
-    return jnp.take_along_axis(ids_BV, place_B[:, None], axis=1)[:, 0].astype(jnp.int32)
+    drawn_B = jax.vmap(jax.random.categorical)(keys_B, logits_BV / decoding.temperature)
+    return drawn_B.astype(jnp.int32)
 
 
 class _Text(NamedTuple):

@@ -232,7 +232,7 @@ def _settings(
 ) -> dict[str, Any]:
     """What decides on the text of a rewrite, rounding aside."""
     keys = ("model", "prompt", "chat_template", "compute_dtype")
-    keys += ("max_new_tokens", "temperature", "top_p", "seed")
+    keys += ("max_new_tokens", "temperature", "seed")
     return {
         **{key: getattr(options, key) for key in keys},
         "weights": weights,
