@@ -144,13 +144,9 @@ def parse_command_line(
     """The settings `cls` from `--config FILE.yaml` and dotted flags, later ones winning.
 
     Exits with status 2 and a message on unknown keys, missing keys and wrong types. Raises a
-    ConfigError on an impossible value.
-
-    Args:
-        program: how it is called, for the messages.
-        arguments: None takes those of this process.
-        positional: the setting that the arguments without a flag make, a tuple of texts; or the
-            settings that they are one by one.
+    ConfigError on an impossible value. `program` is how it is called, for the messages; the
+    arguments are this process's where they are None. `positional` is the setting that those
+    without a flag make, a tuple of texts; or the settings that they are one by one.
     """
     return _parse([cls], program, arguments, positional)[0]
 

@@ -76,12 +76,8 @@ class BackboneConfig:
         return self.family == "qwen2"
 
     def require_positions(self, taken: int, what: str, way_out: str) -> None:
-        """Raises a ConfigError where more positions are taken than the model has.
-
-        Args:
-            what: the words before the number, such as "row_length takes".
-            way_out: how to mend it.
-        """
+        """Raises a ConfigError where more positions are taken than the model has: `what`, such as
+        "row_length takes", stands before the number, and `way_out` says how to mend it."""
         positions = self.max_position_embeddings
         fault = f"{what} {taken} positions, and the model has {positions}: {way_out}"
         require(taken <= positions, fault)

@@ -50,13 +50,10 @@ class Endpoint:
 
     async def ask(self, prompt: str) -> Answer:
         """The answer to a prompt. Waits and asks again, up to 8 times in all, where the endpoint is
-        busy, fails, hangs up or takes longer than ten minutes.
-
-        Raises:
-            EndpointError: it refuses the key, the model or the place (401, 403, 404), answers with
-                something else than a chat completion, goes on failing, asks for more than ten
-                minutes of patience, or rejects (400, 413, 422) the first prompt that it decides on.
-        """
+        busy, fails, hangs up or takes longer than ten minutes. Raises an EndpointError where it
+        refuses the key, the model or the place (401, 403, 404), answers with something else than a
+        chat completion, goes on failing, asks for more than ten minutes of patience, or rejects
+        (400, 413, 422) the first prompt that it decides on."""
         fault, asked = "", {"messages": [{"role": "user", "content": prompt}], "stream": False}
         for attempt in range(_ATTEMPTS):
             began, body, asked_for = time.monotonic(), self._body, None

@@ -1,6 +1,12 @@
-"""The tfds dataset `reasoning_retrieval`: training rows as ArrayRecord, without tensorflow. An
-import of this registers it (docs/data.md); `python -m laser_jax.prepare` writes the same features
-and files, shard by shard."""
+"""The tfds dataset `reasoning_retrieval`: training rows as ArrayRecord, without tensorflow.
+
+    import laser_jax.data.reasoning_retrieval  # registers it
+    builder = tfds.builder("reasoning_retrieval", source="train.jsonl", data_dir="data")
+    builder.download_and_prepare()
+    tfds.data_source("reasoning_retrieval", split="train", data_dir="data")
+
+`python -m laser_jax.prepare` writes the same features and files, shard by shard.
+"""
 
 import os
 from collections.abc import Iterable, Iterator

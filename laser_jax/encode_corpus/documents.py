@@ -65,16 +65,11 @@ class Corpus:
         fields: Fields = BEIR_FIELDS,
         skipped: Callable[[str], object] | None = None,
     ):
-        """Looks for the files; reads none. Raises a FileNotFoundError or DataError where there is
-        nothing to be read.
-
-        Args:
-            path: a .jsonl, .jsonl.gz or .parquet; or a directory: of BEIR (corpus.jsonl or
-                queries.jsonl, perhaps .gz), or else one whose files are all of one of those kinds.
-            texts: whether rows are documents (`fields`) or BEIR's queries.
-            skipped: is given the message of every bad line or row, which is then left out; None
-                makes them errors.
-        """
+        """Looks for the files; reads none. `path` is a .jsonl, .jsonl.gz or .parquet; or a
+        directory: of BEIR (corpus.jsonl or queries.jsonl, perhaps .gz), or else one whose files are
+        all of one of those kinds. `skipped` is given the message of every bad line or row, which is
+        then left out; None makes them errors. Raises a FileNotFoundError or DataError where there
+        is nothing to be read."""
         self.files = _files(Path(path), texts)
         self.bad_lines = 0
         self._skipped = skipped

@@ -1,9 +1,14 @@
 """Local copies of BRIGHT (arXiv 2407.12883), a domain at a time, as the dataset that BEIR gives.
 
-A copy has the layout of the hub's `xlangai/BRIGHT` (docs/evaluation.md): a folder `documents` or
-`long_documents` with `id` and `content`; one `examples` with `id`, `query`, `gold_ids`,
-`gold_ids_long` and `excluded_ids`; others like it, such as `gpt4_reason`, with rewritten queries.
-Other columns are ignored, `reasoning` too: it was written by people who knew the gold documents.
+A copy has the layout of the hub's `xlangai/BRIGHT`: a folder for each of
+
+    documents, long_documents    `id`, `content`
+    examples                     `id`, `query`, `gold_ids`, `gold_ids_long`, `excluded_ids`
+    gpt4_reason, ...             the same, with the query as a language model rewrote it
+
+and in it a domain's file: `DOMAIN-00000-of-00001.parquet` (all shards), `DOMAIN.parquet`,
+`DOMAIN.jsonl`, `DOMAIN.jsonl.gz` or `DOMAIN.json` (a list, or a row a line). Other columns are
+ignored, `reasoning` too: it was written by people who knew the gold documents.
 """
 
 import re

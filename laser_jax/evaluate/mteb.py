@@ -67,11 +67,10 @@ class MtebRetriever(AbsEncoder):
         instruction: str | None = None,
         experiment: Mapping[str, Any] | None = None,
     ) -> None:
-        """Raises a ValueError where the name is not of the form `organisation/model`.
+        """mteb takes results of the same name and revision (`model_revision`) from its cache.
 
         Args:
-            revision: of the weights (`model_revision`): mteb takes results of the same name and
-                revision from its cache.
+            name: of the form `organisation/model`, or it is a ValueError.
             num_thinking_steps: K, of queries alone where the model has one of its own for
                 documents; None takes the model's.
             instruction: one task description for all tasks, instead of `instruction_of`.

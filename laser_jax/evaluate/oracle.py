@@ -48,12 +48,8 @@ class StepsOracle:
 
 def steps_oracle(runs: Mapping[int, Run], qrels: Qrels, metric: str) -> StepsOracle | None:
     """Compares the best K of each query with the best one for all, and what is left of the gain
-    where the judgements that choose are not those that score. None of a single K.
-
-    Args:
-        runs: K -> ranking, of the same queries.
-        metric: NAME@CUTOFF, see `metrics.evaluate_run`.
-    """
+    where the judgements that choose are not those that score. None of a single K. `runs` are K ->
+    ranking, of the same queries."""
     if len(runs) < 2:
         return None
     Ks, values_KQ = np.array(sorted(runs)), _values(runs, qrels, metric)

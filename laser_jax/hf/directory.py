@@ -76,12 +76,10 @@ def read_backbone_config(path: str | Path) -> BackboneConfig:
     Takes the names of transformers 4.x (`rope_theta`, `rope_scaling`) and 5.x (`rope_parameters`),
     and the `backbone` in that of an export for sentence-transformers. Absent keys have
     transformers' defaults; an absent `num_key_value_heads` means one a query head, of a Mistral 8.
-    A Mistral has as many positions as its sliding window, within which attention is full.
-
-    Raises:
-        FileNotFoundError: no such file.
-        HFError: not JSON, a missing or ill-typed key, or a setting that would change the numbers
-            and is not implemented; names the file, the key and the value.
+    A Mistral has as many positions as its sliding window, within which attention is full. Raises a
+    FileNotFoundError, and an HFError, which names the file, the key and the value, where it is not
+    JSON, a key is missing or ill-typed, or a setting would change the numbers and is not
+    implemented.
     """
     file = Path(path) / CONFIG_FILE if Path(path).is_dir() else Path(path)
     values = read_object(file)

@@ -62,11 +62,9 @@ def load_params(
     Every tensor has its place and every place its tensor. Keys may carry the leading `model.` or
     not; `rotary_emb.inv_freq` buffers are skipped; an `lm_head.weight` beside tied embeddings must
     equal them. Sources are float32, float16 or bfloat16. The peak is the model and one tensor.
-    `seen` is given every tensor. Returns the tree under `params`, numpy arrays of `dtype`.
-
-    Raises:
-        FileNotFoundError: no weights, or a shard of the index is missing.
-        HFError: a broken file, or tensors that do not fit; lists all of them with their files.
+    `seen` is given every tensor. Returns the tree under `params`, numpy arrays of `dtype`. Raises a
+    FileNotFoundError, and an HFError at a broken file or tensors that do not fit; lists all of them
+    with their files.
     """
     return _read(find_params(Path(directory), backbone), dtype, seen)
 
@@ -100,12 +98,9 @@ def load_adapter(
     """Reads a PEFT LoRA adapter: `adapter_config.json` and `adapter_model.safetensors`.
 
     `base` is the model's directory, where the adapter is to be applied. Returns the tree under
-    `lora`, float32 numpy arrays, and the adapter's settings.
-
-    Raises:
-        FileNotFoundError: one of the two files is missing.
-        HFError: a setting that is not implemented (names key and value), tensors that do not fit
-            (lists all of them), or an adapter that is merged into `base` already.
+    `lora`, float32 numpy arrays, and the adapter's settings. Raises a FileNotFoundError, and an
+    HFError at a setting that is not implemented (names key and value), tensors that do not fit
+    (lists all of them), or an adapter that is merged into `base` already.
     """
     directory = Path(directory)
     lora = read_lora_config(directory / ADAPTER_CONFIG_FILE)

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from laser_jax.config import BackboneConfig, LoraConfig
-from laser_jax.files.durable import folder_written_whole
+from laser_jax.files.durable import folder_written_whole, write_json
 from laser_jax.hf.adapters import MERGED_KEY, merged_kernel, peft_settings, rounded_bytes
 from laser_jax.hf.directory import (
     ADAPTER_CONFIG_FILE,
@@ -56,9 +55,8 @@ def save_params(
         tokens, max_shard_bytes: as `save_weights` takes them.
         merged: the `merged_adapters` of the model that the weights were trained from.
 
-    Raises:
-        HFError: the tree does not fit `backbone` (lists its leaves), or process 0 failed.
-        OSError: a file cannot be written; an older export is still whole.
+    Raises an HFError where the tree does not fit `backbone` (lists its leaves) or process 0 failed,
+    and an OSError where a file cannot be written; an older export is still whole.
     """
     if ("lora" in variables) != (lora is not None):
         raise HFError(f"adapters need their LoraConfig: got {sorted(variables)} and lora = {lora}")
@@ -120,11 +118,11 @@ def save_weights(
             _write_tensors(stage / name, shard, weights, dtype)
         config = hf_config_dict(backbone, dtype=dtype.name, **{**NO_TOKENS, **tokens})
         adapters = list(merged())
-        _write_json(stage / CONFIG_FILE, config | ({MERGED_KEY: adapters} if adapters else {}))
+        write_json(stage / CONFIG_FILE, config | ({MERGED_KEY: adapters} if adapters else {}))
         if count > 1:
             weight_map = {slot.name: name for name, shard in files.items() for slot in shard}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-            _write_json(stage / INDEX_FILE, index)
+            write_json(stage / INDEX_FILE, index)
         # An older export goes before its successor comes: an interruption from here on leaves a
         # directory that fails to load rather than a mixture of two models.
         shards_there = directory.glob("model-*-of-*.safetensors")
@@ -152,7 +150,7 @@ def save_adapter(
     tensors = (slot.transposed(_gathered(slot, leaves)) for slot in slots)
     with _staged(Path(directory), tensors) as stage:
         if stage is not None:
-            _write_json(stage / ADAPTER_CONFIG_FILE, peft_settings(lora, base_model))
+            write_json(stage / ADAPTER_CONFIG_FILE, peft_settings(lora, base_model))
             _write_tensors(stage / ADAPTER_FILE, slots, tensors, np.float32)
 
 
@@ -199,7 +197,3 @@ def _write_tensors(file: Path, slots: list[Slot], tensors: Iterator[Any], dtype:
     except SafetensorError as error:  # a full disk, for one
         raise OSError(f"{file} cannot be written: {error}") from error
     file.chmod(mode)  # save_file leaves a file that only its owner reads
-
-
-def _write_json(file: Path, values: dict[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2) + "\n")

@@ -75,11 +75,8 @@ def negatives_of(
 ) -> tuple[dict[str, dict[str, Any]], Counter[str]]:
     """The texts of a row's negatives, by rank, each with its id, rank and score; and how many
     candidates each filter took, or "none". A candidate that is no document only takes up a rank.
-
-    Args:
-        positives: those of all rows with this query, as in training's mask of false negatives.
-        row: the row's index; a draw is a function of it and the seed.
-    """
+    `positives` are those of all rows with this query, as in training's mask of false negatives; a
+    draw is a function of the seed and of `row`, the row's index."""
     known, seen = set(map(same_text, positives)), {same_text(query)}
     most, by_filter = ceiling(ranking.positives, rules.max_share), Counter[str]()
     left: list[tuple[str, dict[str, Any]]] = []

@@ -173,13 +173,9 @@ class TextGenerator:
         batch_tokens: int = 8192,
         length_multiple: int = 32,
     ):
-        """Places the weights on the default device; compiles nothing.
-
-        Args:
-            variables: {"params": ...}, scanned or unstacked, stored in `dtype`.
-            stop_ids: tokens that end a row; none of them for rows that are always full.
-            batch_size, batch_tokens, length_multiple: see `Buckets`; of the prompts.
-        """
+        """Places the weights, {"params": ...} stored in `dtype`, on the default device; compiles
+        nothing. `stop_ids` end a row; without any all rows are full. The batches of prompts are
+        those of `Buckets`."""
         self.decoding, self.stop_ids = decoding, tuple(stop_ids)
         self.buckets = Buckets(batch_size, batch_tokens, length_multiple, _SHORT_BATCHES)
         self._variables = for_inference(variables)

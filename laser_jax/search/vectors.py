@@ -2,7 +2,6 @@
 
     manifest.json           what the vectors are; every shard's name, row count and sha256
     shard-00000.parquet     columns `id` (string) and `vector` (fixed-size list of a dtype)
-    shard-00001.parquet     ...
 
 A shard's rows are coded as in `laser_jax.search.codes`. The metadata of its schema holds its
 `VectorsInfo`, so that one of another model cannot be mixed in, and a checksum of its rows, which

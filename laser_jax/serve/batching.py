@@ -80,13 +80,8 @@ class Batcher:
         max_queue_rows: int,
         metrics: Metrics,
     ) -> None:
-        """Starts nothing.
-
-        Args:
-            thinking_steps: the Ks that programs are compiled for, the largest that is served among
-                them. A batch takes the first that is enough for all its rows.
-            max_queue_rows: rows that may wait.
-        """
+        """Starts nothing. `thinking_steps` are the Ks that programs are compiled for, the largest
+        that is served among them; a batch takes the first that is enough for all its rows."""
         self.ready = threading.Event()
         self._encoder, self._metrics = encoder, metrics
         self._levels = [tuple(range(1, K + 1)) for K in sorted(set(thinking_steps))]
@@ -140,17 +135,10 @@ class Batcher:
             raise RequestError(text, status=429, code="queue_full", retry_after=wait)
 
     def submit(self, rows: Sequence[Sequence[int]], K: int) -> Future[np.ndarray]:
-        """Queues the rows of a request.
-
-        Args:
-            rows: token ids; at least one row, none longer than `warm_up` was told.
-            K: at most the largest of `thinking_steps`.
-
-        Returns:
-            A future of [N, D] float32 unit rows. Cancelled, its rows that wait are dropped; it
-            fails with a NotFiniteError where a vector of its own is not finite, and with what the
-            device raised. Other requests go on. Raises as `require_room`.
-        """
+        """Queues the rows of a request, at least one and none longer than `warm_up` was told, for a
+        K that is served. Returns a future of [N, D] float32 unit rows. Cancelled, its rows that
+        wait are dropped; it fails with a NotFiniteError where a vector of its own is not finite,
+        and with what the device raised. Other requests go on. Raises as `require_room`."""
         with self._changed:
             job = _Job(rows, K, self._encoder.config.backbone.hidden_size)
             self.require_room(len(rows))

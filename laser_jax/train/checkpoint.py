@@ -98,14 +98,11 @@ class Checkpoints:
         )
 
     def save(self, state: TrainState, meta: dict[str, Any], ranked: Sequence[int] = ()) -> None:
-        """Starts saving; a step that is already saved is left as it is. Raises a CheckpointError
-        when this or the save before it cannot be written.
-
-        Args:
-            state: is copied off the device before this returns; the next step may donate it.
-            meta: plain JSON types, given back by `restore`.
-            ranked: steps, the best first; the best that is there is kept beside the newest.
-        """
+        """Starts saving; a step that is already saved is left as it is. The state is copied off the
+        device before this returns, so that the next step may donate it; `meta`, of plain JSON
+        types, is given back by `restore`. Of the steps `ranked`, the best first, the best that is
+        there is kept beside the newest. Raises a CheckpointError when this or the save before it
+        cannot be written."""
         step, saved = int(state.step), _saved(state)
         if step in self._manager.all_steps():
             return
