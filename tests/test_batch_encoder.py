@@ -31,7 +31,7 @@ from laser_jax.modeling.backbone import Backbone, Variables
 from laser_jax.sharding import make_mesh, shardings
 
 SCRATCH = ScratchConfig(
-    hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=24
+    hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=24
 )
 CONFIG = RetrieverConfig(SCRATCH.backbone(30), num_thinking_steps=3)
 ROWS = [[3, 1, 4], [9], [2, 6, 5], [3, 5, 8, 9, 7, 9, 3, 2], [8]]

@@ -35,7 +35,7 @@ from laser_jax.modeling.backbone import Backbone, Variables, unstack_layers
 from laser_jax.sharding import MESH_AXES, make_mesh
 
 SCRATCH = ScratchConfig(
-    hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=24
+    hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=24
 )
 CONFIG = RetrieverConfig(SCRATCH.backbone(30), num_thinking_steps=3)
 LORA = LoraConfig(rank=2)

@@ -42,6 +42,7 @@ SETTINGS = {
     "train.steps": STEPS,
     "train.log_every": 1,
     "train.checkpoint_every": 3,
+    "train.keep_checkpoints": 3,
     "train.eval_every": 5,
     "train.eval_thinking_steps": "[2]",
 }
@@ -259,16 +260,14 @@ def saved_at(step: int) -> str:
     return f"SIGTERM: saved at step {step} of {STEPS}; the same command goes on from there\n"
 
 
-def test_sigterm_at_start_up(start: Start, unhurt: Path, tmp_path: Path) -> None:
+def test_sigterm_at_start_up_in_warm_up_and_in_a_step(
+    start: Start, unhurt: Path, tmp_path: Path
+) -> None:
     run = start(tmp_path / "run")
     run.until(lambda: (run.output / ".lock").exists())
     assert stop(run) == OUTSIDE
     assert run.saved() == []
-    finish(start, run.output, unhurt)
-
-
-def test_sigterm_in_warm_up_and_in_a_step(start: Start, unhurt: Path, tmp_path: Path) -> None:
-    run = start(tmp_path / "run")
+    run = start(run.output)
     run.hear("parameters are trained")  # the first step is traced and compiled next
     assert stop(run) == (saved_at(1) if run.saved() else OUTSIDE)
     run = start(run.output)
@@ -300,15 +299,13 @@ def kill(run: Run) -> None:
     assert run.wait() == -signal.SIGKILL
 
 
-def test_sigkill_in_a_step(start: Start, unhurt: Path, tmp_path: Path) -> None:
+def test_sigkill_in_a_step_while_saving_and_in_evaluation(
+    start: Start, unhurt: Path, tmp_path: Path
+) -> None:
     run = start(tmp_path / "run")
     run.until(lambda: 3 in run.saved() and run.logged() >= 4)
     kill(run)
-    finish(start, run.output, unhurt)
-
-
-def test_sigkill_while_saving_and_in_evaluation(start: Start, unhurt: Path, tmp_path: Path) -> None:
-    run = start(tmp_path / "run")
+    saved, run = run.saved(), start(run.output)
 
     def half_written() -> bool:
         """Holds the process still at the first sight of a half-written checkpoint."""
@@ -323,6 +320,7 @@ def test_sigkill_while_saving_and_in_evaluation(start: Start, unhurt: Path, tmp_
 
     run.until(half_written)
     kill(run)
+    assert f"resumed at step {saved[-1]} from {run.checkpoints}" in run.text()
     run = start(run.output)
     run.hear("in evaluation")
     kill(run)
@@ -350,16 +348,17 @@ def remove_a_file(checkpoint: Path) -> None:
     (checkpoint / "meta" / "metadata").unlink()
 
 
-@pytest.mark.parametrize("damage", [truncate, remove_a_file])
-def test_a_damaged_newest_checkpoint(start: Start, unhurt: Path, tmp_path: Path, damage) -> None:
+def test_the_newest_checkpoints_are_damaged(start: Start, unhurt: Path, tmp_path: Path) -> None:
     output = unfinished(unhurt, tmp_path / "run")
-    damage(output / "checkpoints" / str(STEPS))
+    whole, *damaged = sorted(int(path.name) for path in (output / "checkpoints").iterdir())[-3:]
+    for step, damage in zip(damaged, (truncate, remove_a_file), strict=True):
+        damage(output / "checkpoints" / str(step))
     run = start(output)
-    before = run.saved()[-2]
     assert run.wait() == 0, run.text()
-    assert f"{run.checkpoints / str(STEPS)} is damaged" in run.text()
-    assert f"resumed at step {before} from {run.checkpoints}" in run.text()
-    assert (run.checkpoints / f"{STEPS}.damaged").is_dir()
+    for step in damaged:
+        assert f"{run.checkpoints / str(step)} is damaged" in run.text()
+        assert (run.checkpoints / f"{step}.damaged").is_dir()
+    assert f"resumed at step {whole} from {run.checkpoints}" in run.text()
     require_equal(output, unhurt)
 
 

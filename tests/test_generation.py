@@ -22,7 +22,7 @@ from laser_jax.rewrite.generation import Decoding, TextGenerator, choose_tokens,
 
 V = 61
 CONFIG = ScratchConfig(
-    hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=24
+    hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=24
 ).backbone(V)
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, V, length).tolist() for length in (7, 1, 12, 30, 3)]

@@ -26,7 +26,6 @@ from laser_jax.train.processes import join_processes, local_rows
 
 STEPS = 6
 OPTIONS = {
-    "model.scratch.num_layers": 2,  # a stack, to be split
     "train.steps": STEPS,
     "train.checkpoint_every": 100,
     "train.eval_every": 4,

@@ -56,7 +56,7 @@ def command(
 ) -> list[str]:
     folder = tmp_path_factory.mktemp("real")
     texts = [f"Where is {place}? {place} is a town on a river." for place in PLACES]
-    write_model(folder / "model", texts, vocab_size=300, layers=2, steps=1)
+    write_model(folder / "model", texts, vocab_size=300, layers=1, steps=1)
     (folder / "model" / "laser_config.json").unlink()
     rows = [
         {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import runpy
 import shutil
 import subprocess
@@ -47,7 +46,7 @@ from laser_jax.sharding import make_mesh
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 SCRATCH = ScratchConfig(
-    hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=16
+    hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=16
 )
 DOCUMENTS = [
     "Ulm lies on the Danube.",
@@ -177,6 +176,7 @@ def test_warming_up_for_nothing_is_refused(retriever, settings) -> None:
 
 PROGRAM = """
 import sys, jax
+sys.modules["torch"] = None  # transformers would load it, and nobody here uses it
 hits = []
 jax.monitoring.register_event_listener(
     lambda event, **_: hits.append(event) if event.endswith("/cache_hits") else None
@@ -187,8 +187,10 @@ print(len(hits))
 """
 
 
-def test_another_process_finds_its_programs_in_jaxs_cache(model, tmp_path: Path) -> None:
-    environment = os.environ | {
+def test_another_process_finds_its_programs_in_jaxs_cache(
+    model, tmp_path: Path, one_device: dict[str, str]
+) -> None:
+    environment = one_device | {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

@@ -144,7 +144,9 @@ def test_a_killed_process_leaves_whole_lines_and_the_rest_is_written_then(
 ) -> None:
     output = tmp_path / "out.jsonl"
     slow = (
-        "import time, laser_jax.rewrite.run as r\n"
+        "import sys, time\n"
+        "sys.modules['torch'] = None\n"  # transformers would load it, and nobody here uses it
+        "import laser_jax.rewrite.run as r\n"
         "append = r.append\n"
         "def slowly(output, rewrites): append(output, rewrites); time.sleep(60)\n"
         "r.append = slowly\n"

@@ -135,9 +135,10 @@ def optimizer() -> optax.GradientTransformation:
 
 
 @functools.cache
-def drawn(seed: int) -> tuple[Backbone, Variables]:
-    """A backbone without adapters and random variables of its own."""
-    backbone = Backbone(SCRATCH.backbone(V))
+def drawn(seed: int, layers: int = 1) -> tuple[Backbone, Variables]:
+    """A backbone without adapters and random variables of its own. One layer is compiled in half
+    the time of two, the first of which stands in the stack."""
+    backbone = Backbone(dataclasses.replace(SCRATCH, num_layers=layers).backbone(V))
     abstract = abstract_state(backbone, optimizer(), mesh_of(1, 1, 1), FLOAT32)
     return backbone, host(init_state(backbone, optimizer(), abstract, seed, None).variables)
 
@@ -183,7 +184,7 @@ def program(
 ) -> Program:
     backbone, mesh = Backbone(SCRATCH.backbone(V), lora=lora, remat=remat), mesh_of(*shape)
     abstract = abstract_state(backbone, optimizer(), mesh, FLOAT32)
-    start = init_state(backbone, optimizer(), abstract, 3, given(drawn(0)[1]["params"]))
+    start = init_state(backbone, optimizer(), abstract, 3, given(drawn(0, 2)[1]["params"]))
     schedule = learning_rate_schedule(OPTIMIZER, STEPS)
     step = make_train_step(backbone, config(lora, **train), optimizer(), schedule)
     first = batch(0)
@@ -359,7 +360,7 @@ def test_full_fine_tuning_over_all_mesh_axes_moves_every_parameter(runs) -> None
 
 def test_a_given_base_is_kept_in_its_dtype_under_adapters_and_trained_in_float32() -> None:
     bfloat16 = jnp.dtype(jnp.bfloat16)
-    base = jax.tree.map(lambda a: a.astype(bfloat16), drawn(0)[1])
+    base = jax.tree.map(lambda a: a.astype(bfloat16), drawn(0, 2)[1])
     for lora, wanted in ((LORA, bfloat16), (None, FLOAT32)):
         backbone = Backbone(SCRATCH.backbone(V), lora=lora)
         abstract = abstract_state(backbone, optimizer(), mesh_of(*DATA), bfloat16)
@@ -379,10 +380,9 @@ def assert_same_terms(got: dict[str, float], wanted: dict[str, float]) -> None:
         np.testing.assert_allclose(got[name], wanted[name], rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_gradcache_is_the_loss_and_the_gradient_of_the_whole_batch(remat: str) -> None:
-    """Whatever the layers keep for the backward pass."""
-    at_once, in_parts = full_step(), full_step(micro_batch_size=2, remat=remat)
+def test_gradcache_is_the_loss_and_the_gradient_of_the_whole_batch() -> None:
+    """Though the layers keep nothing for the backward pass. (With `dots` test_gradients has it.)"""
+    at_once, in_parts = full_step(), full_step(micro_batch_size=2, remat="full")
     [whole], [cut] = at_once.metrics, in_parts.metrics
     assert_same_terms(cut, whole)
     assert_same_gradients(in_parts.end, at_once.end)
@@ -443,18 +443,20 @@ def test_eight_devices_distil_the_scores_of_one() -> None:
 
 
 @functools.cache
-def gradient_of(objective: ObjectiveConfig, way: Any) -> Any:
+def gradient_of(objective: ObjectiveConfig, way: Any, layers: int) -> Any:
     """(state, batch) -> gradient and terms."""
-    read = functools.partial(read_views, drawn(0)[0], objective=objective)
+    read = functools.partial(read_views, drawn(0, layers)[0], objective=objective)
     score = functools.partial(loss_terms, objective=objective, scale=np.float32(1))
     return jax.jit(functools.partial(way, read, score))
 
 
-def found(objective: ObjectiveConfig, rows: Batch, way: Any = whole_batch) -> tuple[Any, Any]:
+def found(
+    objective: ObjectiveConfig, rows: Batch, way: Any = whole_batch, layers: int = 1
+) -> tuple[Any, Any]:
     """The gradient of a full fine-tuning, and the terms."""
     count = np.zeros((), np.int32)
-    state = TrainState(count, count, drawn(0)[1]["params"], None, ())
-    return host(gradient_of(objective, way)(state, rows))
+    state = TrainState(count, count, drawn(0, layers)[1]["params"], None, ())
+    return host(gradient_of(objective, way, layers)(state, rows))
 
 
 WAYS: dict[str, tuple[Any, bool, Any]] = {
@@ -467,14 +469,19 @@ WAYS: dict[str, tuple[Any, bool, Any]] = {
 
 
 def assert_alike_in_every_way(
-    objective: ObjectiveConfig, rows: Batch, wanted: dict[str, float], ways: Sequence[str]
+    objective: ObjectiveConfig,
+    rows: Batch,
+    wanted: dict[str, float],
+    ways: Sequence[str],
+    layers: int,
 ) -> None:
     """These terms, and one gradient, whichever way they are computed."""
     gradients = {}
     for name in ("fast", *ways):
         views, pack, way = WAYS[name]
         read = packed(rows, ALONE) if pack else rows
-        gradients[name], terms = found(dataclasses.replace(objective, views=views), read, way)
+        asked = dataclasses.replace(objective, views=views)
+        gradients[name], terms = found(asked, read, way, layers)
         for term, value in wanted.items():
             wrong = f"{name}: {term}"
             np.testing.assert_allclose(terms[term], value, rtol=1e-4, atol=1e-6, err_msg=wrong)
@@ -484,9 +491,9 @@ def assert_alike_in_every_way(
             np.testing.assert_allclose(ours, first, rtol=0, atol=within, err_msg=name)
 
 
-def terms_at(rows: Batch, query_K: int, document_K: int) -> dict[str, float]:
+def terms_at(rows: Batch, query_K: int, document_K: int, layers: int) -> dict[str, float]:
     """The four terms in numpy, of states that are read one part after the other."""
-    backbone, variables = drawn(0)
+    backbone, variables = drawn(0, layers)
 
     @jax.jit
     def read(variables: Variables) -> dict[str, jax.Array]:
@@ -504,12 +511,15 @@ def terms_at(rows: Batch, query_K: int, document_K: int) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("document_K", "ways"),
-    [(1, ("parity, gradcache", "fast, packed")), (3, ("parity",))],
+    ("document_K", "ways", "layers"),
+    [(1, ("parity, gradcache", "fast, packed"), 1), (3, ("parity",), 2)],
 )
-def test_documents_think_as_long_as_they_are_told(document_K: int, ways: Sequence[str]) -> None:
+def test_documents_think_as_long_as_they_are_told(
+    document_K: int, ways: Sequence[str], layers: int
+) -> None:
     objective = dataclasses.replace(OBJECTIVE, document_thinking_steps=document_K)
-    assert_alike_in_every_way(objective, batch(), terms_at(batch(), K, document_K), ways)
+    wanted = terms_at(batch(), K, document_K, layers)
+    assert_alike_in_every_way(objective, batch(), wanted, ways, layers)
 
 
 def test_documents_at_one_step_do_not_think() -> None:

@@ -285,18 +285,17 @@ def test_the_adapter_and_the_merged_model_are_of_the_same_weights(lora: Finished
 
 
 def test_training_goes_on_from_an_adapter(
-    full: Finished, run, arguments, tmp_path: Path, capsys, caplog
+    full: Finished, lora: Finished, run, arguments, tmp_path: Path, capsys, caplog
 ) -> None:
     base = ("--model.scratch", "null", "--model.path", str(full.output / "model"), *LORA)
-    run(tmp_path / "first", *base, *NO_TABLE, "--train.steps", "1")
-    begun = str(tmp_path / "first" / "adapter")
+    begun = str(lora.output / "adapter")
     still = ("--optimizer.learning_rate", "0", "--train.steps", "1")
     part = ("--model.adapter", begun, "--model.adapter_share", "0.25")
     run(tmp_path / "still", *base, *NO_TABLE, *still, *part)
     assert "exported and evaluated: 0.25 of model.adapter, 0.75 of what was" in caplog.text
     first, still_there = (
-        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
-        for name in ("first", "still")
+        load_file(output / "adapter" / "adapter_model.safetensors")
+        for output in (lora.output, tmp_path / "still")
     )
     assert first.keys() == still_there.keys()
     assert any(np.abs(value).max() > 0 for key, value in first.items() if "lora_B" in key)
@@ -323,7 +322,7 @@ def test_training_goes_on_from_an_adapter(
             f"model.adapter {begun} has other settings than lora:\n  rank was 3, is 2",
         ),
         (
-            ("--model.path", str(tmp_path / "first" / "model"), "--model.adapter", begun),
+            ("--model.path", str(lora.output / "model"), "--model.adapter", begun),
             "this adapter is merged into",
         ),
         (
