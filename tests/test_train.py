@@ -958,7 +958,8 @@ def test_other_weights_of_the_teacher_are_refused_on_resume(
 ) -> None:
     teacher = shutil.copytree(full.output / "model", tmp_path / "teacher")
     overlay = ("--config", str(CONFIGS / "ablation" / "without_colearning.yaml"))
-    flags = (*overlay, "--objective.teacher", str(teacher), "--train.steps", "1", *NO_EVAL)
+    small = ("--train.steps", "1", "--model.scratch.num_layers", "1")
+    flags = (*overlay, "--objective.teacher", str(teacher), *small, *NO_EVAL)
     run(tmp_path / "run", *flags)
     tensors = load_file(teacher / "model.safetensors")
     tensors["model.norm.weight"][0] += 1
