@@ -656,20 +656,8 @@ LARGE_IDS = [*ROWS[:4], *({**row, "_id": 20_000 * row["_id"]} for row in ROWS[4:
 
 
 @pytest.fixture(scope="module")
-def environment(
-    tmp_path_factory: pytest.TempPathFactory, one_device: dict[str, str]
-) -> dict[str, str]:
-    """Of other processes, the first of which compiles for all."""
-    return one_device | {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-
-
-@pytest.fixture(scope="module")
 def hurt(
-    model: Path, tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]
+    model: Path, tmp_path_factory: pytest.TempPathFactory, one_device: dict[str, str]
 ) -> tuple[Path, list[str]]:
     """A folder with what processes have written that were hurt, and what they said of it: a
     paragraph for each that ran to its end, or for those that ran at once."""
@@ -692,7 +680,7 @@ def hurt(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment,
+        env=one_device,
     )
     assert done.returncode == 0, done.stdout
     said = re.split(r"(?<=status )(.*)\n", done.stdout)
@@ -859,7 +847,7 @@ def test_other_inputs_and_outputs_are_refused(model: Path, corpus: Path, tmp_pat
 
 
 def test_on_ray_a_killed_worker_changes_no_byte(
-    model: Path, tmp_path: Path, environment: dict[str, str]
+    model: Path, tmp_path: Path, one_device: dict[str, str]
 ) -> None:
     pytest.importorskip("ray", reason="ray absent: pip install laser-jax[ray]")
     rows = [{**ROWS[n % 10], "_id": f"d{n}"} for n in range(40)]
@@ -875,7 +863,7 @@ def test_on_ray_a_killed_worker_changes_no_byte(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment,
+        env=one_device,
     ) as running:
         assert running.stdout is not None
         for line in running.stdout:
