@@ -116,12 +116,8 @@ def write_shard(
     """Writes one shard, whole or not at all, and returns its entry for `write_manifest`. The same
     rows give the same bytes (with the same pyarrow). Raises a DataError, which names the shard and
     the id, on ids or vectors that cannot be used, and an OSError where the disk is full.
-
-    Args:
-        vectors_CD: coded by `encode_vectors` as `info.dtype`.
-        origin: what else the shard is to tell about itself, of JSON types; see `recovered_shard`.
-            `tokens` and `truncated` of it stand in the shard's entry too.
-    """
+    `vectors_CD` are coded by `encode_vectors` as `info.dtype`; `origin`, of JSON types, is what
+    else the shard is to tell about itself (`recovered_shard`), with `tokens` and `truncated`."""
     path = Path(directory) / file
     shape = len(ids), info.dimension
     if vectors_CD.dtype != info.dtype or vectors_CD.shape != shape:

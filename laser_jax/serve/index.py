@@ -27,13 +27,9 @@ _PIECE, _ROW_MULTIPLE = 1 << 20, 128
 
 
 class Index:
-    """The documents of a corpus, to be searched exactly.
-
-    Attributes:
-        ids: [C] in trec_eval's order; a document's rank is its place.
-        texts: by id; empty where the corpus's texts were not given.
-        most: documents that a search gives.
-    """
+    """The documents of a corpus, to be searched exactly: `ids` [C] in trec_eval's order, so that a
+    document's rank is its place, and `texts` by id, empty where the corpus's were not given. A
+    search gives `most` documents."""
 
     def __init__(
         self, ids: Sequence[str], rows_CW: np.ndarray, code: Code, texts: Mapping[str, str]
@@ -107,12 +103,8 @@ def read_index(
     directory: str | Path, identity: tuple[str, str, int | None], corpus: BeirDataset | None
 ) -> tuple[Index, np.ndarray | None]:
     """The index of a directory of vectors, and the vectors [C, D] float32 in the order of `corpus`
-    (None without one).
-
-    Args:
-        identity: `model_hash` and `prompt_hash` of the model that is served, and its own K of
-            documents if it has one. A DataError says that the directory is of another model.
-    """
+    (None without one). `identity` is `model_hash` and `prompt_hash` of the model that is served,
+    and its own K of documents if it has one; a DataError says that the directory is of another."""
     manifest = read_manifest(directory, "documents")
     info = manifest.info
     keys = ("model_hash", "prompt_hash", "num_thinking_steps")
