@@ -66,7 +66,7 @@ ORDER: tuple[str, ...] = (
 METHOD = ("losses", "alignment", "batch", "thinking", "views", "step", "modeling")
 METHOD_LINES = 1_150
 """Of code: one person reads the method in an afternoon."""
-PACKAGE_LINES, BENCHMARK_LINES = 21_712, 4_500
+PACKAGE_LINES, BENCHMARK_LINES = 21_700, 4_500
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 500, 60, 8
 
 # Library -> the files under laser_jax that may import it.

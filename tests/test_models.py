@@ -96,10 +96,10 @@ def test_the_shipped_adapter_is_small_and_says_what_it_is() -> None:
     assert re.search(r"^license: apache-2.0$", card, re.MULTILINE)
 
 
-@pytest.mark.parametrize(("name", "expected"), [("ecare", 0.888), ("copa_sse", 0.733)])
-def test_the_scores_of_the_shipped_model_are_reproduced(
+@pytest.mark.parametrize(("name", "published"), [("ecare", 0.733), ("copa_sse", 0.628)])
+def test_the_published_scores_are_reproduced(
     name: str,
-    expected: float,
+    published: float,
     shipped: LatentRetriever,
     request: pytest.FixtureRequest,
     tmp_path: Path,
@@ -108,13 +108,8 @@ def test_the_scores_of_the_shipped_model_are_reproduced(
     if not data.is_dir():
         data = request.getfixturevalue("shared_data") / name
     dataset = read_beir(pooled(data, "dev", 100, tmp_path), "dev")
-    # 30 queries over 100 documents, as all of them take a minute
-    first = dict(sorted(dataset.queries.items())[:30])
-    qrels = {id_: dataset.qrels[id_] for id_ in first}
-    judged = {document for grades in qrels.values() for document in grades}
-    others = sorted(d.id for d in dataset.documents if d.id not in judged)[:70]
-    documents = [d for d in dataset.documents if d.id in {*judged, *others}]
-    dataset = replace(dataset, queries=first, qrels=qrels, documents=documents)
+    first = dict(sorted(dataset.queries.items())[:60])
+    dataset = replace(dataset, queries=first, qrels={id_: dataset.qrels[id_] for id_ in first})
     run = search(
         shipped.encode_query([query.text for query in dataset.queries.values()]),
         shipped.encode_document([document.text for document in dataset.documents]),
@@ -124,4 +119,4 @@ def test_the_scores_of_the_shipped_model_are_reproduced(
         dataset.exclusions(),
     )
     found = mean(evaluate_run(run, dataset.qrels, ["nDCG@10"]))
-    assert found["nDCG@10"] == pytest.approx(expected, abs=0.003)
+    assert found["nDCG@10"] == pytest.approx(published, abs=0.003)
