@@ -66,7 +66,7 @@ def train_command(options: argparse.Namespace, row: str, seed: int) -> list[str]
         begun = options.first_adapter or folder / FIRST / "adapter"
         adapter = ["--model.adapter", str(begun)]
         adapter += ["--model.adapter_share", str(options.adapter_share)]
-        command, steps = command + ROWS[row].arguments(folder) + adapter, options.steps
+        command, steps = command + adapter + ROWS[row].arguments(folder), options.steps
     return [
         *command,
         *("--train.steps", str(steps), "--train.seed", str(seed)),

@@ -234,6 +234,8 @@ def test_rows_go_on_from_a_first_stage_that_is_trained_already(command: list[str
     flags = real.train_command(options, "laser", 1)
     assert flags[flags.index("--model.adapter") + 1] == begun
     assert flags[flags.index("--model.adapter_share") + 1] == "0.5"
+    after = parse_train_command(real.train_command(options, "latent_rl_after_laser", 1))[0]
+    assert after.model.adapter == str(real.seed_folder(options, 1) / "laser" / "adapter")
 
 
 def test_the_adapter_that_comes_with_it_fits_the_recipe_and_smollm2(smollm2_file: Path) -> None:
