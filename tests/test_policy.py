@@ -15,7 +15,6 @@ import optax
 import pytest
 from test_step import (
     ALONE,
-    DATA,
     FLOAT32,
     LORA,
     OPTIMIZER,
@@ -279,15 +278,14 @@ def run(
     return states, metrics
 
 
-def test_every_mesh_draws_the_same() -> None:
+def test_a_mesh_draws_the_same() -> None:
     objective = with_policy(latent=0.5, updates=2)
     [alone], [metrics] = run(objective, [batch()])
     assert {"reward", "entropy", "clipped", "groups_without_spread", "latent"} < metrics.keys()
-    for shape in (DATA, (2, 2, 2)):
-        [state], [same] = run(objective, [batch()], shape)
-        for name, value in metrics.items():
-            np.testing.assert_allclose(same[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
-        assert_same_gradients(state, alone, within=1e-4)
+    [state], [same] = run(objective, [batch()], (2, 2, 2))
+    for name, value in metrics.items():
+        np.testing.assert_allclose(same[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+    assert_same_gradients(state, alone, within=1e-4)
 
 
 def test_a_resumed_run_draws_the_same_and_another_step_draws_anew() -> None:

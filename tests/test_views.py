@@ -132,7 +132,6 @@ def test_explicit_prefix_equals_latent_prefix() -> None:
     ("shape", "objective"),
     [
         (PackShape(1, 31), dataclasses.replace(FAST, views="parity")),
-        (PackShape(1, 40), FAST),
         (PackShape(3, 16), FAST),
     ],
 )
@@ -145,22 +144,22 @@ def test_rows_are_read_alike_without_their_padding(
         "explicit": EXPLICIT.replace(packed=shape),
     }
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def read(backbone: Backbone, variables: Variables, batch: Batch) -> Any:
+    @jax.jit
+    def read(variables: Variables, batch: Batch) -> Any:
         def loss(variables: Variables) -> Any:
-            views = read_views(backbone, variables, batch, objective)
+            views = read_views(BACKBONE, variables, batch, objective)
             terms = loss_terms(views, batch.contrast_BC, objective, jnp.ones(()))
             return terms["loss"], views
 
         return jax.grad(loss, has_aux=True)(variables)
 
-    wanted, views = read(BACKBONE, random_variables(), BATCH)
-    got, packed_views = read(BACKBONE, random_variables(), BATCH.replace(**rows))
+    wanted, views = read(random_variables(), BATCH)
+    got, packed_views = read(random_variables(), BATCH.replace(**rows))
     assert_same(packed_views, views)
     assert relative_error(got, wanted) < 1e-5
     unstacked = unstack_layers(random_variables())
-    _, again = read(BACKBONE.clone(scan_layers=False), unstacked, BATCH.replace(**rows))
-    assert_same(again, views)
+    forward = functools.partial(read_views, BACKBONE.clone(scan_layers=False), objective=objective)
+    assert_same(jax.jit(forward)(unstacked, BATCH.replace(**rows)), views)
 
 
 def test_thoughts_do_not_see_the_chain_of_thought() -> None:
