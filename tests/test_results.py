@@ -148,7 +148,7 @@ def test_the_same_results_give_the_same_figures_and_no_others(tmp_path: Path) ->
     pytest.importorskip("matplotlib")
     by_steps = {k: {"nDCG@10": {"mean": 0.1 * int(k)}} for k in "123"}
     row = {"row": "laser", "title": "LaSER", "K": 3, "by_steps": by_steps}
-    rows = [row, row | {"row": "contrastive"}]
+    rows = [row, row | {"row": "gircse"}]
     results = [Result("world", latency(benchmark="ablation", rows=rows))]
     results.append(Result("one method", latency(benchmark="ablation", rows=[row])))
     for folder in ("a", "b"):
