@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -148,6 +150,23 @@ def test_a_saved_state_may_be_donated_at_once(tmp_path: Path) -> None:
     jax.block_until_ready(overwrite(saved))
     checkpoints.close()
     assert_equal(saved_part(restore(tmp_path, state(2, size=512))[0]), expected)
+
+
+def test_what_is_ranked_while_a_save_is_under_way_is_no_part_of_it(tmp_path, monkeypatch) -> None:
+    ranked, write = threading.Event(), ocp.JsonCheckpointHandler._save_fn
+
+    async def slow(*arguments: Any) -> None:
+        assert ranked.wait(60)
+        await write(*arguments)
+
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", slow)
+    scores = [{"step": 2, "nDCG@10": 0.5}]
+    checkpoints = open_checkpoints(tmp_path)
+    checkpoints.save(state(1, step=5), META | {"evaluations": scores})
+    scores.append({"step": 5, "nDCG@10": 0.6})
+    ranked.set()
+    checkpoints.close()
+    assert restore(tmp_path, state(2))[1]["evaluations"] == scores[:1]
 
 
 def test_a_new_directory_has_no_checkpoint(tmp_path: Path) -> None:

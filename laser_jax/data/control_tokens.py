@@ -104,7 +104,6 @@ def _with_aliases(
 
 def _renamed(model: dict[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
     """The model of a tokenizer.json with other names for tokens, and no merges that make them."""
-
     vocab, unknown = model["vocab"], model.get("unk_token")
     pairs = vocab.items() if isinstance(vocab, dict) else vocab
     renamed = [[aliases.get(token, token), value] for token, value in pairs]

@@ -5,6 +5,7 @@ base is refused. The arrays' own fingerprint is saved too: neither orbax nor the
 so when a file's bytes have changed, so what is restored is compared with what was saved.
 """
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -99,14 +100,14 @@ class Checkpoints:
 
     def save(self, state: TrainState, meta: dict[str, Any], ranked: Sequence[int] = ()) -> None:
         """Starts saving; a step that is already saved is left as it is. The state is copied off the
-        device before this returns, so that the next step may donate it; `meta`, of plain JSON
-        types, is given back by `restore`. Of the steps `ranked`, the best first, the best that is
-        there is kept beside the newest. Raises a CheckpointError when this or the save before it
-        cannot be written."""
+        device before this returns, so that the next step may donate it, and so is `meta`, of plain
+        JSON types, which `restore` gives back. Of the steps `ranked`, the best first, the best that
+        is there is kept beside the newest. Raises a CheckpointError when this or the save before
+        it cannot be written."""
         step, saved = int(state.step), _saved(state)
         if step in self._manager.all_steps():
             return
-        record = {"meta": meta, "base": self._base, "arrays": fingerprint(saved)}
+        record = {"meta": copy.deepcopy(meta), "base": self._base, "arrays": fingerprint(saved)}
         self._ranked = ranked
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(saved),
