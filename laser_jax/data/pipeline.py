@@ -7,7 +7,6 @@ B queries, G documents a query, C = B G documents a batch, K thinking steps, T t
 """
 
 import functools
-import hashlib
 import json
 import math
 import threading
@@ -27,6 +26,7 @@ from laser_jax.config import Config, DataConfig, as_dict
 from laser_jax.data.schema import DataError, TrainingRow, same_text
 from laser_jax.data.sources import Source, describe_row, locate, rows_of_same_query
 from laser_jax.data.tokenization import PromptTokenizer, TokenizationError, right_pad
+from laser_jax.files.durable import digest_of
 
 _ENDLESS = 2**62
 _TEXTS_HELD = 32_768
@@ -397,5 +397,4 @@ def tokenization_settings(prompts: PromptTokenizer) -> dict[str, Any]:
     # a call leaves its own truncation and padding there
     fingerprint = [{k: v for k, v in model.items() if k not in ("truncation", "padding")}]
     fingerprint += [tokenizer.chat_template, tokenizer.bos_token, prompts.eos_id, prompts.pad_id]
-    digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
-    return {"prompt": as_dict(prompts.config), "tokenizer": digest}
+    return {"prompt": as_dict(prompts.config), "tokenizer": digest_of(fingerprint)}

@@ -1,7 +1,5 @@
 """One shard after the other: documents in, a file of vectors out."""
 
-import hashlib
-import json
 import logging
 import re
 import socket
@@ -19,7 +17,7 @@ from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
 from laser_jax.encode_corpus.directory import CorpusDirectory
 from laser_jax.encode_corpus.documents import Corpus, Fields, Located
 from laser_jax.encode_corpus.plan import PLAN_FILE, Plan, Settings, query_instruction, read_planned
-from laser_jax.files.durable import Digest
+from laser_jax.files.durable import Digest, digest_of
 from laser_jax.files.reading import DataError
 from laser_jax.hf.directory import read_backbone_config
 from laser_jax.hf.reading import find_params, load_adapter
@@ -154,12 +152,8 @@ def _thinking_steps(config: CorpusConfig, model: RetrieverConfig) -> int:
 def identity(model: RetrieverConfig, prompts: PromptTokenizer, weights: str) -> tuple[str, str]:
     """`model_hash` and `prompt_hash` of vectors that a model makes; `weights` is the hash of a
     `Digest`."""
-
-    def hash_of(values: object) -> str:
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
-
     made_by = [as_dict(model.backbone), model.pooling, model.dtype, weights]
-    return hash_of(made_by), hash_of(tokenization_settings(prompts))
+    return digest_of(made_by)[:32], digest_of(tokenization_settings(prompts))[:32]
 
 
 def open_corpus(config: CorpusConfig, shown: int = 0) -> Corpus:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from laser_jax.config import as_dict, from_dict
 from laser_jax.data.documents import EvalQuery
 from laser_jax.encode_corpus.documents import Corpus, Fields, Located, Place
-from laser_jax.files.durable import read_state
+from laser_jax.files.durable import digest_of, read_state
 from laser_jax.files.reading import DataError
 from laser_jax.search.repeated_ids import RepeatedIds
 from laser_jax.search.vectors import VectorsInfo
@@ -69,8 +69,7 @@ class Plan:
         """What shard `number` tells about itself: a hash of all that decides on its vectors, and
         how many tokens and shortened texts it has."""
         made_of = [as_dict(self.settings), self.shards[number].sha256]
-        digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-        return {"made_of": digest, "tokens": tokens, "truncated": truncated}
+        return {"made_of": digest_of(made_of), "tokens": tokens, "truncated": truncated}
 
 
 def contents_hash(documents: Sequence[Located]) -> str:

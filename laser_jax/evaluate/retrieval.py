@@ -259,7 +259,6 @@ def rank_corpus(
         A run by the name of its input; those of `LATENT` by that of `latent`, at the model's own K
         also with the shorter vectors that it was trained for (`shorter`).
     """
-
     order = trec_order([document.id for document in dataset.documents])
     document_ids = [dataset.documents[i].id for i in order]
     query_ids = list(dataset.queries)

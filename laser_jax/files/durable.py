@@ -170,6 +170,11 @@ def checksum(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def digest_of(values: Any) -> str:
+    """The sha256 of plain JSON types, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 class Digest:
     """The sha256 of weights, taken of them as they are read, in whatever files they lie. So it is
     of what was read, whatever happens to the files in the meantime."""

@@ -7,7 +7,6 @@ so when a file's bytes have changed, so what is restored is compared with what w
 
 import copy
 import dataclasses
-import hashlib
 import json
 import logging
 import shutil
@@ -23,6 +22,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from laser_jax.files.durable import digest_of
 from laser_jax.settings import listed
 from laser_jax.step import TrainState
 
@@ -43,12 +43,11 @@ def fingerprint(tree: Any) -> str:
     The leaves are summed up where they lie, as integers, so that no order of addition shows; only
     two numbers a leaf reach the host. All processes must call it.
     """
-    return _digest(
-        [  # one leaf at a time, as the CPU holds a copy of each that is under way
-            [_name(path), _describe(leaf), *map(int, jax.device_get(_checksums(leaf)))]
-            for path, leaf in jax.tree.leaves_with_path(tree)
-        ]
-    )
+    leaves = [  # one leaf at a time, as the CPU holds a copy of each that is under way
+        [_name(path), _describe(leaf), *map(int, jax.device_get(_checksums(leaf)))]
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    ]
+    return digest_of(leaves)[:32]
 
 
 @jax.jit
@@ -111,7 +110,7 @@ class Checkpoints:
         self._ranked = ranked
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(saved),
-            meta=ocp.args.JsonSave(record | {"seal": _digest(record)}),
+            meta=ocp.args.JsonSave(record | {"seal": digest_of(record)[:32]}),
         )
         with self._write_errors_explained():
             # without force, orbax leaves out a step below the newest in silence
@@ -181,7 +180,7 @@ class Checkpoints:
 
     def _read_record(self, step: int) -> dict[str, Any]:
         record = json.loads((self._directory / str(step) / "meta" / "metadata").read_text())
-        if record.pop("seal") != _digest(record):
+        if record.pop("seal") != digest_of(record)[:32]:
             raise ValueError("meta/metadata is not what was saved")
         return record
 
@@ -252,7 +251,3 @@ def _name(path: Any) -> str:
 
 def _describe(leaf: Any) -> str:
     return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
-
-
-def _digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]

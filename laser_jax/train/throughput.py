@@ -47,8 +47,7 @@ def known_device(device: Device) -> DataSheet | None:
 def device_bytes(device: Device) -> int | None:
     """A device's memory; None where neither the device nor its data sheet tells (CPU)."""
     if device in jax.local_devices():
-        stats = device.memory_stats() or {}
-        return stats.get("bytes_limit")
+        return (device.memory_stats() or {}).get("bytes_limit")
     known = known_device(device)
     return known.memory if known else None
 
