@@ -5,7 +5,6 @@ DIR, then a `data.train`, is a tfds dataset of ArrayRecord shards. They are writ
 time, and not by tfds, so that after an interruption the same command goes on with the rest.
 """
 
-import functools
 import hashlib
 import logging
 import math
@@ -87,6 +86,7 @@ class Preparation:
         self.num_shards = config.shards or math.ceil(rows / _ROWS_PER_SHARD)
         if self.num_shards > rows:
             raise ConfigError(f"{self.num_shards} shards are too many for {rows} rows")
+        self.shards = [shard_path(self.output, n, self.num_shards) for n in range(self.num_shards)]
 
     def settings(self) -> dict[str, Any]:
         """All that the output depends on."""
@@ -109,11 +109,6 @@ class Preparation:
             digest.update(name.encode())
             digest.update(bytes.fromhex(checksum_of(file)))
         return digest.hexdigest()
-
-    @functools.cached_property
-    def shards(self) -> list[Path]:
-        """The files to write, whether they are there or not."""
-        return [shard_path(self.output, n, self.num_shards) for n in range(self.num_shards)]
 
     def rows_of(self, shard: int) -> range:
         rows = len(self.source)
