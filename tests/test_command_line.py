@@ -90,6 +90,7 @@ def test_unknown_keys_and_wrong_types_exit_and_are_named(arguments, named, capsy
         (b"train: {", "not a YAML file: "),
         (b"train: {seed: 1}\nmodel: {path: x}\ntrain: {seed: 2}", "the key 'train' stands twice"),
         (b"data: {mixture: [{path: a, path: b}]}", "the key 'path' stands twice"),
+        (b"train: {profile_steps: [5]}", "profile_steps must be a list of 2 or null, got [5]"),
         (b"data: {mixture: [{path: a, wait: 2}]}", "did you mean data.mixture.weight?"),
         (b"train: {seed: 1_0}", "train.seed must be an integer in ASCII digits, got '1_0'"),
         ("train: {seed: ٣}".encode(), "train.seed must be an integer in ASCII digits, got '٣'"),

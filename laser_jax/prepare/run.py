@@ -199,9 +199,8 @@ def _write_shards(preparation: Preparation) -> list[ShardStats]:
     shards = range(preparation.num_shards)
     there = {shard: preparation.stats(shard) for shard in shards}
     missing = [shard for shard in shards if there[shard] is None]
-    rows = {shard: len(preparation.rows_of(shard)) for shard in shards}
-    total = sum(rows.values())
-    done = total - sum(rows[shard] for shard in missing)
+    total = len(preparation.source)
+    done = total - sum(len(preparation.rows_of(shard)) for shard in missing)
     if done:
         _log.info("%d of %d shards are there already", len(shards) - len(missing), len(shards))
     with tqdm(total=total, initial=done, desc="prepare", unit="row", disable=None) as progress:
