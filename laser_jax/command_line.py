@@ -234,7 +234,7 @@ def _values(
     for name, text in given:
         if name == "config":
             require(text is not None, "--config wants a file")
-            values = _laid_over(values, _file(kinds, Path(text or "")))
+            values = _laid_over(values, settings_file(kinds, Path(text or "")))
         elif name not in ("help", "print_config"):
             if name:
                 layer = _nested(name, _flag(name, text, known.get(name)))
@@ -249,17 +249,28 @@ def _values(
     return values
 
 
-def _file(kinds: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    found = read_yaml(path)
-    layer = {}
+def settings_file(kinds: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What a YAML file of settings says, as nested plain values of the right types. Raises a
+    ConfigError or a DataError, which name it, and an OSError where it cannot be read."""
+    found, values = read_yaml(path), {}
     try:
         require(isinstance(found, dict | None), f"keys and values are wanted, got {found!r:.60}")
-        for key, value in (found or {}).items():
-            layer = _laid_over(layer, _nested(str(key), value))
-        check(kinds, layer)
+        for key, value in _dotted(found or {}):
+            below, above = values, _nested(key, value)
+            values = _laid_over(below, above)
+            require(values == _laid_over(above, below), f"{key} stands twice; take one of them out")
+        check(kinds, values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    return layer
+    return values
+
+
+def _dotted(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _flag(name: str, text: str | None, kind: Any) -> Any:

@@ -90,6 +90,8 @@ def test_unknown_keys_and_wrong_types_exit_and_are_named(arguments, named, capsy
         (b"train: {", "not a YAML file: "),
         (b"train: {seed: 1}\nmodel: {path: x}\ntrain: {seed: 2}", "the key 'train' stands twice"),
         (b"data: {mixture: [{path: a, path: b}]}", "the key 'path' stands twice"),
+        (b"train.seed: 1\ntrain: {seed: 2}", "train.seed stands twice"),
+        (b"lora.rank: 1\nlora: null", "lora stands twice"),
         (b"train: {profile_steps: [5]}", "profile_steps must be a list of 2 or null, got [5]"),
         (b"data: {mixture: [{path: a, wait: 2}]}", "did you mean data.mixture.weight?"),
         (b"train: {seed: 1_0}", "train.seed must be an integer in ASCII digits, got '1_0'"),
@@ -286,9 +288,9 @@ def test_a_group_keeps_the_defaults_of_its_place() -> None:
 
 def test_dotted_keys_of_a_file_are_nested_ones(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("train.seed: 3\ntrain: {steps: 4}\n")
-    train = parse("--config", str(file)).train
-    assert (train.seed, train.steps) == (3, 4)
+    file.write_text("train.seed: 3\ntrain: {steps: 4}\nobjective: {weights.output: 5}\n")
+    read = parse("--config", str(file))
+    assert (read.train.seed, read.train.steps, read.objective.weights.output) == (3, 4, 5)
 
 
 def test_what_stands_without_a_flag_goes_where_the_program_says() -> None:
