@@ -431,7 +431,7 @@ def test_impossible_settings_are_refused(config) -> None:
 
 def test_the_prompt_of_a_training_config_is_taken(config, tokenizer, tmp_path, capsys) -> None:
     train = tmp_path / "train.yaml"
-    train.write_text("model: {path: x}\nprompt: {query_max_length: 40, document_max_length: 30}\n")
+    train.write_text("model: {path: x}\nprompt.query_max_length: 40\nprompt: {separator: ';'}\n")
     flags = [f"--input={config.input}", f"--output={config.output}", f"--tokenizer={tokenizer}"]
     main([*flags, f"--train_config={train}"])
     out = capsys.readouterr().out
@@ -441,10 +441,11 @@ def test_the_prompt_of_a_training_config_is_taken(config, tokenizer, tmp_path, c
     assert made["counted_with"]["prompt"]["query_max_length"] == 40
 
 
+    assert made["separator"] == ";"
 def test_a_wrong_key_of_a_training_config_is_named(config, tmp_path) -> None:
     train = tmp_path / "train.yaml"
     train.write_text("prompt: {query_length: 40}\n")
-    with pytest.raises(SystemExit, match=r"train\.yaml: prompt: .*query_length"):
+    with pytest.raises(SystemExit, match=r"train\.yaml: unknown key prompt\.query_length"):
         main([f"--input={config.input}", f"--output={config.output}", f"--train_config={train}"])
 
 
@@ -452,7 +453,7 @@ def test_a_wrong_key_of_a_training_config_is_named(config, tmp_path) -> None:
 def test_a_training_config_whose_prompt_is_no_section_is_named(config, tmp_path, section) -> None:
     train = tmp_path / "train.yaml"
     train.write_text(f"prompt:{section}\n")
-    with pytest.raises(SystemExit, match=r"train\.yaml: prompt: keys and values are wanted, got"):
+    with pytest.raises(SystemExit, match=r"train\.yaml: prompt must be keys and values, got"):
         main([f"--input={config.input}", f"--output={config.output}", f"--train_config={train}"])
 
 

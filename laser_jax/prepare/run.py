@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from laser_jax.command_line import program
-from laser_jax.config import ConfigError, PromptConfig, from_dict
+from laser_jax.command_line import Invocation, program, settings_file
+from laser_jax.config import Config, ConfigError, PromptConfig, from_dict
 from laser_jax.data.pipeline import tokenization_settings
 from laser_jax.data.reasoning_retrieval import (
     example_of,
@@ -31,10 +31,9 @@ from laser_jax.data.sources import PREPARED_FILE, changed_shards, open_unchecked
 from laser_jax.data.tokenization import PromptTokenizer, TokenizationError, load_tokenizer
 from laser_jax.files.claim import WORK_FOLDER, Claim, sweep
 from laser_jax.files.durable import checksum_of, json_text, read_state, write_json, written_whole
-from laser_jax.files.reading import read_yaml
 from laser_jax.files.terminal import printable
 from laser_jax.prepare.report import ShardStats, format_report, report_of, stats_of
-from laser_jax.settings import Change, changes, require_in
+from laser_jax.settings import Change, changes, kinds_of, require_in
 
 _log = logging.getLogger(__name__)
 
@@ -66,9 +65,8 @@ class PrepareConfig:
         """The prompt of `train_config`. Raises a ConfigError that names the file and the key."""
         if self.train_config is None:
             return PromptConfig()
-        values = read_yaml(Path(self.train_config))
-        section = values.get("prompt", {}) if isinstance(values, dict) else {}
-        return from_dict(PromptConfig, section, source=f"{self.train_config}: prompt")
+        values = settings_file(kinds_of(Config) | kinds_of(Invocation), Path(self.train_config))
+        return from_dict(PromptConfig, values.get("prompt", {}), source=self.train_config)
 
 
 class Preparation:
