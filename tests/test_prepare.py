@@ -264,11 +264,13 @@ def spoil(output: Path, how: str) -> None:
         content = first.read_bytes()
         first.write_bytes(second.read_bytes())
         second.write_bytes(content)
+    elif how == "description":
+        (output / "dataset_info.json").unlink()
     elif how == "report":
         (output / "report.json").write_text('{"rows":')
 
 
-@pytest.mark.parametrize("how", ["lost", "cut short", "swapped", "report"])
+@pytest.mark.parametrize("how", ["lost", "cut short", "swapped", "description", "report"])
 def test_what_is_lost_or_damaged_is_written_again(config, how) -> None:
     prepare(config)
     before = files(Path(config.output))
@@ -439,9 +441,9 @@ def test_the_prompt_of_a_training_config_is_taken(config, tokenizer, tmp_path, c
     assert f"data.train: {config.output}" in out
     made = json.loads((Path(config.output) / "prepare.json").read_text())
     assert made["counted_with"]["prompt"]["query_max_length"] == 40
-
-
     assert made["separator"] == ";"
+
+
 def test_a_wrong_key_of_a_training_config_is_named(config, tmp_path) -> None:
     train = tmp_path / "train.yaml"
     train.write_text("prompt: {query_length: 40}\n")

@@ -159,7 +159,8 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
 
     with Claim(config.output, PREPARED_FILE, changed, alone=True) as claim:
         known, finished = claim.recorded or {}, None
-        if not changed_shards(preparation.shards, known.get("checksums", {})):
+        described = (output / "dataset_info.json").is_file()
+        if described and not changed_shards(preparation.shards, known.get("checksums", {})):
             finished = read_state(output / REPORT_FILE, dict)
         if finished:
             _log.info("%s is prepared already: nothing to do", config.output)
