@@ -75,6 +75,11 @@ class PromptConfig:
         lengths = (n for n in vars(self) if n.endswith("max_length"))
         require_in("[1, inf)", self, "prompt.", *lengths)
 
+    @property
+    def one_string(self) -> bool:
+        """The explicit input is cut as one string (official), and its EOS comes on top."""
+        return self.truncation == "sequence" and self.segmentation == "token"
+
 
 @dataclass(frozen=True)
 class MixtureSource:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,13 @@ def test_without_rows_or_tokenizer_the_prompts_limits_count(
     padded = [128 if length == 120 else length for length in read]
     assert found["tokens_per_step"] == B * sum(padded)
     assert "at the limits of the prompts" in capsys.readouterr().out
+
+
+def test_the_eos_behind_an_official_explicit_input_may_make_it_wider(uncompiled) -> None:
+    official: dict[str, Any] = {"truncation": "sequence", "segmentation": "token"}
+    prompt = replace(PROMPT, explicit_max_length=128, **official)
+    found = dry_run(config("absent.jsonl", prompt=prompt), HERE)
+    assert found["buckets"] == {"queries 48, documents 64, explicit 160": 1}
 
 
 def test_a_frozen_teacher_has_no_flops_by_formula(

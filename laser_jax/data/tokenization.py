@@ -175,7 +175,6 @@ class PromptTokenizer(Prompts):
         self._separator = self._texts.control(config.separator)
         # under `segmentation: token` it ends a segment, as in the released code
         self._separator_id = next(reversed(self.text_ids(self._separator)), None)
-        self._one_string = config.truncation == "sequence" and config.segmentation == "token"
 
     def explicit(self, text: str, instruction: str, reasoning: str) -> ExplicitTokens:
         """The explicit view's input, at most `explicit_max_length` tokens.
@@ -194,7 +193,7 @@ class PromptTokenizer(Prompts):
         query_ids = self.query(text, instruction)
         start = len(query_ids)
         reasoning = reasoning.replace(self.config.separator, self._separator)
-        if self._one_string:
+        if self.config.one_string:
             one = self._query_turn(as_read(text), instruction) + reasoning
             whole = self._cut_sequence(one, limit, self.config.append_eos)
             ends = token_segment_ends(whole.ids, start, self._separator_id)

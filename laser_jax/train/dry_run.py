@@ -203,7 +203,8 @@ def _expected(config: Config) -> tuple[Expected, int | None]:
     prompt, multiple = config.prompt, config.data.length_multiple
     longest = (prompt.query_max_length, prompt.document_max_length)
     if config.objective.need_explicit_view:
-        longest += (-(-prompt.explicit_max_length // multiple) * multiple,)
+        most = prompt.explicit_max_length + prompt.one_string * prompt.append_eos_to_reasoning
+        longest += (-(-most // multiple) * multiple,)
     where = "at the limits of the prompts (no rows or no tokenizer to count with)"
     return _counted(config, [_full_batch(config, longest)], where), rows
 
