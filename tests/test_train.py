@@ -231,12 +231,17 @@ def finish(run, output: Path, *more: str) -> Finished:
 
 @pytest.fixture(scope="module")
 def full(run, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    return finish(run, tmp_path_factory.mktemp("full") / "run")
+    return finish(run, tmp_path_factory.mktemp("full") / "\N{WORLD MAP}")
 
 
 @pytest.fixture(scope="module")
 def lora(run, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return finish(run, tmp_path_factory.mktemp("lora") / "run", *LORA)
+
+
+def test_the_settings_that_a_run_leaves_are_a_file_of_settings(full: Finished, arguments) -> None:
+    again = parse_command_line(Config, "train", ["--config", str(full.output / "config.json")])
+    assert again == parse_command_line(Config, "train", arguments(full.output))
 
 
 CLOCKED = ("queries_per_second", "tokens_per_second")

@@ -1,6 +1,5 @@
 """The end of a run: which step is exported, the files of the model, and the results."""
 
-import json
 import logging
 from dataclasses import asdict, replace
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import jax
 
 from laser_jax.evaluate.retrieval import format_table, retrieval_runs, score_runs
-from laser_jax.files.durable import write_atomically
+from laser_jax.files.durable import write_json
 from laser_jax.files.terminal import printable
 from laser_jax.hf.writing import save_adapter
 from laser_jax.step import TrainState
@@ -94,7 +93,7 @@ def write_results(run: Run, state: TrainState, last: int, seconds: float) -> dic
         results["dev"] = evaluations
         results["best_step"] = best_steps(evaluations, run.config.train)[0]
     if is_first():
-        write_atomically(run.output / "results.json", json.dumps(results, indent=2) + "\n")
+        write_json(run.output / "results.json", results)
         print(f"model: {run.output / 'model'}", flush=True)
     return results
 

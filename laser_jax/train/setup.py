@@ -3,7 +3,6 @@ newest checkpoint is restored."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
@@ -23,6 +22,7 @@ from laser_jax.data.tokenization import PromptTokenizer, Tokenizer
 from laser_jax.evaluate.beir import BeirDataset, read_beir
 from laser_jax.evaluate.retrieval import require_instructions
 from laser_jax.files.claim import Claim
+from laser_jax.files.durable import json_text
 from laser_jax.hf.reading import load_sharded_params
 from laser_jax.inference.batch_encoder import LatentEncoder
 from laser_jax.modeling.backbone import Variables
@@ -122,7 +122,7 @@ def set_up(config: Config, stack: ExitStack) -> tuple[Run, TrainState]:
     stack.enter_context(closing(checkpoints))
     state, meta = _restored(state, checkpoints, claim, origin["inputs"])
     if is_first():
-        claim.record(json.dumps(origin["config"], indent=2) + "\n")
+        claim.record(json_text(origin["config"]))
     log, evaluations = _open_logs(config, int(state.step), meta, stack)
     trained, total = layout.parameters
     _log.info(
