@@ -144,6 +144,15 @@ def draw(row: TrainingRow, data: DataConfig = DATA, **settings: int):
     return draw_example(row, data, **settings)
 
 
+def test_a_pack_of_a_single_token_has_room() -> None:
+    prompt = PromptConfig(chat_template=False, query_template="{query}")
+    bare = PromptTokenizer(train_tokenizer(["a"], 300), prompt)
+    source, data = RowsSource([TrainingRow("a", "", "", ("b",), ())]), replace(DATA, pack=True)
+    data = replace(data, group_size=1)
+    [batch] = batches_of(bare, 1, (source,), data, batch_size=1, **LATENT_ALONE)
+    assert (batch.query.lengths_B.tolist(), batch.query.packed) == ([1], (1, 8, 1))
+
+
 def test_official_selection_takes_positive_epoch_mod_n_and_the_first_negatives() -> None:
     row = replace(ROWS[5], negative_passages=("a", "b", "c"))
     documents = [draw(row, epoch=epoch).documents for epoch in range(4)]

@@ -330,7 +330,7 @@ class _BatchBuilder:
         # micro-batch i has queries i, i + parts, ...; a device has its own neighbouring ones
         by_pack = lengths_B.reshape(shards, self._size // (shards * parts), parts, -1)
         fullest = int(by_pack.sum(axis=(1, 3)).max())
-        step = max(1 << (fullest.bit_length() - 3), 8)
+        step = 1 << max(fullest.bit_length() - 3, 3)
         most = width * len(lengths_B) // (shards * parts)
         return PackShape(shards, min(-(-fullest // step) * step, most), parts)
 
