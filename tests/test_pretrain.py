@@ -212,6 +212,14 @@ def test_a_row_is_right_when_all_that_counts_is_what_greedy_decoding_writes() ->
     assert share(ids_BT) == 0.8
 
 
+def test_a_batch_in_which_nothing_is_predicted_loses_nothing(monkeypatch) -> None:
+    logits = jnp.zeros((1, 3, 5))
+    monkeypatch.setattr(program, "_predictions", lambda _, p, rows: (logits * p, *rows))
+    rows: Any = (jnp.zeros((1, 3), jnp.int32), jnp.zeros((1, 3), bool))
+    loss, gradient = jax.value_and_grad(lambda p: program._loss(None, p, rows))(1.0)  # pyright: ignore
+    assert (loss, gradient) == (0, 0)
+
+
 # --- order and bad input -----------------------------------------------------------------------
 
 

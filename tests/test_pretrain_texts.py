@@ -57,9 +57,10 @@ def test_texts_queries_documents_and_training_rows_are_read(tmp_path: Path) -> N
             "positive_passages": ["yes", "a fact"],
             "negative_passages": ["no"],
         },
+        {"prompt": "find", "query": "why?", "reasoning_query": "", "positive_passages": ["so"]},
     )
     texts, reasonings = read_language_rows(file)
-    assert texts == ["a fact", "yes", "no"]
+    assert texts == ["a fact", "yes", "no", "so"]
     assert reasonings == [
         WrittenReasoning("where?", "there", "find"),
         WrittenReasoning("a place", "it is there", None),
@@ -104,7 +105,7 @@ def test_a_compressed_file_and_a_byte_order_mark_are_read(tmp_path: Path) -> Non
 def test_an_absent_or_empty_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"absent\.jsonl: no such file"):
         read_language_rows(tmp_path / "absent.jsonl")
-    with pytest.raises(DataError, match=r"lm\.jsonl is empty"):
+    with pytest.raises(DataError, match=r"lm\.jsonl holds neither a text nor a reas"):
         read_language_rows(write(tmp_path / "lm.jsonl", ""))
 
 

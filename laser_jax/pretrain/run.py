@@ -91,7 +91,7 @@ def _predictions(
 def _loss(backbone: Backbone, params: Any, rows: LanguageRows) -> jax.Array:
     logits, targets, counted = _predictions(backbone, params, rows)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    return jnp.where(counted, losses, 0.0).sum() / counted.sum()
+    return jnp.where(counted, losses, 0.0).sum() / jnp.maximum(counted.sum(), 1)
 
 
 def _batches(rows: LanguageRows, batch_size: int, seed: int) -> Iterator[LanguageRows]:
@@ -270,8 +270,7 @@ def _pretrain(config: PretrainConfig) -> dict[str, Any]:
             f"greedy decoding writes {report['exact_match']:.1%} of the {len(held_out.ids_BT)} "
             f"{config.eval_split} reasonings without a mistake"
         )
-    host = jax.device_get(variables)
-    save_model(Path(config.output), host, backbone, config.model, tokenizer)
+    save_model(Path(config.output), jax.device_get(variables), backbone, config.model, tokenizer)
     return report
 
 

@@ -59,7 +59,8 @@ def read_language_rows(path: str | Path) -> tuple[list[str], list[WrittenReasoni
                 "query": str(query),
                 "reasoning_query": str(reasoning),
             }:
-                reasonings.append(WrittenReasoning(query, reasoning, prompt))
+                if reasoning.strip():  # some training rows have none, which teaches nothing
+                    reasonings.append(WrittenReasoning(query, reasoning, prompt))
                 for key in ("positive_passages", "negative_passages"):
                     passages = row.get(key, [])
                     if not isinstance(passages, list) or {*map(type, passages)} - {str}:
@@ -73,7 +74,7 @@ def read_language_rows(path: str | Path) -> tuple[list[str], list[WrittenReasoni
                     '"document" and "reasoning" (all strings)'
                 )
     if not texts and not reasonings:
-        raise DataError(f"{path} is empty")
+        raise DataError(f"{path} holds neither a text nor a reasoning")
     return list(texts), reasonings
 
 
