@@ -1,7 +1,6 @@
 """The training rows of LaSER: their fields, what is refused, and what is known of many."""
 
 import hashlib
-import math
 import unicodedata
 from array import array
 from collections.abc import Iterable, Sequence
@@ -71,10 +70,11 @@ def parse_row(record: Any, where: str) -> TrainingRow:
 
 def _teacher_scores(scores: Any, passages: int, where: str) -> tuple[float, ...]:
     is_list = isinstance(scores, list) and len(scores) == passages
-    if not is_list or not all(type(s) in (int, float) and math.isfinite(s) for s in scores):
+    # beyond 2^128 float32 has no numbers
+    if not is_list or not all(type(s) in (int, float) and abs(s) < 2.0**128 for s in scores):
         raise DataError(
-            f"{where}: '{TEACHER_SCORES}' must be {passages} finite numbers, one a positive and "
-            f"then one a negative, got {scores!r:.80}; leave it out of a row without scores"
+            f"{where}: '{TEACHER_SCORES}' must be {passages} finite numbers of float32, one a "
+            f"positive and then one a negative, got {scores!r:.80}; leave it out of a row without"
         )
     return tuple(map(float, scores))
 
