@@ -145,6 +145,10 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     path.write_bytes(b"PAR1 no")
     with Corpus(path) as corpus, pytest.raises(DataError, match="not a whole Parquet file"):
         list(corpus.read())
+    text = pa.array([b"\xff"], pa.binary()).view(pa.string())  # which pyarrow writes as it is
+    pq.write_table(pa.table({"_id": ["1"], "text": text}), path)
+    with Corpus(path) as corpus, pytest.raises(DataError, match=r"a\.parquet: cannot .*'utf-8'"):
+        list(corpus.read())
 
 
 def test_a_folder_of_two_kinds_or_none_is_refused(tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ def parquet_rows(
                     number += 1
                     yield number, row
                 left = max(left - batch.num_rows, 0)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         fault = f"cannot be read after row {number}, not a whole Parquet file"
         raise DataError(f"{path}: {fault}: {error}") from error
 
