@@ -266,6 +266,7 @@ class TrainConfig:
         counts += ("keep_checkpoints", "eval_every", "patience")
         require_in("[1, inf)", self, "train.", *counts, "eval_thinking_steps")
         require_in("[0, inf)", self, "train.", "steps", "epochs")
+        require_in("(0, inf)", self, "train.", "peak_tflops")
         require_in("[0, 4294967296)", self, "train.", "seed")
         require(
             self.batch_size % (self.micro_batch_size or 1) == 0,

@@ -113,8 +113,8 @@ class ObjectiveConfig:
         temperatures = (n for n in vars(self) if n.endswith("temperature"))
         require_in("(0, inf)", self, "objective.", *temperatures)
         require_in("[0, inf)", self, "objective.", "distillation_warmup_steps", "dimension_weights")
-        of_laser = ("document_thinking_steps", "weights.teacher")
-        given = (self.document_thinking_steps, self.weights.teacher)
+        of_laser = ("document_thinking_steps", "weights.teacher", "teacher")
+        given = (self.document_thinking_steps, self.weights.teacher, self.teacher)
         fault = f"objective: {', '.join(of_laser)} want method: laser"
         require(self.method != "gircse" or not any(given), fault)
         if self.method == "latent_rl":

@@ -78,8 +78,14 @@ def reinforced(**changes: Any) -> ObjectiveConfig:
         ),
         (
             lambda: ObjectiveConfig(method="gircse", weights=LossWeights(teacher=1.0)),
-            r"weights\.teacher want method: laser",
+            r"weights\.teacher, .* want method: laser",
         ),
+        (
+            lambda: ObjectiveConfig(method="gircse", teacher="a_model"),
+            r"weights\.teacher, teacher want method: laser",
+        ),
+        (lambda: TrainConfig(peak_tflops=0.0), "train.peak_tflops must be a positive number"),
+        (lambda: TrainConfig(peak_tflops=float("nan")), "train.peak_tflops must be a positive"),
         (
             lambda: ObjectiveConfig(method="latent_rl"),
             r"latent_rl reads neither .* set to 0, .*: objective.weights.explicit \(1.0\), ",
