@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
 from laser_jax.command_line import parse_command_line
-from laser_jax.config import Config, as_dict
+from laser_jax.config import Config, ConfigError, as_dict
 from laser_jax.files.claim import OutputError
 from laser_jax.pretrain.run import PretrainConfig
 from laser_jax.quickstart import run as module
@@ -121,6 +122,27 @@ def test_without_a_whole_record_nothing_in_the_directory_is_replaced(
     with pytest.raises(OutputError, match=r"no whole quickstart\.json: .* from a copy"):
         quickstart(QuickstartOptions(str(tmp_path), seed=1))
     assert (tmp_path / "data" / "train.jsonl").read_bytes() == world
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 32])
+def test_a_seed_that_a_stage_would_refuse_leaves_no_trace(
+    commands: list[tuple[str, Config | PretrainConfig]], tmp_path: Path, seed: int
+) -> None:
+    with pytest.raises(ConfigError, match=r"seed must lie in \[0, 4294967296\), got"):
+        quickstart(QuickstartOptions(str(tmp_path / "world"), seed))
+    assert not (tmp_path / "world").exists()
+    quickstart(QuickstartOptions(str(tmp_path / "world"), (1 << 32) - 1))
+    assert len(commands) == 4
+
+
+def test_the_command_that_shows_a_thought_holds_for_any_output(
+    commands: list[tuple[str, Config | PretrainConfig]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    quickstart(QuickstartOptions(str(tmp_path / "my world")))
+    _, _, shown = capsys.readouterr().out.rpartition("$ python -m laser_jax.think ")
+    assert shlex.split(shown)[:2] == ["--model", str(tmp_path / "my world" / "laser" / "model")]
 
 
 def test_outside_a_clone_it_says_what_is_missing(

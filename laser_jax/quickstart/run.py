@@ -21,7 +21,7 @@ from laser_jax.evaluate.retrieval import format_table, latent
 from laser_jax.files.claim import Claim
 from laser_jax.files.durable import json_text, write_json
 from laser_jax.quickstart.world import WorldConfig, build_world, write_world
-from laser_jax.settings import Change, as_dict, changes, require
+from laser_jax.settings import Change, as_dict, changes, require, require_in
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 COLUMNS = ("nDCG@10", "Hit@1")
@@ -47,19 +47,19 @@ METHODS: dict[str, tuple[str, str | None]] = {
 
 
 def _run(module: str, *arguments: str) -> None:
-    command = [sys.executable, "-m", module, *arguments]
     _log.info("$ python -m %s %s", module, shlex.join(arguments))
-    done = subprocess.run(command, check=False)
+    done = subprocess.run([sys.executable, "-m", module, *arguments], check=False)
     if done.returncode:
         sys.exit(done.returncode)
 
 
 def quickstart(options: QuickstartOptions) -> dict[str, dict[str, float]]:
     """Runs all stages. Returns, and writes to `table.json`, the table: a row a method. Raises a
-    ConfigError where the repository's configs/ are not beside the package, and an OutputError where
-    the output is another quickstart's or another process has it; nothing is touched then."""
+    ConfigError where the repository's configs/ are not beside the package or the seed is none, and
+    an OutputError where the output is another quickstart's or in use; nothing is touched then."""
     fault = f"{CONFIGS} has no quickstart.yaml: run this from a clone of laser_jax"
     require((CONFIGS / "quickstart.yaml").is_file(), fault)
+    require_in("[0, 4294967296)", options, "", "seed")
 
     def changed(old: dict[str, Any]) -> list[Change]:
         return changes(old, options, source=RECORD, changeable=("output",))
@@ -104,10 +104,8 @@ def _run_stages(output: Path, seed: str) -> dict[str, dict[str, float]]:
     print(f"\n{len(world.test)} queries on unseen compositions, {len(world.documents)} documents:")
     print(format_table(table))
     print(f"chance: Hit@1 {1 / len(world.documents):.4f}; {time.monotonic() - began:.0f} s in all")
-    print(
-        "\nwhat the model thinks:\n$ python -m laser_jax.think "
-        f"--model {output / 'laser' / 'model'} --text {shlex.quote(world.test[0].text)}"
-    )
+    shown = ["--model", str(output / "laser" / "model"), "--text", world.test[0].text]
+    print(f"\nwhat the model thinks:\n$ python -m laser_jax.think {shlex.join(shown)}")
     return table
 
 
