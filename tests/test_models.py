@@ -59,6 +59,19 @@ def test_the_shipped_model_is_its_adapter_over_its_backbone(
     assert model_directory("smollm2-laser").parent == model_directory("smollm2").parent
 
 
+def test_a_name_that_comes_as_a_path_is_the_same_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(source: Path, adapter: Path | None, target: Path) -> None:
+        assert adapter == shipped_adapter("smollm2-laser")[0].parent
+        target.mkdir()
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(directory, "packaged_file", lambda _: Path("model.gguf"))
+    monkeypatch.setattr(directory, "_make", make)
+    assert model_directory(Path("smollm2-laser")) == model_directory("smollm2-laser")
+
+
 def test_a_thought_is_shown_by_the_models_name(capsys: pytest.CaptureFixture[str]) -> None:
     think.main(["--model", "smollm2-laser", "--text", TEXTS[0]])
     assert "faucet" in capsys.readouterr().out

@@ -39,7 +39,7 @@ def model_directory(name: str | Path) -> Path:
     if Path(name).is_dir() or backbone not in PACKAGED:
         return resolve_directory(name)
     source = packaged_file(backbone)
-    adapter = shipped_adapter(str(name)) if name in SHIPPED else None
+    adapter = shipped_adapter(str(name)) if str(name) in SHIPPED else None
     package = PACKAGED[backbone].partition("==")[0]
     # What it is made of names it: another release of either part is another directory.
     made_of = [version("laser-jax"), version(package), *([checksum(adapter)] if adapter else [])]
