@@ -210,6 +210,15 @@ def test_absent_head_dim_of_qwen3_is_128_as_in_transformers(tmp_path: Path) -> N
     assert read_backbone_config(written_config(tmp_path, tiny(), head_dim=...)).head_dim == 128
 
 
+@pytest.mark.parametrize(("window", "positions"), [(..., 4096), (None, 8192), (64, 64)])
+def test_a_mistral_has_the_positions_of_its_window_which_absent_is_4096(
+    tmp_path: Path, window: Any, positions: int
+) -> None:
+    changes = {"sliding_window": window, "max_position_embeddings": 8192}
+    path = written_config(tmp_path, tiny("mistral"), **changes)
+    assert read_backbone_config(path).max_position_embeddings == positions
+
+
 YARN = {"rope_type": "yarn", "factor": 4.0}
 
 

@@ -82,12 +82,12 @@ def read_backbone_config(path: str | Path) -> BackboneConfig:
     implemented.
     """
     file = Path(path) / CONFIG_FILE if Path(path).is_dir() else Path(path)
-    values = read_object(file)
-    family = typed(values, "model_type", "str", file)
+    given = read_object(file, nulls=True)
+    family = typed(given, "model_type", "str", file)
     if family == RETRIEVER_TYPE:
-        inner = typed(values, "backbone", "dict", file)
-        family = typed(values, "backbone_type", "str", file)
-        values = {"model_type": family} | {k: v for k, v in inner.items() if v is not None}
+        family = typed(given, "backbone_type", "str", file)
+        given = typed(given, "backbone", "dict", file)
+    values = {k: v for k, v in given.items() if v is not None} | {"model_type": family}
     check_supported(values, _SUPPORTED, file)
     layer_types = values.get("layer_types", [])
     for layer_type in layer_types if isinstance(layer_types, list) else [layer_types]:
@@ -103,8 +103,9 @@ def read_backbone_config(path: str | Path) -> BackboneConfig:
         "max_position_embeddings": positions.get(family, 32_768),
     }
     values = defaults | values
-    if family == "mistral" and "sliding_window" in values:
-        window = typed(values, "sliding_window", "int", file)
+    windowed = {"sliding_window": 4096} | given  # null is no window
+    if family == "mistral" and windowed["sliding_window"] is not None:
+        window = typed(windowed, "sliding_window", "int", file)
         most = typed(values, "max_position_embeddings", "int", file)
         values["max_position_embeddings"] = min(window, most)
     try:
@@ -210,10 +211,10 @@ def typed(values: dict[str, Any], key: str, kind: str, file: Path) -> Any:
     return value
 
 
-def read_object(file: Path) -> dict[str, Any]:
-    """The keys that are not null."""
+def read_object(file: Path, *, nulls: bool = False) -> dict[str, Any]:
+    """The keys that are not null, or all of them."""
     try:
         values = reading.read_object(file)
     except reading.DataError as error:
         raise HFError(str(error)) from error
-    return {key: value for key, value in values.items() if value is not None}
+    return {key: value for key, value in values.items() if nulls or value is not None}
