@@ -1037,6 +1037,7 @@ def test_every_published_spelling_of_adapter_keys_is_read(
         {"target_modules": ["q_proj", "lm_head"]},
         {"target_modules": r".*\.(q|v)_proj"},
         {"target_modules": None},
+        {"target_modules": [{"q_proj": 4}]},
         {"use_rslora": "yes"},
         {"r": None},
         {"lora_alpha": "16"},

@@ -83,7 +83,7 @@ def read_lora_config(file: Path) -> LoraConfig:
         check_supported({key: values[key] or None}, {key: (None,)}, file)
     targets = values.get("target_modules")
     targets = list(PROJECTIONS) if targets == "all-linear" else targets
-    if not isinstance(targets, list) or not set(targets) <= set(PROJECTIONS):
+    if not isinstance(targets, list) or any(name not in PROJECTIONS for name in targets):
         allowed = f"'all-linear' or a list out of {PROJECTIONS}"
         raise HFError(f"{file}: target_modules = {targets!r} is not supported, only {allowed}")
     try:
