@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from laser_jax.annotate.answers import Answer, marks_of
-from laser_jax.annotate.endpoint import EndpointError, hash_of
+from laser_jax.annotate.endpoint import EndpointError, hash_of, retry_after
 from laser_jax.annotate.run import AnnotateOptions, annotate, main, read_rows
 from laser_jax.config import ConfigError
 from laser_jax.data.schema import TrainingRow
@@ -281,6 +281,10 @@ def test_a_busy_endpoint_is_asked_again_when_it_says_so_or_ever_later(
     for attempt in (3, 4, 5):
         assert 2**attempt / 2 <= waits[attempt] <= 2**attempt
     assert len(waits) == len(replies)
+
+
+def test_a_date_beyond_all_calendars_is_no_time_to_wait_for() -> None:
+    assert retry_after("Mon, 01 Jan 99999999999999999999 00:00:00 GMT") is None
 
 
 @pytest.mark.parametrize("reply", [fault(429, "slow down"), None])

@@ -34,8 +34,8 @@ class Answer:
 def marks_of(answer: Answer, row: TrainingRow) -> list[str]:
     """Why an answer should not teach: the endpoint `rejected` the prompt, the answer is `empty`, a
     `refusal`, stopped by a `content_filter` or `cut` by the limit of tokens, or it has a `quote`:
-    60 characters, or all of a shorter passage, that are a positive passage's and not the query's
-    (by `same_text`)."""
+    60 characters, or all of a passage of 20 to 60, that are a positive passage's and not the
+    query's (by `same_text`)."""
     faults = {
         "rejected": answer.finish_reason == "rejected",
         "empty": not answer.text.strip(),
