@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -288,9 +289,11 @@ def test_the_licence_of_the_data_is_the_one_that_is_given(run: Path, tmp_path: P
     ("base", "licence"),
     [
         ("HuggingFaceTB/SmolLM2-135M", "apache-2.0"),
+        ("smollm2", "apache-2.0"),
         ("Qwen/Qwen2.5-7B-Instruct", "apache-2.0"),
         ("mistralai/Mistral-7B-v0.3", "apache-2.0"),
         ("meta-llama/Llama-3.2-1B", "llama3.2"),
+        ("meta-llama/Meta-Llama-3.1-8B-Instruct", "llama3.1"),
         ("Qwen/Qwen2.5-3B", None),
         ("Qwen/Qwen2.5-72B", None),
     ],
@@ -316,6 +319,25 @@ def test_the_card_of_a_model_without_a_run_says_what_is_missing(
     assert sections["Licence"].count("unknown: fill in") == 3
 
 
+def test_scores_beside_a_model_without_a_run_are_not_its_own(model: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(model, tmp_path / "moved")
+    for name, values in {"other": EVALUATION, "training": RESULTS}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(values))
+    main([str(moved), "--to", "hf", str(tmp_path / "out")])
+    _, sections = card(tmp_path / "out")
+    assert sections["Scores"].strip() == "**unknown: fill in**"
+
+
+def test_the_score_of_a_ranking_is_not_the_models(run: Path) -> None:
+    (run / "bm25").mkdir()
+    ranking = {"run": "bm25.trec", "qrels": "test.tsv", "scores": {"nDCG@10": 0.9876}}
+    (run / "bm25" / "results.json").write_text(json.dumps(ranking))
+    text = model_card(run / "model", load_retriever_config(run / "model"), "hf", "mine", None)
+    assert "0.3750" in text
+    assert "0.9876" not in text
+
+
 def test_a_model_from_scratch_has_no_base(run: Path, tmp_path: Path) -> None:
     scratch = RUN | {"model": {"path": None, "scratch": {"hidden_size": 16}}}
     (run / "config.json").write_text(json.dumps(scratch))
@@ -325,7 +347,9 @@ def test_a_model_from_scratch_has_no_base(run: Path, tmp_path: Path) -> None:
     assert "none (trained from scratch)" in sections["about"]
 
 
-@pytest.mark.parametrize("content", ["[1]", "{", '{"model": [], "data": 3}'])
+@pytest.mark.parametrize(
+    "content", ["[1]", "{", '{"model": [], "data": 3}', '{"optimizer": "adamw"}']
+)
 def test_a_damaged_file_of_the_run_is_named(run: Path, tmp_path: Path, content: str) -> None:
     (run / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"run/config\.json"):

@@ -10,12 +10,12 @@ from laser_jax.config import ConfigError, RetrieverConfig, as_dict
 from laser_jax.evaluate.model import model_table
 from laser_jax.evaluate.results import PER_QUERY_FILE, RESULTS_FILE, read_evaluation, read_per_query
 from laser_jax.evaluate.retrieval import format_table
-from laser_jax.files.reading import read_json
+from laser_jax.files.reading import read_object
 
 UNKNOWN = "**unknown: fill in**"
 _QWEN_2_5 = tuple(f"qwen2.5-{size}b" for size in ("0.5", "1.5", "7", "14", "32"))  # 3, 72: own ones
 _LICENCES = {
-    "apache-2.0": ("qwen3-", *_QWEN_2_5, "smollm2-", "mistral-7b-"),
+    "apache-2.0": ("qwen3-", *_QWEN_2_5, "smollm2", "mistral-7b-"),
     "llama3.2": ("llama-3.2-",),
     "llama3.1": ("llama-3.1-",),
 }
@@ -73,7 +73,7 @@ def model_card(
         "compared by cosine. The prompt is laid out as in training:\n\n"
         + _block("yaml", _yaml(settings)),
         **{title: _laid_down(run, groups) for title, groups in _LAID_DOWN.items()},
-        "Scores": "\n\n".join(_scores(model.parent, results)) or UNKNOWN,
+        "Scores": "\n\n".join(_scores(model.parent, results) if run else ()) or UNKNOWN,
         "Licence": f"Of the base model, {base}: {licence or UNKNOWN}. Of the training data: "
         f"{data_licence or UNKNOWN}.",
         "Citation": _block("bibtex", _CITATION.read_text()),
@@ -91,9 +91,9 @@ def model_card(
 
 def _read_object(file: Path) -> dict[str, Any]:
     """A JSON object of objects and values, {} where there is none."""
-    values = read_json(file) if file.is_file() else {}
-    groups = ("model", "data", "train", "scores")
-    if not isinstance(values, dict) or any(type(values.get(g, {})) is not dict for g in groups):
+    values = read_object(file) if file.is_file() else {}
+    groups = ("model", "data", "train", "scores", "objective", "lora", "optimizer")
+    if any(type(values.get(g) or {}) is not dict for g in groups):
         raise ConfigError(f"{file} is of no training run; mend it, or move the model away from it")
     return values
 
@@ -103,7 +103,7 @@ def _base(model: dict[str, Any]) -> tuple[str, str | None]:
     if model.get("scratch"):
         return "none (trained from scratch)", None
     name = _shown(str(model.get("path") or UNKNOWN))
-    known = str(model.get("backbone") or Path(name).name).lower()
+    known = str(model.get("backbone") or Path(name).name).lower().removeprefix("meta-")
     return name, next((kind for kind, of in _LICENCES.items() if known.startswith(of)), None)
 
 
@@ -123,7 +123,8 @@ def _scores(run: Path, results: dict[str, Any]) -> Iterator[str]:
         step = results.get("exported_step", "?")
         table = format_table(results["scores"])
         yield f"After step {step} of one training, without intervals:\n\n{table}"
-    for file in sorted(run.glob(f"*/{RESULTS_FILE}")):
+    files = sorted(run.glob(f"*/{RESULTS_FILE}"))
+    for file in (f for f in files if "qrels" not in read_object(f)):  # of rankings, not of models
         values = file.with_name(PER_QUERY_FILE)
         per_query = read_per_query(values) if values.is_file() else {}
         yield model_table(read_evaluation(file.parent), per_query)
