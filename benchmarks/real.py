@@ -10,8 +10,6 @@ trained already, such as benchmarks/adapters/smollm2-first. With --others every 
 the documents that are relevant to some query of the split and N others.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json
@@ -88,13 +86,12 @@ def pooled(data: Path, split: str, others: int, folder: Path) -> Path:
     relevant = {id_ for grades in dataset.qrels.values() for id_, g in grades.items() if g > 0}
     rest = sorted(d.id for d in dataset.documents if d.id not in relevant)
     kept = relevant | set(random.Random(data.name).sample(rest, min(others, len(rest))))
-    target.mkdir(parents=True, exist_ok=True)
+    (target / ".qrels").mkdir(parents=True, exist_ok=True)
     lines = (data / "corpus.jsonl").read_text().splitlines(keepends=True)
     chosen = [line for line in lines if json.loads(line)["_id"] in kept]
     write_atomically(target / "corpus.jsonl", "".join(chosen))
     write_atomically(target / "queries.jsonl", (data / "queries.jsonl").read_text())
     judged = (data / "qrels" / f"{split}.tsv").read_text()
-    (target / ".qrels").mkdir(exist_ok=True)
     write_atomically(target / ".qrels" / f"{split}.tsv", judged)
     (target / ".qrels").rename(target / "qrels")
     return target
@@ -124,6 +121,7 @@ def rank(options: argparse.Namespace, model: Path, output: Path, name: str) -> N
                 eval_thinking_steps=STEPS,
                 metrics=METRICS,
                 rewrites=str(written) if written else None,
+                max_length=options.max_length,
                 length_multiple=options.length_multiple,
             )
         )
@@ -384,6 +382,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", nargs="+", choices=choices, help=text)
     parser.add_argument("--split", choices=("dev", "test"), default="dev", help="default dev")
     parser.add_argument("--others", type=measure.positive, help="default: the whole corpus")
+    text = "tokens of a query and of a document that are ranked; default: the recipe's"
+    parser.add_argument("--max_length", type=measure.positive, help=text)
     text = "holds SET-SPLIT.jsonl of laser rewrite, to be read as a rationale too"
     parser.add_argument("--rewrites", type=Path, help=text)
     parser.add_argument("--work", type=Path, default=Path("runs/real"), help="holds the runs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from benchmarks.measure import BenchmarkError
 from laser_jax.command_line import parse_train_command
 from laser_jax.config import RetrieverConfig, ScratchConfig
 from laser_jax.evaluate.beir import BeirDataset, Document, EvalQuery
+from laser_jax.evaluate.model import ModelOptions
 from laser_jax.hf.reading import load_adapter
 from laser_jax.import_gguf.file import open_gguf, read_gguf_config
 
@@ -116,6 +118,20 @@ def test_every_row_goes_on_from_the_first_stage_and_is_ranked_on_every_set(
     monkeypatch.setattr(real, "evaluate_model", lambda options: pytest.fail("ranked again"))
     real.PROGRAM.main([*command, "--output", str(tmp_path / "again.json")])
     assert json.loads((tmp_path / "again.json").read_text())["rows"] == report["rows"]
+
+
+def test_sets_of_longer_texts_are_ranked_at_the_length_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[ModelOptions] = []
+    monkeypatch.setattr(real, "evaluate_model", asked.append)
+    plain = SimpleNamespace(num_thinking_steps=1)
+    monkeypatch.setattr(real, "load_retriever_config", lambda model: plain)
+    flags = ["--sets", str(tmp_path / "claims"), "--max_length", "512"]
+    parser = argparse.ArgumentParser()
+    real.add_flags(parser)
+    real.rank(parser.parse_args(flags), tmp_path / "model", tmp_path / "run", "laser")
+    assert [(options.data, options.max_length) for options in asked] == [(flags[1], 512)]
 
 
 def test_the_words_of_thoughts_are_counted_by_whose_they_are(
