@@ -161,10 +161,10 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         require_in("[1, inf)", self, "lora.", "rank")
+        require_in("(0, inf)", self, "lora.", "alpha")
         unknown = sorted(set(self.targets) - set(PROJECTIONS))
-        require(
-            not unknown, f"lora.targets holds {unknown}; a subset of {list(PROJECTIONS)} is wanted"
-        )
+        fault = f"lora.targets holds {unknown}; a subset of {list(PROJECTIONS)} is wanted"
+        require(not unknown, fault)
         require(bool(self.targets), "lora.targets is empty; leave lora out for full fine-tuning")
 
     @property

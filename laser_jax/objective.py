@@ -122,11 +122,11 @@ class ObjectiveConfig:
         else:
             unset = self.policy == PolicyConfig()
             require(unset, "objective.policy wants objective.method: latent_rl")
-        require(
-            len(self.dimension_weights) in (0, len(self.dimensions)),
-            f"objective.dimension_weights has {len(self.dimension_weights)} numbers, and "
-            f"objective.dimensions {len(self.dimensions)}: give one each, or none",
-        )
+            taught = bool(self.weights.output or self.weights.trajectory) or self.teacher is None
+            require(taught, "objective.teacher teaches by weights.output and .trajectory, both 0")
+        weights, sizes = len(self.dimension_weights), len(self.dimensions)
+        fault = f"objective has {weights} dimension_weights for {sizes} dimensions: give one each"
+        require(weights in (0, sizes), fault)
 
     def _require_what_a_policy_reads(self) -> None:
         require(

@@ -84,6 +84,11 @@ def reinforced(**changes: Any) -> ObjectiveConfig:
             lambda: ObjectiveConfig(method="gircse", teacher="a_model"),
             r"weights\.teacher, teacher want method: laser",
         ),
+        (
+            lambda: ObjectiveConfig(teacher="a_model", weights=LossWeights(output=0, trajectory=0)),
+            r"objective\.teacher teaches by weights\.output and \.trajectory, both 0",
+        ),
+        (lambda: LoraConfig(alpha=float("nan")), r"lora\.alpha must be a positive number, got nan"),
         (lambda: TrainConfig(peak_tflops=0.0), "train.peak_tflops must be a positive number"),
         (lambda: TrainConfig(peak_tflops=float("nan")), "train.peak_tflops must be a positive"),
         (
@@ -132,7 +137,7 @@ def reinforced(**changes: Any) -> ObjectiveConfig:
         ),
         (
             lambda: ObjectiveConfig(dimensions=(4, 8), dimension_weights=(1.0,)),
-            "dimension_weights has 1 numbers, and objective.dimensions 2",
+            "1 dimension_weights for 2 dimensions: give one each",
         ),
         (lambda: ObjectiveConfig(dimensions=(0, 8)), "objective.dimensions must be at least 1"),
         (lambda: LossWeights(output=-1.0), "objective.weights.output .* got -1.0"),
