@@ -169,6 +169,13 @@ def test_all_runs_and_another_baseline_on_request(directories: list[str]) -> Non
     assert report.rows[2].cells["towns"].difference == pytest.approx(-0.2)
 
 
+def test_an_evaluation_at_other_k_alone_shows_what_it_has(tmp_path: Path) -> None:
+    report = compared([write(tmp_path / "a", {latent(2): EASY, latent(4): EASY})])
+    assert [row.run for row in report.rows] == [latent(2), latent(4)]
+    assert report.tested == 0  # the baseline, K = 3, is not there
+    format_comparison(report)
+
+
 def test_the_directory_holds_table_numbers_and_plot(
     directories: list[str],
     tmp_path: Path,

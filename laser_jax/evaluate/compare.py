@@ -51,7 +51,7 @@ class CompareOptions:
     metric: str = "nDCG@10"
     runs: Literal["main", "all"] = "main"
     """`main`: K = 1, the latent view at the model's own K, the explicit view and
-    rewrite-then-retrieve; `all` every run of the evaluations."""
+    rewrite-then-retrieve; `all`, and of an evaluation with none of these, every run."""
     baseline: str | None = None
     """The name of the model that the others are tested against, at its own K; by default that of
     the first directory."""
@@ -149,11 +149,9 @@ def _baseline(evaluated: Evaluated, name: str | None) -> tuple[str, str]:
 
 
 def _shown_runs(evaluation: Evaluation, runs: str) -> list[str]:
-    if runs == "all":
-        return list(evaluation.scores)
     own = latent(evaluation.num_thinking_steps)
-    wanted = dict.fromkeys([latent(1), own, EXPLICIT, *REWRITES])
-    return [run for run in wanted if run in evaluation.scores]
+    wanted = dict.fromkeys([latent(1), own, EXPLICIT, *REWRITES] if runs == "main" else [])
+    return [run for run in wanted if run in evaluation.scores] or list(evaluation.scores)
 
 
 def compare(evaluated: Evaluated, options: CompareOptions) -> Comparison:
