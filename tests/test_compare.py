@@ -27,6 +27,7 @@ from laser_jax.evaluate.retrieval import (
 )
 from laser_jax.evaluate.run import main
 from laser_jax.evaluate.significance import permutation_p_value
+from laser_jax.files.reading import DataError
 
 METRIC = "nDCG@10"
 QUERIES = [f"q{i}" for i in range(30)]
@@ -174,6 +175,19 @@ def test_an_evaluation_at_other_k_alone_shows_what_it_has(tmp_path: Path) -> Non
     assert [row.run for row in report.rows] == [latent(2), latent(4)]
     assert report.tested == 0  # the baseline, K = 3, is not there
     format_comparison(report)
+
+
+def test_rewritten_queries_are_compared_with_those_that_they_were(tmp_path: Path) -> None:
+    """BRIGHT's have the same ids, so they share a column."""
+    bright = {"data": "/bright/pony", "split": "examples"}
+    asked = write(tmp_path / "a", {latent(1): EASY, latent(3): EASY}, **bright)
+    bright["split"] += " as gpt4_reason"
+    rewritten = write(tmp_path / "b", {latent(1): EASY + 0.2}, model="rewritten", **bright)
+    report = compared([asked, rewritten])
+    assert report.columns == ["pony"]
+    assert report.rows[-1].cells["pony"].mark == "▲"
+    with pytest.raises(DataError, match="both of base on pony; give one of them another --name"):
+        compared([asked, write(tmp_path / "c", {latent(1): EASY}, **bright)])
 
 
 def test_the_directory_holds_table_numbers_and_plot(

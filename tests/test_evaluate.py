@@ -712,7 +712,7 @@ def test_rewrites_and_long_documents_are_evaluated_by_name(model: Path, bright: 
     rest = ["--max_length", "90", "--instruction", "Find"]
     main(arguments(model, bright.parent / "bright", output, *more, *rest))
     evaluation = read_evaluation(output / "pony")
-    assert evaluation.split == "gpt4_reason, long documents"
+    assert evaluation.split == "examples, long documents as gpt4_reason"
     assert (evaluation.documents, evaluation.queries) == (2, 2)
     assert not (output / "biology").exists()
 

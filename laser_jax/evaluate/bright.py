@@ -50,7 +50,7 @@ INSTRUCTIONS: dict[str, str] = {
     "theoremqa_theorems": _PROBLEM.format("Math", "theorems"),
 }
 DOMAINS = tuple(INSTRUCTIONS)
-EXAMPLES = "examples"
+EXAMPLES, REWRITTEN = "examples", " as "
 ALL = "all"
 
 _FILE = re.compile(

@@ -15,7 +15,7 @@ import numpy as np
 
 from laser_jax.command_line import parse_command_line
 from laser_jax.config import ConfigError
-from laser_jax.evaluate.bright import EXAMPLES
+from laser_jax.evaluate.bright import EXAMPLES, REWRITTEN
 from laser_jax.evaluate.plots import LatencyPoint, can_draw, plot_latency_quality
 from laser_jax.evaluate.results import (
     PER_QUERY_FILE,
@@ -115,8 +115,8 @@ def _read(directory: str, metric: str) -> _Directory:
     per_query = read_per_query(Path(directory) / PER_QUERY_FILE)
     if set(per_query) != set(evaluation.scores):
         raise DataError(f"{directory}: {PER_QUERY_FILE} and results.json hold other runs")
-    data = Path(evaluation.data).name
-    column = data if evaluation.split in ("test", EXAMPLES) else f"{data} ({evaluation.split})"
+    data, split = Path(evaluation.data).name, evaluation.split.partition(REWRITTEN)[0]
+    column = data if split in ("test", EXAMPLES) else f"{data} ({split})"
     return _Directory(directory, column, evaluation, per_query)
 
 

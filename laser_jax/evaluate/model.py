@@ -22,7 +22,7 @@ from laser_jax.command_line import parse_command_line
 from laser_jax.config import pools_prompt
 from laser_jax.evaluate import metrics
 from laser_jax.evaluate.beir import BeirDataset, read_beir
-from laser_jax.evaluate.bright import ALL, EXAMPLES, BrightCopy, is_bright
+from laser_jax.evaluate.bright import ALL, EXAMPLES, REWRITTEN, BrightCopy, is_bright
 from laser_jax.evaluate.metrics import METRICS
 from laser_jax.evaluate.oracle import StepsOracle, steps_oracle
 from laser_jax.evaluate.plots import can_draw, plot_quality_by_steps
@@ -136,7 +136,8 @@ def _read_beir(options: ModelOptions) -> _Data:
 
 def _read_domain(copy: BrightCopy, domain: str, options: ModelOptions) -> _Data:
     dataset = _as_asked(copy.read(domain), options)
-    split = copy.queries + (", long documents" if copy.long_documents else "")
+    split = EXAMPLES + (", long documents" if copy.long_documents else "")
+    split += f"{REWRITTEN}{copy.rewrites}" if copy.rewrites else ""
     return _Data(dataset, str(copy.directory / domain), split)
 
 
