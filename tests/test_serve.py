@@ -33,7 +33,14 @@ from laser_jax.evaluate.beir import Document
 from laser_jax.files.reading import DataError
 from laser_jax.inference.batch_encoder import LatentEncoder, NotFiniteError
 from laser_jax.inference.retriever import EncodingStats, LatentRetriever
-from laser_jax.search.vectors import read_manifest
+from laser_jax.search.vectors import (
+    Manifest,
+    VectorsInfo,
+    read_manifest,
+    shard_name,
+    write_manifest,
+    write_shard,
+)
 from laser_jax.serve.batching import Batcher
 from laser_jax.serve.index import read_index
 from laser_jax.serve.metrics import Metrics
@@ -462,6 +469,18 @@ def test_stored_vectors_are_searched_and_those_of_another_model_are_refused(
         _, make_ready = load(ServeOptions(model=str(model), **told), local_only=True)
         with pytest.raises(DataError, match=message):
             make_ready()
+
+
+def test_stored_vectors_with_an_id_twice_are_refused_and_so_are_none(tmp_path: Path) -> None:
+    info = VectorsInfo("m", "p", 1, "float32", 8, "documents")
+    unit_1D = np.eye(1, 8, dtype=np.float32)
+    shards = [write_shard(tmp_path, shard_name(n), ["ulm"], unit_1D, info) for n in range(2)]
+    write_manifest(tmp_path, Manifest(info, tuple(shards)))
+    with pytest.raises(DataError, match=r"shard-00001\.parquet: id 'ulm' stands twice"):
+        read_index(tmp_path, ("m", "p", None), None)
+    write_manifest(tmp_path, Manifest(info, ()))
+    with pytest.raises(DataError, match="holds no vector"):
+        read_index(tmp_path, ("m", "p", None), None)
 
 
 # --- batches -----------------------------------------------------------------------------------

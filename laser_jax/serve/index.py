@@ -15,7 +15,7 @@ from laser_jax.inference.retriever import EncodingStats, LatentRetriever
 from laser_jax.search.codes import Code, decode_vectors
 from laser_jax.search.topk import NO_RANK, device_mesh, exact_top_k
 from laser_jax.search.trec import trec_order
-from laser_jax.search.vectors import read_manifest, read_shards
+from laser_jax.search.vectors import read_ids, read_manifest, read_shards
 
 _log = logging.getLogger(__name__)
 _QUERIES = (1, 8, 64)
@@ -34,10 +34,8 @@ class Index:
     def __init__(
         self, ids: Sequence[str], rows_CW: np.ndarray, code: Code, texts: Mapping[str, str]
     ) -> None:
-        """Places the rows, coded as `code`, on all devices of this process. Raises a DataError
-        where there is no document, or a text is missing."""
-        if not ids:
-            raise DataError("the corpus holds no document to be searched")
+        """Places the rows of one document or more, coded as `code`, on all devices of this process.
+        Raises a DataError where a text is missing."""
         if texts and (missing := [id_ for id_ in ids if id_ not in texts]):
             raise DataError(
                 f"{len(missing)} of {len(ids)} ids of --corpus_vectors, the first is "
@@ -115,11 +113,10 @@ def read_index(
                 "vectors cannot be compared with the model's. Encode the corpus by this model, "
                 "in the same compute_dtype"
             )
-    shards = list(read_shards(directory, manifest))
-    if not shards:
+    if manifest.count == 0:
         raise DataError(f"{directory}: holds no vector")
-    ids = [id_ for shard_ids, _ in shards for id_ in shard_ids]
-    rows_CW = np.concatenate([rows for _, rows in shards])
+    ids = read_ids(directory, manifest)
+    rows_CW = np.concatenate([rows for _, rows in read_shards(directory, manifest)])
     texts = {} if corpus is None else {doc.id: doc.text for doc in corpus.documents}
     index = Index(ids, rows_CW, info.dtype, texts)
     if corpus is None:
