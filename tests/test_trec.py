@@ -102,7 +102,7 @@ def test_excluded_documents_come_from_queries_or_a_table(tmp_path: Path) -> None
     queries.write_text(
         '{"_id": "q1", "text": "plain"}\n\n{"_id": "q2", "excluded_ids": ["d1", "d3"]}\n'
     )
-    assert read_excluded(queries) == {"q1": (), "q2": ("d1", "d3")}
+    assert read_excluded(queries) == {"q2": ("d1", "d3")}
     table = tmp_path / "excluded.tsv"
     table.write_text("q2\td1\nq2\ta b.txt\n")
     assert read_excluded(table) == {"q2": ("d1", "a b.txt")}

@@ -91,10 +91,10 @@ def write_trec_run(run: Run, path: str | Path, tag: str) -> None:
 
 
 def read_excluded(path: str | Path) -> dict[str, tuple[str, ...]]:
-    """Reads which documents a query must not be given: query id -> document ids. A `.jsonl` is a
-    BEIR `queries.jsonl` with BRIGHT's field `excluded_ids`; a `.tsv` has a query id and a document
-    id with a tab between in each line, without a header. Raises a FileNotFoundError, and a
-    DataError on another name or a line of another form."""
+    """Reads which documents a query must not be given: query id, where there is one, -> document
+    ids. A `.jsonl` is a BEIR `queries.jsonl` with BRIGHT's field `excluded_ids`; a `.tsv` has a
+    query id and a document id with a tab between in each line, without a header. Raises a
+    FileNotFoundError, and a DataError on another name or a line of another form."""
     path = Path(path)
     if path.suffix not in (".jsonl", ".tsv"):
         raise DataError(f"{path}: excluded documents are read from a .jsonl or a .tsv file")
@@ -111,5 +111,6 @@ def read_excluded(path: str | Path) -> dict[str, tuple[str, ...]]:
                 raise DataError(
                     f"{where}: wanted query-id and corpus-id with a tab between, got {line!r}"
                 )
-        excluded[query] = (*excluded.get(query, ()), *documents)
+        if documents:
+            excluded[query] = (*excluded.get(query, ()), *documents)
     return excluded
