@@ -245,7 +245,7 @@ def test_the_same_command_writes_the_same_bytes_and_does_nothing_then(
     assert again.read_bytes() == output.read_bytes()
 
 
-@pytest.mark.parametrize("change", ["flag", "rows", "corpus", "run"])
+@pytest.mark.parametrize("change", ["flag", "rows", "corpus", "queries", "run"])
 def test_an_output_of_other_settings_or_input_is_refused(data: Path, change: str) -> None:
     write_trec_run({"tower": {"minster": 2.0, "moon": 1.0}}, data / "a.trec", "tag")
     output, more = run(data, str(data / "a.trec")), []
@@ -256,6 +256,8 @@ def test_an_output_of_other_settings_or_input_is_refused(data: Path, change: str
         write_lines(data / "rows.jsonl", [TOWER])
     elif change == "corpus":
         write_corpus(data, DOCUMENTS | {"new": "A tower."})
+    elif change == "queries":
+        write_lines(data / "queries.jsonl", [{"_id": "tower", "text": SEA["query"]}])
     else:
         write_trec_run({"tower": {"minster": 3.0, "moon": 1.0}}, data / "a.trec", "tag")
     wanted = "max_share was 0.95, is 0.9" if change == "flag" else "checksum was"

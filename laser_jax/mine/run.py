@@ -89,7 +89,8 @@ def _retriever(options: MineOptions) -> tuple[list[Path], Callable[..., list[Ran
         fault = f"preset and adapter are for a model, and candidates is {who!r}"
         require(not (options.preset or options.adapter), fault)
         by_run = partial(ranked.rank_by_run, Path(who), options.corpus)
-        return ([], ranked.rank_by_bm25) if who == "bm25" else ([Path(who)], by_run)
+        of_run = [Path(who), *Path(options.corpus).glob("queries.jsonl")]
+        return ([], ranked.rank_by_bm25) if who == "bm25" else (of_run, by_run)
     directory, adapter = model_directory(who), options.adapter
     of_both = [directory, *([Path(adapter)] if adapter else [])]
     files = [path for at in of_both for path in sorted(at.iterdir()) if path.is_file()]
