@@ -337,6 +337,7 @@ def test_html_writes_a_page_that_stands_alone(thinking_model: Path, tmp_path: Pa
         (["--text", "x", "--reasoning", "\udcff"], "reasoning is no Unicode text"),
         (["--text", "x", "--corpus", "/nowhere"], "/nowhere"),
         (["--text", "x", "--html", "/nowhere/x.html"], "the folder of --html"),
+        (["--text", "x", "--html", "/"], "--html / is a directory; name the page in it"),
         (["--text", "  "], "the query is empty"),
     ],
 )

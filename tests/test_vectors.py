@@ -340,6 +340,8 @@ def test_the_program_refuses_what_cannot_be_compared(
         main(options(tmp_path / "empty", tmp_path / "blank", output))
     with pytest.raises(SystemExit, match=r"folder of --output .* does not exist"):
         main(options(corpus, tmp_path / "other", tmp_path / "no" / "run.trec"))
+    with pytest.raises(SystemExit, match=r"--output .* is a directory; name the run in it"):
+        main(options(corpus, tmp_path / "other", tmp_path))
     with pytest.raises(SystemExit, match="k must be at least 1, got 0"):
         main(options(corpus, tmp_path / "other", output, "--k", "0"))
     assert not output.exists()

@@ -104,10 +104,8 @@ class LatentEncoder:
         self.mesh = mesh
         self._rows, self._everywhere, share = None, None, 1
         if mesh is not None:
-            self._rows, self._everywhere = (
-                batch_sharding(mesh),
-                NamedSharding(mesh, PartitionSpec()),
-            )
+            self._rows = batch_sharding(mesh)
+            self._everywhere = NamedSharding(mesh, PartitionSpec())
             share = mesh.shape["data"] * mesh.shape["fsdp"]
         self.buckets = Buckets(
             batch_size, batch_tokens, length_multiple, tuple(short_batches), share

@@ -127,7 +127,9 @@ def _excluded(
 
 
 def _write(options: SearchOptions) -> None:
-    if not Path(options.output).parent.is_dir():  # now, not after the search
+    if Path(options.output).is_dir():  # now, not after the search
+        raise IsADirectoryError(f"--output {options.output} is a directory; name the run in it")
+    if not Path(options.output).parent.is_dir():
         raise FileNotFoundError(f"the folder of --output {options.output} does not exist")
     run = search_directories(options)
     write_trec_run(run, options.output, "laser_jax")

@@ -53,14 +53,13 @@ class ThinkOptions:
 def find_corpus(options: ThinkOptions) -> tuple[BeirDataset | None, str]:
     """The corpus - of the option, or `data.eval` of the training run beside the model - and a
     sentence about it, or about why there is none. Raises as `load_corpus`."""
-    directory, missing = options.corpus, "No corpus; --corpus DIR shows how its ranking moves."
+    directory = options.corpus
     if directory is None and Path(options.model).is_dir():
         directory = read_state(Path(options.model).parent / "config.json", _evaluation_set)
         if directory and not Path(directory).is_dir():
-            missing = f"No corpus: the run's own, {directory}, is not there; --corpus names one."
-            directory = None
+            return None, f"No corpus: the run's own, {directory}, is not there; --corpus names one."
     if not directory:
-        return None, missing
+        return None, "No corpus; --corpus DIR shows how its ranking moves."
     corpus = load_corpus(directory, ignore_identical_ids=options.ignore_identical_ids)
     about = [f"Corpus {directory}, {len(corpus.documents)} documents", *map(str, corpus.unmatched)]
     return corpus, "; ".join(about) + "."
@@ -95,7 +94,9 @@ def describe(thought: Thought) -> str:
 
 def show(options: ThinkOptions) -> None:
     """Thinks about one query; prints the thought, or writes it as a page."""
-    if options.html is not None and not Path(options.html).parent.is_dir():  # now, not at the end
+    if options.html is not None and Path(options.html).is_dir():  # now, not at the end
+        raise IsADirectoryError(f"--html {options.html} is a directory; name the page in it")
+    if options.html is not None and not Path(options.html).parent.is_dir():
         raise FileNotFoundError(f"the folder of --html {options.html} does not exist")
     corpus, about = find_corpus(options)
     tokens, documents = options.top
