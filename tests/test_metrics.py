@@ -149,6 +149,13 @@ def test_an_unknown_metric_is_refused(name: str) -> None:
         evaluate_run({}, {}, [name])
 
 
+def test_a_grade_that_has_no_exponential_gain_is_refused_instead_of_computed() -> None:
+    qrels = {"q": {"a": 20_251_201_093_000}}  # a time in the column of grades
+    with pytest.raises(ValueError, match="nDCG_exp wants grades up to 1000, got 20251201093000"):
+        evaluate_run({"q": {"a": 1.0}}, qrels, ["nDCG_exp@10"])
+    assert evaluate_run({"q": {"a": 1.0}}, qrels, ["nDCG@10"]) == {"q": {"nDCG@10": 1.0}}
+
+
 def test_exponential_gain_by_hand() -> None:
     run, qrels = {"q": {"a": 2.0, "b": 1.0}}, {"q": {"a": 1, "b": 3, "c": -2}}
     wanted = (1 + 7 / math.log2(3)) / (7 + 1 / math.log2(3))

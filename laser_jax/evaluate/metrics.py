@@ -43,6 +43,8 @@ def _ndcg(grades: list[int], judged: list[int], cutoff: int) -> float:
 
 def _exponential_ndcg(grades: list[int], judged: list[int], cutoff: int) -> float:
     """nDCG with gain = 2^grade - 1 (Burges et al. 2005); the same as `_ndcg` on grades 0 and 1."""
+    if max(judged) > 1000:
+        raise ValueError(f"nDCG_exp wants grades up to 1000, got {max(judged)}: is it a grade?")
     retrieved, ideal = ([2 ** max(g, 0) - 1 for g in of] for of in (grades, judged))
     return _ndcg(retrieved, ideal, cutoff)
 
@@ -116,7 +118,7 @@ def evaluate_run(
     """The metrics of every query that the run holds and the qrels judge: query id, in the order of
     the run -> metric -> value in [0, 1]. Documents without a grade count as 0. `metrics` are
     NAME@CUTOFF with NAME one of nDCG (linear gain), nDCG_exp (gain 2^grade - 1), Recall, P, MRR,
-    MAP, Hit. Raises a ValueError on an unknown metric or a NaN score."""
+    MAP, Hit. Raises a ValueError on an unknown metric, a NaN score or a grade beyond floats."""
     parsed = {name: _parse_metric(name) for name in metrics}
     per_query = {}
     for query, scores in run.items():

@@ -138,9 +138,7 @@ def _checked(chunks: Iterable[Chunk], queries_QD: np.ndarray, code: Code) -> Ite
         both = () if code == "binary" else (queries_QD, codes_MW)
         peaks = [max(float(a.max(initial=0)), -float(a.min(initial=0))) for a in both]
         if peaks and not math.prod(peaks) * D < float(np.finfo(np.float32).max):
-            held = "the queries hold numbers up to {:.3g}, the documents up to {:.3g}".format(
-                *peaks
-            )
+            held = "queries hold numbers up to {:.3g}, documents up to {:.3g}".format(*peaks)
             fault = f"dot products may overflow float32: {held}"
             raise ValueError(f"{fault}; normalise both to length 1")
         yield codes_MW, ranks_M
