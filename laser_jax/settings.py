@@ -85,8 +85,8 @@ def describe(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(map(str, get_args(kind)))
     if get_origin(kind) in (tuple, list):
-        inner = get_args(kind)
-        return f"a list of {len(inner)}" if len(inner) > 1 and inner[-1] is not ... else "a list"
+        fixed = get_origin(kind) is tuple and ... not in get_args(kind)
+        return f"a list of {len(get_args(kind))}" if fixed else "a list"
     words = {str: "a text", bool: "true or false", type(None): "null", Any: "anything"}
     return (words | {int: "an integer", float: "a number"}).get(kind, "keys and values")
 

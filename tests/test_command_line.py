@@ -67,6 +67,7 @@ def test_later_files_and_flags_win(tmp_path: Path) -> None:
         (("--zzz", "2"), "unknown key zzz\n"),
         (("--train.steps", "many"), "train.steps"),
         (("--train.seed", "1.5"), "train.seed"),
+        (("--optimizer.betas", "[0.9]"), "optimizer.betas must be a list of 2, got [0.9]"),
         (("--objective.method", "colbert"), "objective.method"),
         (("--config", "absent.yaml"), "absent.yaml"),
     ],
@@ -341,7 +342,7 @@ def test_a_section_that_a_training_has_too_is_listed_once(capsys) -> None:
         parse_train_command(["--help"])
     said = capsys.readouterr().out
     assert "  optimizer\n      AdamW" in said
-    assert "  --optimizer.betas  a list (default: (0.9, 0.999))\n" in said
+    assert "  --optimizer.betas  a list of 2 (default: (0.9, 0.999))\n" in said
     assert "  --lora  null, or\n" in said
 
 
