@@ -412,7 +412,7 @@ def test_ids_are_counted_below_the_table_and_in_the_results(
     ] == [
         ("judged documents that the corpus lacks", 1, 7, "Ulm 1.txt "),
         ("relevant documents that the corpus lacks", 1, 6, "Ulm 1.txt "),
-        ("queries without judgements, left out", 1, 7, "unjudged"),
+        ("queries without judgements", 1, 7, "unjudged"),
         ("rewrites of no query of this split", 1, 7, "other"),
         ("documents with the id of their query", 1, 6, "Kiel"),
     ]

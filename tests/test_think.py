@@ -218,6 +218,16 @@ def test_ids_of_a_corpus_that_match_nothing_are_counted_or_refused(tmp_path: Pat
             load_corpus(directory)
 
 
+def test_a_query_without_judgements_is_counted_and_known_all_the_same(tmp_path: Path) -> None:
+    directory = write_corpus(tmp_path / "some", "q", "ulm", [])
+    with (directory / "queries.jsonl").open("a") as file:
+        file.write('{"_id": "free", "text": "Where?", "reasoning": "There."}\n')
+    corpus = load_corpus(directory)
+    (count,) = map(str, corpus.unmatched)
+    assert count == "queries without judgements: 1 of 2, the first is 'free'"  # not: left out
+    assert corpus.queries["free"].reasoning == "There."
+
+
 def test_description_tells_the_closest_segment_and_from_which_rank_a_document_came() -> None:
     first, second = Document("ulm", "Ulm."), Document("kiel", "Kiel lies at the sea.")
     thought = Thought(

@@ -150,7 +150,7 @@ def judged_split(
         lacking += unmatched("relevant documents that the corpus lacks", relevant, known, where)
     what = "excluded documents that the corpus lacks"
     lacking += unmatched(what, excluded, known, where, refuse_all=refuse_excluded)
-    lacking += unmatched("queries without judgements, left out", queries, qrels, where)
+    lacking += unmatched("queries without judgements", queries, qrels, where)
     lacking += unmatched("judged queries that are not there, left out", qrels, queries, where)
     of_queries = {id_: grades for id_, grades in qrels.items() if id_ in queries}
     return BeirDataset(documents, kept, of_queries, lacking)
