@@ -43,8 +43,9 @@ def _ndcg(grades: list[int], judged: list[int], cutoff: int) -> float:
 
 def _exponential_ndcg(grades: list[int], judged: list[int], cutoff: int) -> float:
     """nDCG with gain = 2^grade - 1 (Burges et al. 2005); the same as `_ndcg` on grades 0 and 1."""
-    if max(judged) > 1000:
-        raise ValueError(f"nDCG_exp wants grades up to 1000, got {max(judged)}: is it a grade?")
+    most = max(judged, default=0)
+    if most > 1000:
+        raise ValueError(f"nDCG_exp wants grades up to 1000, got {most}: is it a grade?")
     retrieved, ideal = ([2 ** max(g, 0) - 1 for g in of] for of in (grades, judged))
     return _ndcg(retrieved, ideal, cutoff)
 
