@@ -118,10 +118,8 @@ class Invocation:
     def __post_init__(self) -> None:
         wanted = "--dry_run wants a number of CPU devices, or TPUs such as v5e:4x4"
         require(str(self.dry_run).strip("0") != "", f"{wanted}, got {self.dry_run!r}")
-        require(
-            not (self.dry_run and self.distributed),
-            "--dry_run takes one process; `--dry_run DEVICES` gives the devices of all",
-        )
+        fault = "--dry_run takes one process; `--dry_run DEVICES` gives the devices of all"
+        require(not (self.dry_run and self.distributed), fault)
         index, count, _ = self.process
         require(
             isinstance(self.distributed, bool) or (index is not None and index < (count or 0)),

@@ -67,10 +67,8 @@ class PromptConfig:
     def __post_init__(self) -> None:
         for kind in ("query", "document"):
             template: str = getattr(self, f"{kind}_template")
-            require(
-                f"{{{kind}}}" in template,
-                f"prompt.{kind}_template {template!r} has no {{{kind}}} placeholder",
-            )
+            fault = f"prompt.{kind}_template {template!r} has no {{{kind}}} placeholder"
+            require(f"{{{kind}}}" in template, fault)
         require(self.separator != "", "prompt.separator is empty; the default is two newlines")
         lengths = (n for n in vars(self) if n.endswith("max_length"))
         require_in("[1, inf)", self, "prompt.", *lengths)
@@ -174,14 +172,10 @@ class ModelConfig:
     the weight matmuls, `full` keeps one input per layer and per thinking step."""
 
     def __post_init__(self) -> None:
-        require(
-            (self.path is None) != (self.scratch is None),
-            "exactly one of model.path (a Hugging Face directory) and model.scratch is wanted",
-        )
-        require(
-            self.scratch is None or (self.adapter is None and self.backbone is None),
-            "model.adapter and model.backbone go with model.path; model.scratch has neither",
-        )
+        fault = "exactly one of model.path (a Hugging Face directory) and model.scratch is wanted"
+        require((self.path is None) != (self.scratch is None), fault)
+        fault = "model.adapter and model.backbone go with model.path; model.scratch has neither"
+        require(self.scratch is None or (self.adapter is None and self.backbone is None), fault)
         require_in("[0, 1]", self, "model.", "adapter_share")
         require(bool(self.adapter) or not self.adapter_share, "adapter_share wants model.adapter")
 
@@ -273,20 +267,16 @@ class TrainConfig:
             f"train.batch_size {self.batch_size} must be a multiple of train.micro_batch_size "
             f"{self.micro_batch_size}",
         )
-        require(
-            bool(self.eval_thinking_steps),
-            "train.eval_thinking_steps is empty; name one K at least, or set data.eval: null",
-        )
+        fault = "train.eval_thinking_steps is empty; name one K at least, or set data.eval: null"
+        require(bool(self.eval_thinking_steps), fault)
         require(
             self.eval_every is not None or (self.patience is None and self.export == "last"),
             "train.patience and train.export: best choose by the dev split's scores; set "
             "train.eval_every, the steps between its rankings",
         )
         first, last = self.profile_steps or (1, 1)
-        require(
-            1 <= first <= last,
-            f"train.profile_steps {[first, last]} are no first and last step, counted from 1",
-        )
+        fault = f"train.profile_steps {[first, last]} are no first and last step, counted from 1"
+        require(1 <= first <= last, fault)
 
     @property
     def num_micro_batches(self) -> int:

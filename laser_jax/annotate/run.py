@@ -80,10 +80,8 @@ class AnnotateOptions:
         require_in("[1, inf)", self, "", "max_new_tokens", "concurrency")
         require_in("[0, inf)", self, "", "temperature", "dry_run", "price")
         require("{query}" in self.prompt, f"prompt {self.prompt!r} has no {{query}} placeholder")
-        require(
-            re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", self.base_url) is not None,
-            "base_url must be http(s)://HOST/PATH, without user, password, ? and #",
-        )
+        fault = "base_url must be http(s)://HOST/PATH, without user, password, ? and #"
+        require(re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", self.base_url) is not None, fault)
 
     def settings(self) -> dict[str, Any]:
         """What decides on an answer."""
