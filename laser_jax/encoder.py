@@ -76,13 +76,17 @@ def backbone_for(
 
 
 def right_padded(ids_BT: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Moves the real tokens of each row to its front.
+    """Moves the real tokens of each row to its front; all others become 0, as an id without an
+    embedding has NaN for keys, which no mask takes away.
 
     Returns:
         The ids [B, T] and the number of real tokens [B]; a row without any counts as one token.
     """
+    if ids_BT.ndim != 2 or ids_BT.shape != mask_BT.shape:
+        raise ValueError(f"wanted [B, T] ids and mask, got {ids_BT.shape} and {mask_BT.shape}")
     T = ids_BT.shape[1]
     real_BT = mask_BT.astype(jnp.bool_)
+    ids_BT = jnp.where(real_BT, ids_BT, 0)
     start_B = jnp.argmax(real_BT, axis=1)
     index_BT = (jnp.arange(T)[None, :] + start_B[:, None]) % T
     lengths_B = jnp.maximum(real_BT.sum(axis=1), 1).astype(jnp.int32)
@@ -104,7 +108,7 @@ def encode(
         params: variables as `load_pretrained` returns them, scanned or unstacked.
         input_ids: [B, T] int.
         attention_mask: [B, T], 1 or True on one contiguous run of real tokens; padding may stand
-            on either side and gives the same vectors.
+            on either side and hold any id, and gives the same vectors.
         config: static (hashable), as `load_pretrained` returns it.
         num_thinking_steps: K >= 1, whatever K was trained; None takes the config's of queries
             (`config.documents_at` is that of documents).

@@ -109,6 +109,21 @@ def test_padding_and_company_do_not_change_a_vector(base, alone, left) -> None:
         np.testing.assert_allclose(embed(base, *padded(width, left=left)), alone, atol=1e-5)
 
 
+@pytest.mark.parametrize("outside", [-100, 30])
+def test_padding_may_hold_ids_without_an_embedding(base, alone, outside: int) -> None:
+    for left in (True, False):
+        ids_BT, mask_BT = padded(8, left=left)
+        ids_BT = np.where(mask_BT, ids_BT, outside)
+        np.testing.assert_allclose(embed(base, ids_BT, mask_BT), alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (5, 6), (5, 9), (8,)])
+def test_a_mask_of_another_shape_is_refused(base, shape: tuple[int, ...]) -> None:
+    ids_BT, _ = padded(8, left=False)
+    with pytest.raises(ValueError, match=r"wanted \[B, T\] ids and mask, got \(5, 8\) and"):
+        encode(base, ids_BT, np.ones(shape, np.int32), config=CONFIG)
+
+
 def test_vectors_are_unit_float32(base, alone) -> None:
     assert alone.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(alone, axis=-1), 1.0, rtol=1e-6)
