@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -344,6 +345,16 @@ def test_an_excluded_id_that_stands_in_no_list_is_refused() -> None:
     rows = np.eye(2, dtype=np.float32)
     with pytest.raises(ValueError, match=r"excluded\['a'\] must be a list or set of ids"):
         search(rows, rows, ["a", "b"], ["a", "b"], 1, {"a": "b"})
+
+
+def test_settings_that_cannot_be_are_refused() -> None:
+    rows = np.eye(8, dtype=np.float32)
+    find = functools.partial(search, rows, rows, list("abcdefgh"), list("abcdefgh"), 1, {})
+    misspelt: Any = {"oversamples": 10}
+    with pytest.raises(TypeError, match="a search has no setting 'oversamples'"):
+        find(code="binary", **misspelt)
+    with pytest.raises(ValueError, match="must be at least 1, got 1, 0 and 1024"):
+        find(chunk=0)
 
 
 def test_a_search_names_what_is_wrong_with_its_rows() -> None:

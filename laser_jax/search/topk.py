@@ -309,6 +309,8 @@ def search_chunks(
     """`search` over a corpus that is read chunk by chunk."""
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
+    if unknown := settings.keys() - SearchSettings.__annotations__.keys():
+        raise TypeError(f"a search has no setting {min(unknown)!r}")
     for query, ids in excluded.items():
         if isinstance(ids, str):
             raise ValueError(f"excluded[{query!r}] must be a list or set of ids, not {ids!r}")
@@ -370,7 +372,8 @@ def search(
     _check_rows("query", query_embeddings, query_ids)
     _check_rows("document", doc_embeddings, doc_ids)
     order_C = trec_order(doc_ids)
-    pieces = max(-(-len(order_C) // settings.get("chunk", DEFAULT_CHUNK)), 1)
+    chunk = max(settings.get("chunk", DEFAULT_CHUNK), 1)  # less is refused by `exact_top_k`
+    pieces = max(-(-len(order_C) // chunk), 1)
 
     def read() -> Iterator[Chunk]:
         # in pieces, so that the permuted corpus is never a second copy
