@@ -95,5 +95,11 @@ def test_equals_take_the_smallest_k_and_one_relevant_document_has_no_halves() ->
     assert found.control is None
 
 
+def test_rankings_may_hold_their_queries_in_any_order() -> None:
+    runs, qrels = worlds(0, 1.0)
+    turned = {K: dict(reversed(run.items())) if K == 2 else run for K, run in runs.items()}
+    assert oracle_of(turned, qrels) == oracle_of(runs, qrels)
+
+
 def test_a_single_k_leaves_nothing_to_choose() -> None:
     assert steps_oracle({3: {"q": ranked("a")}}, {"q": {"a": 1}}, METRIC) is None

@@ -99,8 +99,9 @@ def _halves(qrels: Qrels) -> tuple[Qrels, Qrels]:
 
 def _values(runs: Mapping[int, Run], qrels: Qrels, metric: str) -> np.ndarray:
     """The metric [K, Q] float64, K ascending, of the queries that are ranked and judged."""
-    found = (evaluate_run(runs[K], qrels, [metric]).values() for K in sorted(runs))
-    return np.array([[value[metric] for value in queries] for queries in found])
+    found = [evaluate_run(runs[K], qrels, [metric]) for K in sorted(runs)]
+    queries = dict.fromkeys(query for values in found for query in values)
+    return np.array([[values[query][metric] for query in queries] for values in found])
 
 
 def _picked(values_KQ: np.ndarray, places_Q: np.ndarray) -> np.ndarray:
