@@ -39,7 +39,12 @@ from laser_jax.files.reading import parse_yaml
 from laser_jax.hf.directory import read_backbone_config
 from laser_jax.hf.writing import save_params
 from laser_jax.inference.batch_encoder import LatentEncoder
-from laser_jax.inference.retriever import EncodingStats, LatentRetriever, OverlongTextError
+from laser_jax.inference.retriever import (
+    EncodingStats,
+    LatentRetriever,
+    OverlongTextError,
+    shortened,
+)
 from laser_jax.modeling.backbone import Backbone
 from laser_jax.sharding import make_mesh
 
@@ -249,6 +254,12 @@ def test_similarity_is_the_cosine_of_all_pairs_or_of_row_with_row(retriever, vec
         retriever.similarity_pairwise(vectors[:2], vectors[2:4]), scores[[0, 1], [2, 3]], atol=1e-6
     )
     assert retriever.similarity(vectors[0], vectors).shape == (1, 5)
+    cut, long = vectors[:2, :8], 3 * vectors.astype(np.float64)[:, :8]
+    cosines = retriever.similarity(shortened(cut, 8), shortened(vectors, 8))
+    assert retriever.similarity(cut, long).dtype == np.float32
+    np.testing.assert_allclose(retriever.similarity(cut, long), cosines, atol=1e-6)
+    pairs = retriever.similarity_pairwise(cut, long[2:4])
+    np.testing.assert_allclose(pairs, cosines[[0, 1], [2, 3]], atol=1e-6)
 
 
 # --- texts that do not fit, and arguments that cannot be ----------------------------------------

@@ -254,12 +254,12 @@ class LatentRetriever:
     def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """The cosine of every row of a [N, D] with every row of b [M, D]: [N, M] float32. A single
         vector counts as one row."""
-        return np.atleast_2d(a) @ np.atleast_2d(b).T
+        return shortened(np.atleast_2d(a)) @ shortened(np.atleast_2d(b)).T
 
     @staticmethod
     def similarity_pairwise(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """The cosine of each row of a [N, D] with the same row of b [N, D]: [N] float32."""
-        return (np.atleast_2d(a) * np.atleast_2d(b)).sum(axis=-1)
+        return (shortened(np.atleast_2d(a)) * shortened(np.atleast_2d(b))).sum(axis=-1)
 
     def warm_up(
         self,
@@ -408,8 +408,9 @@ def _ahead(
             yield waiting.popleft().result()
 
 
-def shortened(vectors: np.ndarray, size: int) -> np.ndarray:
-    """The first `size` dimensions of vectors, of length 1 again; what is all zero stays zero."""
-    vectors = vectors[..., :size]
+def shortened(vectors: np.ndarray, size: int | None = None) -> np.ndarray:
+    """The first `size` dimensions of vectors, by default all, in float32 and of length 1 again;
+    what is all zero stays zero."""
+    vectors = np.asarray(vectors[..., :size], np.float32)
     lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
