@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,9 @@ def test_a_named_kernel_that_cannot_run_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"model\.attention: cudnn cannot run here: .*NVIDIA"):
         choose_kernel("cudnn", "cpu", jnp.bfloat16, 128)
     assert choose_kernel("xla", "tpu", jnp.bfloat16, 128)[0] == "xla"
+    misspelt: Any = "flash_attention_2"
+    with pytest.raises(ConfigError, match="cannot run here: the kernels are cudnn, splash, xla"):
+        choose_kernel(misspelt, "cpu", jnp.float32, 128)
 
 
 @pytest.mark.parametrize("T", [1, 64, 65, 200, 1030])  # one block, two, many, longer ones

@@ -18,7 +18,7 @@ import numpy as np
 from flax import struct
 from jax.typing import DTypeLike
 
-from laser_jax.config import AttentionKernel, ConfigError
+from laser_jax.config import AttentionKernel, require
 from laser_jax.modeling.kernels import blockwise_attention, one_query_attention, splash_attention
 from laser_jax.sharding import shard_mapped
 
@@ -81,12 +81,12 @@ def choose_kernel(
     }
     natural: AttentionKernel = "splash" if platform == "tpu" else "cudnn"
     kernel = natural if wanted == "auto" else wanted
-    refusal = next((reason for holds, reason in conditions[kernel] if not holds), None)
-    if refusal is None:
-        return kernel, "as asked" if kernel == wanted else f"its conditions hold on {platform}"
-    if wanted == "auto":
+    checks = conditions.get(kernel, [(False, f"the kernels are {', '.join(conditions)}")])
+    refusal = next((reason for holds, reason in checks if not holds), None)
+    if refusal is not None and wanted == "auto":
         return "xla", refusal
-    raise ConfigError(f"model.attention: {wanted} cannot run here: {refusal}")
+    require(refusal is None, f"model.attention: {wanted} cannot run here: {refusal}")
+    return kernel, "as asked" if kernel == wanted else f"its conditions hold on {platform}"
 
 
 def causal_attention(q_BTNH: jax.Array, kv: KeyValues, kernel: AttentionKernel) -> jax.Array:
