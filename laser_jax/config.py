@@ -22,7 +22,7 @@ from laser_jax.objective import PolicyConfig as PolicyConfig
 from laser_jax.objective import Pooling as Pooling
 from laser_jax.objective import appended_thoughts as appended_thoughts
 from laser_jax.objective import pools_prompt as pools_prompt
-from laser_jax.settings import ConfigError, as_dict, from_dict, require, require_in
+from laser_jax.settings import ConfigError, as_dict, check, from_dict, kinds_of, require, require_in
 
 RETRIEVER_CONFIG_FILE = "laser_config.json"
 
@@ -72,6 +72,8 @@ class PromptConfig:
         require(self.separator != "", "prompt.separator is empty; the default is two newlines")
         lengths = (n for n in vars(self) if n.endswith("max_length"))
         require_in("[1, inf)", self, "prompt.", *lengths)
+        # one that is misspelt in Python would count as the other
+        check(kinds_of(PromptConfig), {n: getattr(self, n) for n in ("segmentation", "truncation")})
 
     @property
     def one_string(self) -> bool:
@@ -375,6 +377,7 @@ class RetrieverConfig:
 
     def __post_init__(self) -> None:
         require_in("[1, inf)", self, "", "num_thinking_steps", "document_thinking_steps")
+        check(kinds_of(RetrieverConfig), {"pooling": self.pooling, "dtype": self.dtype})
 
     @property
     def documents_at(self) -> int:

@@ -381,3 +381,19 @@ def test_a_key_twice_in_laser_config_is_refused(tmp_path: Path) -> None:
     (tmp_path / "laser_config.json").write_text('{"prompt": {}, "dtype": "a", "prompt": {}}')
     with pytest.raises(ConfigError, match=r"laser_config\.json: .*the key 'prompt' stands twice"):
         load_retriever_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "message"),
+    [
+        (PromptConfig, {"truncation": "sequnce"}, "truncation must be content or sequence, got"),
+        (PromptConfig, {"segmentation": "tokens"}, "segmentation must be text or token, got"),
+        (RetrieverConfig, {"pooling": "thought"}, "pooling must be prompt_and_thoughts or thought"),
+        (RetrieverConfig, {"dtype": "float64"}, "dtype must be float32 or bfloat16 or float16"),
+        (RetrieverConfig, {"dtype": "bf16"}, "got 'bf16'"),
+    ],
+)
+def test_a_choice_that_is_misspelt_in_python_is_refused(cls, values, message) -> None:
+    backbone = {} if cls is PromptConfig else {"backbone": ScratchConfig().backbone(300)}
+    with pytest.raises(ConfigError, match=message):
+        cls(**backbone, **values)
