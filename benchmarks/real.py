@@ -182,35 +182,30 @@ def macro_difference(
     pairs: Mapping[int, tuple[Scores, str, Scores, str]], seed: int = 0
 ) -> dict[str, float]:
     """The macro average over sets of (ours - theirs), each (scores, run), and its 95 % interval:
-    training seeds are drawn again, and queries within every set.
+    training seeds are drawn again, and queries within every set, the same ones for all seeds.
 
     Raises:
-        BenchmarkError: the two were not ranked on the same queries.
+        BenchmarkError: the two, or two seeds, were not ranked on the same queries.
     """
-    differences = []
+    differences: dict[str, list[np.ndarray]] = {}
+    asked: dict[str, list[str]] = {}
     for ours, our_run, theirs, their_run in pairs.values():
-        by_set = []
         for name in ours:
             a, b = ours[name][our_run], theirs[name][their_run]
-            if a.keys() != b.keys():
+            queries = asked.setdefault(name, list(a))
+            if not a.keys() == b.keys() == set(queries):
                 raise BenchmarkError(f"{name}: two rows were evaluated on different queries")
-            by_set.append(np.array([a[query] - b[query] for query in a]))
-        differences.append(by_set)
+            differences.setdefault(name, []).append(np.array([a[q] - b[q] for q in queries]))
     rng = np.random.default_rng(seed)
-    # [seeds, resamples]: the macro average with the queries of every set drawn again
-    means_SR = np.array(
-        [
-            np.mean(
-                [d[rng.integers(0, len(d), (RESAMPLES, len(d)))].mean(axis=1) for d in by_set],
-                axis=0,
-            )
-            for by_set in differences
-        ]
-    )
-    S = len(differences)
+    by_set = []  # of [seeds, resamples]
+    for of_set in differences.values():
+        drawn_RQ = rng.integers(0, len(of_set[0]), (RESAMPLES, len(of_set[0])))
+        by_set.append([d[drawn_RQ].mean(axis=1) for d in of_set])
+    means_SR = np.mean(by_set, axis=0)
+    S = len(pairs)
     drawn_RS = rng.integers(0, S, (RESAMPLES, S))
     low, high = np.quantile(means_SR[drawn_RS.T, np.arange(RESAMPLES)].mean(axis=0), [0.025, 0.975])
-    mean = np.mean([[d.mean() for d in by_set] for by_set in differences])
+    mean = np.mean([[d.mean() for d in of_set] for of_set in differences.values()])
     return {"difference": float(mean), "low": float(low), "high": float(high)}
 
 

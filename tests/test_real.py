@@ -239,8 +239,22 @@ def test_seeds_that_differ_widen_the_interval_and_other_queries_are_refused() ->
     }
     found = real.macro_difference(pairs)
     assert found == pytest.approx({"difference": 0.5, "low": 0.0, "high": 1.0})
-    with pytest.raises(BenchmarkError, match="a: two rows were evaluated on different queries"):
-        real.macro_difference({1: (scores({"a": [0.0]}), "run", base, "run")})
+    one = scores({"a": [0.0]})
+    for pairs in (
+        {1: (one, "run", base, "run")},
+        {1: (one, "run", one, "run"), 2: (base, "run", base, "run")},
+    ):
+        with pytest.raises(BenchmarkError, match="a: two rows were evaluated on different queries"):
+            real.macro_difference(pairs)
+
+
+def test_seeds_that_agree_do_not_stand_for_more_queries() -> None:
+    """All seeds are ranked on the same queries: an easy one is easy for each of them."""
+    rng = np.random.default_rng(0)
+    ours = scores({name: rng.normal(size=60).tolist() for name in "ab"})
+    pair = (ours, "run", scores({name: [0.0] * 60 for name in "ab"}), "run")
+    one = real.macro_difference({1: pair})
+    assert real.macro_difference(dict.fromkeys(range(5), pair)) == pytest.approx(one)
 
 
 def test_rows_go_on_from_a_first_stage_that_is_trained_already(command: list[str]) -> None:
