@@ -312,7 +312,7 @@ def fill(options: argparse.Namespace, report: Report) -> None:
         rows = [row for row in ROWS if row in asked]  # a teacher before its pupil
         numbers = range(options.first_seed, options.first_seed + options.seeds)
         name, world = "quick" if options.quick else "default", WORLD
-        if options.world is not None:
+        if options.world is not None and not options.quick:
             name = options.world.stem
             world = from_dict(WorldConfig, read_yaml(options.world), source=str(options.world))
         given = (options.quick, TINY_WORLD if options.quick else world)
@@ -332,8 +332,7 @@ def fill(options: argparse.Namespace, report: Report) -> None:
     files = {seed.number: seed.backbone / "pretrain.json" for seed in seeds}
     texts = {number: file.read_text() for number, file in files.items() if file.is_file()}
     written = {number: json.loads(text).get("exact_match") for number, text in texts.items()}
-    missing = {row: [n for n in numbers if n not in runs] for row, runs in done.items()}
-    missing = {row: seeds for row, seeds in missing.items() if seeds}
+    missing = {r: left for r, of in done.items() if (left := [n for n in numbers if n not in of])}
     world = as_dict(seeds[0].config)
     report.settings |= {"world": world, "exact_match": written, "not_run": missing}
     if missing:

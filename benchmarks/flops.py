@@ -30,14 +30,9 @@ from laser_jax.train.throughput import Reading, forward_flops, known_device
 
 
 def matmul_flops(function: Callable[..., Any], *args: Any) -> int:
-    """Operations of all matmuls of `function(*args)`: two for each multiply-add.
-
-    Args:
-        args: arrays or abstract values.
-
-    Raises:
-        ValueError: matmuls stand in a `while_loop`, whose length nobody knows.
-    """
+    """Operations of all matmuls of `function(*args)`, two for each multiply-add; abstract values
+    are enough. Raises a ValueError where matmuls stand in a `while_loop`, whose length nobody
+    knows."""
     return flops_of(jax.make_jaxpr(function)(*args).jaxpr)
 
 

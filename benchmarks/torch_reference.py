@@ -49,7 +49,6 @@ CACHE = "cache" if "cache" in _PARAMETERS else "past_key_values"
 
 transformers.utils.logging.disable_progress_bar()
 
-
 Rows = dict[str, torch.Tensor]
 """Rows padded on the left, on the model's device: its `input_ids`, `attention_mask` and
 `position_ids`, each [B, T]."""

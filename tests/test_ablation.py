@@ -137,6 +137,19 @@ def test_nothing_finished_is_an_error_that_names_the_folder(tmp_path: Path) -> N
         ablation.main([*QUICK, "--finished_only", "--work", str(tmp_path)])
 
 
+def test_a_quick_run_of_a_world_leaves_the_folder_of_that_world_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Seed] = []
+    monkeypatch.setattr(ablation, "run_missing", lambda seeds, *_: made.extend(seeds))
+    flags = ["--world", str(ablation.CONFIGS / "world_hard.yaml"), "--work", str(tmp_path)]
+    for asked in (QUICK, QUICK[1:]):
+        with pytest.raises(SystemExit, match="nothing is finished under"):
+            ablation.main([*asked, *flags])
+    assert [seed.folder.parent.name for seed in made] == ["quick", "world_hard"]
+    assert [seed.config.num_places for seed in made] == [8, 20]
+
+
 # --- the rows ----------------------------------------------------------------------------------
 
 
