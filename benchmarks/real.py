@@ -62,9 +62,9 @@ def train_command(options: argparse.Namespace, row: str, seed: int) -> list[str]
         steps = options.first_steps
     else:
         begun = options.first_adapter or folder / FIRST / "adapter"
-        adapter = ["--model.adapter", str(begun)]
-        adapter += ["--model.adapter_share", str(options.adapter_share)]
-        command, steps = command + adapter + ROWS[row].arguments(folder), options.steps
+        command += ["--model.adapter", str(begun), "--model.adapter_share"]
+        command += [str(options.adapter_share), *ROWS[row].arguments(folder)]
+        steps = options.steps * (2 if "--train.steps" in ROWS[row].flags else 1)  # twice as long
     return [
         *command,
         *("--train.steps", str(steps), "--train.seed", str(seed)),

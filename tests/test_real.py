@@ -265,6 +265,8 @@ def test_rows_go_on_from_a_first_stage_that_is_trained_already(command: list[str
     assert flags[flags.index("--model.adapter") + 1] == begun
     assert flags[flags.index("--model.adapter_share") + 1] == "0.5"
     after = parse_train_command(real.train_command(options, "latent_rl_after_laser", 1))[0]
+    twice = parse_train_command(real.train_command(options, "infonce_600_after_laser", 1))[0]
+    assert (after.train.steps, twice.train.steps) == (1, 2)
     assert after.model.adapter == str(real.seed_folder(options, 1) / "laser" / "adapter")
 
 
