@@ -210,12 +210,18 @@ def macro_difference(
 
 
 def find(options: argparse.Namespace, rows: Sequence[str]) -> dict[str, dict[int, Path]]:
-    """The finished runs of the rows, by seed. What nobody trains stands beside every seed."""
+    """The finished runs of the rows, by seed. What nobody trains stands beside every seed. Raises a
+    BenchmarkError where a set was ranked with another `--others`."""
     runs: dict[str, dict[int, Path]] = {}
+    pool = "" if options.others is None else f"-{options.split}-{options.others}"
     for row in rows:
         for seed in range(1, options.seeds + 1):
             run = options.work / row if row in GIVEN else seed_folder(options, seed) / row
             places = [run / options.split / data.name / RESULTS_FILE for data in options.sets]
+            for place in filter(Path.is_file, places):
+                ranked = Path(json.loads(place.read_text())["data"]).name
+                if ranked != place.parent.name + pool:
+                    raise BenchmarkError(f"{place.parent} is of {ranked}: delete it")
             if all(place.is_file() for place in places):
                 runs.setdefault(row, {})[seed] = run
     return runs
@@ -233,6 +239,7 @@ def fill(options: argparse.Namespace, report: Report) -> None:
     try:
         if not options.finished_only:
             with contextlib.redirect_stdout(sys.stderr):  # stdout is for the tables
+                find(options, rows)  # what it refuses is said before the work
                 for row in set(rows) - GIVEN.keys():  # a bad recipe ends it now
                     parse_train_command(train_command(options, row, 1))
                 run_missing(options, rows)

@@ -134,6 +134,24 @@ def test_sets_of_longer_texts_are_ranked_at_the_length_that_is_asked_for(
     assert [(options.data, options.max_length) for options in asked] == [(flags[1], 512)]
 
 
+def test_rankings_of_another_pool_of_documents_are_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(real, "run_missing", lambda *_: pytest.fail("worked first"))
+    towns, work = str(tmp_path / "towns"), tmp_path / "work"
+    ranked = work / "seed-1" / "laser" / "dev" / "towns"
+    ranked.mkdir(parents=True)
+    (ranked / "results.json").write_text('{"data": "pools/towns-dev-9"}')
+    flags = ["--sets", towns, "--work", str(work), "--rows", "laser", "--others"]
+    parser = argparse.ArgumentParser()
+    real.add_flags(parser)
+    found = real.find(parser.parse_args([*flags, "9"]), ["laser"])
+    assert found == {"laser": {1: work / "seed-1" / "laser"}}
+    for pool in ([*flags, "8"], flags[:-1]):
+        with pytest.raises(SystemExit, match="laser/dev/towns is of towns-dev-9: delete it"):
+            real.PROGRAM.main(pool)
+
+
 def test_the_words_of_thoughts_are_counted_by_whose_they_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
