@@ -9,7 +9,7 @@ its gradient are compared with PyTorch's by `train_step`.
 
 Attention of whole sequences and of a thought, forward and backward, is compared with XLA's in
 float32 on the same bfloat16 inputs: a kernel may be off by twice what XLA's own bfloat16 attention
-is off. On a GPU this is cuDNN's check.
+is off, and that by a hundredth. On a GPU this is cuDNN's check.
 
 Exit status 1 where a check fails; the file is written all the same.
 """
@@ -46,8 +46,8 @@ HEADS = ((16, 8, 128), (32, 8, 64))
 """Query heads, key-value heads and head width: Qwen3-0.6B's and Llama-3.2-1B's."""
 LENGTHS = (64, 128, 192, 222, 1024)
 """Multiples of 128 and others; cuDNN's backward pass has been wrong at 64 above one."""
-ATTENTION = 2.0, 1e-3
-"""How many times as far off as XLA's bfloat16 a kernel may be, and how far in any case."""
+ATTENTION = 2.0, 1e-3, 1e-2
+"""How many times as far off as XLA's bfloat16 a kernel may be, and how far in any case; XLA's."""
 
 
 def row(check: str, value: float, bound: float) -> Row:
@@ -149,6 +149,7 @@ def against_float32(
         for name in got:
             for part in truth:
                 bound = ATTENTION[0] * off("xla", part) + ATTENTION[1]
+                bound = ATTENTION[2] if name == "xla" else bound  # it is no bound of itself
                 yield row(f"{title}, {name}, {part}", off(name, part), bound)
 
     return Check(program, [x.astype(jnp.bfloat16) for x in inputs.values()], rows)

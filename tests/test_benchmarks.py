@@ -255,6 +255,19 @@ def test_gpu_checks_compare_attention_forward_and_backward(tmp_path: Path, monke
     assert not gpu_checks.row("nothing", float("nan"), 1.0)["passed"]
 
 
+def test_attention_that_is_wrong_in_bfloat16_alone_fails_whoever_computes_it() -> None:
+    """XLA's is the bound of others: it must not be its own."""
+    x = np.linspace(-1, 1, 64, dtype=np.float32)
+
+    def wrong(x: jax.Array) -> jax.Array:
+        return x * (1.0 if x.dtype == jnp.float32 else 1.1)
+
+    for attend, passed in ((lambda x: x * 1.0, True), (wrong, False)):
+        check = gpu_checks.against_float32("reading", {"xla": attend}, {"q": x}, np.ones_like(x))
+        rows = check.rows(jax.device_get(check.compiled()()))
+        assert {row["passed"] for row in rows} == {passed}
+
+
 # --- runs of many programs -----------------------------------------------------------------------
 
 
