@@ -181,7 +181,8 @@ def test_confined_libraries_are_imported_only_in_their_file() -> None:
 def test_config_needs_neither_array_libraries_nor_parsers() -> None:
     program = "import sys, laser_jax.config; print(*{n.partition('.')[0] for n in sys.modules})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert not KEPT_OUT_OF_CONFIG & set(done.stdout.split()), done.stderr
+    loaded = set(done.stdout.split())
+    assert (done.returncode, KEPT_OUT_OF_CONFIG & loaded) == (0, set()), done.stderr
 
 
 def test_no_file_is_a_catch_all() -> None:
