@@ -14,6 +14,7 @@ test splits are scored once; sets weigh the same. The fixed K is dev's best.
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def interval(ours, theirs) -> str:
 
 def main(model: str, ranked: Path, data: list[Path]) -> None:
     runs = read_per_query(ranked / "dev" / data[0].name / PER_QUERY_FILE)
-    K = sum(name.startswith("latent K=") for name in runs)
+    K = sum(re.fullmatch(r"latent K=\d+", name) is not None for name in runs)
     read, found = reader(model, K), {}
     for split in ("dev", "test"):
         found[split] = []

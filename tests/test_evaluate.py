@@ -22,12 +22,18 @@ from test_bright import DOCUMENTS, EXAMPLES, write_copy
 from laser_jax.evaluate.metrics import evaluate_run, without_excluded
 from laser_jax.evaluate.model import model_table
 from laser_jax.evaluate.plots import can_draw
-from laser_jax.evaluate.results import new_directory, read_evaluation, read_per_query
+from laser_jax.evaluate.results import (
+    PER_QUERY_FILE,
+    new_directory,
+    read_evaluation,
+    read_per_query,
+)
 from laser_jax.evaluate.retrieval import (
     CONTROL,
     EXPLICIT,
     REWRITES,
     latent,
+    shorter,
     unrestricted,
 )
 from laser_jax.evaluate.rewrites import Rewrite, WritingCost
@@ -464,6 +470,16 @@ def test_the_example_asks_finished_rankings_whether_to_stop_sooner(
     shutil.copy(data / "qrels" / "test.tsv", data / "qrels" / "dev.tsv")
     for split in ("dev", "test"):
         shutil.copytree(evaluated, tmp_path / split / "towns")
+        table = tmp_path / split / "towns" / PER_QUERY_FILE
+        lines = table.read_text().splitlines(keepends=True)
+        others = (unrestricted(latent(1)), shorter(latent(3), 8))  # no K of their own
+        run = f"\t{latent(1)}\t"
+        table.write_text(
+            "".join(lines)
+            + "".join(
+                line.replace(run, f"\t{o}\t") for o in others for line in lines if run in line
+            )
+        )
     example = runpy.run_path("examples/stop_thinking.py")
     example["main"](str(model), tmp_path, [data])
     printed = capsys.readouterr().out
