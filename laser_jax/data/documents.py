@@ -56,9 +56,7 @@ def document_id_fault(document: str) -> str | None:
         return "is empty"
     if re.search(r"[\t\r\n]", document):
         return "holds a tab or a line break"
-    if re.fullmatch(r"\S(.*\S)?", document, re.ASCII) is None:
-        return "begins or ends with a blank"
-    return None
+    return None if re.fullmatch(r"\S(.*\S)?", document, re.ASCII) else "begins or ends with a blank"
 
 
 def _optional_text(row: dict[str, Any], key: str, where: str) -> str | None:

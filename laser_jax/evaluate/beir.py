@@ -80,9 +80,8 @@ def read_corpus(directory: str | Path) -> list[Document]:
 def read_queries(directory: str | Path) -> dict[str, EvalQuery]:
     """Reads the `queries.jsonl` of a BEIR directory, or a file of that form, in its order: query
     id -> query. Unknown fields are ignored; raises as `read_corpus`."""
-    path = Path(directory)
-    if not path.is_file():
-        path /= "queries.jsonl"
+    given = Path(directory)
+    path = given if given.is_file() else given / "queries.jsonl"
     return _read_json_lines(path, parse_query, "query")
 
 

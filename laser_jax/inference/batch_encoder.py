@@ -100,16 +100,14 @@ class LatentEncoder:
             attention: the kernel; `auto` takes the fastest that can run there. Another that cannot
                 is a ConfigError.
         """
-        self.config = config
-        self.mesh = mesh
+        self.config, self.mesh = config, mesh
         self._rows, self._everywhere, share = None, None, 1
         if mesh is not None:
             self._rows = batch_sharding(mesh)
             self._everywhere = NamedSharding(mesh, PartitionSpec())
             share = mesh.shape["data"] * mesh.shape["fsdp"]
-        self.buckets = Buckets(
-            batch_size, batch_tokens, length_multiple, tuple(short_batches), share
-        )
+        shapes = batch_size, batch_tokens, length_multiple, tuple(short_batches), share
+        self.buckets = Buckets(*shapes)
         self.variables = variables if mesh is not None else for_inference(variables)
         self.attention, self.attention_reason = choose_kernel(
             attention, jax.default_backend(), config.dtype, config.backbone.head_dim
@@ -180,10 +178,8 @@ class LatentEncoder:
         # the spare rows of a batch that is not full are dropped by `encode_blocks`
         batch = right_pad([*rows, *[rows[-1]] * (size - len(rows))], 0, width)
         if self._rows is not None:
-            batch = [
-                jax.make_array_from_callback(array.shape, self._rows, array.__getitem__)
-                for array in batch
-            ]
+            placed = jax.make_array_from_callback
+            batch = [placed(array.shape, self._rows, array.__getitem__) for array in batch]
         return self._program(size, width, Ks)(self.variables, *batch)
 
     def encode_tokens(
@@ -209,10 +205,8 @@ class LatentEncoder:
             NotFiniteError: a vector is not finite; names the row.
             ValueError: a K below 1.
         """
-        blocks = [list(enumerate(rows))]
-        return self.encode_blocks(
-            blocks, len(rows), num_thinking_steps, progress=progress, describe=describe
-        )
+        block = [list(enumerate(rows))], len(rows), num_thinking_steps
+        return self.encode_blocks(*block, progress=progress, describe=describe)
 
     def encode_blocks(
         self,

@@ -357,12 +357,8 @@ def world_files(world: World) -> dict[str, str]:
             {"_id": doc_id, "title": "", "text": text} for doc_id, text in world.documents
         ],
         "queries.jsonl": [
-            {
-                "_id": q.query_id,
-                "text": q.text,
-                "instruction": INSTRUCTION,
-                "reasoning": q.reasoning,
-            }
+            {"_id": q.query_id, "text": q.text, "instruction": INSTRUCTION}
+            | {"reasoning": q.reasoning}
             for queries in evaluated.values()
             for q in queries
         ],

@@ -76,10 +76,9 @@ def search_directories(options: SearchOptions) -> Run:
 
 
 def _require_comparable(options: SearchOptions, corpus: Manifest, queries: Manifest) -> None:
-    given = ((options.corpus_vectors, corpus), (options.query_vectors, queries))
-    for directory, manifest in given:
-        if manifest.count == 0:
-            raise DataError(f"{directory}: holds no vector")
+    of_manifest = {options.corpus_vectors: corpus, options.query_vectors: queries}
+    if empty := [directory for directory, held in of_manifest.items() if held.count == 0]:
+        raise DataError(f"{empty[0]}: holds no vector")
     for key in ("model_hash", "prompt_hash", "dimension"):
         of_corpus, of_queries = getattr(corpus.info, key), getattr(queries.info, key)
         if of_corpus != of_queries:

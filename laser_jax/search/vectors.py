@@ -225,10 +225,8 @@ def shard_of(values: Any, where: str) -> Shard:
 
 def is_intact(directory: str | Path, shard: Shard) -> bool:
     """Whether the shard's file is there and has the bytes that it was written with."""
-    try:
-        return checksum_of(Path(directory) / shard.file) == shard.sha256
-    except FileNotFoundError:
-        return False
+    path = Path(directory) / shard.file
+    return path.is_file() and checksum_of(path) == shard.sha256
 
 
 def _read_table(
