@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
@@ -298,6 +299,33 @@ def test_a_resumed_run_replaces_what_comes_after_its_start(tmp_path: Path) -> No
             for step in steps:
                 draw("train", {"step": step, "loss": value})
     assert scalars(tmp_path) == {("train/loss", 1): 1.0, ("train/loss", 2): 5.0}
+
+
+def test_a_full_disk_ends_the_training_instead_of_a_thread_that_it_would_wait_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def drawn() -> None:
+        with tensorboard(tmp_path, 0) as draw:
+            monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter.write_event", full)
+            for step in range(1, 100):
+                draw("train", {"step": step, "loss": 0.5})
+
+    ended: list[BaseException | None] = []
+    thread = threading.Thread(target=lambda: ended.append(raised(drawn)), daemon=True)
+    thread.start()
+    thread.join(timeout=20)
+    assert [str(error) for error in ended] == ["[Errno 28] No space left on device"]
+
+
+def raised(run: Callable[[], object]) -> BaseException | None:
+    try:
+        run()
+    except OSError as error:
+        return error
+    return None
 
 
 def test_the_other_processes_write_nothing(tmp_path: Path, monkeypatch) -> None:

@@ -3,6 +3,7 @@
 import json
 import secrets
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
@@ -146,17 +147,21 @@ def open_boards(config: Config, start: int, stack: ExitStack) -> list[Board]:
 @contextmanager
 def tensorboard(directory: Path, start: int) -> Iterator[Board]:
     """Scalars in `directory`; a resumed run replaces those after its start."""
-    from tensorboardX import SummaryWriter
+    # not its SummaryWriter, whose thread dies of a full disk: the training would wait for it
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.summary import scalar
 
-    # its flush() leaves out what is still in its queue, so it is told to flush by itself; without
-    # a suffix two of the same second are one file
-    kept: dict[str, Any] = {"purge_step": start + 1, "flush_secs": 10}
-    with closing(SummaryWriter(str(directory), filename_suffix=f".{start}", **kept)) as writer:
+    directory.mkdir(parents=True, exist_ok=True)
+    # without a suffix two of the same second are one file
+    with closing(EventsWriter(str(directory / "events"), f".{start}")) as writer:
+        writer.write_event(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
 
         def draw(group: str, line: dict[str, Any]) -> None:
-            for name, value in line.items():
-                if name != "step":
-                    writer.add_scalar(f"{group}/{name}", value, line["step"])
+            for name in sorted(line.keys() - {"step"}):
+                summary = scalar(f"{group}/{name}", line[name])
+                writer.write_event(Event(wall_time=time.time(), step=line["step"], summary=summary))
+            writer.flush()
 
         yield draw
 
