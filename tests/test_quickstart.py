@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -151,3 +156,32 @@ def test_outside_a_clone_it_says_what_is_missing(
     monkeypatch.setattr(module, "CONFIGS", tmp_path)
     with pytest.raises(SystemExit, match=r"no quickstart\.yaml: run this from a clone"):
         module.main(["--output", str(tmp_path / "world")])
+
+
+STAGE = """
+import signal, sys, time
+def save(*_):
+    time.sleep(1)
+    open("saved", "w").close()
+    sys.exit(0)
+signal.signal(signal.SIGINT, save)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open("begun", "w").close()
+time.sleep(60)
+"""
+
+
+def test_an_interrupt_lets_the_stage_save(tmp_path: Path) -> None:
+    """The terminal tells both processes of it."""
+    (tmp_path / "stage.py").write_text(STAGE)
+    run = "from laser_jax.quickstart.run import _run; _run('stage')"
+    command = [sys.executable, "-c", run]
+    with subprocess.Popen(
+        command, cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL
+    ) as process:
+        while not (tmp_path / "begun").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=30) == -signal.SIGINT
+    assert (tmp_path / "saved").exists()

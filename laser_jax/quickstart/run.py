@@ -48,9 +48,14 @@ METHODS: dict[str, tuple[str, str | None]] = {
 
 def _run(module: str, *arguments: str) -> None:
     _log.info("$ python -m %s %s", module, shlex.join(arguments))
-    done = subprocess.run([sys.executable, "-m", module, *arguments], check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
+    stage = subprocess.Popen([sys.executable, "-m", module, *arguments])
+    try:
+        if status := stage.wait():
+            sys.exit(status)
+    except KeyboardInterrupt:
+        stage.terminate()  # where the terminal has not told it too
+        stage.wait()  # a training saves
+        raise
 
 
 def quickstart(options: QuickstartOptions) -> dict[str, dict[str, float]]:
