@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -49,6 +50,10 @@ def fault(status: int, text: str = "busy", **headers: str) -> Reply:
     return status, {"Content-Type": "text/plain"} | named, text.encode()
 
 
+class Drops(bytes):
+    """A body that comes byte by byte, ten a second."""
+
+
 class Stub:
     """An endpoint that replies as it is told: `reply` gets the number of the request, counted from
     0, and its prompt."""
@@ -80,7 +85,10 @@ class Stub:
                         self.send_header(name, value)
                     self.send_header("Content-Length", str(len(content)))
                     self.end_headers()
-                    self.wfile.write(content)
+                    size = 1 if isinstance(content, Drops) else 1 << 20
+                    for start in range(0, len(content), size):
+                        self.wfile.write(content[start : start + size])
+                        time.sleep(0.1 if size == 1 else 0)
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass
@@ -311,6 +319,24 @@ def test_an_answer_that_takes_too_long_is_asked_for_again(
     monkeypatch.setattr("httpx2.Timeout", lambda *_, **__: 0.5)
     stub = serve(reply)
     annotate(options(towns, stub))
+    assert stub.prompts[0] == stub.prompts[1]
+    assert [r["reasoning_query"] for r in results(towns.parent / "out")] == ["Fine."] * 6
+
+
+def test_an_answer_that_comes_in_drops_is_given_up_too(
+    towns: Path, serve, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some endpoints send white space as long as a request waits: no read takes long."""
+    monkeypatch.setattr("laser_jax.annotate.endpoint._LONGEST_ANSWER", 0.5)
+
+    def reply(number: int, _: str) -> Reply:
+        status, headers, content = said("Fine.") or fault(500)
+        return status, headers, content if number else Drops(b" " * 100 + content)
+
+    stub = serve(reply)
+    began = time.monotonic()
+    annotate(options(towns, stub))
+    assert time.monotonic() - began < 8
     assert stub.prompts[0] == stub.prompts[1]
     assert [r["reasoning_query"] for r in results(towns.parent / "out")] == ["Fine."] * 6
 

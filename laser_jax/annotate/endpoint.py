@@ -16,7 +16,7 @@ from laser_jax.annotate.answers import Answer
 from laser_jax.settings import build
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-_ATTEMPTS, _LONGEST_BACKOFF, _LONGEST_WAIT = 8, 60.0, 600.0
+_ATTEMPTS, _LONGEST_BACKOFF, _LONGEST_WAIT, _LONGEST_ANSWER = 8, 60.0, 600.0, 600.0
 _HINTS = {
     401: f"set the environment variable {KEY_VARIABLE} to a valid key",
     403: "the key has no right to this model or place",
@@ -58,8 +58,9 @@ class Endpoint:
         for attempt in range(_ATTEMPTS):
             began, body, asked_for = time.monotonic(), self._body, None
             try:
-                response = await self.client.post(self._url, json=body | asked)
-            except httpx2.RequestError as error:
+                async with asyncio.timeout(_LONGEST_ANSWER):  # one that comes in drops, too
+                    response = await self.client.post(self._url, json=body | asked)
+            except (httpx2.RequestError, TimeoutError) as error:
                 fault = f"{type(error).__name__} {error}"
             else:
                 fault = self._shown(response)
