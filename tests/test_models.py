@@ -83,6 +83,13 @@ def test_a_directory_wins_over_a_name(tmp_path: Path, monkeypatch: pytest.Monkey
     assert model_directory("smollm2") == Path("smollm2")
 
 
+def named(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of the directory of smollm2."""
+    with monkeypatch.context() as patch:
+        patch.setattr(directory, "_make", lambda *_: None)
+        return model_directory("smollm2").name
+
+
 def test_what_cannot_be_made_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +98,8 @@ def test_what_cannot_be_made_leaves_nothing(
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("laser_jax.import_gguf.run.save_weights", no_room)
+    killed = tmp_path / "laser_jax" / f".{named(monkeypatch)}-of_a_killed_process"
+    (killed / "model").mkdir(parents=True)
     with pytest.raises(OSError, match="no space left"):
         model_directory("smollm2")
     assert [path.suffix for path in (tmp_path / "laser_jax").iterdir()] == [".lock"]

@@ -60,7 +60,9 @@ def shipped_adapter(name: str) -> list[Path]:
 
 
 def _make(source: Path, adapter: Path | None, target: Path) -> None:
-    """Imports the backbone and merges the adapter; `target` appears whole."""
+    """Imports the backbone and merges the adapter; `target` appears whole. Its lock is held."""
+    for leftover in target.parent.glob(f".{target.name}-*"):  # of a killed process
+        shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as stage:
         made = Path(stage) / "model"
         backbone, tokens = import_gguf(ImportOptions(str(source), str(made)))
