@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -79,6 +80,20 @@ def test_a_lock_file_that_its_holder_has_just_removed_is_not_taken(tmp_path: Pat
     with stale, claim(tmp_path / "out") as second:
         assert os.fstat(stale.fileno()).st_ino != (tmp_path / "out" / ".lock").stat().st_ino
         second.record("{}")
+
+
+def test_on_a_full_disk_a_claim_is_had_and_leaves_nothing(tmp_path: Path) -> None:
+    """The record then fails, whose message names it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*run\.json'"):
+            record(tmp_path / "new" / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_of_one_directory_are_claimed_each_by_itself(tmp_path: Path) -> None:

@@ -148,8 +148,8 @@ class Claim:
             if os.fstat(file.fileno()).st_ino != self._lock_file.stat().st_ino:
                 return None
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
+            with suppress(OSError):  # a full disk: whoever is refused is told less
+                os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
             stack.pop_all()
             return file
 
