@@ -700,6 +700,27 @@ def test_a_failed_export_leaves_the_older_one_alone(
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+def test_a_disk_that_is_full_at_the_last_moment_leaves_the_older_export_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = tiny()
+    source = write_checkpoint(tmp_path / "a", backbone, random_tensors(backbone))
+    params, out = load_params(source, backbone, dtype="float32"), tmp_path / "b"
+    save_params(out, {"params": params}, backbone, dtype="f4", lora=None, max_shard_bytes=2000)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    flush = os.fsync
+
+    def full(descriptor: int) -> None:
+        if ".safetensors" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(28, "No space left on device")
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_params(out, {"params": params}, backbone, dtype="f4", lora=None)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
 def test_what_a_killed_export_has_left_is_removed_by_the_next(tmp_path: Path) -> None:
     backbone = tiny()
     source = write_checkpoint(tmp_path / "a", backbone, random_tensors(backbone))

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from laser_jax.config import BackboneConfig, LoraConfig
-from laser_jax.files.durable import folder_written_whole, write_json
+from laser_jax.files.durable import flush, folder_written_whole, write_json
 from laser_jax.hf.adapters import MERGED_KEY, merged_kernel, peft_settings, rounded_bytes
 from laser_jax.hf.directory import (
     ADAPTER_CONFIG_FILE,
@@ -197,3 +197,4 @@ def _write_tensors(file: Path, slots: list[Slot], tensors: Iterator[Any], dtype:
     except SafetensorError as error:  # a full disk, for one
         raise OSError(f"{file} cannot be written: {error}") from error
     file.chmod(mode)  # save_file leaves a file that only its owner reads
+    flush(file)  # a disk may be full as late as that, and an older export goes next
