@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file, save_file
 
 from laser_jax.config import (
     ConfigError,
@@ -485,6 +486,21 @@ def test_push_uploads_what_was_written(
     (tmp_path / "out" / "README.md").write_text("filled in by hand")
     main(arguments)  # what is there already is sent as it is
     assert hub.files["org/mine"]["README.md"] == b"filled in by hand"
+
+
+def test_another_model_at_the_same_place_is_not_taken_for_the_one_that_was_exported(
+    model: Path, tmp_path: Path, hub: Hub
+) -> None:
+    place = tmp_path / "model"
+    export(ExportOptions(str(model), "hf", str(place)))
+    options = ExportOptions(str(place), "hf", str(tmp_path / "out"), push="org/mine")
+    export(options)
+    weights = load_file(place / "model.safetensors")
+    save_file({k: v + 1 for k, v in weights.items()}, place / "model.safetensors")  # trained on
+    hub.files.clear()
+    with pytest.raises(OutputError, match="checksum was"):
+        export(options)
+    assert not hub.files
 
 
 BY_LFS = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's

@@ -10,7 +10,7 @@ from laser_jax.config import load_retriever_config
 from laser_jax.export.card import model_card
 from laser_jax.export.files import Source, write_hf, write_sentence_transformers, write_stablehlo
 from laser_jax.files.claim import Claim, OutputError
-from laser_jax.files.durable import folder_written_whole, json_text
+from laser_jax.files.durable import checksum, folder_written_whole, json_text
 from laser_jax.models.directory import model_directory
 from laser_jax.settings import changes, require
 
@@ -57,6 +57,8 @@ def export(options: ExportOptions) -> None:
     config = load_retriever_config(directory)
     asked = {"model": str(directory), "to": options.to, "adapter": options.adapter}
     asked["data_licence"] = licence = options.data_licence
+    read = [directory, *map(Path, filter(None, [options.adapter]))]
+    asked["checksum"] = checksum(f for at in read for f in sorted(at.iterdir()) if f.is_file())
     output = Path(options.output)
     card = model_card(directory, config, options.to, options.push or output.name, licence)
     with Claim(
