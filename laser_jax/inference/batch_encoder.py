@@ -106,8 +106,9 @@ class LatentEncoder:
             self._rows = batch_sharding(mesh)
             self._everywhere = NamedSharding(mesh, PartitionSpec())
             share = mesh.shape["data"] * mesh.shape["fsdp"]
-        shapes = batch_size, batch_tokens, length_multiple, tuple(short_batches), share
-        self.buckets = Buckets(*shapes)
+        self.buckets = Buckets(
+            batch_size, batch_tokens, length_multiple, tuple(short_batches), share
+        )
         self.variables = variables if mesh is not None else for_inference(variables)
         self.attention, self.attention_reason = choose_kernel(
             attention, jax.default_backend(), config.dtype, config.backbone.head_dim
@@ -205,8 +206,8 @@ class LatentEncoder:
             NotFiniteError: a vector is not finite; names the row.
             ValueError: a K below 1.
         """
-        block = [list(enumerate(rows))], len(rows), num_thinking_steps
-        return self.encode_blocks(*block, progress=progress, describe=describe)
+        blocks, Ks = [list(enumerate(rows))], num_thinking_steps
+        return self.encode_blocks(blocks, len(rows), Ks, progress=progress, describe=describe)
 
     def encode_blocks(
         self,
