@@ -244,6 +244,22 @@ def test_the_settings_that_a_run_leaves_are_a_file_of_settings(full: Finished, a
     assert again == parse_command_line(Config, "train", arguments(full.output))
 
 
+def test_a_finished_run_that_is_started_again_is_not_finished_until_its_new_end(
+    full: Finished, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`launch/train.sh` takes results.json for the end of the run that it watches."""
+    output = Path(shutil.copytree(full.output, tmp_path / "run"))
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "export_model", interrupted)
+    with pytest.raises(KeyboardInterrupt), jax.numpy_dtype_promotion("standard"):
+        run(output)
+    assert (output / "model").is_dir()
+    assert not (output / "results.json").exists()
+
+
 CLOCKED = ("queries_per_second", "tokens_per_second")
 
 

@@ -35,6 +35,7 @@ def train(config: Config) -> dict[str, Any]:
         try:
             with stop.interrupting():
                 run, state = set_up(config, stack)
+            (run.output / "results.json").unlink(missing_ok=True)  # an earlier end is none now
             began = time.monotonic()
             state, stopped = take_steps(run, state, stop)
             seconds, last = time.monotonic() - began, int(state.step)
