@@ -174,7 +174,9 @@ time.sleep(60)
 def test_an_interrupt_lets_the_stage_save(tmp_path: Path) -> None:
     """The terminal tells both processes of it."""
     (tmp_path / "stage.py").write_text(STAGE)
-    run = "from laser_jax.quickstart.run import _run; _run('stage')"
+    # what a shell starts in the background ignores SIGINT, and so would these two
+    heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    run = f"{heeding}; from laser_jax.quickstart.run import _run; _run('stage')"
     command = [sys.executable, "-c", run]
     with subprocess.Popen(
         command, cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL
