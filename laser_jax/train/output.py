@@ -149,7 +149,7 @@ def tensorboard(directory: Path, start: int) -> Iterator[Board]:
     """Scalars in `directory`; a resumed run replaces those after its start."""
     # not its SummaryWriter, whose thread dies of a full disk: the training would wait for it
     from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
     from tensorboardX.summary import scalar
 
     directory.mkdir(parents=True, exist_ok=True)
