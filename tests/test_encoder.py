@@ -396,3 +396,8 @@ def test_weights_load_in_the_configs_dtype(base, tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
     loaded, _ = load_pretrained(export(tmp_path, base, config))
     assert {a.dtype for a in jax.tree.leaves(loaded)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_no_rows_give_no_vectors(base) -> None:
+    none = np.zeros((0, 4), np.int32)
+    assert embed(base, none, none).shape == (0, 16)

@@ -115,10 +115,21 @@ def test_settings_that_an_older_release_did_not_have_count_as_their_defaults(
     file = Path(config.output) / "pretrain.json"
     written = file.read_text()
     older = json.loads(written)
-    del older["config"]["model"]["remat"]
+    del older["config"]["model"]["remat"], older["texts_sha256"]
     file.write_text(json.dumps(older))
     try:
         assert pretrain(config) == older
+    finally:
+        file.write_text(written)
+
+
+def test_the_output_of_other_texts_is_refused(config, report) -> None:
+    file = Path(config.texts)
+    written = file.read_text()
+    file.write_text(written + written.splitlines()[0] + "\n")
+    try:
+        with pytest.raises(OutputError, match=r"another config:\n  texts_sha256 was '\w{64}', is"):
+            pretrain(config)
     finally:
         file.write_text(written)
 

@@ -103,8 +103,7 @@ class Claim:
         write_atomically(self._record, text)
 
     def require_same(self, stored: dict[str, Any], source: Path) -> None:
-        """Raises an OutputError where a run that says in `source` how it was made cannot be gone on
-        with."""
+        """Raises an OutputError where the run that `source` tells of cannot be gone on with."""
         self._refuse(self._compared(stored), source)
 
     def _acquire(self) -> None:

@@ -122,8 +122,8 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(c.rms_norm_eps, "head_dim", self.param_dtype)
 
     def _heads(self, x: jax.Array, axis: str) -> jax.Array:
-        heads = laid_out(x.reshape(*x.shape[:2], -1, self.config.head_dim))
-        return constrain(heads, "batch", None, axis, None)
+        heads, H = x.shape[2] // self.config.head_dim, self.config.head_dim
+        return constrain(laid_out(x.reshape(*x.shape[:2], heads, H)), "batch", None, axis, None)
 
     def _queries(self, x: jax.Array, rope: Rope) -> jax.Array:
         q = self._heads(self.q_proj(x), "heads")
@@ -135,7 +135,7 @@ class Attention(nn.Module):
         return KeyValues(k, self._heads(self.v_proj(x), "kv_heads"))
 
     def _output(self, out_BTNH: jax.Array) -> jax.Array:
-        return self.o_proj(out_BTNH.reshape(*out_BTNH.shape[:2], -1))
+        return self.o_proj(jax.lax.collapse(out_BTNH, 2))
 
     def read(
         self, x: jax.Array, rows: Rows, select_BP: jax.Array | None

@@ -35,12 +35,12 @@ def blockwise_attention(q_BTNH: jax.Array, k_BTGH: jax.Array, v_BTGH: jax.Array)
     for start in range(0, T, block):
         end = min(start + block, T)
         seen = np.arange(end) <= np.tile(np.arange(start, end), N // G)[:, None]
-        rows_BGRH = q_BGMTH[:, :, :, start:end].reshape(B, G, -1, H)
+        rows_BGRH = jax.lax.collapse(q_BGMTH[:, :, :, start:end], 2, 4)
         scores = jnp.matmul(rows_BGRH, k_BGHT[..., :end], preferred_element_type=wide) * H**-0.5
         scores = jnp.where(seen[None, None], scores, jnp.finfo(wide).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(q_BTNH.dtype)
         out = jnp.matmul(weights, v_BGTH[:, :, :end], preferred_element_type=wide)
-        blocks.append(out.astype(q_BTNH.dtype).reshape(B, G, N // G, -1, H))
+        blocks.append(out.astype(q_BTNH.dtype).reshape(B, G, N // G, end - start, H))
     out_BGMTH = jnp.concatenate(blocks, axis=3)
     return jnp.transpose(out_BGMTH, (0, 3, 1, 2, 4)).reshape(B, T, N, H)
 

@@ -1,8 +1,8 @@
 """Teaches a small backbone to write reasonings: `python -m laser_jax.pretrain --config C`.
 
 LaSER starts from a backbone that can already reason in words. The result is a Hugging Face
-directory with tokenizer, which `laser_jax.train` takes as `model.path`. A finished run is
-recognised by its config and not repeated.
+directory with tokenizer, which `laser_jax.train` takes as `model.path`. A finished run of the same
+config and texts is not repeated.
 """
 
 import logging
@@ -26,7 +26,7 @@ from laser_jax.data.prompts import query_content
 from laser_jax.data.tokenization import PromptTokenizer
 from laser_jax.evaluate.beir import read_beir
 from laser_jax.files.claim import Claim
-from laser_jax.files.durable import json_text
+from laser_jax.files.durable import checksum_of, json_text
 from laser_jax.hf.directory import HFError, read_backbone_config
 from laser_jax.hf.reading import find_params, load_params
 from laser_jax.modeling.backbone import Backbone, Variables, apply
@@ -42,8 +42,8 @@ from laser_jax.train.model import build_backbone, save_model, starting_model
 from laser_jax.train.state import learning_rate_schedule, make_optimizer
 
 REPORT = "pretrain.json"
-_FINITE_EVERY = 20
-"""Steps between two looks at the loss."""
+TEXTS_HASH = "texts_sha256"
+_FINITE_EVERY = 20  # steps between two looks at the loss
 _log = logging.getLogger(__name__)
 
 
@@ -227,7 +227,9 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     def changed(report: dict[str, Any]) -> list[Change]:
         float(report["loss"])  # not there, or no number: the report is damaged
         # the same directory may be spelled otherwise, or have been moved
-        return changes(report["config"], config, source=REPORT, changeable=("output",))
+        changed = changes(report["config"], config, source=REPORT, changeable=("output",))
+        read, now = report.get(TEXTS_HASH), checksum_of(Path(config.texts))
+        return [*changed, *([] if read in (None, now) else [Change(TEXTS_HASH, read, now)])]
 
     with Claim(config.output, REPORT, changed) as claim:
         if claim.recorded is not None and _is_finished(config, claim.recorded):
@@ -240,6 +242,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
 def _pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Trains, writes the backbone and returns the report."""
     texts, reasonings = read_language_rows(config.texts)
+    texts_hash = checksum_of(Path(config.texts))
     directory, tokenizer, sizes = starting_model(
         config.model, lambda: [*texts, *_texts_of(reasonings, config.prompt)]
     )
@@ -259,6 +262,7 @@ def _pretrain(config: PretrainConfig) -> dict[str, Any]:
     params, loss = _take_steps(config, backbone, params, rows)
     report: dict[str, Any] = {
         "config": as_dict(config),
+        TEXTS_HASH: texts_hash,
         "loss": loss,
         "parameters": count,
         "train_seconds": round(time.monotonic() - began, 1),

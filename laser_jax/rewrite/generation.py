@@ -219,8 +219,7 @@ class TextGenerator:
     def _decode(
         self, variables: Variables, prefix: Prefix, token_B: jax.Array, seeds_B: jax.Array
     ) -> jax.Array:
-        """All tokens [B, W], stop tokens included, `_NOT_WRITTEN` behind them; W is
-        `max_new_tokens`."""
+        """All tokens [B, max_new_tokens], stop tokens included, `_NOT_WRITTEN` behind them."""
         W = self.decoding.max_new_tokens
 
         def unfinished(text: _Text) -> jax.Array:

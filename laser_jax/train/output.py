@@ -123,8 +123,7 @@ Board = Callable[[str, dict[str, Any]], None]
 
 
 def require_boards(config: TrainConfig) -> None:
-    """Raises an ImportError, which names the extra, where a package that draws the metrics is not
-    installed."""
+    """Raises an ImportError, which names the extra, where what draws the metrics is missing."""
     with extra("tensorboard", "train.tensorboard"):
         if config.tensorboard:
             import tensorboardX  # noqa: F401
