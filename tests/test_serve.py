@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -469,6 +469,16 @@ def test_stored_vectors_are_searched_and_those_of_another_model_are_refused(
         _, make_ready = load(ServeOptions(model=str(model), **told), local_only=True)
         with pytest.raises(DataError, match=message):
             make_ready()
+
+
+def test_a_server_that_is_told_to_end_embeds_no_more_of_its_corpus(thinking_model: Path) -> None:
+    corpus = str(thinking_model.parent / "corpus")
+    options = ServeOptions(model=str(thinking_model), corpus=corpus, instruction="", **SIZES)
+    service, make_ready = load(options, local_only=True)
+    service.batcher.stop()
+    with pytest.raises(CancelledError, match="told to end before it was ready"):
+        make_ready()
+    assert service.index is None
 
 
 def test_stored_vectors_with_an_id_twice_are_refused_and_so_are_none(tmp_path: Path) -> None:

@@ -120,8 +120,7 @@ class Endpoint:
 
 
 def retry_after(value: str) -> float | None:
-    """The seconds that a Retry-After header asks for, as a number or by an HTTP date; None where it
-    is neither."""
+    """The seconds of a Retry-After header, a number or an HTTP date; None where it is neither."""
     if value.strip().isdecimal():
         return float(value)
     try:

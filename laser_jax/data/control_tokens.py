@@ -71,8 +71,7 @@ class TextTokenizer:
         return prompt
 
     def encode(self, text: str, *, whole: bool) -> tokenizers.Encoding:
-        """The tokens of a text or a prompt; a `whole` one gets the tokens that the tokenizer itself
-        puts around it."""
+        """The tokens of a text or prompt; of a `whole` one also those that the tokenizer adds."""
         return self._backend.encode(text, add_special_tokens=whole)
 
 

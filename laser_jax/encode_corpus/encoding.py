@@ -150,8 +150,7 @@ def _thinking_steps(config: CorpusConfig, model: RetrieverConfig) -> int:
 
 
 def identity(model: RetrieverConfig, prompts: PromptTokenizer, weights: str) -> tuple[str, str]:
-    """`model_hash` and `prompt_hash` of vectors that a model makes; `weights` is the hash of a
-    `Digest`."""
+    """`model_hash` and `prompt_hash` of a model's vectors; `weights` is the hash of a `Digest`."""
     made_by = [as_dict(model.backbone), model.pooling, model.dtype, weights]
     return digest_of(made_by)[:32], digest_of(tokenization_settings(prompts))[:32]
 

@@ -148,8 +148,7 @@ def without_excluded(run: Run, excluded: Mapping[str, Collection[str]]) -> Run:
 
 
 def mean(per_query: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The mean of every metric over the queries of `evaluate_run`. Raises a ValueError when there
-    is none."""
+    """The mean of every metric over queries. Raises a ValueError when there is none."""
     if not per_query:
         raise ValueError("no query to average over: do run and judgements name different queries?")
     names = next(iter(per_query.values()))

@@ -87,8 +87,7 @@ def require_instructions(queries: Iterable[EvalQuery], template: str) -> None:
 
 
 def _other_queries(count: int) -> list[int]:
-    """For each of two or more queries the index of another one, drawn by chance but always the same
-    ones."""
+    """For each of two or more queries the index of another, drawn by chance but always the same."""
     order = np.random.default_rng(0).permutation(count)
     other = np.empty(count, np.int64)
     other[order] = np.roll(order, 1)  # one cycle through all of them

@@ -117,8 +117,7 @@ def _laid_down(run: dict[str, Any], groups: dict[str, tuple[str, ...]]) -> str:
 
 
 def _scores(run: Path, results: dict[str, Any]) -> Iterator[str]:
-    """The table of the training run, a row a K, and every evaluation in its directory, with
-    intervals."""
+    """The table of the training run, a row a K, and every evaluation beside it, with intervals."""
     if results.get("scores") and "metrics" in results:
         step = results.get("exported_step", "?")
         table = format_table(results["scores"])

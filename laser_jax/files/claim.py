@@ -153,8 +153,7 @@ class Claim:
             return file
 
     def _require_ours(self) -> None:
-        """Reads the record. Raises an OutputError where the directory holds what this run cannot go
-        on with."""
+        """Reads the record. Raises an OutputError where this run cannot go on with what it has."""
         name = self._record.name
         found = read_state(self._record, lambda values: (dict(values), self._compared(values)))
         if found is None:

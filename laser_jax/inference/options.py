@@ -85,8 +85,7 @@ def with_max_length(config: RetrieverConfig, tokens: int) -> RetrieverConfig:
 def require_positions(
     config: RetrieverConfig, limit_key: LimitKey, num_thinking_steps: int
 ) -> None:
-    """Raises a ConfigError where the longest prompt and its thinking steps outgrow the model's
-    positions."""
+    """Raises a ConfigError where the longest prompt and its thoughts outgrow the positions."""
     limit: int = getattr(config.prompt, limit_key)
     config.backbone.require_positions(
         limit + appended_thoughts(num_thinking_steps, config.pooling),

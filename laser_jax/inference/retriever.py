@@ -386,8 +386,7 @@ def _on_mesh(variables: Variables, config: RetrieverConfig, mesh: Mesh) -> Varia
 
 
 def _blocks(listed: Sequence[str], batch_size: int) -> list[list[int]]:
-    """The places of texts, long texts first, by characters, so that a block holds rows of like
-    length."""
+    """The places of texts, long ones first, by characters: a block holds rows of like length."""
     places = sorted(range(len(listed)), key=lambda place: len(listed[place]), reverse=True)
     size = _BATCHES_PER_BLOCK * batch_size
     return [places[start : start + size] for start in range(0, len(places), size)]

@@ -253,8 +253,7 @@ class TextGenerator:
         return self._programs[rows, width]
 
     def warm_up(self, prompts: Sequence[Sequence[int]], *, progress: str | None = None) -> None:
-        """Compiles what these prompts, or others of the same lengths, need: no later call with them
-        compiles anything."""
+        """Compiles all that these prompts, or others of the same lengths, need."""
         shapes = {self.buckets.shape([row for _, row in b]) for b in self._batches(prompts)}
         hidden = None if progress else True
         for shape in tqdm(sorted(shapes), progress, disable=hidden, leave=False):

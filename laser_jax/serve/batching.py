@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 
 import jax
@@ -102,8 +102,7 @@ class Batcher:
         widths = sorted({width for _, width in buckets.shapes(shortest, longest)})
         programs = [(Ks, width) for Ks in self._levels for width in widths]
         for Ks, width in tqdm(programs, "compile", disable=None, leave=False):
-            if self._ending:
-                return
+            self.require_going_on()
             self._encoder.warm_up(width, Ks, shortest=width)
         self._overhead = self._encoder.overhead(widths[0], self._levels[0])
         _log.info("a batch takes as long as %d tokens, beside its own", self._overhead)
@@ -111,19 +110,23 @@ class Batcher:
     def start(self) -> None:
         """Begins to take rows off the queue."""
         with self._changed:
-            if self._ending:
-                return
+            self.require_going_on()
             self._thread.start()
             self.ready.set()
 
     def stop(self) -> None:
-        """Finishes what waits, then ends the thread. A warm-up ends after the present program."""
+        """Finishes what waits, then ends the thread."""
         with self._changed:
             self.ready.clear()
             self._ending = True
             self._changed.notify()
         if self._thread.ident is not None:
             self._thread.join()
+
+    def require_going_on(self, _: object = None) -> None:
+        """Raises a CancelledError once the batcher was told to stop."""
+        if self._ending:
+            raise CancelledError("told to end before it was ready")
 
     def require_room(self, count: int) -> None:
         """Raises a RequestError where the queue cannot take so many rows."""

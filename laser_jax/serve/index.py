@@ -88,9 +88,11 @@ class Index:
         return found
 
 
-def encode_index(retriever: LatentRetriever, corpus: BeirDataset) -> tuple[Index, np.ndarray]:
+def encode_index(
+    retriever: LatentRetriever, corpus: BeirDataset, stats: EncodingStats
+) -> tuple[Index, np.ndarray]:
     """The index of a corpus that is embedded now, and its vectors [C, D] float32."""
-    texts, stats = {document.id: document.text for document in corpus.documents}, EncodingStats()
+    texts = {document.id: document.text for document in corpus.documents}
     listed = list(texts.values())
     vectors_CD = retriever.encode_document(listed, show_progress_bar=True, stats=stats)
     _log.info("%d documents, of which %d were shortened", stats.texts, stats.truncated)

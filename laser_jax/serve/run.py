@@ -12,6 +12,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from laser_jax.evaluate.beir import BeirDataset
 from laser_jax.files.durable import Digest
 from laser_jax.files.reading import decode
 from laser_jax.inference.options import EncoderOptions, require_positions
-from laser_jax.inference.retriever import LatentRetriever
+from laser_jax.inference.retriever import EncodingStats, LatentRetriever
 from laser_jax.serve.app import Service, make_app
 from laser_jax.serve.batching import Batcher
 from laser_jax.serve.index import encode_index, read_index
@@ -168,7 +169,8 @@ def _make_ready(
     if options.corpus_vectors is not None:
         service.index, vectors_CD = read_index(options.corpus_vectors, model_identity, corpus)
     elif corpus is not None:
-        service.index, vectors_CD = encode_index(retriever, corpus)
+        stats = EncodingStats(watch=service.batcher.require_going_on)
+        service.index, vectors_CD = encode_index(retriever, corpus, stats)
     if service.index is not None:
         service.index.warm_up()
         service.limits = replace(service.limits, max_k=service.index.most)
@@ -256,6 +258,8 @@ class Server(uvicorn.Server):
         try:
             self._make_ready()
             _log.info("ready")
+        except CancelledError as told:
+            _log.info("%s", told)
         except Exception as error:  # the main thread raises it
             self.failure = error
             self.should_exit = True
