@@ -233,7 +233,7 @@ were given up are in [benchmarks.md](benchmarks.md#goals-that-were-given-up)."""
 QUALITY = """## Quality
 
 Small models trained from scratch in embedded worlds, two to five seeds, mean ± spread
-([ablation.md](ablation.md)); a pretrained model on real texts, one seed ([real.md](real.md))."""
+([ablation.md](ablation.md)); a pretrained model on real texts ([real.md](real.md))."""
 
 TAIL = """The paper's own tables (BRIGHT, FollowIR, BrowseComp-Plus) need its six backbones, 81,659
 training rows and a node of GPUs or a TPU slice: [reproduce.md](reproduce.md) has every command, and
