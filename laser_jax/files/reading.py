@@ -174,7 +174,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def import_pyarrow(path: str | Path) -> Any:
-    """The module, for a Parquet or Arrow file. Raises an ImportError that names the extra."""
+    """The module, for Parquet or Arrow at `path`. Raises an ImportError that names the extra."""
     with extra("parquet", f"{path}: reading and writing Parquet and Arrow"):
         import pyarrow
         import pyarrow.parquet
