@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -470,6 +471,24 @@ def test_steps_that_are_not_finite_are_skipped_and_counted_on_request(
     run(output, *spoilt, "--train.on_nonfinite", "skip", "--data.eval", "null")
     last = metrics_of(output)[-1]
     assert (last["step"], last["skipped_steps"]) == (STEPS, STEPS)
+
+
+def test_a_gradient_far_beyond_those_before_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    norms = deque[float](maxlen=10)
+    for step, norm in enumerate([1e6] + [2.0, 3.0] * 5 + [75.0, 91.0, 4.0, 2500.0], 1):
+        loop.warn_where_far(step, norm, norms)
+    assert [record.message.partition(" of the 10 steps")[0] for record in caplog.records] == [
+        "step 13: the gradient's norm is 91, 30 times the median",
+        "step 15: the gradient's norm is 2,500, 833 times the median",
+    ]
+
+
+def test_the_norm_of_every_step_is_looked_at(run, tmp_path, monkeypatch) -> None:
+    seen: dict[int, float] = {}
+    monkeypatch.setattr(loop, "warn_where_far", lambda step, norm, _: seen.update({step: norm}))
+    run(tmp_path / "run", "--train.log_every", "1", *NO_EVAL)
+    logged = {line["step"]: line["grad_norm"] for line in metrics_of(tmp_path / "run")}
+    assert seen == logged
 
 
 # --- choosing a checkpoint -----------------------------------------------------------------------

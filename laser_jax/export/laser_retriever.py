@@ -40,10 +40,8 @@ class LaserRetriever(torch.nn.Module):
     A prompt of sentence-transformers is here the instruction of a query, in words. Texts without
     prompt and role are documents.
 
-    Attributes:
-        num_thinking_steps: K; `encode(..., num_thinking_steps=K)` takes another for a call.
-        document_thinking_steps: K of documents; None takes `num_thinking_steps`.
-        files: what config.json and laser_config.json hold.
+    `num_thinking_steps` is K, `encode(..., num_thinking_steps=K)` takes another for a call;
+    `document_thinking_steps` is that of documents, None the same. `files` holds both configs.
     """
 
     forward_kwargs = frozenset({"num_thinking_steps"})

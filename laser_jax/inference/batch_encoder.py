@@ -38,11 +38,8 @@ def for_inference(variables: Variables) -> Variables:
 
 
 class NotFiniteError(ValueError):
-    """A vector with NaN or Inf, which has no place in any ranking.
-
-    Attributes:
-        place: of its row, counted from 0.
-    """
+    """A vector with NaN or Inf, which has no place in any ranking; `place` is that of its
+    row, counted from 0."""
 
     def __init__(self, what: str, dtype: str, place: int = 0) -> None:
         usual = " (float16 ends at 65,504, which is the usual cause)" if dtype == "float16" else ""
@@ -68,14 +65,8 @@ def _jitted(backbone: Backbone, pooling: Pooling, everywhere: NamedSharding | No
 
 
 class LatentEncoder:
-    """Embeds many token rows, in batches of few shapes, each compiled once ahead of time.
-
-    Attributes:
-        config: as given.
-        variables: the weights, placed.
-        buckets: the shapes of the batches.
-        attention: the kernel in use, and `attention_reason` why.
-    """
+    """Embeds many token rows, in batches of few shapes (`buckets`), each compiled once ahead of
+    time. `variables` are placed; `attention` is the kernel in use, and `attention_reason` why."""
 
     def __init__(
         self,

@@ -97,10 +97,7 @@ class LatentRetriever:
     """Embeds queries and documents as they were embedded in training.
 
     Vectors are float32 numpy arrays of length 1: [N, D] for N texts, [D] for a single string.
-
-    Attributes:
-        encoder: runs the model over rows of tokens; `encoder.config` is the model's config.
-        prompts: turns texts into rows of tokens, with the prompt and template of training.
+    `prompts` turns texts into rows of tokens, which `encoder` runs the model over.
     """
 
     def __init__(self, encoder: LatentEncoder, prompts: PromptTokenizer) -> None:

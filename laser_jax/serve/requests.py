@@ -22,15 +22,9 @@ _SEARCH_FIELDS = _SHARED | {"query": Any, "k": int | None}
 
 
 class RequestError(Exception):
-    """A request that is refused, with what its answer says.
-
-    Attributes:
-        status: of HTTP.
-        message: what was expected, and how to mend it.
-        param: the field that is at fault; None where it is none.
-        code: a short name of the fault, for programs.
-        retry_after: seconds after which the same request may be taken; None where never.
-    """
+    """A request that is refused, with what its answer says: the `status` of HTTP, a `message` of
+    what was expected and how to mend it, the field (`param`) at fault if it is one, a short name of
+    the fault for programs (`code`), and seconds after which the same request may be taken."""
 
     def __init__(
         self,
