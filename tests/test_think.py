@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import runpy
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from laser_jax.batch import Tokens
 from laser_jax.data.documents import Document
-from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer
+from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, right_pad
 from laser_jax.encoder import load_pretrained
 from laser_jax.files.reading import DataError
 from laser_jax.inference.batch_encoder import LatentEncoder
@@ -361,3 +365,36 @@ def test_bad_options_exit_with_the_culprit(
 def test_a_plain_directory_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"laser_config\.json is missing"):
         main(["--model", str(tmp_path), "--text", "x"])
+
+
+def test_the_example_finds_thoughts_whose_residual_is_far_from_the_prompts(
+    thinking_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its layers add nothing, so a residual is an embedding, which for one token is 100 times the
+    others': the one that the first thought says."""
+    directory = shutil.copytree(thinking_model, tmp_path / "model")
+    tensors = load_file(directory / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensor[:] = 0
+    table_VD, norm_D = tensors["model.embed_tokens.weight"], tensors["model.norm.weight"]
+    _, config = load_pretrained(thinking_model)
+    prompts = PromptTokenizer(load_tokenizer(thinking_model), config.prompt)
+    ids = prompts.query(QUERY, "Find the town")
+    x_D = table_VD[ids[-1]]
+    h_D = norm_D * x_D / np.sqrt(np.mean(x_D**2) + 1e-6)
+    table_VD[7] = 100 * h_D / np.linalg.norm(h_D) * np.linalg.norm(x_D)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    example = runpy.run_path("examples/attention_sinks.py")
+    _, look = example["inspector"](str(directory))
+    times_KB, cosine_KB = look(Tokens(*right_pad([ids], 0, len(ids) + 3)))
+    np.testing.assert_allclose(times_KB[:, 0], 100, rtol=1e-4)
+    np.testing.assert_allclose(cosine_KB[:, 0], 1, atol=1e-5)
+
+    rows = tmp_path / "train.jsonl"
+    row = {"query": QUERY, "reasoning_query": "", "prompt": "Find the town"}
+    rows.write_text(json.dumps(row | {"positive_passages": ["Ulm"], "negative_passages": []}))
+    example["main"](str(directory), str(rows))
+    printed = capsys.readouterr().out
+    assert "queries, thought 1: 100.0% of 1 are sinks (residual up to 100 times)" in printed
+    assert printed.count("\n") == 4
