@@ -24,7 +24,7 @@ from laser_jax.data.sources import open_source
 from laser_jax.data.tokenization import PromptTokenizer, load_tokenizer, right_pad
 from laser_jax.encoder import backbone_for
 from laser_jax.losses import normalize
-from laser_jax.modeling.backbone import Backbone, empty_suffix, unstack_layers
+from laser_jax.modeling.backbone import Backbone, apply, empty_suffix, unstack_layers
 from laser_jax.models.directory import model_directory
 
 THOUGHTS, ROWS, BATCH, SINK = 2, 40, 20, 3.0
@@ -58,7 +58,7 @@ def inspector(model: str):
         own = [jnp.take_along_axis(x, last_B1[..., None], axis=1) for x in read]
         states, suffix, times = [h_B1D[:, 0]], empty_suffix([cache], THOUGHTS), []
         for slot in range(THOUGHTS):
-            soft_BD = nn.apply(Backbone.soft_token, backbone)(variables, states[-1])
+            soft_BD = apply(Backbone.soft_token, backbone, variables, states[-1])
             past = ((cache,), suffix, rows.lengths_B, slot)
             (h_BD, suffix), thought = run(variables, "think", soft_BD, *past)
             pairs = zip(thought, own, strict=True)

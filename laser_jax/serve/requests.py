@@ -24,7 +24,7 @@ _SEARCH_FIELDS = _SHARED | {"query": Any, "k": int | None}
 class RequestError(Exception):
     """A request that is refused, with what its answer says: the `status` of HTTP, a `message` of
     what was expected and how to mend it, the field (`param`) at fault if it is one, a short name of
-    the fault for programs (`code`), and seconds after which the same request may be taken."""
+    the fault for programs (`code`), and `retry_after` so many seconds, or None for never."""
 
     def __init__(
         self,

@@ -170,7 +170,7 @@ def _look_at_steps(run: Run, unchecked: deque[Taken], norms: deque[float], *, wa
 
 def warn_where_far(step: int, norm: float, before: deque[float]) -> None:
     """Warns of a gradient more than 30 times the median of the 10 `before`, to which it is added:
-    clipping leaves its direction, that of a few rows. (A plain retriever's worst was 4 times.)"""
+    clipping leaves its direction, that of a few rows. (A plain retriever's worst was 17 times.)"""
     median = statistics.median(before) if len(before) == before.maxlen else math.inf
     before.append(norm)
     if norm > 30 * median and is_first():
