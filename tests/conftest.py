@@ -30,6 +30,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     )
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # a twentieth less to trace, lower and compile
 
 import jax
 import pytest
