@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,6 +81,17 @@ def test_a_lock_file_that_its_holder_has_just_removed_is_not_taken(tmp_path: Pat
     with stale, claim(tmp_path / "out") as second:
         assert os.fstat(stale.fileno()).st_ino != (tmp_path / "out" / ".lock").stat().st_ino
         second.record("{}")
+
+
+def test_a_lock_in_a_directory_that_was_deleted_and_made_anew_is_left_alone(tmp_path: Path) -> None:
+    with claim(tmp_path / "out"):
+        shutil.rmtree(tmp_path / "out")
+        second = claim(tmp_path / "out")
+        second.__enter__()
+    with pytest.raises(OutputError, match="being written by"):
+        record(tmp_path / "out")
+    second.__exit__()
+    assert not (tmp_path / "out").exists()
 
 
 def test_on_a_full_disk_a_claim_is_had_and_leaves_nothing(tmp_path: Path) -> None:

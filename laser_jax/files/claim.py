@@ -190,7 +190,9 @@ class Claim:
         """Gives the lock back, and removes what was made for it if no run has left a record."""
         if self._lock is None:
             return
-        self._lock_file.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # or another's: the directory was deleted meanwhile
+            if os.path.samestat(os.fstat(self._lock.fileno()), self._lock_file.stat()):
+                self._lock_file.unlink()
         if not self._record.is_file():
             with suppress(OSError):  # not empty: somebody else's
                 for directory in self._made:
