@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +85,12 @@ def test_a_lock_file_that_its_holder_has_just_removed_is_not_taken(tmp_path: Pat
 
 
 def test_a_lock_in_a_directory_that_was_deleted_and_made_anew_is_left_alone(tmp_path: Path) -> None:
-    with claim(tmp_path / "out"):
-        shutil.rmtree(tmp_path / "out")
-        second = claim(tmp_path / "out")
-        second.__enter__()
-    with pytest.raises(OutputError, match="being written by"):
-        record(tmp_path / "out")
-    second.__exit__()
+    with ExitStack() as stack:
+        with claim(tmp_path / "out"):
+            shutil.rmtree(tmp_path / "out")
+            stack.enter_context(claim(tmp_path / "out"))
+        with pytest.raises(OutputError, match="being written by"):
+            record(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
