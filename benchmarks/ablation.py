@@ -95,6 +95,7 @@ ROWS = {
     **_without("latent_view", "latent view"),
     **_without("trajectory", "trajectory"),
     **_without("output", "output distillation"),
+    **_without("distillation", "either distillation"),
     **_without("colearning", "co-learning", learns_from=("objective.teacher", "explicit/model")),
     "documents_once": TrainedRow("LaSER, documents at K = 1", "documents_once.yaml"),
     "documents_once_K3": TrainedRow("K = 3, documents at K = 1", "documents_once.yaml", K=3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import functools
 import json
@@ -174,6 +175,7 @@ def test_the_rows_are_the_papers() -> None:
     full = weights["laser"]
     assert min(full.latent, full.explicit, full.output, full.trajectory) > 0
     assert weights["without_trajectory"].trajectory == weights["without_output"].output == 0
+    assert weights["without_distillation"] == dataclasses.replace(full, output=0, trajectory=0)
     assert not weights["without_explicit_view"].need_explicit_view
     assert not weights["contrastive"].need_explicit_view
     assert weights["explicit"].latent == 0

@@ -74,6 +74,7 @@ def test_there_is_an_overlay_for_every_ablation_and_baseline() -> None:
         "latent_rl",
         "teacher",
         "without_colearning",
+        "without_distillation",
         "without_explicit_view",
         "without_latent_view",
         "without_output",
