@@ -81,9 +81,8 @@ COLUMNS = {
 def add_flags(parser: argparse.ArgumentParser) -> None:
     workload.add_contenders(parser)
     measure.add_shapes(parser, "batches", ("rows", "tokens"), BATCHES)
-    parser.add_argument(
-        "--num_thinking_steps", type=positive, nargs="+", default=[1, 3], help="default 1 3"
-    )
+    text = "default 1 3"
+    parser.add_argument("--num_thinking_steps", type=positive, nargs="+", default=[1, 3], help=text)
     parser.add_argument("--profile", action="store_true", help="the kernels of ours, by kind")
 
 

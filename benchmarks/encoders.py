@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.measure import BenchmarkError, Report, Run, torch_unusable
 from benchmarks.targets import COMPILED, PYTORCH
-from benchmarks.workload import SHAPES, kernel_for, make_backbone, random_variables
+from benchmarks.workload import kernel_for, make_backbone, random_variables, shape_of
 from laser_jax import encode
 from laser_jax.batch import Tokens
 from laser_jax.config import AttentionKernel, Dtype, RetrieverConfig
@@ -48,7 +48,7 @@ class Encoders:
 
     def __init__(self, options: argparse.Namespace, torch: Sequence[str]):
         """Makes the models, by the options of `add_contenders`; of PyTorch's those named."""
-        backbone, dtype = SHAPES[options.backbone], options.dtype
+        backbone, dtype = shape_of(options), options.dtype
         self.config = RetrieverConfig(backbone, dtype=dtype)
         self.kernel: AttentionKernel = kernel_for(backbone, dtype)
         module = make_backbone(backbone, dtype, lora=None)

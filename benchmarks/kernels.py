@@ -46,8 +46,7 @@ def kind_of(name: str) -> str:
     for kind, pattern in KINDS:
         if re.search(pattern, name, re.IGNORECASE):
             return kind
-    bare = re.sub(r"^void |[<(].*", "", name)
-    return re.sub(r"([._]\d+)+$", "", bare)
+    return re.sub(r"([._]\d+)+$", "", re.sub(r"^void |[<(].*", "", name))
 
 
 def kernels_of(profile: ProfileData) -> list[Kernel]:  # pyright: ignore

@@ -111,28 +111,26 @@ def rank(options: argparse.Namespace, model: Path, output: Path, name: str) -> N
     """Ranks every set at every K and by the explicit view; what is finished is kept."""
     for data, target in unranked(options, output):
         written = options.rewrites and options.rewrites / f"{target.name}-{options.split}.jsonl"
-        evaluate_model(
-            ModelOptions(
-                model=str(model),
-                data=str(data),
-                output=str(target),
-                split=options.split,
-                name=name,
-                eval_thinking_steps=STEPS,
-                metrics=METRICS,
-                rewrites=str(written) if written else None,
-                max_length=options.max_length,
-                length_multiple=options.length_multiple,
-            )
+        asked = ModelOptions(
+            model=str(model),
+            data=str(data),
+            output=str(target),
+            split=options.split,
+            name=name,
+            eval_thinking_steps=STEPS,
+            metrics=METRICS,
+            rewrites=str(written) if written else None,
+            max_length=options.max_length,
+            length_multiple=options.length_multiple,
         )
+        evaluate_model(asked)
         if load_retriever_config(model).num_thinking_steps > 1:
             said = thoughts.words(model, read_beir(data, options.split))
             write_json(target / THOUGHTS_FILE, said)
 
 
 def rank_given(options: argparse.Namespace, row: str) -> None:
-    """Ranks every set by what is not trained here; by a baseline for the query alone, and for query
-    and rationale."""
+    """Ranks every set by what is not trained here, a baseline also with the rationale."""
     if row == UNTRAINED:
         model = options.work / row / "model"
         model.mkdir(parents=True, exist_ok=True)
@@ -249,10 +247,8 @@ def fill(options: argparse.Namespace, report: Report) -> None:
         report.rows = [summarise(options, row, runs) for row in runs]
     except (ValueError, OSError, TrainingError) as error:
         raise BenchmarkError(str(error)) from error
-    trained = {row: of for row, of in runs.items() if row not in GIVEN}
-    report.notes += commits_told(
-        {row: {seed: trained_by(run) for seed, run in of.items()} for row, of in trained.items()}
-    )
+    by = {r: {s: trained_by(run) for s, run in runs[r].items()} for r in runs if r not in GIVEN}
+    report.notes += commits_told(by)
 
 
 def scored_run(row: str, run: Path) -> tuple[int, str]:
@@ -379,9 +375,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--first_adapter", type=Path, help=text)
     text = "of the first stage's adapter in what every row exports (model.adapter_share)"
     parser.add_argument("--adapter_share", type=float, default=0.0, help=text)
-    choices = [*ROWS, *GIVEN]
     text = "default: all that are trained, in this order"
-    parser.add_argument("--rows", nargs="+", choices=choices, help=text)
+    parser.add_argument("--rows", nargs="+", choices=[*ROWS, *GIVEN], help=text)
     parser.add_argument("--split", choices=("dev", "test"), default="dev", help="default dev")
     parser.add_argument("--others", type=measure.positive, help="default: the whole corpus")
     text = "tokens of a query and of a document that are ranked; default: the recipe's"

@@ -36,7 +36,7 @@ from jax.sharding import Mesh
 from benchmarks import encoders, kernels, measure, workload
 from benchmarks.flops import flops_of
 from benchmarks.measure import BenchmarkError, Report, Row, Run, positive, timing_fields
-from benchmarks.workload import SHAPES, train_shape
+from benchmarks.workload import shape_of, train_shape
 from laser_jax.batch import Batch
 from laser_jax.config import (
     Config,
@@ -89,7 +89,7 @@ class Setup:
 def base_config(options: argparse.Namespace) -> Config:
     """The settings of `fast`. Of `model` the step takes kernel and remat alone."""
     shape, dtype = train_shape(options), options.dtype
-    kernel = workload.kernel_for(SHAPES[options.backbone], dtype)
+    kernel = workload.kernel_for(shape_of(options), dtype)
     told = {"dtype": dtype, "param_dtype": dtype, "remat": options.every_remat}
     return Config(
         ModelConfig(scratch=ScratchConfig(), attention=kernel, **told),
@@ -105,7 +105,7 @@ def set_up(options: argparse.Namespace) -> tuple[Setup, Config]:
     """Random weights, adapters that change something, a random batch, and the settings of `fast`.
     The mesh is over the first device, as PyTorch has one."""
     config, mesh = base_config(options), make_mesh(MeshConfig(), jax.devices()[:1])
-    shape = SHAPES[options.backbone]
+    shape = shape_of(options)
     backbone, _ = build_backbone(config.model, shape, jax.default_backend(), config.lora)
     optimizer = make_optimizer(OPTIMIZER, STEPS)
     abstract = abstract_state(backbone, optimizer, mesh, jnp.dtype(options.dtype))

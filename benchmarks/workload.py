@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import add_numbers
+from benchmarks.measure import BenchmarkError, add_numbers
 from laser_jax.batch import Batch, Tokens
 from laser_jax.config import (
     BACKBONES,
@@ -26,8 +26,10 @@ from laser_jax.config import (
     LoraConfig,
     ScratchConfig,
 )
+from laser_jax.hf.directory import read_backbone_config
 from laser_jax.modeling.attention import choose_kernel
 from laser_jax.modeling.backbone import Backbone, Variables
+from laser_jax.models.directory import model_directory
 
 SMALL = "small-42m"
 TINY = "tiny"
@@ -46,6 +48,16 @@ SHAPES: dict[str, BackboneConfig] = {
     **BACKBONES,
 }
 """Backbones by the name that `--backbone` takes."""
+
+
+def shape_of(options: argparse.Namespace) -> BackboneConfig:
+    """Of `--backbone`. Raises a BenchmarkError where no model has that name."""
+    if options.backbone in SHAPES:
+        return SHAPES[options.backbone]
+    try:
+        return read_backbone_config(model_directory(options.backbone))
+    except (OSError, ValueError, ImportError) as error:
+        raise BenchmarkError(f"--backbone is not one of {[*SHAPES]}; {error}") from error
 
 
 @dataclass(frozen=True)
@@ -84,22 +96,18 @@ def train_shape(options: argparse.Namespace) -> TrainShape:
 
 def add_backbone(parser: argparse.ArgumentParser) -> None:
     """The flags `--backbone` and `--dtype`."""
-    parser.add_argument("--backbone", choices=SHAPES, default=SMALL, help=f"default {SMALL}")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of the computation and of the weights that are not trained; default float32",
-    )
+    text = f"{', '.join(SHAPES)}, or a model whose shape is taken; default {SMALL}"
+    parser.add_argument("--backbone", default=SMALL, help=text)
+    text = "of the computation and of the weights that are not trained; default float32"
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help=text)
 
 
 def add_contenders(parser: argparse.ArgumentParser) -> None:
     """The flags of `add_backbone`, `--no_torch` and `--torch_compile`."""
     add_backbone(parser)
     parser.add_argument("--no_torch", action="store_true", help="time ours alone")
-    parser.add_argument(
-        "--torch_compile", action="store_true", help="also the tuned PyTorch under torch.compile"
-    )
+    text = "also the tuned PyTorch under torch.compile"
+    parser.add_argument("--torch_compile", action="store_true", help=text)
 
 
 def kernel_for(backbone: BackboneConfig, dtype: Dtype) -> AttentionKernel:
@@ -131,9 +139,8 @@ def random_batch(shape: TrainShape, vocab_size: int, *, shortest: float = 1.0) -
     B, K = shape.queries, shape.thinking_steps
     query = random_tokens(rng, B, shape.query_tokens, vocab_size, shortest)
     documents = random_tokens(rng, shape.documents, shape.document_tokens, vocab_size, shortest)
-    reasoning = random_tokens(
-        rng, B, shape.explicit_tokens - shape.query_tokens, vocab_size, shortest
-    )
+    written_tokens = shape.explicit_tokens - shape.query_tokens
+    reasoning = random_tokens(rng, B, written_tokens, vocab_size, shortest)
     ids_BT = np.zeros((B, shape.explicit_tokens), np.int32)
     for row, (prompt, start, written) in enumerate(
         zip(query.ids_BT, query.lengths_B, reasoning.ids_BT, strict=True)

@@ -3,6 +3,7 @@ compute."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.util
 import json
@@ -51,8 +52,9 @@ from benchmarks.workload import (
     make_backbone,
     random_batch,
     random_variables,
+    shape_of,
 )
-from laser_jax.config import ObjectiveConfig, OptimizerConfig
+from laser_jax.config import ObjectiveConfig, OptimizerConfig, load_retriever_config
 from laser_jax.losses import pool
 from laser_jax.step import loss_terms, read_views
 from laser_jax.views import latent_view
@@ -354,6 +356,13 @@ def test_an_output_that_cannot_be_written_is_refused_at_once(tmp_path: Path, cap
 def test_a_measurement_that_means_nothing_ends_the_program_with_its_message() -> None:
     with pytest.raises(SystemExit, match="error: --new_tokens: at least 2"):
         rewrite_latency.PROGRAM.main(["--new_tokens", "1"])
+
+
+def test_the_shape_of_any_model_is_taken(thinking_model: Path) -> None:
+    options = argparse.Namespace(backbone=str(thinking_model))
+    assert shape_of(options) == load_retriever_config(thinking_model).backbone
+    with pytest.raises(SystemExit, match=r"error: --backbone is not one of \['tiny', .*no/model"):
+        rewrite_latency.PROGRAM.main(["--backbone", "no/model"])
 
 
 # --- PyTorch computes what we compute ------------------------------------------------------------
