@@ -32,7 +32,7 @@ from test_step import (
     spoilt,
 )
 
-from laser_jax.batch import Batch
+from laser_jax.batch import Batch, Tokens
 from laser_jax.config import (
     Config,
     DataConfig,
@@ -113,6 +113,14 @@ def gradient_of(
     return host(jax.jit(functools.partial(way, read, score))(state, rows))
 
 
+rollouts = jax.jit(read_rollouts, static_argnums=(0, 3))
+
+
+@jax.jit
+def latent(variables: Variables, prompts: Tokens) -> jax.Array:
+    return latent_view(drawn(0)[0], variables, prompts, K, "prompt_and_thoughts")
+
+
 def assert_close_trees(got: Any, wanted: Any, within: float = 1e-5) -> None:
     for one, other in zip(*map(jax.tree.leaves, (got, wanted)), strict=True):
         assert np.abs(other).max() > 0
@@ -133,7 +141,7 @@ def reread(
     ids_BRT[:, :, :width] = rows.query.ids_BT[:, None]
     for b, length in enumerate(rows.query.lengths_B):
         ids_BRT[b, :, length : length + S] = tokens_BRS[b]
-    logits: Any = backbone.apply(variables, ids_BRT.reshape(B * R, -1))
+    logits: Any = jax.jit(backbone.apply)(variables, ids_BRT.reshape(B * R, -1))
     logits = logits.reshape(B, R, width + S, V)
     at = (rows.query.lengths_B[:, None] - 1 + np.arange(S))[:, None, :, None]
     return jax.nn.log_softmax(jnp.take_along_axis(logits, at, axis=2) / POLICY.temperature)
@@ -171,8 +179,9 @@ def test_a_reward_is_that_of_the_rollouts_own_text() -> None:
     for b, length in enumerate(rows.query.lengths_B):
         ids_BRT[b, :, length : length + S] = tokens_BRS[b]
     select = np.repeat(rows.query.lengths_B[:, None] - 1 + np.arange(K), R, axis=0)
-    h_QKD, _ = apply(Backbone.read, backbone, variables, ids_BRT.reshape(B * R, -1), select)
-    documents = latent_view(backbone, variables, rows.documents, K, "prompt_and_thoughts")
+    read = jax.jit(functools.partial(apply, Backbone.read, backbone))
+    h_QKD, _ = read(variables, ids_BRT.reshape(B * R, -1), select)
+    documents = latent(variables, rows.documents)
 
     def unit(x: Any) -> np.ndarray:
         return np.asarray(x) / np.linalg.norm(x, axis=-1, keepdims=True)
@@ -189,21 +198,21 @@ def test_a_reward_is_that_of_the_rollouts_own_text() -> None:
 def test_with_very_many_draws_a_thought_is_the_soft_token_of_inference() -> None:
     backbone, variables = drawn(0)
     rows = keyed(batch())
-    soft = latent_view(backbone, variables, rows.query, K, "prompt_and_thoughts")
+    soft = latent(variables, rows.query)
     away = []
     for draws in (1, 5000):
         objective = with_policy(rollouts=2, temperature=1.0, draws=draws)
-        found = jax.jit(functools.partial(read_rollouts, backbone, objective=objective))(
-            variables, rows
-        )
+        found = rollouts(backbone, variables, rows, objective)
         away.append(float(np.square(found.hidden_BRKD - soft[:, None])[:, :, 1:].mean() ** 0.5))
     assert away[1] < 0.1 * away[0]  # the root of 5000 is 71
 
 
 def test_a_thoughts_probability_is_that_of_all_of_its_tokens() -> None:
     backbone, variables = drawn(0)
-    found = read_rollouts(backbone, variables, keyed(batch()), with_policy(draws=3))
-    logits = apply(Backbone.logits, backbone, variables, found.hidden_BRKD[:, :, :-1])
+    found = rollouts(backbone, variables, keyed(batch()), with_policy(draws=3))
+    logits = jax.jit(functools.partial(apply, Backbone.logits, backbone))(
+        variables, found.hidden_BRKD[:, :, :-1]
+    )
     log_p_BRSV = jax.nn.log_softmax(logits / POLICY.temperature)
     own = np.take_along_axis(np.asarray(log_p_BRSV), np.asarray(found.tokens_BRSn), axis=3)
     np.testing.assert_allclose(found.log_p_BRS, own.sum(axis=3), rtol=1e-5)
@@ -214,7 +223,7 @@ def test_a_thoughts_probability_is_that_of_all_of_its_tokens() -> None:
 def test_the_kl_is_exact_and_to_the_backbone_without_adapters() -> None:
     backbone, variables = adapted()
     rows, objective = keyed(batch()), with_policy(kl=0.5)
-    found = read_rollouts(backbone, variables, rows, objective)
+    found = rollouts(backbone, variables, rows, objective)
     tokens_BRS = np.asarray(found.tokens_BRSn[..., 0])
     log_p = reread(backbone, variables, rows, tokens_BRS)
     log_q = reread(drawn(0)[0], {"params": variables["params"]}, rows, tokens_BRS)
