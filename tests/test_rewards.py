@@ -65,7 +65,8 @@ def test_a_rollout_is_judged_by_its_pooled_states(reward: Any, formula: Any) -> 
     none = jnp.zeros((B, 4, K - 1))
     rollouts = Rollouts(hidden, none[..., None].astype(int), none, none, None, None, None)
     objective = reinforced(reward)
-    draws, terms = judge(rollouts, documents_CD, POSITIVES, EVERYTHING, objective)
+    judged_by = jax.jit(judge, static_argnums=4)
+    draws, terms = judged_by(rollouts, documents_CD, POSITIVES, EVERYTHING, objective)
     scores = np_unit(np.asarray(hidden, np.float64).mean(axis=2)) @ np.asarray(documents_CD).T
     own = np.take_along_axis(scores, np.asarray(POSITIVES)[:, None, None], axis=2)
     log_p = np.take_along_axis(
@@ -80,7 +81,7 @@ def test_a_rollout_is_judged_by_its_pooled_states(reward: Any, formula: Any) -> 
 
     def advantage(hidden: jax.Array) -> jax.Array:
         own = dataclasses.replace(rollouts, hidden_BRKD=hidden)
-        judged, _ = judge(own, documents_CD, POSITIVES, EVERYTHING, objective)
+        judged, _ = judged_by(own, documents_CD, POSITIVES, EVERYTHING, objective)
         return (judged.advantage_BR**2).sum()
 
     assert not np.any(jax.grad(advantage)(hidden))
