@@ -358,11 +358,11 @@ def test_a_measurement_that_means_nothing_ends_the_program_with_its_message() ->
         rewrite_latency.PROGRAM.main(["--new_tokens", "1"])
 
 
-def test_the_shape_of_any_model_is_taken(thinking_model: Path) -> None:
+def test_the_shape_of_any_model_is_taken(thinking_model: Path, tmp_path: Path) -> None:
     options = argparse.Namespace(backbone=str(thinking_model))
     assert shape_of(options) == load_retriever_config(thinking_model).backbone
-    with pytest.raises(SystemExit, match=r"error: --backbone is not one of \['tiny', .*no/model"):
-        rewrite_latency.PROGRAM.main(["--backbone", "no/model"])
+    with pytest.raises(SystemExit, match=r"error: --backbone is not one of \['tiny', .*absent is no"):
+        rewrite_latency.PROGRAM.main(["--backbone", str(tmp_path / "absent")])
 
 
 # --- PyTorch computes what we compute ------------------------------------------------------------
