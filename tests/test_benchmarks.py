@@ -361,7 +361,7 @@ def test_a_measurement_that_means_nothing_ends_the_program_with_its_message() ->
 def test_the_shape_of_any_model_is_taken(thinking_model: Path, tmp_path: Path) -> None:
     options = argparse.Namespace(backbone=str(thinking_model))
     assert shape_of(options) == load_retriever_config(thinking_model).backbone
-    with pytest.raises(SystemExit, match=r"error: --backbone is not one of \['tiny', .*absent is no"):
+    with pytest.raises(SystemExit, match=r"--backbone is not one of \['tiny', .*absent is no"):
         rewrite_latency.PROGRAM.main(["--backbone", str(tmp_path / "absent")])
 
 
