@@ -110,19 +110,26 @@ install_package() {
 
 start_training() { on all start -- "${training[@]}" --distributed true; }
 
+# patiently WORD ...: again, as long as the connection is lost and the slice is there. 255 is ssh's
+# own: a lost connection, or a lost slice.
+patiently() {
+  local status
+  while true; do
+    status=0
+    "$@" || status=$?
+    if ((status != 255)) || ! ready; then return "$status"; fi
+    sleep "${POLL_SECONDS:-60}"
+  done
+}
+
 until_finished() {
   local status
   while true; do
     queue create --node-id="$name" --accelerator-type="${given[type]}" \
       --runtime-version="$version" --spot
     status=0
-    { active && install_package && start_training && on 0 follow; } || status=$?
-    # 255 is ssh's own: a lost connection, or a lost slice
-    while ((status == 255)) && ready; do
-      sleep "${POLL_SECONDS:-60}"
-      status=0
-      on 0 follow || status=$?
-    done
+    { active && patiently install_package && patiently start_training &&
+      patiently on 0 follow; } || status=$?
     # SIGTERM comes before the state changes; 143 where launch/train.sh could not heed it yet
     if ((status == 75 || status == 143)) && ! $dry_run; then sleep "${POLL_SECONDS:-60}"; fi
     if ((status != 0)) && ready; then

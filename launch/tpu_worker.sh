@@ -7,7 +7,8 @@
 #        tpu_worker.sh stop
 #
 #   install     this clone, with jax for TPUs, into ~/laser_env; mounts the bucket at /bucket
-#   start       the training, which goes on when the connection ends; log and status in ~/laser_run
+#   start       the training, which goes on when the connection ends; log and status in ~/laser_run.
+#               Where the same one trains already it is left alone
 #   follow      prints the log until the training ends, and ends with its status (launch/train.sh)
 #   stop        SIGTERM to the training
 #
@@ -62,13 +63,19 @@ case $command in
   start)
     parse "" "" "${@:2}"
     require_training
-    if running; then fail "process $(<"$state/pid") still trains here: stop it, or follow it"; fi
+    if running; then
+      [[ $(<"$state/arguments") == "${training[*]@Q}" ]] ||
+        fail "process $(<"$state/pid") still trains something else here: stop it, or follow it"
+      echo "process $(<"$state/pid") trains this already"
+      exit 0
+    fi
     if $dry_run; then
       quoted setsid bash "$here/tpu_worker.sh" supervise -- "${training[@]}"
       exit 0
     fi
     mkdir -p "$state"
     rm -f "$state/status" "$state/pid"
+    echo "${training[*]@Q}" >"$state/arguments"
     setsid nohup bash "$here/tpu_worker.sh" supervise -- "${training[@]}" \
       >"$state/log" 2>&1 </dev/null &
     until [[ -s $state/pid ]]; do sleep 0.1; done

@@ -344,8 +344,11 @@ def test_a_worker_trains_on_without_a_connection_and_is_followed(tmp_path: Path)
     while not (tmp_path / "ready").exists():
         time.sleep(0.02)
     again = launch("tpu_worker.sh", "start", *training, **variables)
-    assert again.returncode == 2
-    assert "still trains here" in again.stderr
+    assert again.returncode == 0
+    assert "trains this already" in again.stdout
+    other = launch("tpu_worker.sh", "start", *training, "--train.steps", "9", **variables)
+    assert other.returncode == 2
+    assert "still trains something else here" in other.stderr
     assert launch("tpu_worker.sh", "stop", **variables).returncode == 0
     followed = launch("tpu_worker.sh", "follow", **variables)
     assert followed.returncode == 75
@@ -365,10 +368,11 @@ SPOT = ("spot", "demo", "--zone", "z", "--type", "v6e-8", "--bucket", "b")
 
 
 def spot(
-    tmp_path: Path, follows: list[int], states: list[str]
+    tmp_path: Path, follows: list[int], states: list[str], lost: str = "nothing"
 ) -> tuple[subprocess.CompletedProcess[str], list[str]]:
-    """Runs the loop against a gcloud whose trainings end with the statuses `follows`, and which is
-    asked for the slice's state after each end that is none. Returns also what gcloud was asked."""
+    """Runs the loop against a gcloud whose trainings end with the statuses `follows`, which is
+    asked for the slice's state after each end that is none, and whose connection is lost once, in
+    what `lost` names. Returns also what gcloud was asked."""
     programs = tmp_path / "programs"
     programs.mkdir()
     executable(programs / "git", "#!/bin/sh\n")
@@ -384,6 +388,7 @@ case "$*" in
   *"queued-resources describe"*) echo ACTIVE ;;
   *"tpu-vm describe"*) pop states ;;
   *"tpu_worker.sh follow"*) exit "$(pop follows)" ;;
+  *"{lost}"*) if mkdir lost 2>/dev/null; then exit 255; fi ;;
 esac
 """,
     )
@@ -415,6 +420,15 @@ def test_a_lost_connection_is_taken_up_again(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert len(asked_for(asked, "tpu_worker.sh start")) == 1
     assert len(asked_for(asked, "tpu_worker.sh follow")) == 3
+
+
+@pytest.mark.parametrize("lost", ["tpu-vm scp", "tpu_worker.sh install", "tpu_worker.sh start"])
+def test_a_connection_that_is_lost_before_the_training_is_too(tmp_path: Path, lost: str) -> None:
+    done, asked = spot(tmp_path, [0], ["READY"], lost)
+    assert done.returncode == 0, done.stderr
+    assert len(asked_for(asked, lost)) == 2
+    assert len(asked_for(asked, "tpu_worker.sh follow")) == 1
+    assert len(asked_for(asked, "queued-resources create")) == 1
 
 
 @pytest.mark.parametrize("status", [1, 75])
