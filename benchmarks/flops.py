@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,15 +29,9 @@ from laser_jax.train.throughput import Reading, forward_flops, known_device
 # --- counted in a traced program -----------------------------------------------------------------
 
 
-def matmul_flops(function: Callable[..., Any], *args: Any) -> int:
-    """Operations of all matmuls of `function(*args)`, two for each multiply-add; abstract values
-    are enough. Raises a ValueError where matmuls stand in a `while_loop`, whose length nobody
-    knows."""
-    return flops_of(jax.make_jaxpr(function)(*args).jaxpr)
-
-
-def flops_of(jaxpr: Any) -> int:
-    """What `matmul_flops` counts, of a program that is traced already."""
+def matmul_flops(jaxpr: Any) -> int:
+    """Operations of all matmuls of a traced program, two for each multiply-add. Raises a ValueError
+    where matmuls stand in a `while_loop`, whose length nobody knows."""
     total = 0
     for equation in jaxpr.eqns:
         name = equation.primitive.name
@@ -48,7 +42,7 @@ def flops_of(jaxpr: Any) -> int:
             total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
             continue
         # of a cond's branches one runs; other primitives hold one program
-        inner = max(map(flops_of, _inner(equation.params)), default=0)
+        inner = max(map(matmul_flops, _inner(equation.params)), default=0)
         if name == "while" and inner:
             raise ValueError("the matmuls of a while loop cannot be counted; use lax.scan")
         total += inner * (equation.params["length"] if name == "scan" else 1)

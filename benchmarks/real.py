@@ -79,21 +79,19 @@ def seed_folder(options: argparse.Namespace, seed: int) -> Path:
 def pooled(data: Path, split: str, others: int, folder: Path) -> Path:
     """A BEIR directory with the queries of a split and a part of the corpus: all documents that are
     judged relevant, and `others` more. The draw depends on the set's name alone."""
-    target = folder / f"{data.name}-{split}-{others}"
-    if (target / "qrels").is_dir():
+    target, judged = folder / f"{data.name}-{split}-{others}", Path("qrels", f"{split}.tsv")
+    if (target / judged).is_file():
         return target
     dataset = read_beir(data, split)
     relevant = {id_ for grades in dataset.qrels.values() for id_, g in grades.items() if g > 0}
     rest = sorted(d.id for d in dataset.documents if d.id not in relevant)
     kept = relevant | set(random.Random(data.name).sample(rest, min(others, len(rest))))
-    (target / ".qrels").mkdir(parents=True, exist_ok=True)
+    (target / judged).parent.mkdir(parents=True, exist_ok=True)
     lines = (data / "corpus.jsonl").read_text().splitlines(keepends=True)
     chosen = [line for line in lines if json.loads(line)["_id"] in kept]
     write_atomically(target / "corpus.jsonl", "".join(chosen))
-    write_atomically(target / "queries.jsonl", (data / "queries.jsonl").read_text())
-    judged = (data / "qrels" / f"{split}.tsv").read_text()
-    write_atomically(target / ".qrels" / f"{split}.tsv", judged)
-    (target / ".qrels").rename(target / "qrels")
+    for copied in (Path("queries.jsonl"), judged):  # the last says that all is there
+        write_atomically(target / copied, (data / copied).read_text())
     return target
 
 
@@ -207,9 +205,13 @@ def macro_difference(
     return {"difference": float(mean), "low": float(low), "high": float(high)}
 
 
+def length_of(options: argparse.Namespace, run: Path) -> int:
+    return options.max_length or load_retriever_config(run / "model").prompt.document_max_length
+
+
 def find(options: argparse.Namespace, rows: Sequence[str]) -> dict[str, dict[int, Path]]:
     """The finished runs of the rows, by seed. What nobody trains stands beside every seed. Raises a
-    BenchmarkError where a set was ranked with another `--others`."""
+    BenchmarkError where a set was ranked with another `--others` or `--max_length`."""
     runs: dict[str, dict[int, Path]] = {}
     pool = "" if options.others is None else f"-{options.split}-{options.others}"
     for row in rows:
@@ -217,9 +219,11 @@ def find(options: argparse.Namespace, rows: Sequence[str]) -> dict[str, dict[int
             run = options.work / row if row in GIVEN else seed_folder(options, seed) / row
             places = [run / options.split / data.name / RESULTS_FILE for data in options.sets]
             for place in filter(Path.is_file, places):
-                ranked = Path(json.loads(place.read_text())["data"]).name
-                if ranked != place.parent.name + pool:
+                told = json.loads(place.read_text())
+                if (ranked := Path(told["data"]).name) != place.parent.name + pool:
                     raise BenchmarkError(f"{place.parent} is of {ranked}: delete it")
+                if (read := told.get("document_max_length")) and read != length_of(options, run):
+                    raise BenchmarkError(f"{place.parent} was read to {read} tokens: delete it")
             if all(place.is_file() for place in places):
                 runs.setdefault(row, {})[seed] = run
     return runs

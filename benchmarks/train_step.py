@@ -34,7 +34,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from benchmarks import encoders, kernels, measure, workload
-from benchmarks.flops import flops_of
+from benchmarks.flops import matmul_flops
 from benchmarks.measure import BenchmarkError, Report, Row, Run, positive, timing_fields
 from benchmarks.workload import shape_of, train_shape
 from laser_jax.batch import Batch
@@ -182,7 +182,7 @@ def compile_variant(config: Config, setup: Setup) -> tuple[Any, dict[str, Any]]:
     return program, {
         "trace_seconds": traced - began,
         "compile_seconds": compiled - traced,
-        "matmul_flops": flops_of(program_traced.jaxpr.jaxpr),
+        "matmul_flops": matmul_flops(program_traced.jaxpr.jaxpr),
         "temp_bytes": program.memory_analysis().temp_size_in_bytes,
     }
 

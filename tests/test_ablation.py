@@ -285,12 +285,17 @@ def test_the_probe_finds_what_a_direct_reading_of_one_query_finds(
     read = read_trajectories(variables, config, rows, documents_CD, batch_size=4)
     assert read.first_QK.shape == read.entropy_QK.shape == (2, 3)
     backbone, variables = backbone_for(config, variables), jax.device_put(variables)
+
+    @jax.jit
+    def direct(tokens: Tokens) -> tuple[Any, Any]:
+        hidden_BKD = latent_view(backbone, variables, tokens, 3, config.pooling)
+        return hidden_BKD[0], top_tokens(backbone, variables, hidden_BKD, 1)
+
     for q, row in enumerate(rows):
         ids, length = np.array([row], np.int32), np.array([len(row)], np.int32)
-        hidden_KD = latent_view(backbone, variables, Tokens(ids, length), 3, config.pooling)[0]
+        hidden_KD, said = jax.device_get(direct(Tokens(ids, length)))
         units_KD = hidden_KD / np.linalg.norm(hidden_KD, axis=1, keepdims=True)
         assert read.first_QK[q].tolist() == (units_KD @ documents_CD.T).argmax(axis=1).tolist()
-        said = top_tokens(backbone, variables, hidden_KD[None], 1)
         assert read.tokens_QKn[q].tolist() == said.ids_BKn[0].tolist()
         np.testing.assert_allclose(read.entropy_QK[q], said.entropy_BK[0], rtol=1e-5)
 

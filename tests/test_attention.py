@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -60,9 +61,11 @@ def test_attention_in_blocks_is_attention_with_its_gradients(T: int) -> None:
         for key, heads in zip(keys, (4, 2, 2), strict=True)
     )
 
+    @jax.jit
     def blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return blockwise_attention(q, k, v)
 
+    @jax.jit
     def whole(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True)
 
@@ -86,13 +89,15 @@ def test_splash_attention_gives_what_xla_gives_with_its_gradients() -> None:
         for key, heads in zip(keys, (N, G, G), strict=True)
     )
 
+    @functools.partial(jax.jit, static_argnums=0)
     def out(kernel: str, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         if kernel == "splash":
             return splash_attention(q, k, v, interpret=True)
         return causal_attention(q, KeyValues(k, v), "xla")
 
     def gradients(kernel: str) -> tuple[jax.Array, ...]:
-        return jax.grad(lambda *a: jnp.square(out(kernel, *a)).mean(), argnums=(0, 1, 2))(q, k, v)
+        square = jax.grad(lambda *a: jnp.square(out(kernel, *a)).mean(), argnums=(0, 1, 2))
+        return jax.jit(square)(q, k, v)
 
     np.testing.assert_allclose(out("splash", q, k, v), out("xla", q, k, v), atol=2e-5)
     for ours, xla in zip(gradients("splash"), gradients("xla"), strict=True):
@@ -119,6 +124,7 @@ def test_thinking_on_a_gpu_is_thinking_with_its_gradients(slot: int) -> None:
         jax.random.normal(key, shape, jnp.float32) for key, shape in zip(keys, shapes, strict=True)
     )
 
+    @functools.partial(jax.jit, static_argnums=0)
     def out(kernel: AttentionKernel, q: jax.Array, *kv: jax.Array) -> jax.Array:
         prefixes = (KeyValues(kv[0], kv[1]), KeyValues(kv[2], kv[3]))
         past = Past(prefixes, KeyValues(kv[4], kv[5]))

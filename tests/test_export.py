@@ -358,6 +358,14 @@ def test_a_damaged_file_of_the_run_is_named(run: Path, tmp_path: Path, content: 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("scores", [[1], {"K=1": 0.5}, {"K=1": {"MRR": "high"}}])
+def test_damaged_scores_of_the_run_are_named(run: Path, tmp_path: Path, scores: Any) -> None:
+    (run / "results.json").write_text(json.dumps(RESULTS | {"scores": scores}))
+    with pytest.raises(ValueError, match=r"run/results\.json"):
+        export(ExportOptions(str(run / "model"), "hf", str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
 # --- the hub -----------------------------------------------------------------------------------
 
 

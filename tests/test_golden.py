@@ -246,20 +246,24 @@ def test_trace(case: Path) -> None:
     ids_BT, lengths_B = right_padded(golden["input_ids"], golden["attention_mask"])
     variables = unstack_layers(variables_of(name))
     backbone = Backbone(backbone_of(name), scan_layers=False)
+    by_method = {
+        method: jax.jit(functools.partial(backbone.apply, method=method))
+        for method in (layer_states, "logits", "soft_token")
+    }
     for K in traced:
-        states = backbone.apply(variables, ids_BT, method=layer_states)
+        states = by_method[layer_states](variables, ids_BT)
         wanted = golden[f"trace_K{K}_layer_hiddens"]
         assert len(states) == len(wanted)
-        for got_BTD, wanted_BTD in zip(states, wanted, strict=True):
+        for got_BTD, wanted_BTD in zip(jax.device_get(states), wanted, strict=True):
             got = [row[:n] for row, n in zip(got_BTD, lengths_B, strict=True)]
             assert_states(np.concatenate(got), wanted_BTD[mask_BT])
 
         hidden_BKD = thoughts(backbone, variables, ids_BT, lengths_B, K)
         for k, wanted_BV in enumerate(golden[f"trace_K{K}_last_logits"]):
-            got_BV = backbone.apply(variables, hidden_BKD[:, k], method="logits")
+            got_BV = by_method["logits"](variables, hidden_BKD[:, k])
             assert_states(got_BV, wanted_BV)
         for k, wanted_BD in enumerate(golden[f"trace_K{K}_soft_tokens"]):
-            got_BD = backbone.apply(variables, hidden_BKD[:, k], method="soft_token")
+            got_BD = by_method["soft_token"](variables, hidden_BKD[:, k])
             assert_states(got_BD, wanted_BD)
 
 

@@ -21,6 +21,7 @@ from laser_jax.command_line import parse_train_command
 from laser_jax.config import RetrieverConfig, ScratchConfig
 from laser_jax.evaluate.beir import BeirDataset, Document, EvalQuery
 from laser_jax.evaluate.model import ModelOptions
+from laser_jax.evaluate.results import read_evaluation
 from laser_jax.hf.reading import load_adapter
 from laser_jax.import_gguf.file import open_gguf, read_gguf_config
 
@@ -100,6 +101,13 @@ def test_every_row_goes_on_from_the_first_stage_and_is_ranked_on_every_set(
         assert scores["macro"] == pytest.approx((scores["towns"] + scores["places"]) / 2)
         assert row["by_steps"][str(row["K"])] == scores
         assert row["explicit"]
+    of_towns = Path(command[command.index("--work") + 1], "seed-1", "laser", "dev", "towns")
+    ranked = read_evaluation(of_towns)
+    assert (ranked.query_max_length, ranked.document_max_length, ranked.dtype) == (
+        32,
+        32,
+        "float32",
+    )
     laser, contrastive = rows["laser"], rows["contrastive"]
     assert [len(row["thoughts"]) for row in rows.values()] == [0, 2, 0]
     for step in laser["thoughts"]:
@@ -151,6 +159,26 @@ def test_rankings_of_another_pool_of_documents_are_refused_before_the_work(
     for pool in ([*flags, "8"], flags[:-1]):
         with pytest.raises(SystemExit, match="laser/dev/towns is of towns-dev-9: delete it"):
             real.PROGRAM.main(pool)
+
+
+def test_rankings_of_another_length_are_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(real, "run_missing", lambda *_: pytest.fail("worked first"))
+    recipe = SimpleNamespace(prompt=SimpleNamespace(document_max_length=32))
+    monkeypatch.setattr(real, "load_retriever_config", lambda model: recipe)
+    ranked = tmp_path / "work" / "seed-1" / "laser" / "dev" / "towns"
+    ranked.mkdir(parents=True)
+    flags = ["--sets", str(tmp_path / "towns"), "--work", str(tmp_path / "work"), "--rows", "laser"]
+    parser = argparse.ArgumentParser()
+    real.add_flags(parser)
+    for read, asked, other in ((32, [], ["--max_length", "64"]), (64, ["--max_length", "64"], [])):
+        (ranked / "results.json").write_text(
+            json.dumps({"data": "towns", "document_max_length": read})
+        )
+        assert real.find(parser.parse_args([*flags, *asked]), ["laser"])
+        with pytest.raises(SystemExit, match=f"towns was read to {read} tokens: delete it"):
+            real.PROGRAM.main([*flags, *other])
 
 
 def test_the_words_of_thoughts_are_counted_by_whose_they_are(
@@ -233,6 +261,7 @@ def test_a_pool_holds_every_relevant_document_and_some_others(tmp_path: Path) ->
     relevant = {"d0", "d2", "d4", "d6"}
     assert [len(ids) for ids in kept] == [6, 8]
     assert all(relevant < ids for ids in kept)
+    (data / "queries.jsonl").unlink()  # it is not made a second time
     assert real.pooled(data, "dev", 2, tmp_path / "pools") == pools[0]
 
 

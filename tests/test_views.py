@@ -16,7 +16,7 @@ from laser_jax.alignment import keyframe_positions
 from laser_jax.batch import Batch, PackShape, Tokens
 from laser_jax.config import BackboneConfig, LossWeights, ObjectiveConfig
 from laser_jax.modeling.backbone import Backbone, Variables, unstack_layers
-from laser_jax.step import FrozenTeacher, loss_terms, read_views
+from laser_jax.step import FrozenTeacher, Views, loss_terms, read_views
 from laser_jax.thinking import think
 from laser_jax.views import ExplicitView, explicit_view, latent_view, read_both_views
 
@@ -79,6 +79,7 @@ BATCH = Batch(
 
 
 FAST = ObjectiveConfig(num_thinking_steps=K, views="fast")
+PARITY = dataclasses.replace(FAST, views="parity")
 
 
 @jax.jit
@@ -128,22 +129,15 @@ def test_explicit_prefix_equals_latent_prefix() -> None:
     assert_same(view, explicit(random_variables(), EXPLICIT, KEYFRAMES))
 
 
-@pytest.mark.parametrize(
-    ("shape", "objective"),
-    [
-        (PackShape(1, 31), dataclasses.replace(FAST, views="parity")),
-        (PackShape(3, 16), FAST),
-    ],
-)
-def test_rows_are_read_alike_without_their_padding(
-    shape: PackShape, objective: ObjectiveConfig
-) -> None:
-    rows = {
-        "query": QUERY.replace(packed=PackShape(shape.packs, 13 if shape.packs == 1 else 7)),
-        "documents": BATCH.documents.replace(packed=shape),
-        "explicit": EXPLICIT.replace(packed=shape),
-    }
+def packed(shape: PackShape) -> Batch:
+    return BATCH.replace(
+        query=QUERY.replace(packed=PackShape(shape.packs, 13 if shape.packs == 1 else 7)),
+        documents=BATCH.documents.replace(packed=shape),
+        explicit=EXPLICIT.replace(packed=shape),
+    )
 
+
+def gradient_and_views(objective: ObjectiveConfig, batch: Batch) -> tuple[Any, Views]:
     @jax.jit
     def read(variables: Variables, batch: Batch) -> Any:
         def loss(variables: Variables) -> Any:
@@ -153,13 +147,30 @@ def test_rows_are_read_alike_without_their_padding(
 
         return jax.grad(loss, has_aux=True)(variables)
 
-    wanted, views = read(random_variables(), BATCH)
-    got, packed_views = read(random_variables(), BATCH.replace(**rows))
+    return read(random_variables(), batch)
+
+
+@functools.cache
+def padded() -> tuple[Any, Views]:
+    return gradient_and_views(PARITY, BATCH)
+
+
+@pytest.mark.parametrize(
+    ("shape", "objective"), [(PackShape(1, 31), PARITY), (PackShape(3, 16), FAST)]
+)
+def test_rows_are_read_alike_without_their_padding(
+    shape: PackShape, objective: ObjectiveConfig
+) -> None:
+    wanted, views = padded()
+    got, packed_views = gradient_and_views(objective, packed(shape))
     assert_same(packed_views, views)
     assert relative_error(got, wanted) < 1e-5
-    unstacked = unstack_layers(random_variables())
-    forward = functools.partial(read_views, BACKBONE.clone(scan_layers=False), objective=objective)
-    assert_same(jax.jit(forward)(unstacked, BATCH.replace(**rows)), views)
+
+
+def test_unstacked_layers_read_rows_alike_without_their_padding() -> None:
+    forward = functools.partial(read_views, BACKBONE.clone(scan_layers=False), objective=FAST)
+    got = jax.jit(forward)(unstack_layers(random_variables()), packed(PackShape(3, 16)))
+    assert_same(got, padded()[1])
 
 
 def test_thoughts_do_not_see_the_chain_of_thought() -> None:

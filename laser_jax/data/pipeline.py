@@ -9,6 +9,8 @@ B queries, G documents a query, C = B G documents a batch, K thinking steps, T t
 import functools
 import json
 import math
+import multiprocessing
+import os
 import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -385,8 +387,16 @@ def training_batches(
     if data.workers:
         if not flags.FLAGS.is_parsed():  # grain reads its flags, and this is no absl program
             flags.FLAGS.mark_as_parsed()
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers))
+        workers = grain.MultiprocessingOptions(num_workers=data.workers)
+        batches = batches.mp_prefetch(workers, worker_init_fn=_end_with_parent)
     return batches
+
+
+def _end_with_parent(*_: int) -> None:
+    """A worker whose process was killed has nobody left who would end it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:  # it is a process
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def tokenization_settings(prompts: PromptTokenizer) -> dict[str, Any]:

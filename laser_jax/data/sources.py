@@ -400,9 +400,7 @@ def _example_values(record: bytes, where: str) -> dict[str, Any]:
             if name in features
         }
     except DecodeError as error:
-        raise DataError(
-            f"{where}: neither a JSON object nor a tf.Example of training rows: {error}"
-        ) from error
+        raise DataError(f"{where}: neither a JSON object nor a tf.Example: {error}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8: {error}") from error
     return {

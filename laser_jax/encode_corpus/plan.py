@@ -118,9 +118,7 @@ def make_plan(corpus: Corpus, settings: Settings, folder: Path) -> Plan:
             raise DataError(f"{corpus.files[0]}: holds no {settings.info.role}")
         skipped = corpus.bad_lines  # before a second reading passes over them again
         for id_, where, first in repeated.found(placed):
-            raise DataError(
-                f"{where}: id {id_!r} stands here a second time, the first is at {first}"
-            )
+            raise DataError(f"{where}: id {id_!r} stands here a second time, first at {first}")
     return Plan(settings, tuple(path.name for path in corpus.files), skipped, tuple(shards))
 
 

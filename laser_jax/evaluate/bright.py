@@ -53,9 +53,7 @@ DOMAINS = tuple(INSTRUCTIONS)
 EXAMPLES, REWRITTEN = "examples", " as "
 ALL = "all"
 
-_FILE = re.compile(
-    rf"({'|'.join(DOMAINS)})(?:-\d+-of-\d+\.parquet|\.parquet|\.jsonl|\.jsonl\.gz|\.json)"
-)
+_FILE = re.compile(rf"({'|'.join(DOMAINS)})((-\d+-of-\d+)?\.parquet|\.jsonl(\.gz)?|\.json)")
 _NO_EXCLUSION = "N/A"
 
 T = TypeVar("T")

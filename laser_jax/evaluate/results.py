@@ -62,6 +62,10 @@ class Evaluation:
     differences: list[Difference]
     document_thinking_steps: int | None = None
     """The K of all documents; None where they were read at each run's own."""
+    query_max_length: int | None = None
+    """Tokens of a query's prompt that are read, as `document_max_length`; None was not recorded."""
+    document_max_length: int | None = None
+    dtype: str | None = None
     pools_prompt: bool = True
     """Whether the latent view at K = 1 reads the query by itself."""
     confidence: float = CONFIDENCE

@@ -80,10 +80,8 @@ def require_instructions(queries: Iterable[EvalQuery], template: str) -> None:
     a place for one."""
     lacking = [query.id for query in queries if query.instruction is None]
     if lacking and "{instruction}" in template:
-        way_out = 'give every line of queries.jsonl an "instruction" field'
-        raise DataError(
-            f"query {lacking[0]} has no instruction: {way_out}; an empty string is allowed"
-        )
+        way_out = 'give every line of queries.jsonl an "instruction" field, which may be empty'
+        raise DataError(f"query {lacking[0]} has no instruction: {way_out}")
 
 
 def _other_queries(count: int) -> list[int]:

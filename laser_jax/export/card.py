@@ -120,7 +120,11 @@ def _scores(run: Path, results: dict[str, Any]) -> Iterator[str]:
     """The table of the training run, a row a K, and every evaluation beside it, with intervals."""
     if results.get("scores") and "metrics" in results:
         step = results.get("exported_step", "?")
-        table = format_table(results["scores"])
+        try:
+            table = format_table(results["scores"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            wanted = "wanted a number for each metric of each run"
+            raise ConfigError(f"{run / RESULTS_FILE}: scores: {wanted}") from error
         yield f"After step {step} of one training, without intervals:\n\n{table}"
     files = sorted(run.glob(f"*/{RESULTS_FILE}"))
     for file in (f for f in files if "qrels" not in read_object(f)):  # of rankings, not of models

@@ -279,10 +279,8 @@ class LatentRetriever:
         own = {config.num_thinking_steps, config.documents_at}
         Ks = sorted(own if num_thinking_steps is None else {num_thinking_steps})
         if min(longest, *Ks) < 1:
-            raise ValueError(
-                "longest and num_thinking_steps must be at least 1, got "
-                f"{longest} and {num_thinking_steps}"
-            )
+            got = f"got {longest} and {num_thinking_steps}"
+            raise ValueError(f"longest and num_thinking_steps must be at least 1, {got}")
         shortest = min(len(self.prompts.document("")), len(self.prompts.query("", "")), longest)
         label = "compile" if show_progress_bar else None
         for K in Ks:

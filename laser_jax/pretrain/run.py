@@ -174,12 +174,10 @@ def _held_out_rows(config: PretrainConfig, prompts: PromptTokenizer) -> Language
     if config.eval is None:
         return None
     queries = read_beir(config.eval, config.eval_split).queries.values()
-    unseen = [
-        WrittenReasoning(q.text, q.reasoning, q.instruction or "") for q in queries if q.reasoning
-    ]
+    told = [(q.text, q.reasoning, q.instruction or "") for q in queries if q.reasoning]
     where = f"eval: no {config.eval_split} query in {config.eval}"
-    require(bool(unseen), f"{where} carries a reasoning; leave eval out")
-    return reasoning_rows(unseen, prompts, config.row_length)
+    require(bool(told), f"{where} carries a reasoning; leave eval out")
+    return reasoning_rows([WrittenReasoning(*one) for one in told], prompts, config.row_length)
 
 
 def _starting_params(

@@ -108,9 +108,7 @@ def read_excluded(path: str | Path) -> dict[str, tuple[str, ...]]:
         else:
             query, *documents = line.rstrip("\r\n").split("\t")
             if len(documents) != 1:
-                raise DataError(
-                    f"{where}: wanted query-id and corpus-id with a tab between, got {line!r}"
-                )
+                raise DataError(f"{where}: wanted query-id, a tab and corpus-id, got {line!r}")
         if documents:
             excluded[query] = (*excluded.get(query, ()), *documents)
     return excluded

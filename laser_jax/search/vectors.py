@@ -181,9 +181,8 @@ def read_manifest(directory: str | Path, role: Role | None = None) -> Manifest:
     parts do not fit together, or the vectors are of the other role."""
     path = Path(directory) / MANIFEST_FILE
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: {directory} is no finished directory of vectors"
-        )
+        no_vectors = f"{directory} is no finished directory of vectors"
+        raise FileNotFoundError(f"{path} is missing: {no_vectors}")
     try:
         values = read_object(path)
     except DataError as error:

@@ -25,9 +25,8 @@ class Metrics:
         self.rows = Counter("laser_rows", "Embedded texts.", **known)
         self.tokens = Counter("laser_tokens", "Tokens of embedded texts, without padding.", **known)
         self.queued = Gauge("laser_queued_rows", "Texts that wait for a batch.", **known)
-        self.fill = Histogram(
-            "laser_batch_fill", "Rows of a batch that are texts.", buckets=_SHARES, **known
-        )
+        text = "Rows of a batch that are texts."
+        self.fill = Histogram("laser_batch_fill", text, buckets=_SHARES, **known)
         text = "From the start of a batch until its vectors are here."
         self.batch_seconds = Histogram("laser_batch_seconds", text, **timed)
         text = "Programs that XLA compiled in this process."

@@ -53,9 +53,8 @@ def mixed_with_start(run: Run, state: TrainState) -> TrainState:
     backbone = run.layout.backbone.config
     begun = load_starting_adapter(config.model, config.lora, backbone, state.trained)
     mixed = jax.tree.map(lambda a, b: share * a + (1 - share) * b, begun, state.trained)
-    _log.info(
-        "exported and evaluated: %g of model.adapter, %g of what was trained", share, 1 - share
-    )
+    told = "exported and evaluated: %g of model.adapter, %g of what was trained"
+    _log.info(told, share, 1 - share)
     return replace(state, trained=mixed)
 
 

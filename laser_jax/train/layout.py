@@ -102,9 +102,8 @@ def lay_out(
         prompt_checksum=prompt_checksum,
     )
     _require_lengths(config, retriever)
-    backbone, attention = build_backbone(
-        config.model, backbone_config, devices[0].platform, config.lora
-    )
+    platform = devices[0].platform
+    backbone, attention = build_backbone(config.model, backbone_config, platform, config.lora)
     updates = steps * config.objective.policy.updates  # which the optimizer counts
     optimizer = make_optimizer(config.optimizer, updates)
 

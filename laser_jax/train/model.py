@@ -61,9 +61,8 @@ def load_starting_adapter(
     tree, found = load_adapter(model.adapter, backbone, base=model_directory(str(model.path)))
     wanted = replace(lora, targets=tuple(name for name in PROJECTIONS if name in lora.targets))
     if different := changes(as_dict(wanted), found, source="lora"):
-        raise ConfigError(
-            f"model.adapter {model.adapter} has other settings than lora:\n  {listed(different)}"
-        )
+        other = f"has other settings than lora:\n  {listed(different)}"
+        raise ConfigError(f"model.adapter {model.adapter} {other}")
     return jax.tree.map(
         lambda value, leaf: jax.make_array_from_callback(
             leaf.shape, leaf.sharding, lambda index: value[index]
