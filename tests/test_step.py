@@ -254,7 +254,7 @@ def test_without_padding_it_is_the_same_step(shape: Shape, settings: dict[str, A
     assert_same_terms(ours, theirs)
     assert_same_gradients(run.end, padded.end)
     assert ours["tokens"] == theirs["tokens"]
-    assert ours["padding_share"] < 0.6 * theirs["padding_share"]
+    assert ours["padding_share"] < theirs["padding_share"]
 
 
 def test_without_padding_no_more_is_sent_between_devices() -> None:
