@@ -97,8 +97,8 @@ class LatentEncoder:
             self._rows = batch_sharding(mesh)
             self._everywhere = NamedSharding(mesh, PartitionSpec())
             share = mesh.shape["data"] * mesh.shape["fsdp"]
-        batches = (*short_batches,)
-        self.buckets = Buckets(batch_size, batch_tokens, length_multiple, batches, share)
+        short = tuple(short_batches)
+        self.buckets = Buckets(batch_size, batch_tokens, length_multiple, short, share)
         self.variables = variables if mesh is not None else for_inference(variables)
         self.attention, self.attention_reason = choose_kernel(
             attention, jax.default_backend(), config.dtype, config.backbone.head_dim
