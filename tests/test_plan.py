@@ -92,7 +92,7 @@ def test_an_equal_hash_alone_is_no_repeated_id(
     assert len(plan_of(write(tmp_path / "c.jsonl", 90)).shards) == 23
     path = write(tmp_path / "twice.jsonl", 90)
     path.write_text(path.read_text() + path.read_text().splitlines()[41] + "\n")
-    with pytest.raises(DataError, match=r"twice\.jsonl:91: id 'd41' .* first is at .*:42$"):
+    with pytest.raises(DataError, match=r"twice\.jsonl:91: id 'd41' stands .* first at .*:42$"):
         plan_of(path)
 
 

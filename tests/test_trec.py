@@ -107,7 +107,7 @@ def test_excluded_documents_come_from_queries_or_a_table(tmp_path: Path) -> None
     table.write_text("q2\td1\nq2\ta b.txt\n")
     assert read_excluded(table) == {"q2": ("d1", "a b.txt")}
     table.write_text("q2 d1\n")
-    with pytest.raises(DataError, match=r"excluded\.tsv:1: wanted query-id and corpus-id"):
+    with pytest.raises(DataError, match=r"excluded\.tsv:1: wanted query-id, a tab and corpus-id"):
         read_excluded(table)
     with pytest.raises(DataError, match=r"from a \.jsonl or a \.tsv file"):
         read_excluded(tmp_path / "excluded.json")
