@@ -65,9 +65,10 @@ def _weights_absent() -> str | None:
 # What takes longest, by far: dealt out first, so that no worker sits with one of them at the end.
 # By itself xdist begins with the files of the most tests.
 LONGEST = (
-    *("test_faults", "test_gradients", "test_golden", "test_train", "test_benchmarks", "test_step"),
-    *("test_processes", "test_encode_corpus", "test_ablation", "test_evaluate", "test_thinking"),
-    *("test_models", "test_real"),
+    *("test_train", "test_step", "test_faults", "test_gradients", "test_processes", "test_models"),
+    *("test_benchmarks", "test_encode_corpus", "test_golden", "test_dry_run", "test_policy"),
+    *("test_views", "test_pipeline", "test_serve", "test_notebook", "test_encoder"),
+    *("test_checkpoint", "test_export_sentence_transformers"),
 )
 
 

@@ -233,8 +233,9 @@ def test_a_step_that_reinforces_is_compiled_with_all_its_updates(capsys) -> None
     weights = LossWeights(explicit=0.0, output=0.0, trajectory=0.0)
     policy = PolicyConfig(rollouts=2, kl=0.1, updates=2)
     objective = ObjectiveConfig("latent_rl", K, weights=weights, policy=policy)
-    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
-    there = config("absent.jsonl", objective=objective, mesh=mesh, lora=LoraConfig(rank=2))
+    there = config(
+        "absent.jsonl", objective=objective, mesh=MeshConfig(data=8), lora=LoraConfig(rank=2)
+    )
     found = dry_run(there, HERE)
     assert found["widest"] == "queries 8 x 48, documents 16 x 64"
     assert found["temporary_bytes"] > 0
@@ -258,6 +259,7 @@ def test_the_8b_model_is_compiled_as_a_command_from_its_name_alone(tmp_path: Pat
         "prompt.document_max_length": 32,
         "prompt.explicit_max_length": 64,
         "train.batch_size": 8,
+        "objective.num_thinking_steps": 1,  # compiled sooner
         "dry_run": 8,
     }
     command = [sys.executable, "-m", "laser_jax.train"]

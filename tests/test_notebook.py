@@ -20,6 +20,7 @@ def test_the_notebook_runs(tmp_path: Path, one_device: dict[str, str]) -> None:
     lines = "\n".join(cells).split("\n")
     program = "\n".join(line for line in lines if not line.startswith("%pip install"))
     changes = {
+        "num_places=20": "num_places=8, num_dev_queries=8, num_test_queries=8",
         "steps 500": "steps 2 --model.scratch.num_layers 2",
         "steps 300": "steps 2 --train.eval_thinking_steps [7]",
         "8123": port,

@@ -539,14 +539,14 @@ def test_threads_and_the_first_batch_change_nothing(prompts, data) -> None:
     for threads in (1, 4):
         batches = batches_of(prompts, 12, sources, replace(data, threads=threads))
         assert [digest(b) for b in batches] == expected
-    for first in (1, 4, 7, 11):
+    for first in (1, 7):
         batches = batches_of(prompts, 12 - first, sources, data, first_batch=first)
         assert [digest(b) for b in batches] == expected[first:]
 
 
-@pytest.mark.parametrize("num_processes", [2, 8])
-@pytest.mark.parametrize("data", VARIANTS.values(), ids=VARIANTS)
-def test_processes_together_make_the_same_batches(prompts, data, num_processes) -> None:
+@pytest.mark.parametrize(("variant", "num_processes"), [*zip(VARIANTS, (8, 2, 8), strict=True)])
+def test_processes_together_make_the_same_batches(prompts, variant, num_processes) -> None:
+    data = VARIANTS[variant]
     sources, settings = sources_of(data), {"batch_size": 8}
     expected = batches_of(prompts, 3, sources, data, **settings)
     parts = np.arange(8).reshape(num_processes, -1)

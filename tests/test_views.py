@@ -78,7 +78,13 @@ BATCH = Batch(
 )
 
 
-FAST = ObjectiveConfig(num_thinking_steps=K, views="fast")
+FAST = ObjectiveConfig(
+    num_thinking_steps=K,
+    temperature=0.1,
+    output_temperature=0.1,
+    trajectory_temperature=0.1,
+    views="fast",
+)
 PARITY = dataclasses.replace(FAST, views="parity")
 
 
@@ -152,7 +158,8 @@ def gradient_and_views(objective: ObjectiveConfig, batch: Batch) -> tuple[Any, V
 
 @functools.cache
 def padded() -> tuple[Any, Views]:
-    return gradient_and_views(PARITY, BATCH)
+    read = jax.jit(functools.partial(read_views, BACKBONE, objective=PARITY))
+    return shared(PARITY)[1]["loss"], read(random_variables(), BATCH)
 
 
 @pytest.mark.parametrize(
@@ -207,14 +214,6 @@ def test_explicit_padding_does_not_matter() -> None:
 
 # --- the objective -------------------------------------------------------------------------------
 
-OBJECTIVE = ObjectiveConfig(
-    num_thinking_steps=K, temperature=0.1, output_temperature=0.1, trajectory_temperature=0.1
-)
-
-
-def with_views(views: str) -> ObjectiveConfig:
-    return dataclasses.replace(OBJECTIVE, views=views)
-
 
 def values_and_gradients(objective: ObjectiveConfig, *teacher: Any) -> tuple[Any, Any]:
     """The terms by name, and the gradient of each."""
@@ -236,12 +235,12 @@ def values_and_gradients(objective: ObjectiveConfig, *teacher: Any) -> tuple[Any
 
 
 @functools.cache
-def shared(views: str) -> tuple[Any, Any]:
-    return values_and_gradients(with_views(views))
+def shared(objective: ObjectiveConfig) -> tuple[Any, Any]:
+    return values_and_gradients(objective)
 
 
 def test_one_pass_gives_the_loss_and_gradients_of_two() -> None:
-    (fast, fast_gradients), (parity, parity_gradients) = shared("fast"), shared("parity")
+    (fast, fast_gradients), (parity, parity_gradients) = shared(FAST), shared(PARITY)
     assert set(fast) == {"loss", "latent", "explicit", "output", "trajectory"}
     for name, term in parity.items():
         np.testing.assert_allclose(fast[name], term, rtol=1e-6, err_msg=name)
@@ -250,16 +249,16 @@ def test_one_pass_gives_the_loss_and_gradients_of_two() -> None:
 
 def test_unstacked_layers_give_the_same_terms() -> None:
     backbone = Backbone(CONFIG, scan_layers=False)
-    run = jax.jit(lambda v: terms_of(backbone, v, BATCH, OBJECTIVE))
+    run = jax.jit(lambda v: terms_of(backbone, v, BATCH, FAST))
     got = run(unstack_layers(random_variables()))
-    for name, term in shared("fast")[0].items():
+    for name, term in shared(FAST)[0].items():
         np.testing.assert_allclose(got[name], term, rtol=2e-5, err_msg=name)
 
 
 def test_a_frozen_copy_teaches_what_the_model_itself_teaches() -> None:
     teacher = (FrozenTeacher(BACKBONE, K), random_variables())
-    terms, gradients = values_and_gradients(OBJECTIVE, *teacher)
-    wanted_terms, wanted = shared("parity")
+    terms, gradients = values_and_gradients(FAST, *teacher)
+    wanted_terms, wanted = shared(PARITY)
     for name, term in wanted_terms.items():
         np.testing.assert_allclose(terms[name], term, rtol=2e-6, err_msg=name)
     assert not any(leaf.any() for leaf in jax.tree.leaves(gradients["explicit"]))
@@ -275,26 +274,26 @@ def terms_under(objective: ObjectiveConfig, batch: Batch = BATCH) -> dict[str, j
 
 def test_plain_contrastive_training_reads_no_chain_of_thought() -> None:
     plain = LossWeights(explicit=0.0, output=0.0, trajectory=0.0)
-    objective = dataclasses.replace(OBJECTIVE, weights=plain)
+    objective = dataclasses.replace(FAST, weights=plain)
     got = terms_under(objective, BATCH.replace(explicit=None, keyframes_BK=None))
     assert set(got) == {"loss", "latent"}
-    wanted = shared("parity")[0]["latent"]
+    wanted = shared(PARITY)[0]["latent"]
     np.testing.assert_allclose(got["loss"], wanted, rtol=2e-6)
 
 
 def test_one_thinking_step_has_a_teacher_too() -> None:
     batch = BATCH.replace(keyframes_BK=KEYFRAMES[:, :1])
-    got = terms_under(dataclasses.replace(OBJECTIVE, num_thinking_steps=1), batch)
+    got = terms_under(dataclasses.replace(FAST, num_thinking_steps=1), batch)
     assert all(np.isfinite(term) for term in got.values())
     assert {"explicit", "output", "trajectory"} < set(got)
-    wanted = shared("parity")[0]
+    wanted = shared(PARITY)[0]
     # the teacher's final state is the same, but the documents no longer think
     assert got["explicit"] != pytest.approx(float(wanted["explicit"]), rel=1e-3)
 
 
 def test_keyframes_teach_the_trajectory_alone() -> None:
-    moved = terms_under(with_views("parity"), BATCH.replace(keyframes_BK=KEYFRAMES[:, ::-1]))
-    wanted = shared("parity")[0]
+    moved = terms_under(PARITY, BATCH.replace(keyframes_BK=KEYFRAMES[:, ::-1]))
+    wanted = shared(PARITY)[0]
     for name in ("latent", "explicit", "output"):
         np.testing.assert_allclose(moved[name], wanted[name], rtol=1e-6)
     assert moved["trajectory"] != pytest.approx(float(wanted["trajectory"]), rel=1e-3)
