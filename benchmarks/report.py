@@ -196,7 +196,7 @@ COMPARISONS = (
 
 def quality_tables(results: Sequence[Result]) -> Iterator[str]:
     """Some columns of every comparison of methods on test splits, without the rows `UNSHOWN`."""
-    for result in filter(compares_methods, results):
+    for result in compared(results, *QUALITY_COLUMNS):
         name = result.report["benchmark"]
         chosen, rows = QUALITY_COLUMNS[name], result.report["rows"]
         columns = importlib.import_module(f"benchmarks.{name}").PROGRAM.columns
@@ -244,7 +244,7 @@ machine, and by `... gpu`; the file belongs into `benchmarks/results`."""
 def page(results: Sequence[Result]) -> str:
     """The whole of docs/results.md."""
     reports = [result.report for result in results]
-    figures = [f"![{r.name}]({FIGURES}/{r.name}.svg)" for r in results if is_drawn(r)]
+    figures = [f"![{r.name}]({FIGURES}/{r.name}.svg)" for r in compared(results, "ablation")]
     parts = [HEAD, headline(reports), "## Targets", targets_table(reports)]
     parts += [QUALITY, *quality_tables(results), " ".join(figures)]
     parts += ["## Speed", *(of.table(results) for of in COMPARISONS)]
@@ -252,14 +252,15 @@ def page(results: Sequence[Result]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def compares_methods(result: Result) -> bool:
-    on_dev = result.report["settings"].get("split") == "dev"
-    rows = {row.get("row") for row in result.report["rows"]}
-    return not on_dev and "gircse" in rows
-
-
-def is_drawn(result: Result) -> bool:
-    return result.report["benchmark"] == "ablation" and compares_methods(result)
+def compared(results: Sequence[Result], *benchmarks: str) -> list[Result]:
+    """Comparisons of methods on test splits; of names that differ in date alone, the newest."""
+    newest = {}
+    for result in results:
+        rows = {row.get("row") for row in result.report["rows"]}
+        on_test = result.report["settings"].get("split") != "dev"
+        if result.report["benchmark"] in benchmarks and on_test and "gircse" in rows:
+            newest[result.name[len("2026-11-26") :]] = result
+    return list(newest.values())
 
 
 def draw(results: Sequence[Result], folder: Path) -> None:
@@ -270,7 +271,7 @@ def draw(results: Sequence[Result], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for file in folder.iterdir():
         file.unlink()
-    for result in filter(is_drawn, results):
+    for result in compared(results, "ablation"):
         curves = {
             f"{row['title']}" + ("" if "K =" in row["title"] else f", trained at K = {row['K']}"): {
                 int(k): scores["nDCG@10"]["mean"] for k, scores in row["by_steps"].items()

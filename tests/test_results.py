@@ -62,7 +62,7 @@ def test_the_page_is_what_the_files_of_results_give() -> None:
 
 def test_every_figure_of_the_page_is_there_once() -> None:
     folder = REPOSITORY / "docs/results"
-    named = {f"{r.name}.svg" for r in read_results(RESULTS) if reporting.is_drawn(r)}
+    named = {f"{r.name}.svg" for r in reporting.compared(read_results(RESULTS), "ablation")}
     assert {file.name for file in folder.iterdir()} == named
 
 
@@ -144,17 +144,22 @@ def test_a_file_is_shown_whole_and_so_is_one_of_a_program_that_is_gone() -> None
     assert "| by hand |       2 |" in gone
 
 
+DAY = "2026-12-02-world"
+
+
 def test_the_same_results_give_the_same_figures_and_no_others(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     by_steps = {k: {"nDCG@10": {"mean": 0.1 * int(k)}} for k in "123"}
     row = {"row": "laser", "title": "LaSER", "K": 3, "by_steps": by_steps}
     rows = [row, row | {"row": "gircse"}]
-    results = [Result("world", latency(benchmark="ablation", rows=rows))]
+    days = {"2026-11-26-world": [row, row | {"row": "gircse", "by_steps": {}}], DAY: rows}
+    results = [Result(n, latency(benchmark="ablation", rows=found)) for n, found in days.items()]
     results.append(Result("one method", latency(benchmark="ablation", rows=[row])))
     for folder in ("a", "b"):
         draw([*results, Result("latency", latency())], tmp_path / folder)
-    one, other = ((tmp_path / folder / "world.svg").read_bytes() for folder in "ab")
+    one, other = ((tmp_path / folder / f"{DAY}.svg").read_bytes() for folder in "ab")
     assert one == other
+    assert [file.name for file in (tmp_path / "a").iterdir()] == [f"{DAY}.svg"]  # the newest
     assert b"LaSER, trained at K = 3" in one  # text stays text
     draw([], tmp_path / "a")
     assert not list((tmp_path / "a").iterdir())  # of results that are gone
