@@ -37,7 +37,7 @@ QUALITY_COLUMNS = {
     "real": ("row", "K", "nDCG@10, macro", "less contrastive", "less itself at K = 1"),
 }
 UNSHOWN = ("laser_K1", "laser_K3", "laser_K6", "latent_rl", "without_colearning")
-UNSHOWN += ("without_latent_view", "without_output")
+UNSHOWN += ("without_latent_view", "without_output", "without_trajectory")
 DRAWN = ("laser", "laser_K1", "laser_K3", "laser_K6", "gircse", "without_explicit_view")
 """The rows of an ablation's figure."""
 
