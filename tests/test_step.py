@@ -262,7 +262,7 @@ def test_without_padding_it_is_the_same_step_in_micro_batches() -> None:
     settings: dict[str, Any] = {"micro_batch_size": 4, "remat": "full"}
     found, wanted = full_step((2, 1, 1), pack=True, **settings), full_step()
     assert_same_step(found, wanted)
-    assert found.metrics[0]["padding_share"] < wanted.metrics[0]["padding_share"]
+    assert found.metrics[0]["padding_share"] < 0.6 * wanted.metrics[0]["padding_share"]
 
 
 def test_without_padding_no_more_is_sent_between_devices() -> None:
@@ -644,6 +644,10 @@ def test_a_frozen_teacher_is_not_cut() -> None:
             {f"{n}{s}" for n in ("contrastive", "penalty", "step_1", "step_2") for s in ("", "_4")},
         ),
         ({"weights": LossWeights(1.0, 0.0, 0.0, 0.0, teacher=1.0)}, {"latent"}),
+        *(
+            ({"weights": weights}, {"latent", "explicit", "output", "trajectory"})
+            for weights in (LossWeights(1.0, 1.0, 0.0, 0.0), LossWeights(0.0, 1.0, 0.0, 0.0))
+        ),
         ({"method": "gircse"}, {"contrastive", "penalty", "step_1", "step_2"}),
     ],
 )
