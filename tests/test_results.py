@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+import runpy
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +61,63 @@ def test_the_page_is_what_the_files_of_results_give() -> None:
     assert len(wanted.splitlines()) <= 150
     for result in results:  # also those of programs that are gone
         assert result.report["command"] in shown(result)
+
+
+@pytest.fixture(scope="module")
+def row_differences() -> Callable[[Sequence[str]], str]:
+    return runpy.run_path(str(REPOSITORY / "examples/row_differences.py"))["main"]
+
+
+ALONE = "without_explicit_view"
+REAL = [str(RESULTS / "cpu-real-scores_and_logs.tar.gz"), "--seeds", "low-*w"]
+REAL += ["--sets", "ecare", "strategyqa", "entailmentbank", "qasc", "copa_sse"]
+HARD = [str(RESULTS / "cpu-ablation-few_labels-per_query.tar.gz")]
+
+
+@pytest.mark.parametrize(
+    ("where", "page", "rows", "line", "told"),
+    [
+        (REAL, "real", "laser@3 contrastive@1", "macro, seed 2", "+.011 [+.006, +.016]"),
+        (REAL, "real", "laser@3 contrastive@1", "entailmentbank", "+.061 [+.045, +.077]"),
+        (REAL, "real", f"laser@3 {ALONE}@3", "macro, seeds drawn too", "+.012 [+.007, +.017]"),
+        (REAL, "real", "laser@explicit contrastive@explicit", "macro, seeds drawn too", "+.059"),
+        (HARD, "ablation", f"laser@7 {ALONE}@7", "all seeds", "+0.058 [+0.044, +0.071]"),
+        (HARD, "ablation", f"laser@7 {ALONE}@7", "seeds drawn too", "[+0.020, +0.109]"),
+        (HARD, "ablation", "without_output@7 without_distillation@7", "seed 7", "+0.088"),
+    ],
+)
+def test_differences_that_the_pages_tell_come_out_of_the_kept_scores(
+    row_differences: Callable[[Sequence[str]], str],
+    where: Sequence[str],
+    page: str,
+    rows: str,
+    line: str,
+    told: str,
+) -> None:
+    table = row_differences([where[0], *rows.split(), *where[1:]])
+    (number,) = re.findall(rf"^\| {line} +\| +(.*) \|$", table, re.MULTILINE)
+    assert told in (number.replace("0.", ".") if page == "real" else number)
+    assert told in (REPOSITORY / f"docs/{page}.md").read_text()
+
+
+def test_differences_want_what_both_rows_have(
+    row_differences: Callable[[Sequence[str]], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = [*REAL[:1], "laser@3", "contrastive@1", "--seeds", "low-*w"]
+    assert "musique" not in row_differences(kept)
+    assert "left out are sets that are not everywhere: ['musique']" in capsys.readouterr().err
+    for rows, message in (
+        (["laser@3", "laser@9"], "no 'latent K=9' in seed-*/laser"),
+        (["laser@7", "laser@7", "--metric", "MAP"], "holds no 'MAP'"),
+        (["laser@7", "laser@7", "--seeds", "none-*"], "no 'latent K=7' in none-*/laser"),
+        (["laser@7", "laser@7", "--sets", "towns"], "no 'latent K=7' in seed-*/laser"),
+    ):
+        with pytest.raises(SystemExit) as refused:
+            row_differences([*HARD, *rows])
+        assert message in str(refused.value)
+    with pytest.raises(SystemExit):
+        row_differences([*HARD, "laser", "laser@7"])
+    assert "wanted ROW@K, such as laser@3, or ROW@explicit" in capsys.readouterr().err
 
 
 def test_every_figure_of_the_page_is_there_once() -> None:
