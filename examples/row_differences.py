@@ -1,6 +1,6 @@
 """How far apart two rows of benchmarks/ablation.py or benchmarks/real.py are, query by query.
 
-    python examples/row_differences.py RESULTS laser@3 contrastive@1 [--seeds 'seed-*'] [--sets ...]
+    python -m examples.row_differences RESULTS laser@3 contrastive@1 [--seeds 'seed-*'] [--sets ...]
 
 RESULTS is what those programs keep under --work, or a .tar.gz of it such as lie in
 benchmarks/results: SEED/ROW/test/ holds a per_query.tsv, or a folder with one for every set. A row
@@ -35,14 +35,21 @@ def named_row(text: str) -> tuple[str, str]:
 
 
 def read(folder: Path, name: str, run: str, options: argparse.Namespace) -> BySeed:
-    """The row's values by seed. Raises a BenchmarkError where there are none."""
+    """The row's values by seed. Raises a BenchmarkError where there are none, or two of a seed."""
     found: BySeed = {}
+    folders: dict[int, str] = {}
     for file in sorted(folder.glob(f"{options.seeds}/{name}/{options.split}/**/{PER_QUERY_FILE}")):
-        seed, of = re.search(r"\d+", file.relative_to(folder).parts[0]), file.parent.name
-        queries = read_per_query(file).get(run)
-        if seed and queries and of in (options.sets or [of]):
-            values = {query: scores[options.metric] for query, scores in queries.items()}
-            found.setdefault(int(seed[0]), {})[of] = {run: values}
+        place, of = file.relative_to(folder).parts[0], file.parent.name
+        number, queries = re.search(r"\d+", place), read_per_query(file).get(run)
+        if not number or not queries or of not in (options.sets or [of]):
+            continue
+        if folders.setdefault(seed := int(number[0]), place) != place:
+            both = f"{folders[seed]} and {place}"
+            raise BenchmarkError(f"{both} are both of seed {seed}; --seeds is to match one of them")
+        if options.metric not in (metrics := next(iter(queries.values()))):
+            raise BenchmarkError(f"{file}: no {options.metric}, only {', '.join(metrics)}")
+        values = {query: scores[options.metric] for query, scores in queries.items()}
+        found.setdefault(seed, {})[of] = {run: values}
     if not found:
         raise BenchmarkError(f"{options.results}: no {run!r} in {options.seeds}/{name}")
     return found
@@ -113,8 +120,6 @@ def main(arguments: Sequence[str]) -> str:
             lines = differences(a, b, runs, options)
         except (BenchmarkError, OSError, ValueError, tarfile.TarError) as error:
             sys.exit(f"error: {error}")
-        except KeyError as error:
-            sys.exit(f"error: {options.results} holds no {error}")
     less = " less ".join(" at ".join(row) for row in options.rows)
     return markdown_table([less, options.metric], [list(line) for line in lines])
 

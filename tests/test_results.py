@@ -108,13 +108,15 @@ def test_differences_want_what_both_rows_have(
     assert "left out are sets that are not everywhere: ['musique']" in capsys.readouterr().err
     for rows, message in (
         (["laser@3", "laser@9"], "no 'latent K=9' in seed-*/laser"),
-        (["laser@7", "laser@7", "--metric", "MAP"], "holds no 'MAP'"),
+        (["laser@7", "laser@7", "--metric", "MAP"], "no MAP, only nDCG@10"),
         (["laser@7", "laser@7", "--seeds", "none-*"], "no 'latent K=7' in none-*/laser"),
         (["laser@7", "laser@7", "--sets", "towns"], "no 'latent K=7' in seed-*/laser"),
     ):
         with pytest.raises(SystemExit) as refused:
             row_differences([*HARD, *rows])
         assert message in str(refused.value)
+    with pytest.raises(SystemExit, match="low-3 and low-3w are both of seed 3"):
+        row_differences([*kept[:3], "--seeds", "low-*", "--split", "dev"])
     with pytest.raises(SystemExit):
         row_differences([*HARD, "laser", "laser@7"])
     assert "wanted ROW@K, such as laser@3, or ROW@explicit" in capsys.readouterr().err
