@@ -56,9 +56,10 @@ Scores = dict[str, dict[str, dict[str, float]]]
 def train_command(options: argparse.Namespace, row: str, seed: int) -> list[str]:
     """The flags of laser_jax.train: the recipe, what the row changes, and where it begins."""
     folder = seed_folder(options, seed)
-    command = ["--config", str(options.config), "--model.path", str(options.model)]
+    command = [*(f"--config={c}" for c in options.config), "--model.path", str(options.model)]
     if row == FIRST:
-        command += ["--config", str(options.config.with_name(f"{options.config.stem}_first.yaml"))]
+        recipe = Path(options.config[0])
+        command += ["--config", str(recipe.with_name(f"{recipe.stem}_first.yaml"))]
         steps = options.first_steps
     else:
         begun = options.first_adapter or folder / FIRST / "adapter"
@@ -363,8 +364,8 @@ COLUMNS = {
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2", help="the backbone: default smollm2")
-    text = "the recipe; FILE_first.yaml beside it is laid over it for the first stage"
-    parser.add_argument("--config", type=Path, default=Path("configs/smollm2.yaml"), help=text)
+    text = "the recipe, with FILE_first.yaml beside it for the first stage; more are laid over it"
+    parser.add_argument("--config", nargs="+", default=["configs/smollm2.yaml"], help=text)
     parser.add_argument("--sets", type=Path, nargs="+", required=True, help="BEIR directories")
     measure.add_numbers(
         parser,

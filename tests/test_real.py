@@ -74,12 +74,14 @@ def command(
     ]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "recipe.yaml").write_text(RECIPE.replace("TRAIN", str(folder / "train.jsonl")))
+    (folder / "overlay.yaml").write_text("optimizer: {learning_rate: 3.0e-4}\n")
     (folder / "recipe_first.yaml").write_text(
         "objective: {num_thinking_steps: 1, weights: {explicit: 0, output: 0, trajectory: 0}}\n"
     )
     sets = [str(write_set(folder / name)) for name in ("towns", "places")]
     return [
         *("--model", str(folder / "model"), "--config", str(folder / "recipe.yaml")),
+        str(folder / "overlay.yaml"),
         *("--sets", *sets, "--first_steps", "1", "--steps", "1", "--others", "2"),
         *("--work", str(folder / "work"), "--rows", "laser", "contrastive"),
     ]
@@ -122,6 +124,7 @@ def test_every_row_goes_on_from_the_first_stage_and_is_ranked_on_every_set(
     work = Path(command[command.index("--work") + 1]) / "seed-1"
     config = json.loads((work / "laser" / "config.json").read_text())
     assert config["model"]["path"] == command[1]
+    assert config["optimizer"]["learning_rate"] == 3e-4  # the overlay's
     assert config["model"]["adapter"] == str(work / "first" / "adapter")
 
     monkeypatch.setattr(real, "evaluate_model", lambda options: pytest.fail("ranked again"))
