@@ -208,6 +208,11 @@ def test_a_step_that_is_saved_already_is_left_alone(tmp_path: Path) -> None:
 def test_leftovers_of_a_killed_save_are_removed_and_never_restored(tmp_path: Path) -> None:
     save(tmp_path, state(1, step=1), state(2, step=2))
     (tmp_path / "2").rename(tmp_path / "2.orbax-checkpoint-tmp")
+    for step in range(3, 100):
+        (tmp_path / f"{step}.orbax-checkpoint-tmp").mkdir()
+    checkpoints = open_checkpoints(tmp_path)
+    assert steps_in(tmp_path) == ["1"]  # at once: a run may be stopped before it saves anything
+    checkpoints.close()
     assert int(restore(tmp_path, state(9))[0].step) == 1
     save(tmp_path, state(2, step=2))
     assert steps_in(tmp_path) == ["1", "2"]

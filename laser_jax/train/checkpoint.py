@@ -89,20 +89,22 @@ class Checkpoints:
         self._keep, self._base = keep, base
         self._ranked: Sequence[int] = ()
         self._handler = ocp.StandardCheckpointHandler()
+        if jax.process_index() == 0:  # orbax does it in a thread, which a stop would cut short
+            for leftover in ocp.utils.tmp_checkpoints(self._directory):
+                shutil.rmtree(leftover.get())
         self._manager = _Manager(
             self._directory,
             item_handlers={"state": self._handler, "meta": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=self, cleanup_tmp_directories=True, lightweight_initialize=True
+                preservation_policy=self, lightweight_initialize=True
             ),
         )
 
     def save(self, state: TrainState, meta: dict[str, Any], ranked: Sequence[int] = ()) -> None:
-        """Starts saving; a step that is already saved is left as it is. The state is copied off the
-        device before this returns, so that the next step may donate it, and so is `meta`, of plain
-        JSON types, which `restore` gives back. Of the steps `ranked`, the best first, the best that
-        is there is kept beside the newest. Raises a CheckpointError when this or the save before
-        it cannot be written."""
+        """Starts saving a step that is not saved yet. The state is copied off the device first, so
+        that the next step may donate it, and so is `meta`, of plain JSON types, which `restore`
+        gives back. Of the steps `ranked`, best first, the best that is there is kept beside the
+        newest. Raises a CheckpointError when this or the last save cannot be written."""
         step, saved = int(state.step), _saved(state)
         if step in self._manager.all_steps():
             return
@@ -231,8 +233,7 @@ class Checkpoints:
     def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
         """Orbax asks at every save which checkpoints stay."""
         steps = [checkpoint.step for checkpoint in checkpoints]
-        best = [step for step in self._ranked if step in steps][:1]
-        kept = {*steps[-self._keep :], *best}
+        kept = {*steps[-self._keep :], *[step for step in self._ranked if step in steps][:1]}
         return [step in kept for step in steps]
 
 
