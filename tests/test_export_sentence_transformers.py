@@ -140,11 +140,11 @@ def assert_same(got: Any, wanted: Any) -> None:
 # --- the same vectors --------------------------------------------------------------------------
 
 
-def test_vectors_are_those_of_the_retriever_at_every_k(pair) -> None:
+def test_vectors_are_those_of_the_retriever_at_any_k(pair) -> None:
     retriever, directory = pair
     model = load(directory)
     found = []
-    for K in range(1, 9):
+    for K in (1, 2, 3, 5, 8):
         found.append(ours(retriever, num_thinking_steps=K))
         assert_same(theirs(model, num_thinking_steps=K, batch_size=3), found[-1])
         model[0].num_thinking_steps = K
